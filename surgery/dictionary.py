@@ -1,0 +1,210 @@
+"""Dictionary: rows and sparse codes, and the blocks of every location that they generate.
+
+All sharing is `B[l] = sum_j coefficient[l, j] * rows[index[l, j]]` (MUiR Eq. 5 for hypermodules). A `Bank` holds
+the rows for one block shape. Its table has two regions:
+
+    rows[k*c + j]   basis block j of hypermodule k,  k < K     shared: code of location l is the c rows of psi(l)
+    rows[K*c + s]   single row s                               code of location l is one row and a factor
+
+A single row is a hypermodule in collapsed form: one that fewer than c locations use costs less as the block that it
+generates. The exact start keeps every distinct block as a single row with factor 1, so a joined member is its
+original bit for bit; `open_bank` turns single rows into trainable hypermodules of c basis blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from surgery.kernel import generate
+
+DENSE_CODE = 1 << 12  # a code matrix this small is cheaper as one matrix product than as gathered rows
+
+
+class Bank(nn.Module):
+    """Rows, alignment and contexts of all locations with one block shape.
+
+    Attributes:
+        block: (m, n).
+        context: c, the number of basis blocks of a hypermodule.
+        hypermodules: K.
+        rows: parameter `[K*c + S, m*n]`.
+        psi: int64 buffer `[L]`; below K a hypermodule, else single row `psi - K`.
+        contexts: parameter `[L, c]`; a location on a single row uses column 0 as its factor, the rest is 0.
+    """
+
+    rows: nn.Parameter
+    contexts: nn.Parameter
+    psi: Tensor
+    origin: Tensor | None
+
+    def __init__(self, block: tuple[int, int], rows: Tensor, psi: Tensor, contexts: Tensor, hypermodules: int):
+        super().__init__()
+        self.block, self.context, self.hypermodules = block, contexts.shape[1], hypermodules
+        if rows.shape[1] != block[0] * block[1] or psi.shape[0] != contexts.shape[0]:
+            raise ValueError(f"rows {tuple(rows.shape)}, psi {tuple(psi.shape)}, contexts {tuple(contexts.shape)} "
+                             f"do not fit together for {block[0]}x{block[1]} blocks")
+        self.rows, self.contexts = nn.Parameter(rows), nn.Parameter(contexts)
+        self.register_buffer("psi", psi.long())
+        # What every block was when this bank was opened for training, `[L, m*n]`; None where it never was.
+        self.register_buffer("origin", None, persistent=False)
+
+    @property
+    def locations(self) -> int:
+        """L."""
+        return self.psi.shape[0]
+
+    @property
+    def singles(self) -> int:
+        """S, the number of single rows."""
+        return self.rows.shape[0] - self.hypermodules * self.context
+
+    def codes(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
+        """`index [L', c]` and `coefficient [L', c]` of locations `start` to `stop`."""
+        return codes(self.psi[start:stop], self.contexts[start:stop], self.hypermodules)
+
+    def blocks(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Generate the blocks `[L', m*n]` of locations `start` to `stop`; differentiable, never under autocast."""
+        index, coefficient = self.codes(start, stop)
+        with torch.autocast(self.rows.device.type, enabled=False):
+            if index.shape[0] * self.rows.shape[0] <= DENSE_CODE and index.shape[1] > 1:
+                dense = coefficient.new_zeros(index.shape[0], self.rows.shape[0])
+                return dense.scatter_add(1, index, coefficient) @ self.rows
+            return generate(self.rows, index, coefficient)
+
+    @torch.no_grad()
+    def settled_blocks(self) -> Tensor:
+        """All blocks `[L, m*n]` for collapse: those that training did not move are the original ones, bit for bit.
+
+        A block of an opened hypermodule is a sum of c products, so it equals its origin only up to the rounding of
+        that sum; differences within the bound gamma_c * sum |z_j H_j| are rounding and are taken away.
+        """
+        blocks = self.blocks()
+        if self.origin is None:
+            return blocks
+        index, coefficient = self.codes()
+        size = generate(self.rows.abs(), index, coefficient.abs())
+        bound = 4 * self.context * torch.finfo(size.dtype).eps * size
+        return torch.where((blocks - self.origin).abs() <= bound, self.origin, blocks)
+
+
+def codes(psi: Tensor, contexts: Tensor, hypermodules: int) -> tuple[Tensor, Tensor]:
+    """The code of each location: `psi [L]`, `contexts [L, c]` -> `index [L, c]`, `coefficient [L, c]`. # Eq. (5)
+
+    Example:
+        >>> codes(torch.tensor([1, 2]), torch.tensor([[.5, .5], [1., 0.]]), hypermodules=2)[0]
+        tensor([[2, 3],
+                [4, 4]])
+    """
+    c = contexts.shape[1]
+    basis = torch.arange(c, device=psi.device)
+    shared = (psi < hypermodules).unsqueeze(1)
+    single = (psi + hypermodules * (c - 1)).unsqueeze(1)  # K*c + (psi - K)
+    index = torch.where(shared, psi.unsqueeze(1) * c + basis, single)
+    # Where no location is shared the mask below is the contexts themselves; it keeps stray gradients off the zeros.
+    coefficient = torch.where(shared | (basis == 0), contexts, torch.zeros_like(contexts))
+    return index, coefficient
+
+
+class Dictionary(nn.Module):
+    """All banks of a joint model, by key (`"16x16-float32"`)."""
+
+    def __init__(self, banks: dict[str, Bank] | None = None):
+        super().__init__()
+        self.banks = nn.ModuleDict(banks or {})
+
+    def __getitem__(self, key: str) -> Bank:
+        bank = self.banks[key]
+        assert isinstance(bank, Bank)
+        return bank
+
+    def keys(self) -> list[str]:
+        """The banks' keys."""
+        return list(self.banks.keys())
+
+
+def master_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which rows are kept while they can be trained: float32, float64 for float64 members."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def exact_bank(blocks: Tensor, block: tuple[int, int], context: int = 1) -> Bank:
+    """The lossless start: every distinct block is a single row; identical blocks share one.
+
+    Blocks equal up to a factor share a row too where the factor gives every value back bit for bit.
+
+    Args:
+        blocks: `[L, m*n]`, float32 or float64.
+        block: (m, n).
+        context: c that later hypermodules will have.
+    """
+    representative, factor = duplicates(blocks)
+    rows, psi = torch.unique(representative, return_inverse=True)
+    contexts = blocks.new_zeros(len(blocks), context)
+    contexts[:, 0] = factor
+    return Bank(block, blocks[rows].clone(), psi, contexts, hypermodules=0)
+
+
+def duplicates(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """For each block the first one that it equals up to a factor, bit for bit, and that factor.
+
+    Args:
+        blocks: `[L, d]` floating point.
+
+    Returns:
+        `representative [L]` (own number where nothing equals it) and `factor [L]`, such that
+        `factor[l] * blocks[representative[l]] == blocks[l]` exactly.
+    """
+    count = len(blocks)
+    representative = torch.arange(count, device=blocks.device)
+    factor = torch.ones(count, dtype=blocks.dtype, device=blocks.device)
+    if not count:
+        return representative, factor
+    scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))  # signed largest value
+    direction = torch.where(scale != 0, blocks / scale, blocks)
+    # Bucket by a coarse fingerprint of the direction, so that a factor's rounding rarely separates two blocks, then
+    # verify every candidate against the first of its bucket.
+    probe = torch.linspace(0, blocks.shape[1] - 1, min(blocks.shape[1], 32), device=blocks.device).long()
+    fingerprint = (direction[:, probe].float() * 1024).round_().to(torch.int32)
+    fingerprint = torch.cat([fingerprint, (direction.sum(1, keepdim=True).float() * 64).round_().to(torch.int32)], 1)
+    bucket = torch.unique(fingerprint, dim=0, return_inverse=True)[1]
+    first = torch.full((int(bucket.max()) + 1,), count, device=blocks.device)
+    first.scatter_reduce_(0, bucket, representative, "amin")
+    leader = first[bucket]
+    ratio = torch.where(scale[leader] != 0, scale / scale[leader], torch.zeros_like(scale)).squeeze(1)
+    ratio = torch.where((scale == 0).squeeze(1) & (scale[leader] == 0).squeeze(1), torch.ones_like(ratio), ratio)
+    same = torch.empty(count, dtype=torch.bool, device=blocks.device)
+    bits = torch.int64 if blocks.dtype == torch.float64 else torch.int32
+    for part in torch.arange(count, device=blocks.device).split(1 << 14):
+        product = blocks[leader[part]] * ratio[part].unsqueeze(1)
+        same[part] = (product.view(bits) == blocks[part].view(bits)).all(1)  # bits: 0.0 is not -0.0
+    return torch.where(same, leader, representative), torch.where(same, ratio, factor)
+
+
+def open_bank(bank: Bank, context: int, generator: torch.Generator, sigma: Tensor | None = None) -> Bank:
+    """The pessimistic start for training: each single row becomes a hypermodule of c basis blocks.
+
+    H_k starts as noise of deviation 1/sqrt(c) and contexts are constant with |z| = sigma, sigma the standard
+    deviation of the bank's weights; then `H_k += outer(z, B - z.H_k) / |z|^2` makes every block what it was.
+
+    Args:
+        bank: without hypermodules, as `exact_bank` makes it.
+        context: c.
+        generator: on the CPU; decides the noise.
+        sigma: standard deviation of the weights, measured where not given.
+    """
+    if bank.hypermodules:
+        raise ValueError("only a bank of single rows can be opened")
+    rows = bank.rows.detach()
+    count, width = rows.shape
+    sigma = rows.std() if sigma is None else sigma
+    noise = torch.randn(count, context, width, generator=generator, dtype=rows.dtype).to(rows.device)
+    basis = noise / context**0.5
+    z = (sigma.clamp_min(torch.finfo(rows.dtype).tiny) / context**0.5).expand(context)  # Eq. (7), sqrt(c) for c
+    for _ in range(2):  # the second pass takes away the first one's rounding
+        error = rows - torch.einsum("c,kcd->kd", z, basis)
+        basis = basis + torch.einsum("c,kd->kcd", z, error) / (z @ z)
+    contexts = z.expand(bank.locations, context) * bank.contexts.detach()[:, :1]
+    opened = Bank(bank.block, basis.reshape(count * context, width), bank.psi.clone(), contexts.clone(), count)
+    opened.origin = bank.blocks().detach()
+    return opened

@@ -1,0 +1,122 @@
+"""Plan: what goes into the dictionary, in which blocks, and what stays with its member.
+
+A plan is frozen and printable: a dry run stops here. `make_plan` needs only anatomies, no weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from surgery.blocks import BlockGrid
+from surgery.errors import PlanError
+from surgery.sites import Anatomy, LeftAlone, Site
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the blocks of one site lie: locations `start` to `start + grid.locations` of a bank."""
+
+    site: Site
+    bank: str
+    grid: BlockGrid
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """One past the site's last location."""
+        return self.start + self.grid.locations
+
+
+@dataclass(frozen=True)
+class BankPlan:
+    """One bank: block shape, c, and how many locations draw on it."""
+
+    key: str
+    block: tuple[int, int]
+    context: int
+    dtype: str
+    locations: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a joint model's structure except its numbers.
+
+    Attributes:
+        members: names in the order given.
+        banks: by block shape and dtype.
+        placements: every site whose weights are generated, in member and execution order.
+        left_alone: every other tensor with its reason.
+    """
+
+    members: tuple[str, ...]
+    banks: tuple[BankPlan, ...]
+    placements: tuple[Placement, ...]
+    left_alone: tuple[LeftAlone, ...]
+
+    def of(self, member: str) -> tuple[Placement, ...]:
+        """The placements of one member."""
+        return tuple(p for p in self.placements if p.site.member == member)
+
+    def bank(self, key: str) -> BankPlan:
+        """The bank with this key."""
+        return next(bank for bank in self.banks if bank.key == key)
+
+
+def make_plan(anatomies: Sequence[Anatomy], block: tuple[int, int] = (16, 16), context: int = 4) -> Plan:
+    """Place every site of every member in banks of `block`-shaped blocks, one bank for each dtype.
+
+    Sites smaller than a block in both directions are left alone.
+
+    Raises:
+        PlanError: two members of one name; a block that no site can fill; sizes below 1.
+    """
+    names = [anatomy.member for anatomy in anatomies]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise PlanError(f"Every member needs its own name, but {', '.join(repeated)} is given more than once; "
+                        "write NAME=REFERENCE to name a member.")
+    m, n = block
+    if m < 1 or n < 1 or context < 1:
+        raise PlanError(f"Block sides and context must be at least 1, found {m}x{n} and {context}.")
+    sites = [site for anatomy in anatomies for site in anatomy.sites]
+    fitting = [site for site in sites if site.view.shape[1] >= m and site.view.shape[2] >= n]
+    if sites and not fitting:
+        largest = max(sites, key=lambda site: math.prod(site.view.shape[1:]))
+        raise PlanError(f"A block of {m}x{n} is larger than every site; the largest is {largest.member}:"
+                        f"{largest.name} with {largest.view.shape[1]}x{largest.view.shape[2]}. Use a smaller --block.")
+    small = [
+        LeftAlone(site.member, site.name, site.owners, "skipped", site.kind, site.shape, site.dtype,
+                  f"smaller than a {m}x{n} block", site.order)
+        for site in sites if site not in fitting
+    ]
+    left_alone = [entry for anatomy in anatomies for entry in anatomy.left_alone]
+    return place(names, ((site, block) for site in fitting), context, left_alone + small)
+
+
+def place(
+    members: Sequence[str],
+    sites: Iterable[tuple[Site, tuple[int, int]]],
+    context: int,
+    left_alone: Iterable[LeftAlone] = (),
+) -> Plan:
+    """Place sites, each with its own block shape, in one bank for each block shape and dtype."""
+    banks: dict[str, BankPlan] = {}
+    placements = []
+    for site, (m, n) in sites:
+        key = f"{m}x{n}-{site.dtype}"
+        bank = banks.get(key) or BankPlan(key, (m, n), context, site.dtype, 0)
+        grid = BlockGrid(*site.view.shape, m, n)
+        placements.append(Placement(site, key, grid, bank.locations))
+        banks[key] = replace(bank, locations=bank.locations + grid.locations)
+    return Plan(tuple(members), tuple(banks.values()), tuple(placements), tuple(left_alone))
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`"float32"` -> `torch.float32`."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

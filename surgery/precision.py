@@ -1,0 +1,196 @@
+"""Precision: how a tensor is stored, in its own dtype, in bfloat16, or as 2 to 8-bit integers with a scale per group.
+
+Integers of b bits are symmetric: `value = (code - 2^(b-1)) * scale`, one bfloat16 scale for each group of
+neighbouring values along a row (first axis kept apart). The scale's sign and size are searched so that the squared
+error is least; given codes q, the best scale is the projection <x, q> / <q, q>. Codes are packed without a gap as
+bit planes of 4, 2 and 1 bits.
+
+Every function is pure; `decode(encode(x, p))` is the tensor that a model with that precision runs with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 20  # values handled at once while encoding: bounds the memory of the scale search
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+# By bits: the smallest scale tried, as a fraction of the one that clips nothing, and the number of steps down to it.
+SEARCH = {2: (0.4, 9), 3: (0.65, 9), 4: (0.8, 9), 5: (0.85, 7), 6: (0.92, 7), 7: (0.95, 5), 8: (1.0, 1)}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A way of storing a tensor: `bits` 0 is the tensor's own dtype, 16 is bfloat16, 2 to 8 are grouped integers.
+
+    Example:
+        >>> str(Precision(4, 64)), Precision.parse("bfloat16")
+        ('int4/64', Precision(bits=16, group=0))
+    """
+
+    bits: int = 0
+    group: int = 0
+
+    def __str__(self) -> str:
+        return {0: "native", 16: "bfloat16"}.get(self.bits) or f"int{self.bits}/{self.group}"
+
+    @classmethod
+    def parse(cls, text: str) -> Precision:
+        """Read what `str` wrote.
+
+        Raises:
+            ValueError: where the text names no precision.
+        """
+        if text in ("native", "bfloat16"):
+            return cls(0 if text == "native" else 16)
+        bits, _, group = text.removeprefix("int").partition("/")
+        if not text.startswith("int") or int(bits) not in PLANES or int(group) < 1:
+            raise ValueError(f"'{text}' is not a precision: native, bfloat16 or intB/GROUP with B of 2 to 8")
+        return cls(int(bits), int(group))
+
+
+NATIVE = Precision()
+BFLOAT16 = Precision(16)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A stored tensor: its precision, what it decodes to, and the tensors that hold it."""
+
+    precision: Precision
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+
+def encode(tensor: Tensor, precision: Precision) -> Encoded:
+    """Store `tensor` with `precision`; a tensor that is not floating point is always kept as it is."""
+    shape, dtype = tuple(tensor.shape), tensor.dtype
+    tensor = tensor.detach()
+    if not dtype.is_floating_point or precision.bits == 0 or tensor.numel() == 0:
+        return Encoded(NATIVE, shape, dtype, {"": tensor})
+    if precision.bits == 16:
+        limit = torch.finfo(torch.bfloat16).max
+        return Encoded(precision, shape, dtype, {"bf16": tensor.clamp(-limit, limit).bfloat16()})
+    codes, scales = [], []
+    for rows in _grouped(tensor, precision.group).split(max(1, CHUNK // _width(shape, precision.group))):
+        code, scale = _quantise(rows.float(), precision.bits)
+        codes.append(code)
+        scales.append(scale)
+    planes = _pack(torch.cat(codes).reshape(-1), precision.bits)
+    return Encoded(precision, shape, dtype, {**planes, "scale": torch.cat(scales).reshape(-1)})
+
+
+def decode(encoded: Encoded) -> Tensor:
+    """The tensor that `encoded` stands for, in its dtype and shape."""
+    parts, bits = encoded.parts, encoded.precision.bits
+    if bits == 0:
+        return parts[""]
+    if bits == 16:
+        return parts["bf16"].to(encoded.dtype)
+    width = _width(encoded.shape, encoded.precision.group)
+    scale = parts["scale"].float().unsqueeze(1)
+    codes = _unpack(parts, bits, scale.shape[0] * width).view(-1, width)
+    values = codes.to(torch.float32).sub_(1 << (bits - 1)).mul_(scale)
+    if encoded.dtype == torch.float16:
+        values = values.clamp_(-65504.0, 65504.0)
+    first, rest = _matrix(encoded.shape)
+    return values.view(first, -1)[:, :rest].to(encoded.dtype).reshape(encoded.shape)
+
+
+def stored_bytes(shape: tuple[int, ...], dtype: torch.dtype, precision: Precision) -> int:
+    """Bytes that `encode` of such a tensor takes, without encoding it."""
+    numel = math.prod(shape)
+    if not dtype.is_floating_point or precision.bits == 0 or numel == 0:
+        return numel * dtype.itemsize
+    if precision.bits == 16:
+        return 2 * numel
+    first, rest = _matrix(shape)
+    width = _width(shape, precision.group)
+    groups = first * -(-rest // width)
+    planes = PLANES[precision.bits]
+    return sum(-(-groups * width * plane // 8) for plane in planes) + 2 * groups
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns under which a tensor is grouped: a vector is one row."""
+    return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+def _width(shape: tuple[int, ...], group: int) -> int:
+    return min(group, _matrix(shape)[1])
+
+
+def _grouped(tensor: Tensor, group: int) -> Tensor:
+    """`tensor` as `[groups, width]`, rows padded with zeros to whole groups."""
+    first, rest = _matrix(tuple(tensor.shape))
+    width = min(group, rest)
+    rows = tensor.reshape(first, rest)
+    if rest % width:
+        rows = torch.nn.functional.pad(rows, (0, -rest % width))
+    return rows.reshape(-1, width)
+
+
+def _quantise(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes (uint8 `[G, width]`) and bfloat16 scales `[G]` of least squared error among the candidates."""
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))  # its sign decides which end has the extra code
+    best_gain = torch.full_like(largest, -1.0)
+    best = torch.zeros_like(largest)
+    smallest, steps = SEARCH[bits]
+    for end in (low, high) if bits < 8 else (low,):
+        for step in range(steps):
+            shrink = 1.0 - (1.0 - smallest) * step / max(steps - 1, 1)
+            scale = largest * (shrink / end)
+            q = (groups * _inverse(scale)).round_().clamp_(low, high)
+            xq, qq = (groups * q).sum(1, keepdim=True), (q * q).sum(1, keepdim=True)
+            gain = xq * xq * _inverse(qq)  # |x|^2 minus the error left by the projection
+            better = gain > best_gain
+            best_gain = torch.where(better, gain, best_gain)
+            best = torch.where(better, xq * _inverse(qq), best)
+    scale = best.to(torch.bfloat16)
+    q = (groups * _inverse(scale.float())).round_().clamp_(low, high)
+    return (q - low).to(torch.uint8), scale.squeeze(1)
+
+
+def _inverse(x: Tensor) -> Tensor:
+    """1/x, and 0 where x is 0 or so small that 1/x is infinite."""
+    inverse = x.reciprocal()
+    return torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
+
+
+def _pack(codes: Tensor, bits: int) -> dict[str, Tensor]:
+    """Bit planes of a flat uint8 tensor, each packed to whole bytes."""
+    planes, shift = {}, 0
+    for plane in PLANES[bits]:
+        values, per_byte = (codes >> shift) & ((1 << plane) - 1), 8 // plane
+        values = torch.nn.functional.pad(values, (0, -values.numel() % per_byte)).view(-1, per_byte)
+        packed = values[:, 0].clone()
+        for slot in range(1, per_byte):
+            packed |= values[:, slot] << (slot * plane)
+        planes[f"q{plane}"] = packed
+        shift += plane
+    return planes
+
+
+def _unpack(parts: Mapping[str, Tensor], bits: int, count: int) -> Tensor:
+    """The inverse of `_pack`."""
+    codes, shift = None, 0
+    for plane in PLANES[bits]:
+        packed, per_byte = parts[f"q{plane}"], 8 // plane
+        shifts = torch.arange(0, 8, plane, dtype=torch.uint8, device=packed.device)
+        values = packed if plane == 8 else ((packed.unsqueeze(1) >> shifts) & ((1 << plane) - 1)).view(-1)
+        values = values[:count] << shift if shift else values[:count]
+        codes = values if codes is None else codes | values
+        shift += plane
+    assert codes is not None
+    return codes

@@ -1,0 +1,64 @@
+"""Slots: the places in a member where generated tensors are put.
+
+The `Parameter` of a site is removed from every owner and a plain tensor takes its place as an attribute, so the
+member keeps its class, its forward and its speed. `setattr` is used throughout: assigning into `_parameters` would
+leave the flat weights of an LSTM stale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+
+def locate(module: nn.Module, owner: str) -> tuple[nn.Module, str]:
+    """The submodule and the attribute that a state-dict key names."""
+    path, _, attribute = owner.rpartition(".")
+    return module.get_submodule(path), attribute
+
+
+def take_out(module: nn.Module, owners: Iterable[str]) -> nn.Parameter:
+    """Remove a parameter from all its owners and return it; the slots are empty until `put_in`."""
+    parameter: nn.Parameter | None = None
+    for owner in owners:
+        holder, attribute = locate(module, owner)
+        parameter = holder._parameters.pop(attribute) or parameter
+    if parameter is None:
+        raise KeyError(f"no parameter under {list(owners)}")
+    return parameter
+
+
+def put_in(module: nn.Module, owners: Iterable[str], tensor: Tensor) -> None:
+    """Fill the slots of all owners with one tensor."""
+    for owner in owners:
+        holder, attribute = locate(module, owner)
+        setattr(holder, attribute, tensor)
+
+
+def put_back(module: nn.Module, owners: Iterable[str], tensor: Tensor, requires_grad: bool = True) -> None:
+    """Turn slots into one ordinary parameter again, shared by all owners."""
+    parameter = nn.Parameter(tensor.detach(), requires_grad=requires_grad and tensor.is_floating_point())
+    for owner in owners:
+        holder, attribute = locate(module, owner)
+        holder.__dict__.pop(attribute, None)
+        setattr(holder, attribute, parameter)
+
+
+def assign(module: nn.Module, tensors: dict[str, Tensor], owners: dict[str, tuple[str, ...]]) -> None:
+    """Give a module its plain tensors, without copying; tied names get the same `Parameter`.
+
+    Args:
+        module: parameters may be on the meta device.
+        tensors: by first owner; parameters and buffers.
+        owners: all owners by first owner.
+    """
+    for name, tensor in tensors.items():
+        holder, attribute = locate(module, name)
+        if attribute in holder._buffers:
+            for owner in owners.get(name, (name,)):
+                at, attribute = locate(module, owner)
+                at._buffers[attribute] = tensor
+        else:
+            current = holder._parameters.get(attribute)
+            put_back(module, owners.get(name, (name,)), tensor, current is None or current.requires_grad)
