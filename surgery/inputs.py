@@ -1,0 +1,222 @@
+"""Example inputs: arguments of one small forward call, for tracing.
+
+What the user gives comes first. Without it, timm models state their input size, and for transformers models a short
+list of ways is tried until one forward pass works: the model's own dummy inputs, its main input, the required
+arguments of its forward, the arguments of its modalities, embeddings in place of ids, and a batch of one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import LoadError
+from surgery.input_fields import FIELDS, Sample
+from surgery.member import Inputs, Origin
+from surgery.origins.base import one_line, quiet
+
+_CPU_LIMIT = 1 << 27  # parameters; above, a candidate is tried without data first
+_MODALITIES = (
+    "input_ids", "attention_mask", "pixel_values", "bbox", "input_features", "input_values", "decoder_input_ids",
+    "image_grid_thw", "past_time_features", "past_observed_mask", "pixel_values_videos",
+)  # fmt: skip
+
+
+def as_inputs(inputs: Inputs | tuple | list | Mapping[str, Any] | Tensor, source: str = "given") -> Inputs:
+    """What a user may give as example inputs, as `Inputs`.
+
+    Args:
+        inputs: positional arguments as a tuple, keyword arguments as a dict, or one tensor.
+        source: where they come from.
+
+    Raises:
+        LoadError: where it is none of these.
+
+    Example:
+        >>> as_inputs({"input_ids": torch.zeros(2, 8, dtype=torch.long)}).kwargs.keys()
+        dict_keys(['input_ids'])
+    """
+    if isinstance(inputs, Inputs):
+        return inputs
+    if isinstance(inputs, Tensor):
+        return Inputs((inputs,), {}, source)
+    if isinstance(inputs, (tuple, list)):
+        return Inputs(tuple(inputs), {}, source)
+    if isinstance(inputs, Mapping) and all(isinstance(key, str) for key in inputs):
+        return Inputs((), dict(inputs), source)
+    raise LoadError(
+        f"example inputs must be a tensor, a tuple of arguments, a dict of keyword arguments or Inputs, "
+        f"not {type(inputs).__name__}"
+    )
+
+
+def example_inputs(module: nn.Module, origin: Origin, *, seed: int = 0) -> Inputs:
+    """Arguments of one small forward call (a batch of 2 where the model allows it) that was seen to work.
+
+    Args:
+        module: in eval mode, weights loaded.
+        origin: tells which library's conventions hold.
+        seed: of the values.
+
+    Raises:
+        LoadError: where nothing is known about the inputs, or no candidate works; it names every failure.
+
+    Example:
+        >>> import timm
+        >>> net = timm.create_model("resnet10t").eval()
+        >>> example_inputs(net, Origin("timm", "timm:resnet10t", "resnet10t")).args[0].shape
+        torch.Size([2, 3, 176, 176])
+    """
+    if origin.kind not in CANDIDATES:
+        raise LoadError(
+            f"'{origin.reference}' does not tell what its forward takes: give example inputs "
+            "(inputs=..., or a factory that returns (module, example inputs))"
+        )
+    failures = []
+    for candidate in CANDIDATES[origin.kind]:
+        inputs = candidate(module, seed)
+        if inputs is None:
+            continue
+        for attempt in _with_repair(module, inputs):
+            error = forward_error(module, attempt)
+            if error is None:
+                return attempt
+            failures.append(f"{attempt.source}: {one_line(error, 120)}")
+    raise LoadError(
+        f"no example inputs could be made up for '{origin.reference}' ({origin.architecture}); tried "
+        f"{'; '.join(failures) or 'nothing'}. Give example inputs (inputs=...)"
+    )
+
+
+def forward_error(module: nn.Module, inputs: Inputs) -> Exception | None:
+    """None where one forward pass with `inputs` works, else what it raised.
+
+    Large modules run on the meta device first, which costs no arithmetic.
+    """
+    if sum(parameter.numel() for parameter in module.parameters()) > _CPU_LIMIT:
+        try:
+            with torch.no_grad(), quiet():
+                weights = {
+                    name: t.to("meta") for name, t in (*module.named_parameters(), *module.named_buffers())
+                }
+                args = tuple(_to_meta(value) for value in inputs.args)
+                torch.func.functional_call(
+                    module, weights, args, {k: _to_meta(v) for k, v in inputs.kwargs.items()}
+                )
+            return None
+        except Exception:  # some models compute with values; the pass with data decides
+            pass
+    try:
+        with torch.no_grad(), quiet():
+            module(*inputs.args, **inputs.kwargs)
+    except Exception as error:
+        return error
+    return None
+
+
+def floating_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that floating-point inputs need: the one of the first floating-point parameter."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def timm_picture(module: Any, seed: int) -> Inputs | None:
+    """One normalised picture batch of the size that timm's configuration states."""
+    config = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", {})
+    size = tuple(config.get("input_size") or (3, 224, 224))
+    generator = torch.Generator().manual_seed(seed)
+    picture = torch.randn((2, *size), generator=generator).to(floating_dtype(module))
+    return Inputs((picture,), {}, "timm input_size")
+
+
+def dummy_inputs(module: Any, seed: int) -> Inputs | None:
+    """The dummy inputs of classes that state their own; the base class's are ids, whatever the model reads."""
+    from transformers import PreTrainedModel
+
+    if type(module).dummy_inputs is PreTrainedModel.dummy_inputs:
+        return None
+    try:
+        found = dict(module.dummy_inputs)
+    except Exception:  # a few of them are out of date and raise
+        return None
+    known = _accepted(module, found)
+    return Inputs((), known, "dummy_inputs") if known else None
+
+
+def main_input(module: Any, seed: int) -> Inputs | None:
+    """The argument that the class calls its main input, with a mask for text."""
+    main = module.main_input_name
+    names = [main] if isinstance(main, str) else list(main)
+    return _fields(
+        module, seed, [*names, *(["attention_mask"] if "input_ids" in names else [])], "main_input_name"
+    )
+
+
+def required_arguments(module: Any, seed: int) -> Inputs | None:
+    """The main input and every argument that forward requires, and the decoder's ids where there is a decoder."""
+    main = module.main_input_name
+    names = [main] if isinstance(main, str) else list(main)
+    for name, parameter in inspect.signature(module.forward).parameters.items():
+        if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
+            names.append(name)
+    return _fields(
+        module, seed, [*names, "attention_mask", "decoder_input_ids", "image_grid_thw"], "forward signature"
+    )
+
+
+def modalities(module: Any, seed: int) -> Inputs | None:
+    """Every argument of forward that carries text, pictures, sound or time series."""
+    return _fields(module, seed, list(_MODALITIES), "modalities")
+
+
+def embeddings(module: Any, seed: int) -> Inputs | None:
+    """Embeddings in place of ids."""
+    return _fields(module, seed, ["inputs_embeds", "attention_mask"], "inputs_embeds")
+
+
+def batch_of_one(module: Any, seed: int) -> Inputs | None:
+    """The main input alone, for models that take one example at a time."""
+    main = module.main_input_name
+    return _fields(module, seed, [main] if isinstance(main, str) else list(main), "batch of one", batch=1)
+
+
+CANDIDATES: dict[str, tuple[Callable[[Any, int], Inputs | None], ...]] = {
+    "timm": (timm_picture,),
+    "transformers": (dummy_inputs, main_input, required_arguments, modalities, embeddings, batch_of_one),
+}
+"""For each kind of origin, the ways to make up inputs, in the order in which they are tried."""
+
+
+def _fields(module: Any, seed: int, names: list[str], source: str, batch: int = 2) -> Inputs | None:
+    """Values for those of `names` that forward accepts and that are known how to make."""
+    sample = Sample(module.config, torch.Generator().manual_seed(seed), floating_dtype(module), batch)
+    wanted = _accepted(module, dict.fromkeys(names))
+    values = {name: FIELDS[name](sample) for name in wanted if name in FIELDS}
+    return Inputs((), values, source) if values else None
+
+
+def _accepted(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(module.forward).parameters
+    return {name: value for name, value in values.items() if name in parameters}
+
+
+def _with_repair(module: Any, inputs: Inputs) -> Iterator[Inputs]:
+    """`inputs`, then, where they failed, the same with the arguments that the error names."""
+    yield inputs
+    error = forward_error(module, inputs)
+    if error is None or not inputs.kwargs:
+        return
+    named = [
+        name for name in re.findall(r"[a-z_]{4,}", str(error)) if name in FIELDS and name not in inputs.kwargs
+    ]
+    more = _fields(module, 0, named, "repair") if named else None
+    if more is not None:
+        yield Inputs((), {**inputs.kwargs, **more.kwargs}, f"{inputs.source}, repaired")
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) else value

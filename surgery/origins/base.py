@@ -1,0 +1,135 @@
+"""What every kind of origin shares: the request, the result, and small helpers for errors and silence."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import LoadError
+from surgery.member import Inputs, Origin
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller allows while a reference is loaded or an architecture is built.
+
+    Attributes:
+        trust_remote_code: whether Python files that come with a transformers model may run.
+        run_factory: whether the user's own `module.py:factory` may run again.
+    """
+
+    trust_remote_code: bool = False
+    run_factory: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a reference turned into, before it has a name."""
+
+    module: nn.Module
+    origin: Origin
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    inputs: Inputs | None = None
+
+
+def shorten(names: Iterable[Any], limit: int = 8) -> str:
+    """The first few of `names`, and how many more there are.
+
+    Example:
+        >>> shorten(["a", "b", "c"], limit=2)
+        'a, b and 1 more'
+    """
+    found = [str(name) for name in names]
+    rest = len(found) - limit
+    return ", ".join(found[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An exception's kind and words in one line; an empty message leaves the kind alone."""
+    words = " ".join(str(error).split())
+    text = f"{type(error).__name__}: {words}" if words else type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def split_options(reference: str) -> tuple[str, dict[str, Any]]:
+    """`REF?key=value&key=value` as the reference and its options; numbers, true, false and none are read as such.
+
+    Example:
+        >>> split_options("resnet18?num_classes=10&features_only=false")
+        ('resnet18', {'num_classes': 10, 'features_only': False})
+    """
+    head, mark, tail = reference.partition("?")
+    options: dict[str, Any] = {}
+    for item in tail.split("&") if mark else ():
+        key, equals, value = item.partition("=")
+        if not equals or not key.isidentifier():
+            raise LoadError(
+                f"options of a reference are written ?key=value&key=value; '{item}' in '{reference}' is not"
+            )
+        options[key] = _literal(value)
+    return head, options
+
+
+def _literal(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(text)
+    return text
+
+
+def read_small_files(folder: Path, patterns: Iterable[str], largest: int = 1 << 26) -> dict[str, bytes]:
+    """Files of `folder` that match one of `patterns`, by relative path; a larger one is not a small file.
+
+    `largest` is in bytes.
+    """
+    paths = {path for pattern in patterns for path in folder.glob(pattern)}
+    small = [path for path in sorted(paths) if path.is_file() and path.stat().st_size <= largest]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in small}
+
+
+def write_files(files: Mapping[str, bytes], directory: Path, keep: Iterable[str] = ()) -> None:
+    """Write `files` below `directory`, apart from the paths in `keep`, which the saver wrote better itself."""
+    left = set(keep)
+    for relative, content in files.items():
+        target = directory / relative
+        if not target.resolve().is_relative_to(directory.resolve()):
+            raise LoadError(f"a member's file must lie inside its folder; '{relative}' leads out of it")
+        if relative not in left:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence log lines, warnings and progress bars of timm, transformers and the hub client; errors remain."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging as chatter
+
+    loggers = [logging.getLogger(name) for name in ("timm", "transformers", "huggingface_hub", "accelerate")]
+    levels = [logger.level for logger in loggers]
+    bars = (chatter.is_progress_bar_enabled(), are_progress_bars_disabled())
+    chatter.disable_progress_bar()
+    disable_progress_bars()
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if bars[0]:
+            chatter.enable_progress_bar()
+        if not bars[1]:
+            enable_progress_bars()

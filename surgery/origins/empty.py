@@ -1,0 +1,66 @@
+"""Modules without weights: parameters on the meta device, buffers real, ties kept.
+
+`accelerate.init_empty_weights` does the same, but wraps a parameter anew each time it is registered, which unties
+`head.weight = embed.weight`; here a parameter that was emptied once stays the same object.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+_META = torch.device("meta")
+
+
+def _empty(parameter: nn.Parameter) -> nn.Parameter:
+    """The same parameter without memory, its class and its marks kept."""
+    empty = nn.Parameter(parameter.detach().to(_META), requires_grad=parameter.requires_grad)
+    empty.__class__ = type(parameter)
+    empty.__dict__.update(parameter.__dict__)
+    return empty
+
+
+@contextlib.contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Inside, every parameter that a module registers goes to the meta device; buffers stay real.
+
+    Example:
+        >>> with empty_parameters():
+        ...     layer = nn.Linear(3, 5)
+        >>> layer.weight.device.type
+        'meta'
+    """
+    register = nn.Module.register_parameter
+    emptied: dict[
+        int, tuple[nn.Parameter, nn.Parameter]
+    ] = {}  # the original is held so that its id stays its own
+
+    def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param)
+        if param is None or param.device == _META:
+            return
+        if id(param) not in emptied:
+            emptied[id(param)] = (param, _empty(param))
+        module._parameters[name] = emptied[id(param)][1]
+
+    nn.Module.register_parameter = register_empty
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+def drop_weights(module: nn.Module) -> nn.Module:
+    """Move the parameters of a finished module to the meta device, in place, ties kept."""
+    emptied: dict[int, nn.Parameter] = {}
+    held = []
+    for owner in module.modules():
+        for name, parameter in owner._parameters.items():
+            if parameter is None:
+                continue
+            held.append(parameter)
+            owner._parameters[name] = emptied.setdefault(id(parameter), _empty(parameter))
+    return module

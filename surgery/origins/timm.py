@@ -1,0 +1,234 @@
+"""timm models: `timm:NAME`, `timm:NAME=weights`, `timm:NAME?option=value`, and folders in timm's hub format."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import LoadError
+from surgery.member import Origin
+from surgery.origins.base import Loaded, Request, one_line, quiet, shorten, split_options, write_files
+from surgery.origins.empty import drop_weights, empty_parameters
+from surgery.origins.weights import check_fit, load_exactly, read_weights, save_weights
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+
+
+def claims(reference: str) -> bool:
+    """Whether `reference` is `timm:...`, a hub id below `timm/`, or a folder whose config names a timm architecture."""
+    if reference.startswith("timm:"):
+        return True
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return "architecture" in _read_config(folder)
+    return reference.startswith("timm/") and reference.count("/") == 1
+
+
+def load(reference: str, request: Request) -> Loaded:
+    """Create the model and load its weights strictly.
+
+    Raises:
+        LoadError: where the name, an option or the weights do not fit, or the hub cannot be reached.
+    """
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return _load_folder(reference, folder)
+    if reference.startswith("timm/"):
+        return _load_hub(reference, f"hf-hub:{reference}", {})
+    body, equals, weights = reference.removeprefix("timm:").partition("=")
+    if "?" in body:  # an option's '=' comes before the one of the weights, which stand at the very end
+        body, weights = _split_weights(reference.removeprefix("timm:"))
+        equals = "=" if weights else ""
+    name, options = split_options(body)
+    if not equals:
+        return _load_hub(reference, name, options)
+    path = Path(weights).expanduser()
+    state = read_weights(path)
+    module = _create(name, options)
+    advice = f"Give weights saved from timm's '{name}', or the options they were trained with, such as ?num_classes=10."
+    check_fit(module, state, f"{path} as weights of timm:{name}", advice)
+    return _loaded(load_exactly(module, state), reference, name, options)
+
+
+def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Module:
+    """The architecture on empty parameters, with the recorded configuration where there is one.
+
+    Raises:
+        LoadError: where this timm does not know the architecture or its options.
+    """
+    config = json.loads(files["config.json"]) if "config.json" in files else {}
+    with empty_parameters():
+        module = _create(origin.architecture, dict(origin.options), config.get("pretrained_cfg"))
+    return drop_weights(module).eval()
+
+
+def adopt(module: nn.Module) -> Loaded | None:
+    """A live module that timm created, so that it can be built again; None for any other."""
+    config = getattr(module, "pretrained_cfg", None)
+    arguments = getattr(module, "_model_args", None)
+    if (
+        not isinstance(config, Mapping)
+        or not isinstance(arguments, Mapping)
+        or not config.get("architecture")
+    ):
+        return None
+    try:
+        options = json.loads(json.dumps(dict(arguments)))
+        return _loaded(module, type(module).__name__, str(config["architecture"]), options)
+    except (TypeError, ValueError):
+        return None
+
+
+def save_plain(module: nn.Module, origin: Origin, files: Mapping[str, bytes], directory: Path) -> None:
+    """Write `model.safetensors` and `config.json`: `timm.create_model('local-dir:' + directory)` reads them."""
+    save_weights(module, directory)
+    write_files(
+        files if "config.json" in files else {**files, **_config_file(module, dict(origin.options))},
+        directory,
+    )
+
+
+def _split_weights(text: str) -> tuple[str, str]:
+    """`NAME?key=value=weights` as `NAME?key=value` and `weights`; the weights follow the last option's second '='."""
+    head, _, tail = text.rpartition("?")
+    last = tail.split("&")[-1]
+    if last.count("=") < 2:
+        return text, ""
+    key, value, weights = last.split("=", 2)
+    return f"{head}?{tail[: len(tail) - len(last)]}{key}={value}", weights
+
+
+def _load_hub(reference: str, name: str, options: dict[str, Any]) -> Loaded:
+    """Pretrained weights through timm's own hub client."""
+    import timm
+
+    if ":" not in name:
+        _check_name(name)
+        if not timm.is_model_pretrained(name):
+            raise LoadError(
+                f"timm has no pretrained weights for '{name}': give a tag that has ({_alike(name, True)}), or local "
+                f"weights as timm:{name}=weights.safetensors"
+            )
+    try:
+        with quiet():
+            module = timm.create_model(name, pretrained=True, **options)
+    except (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError) as error:
+        raise LoadError(
+            f"timm could not load the pretrained weights of '{reference}' from its hub: {one_line(error)}; check the "
+            "name and the network (HF_HUB_OFFLINE must be unset unless they are cached), or give local weights as "
+            "timm:NAME=weights.safetensors"
+        ) from error
+    config: Any = getattr(module, "pretrained_cfg", {})
+    architecture = str(config.get("architecture") or name.partition(".")[0])
+    options = {**_arguments(module), **options}
+    return _loaded(module, reference, architecture, options, _revision(config.get("hf_hub_id")))
+
+
+def _load_folder(reference: str, folder: Path) -> Loaded:
+    """A folder in timm's hub format."""
+    config = _read_config(folder)
+    path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if path is None:
+        raise LoadError(
+            f"{folder} must hold weights beside its config.json ({', '.join(_WEIGHTS)}), but has none"
+        )
+    state = read_weights(path)
+    name = str(config["architecture"])
+    options = dict(config.get("model_args") or {})
+    saved = config.get("pretrained_cfg") or {
+        key: value for key, value in config.items() if key != "architecture"
+    }
+    classes = config.get("num_classes", saved.get("num_classes"))
+    if classes is not None:
+        options.setdefault("num_classes", classes)
+    module = _create(name, options, {**saved, **({} if classes is None else {"num_classes": classes})})
+    check_fit(
+        module,
+        state,
+        f"{path} as weights of timm's '{name}'",
+        "config.json and the weights must belong together.",
+    )
+    load_exactly(module, state).eval()
+    files = {"config.json": (folder / "config.json").read_bytes()}
+    return Loaded(module, Origin("timm", reference, name, None, options), files)
+
+
+def _loaded(
+    module: nn.Module, reference: str, name: str, options: dict[str, Any], revision: str | None = None
+) -> Loaded:
+    origin = Origin("timm", reference, name, revision, options)
+    return Loaded(module.eval(), origin, _config_file(module, options))
+
+
+def _create(name: str, options: dict[str, Any], config: Mapping[str, Any] | None = None) -> nn.Module:
+    """A timm model with the weights of its initialisation."""
+    import timm
+
+    _check_name(name)
+    try:
+        with quiet():
+            return timm.create_model(
+                name, pretrained=False, pretrained_cfg=dict(config) if config else None, **options
+            )
+    except Exception as error:
+        raise LoadError(
+            f"timm could not create '{name}' with the options {options or 'none'}: {one_line(error)}; check the options"
+        ) from error
+
+
+def _check_name(name: str) -> None:
+    import timm
+
+    if not timm.is_model(name):
+        raise LoadError(f"timm {timm.__version__} has no model '{name}': {_alike(name, False)}")
+
+
+def _alike(name: str, pretrained: bool) -> str:
+    """Names that timm does have."""
+    import difflib
+
+    import timm
+
+    near = difflib.get_close_matches(name, timm.list_models(pretrained=pretrained), n=3, cutoff=0.5)
+    return f"did you mean {shorten(near)}?" if near else "timm.list_models() prints all names"
+
+
+def _arguments(module: nn.Module) -> dict[str, Any]:
+    """Arguments that the hub's configuration added while the model was created."""
+    arguments = getattr(module, "_model_args", None) or {}
+    return json.loads(json.dumps(dict(arguments), default=str))
+
+
+def _config_file(module: nn.Module, options: dict[str, Any]) -> dict[str, bytes]:
+    """`config.json` in timm's hub format, written by timm."""
+    from timm.models._hub import save_config_for_hf
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        save_config_for_hf(module, str(path), model_args=options or None)
+        return {"config.json": path.read_bytes()}
+
+
+def _revision(hub_id: str | None) -> str | None:
+    """The commit of the cached hub files, where the hub's cache tells it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("model.safetensors", "pytorch_model.bin") if hub_id else ():
+        path = try_to_load_from_cache(str(hub_id).partition("@")[0], name)
+        if isinstance(path, str):
+            return Path(path).parent.name
+    return None
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a folder, or nothing where it is absent or not a JSON object."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}

@@ -1,0 +1,280 @@
+"""transformers models: a local folder, or a hub id `org/name[@revision]`, with `?class=NAME` to choose the class."""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import LoadError
+from surgery.member import Origin
+from surgery.origins.base import (
+    Loaded,
+    Request,
+    one_line,
+    quiet,
+    read_small_files,
+    split_options,
+    write_files,
+)
+from surgery.origins.empty import drop_weights, empty_parameters
+from surgery.origins.weights import check_safetensors, raise_misfit
+
+FILES = (
+    "config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "*.spm", "spiece.model",
+    "sentencepiece*.model", "source.spm", "target.spm", "vocab.*", "merges.txt", "added_tokens.json", "*.tiktoken",
+    "special_tokens_map.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "chat_template*", "additional_chat_templates/*", "modules.json", "sentence_bert_config.json",
+    "config_sentence_transformers.json", "[0-9]*_*/config.json",
+)  # fmt: skip
+_WEIGHTS = ("*.safetensors", "*.bin")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
+
+
+def claims(reference: str) -> bool:
+    """Whether `reference` is a folder, or could be a hub id."""
+    head = reference.partition("?")[0]
+    return Path(head).expanduser().is_dir() or bool(_HUB_ID.fullmatch(head))
+
+
+def load(reference: str, request: Request) -> Loaded:
+    """Load config, class, weights and small files, and check that every tensor found its place.
+
+    Raises:
+        LoadError: where anything is missing, damaged or does not fit, or the hub cannot be reached.
+    """
+    head, options = split_options(reference)
+    unknown = set(options) - {"class", "unused"}
+    if unknown:
+        raise LoadError(
+            f"a transformers reference takes ?class=NAME and ?unused=drop, not {', '.join(sorted(unknown))}"
+        )
+    folder = Path(head).expanduser()
+    local = folder.is_dir()
+    where, revision = (str(folder), None) if local else _split_revision(head)
+    if local:
+        _check_folder(folder)
+    with quiet():
+        config = _read_config(where, revision, request)
+        kind = model_class(config, options.get("class"), where, revision, request)
+        module, extra = _load_weights(kind, where, revision, request, str(options.get("unused", "")))
+        commit = getattr(config, "_commit_hash", None)
+        files = read_small_files(folder if local else _snapshot(where, commit or revision), FILES)
+    made = {"dtype": str(module.dtype).removeprefix("torch."), **extra}
+    origin = Origin("transformers", reference, type(module).__name__, commit, made)
+    return Loaded(module.eval(), origin, files)
+
+
+def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Module:
+    """The class again on empty parameters, from the configuration among `files`.
+
+    Raises:
+        LoadError: where the configuration or the class is not known to this transformers.
+    """
+    import torch
+
+    if "config.json" not in files:
+        raise LoadError(
+            f"building '{origin.reference}' again needs its config.json, but the files do not have it"
+        )
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        write_files(
+            {name: files[name] for name in ("config.json", "generation_config.json") if name in files},
+            Path(folder),
+        )
+        config = _read_config(folder, None, request, origin)
+        where = origin.reference if getattr(config, "auto_map", None) else folder
+        kind = model_class(config, origin.architecture, where, origin.revision, request)
+        dtype = getattr(torch, str(origin.options.get("dtype", "float32")))
+        extra = {key: value for key, value in origin.options.items() if key == "add_pooling_layer"}
+        with empty_parameters():
+            module = kind._from_config(config, dtype=dtype, **extra)
+        module.tie_weights()
+        if "generation_config.json" in files and module.can_generate():
+            from transformers import GenerationConfig
+
+            module.generation_config = GenerationConfig.from_pretrained(folder)
+    return drop_weights(module).eval()
+
+
+def adopt(module: nn.Module) -> Loaded | None:
+    """A live module of a class that transformers has, so that it can be built again; None for any other."""
+    import transformers
+
+    kind = type(module)
+    if (
+        not isinstance(module, transformers.PreTrainedModel)
+        or getattr(transformers, kind.__name__, None) is not kind
+    ):
+        return None
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        module.config.save_pretrained(folder)
+        if module.can_generate() and module.generation_config is not None:
+            module.generation_config.save_pretrained(folder)
+        files = read_small_files(Path(folder), FILES)
+    options = {"dtype": str(module.dtype).removeprefix("torch.")}
+    return Loaded(module, Origin("transformers", kind.__name__, kind.__name__, None, options), files)
+
+
+def save_plain(module: Any, origin: Origin, files: Mapping[str, bytes], directory: Path) -> None:
+    """Write what `from_pretrained(directory)` reads, tokenizer and preprocessor files included."""
+    with quiet():
+        module.save_pretrained(directory)
+    write_files(files, directory, keep=("config.json",))
+
+
+def model_class(config: Any, wanted: str | None, where: str, revision: str | None, request: Request) -> Any:
+    """The class to load: the one asked for, else the one that the config names, else the base model of its type.
+
+    Raises:
+        LoadError: where a class that was asked for does not exist, or comes as code that may not run.
+    """
+    import transformers
+
+    named = wanted or next(iter(getattr(config, "architectures", None) or ()), "")
+    kind = getattr(transformers, named, None) if named else None
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        return kind
+    auto_map = getattr(config, "auto_map", None) or {}
+    remote = [
+        entry for entry in auto_map.values() if isinstance(entry, str) and entry.rpartition(".")[2] == named
+    ]
+    remote = remote or [
+        entry for name, entry in auto_map.items() if name == "AutoModel" and isinstance(entry, str)
+    ]
+    if remote:
+        if not request.trust_remote_code:
+            raise LoadError(_remote_code(where, named))
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(remote[0], where, revision=revision)
+    if wanted:
+        raise LoadError(
+            f"transformers {transformers.__version__} has no model class '{wanted}': check the name"
+        )
+    mapping: Any = transformers.AutoModel._model_mapping
+    if type(config) not in mapping:
+        raise LoadError(
+            f"{where}: transformers {transformers.__version__} has neither the class '{named}' nor a base model for "
+            f"'{config.model_type}': choose a class with ?class=NAME"
+        )
+    found = mapping[type(config)]
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def _load_weights(
+    kind: Any, where: str, revision: str | None, request: Request, unused: str
+) -> tuple[Any, dict]:
+    """The module with every tensor in its place, and the options that were needed for it."""
+    extra: dict[str, Any] = {}
+    for attempt in range(2):
+        try:
+            module, info = kind.from_pretrained(
+                where, revision=revision, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True,
+                trust_remote_code=request.trust_remote_code, **extra,
+            )  # fmt: skip
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError) as error:
+            raise LoadError(
+                _failed(where, revision, f"loading weights into {kind.__name__}", error)
+            ) from error
+        except Exception as error:  # safetensors raises its own kind
+            raise LoadError(f"{where}: the weights cannot be read: {one_line(error)}") from error
+        missing = sorted(info["missing_keys"])
+        # An encoder saved without its pooler is complete without one: do not invent weights for it.
+        if (
+            not attempt
+            and missing
+            and all(name.startswith("pooler.") for name in missing)
+            and "Bert" in kind.__name__
+        ):
+            extra["add_pooling_layer"] = False
+            continue
+        unexpected = [] if unused == "drop" else sorted(info["unexpected_keys"])
+        raise_misfit(
+            f"{where} as weights of {kind.__name__}", missing, unexpected, sorted(info["mismatched_keys"]),
+            "Choose the class that owns exactly these weights with ?class=NAME (unexpected ones alone can be left out "
+            "with ?unused=drop), and check that config.json belongs to the weights.",
+        )  # fmt: skip
+        break
+    if unused == "drop" and info["unexpected_keys"]:
+        extra["dropped"] = sorted(info["unexpected_keys"])
+    return module, extra
+
+
+def _read_config(where: str, revision: str | None, request: Request, origin: Origin | None = None) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            where, revision=revision, trust_remote_code=request.trust_remote_code
+        )
+    except Exception as error:
+        if "trust_remote_code" in str(error) or "custom code" in str(error):
+            raise LoadError(_remote_code(origin.reference if origin else where, "")) from error
+        raise LoadError(_failed(where, revision, "reading the configuration", error)) from error
+
+
+def _remote_code(where: str, named: str) -> str:
+    return (
+        f"{where} brings its own Python code{f' for {named}' if named else ''}, which runs only on purpose: read it, "
+        "then pass --trust-remote-code (in Python trust_remote_code=True)"
+    )
+
+
+def _failed(where: str, revision: str | None, step: str, error: BaseException) -> str:
+    """One sentence for a failure in transformers: what was tried and what to do."""
+    if Path(where).is_dir():
+        return (
+            f"{where}: {step} failed: {one_line(error)}; check that config.json and the weights are complete"
+        )
+    at = f" at revision '{revision}'" if revision else ""
+    return (
+        f"'{where}' is no local folder, and {step} from the hub{at} failed: {one_line(error, 160)}; check the name and "
+        "the network (HF_HUB_OFFLINE must be unset unless it is cached), or give a local folder"
+    )
+
+
+def _split_revision(head: str) -> tuple[str, str | None]:
+    name, _, revision = head.partition("@")
+    return name, revision or None
+
+
+def _snapshot(where: str, revision: str | None) -> Path:
+    """The small files of a hub model, in the hub client's cache."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(where, revision=revision, allow_patterns=list(FILES)))
+
+
+def _check_folder(folder: Path) -> None:
+    """What can be said about a folder before anything is built."""
+    if not any(folder.iterdir()):
+        raise LoadError(f"{folder} is empty: give a folder with config.json and weights")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise LoadError(
+            f"{folder} has no config.json: give a folder that save_pretrained wrote, or timm:NAME=weights"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LoadError(
+            f"{path} must be JSON, but reading it says {one_line(error)}: copy or download it again"
+        ) from error
+    if not isinstance(config, dict) or not config.get("model_type"):
+        raise LoadError(
+            f"{path} must name a 'model_type' (transformers) or an 'architecture' (timm), but has neither"
+        )
+    weights = [file for pattern in _WEIGHTS for file in sorted(folder.glob(pattern))]
+    if not weights:
+        raise LoadError(
+            f"{folder} has a config.json but no weights (model.safetensors or pytorch_model.bin): add them"
+        )
+    for file in weights:
+        if file.suffix == ".safetensors":
+            check_safetensors(file)

@@ -1,0 +1,139 @@
+"""Weight files: read them safely, compare their keys with a module, and write every tensor of a module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import LoadError
+from surgery.origins.base import one_line, shorten
+
+
+def check_safetensors(path: Path) -> None:
+    """Read the header of a safetensors file, and with it the length that the file must have.
+
+    Raises:
+        LoadError: where the file is truncated or its header lies.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoadError(
+            f"{path} must be a complete safetensors file, but reading it says {one_line(error)} "
+            f"({path.stat().st_size:,} bytes): copy or download it again"
+        ) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a `.safetensors`, `.pth`, `.pt`, `.bin` or `.tar` file, never running code that is in it.
+
+    Training checkpoints are unwrapped the way timm does it: averaged weights first, then `state_dict`, then `model`.
+
+    Raises:
+        LoadError: where the file does not exist, is damaged, needs code to be read, or holds no state dict.
+    """
+    from timm.models import load_state_dict
+
+    if not path.is_file():
+        raise LoadError(f"the weights file {path} does not exist: check the path")
+    if path.suffix not in (".safetensors", ".pth", ".pt", ".bin", ".tar"):
+        raise LoadError(f"weights are read from .safetensors, .pth, .pt or .bin, not from '{path.name}'")
+    if path.suffix == ".safetensors":
+        check_safetensors(path)
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+    except Exception as error:
+        raise LoadError(
+            f"{path} must hold tensors alone, readable by torch.load(weights_only=True): {one_line(error)}; "
+            "convert it to safetensors where you trust it"
+        ) from error
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise LoadError(f"{path} must hold a state dict (names to tensors): save model.state_dict() into it")
+    return dict(state)
+
+
+def check_fit(module: nn.Module, state: Mapping[str, Tensor], what: str, advice: str) -> None:
+    """Compare names and shapes of `state` with the module's own state dict.
+
+    Raises:
+        LoadError: naming all missing, unexpected and mismatched tensors in one sentence.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    mismatched = [
+        (name, tuple(state[name].shape), tuple(own[name].shape))
+        for name in own
+        if name in state and isinstance(own[name], Tensor) and state[name].shape != own[name].shape
+    ]
+    raise_misfit(what, missing, unexpected, mismatched, advice)
+
+
+def raise_misfit(what: str, missing: list, unexpected: list, mismatched: list, advice: str) -> None:
+    """Raise one `LoadError` for everything that does not fit; do nothing where all fits."""
+    shapes = [f"{name} (file {found}, model {wanted})" for name, found, wanted in mismatched]
+    parts = [
+        f"{len(names)} {word} ({shorten(names)})"
+        for word, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if parts:
+        raise LoadError(f"{what}: tensors that do not fit: {'; '.join(parts)}. {advice}")
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Load `state` strictly; where all its floating-point tensors share one dtype, the module takes that dtype."""
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        module.to(dtypes.pop())
+    module.load_state_dict(dict(state), strict=True)
+    return module
+
+
+def check_finite(module: nn.Module, what: str) -> None:
+    """Every weight must be a number, and every buffer must not be NaN (masks may hold infinities).
+
+    Raises:
+        LoadError: naming every bad tensor with its count.
+    """
+    parameters = {id(parameter) for parameter in module.parameters()}
+    bad = []
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.device.type == "meta":
+            continue
+        values = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()
+        if torch.isfinite(
+            values.sum(dtype=torch.float64)
+        ):  # one pass, no copy; a sum hides no NaN and no infinity
+            continue
+        wrong = ~torch.isfinite(values) if id(tensor) in parameters else torch.isnan(values)
+        if count := int(wrong.sum()):
+            bad.append(f"{name} ({count:,} of {tensor.numel():,})")
+    if bad:
+        raise LoadError(
+            f"{what}: every weight must be finite, but NaN or infinite values are in {shorten(bad, 20)}: "
+            "take another checkpoint, or allow non-finite weights on purpose"
+        )
+
+
+def save_weights(module: nn.Module, directory: Path) -> None:
+    """Write `model.safetensors` (shards with an index above 5 GB) with every name of the state dict.
+
+    Tied names are written in full, because a strict `load_state_dict` asks for all of them.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    seen: set[int] = set()
+    state = {}
+    for name, tensor in module.state_dict().items():
+        key = tensor.untyped_storage().data_ptr()
+        state[name] = tensor.clone() if key in seen else tensor
+        seen.add(key)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(state, directory)

@@ -1,0 +1,174 @@
+"""References: what the user typed becomes a `Member`, and a member's architecture can be built again.
+
+A reference is `[name=]REF`, with REF one of
+
+- a transformers folder, or a hub id `org/name[@revision]` (`?class=NAME` chooses the class);
+- `timm:NAME` (pretrained), `timm:NAME=weights.safetensors` (or `.pth`, `.bin`), `timm:NAME?num_classes=10`;
+- a folder in timm's hub format;
+- `path/module.py:factory`, a function that returns an `nn.Module` or `(nn.Module, example inputs)`.
+
+Each kind lives in its own file in `surgery.origins`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from surgery.errors import LoadError
+from surgery.inputs import as_inputs, example_inputs
+from surgery.member import Inputs, Member, Origin
+from surgery.origins import kind_for, origin_kind
+from surgery.origins.base import Loaded, Request
+from surgery.origins.weights import check_finite
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+def parse_reference(reference: str) -> tuple[str | None, str]:
+    """Split `name=REF`; a reference without a name, or a folder that happens to hold a `=`, is left whole.
+
+    Returns:
+        the name, or None, and REF.
+
+    Raises:
+        LoadError: where nothing follows the name, or the text is empty.
+
+    Example:
+        >>> parse_reference("net=timm:resnet18=weights.pth"), parse_reference("timm:resnet18=weights.pth")
+        (('net', 'timm:resnet18=weights.pth'), (None, 'timm:resnet18=weights.pth'))
+    """
+    name, equals, rest = reference.partition("=")
+    named = bool(equals) and bool(_NAME.fullmatch(name)) and not Path(reference).expanduser().exists()
+    if not reference.strip() or (named and not rest.strip()):
+        raise LoadError(
+            f"a reference is [name=]REF, but '{reference}' has no REF: give a folder, a hub id or timm:NAME"
+        )
+    return (name, rest) if named else (None, reference)
+
+
+def load_member(
+    reference: str | nn.Module,
+    *,
+    name: str | None = None,
+    inputs: Inputs | tuple | dict | Tensor | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    allow_nonfinite: bool = False,
+) -> Member:
+    """Load one member from a reference, or take a live module, which is put into eval mode.
+
+    Args:
+        reference: `[name=]REF` as described above, or a live `nn.Module`.
+        name: overrides the name in the reference; by default it is derived from the reference.
+        inputs: example inputs for tracing: positional arguments as a tuple, keyword arguments as a dict, or one
+            tensor; by default they are made up from the model's own configuration.
+        trust_remote_code: whether Python files that come with a transformers model may run.
+        seed: of made-up example inputs.
+        allow_nonfinite: whether NaN and infinite weights are accepted.
+
+    Returns:
+        the member in eval mode, with its weights in the dtype in which they are stored.
+
+    Raises:
+        LoadError: saying what was required, what was found and what to do.
+
+    Example:
+        >>> member = load_member(nn.Linear(3, 5), name="probe", inputs=torch.randn(2, 3))
+        >>> member.name, member.origin.kind
+        ('probe', 'module')
+    """
+    if isinstance(reference, nn.Module):
+        typed, loaded = None, _adopt(reference)
+    else:
+        typed, rest = parse_reference(reference)
+        loaded = kind_for(rest).load(rest, Request(trust_remote_code=trust_remote_code))
+    chosen = name or typed or default_name(loaded.origin)
+    if not _NAME.fullmatch(chosen):
+        raise LoadError(f"a member's name holds letters, digits, '_', '-' and '.'; '{chosen}' does not")
+    loaded.module.eval()
+    if not allow_nonfinite:
+        check_finite(loaded.module, chosen)
+    if inputs is not None:
+        examples = as_inputs(inputs)
+    else:
+        examples = loaded.inputs or example_inputs(loaded.module, loaded.origin, seed=seed)
+    return Member(chosen, loaded.module, examples, loaded.origin, loaded.files)
+
+
+def build_architecture(
+    origin: Origin,
+    files: Mapping[str, bytes],
+    *,
+    trust_remote_code: bool = False,
+    run_factory: bool = False,
+) -> nn.Module:
+    """The module that `origin` describes, again, without weights: parameters on the meta device, buffers real.
+
+    Args:
+        origin: of the member.
+        files: the member's small files by relative path.
+        trust_remote_code: whether Python files that come with a transformers model may run.
+        run_factory: whether the user's own `module.py:factory` may run.
+
+    Returns:
+        the module in eval mode, its parameters tied the way its class ties them. Fill it with
+        `load_state_dict(..., assign=True)`.
+
+    Raises:
+        LoadError: where the architecture cannot be built, or running its code was not allowed.
+    """
+    return origin_kind(origin.kind).build(origin, files, Request(trust_remote_code, run_factory)).eval()
+
+
+def write_plain(module: nn.Module, origin: Origin, files: Mapping[str, bytes], directory: str | Path) -> None:
+    """Write a module with ordinary weights as a folder that its own library reads, without this package.
+
+    Args:
+        module: with all its weights in place.
+        origin: of the member.
+        files: the member's small files by relative path.
+        directory: target folder, made where it does not exist.
+    """
+    target = Path(directory)
+    target.mkdir(parents=True, exist_ok=True)
+    origin_kind(origin.kind).save_plain(module, origin, files, target)
+
+
+def default_name(origin: Origin) -> str:
+    """A legal name from the reference: the folder's, the model's, the factory's or the class's own name."""
+    text = origin.reference.partition("?")[0]
+    if origin.kind == "timm" and not Path(text).is_dir():
+        text = text.removeprefix("timm:").partition("=")[0]
+    elif origin.kind == "factory":
+        text = text.rpartition(":")[2]
+    base = Path(text.partition("@")[0]).name or Path(text).resolve().name
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", base).strip("-.") or "member"
+
+
+def _adopt(module: nn.Module) -> Loaded:
+    """A live module, as the library's model that it is where it can be built again from its configuration."""
+    for kind in ("timm", "transformers"):
+        loaded = origin_kind(kind).adopt(module)
+        if loaded is not None and _same_shapes(module, loaded):
+            return loaded
+    return origin_kind("module").adopt(module)
+
+
+def _same_shapes(module: nn.Module, loaded: Loaded) -> bool:
+    """Whether the architecture built again has the live module's tensors: somebody may have changed a layer."""
+    try:
+        again = build_architecture(loaded.origin, loaded.files)
+    except LoadError:
+        return False
+    return _shapes(module) == _shapes(again)
+
+
+def _shapes(module: nn.Module) -> dict[str, Any]:
+    return {
+        name: tuple(value.shape) for name, value in module.state_dict().items() if isinstance(value, Tensor)
+    }
