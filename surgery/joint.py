@@ -153,12 +153,13 @@ class JointModel(nn.Module):
         self.refresh()
         return self
 
-    def reform(self, plan: Plan, dictionary: Dictionary, plain: Mapping[tuple[str, str], Tensor],
-               encoded: Mapping[str, Encoded], report: Any) -> JointModel:
-        """Take another plan and dictionary in place: `plain` gives the weights of sites that are no longer generated."""
+    def vacate(self) -> None:
+        """Take the dictionary away: slots become parameters without memory, for `occupy` or new plain tensors."""
         for p in self.plan.placements:
-            weight = plain.get((p.site.member, p.site.name))
-            put_back(self[p.site.member], p.site.owners, torch.empty(0) if weight is None else weight)
+            put_back(self[p.site.member], p.site.owners, torch.empty(p.site.shape, device="meta"))
+
+    def occupy(self, plan: Plan, dictionary: Dictionary, encoded: Mapping[str, Encoded], report: Any) -> JointModel:
+        """Take a plan and a dictionary after `vacate`; sites of the plan become slots."""
         self.plan, self.dictionary, self.encoded, self.report = plan, dictionary, dict(encoded), report
         self._install(hooks=False)
         return self

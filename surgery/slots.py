@@ -23,7 +23,8 @@ def take_out(module: nn.Module, owners: Iterable[str]) -> nn.Parameter:
     parameter: nn.Parameter | None = None
     for owner in owners:
         holder, attribute = locate(module, owner)
-        parameter = holder._parameters.pop(attribute) or parameter
+        found = holder._parameters.pop(attribute)
+        parameter = found if parameter is None else parameter
     if parameter is None:
         raise KeyError(f"no parameter under {list(owners)}")
     return parameter

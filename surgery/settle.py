@@ -1,0 +1,124 @@
+"""Settle: decide, before a joint model is written, which sites are worth generating and which are plain.
+
+A hypermodule used by fewer than c locations is replaced by the blocks that it generates; a site whose share of its
+bank's bytes (rows divided among their users, contexts, index) is no less than its own plain bytes becomes a plain
+tensor. What is written is therefore never larger than the members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from surgery.dictionary import Bank, duplicates
+from surgery.plan import Placement, Plan, torch_dtype
+
+if TYPE_CHECKING:
+    from surgery.joint import JointModel
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A joint model as it is worth writing: a smaller plan, its banks, and the weights that became plain."""
+
+    plan: Plan
+    banks: Mapping[str, Bank]
+    plain: Mapping[tuple[str, str], Tensor]
+
+
+@torch.no_grad()
+def settle(joint: JointModel) -> Settled:
+    """Keep in the dictionary only what sharing makes smaller. The joint model itself is not changed."""
+    banks: dict[str, Bank] = {}
+    placements: list[Placement] = []
+    for bank_plan in joint.plan.banks:
+        bank = retire_rare(joint.dictionary[bank_plan.key])
+        mine = [p for p in joint.plan.placements if p.bank == bank_plan.key]
+        kept = _worth_generating(bank, mine, torch_dtype(bank_plan.dtype).itemsize)
+        if kept:
+            banks[bank_plan.key], moved = _select(bank, kept)
+            placements += moved
+    generated = {(p.site.member, p.site.name) for p in placements}
+    plain = {
+        (name, p.site.name): state[p.site.name]
+        for name in joint.names
+        for state in [joint.collapse(name)]
+        for p in joint.plan.of(name)
+        if (name, p.site.name) not in generated
+    }
+    order = {(p.site.member, p.site.name): i for i, p in enumerate(joint.plan.placements)}
+    placements.sort(key=lambda p: order[p.site.member, p.site.name])
+    plans = tuple(replace(b, locations=banks[b.key].locations, context=banks[b.key].context)
+                  for b in joint.plan.banks if b.key in banks)
+    return Settled(replace(joint.plan, banks=plans, placements=tuple(placements)), banks, plain)
+
+
+def retire_rare(bank: Bank) -> Bank:
+    """Replace each hypermodule that fewer than c locations use by single rows, one for each distinct block."""
+    psi, c, count = bank.psi, bank.context, bank.hypermodules
+    uses = torch.bincount(psi[psi < count], minlength=count)
+    kept = uses >= c
+    if bool(kept.all()) or not count:
+        return bank
+    number = torch.cumsum(kept, 0) - 1
+    shared = (psi < count) & kept[psi.clamp_max(count - 1)]
+    blocks = bank.settled_blocks()[~shared]
+    representative, factor = duplicates(blocks)
+    single_rows, single = torch.unique(representative, return_inverse=True)
+    rows = torch.cat([bank.rows.detach().view(-1, blocks.shape[1])[: count * c].view(count, c, -1)[kept].flatten(0, 1),
+                      blocks[single_rows]])
+    contexts = bank.contexts.detach().clone()
+    contexts[~shared] = 0
+    contexts[~shared, 0] = factor
+    new_psi = torch.empty_like(psi)
+    new_psi[shared] = number[psi[shared]]
+    new_psi[~shared] = single + int(kept.sum())
+    return Bank(bank.block, rows, new_psi, contexts, int(kept.sum()))
+
+
+def index_dtype(count: int) -> torch.dtype:
+    """The smallest integer type that numbers `count` things."""
+    return torch.uint8 if count <= 1 << 8 else torch.uint16 if count <= 1 << 16 else torch.int32
+
+
+def _worth_generating(bank: Bank, placements: list[Placement], itemsize: int) -> list[Placement]:
+    """Drop sites that cost more in the bank than plain, again and again until every one left pays."""
+    kept, previous = list(placements), -1
+    row_bytes = bank.rows.shape[1] * itemsize
+    factors = bool((bank.contexts[:, 0] != 1).any())
+    index_bytes = index_dtype(bank.hypermodules + bank.singles).itemsize + (4 if factors else 0)
+    while kept and len(kept) != previous:
+        previous = len(kept)
+        used = torch.cat([bank.psi[p.start : p.stop] for p in kept])
+        uses = torch.bincount(used, minlength=bank.hypermodules + bank.singles).clamp_min(1)
+        shared = bank.psi < bank.hypermodules
+        cost = row_bytes / uses[bank.psi].double()
+        cost = torch.where(shared, cost * bank.context + 4 * bank.context, cost) + index_bytes
+        kept = [p for p in kept if float(cost[p.start : p.stop].sum()) < _numel(p) * itemsize]
+    return kept
+
+
+def _select(bank: Bank, placements: list[Placement]) -> tuple[Bank, list[Placement]]:
+    """The bank of these placements alone, rows that they do not use removed, with the placements moved."""
+    chosen = torch.cat([torch.arange(p.start, p.stop, device=bank.psi.device) for p in placements])
+    psi, c = bank.psi[chosen], bank.context
+    used, compact = torch.unique(psi, return_inverse=True)
+    hyper, single = used[used < bank.hypermodules], used[used >= bank.hypermodules]
+    index = torch.cat([(hyper.unsqueeze(1) * c + torch.arange(c, device=psi.device)).reshape(-1),
+                       single + bank.hypermodules * (c - 1)])
+    contexts = bank.contexts.detach()[chosen]
+    if not len(hyper):  # single rows need one column only
+        contexts = contexts[:, :1]
+    moved, start = [], 0
+    for p in placements:
+        moved.append(replace(p, start=start))
+        start += p.grid.locations
+    return Bank(bank.block, bank.rows.detach()[index].clone(), compact, contexts.clone(), len(hyper)), moved
+
+
+def _numel(p: Placement) -> int:
+    return p.grid.stack * p.grid.out * p.grid.into

@@ -1,0 +1,197 @@
+"""Storage: a joint model as named, encoded tensors, and back.
+
+Keys are `plain/<member>/<name>` for tensors that a member owns and `bank/<key>/<part>` for the dictionary:
+
+    rows.<j>  [K, m*n]  basis block j of every hypermodule; each j may have its own precision
+    single    [S, m*n]  single rows
+    psi       [L]       alignment, in the smallest integer type that holds it
+    contexts  [L', c]   of the locations on hypermodules
+    factor    [L'']     of the locations on single rows; absent where all are 1
+
+A tensor whose live value is what its stored form decodes to is written in that form again, so saving what was
+loaded gives the same bytes; a tensor that changed is encoded anew with the same precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.dictionary import Bank, Dictionary, master_dtype
+from surgery.joint import JointModel
+from surgery.member import Member
+from surgery.plan import BankPlan, Plan, torch_dtype
+from surgery.precision import NATIVE, Encoded, decode, encode
+from surgery.settle import index_dtype, settle
+from surgery.slots import assign, locate
+
+ALIAS_BYTES = 512  # a tensor smaller than this is not worth the manifest's line that would alias it
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Everything that an artifact holds of a joint model.
+
+    Attributes:
+        plan: what is generated.
+        tensors: encoded tensors by storage key.
+        aliases: keys of plain tensors that equal another key's, byte for byte, and are stored once.
+        ties: per member, tied names by first owner.
+    """
+
+    plan: Plan
+    tensors: Mapping[str, Encoded]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    ties: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are stored."""
+        return sum(encoded.nbytes for encoded in self.tensors.values())
+
+
+@torch.no_grad()
+def store(joint: JointModel) -> Stored:
+    """Encode a joint model. One that was neither fitted nor loaded is settled first and stored without loss."""
+    if joint.encoded:
+        plan, banks, plain = joint.plan, {key: joint.dictionary[key] for key in joint.dictionary.keys()}, {}
+    else:
+        settled = settle(joint)
+        plan, banks, plain = settled.plan, settled.banks, settled.plain
+    live = plain_tensors(joint, plan, plain)
+    for bank_plan in plan.banks:
+        live.update(bank_tensors(bank_plan, banks[bank_plan.key]))
+    tensors = {key: _encode_as_before(tensor, joint.encoded.get(key)) for key, tensor in live.items()}
+    return deduplicate(Stored(plan, tensors, ties=ties(joint)))
+
+
+def plain_tensors(joint: JointModel, plan: Plan, settled: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+    """Every tensor that `plan` does not generate, by storage key, once for all its owners."""
+    generated = {(p.site.member, p.site.name) for p in plan.placements}
+    tensors: dict[str, Tensor] = {}
+    for name in joint.names:
+        for first in joint.owners[name]:
+            if (name, first) in generated:
+                continue
+            tensor = settled.get((name, first))
+            if tensor is None:
+                holder, attribute = locate(joint[name], first)
+                tensor = getattr(holder, attribute).detach()
+            tensors[f"plain/{name}/{first}"] = tensor
+    return tensors
+
+
+def bank_tensors(plan: BankPlan, bank: Bank) -> dict[str, Tensor]:
+    """The parts of one bank by storage key."""
+    k, c = bank.hypermodules, bank.context
+    rows, psi, contexts = bank.rows.detach(), bank.psi, bank.contexts.detach()
+    shared = psi < k
+    prefix = f"bank/{plan.key}/"
+    parts: dict[str, Tensor] = {}
+    if k:
+        parts.update({f"{prefix}rows.{j}": rows[: k * c].view(k, c, -1)[:, j].contiguous() for j in range(c)})
+        parts[f"{prefix}contexts"] = contexts[shared].contiguous()
+    if bank.singles:
+        parts[f"{prefix}single"] = rows[k * c :].to(torch_dtype(plan.dtype))
+        if bool((contexts[~shared, 0] != 1).any()):
+            parts[f"{prefix}factor"] = contexts[~shared, 0].contiguous()
+    parts[f"{prefix}psi"] = psi.to(index_dtype(k + bank.singles))
+    return parts
+
+
+def build_bank(plan: BankPlan, tensors: Mapping[str, Encoded]) -> Bank:
+    """The inverse of `bank_tensors`."""
+    prefix = f"bank/{plan.key}/"
+    parts = {key.removeprefix(prefix): decode(tensors[key]) for key in tensors if key.startswith(prefix)}
+    master = master_dtype(torch_dtype(plan.dtype))
+    psi = parts["psi"].long()
+    bases = [parts[f"rows.{j}"].to(master) for j in range(sum(part.startswith("rows.") for part in parts))]
+    k, c = (len(bases[0]), len(bases)) if bases else (0, 1)
+    rows = [torch.stack(bases, 1).flatten(0, 1)] if bases else []
+    shared = psi < k
+    contexts = torch.zeros(len(psi), c, dtype=master, device=psi.device)
+    if k:
+        contexts[shared] = parts["contexts"].to(master)
+    if "single" in parts:
+        rows.append(parts["single"].to(master))
+        contexts[~shared, 0] = parts["factor"].to(master) if "factor" in parts else 1
+    return Bank(plan.block, torch.cat(rows), psi, contexts, k)
+
+
+def deduplicate(stored: Stored) -> Stored:
+    """Keep one of several plain tensors that are equal byte for byte, within and across members."""
+    tensors, aliases, seen = {}, {}, {}
+    for key, encoded in stored.tensors.items():
+        if key.startswith("plain/") and encoded.nbytes >= ALIAS_BYTES:
+            first = seen.setdefault(_fingerprint(encoded), key)
+            if first != key:
+                aliases[key] = first
+                continue
+        tensors[key] = encoded
+    return Stored(stored.plan, tensors, aliases, stored.ties)
+
+
+def ties(joint: JointModel) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Per member, the names of every tied tensor by its first owner."""
+    return {name: tied for name, owners in joint.owners.items()
+            if (tied := {first: names for first, names in owners.items() if len(names) > 1})}
+
+
+def revive(members: Sequence[Member], stored: Stored, report: Any = None) -> JointModel:
+    """A joint model from its stored form; the members' modules may still be without weights."""
+    encoded = _expand(stored)
+    for member in members:
+        _assign_plain(member, stored, encoded)
+    banks = {plan.key: build_bank(plan, stored.tensors) for plan in stored.plan.banks}
+    return JointModel(members, stored.plan, Dictionary(banks), encoded, report)
+
+
+def adopt(joint: JointModel, stored: Stored, report: Any = None) -> JointModel:
+    """Give a joint model another stored form in place: a new plan, new banks, new plain tensors."""
+    joint.vacate()
+    encoded = _expand(stored)
+    for member in joint.members.values():
+        _assign_plain(member, stored, encoded)
+    banks = {plan.key: build_bank(plan, stored.tensors) for plan in stored.plan.banks}
+    return joint.occupy(stored.plan, Dictionary(banks), encoded, report)
+
+
+def _expand(stored: Stored) -> dict[str, Encoded]:
+    return dict(stored.tensors) | {key: stored.tensors[first] for key, first in stored.aliases.items()}
+
+
+def _assign_plain(member: Member, stored: Stored, encoded: Mapping[str, Encoded]) -> None:
+    prefix = f"plain/{member.name}/"
+    shared = {*stored.aliases, *stored.aliases.values()}
+    tensors = {
+        # An aliased tensor is stored once but belongs to several: each gets memory of its own.
+        key.removeprefix(prefix): decode(each).clone() if key in shared else decode(each)
+        for key, each in encoded.items() if key.startswith(prefix)
+    }
+    assign(member.module, tensors, dict(stored.ties.get(member.name, {})))
+
+
+def _encode_as_before(tensor: Tensor, before: Encoded | None) -> Encoded:
+    if before is None:
+        return encode(tensor, NATIVE)
+    if before.shape == tuple(tensor.shape) and before.dtype == tensor.dtype:
+        old = decode(before).to(tensor.device)
+        if old is tensor or _bytes(old).equal(_bytes(tensor)):
+            return before
+    return encode(tensor, before.precision)
+
+
+def _fingerprint(encoded: Encoded) -> bytes:
+    digest = hashlib.sha256(f"{encoded.precision} {encoded.shape} {encoded.dtype}".encode())
+    for name in sorted(encoded.parts):
+        digest.update(memoryview(_bytes(encoded.parts[name].cpu()).numpy()))
+    return digest.digest()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
