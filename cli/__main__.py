@@ -1,0 +1,83 @@
+"""`surgery`: the command, its verbs, and how errors end.
+
+Exit codes: 0 done, 1 `verify` found a mismatch, 2 bad input or usage, 130 interrupted. Verbs import the library when they
+run, so `surgery --help` does not import torch.
+"""
+
+from __future__ import annotations
+
+import inspect as introspection
+import sys
+import traceback
+from types import ModuleType
+from typing import Annotated
+
+import typer
+
+from surgery.errors import SurgeryError
+from surgery.version import __version__
+
+from . import demo, export, inspect, merge, verify
+from .options import FLAG
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="surgery",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _add(module: ModuleType) -> None:
+    """Add the verb that a file is named after; its docstring is the help, its `EXAMPLES` end it."""
+    name = module.__name__.rpartition(".")[2]
+    verb = getattr(module, name)
+    paragraphs = introspection.cleandoc(verb.__doc__ or "").split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    examples = "".join(f"\n  {line}" for line in module.EXAMPLES.strip().splitlines())
+    app.command(name, help=text, epilog=f"[dim]Examples[/dim]{examples}")(verb)
+
+
+for each in (demo, inspect, merge, verify, export):
+    _add(each)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"surgery {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def surgery(
+    version: Annotated[
+        bool,
+        typer.Option("--version", metavar=FLAG, callback=_print_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Join pretrained networks of any architecture into one folder, and give each of them back.
+
+    Start with [bold]surgery demo[/bold], or look at a model of your own with [bold]surgery inspect REF[/bold].
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(arguments)
+    except SurgeryError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print(f"surgery: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("surgery: interrupted; nothing was left half-written.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What the verbs print: tables and sentences on stdout, progress and errors on stderr, or one JSON document."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from surgery.progress import reporting
+
+PATIENCE = 2.0  # seconds of work before progress is shown
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten.
+
+    Example:
+        >>> size(90_868_376)
+        '90.9 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            break
+        count /= 1000
+    else:
+        unit = "TB"
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def count(number: int) -> str:
+    """A number of parameters for people.
+
+    Example:
+        >>> count(22_713_216), count(384)
+        ('22.7M', '384')
+    """
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if number >= limit:
+            return f"{number / limit:.1f}{unit}" if unit != "k" else f"{number / 1e3:.1f}k"
+    return str(number)
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """A fraction in percent; what is not zero never reads as zero.
+
+    Example:
+        >>> percent(0.26), percent(0), percent(1e-7)
+        ('26.0%', '0%', '<0.1%')
+    """
+    if fraction == 0:
+        return "0%"
+    smallest = 10.0**-digits
+    return f"<{smallest:.{digits}f}%" if abs(fraction) * 100 < smallest else f"{fraction * 100:.{digits}f}%"
+
+
+def shape(sizes: Sequence[int]) -> str:
+    """`(384, 1536)` as `384x1536`; a scalar as `-`."""
+    return "x".join(map(str, sizes)) or "-"
+
+
+def table(*columns: str, title: str | None = None, wide: str | None = None) -> Table:
+    """A plain table; a column whose name starts with `>` is aligned to the right, `wide` takes the room left."""
+    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", header_style="dim",
+                 pad_edge=False, padding=(0, 2, 0, 0), expand=False)
+    for column in columns:
+        right = column.startswith(">")
+        name = column.removeprefix(">")
+        made.add_column(name, justify="right" if right else "left", no_wrap=name != wide, overflow="fold")
+    return made
+
+
+def say(text: str = "", style: str | None = None) -> None:
+    """One paragraph on stdout."""
+    out.print(Text(text, style=style or ""))
+
+
+def heading(text: str) -> None:
+    """A heading with a free line above."""
+    out.print()
+    out.print(Text(text, style="bold"))
+
+
+def command(text: str) -> None:
+    """A command to paste: never wrapped by the screen."""
+    out.print(Text(f"  {text}", style="cyan"), soft_wrap=True)
+
+
+def emit(document: Any) -> None:
+    """The one JSON document of a `--json` run."""
+    json.dump(document, sys.stdout, indent=2, allow_nan=False, default=str)
+    sys.stdout.write("\n")
+
+
+@contextlib.contextmanager
+def working(*, quiet: bool = False, json_wanted: bool = False) -> Iterator[None]:
+    """Run library work: progress on stderr, and nothing but ours on stdout when JSON is wanted."""
+    reporter = None if quiet or not err.is_terminal else TerminalReporter(err)
+    stdout = contextlib.redirect_stdout(sys.stderr) if json_wanted else contextlib.nullcontext()
+    with stdout, reporting(reporter):
+        try:
+            yield
+        finally:
+            if reporter is not None:
+                reporter.close()
+
+
+class TerminalReporter:
+    """Bars with the time left, for tasks that have lasted longer than `PATIENCE`."""
+
+    def __init__(self, console: Console):
+        self._progress = _PatientProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            refresh_per_second=5,
+        )
+        self._open: set[object] = set()
+        self._timer: threading.Timer | None = None
+
+    def start(self, description: str, total: float | None) -> object:
+        """See `surgery.progress.Reporter`."""
+        if not self._open:
+            self._timer = threading.Timer(PATIENCE, self._progress.start)
+            self._timer.daemon = True
+            self._timer.start()
+        key = self._progress.add_task(description, total=total)
+        self._open.add(key)
+        return key
+
+    def advance(self, key: Any, steps: float) -> None:
+        """See `surgery.progress.Reporter`."""
+        self._progress.advance(key, steps)
+
+    def describe(self, key: Any, description: str) -> None:
+        """See `surgery.progress.Reporter`."""
+        self._progress.update(key, description=description)
+
+    def finish(self, key: Any) -> None:
+        """See `surgery.progress.Reporter`."""
+        self._open.discard(key)
+        self._progress.remove_task(key)
+        if not self._open:
+            self.close()
+
+    def close(self) -> None:
+        """Take everything off the screen."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer.join()
+            self._timer = None
+        self._progress.stop()
+
+
+class _PatientProgress(Progress):
+    """Shows no task before its time."""
+
+    def get_renderables(self) -> Iterator[Any]:
+        tasks = [task for task in self.tasks if (task.elapsed or 0) >= PATIENCE]
+        if tasks:
+            yield self.make_tasks_table(tasks)

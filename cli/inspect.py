@@ -1,0 +1,148 @@
+"""`surgery inspect`: what surgery sees in one model, tensor by tensor, in execution order."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import SCREEN, Adapters, Debug, Json, Quiet, Seed, Sites, Skip, TrustRemoteCode
+
+if TYPE_CHECKING:
+    from surgery.member import Member
+    from surgery.sites import Anatomy, LeftAlone, Site
+
+REFERENCE = (
+    "A transformers folder or hub id ([cyan]org/name@rev[/cyan]), [cyan]timm:NAME[/cyan], "
+    "[cyan]timm:NAME=weights.safetensors[/cyan], or [cyan]path/module.py:factory[/cyan]; "
+    "[cyan]name=[/cyan] in front names it."
+)
+
+EXAMPLES = """
+surgery inspect timm:resnet18
+surgery inspect ./my-bert --only site
+surgery inspect ./my-bert --adapters 're:.*attention.*' --json
+"""
+
+
+def inspect(
+    reference: Annotated[str, typer.Argument(metavar="REF", help=REFERENCE)],
+    adapters: Adapters = None,
+    sites: Sites = None,
+    skip: Skip = None,
+    seed: Seed = 0,
+    trust_remote_code: TrustRemoteCode = False,
+    only: Annotated[
+        str | None,
+        typer.Option("--only", metavar="ROLE", rich_help_panel=SCREEN, help="Rows of one role: site, adapter, skipped."),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show every site, adapter and skipped tensor of a model, in execution order, with shapes and reasons.
+
+    A [bold]site[/bold] is a weight tensor that is a linear map: its blocks can be shared. Its canonical view is the
+    stack of matrices, [cyan]stack x out x in[/cyan], that is cut into blocks. An [bold]adapter[/bold] is left to its
+    member alone.
+    """
+    if only not in (None, "site", "adapter", "skipped"):
+        raise typer.BadParameter(f"must be site, adapter or skipped, not '{only}'", param_hint="--only")
+    from surgery.references import load_member
+    from surgery.sites import discover
+
+    from . import console
+
+    with console.working(quiet=quiet, json_wanted=json):
+        member = load_member(reference, trust_remote_code=trust_remote_code, seed=seed)
+        anatomy = discover(member, adapters=tuple(adapters or ()), sites=tuple(sites or ()), skip=tuple(skip or ()))
+    rows = [row for row in tensors(anatomy) if only in (None, row["role"])]
+    if json:
+        console.emit({**describe(member, anatomy), "totals": totals(anatomy), "tensors": rows})
+        return
+    _print_tensors(rows)
+    _print_totals(member, anatomy)
+
+
+def describe(member: Member, anatomy: Anatomy) -> dict[str, Any]:
+    """Where a member came from and how it was traced."""
+    return {
+        "member": member.name,
+        "architecture": member.origin.architecture,
+        "kind": member.origin.kind,
+        "reference": member.origin.reference,
+        "tier": anatomy.tier,
+        "inputs": anatomy.inputs,
+        "example_shapes": [tuple(t.shape) for t in (*member.inputs.args, *member.inputs.kwargs.values())
+                           if hasattr(t, "shape")],
+        "notes": list(anatomy.notes),
+    }
+
+
+def tensors(anatomy: Anatomy) -> list[dict[str, Any]]:
+    """One row for each tensor, in execution order."""
+    entries: list[Site | LeftAlone] = sorted((*anatomy.sites, *anatomy.left_alone), key=lambda each: each.order)
+    return [_row(entry) for entry in entries]
+
+
+def totals(anatomy: Anatomy) -> list[dict[str, Any]]:
+    """Number of tensors and parameters by role and kind, sites first."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for row in tensors(anatomy):
+        group = groups.setdefault((row["role"], row["kind"]), [0, 0])
+        group[0] += 1
+        group[1] += row["parameters"]
+    order = {"site": 0, "adapter": 1, "skipped": 2}
+    return [{"role": role, "kind": kind, "tensors": found, "parameters": parameters}
+            for (role, kind), (found, parameters)
+            in sorted(groups.items(), key=lambda item: (order.get(item[0][0], 3), -item[1][1]))]
+
+
+def _row(entry: Site | LeftAlone) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "order": entry.order,
+        "name": entry.name,
+        "owners": list(entry.owners),
+        "role": getattr(entry, "role", "site"),
+        "kind": entry.kind,
+        "shape": list(entry.shape),
+        "dtype": entry.dtype,
+        "parameters": math.prod(entry.shape),
+    }
+    view = getattr(entry, "view", None)
+    if view is not None:
+        return {**row, "view": view.pattern, "stack_out_in": list(view.shape)}
+    return {**row, "reason": getattr(entry, "reason", "")}
+
+
+def _print_tensors(rows: list[dict[str, Any]]) -> None:
+    from . import console
+
+    table = console.table(">#", "tensor", "role", "kind", "shape", "stack x out x in, or why not", wide="tensor")
+    for number, row in enumerate(rows):
+        last = console.shape(row["stack_out_in"]) if "view" in row else row["reason"]
+        tied = f"  (tied: {', '.join(row['owners'][1:])})" if len(row["owners"]) > 1 else ""
+        table.add_row(str(number), row["name"] + tied, row["role"], row["kind"], console.shape(row["shape"]), last,
+                      style=None if row["role"] == "site" else "dim")
+    console.out.print(table)
+
+
+def _print_totals(member: Member, anatomy: Anatomy) -> None:
+    from . import console
+
+    rows = totals(anatomy)
+    everything = sum(row["parameters"] for row in rows) or 1
+    about = describe(member, anatomy)
+    console.heading(f"{member.name}: {about['architecture']}")
+    shapes = ", ".join(map(console.shape, about["example_shapes"]))
+    console.say(f"Traced by {anatomy.tier}; example inputs: {anatomy.inputs}{f' ({shapes})' if shapes else ''}.")
+    for note in anatomy.notes:
+        console.say(f"Note: {note}")
+    table = console.table("role", "kind", ">tensors", ">parameters", ">share")
+    for row in rows:
+        table.add_row(row["role"], row["kind"], str(row["tensors"]), console.count(row["parameters"]),
+                      console.percent(row["parameters"] / everything), style=None if row["role"] == "site" else "dim")
+    table.add_section()
+    table.add_row("all", "", str(sum(row["tensors"] for row in rows)), console.count(everything), "100%")
+    console.out.print(table)

@@ -1,0 +1,1 @@
+"""Recipes that are installed with surgery: each YAML file here is a complete merge, for `surgery merge --config NAME`."""

@@ -1,0 +1,83 @@
+"""surgery: join pretrained networks of any architecture, share their blocks, and give each member back.
+
+Names are imported when they are first used, so that `import surgery` is quick and does not import torch.
+
+Example:
+    >>> import surgery, torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 2))
+    >>> member = surgery.load_member(net, name="net", inputs=torch.randn(4, 8))
+    >>> joint = surgery.fit(surgery.join([member]), max_error=0)
+    >>> joint["net"](torch.randn(1, 8)).shape
+    torch.Size([1, 2])
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import ArtifactError, LoadError, OutputError, PlanError, SurgeryError, TraceError
+from surgery.version import __version__
+
+if TYPE_CHECKING:
+    from surgery.artifact import load, save
+    from surgery.export import export
+    from surgery.fit import FitReport, fit
+    from surgery.joint import JointModel, join
+    from surgery.member import Inputs, Member, Origin
+    from surgery.merge import merge
+    from surgery.plan import Plan, make_plan
+    from surgery.recipe import Recipe
+    from surgery.references import load_member
+    from surgery.sites import Anatomy, LeftAlone, Site, discover
+    from surgery.tracing import trace
+    from surgery.verify import VerifyReport, verify
+
+_HOMES = {
+    "artifact": ("load", "save"),
+    "export": ("export",),
+    "fit": ("FitReport", "fit"),
+    "joint": ("JointModel", "join"),
+    "member": ("Inputs", "Member", "Origin"),
+    "merge": ("merge",),
+    "plan": ("Plan", "make_plan"),
+    "recipe": ("Recipe",),
+    "references": ("load_member",),
+    "sites": ("Anatomy", "LeftAlone", "Site", "discover"),
+    "tracing": ("trace",),
+    "verify": ("VerifyReport", "verify"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Anatomy", "ArtifactError", "FitReport", "Inputs", "JointModel", "LeftAlone", "LoadError", "Member", "Origin",
+    "OutputError", "Plan", "PlanError", "Recipe", "Site", "SurgeryError", "TraceError", "VerifyReport",
+    "__version__", "discover", "export", "fit", "join", "load", "load_member", "make_plan", "merge", "save", "trace",
+    "verify",
+]  # fmt: skip
+
+
+class _Package(ModuleType):
+    """Keeps `surgery.fit` the function: importing the submodule of that name would put the module in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if _HOME.get(name) == name and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'surgery' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"surgery.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,228 @@
+"""Recipe: everything that decides what a merge computes, as one strict document that can be written and read back.
+
+A recipe comes from a YAML file, from command-line options, or from Python; later sources override earlier ones. What
+only concerns one run on one machine (where to write, whether to overwrite, whether remote code may run) is not part
+of what an artifact records.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from surgery.errors import PlanError
+
+MAX_ERROR = 0.05
+TARGETS = ("max_error", "budget", "hypermodules")
+
+
+def parse_block(value: Any) -> Any:
+    """`"16x16"` -> `(16, 16)`; anything else is left for validation to judge."""
+    if isinstance(value, str):
+        sides = value.lower().split("x")
+        if len(sides) != 2 or not all(side.strip().isdecimal() for side in sides):
+            raise ValueError(f"a block is written MxN, for example 16x16, not '{value}'")
+        return tuple(int(side) for side in sides)
+    return value
+
+
+Positive = Annotated[int, Field(ge=1)]
+Block = Annotated[tuple[Positive, Positive], BeforeValidator(parse_block)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class Model(_Strict):
+    """One member: where it comes from, its name, and files with real inputs for it."""
+
+    model: str
+    name: str | None = None
+    calibrate: str | None = None
+
+
+class Parameters(_Strict):
+    """The target, and the shape of the dictionary; what is not given is chosen by the fit.
+
+    At most one of the three targets is given; with none, `max_error` is 0.05.
+    """
+
+    max_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    budget: Annotated[float, Field(gt=0, le=1)] | None = None
+    hypermodules: Positive | None = None
+    block: Block | None = None
+    context: Positive | None = None
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Parameters:
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"only one of {', '.join(TARGETS)} can be the target, found {' and '.join(given)}")
+        return self
+
+
+class Select(_Strict):
+    """Which tensors are adapters, sites or skipped, beyond the defaults: exact names or `re:` patterns."""
+
+    adapters: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+
+
+class Recipe(_Strict):
+    """A complete merge.
+
+    Attributes:
+        models: the members.
+        method: of sharing.
+        parameters: target and dictionary.
+        select: which tensors.
+        calibrate: files with real inputs, each used for every member that it suits.
+        seed: of all that is drawn at random.
+        device: where the fit computes; `auto` takes an accelerator where there is one.
+        out: the folder to write; not recorded in artifacts.
+
+    Example:
+        >>> recipe = Recipe.of({"models": [{"model": "timm:resnet18"}], "parameters": {"budget": 0.5}})
+        >>> recipe.target
+        ('budget', 0.5)
+    """
+
+    models: tuple[Model, ...] = ()
+    method: Literal["hypermodules"] = "hypermodules"
+    parameters: Parameters = Parameters()
+    select: Select = Select()
+    calibrate: tuple[str, ...] = ()
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: str = "auto"
+    out: str | None = None
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Recipe:
+        """Validate a document.
+
+        Raises:
+            PlanError: naming every key and value that is wrong, in one error.
+        """
+        try:
+            return cls.model_validate(dict(document))
+        except ValidationError as error:
+            raise PlanError(f"The recipe is not valid: {'; '.join(map(_explain, error.errors()))}.") from None
+
+    @property
+    def target(self) -> tuple[str, float]:
+        """Name and value of the one target."""
+        for name in TARGETS:
+            if (value := getattr(self.parameters, name)) is not None:
+                return name, value
+        return "max_error", MAX_ERROR
+
+    def resolved(self) -> dict[str, Any]:
+        """What an artifact records: every value in force, in plain types, without where it was written."""
+        document = self.model_dump(mode="json", exclude={"out"})
+        name, value = self.target
+        document["parameters"][name] = value
+        if self.parameters.block:
+            document["parameters"]["block"] = "x".join(map(str, self.parameters.block))
+        return document
+
+    def to_yaml(self) -> str:
+        """`resolved` as YAML that `read_recipe` reads."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+
+
+def read_document(source: str | Path) -> dict[str, Any]:
+    """The document in a YAML file, or in the recipe of that name that is installed with this package.
+
+    Raises:
+        PlanError: where there is no such file, or it is no YAML mapping.
+    """
+    path = Path(source).expanduser()
+    shipped = files("surgery_recipes").joinpath(f"{source}.yaml")
+    found = path if path.is_file() else shipped if path.name == str(source) and shipped.is_file() else None
+    if found is None:
+        raise PlanError(f"A recipe is a YAML file or one of {', '.join(recipe_names())}, but '{source}' is neither.")
+    try:
+        document = yaml.safe_load(found.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PlanError(f"The recipe {source} must be readable YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(document, dict):
+        raise PlanError(f"The recipe {source} must be a YAML mapping with 'models', found {type(document).__name__}.")
+    return document
+
+
+def recipe_names() -> list[str]:
+    """The recipes installed with this package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in files("surgery_recipes").iterdir()
+                  if entry.name.endswith(".yaml"))
+
+
+def override(document: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
+    """Apply `path.to.key=value` changes to a document; values are YAML, list items are numbered from 0.
+
+    Raises:
+        PlanError: where a change is not of that form or its path leads nowhere.
+
+    Example:
+        >>> override({"parameters": {"budget": 0.5}}, ["parameters.budget=0.25", "seed=7"])
+        {'parameters': {'budget': 0.25}, 'seed': 7}
+    """
+    result = yaml.safe_load(yaml.safe_dump(dict(document))) or {}
+    for change in changes:
+        path, equals, text = change.partition("=")
+        keys = path.split(".")
+        if not equals or not all(keys):
+            raise PlanError(f"A change is written KEY=VALUE, for example parameters.budget=0.5, found '{change}'.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        place = result
+        for key in keys[:-1]:
+            place = _step(place, key, change)
+        if isinstance(place, list):
+            _step(place, keys[-1], change)
+            place[int(keys[-1])] = value
+        else:
+            place[keys[-1]] = value
+    return result
+
+
+def _step(place: Any, key: str, change: str) -> Any:
+    """One step down a document's path; mappings grow, lists do not."""
+    if isinstance(place, list):
+        if not key.isdecimal() or int(key) >= len(place):
+            raise PlanError(f"The change '{change}' needs an item of a list of {len(place)}, found '{key}': "
+                            "items are numbered from 0.")
+        return place[int(key)]
+    inner = place.setdefault(key, {})
+    if not isinstance(inner, dict | list):
+        raise PlanError(f"The change '{change}' leads through '{key}', which is {inner!r} and holds no keys.")
+    return inner
+
+
+def _explain(error: Any) -> str:
+    """One validation error in words; an unknown key is answered with the nearest known ones."""
+    path = [str(part) for part in error["loc"]]
+    where = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = list(_fields_at(path[:-1]))
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        advice = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
+        return f"'{where}' is not a known key, {advice}"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    found = "" if error["type"] in ("missing", "value_error") else f", found {error['input']!r}"
+    return f"{where}: {message}{found}" if where else message
+
+
+def _fields_at(path: list[str]) -> Iterable[str]:
+    parts: dict[str, type[BaseModel]] = {"models": Model, "parameters": Parameters, "select": Select}
+    return (parts[path[0]] if path else Recipe).model_fields
