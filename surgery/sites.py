@@ -6,8 +6,17 @@ adapter or skipped with its reason.
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor, nn
+
+from surgery.errors import PlanError
+from surgery.member import Member, owners_of
+from surgery.tracing import Trace, Use, trace
+from surgery.tracing.ends import is_map
 from surgery.views import CanonicalView
 
 
@@ -61,3 +70,198 @@ class Anatomy:
     sites: tuple[Site, ...]
     left_alone: tuple[LeftAlone, ...]
     notes: tuple[str, ...] = ()
+
+
+def discover(
+    member: Member, *, adapters: Sequence[str] = (), sites: Sequence[str] = (), skip: Sequence[str] = ()
+) -> Anatomy:
+    """Find the sites of a member, and say for every other tensor why it is left alone.
+
+    Selectors are exact state-dict names (of any owner) or `re:REGEX`, matched against the whole name.
+
+    Args:
+        member: whose module is traced with its example inputs; it is left exactly as it was.
+        adapters: sites that shall be adapters.
+        sites: tensors that are adapters by default and shall be sites: first and last maps, embeddings, depthwise
+            convolutions.
+        skip: tensors to leave alone altogether.
+
+    Returns:
+        Every tensor of the state dict, buffers included, either as a site or as left alone with its reason.
+
+    Raises:
+        TraceError: where the module can neither be run nor read off its module types.
+        PlanError: for selectors that match nothing, and for `sites` that are no linear maps.
+
+    Example:
+        >>> from torch import nn, zeros
+        >>> from surgery.member import Inputs, Origin
+        >>> body = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+        >>> origin = Origin("module", "Sequential", "Sequential")
+        >>> [site.name for site in discover(Member("a", body, Inputs((zeros(1, 4),)), origin)).sites]
+        ['1.weight']
+    """
+    found = trace(member.module, member.inputs)
+    owners = owners_of(member.module)
+    tensors = member.module.state_dict(keep_vars=True)
+    merged = _merge_uses(found)
+    asked = _Asked(*(_select(owners, chosen) for chosen in (adapters, sites, skip)))
+    _check(owners, {"adapters": adapters, "sites": sites, "skip": skip}, asked, merged, tensors)
+    parts = [
+        _part(member.name, name, names, tensors[name], merged.get(name), asked, len(merged))
+        for name, names in owners.items()
+    ]
+    return Anatomy(
+        member.name,
+        found.tier,
+        found.inputs,
+        tuple(sorted((p for p in parts if isinstance(p, Site)), key=lambda part: part.order)),
+        tuple(sorted((p for p in parts if isinstance(p, LeftAlone)), key=lambda part: part.order)),
+        found.notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Tensor names that the selectors chose."""
+
+    adapters: frozenset[str]
+    sites: frozenset[str]
+    skip: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """All uses of one tensor as one: its kind, its view, and why it is left alone by default."""
+
+    kind: str
+    view: CanonicalView | None
+    order: int
+    adapter: str = ""  # kind of the adapter, where it is one by default
+    reason: str = ""
+    role: str = "adapter"
+
+
+def _merge_uses(found: Trace) -> dict[str, _Found]:
+    """What each parameter is, over all its uses; the strongest reason to leave it alone decides."""
+    uses: dict[str, list[Use]] = {}
+    for use in found.uses:
+        uses.setdefault(use.parameter, []).append(use)
+    ends = _registered_ends(found)
+    return {name: _merge(group, ends.get(name, "")) for name, group in uses.items()}
+
+
+def _merge(uses: list[Use], end: str) -> _Found:
+    maps = [use for use in uses if use.view is not None]
+    order = uses[0].order
+    embedding = next((use for use in uses if use.kind == "embedding"), None)
+    if embedding is not None:
+        return _Found("embedding", None, order, "embedding", embedding.reason)
+    if not maps:
+        use = next((use for use in uses if use.role == "unclear"), uses[0])
+        role = "adapter" if use.role == "adapter" else "skipped"
+        return _Found(use.kind, None, order, use.kind, use.reason, role)
+    coarse = min(maps, key=lambda use: use.view.shape[0] if use.view else 0)
+    if coarse.role == "adapter":
+        return _Found(coarse.kind, coarse.view, order, coarse.kind, coarse.reason)
+    end = "first" if any(use.first for use in maps) else "last" if any(use.last for use in maps) else end
+    return _Found(coarse.kind, coarse.view, order, end, _END_REASONS.get(end, ""))
+
+
+def _registered_ends(found: Trace) -> dict[str, str]:
+    """Without a graph, the first and the last registered maps stand for those of the network."""
+    maps = [use for use in found.uses if is_map(use)]
+    if found.ordered or not maps:
+        return {}
+    return {maps[-1].parameter: "last", maps[0].parameter: "first"}
+
+
+def _part(
+    member: str,
+    name: str,
+    owners: tuple[str, ...],
+    tensor: Tensor,
+    found: _Found | None,
+    asked: _Asked,
+    end: int,
+) -> Site | LeftAlone:
+    """One tensor as a site, or as left alone with its reason."""
+    shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+    order = end if found is None else found.order
+
+    def alone(role: str, kind: str, reason: str) -> LeftAlone:
+        return LeftAlone(member, name, owners, role, kind, shape, dtype, reason, order)
+
+    if name in asked.skip:
+        return alone("skipped", found.kind if found else "buffer", "skipped by request")
+    if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
+        return alone("skipped", "buffer", "is no trainable weight")
+    if found is None:
+        return alone(
+            "skipped", "unused", "no operation of the forward pass uses it, and its module's type is unknown"
+        )
+    view = _view(found, shape)
+    if view is not None and name in asked.sites:
+        return Site(member, name, owners, found.kind, shape, dtype, view, order)
+    if found.adapter:
+        return alone(found.role, found.adapter, found.reason)
+    if view is None or name in asked.adapters:
+        return alone("adapter", found.kind, "adapter by request" if view is not None else found.reason)
+    return Site(member, name, owners, found.kind, shape, dtype, view, order)
+
+
+def _view(found: _Found | None, shape: tuple[int, ...]) -> CanonicalView | None:
+    """The view of a tensor that is a linear map, also of one that is an adapter by default."""
+    if found is not None and found.kind == "embedding" and len(shape) == 2:
+        return CanonicalView.of("v d -> 1 d v", shape)
+    return None if found is None else found.view
+
+
+def _select(owners: Mapping[str, tuple[str, ...]], selectors: Sequence[str]) -> frozenset[str]:
+    return frozenset(name for name, names in owners.items() if any(_matches(s, names) for s in selectors))
+
+
+def _matches(selector: str, names: Sequence[str]) -> bool:
+    """Whether a selector means a tensor with these owners."""
+    if selector.startswith("re:"):
+        return any(re.fullmatch(selector[3:], name) for name in names)
+    return selector in names
+
+
+def _check(
+    owners: Mapping[str, tuple[str, ...]],
+    selectors: Mapping[str, Sequence[str]],
+    asked: _Asked,
+    merged: Mapping[str, _Found],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Raise one error that names every selector that cannot be met."""
+    bad: list[str] = []
+    every = [name for names in owners.values() for name in names]
+    for option, chosen in selectors.items():
+        for selector in chosen:
+            try:
+                if any(_matches(selector, names) for names in owners.values()):
+                    continue
+            except re.error as error:
+                bad.append(f"{option}: '{selector}' is no regular expression ({error})")
+                continue
+            close = difflib.get_close_matches(selector.removeprefix("re:"), every, n=3)
+            hint = f"; close names: {', '.join(close)}" if close else ""
+            bad.append(f"{option}: '{selector}' matches no tensor{hint}")
+    for name in sorted(asked.sites - asked.skip):
+        if _view(merged.get(name), tuple(tensors[name].shape)) is None:
+            reason = merged[name].reason if name in merged else "it is a buffer or is not used"
+            bad.append(f"sites: '{name}' has no view as a linear map ({reason})")
+    if bad:
+        raise PlanError(
+            "required: selectors that name tensors of the member's state dict, and for `sites` linear maps; found: "
+            + "; ".join(bad)
+            + "; correct or remove them"
+        )
+
+
+_END_REASONS = {
+    "first": "first map of the network: it reads the inputs",
+    "last": "last map of the network: it makes the outputs",
+}

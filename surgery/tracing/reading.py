@@ -1,0 +1,226 @@
+"""Reading a graph: every use of every parameter, and which maps come first and last.
+
+The graph is walked once. A value is *live* when it depends on the network's inputs; until a parameter meets a live
+value, what is computed from it is still the parameter, with a layout that says where its axes went.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from surgery.axes import Shape
+from surgery.layers import KINDS, kind_met_by, read_call
+from surgery.operations import Call, Reading
+from surgery.tracing.layout import Layout, Strided, canonical_view, contiguous, through_view
+from surgery.tracing.types import Use
+
+Origins = dict[str, Layout | str]  # by parameter; a sentence where its axes were lost
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a node holds: whether it is live, the parameters that it still is, and the node that it is a part of."""
+
+    live: bool
+    origins: Origins = field(default_factory=dict)
+    part_of: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A use with the node where it happens, and its place among the maps of one operation."""
+
+    use: Use
+    node: fx.Node
+    level: int = 0
+
+
+def read_uses(graph: fx.Graph, shapes: Mapping[str, Shape]) -> tuple[Found, ...]:
+    """All uses of parameters in the order of the graph.
+
+    Args:
+        graph: whose nodes carry `meta["tensor"]`, `meta["module"]` and, where they are parameters,
+            `meta["parameter"]`.
+        shapes: of the parameters to look for, by state-dict name.
+
+    Returns:
+        The uses, each with its node; their `first` and `last` are not yet filled in.
+    """
+    values: dict[fx.Node, Value] = {}
+    found: list[Found] = []
+    for node in graph.nodes:
+        name = node.meta.get("parameter")
+        if name is not None or node.op == "get_attr":
+            origins: Origins = {name: Layout.whole(shapes[name])} if name in shapes else {}
+            values[node] = Value(False, origins)
+        elif node.op == "placeholder":
+            values[node] = Value(True)
+        elif node.op == "output":
+            found += _loose(node, values, node.all_input_nodes, "output")
+        else:
+            values[node] = _walk(node, values, found)
+    return tuple(found)
+
+
+def operation_name(node: fx.Node) -> str:
+    """The plain name of a node's operation: the same for a function, a method, an attribute or an ATen operator."""
+    target: Any = node.target
+    if target is getattr:
+        return str(node.args[1])
+    packet = getattr(target, "overloadpacket", None)
+    return str(getattr(packet or target, "__name__", target))
+
+
+def _walk(node: fx.Node, values: dict[fx.Node, Value], found: list[Found]) -> Value:
+    """The value of one operation; uses that happen in it are added to `found`."""
+    op = operation_name(node)
+    inputs = node.all_input_nodes
+    live = any(values[n].live for n in inputs)
+    if not live and not any(values[n].origins for n in inputs):
+        return Value(False)
+    readings = read_call(Call(op, tuple(node.args), node.kwargs, _shape_of))
+    if readings is not None:
+        read = {reading.argument for reading in readings if values[reading.argument].origins}
+        for reading in readings:
+            found += _uses(node, op, reading, values)
+        found += _loose(node, values, [n for n in inputs if n not in read], op)
+        return Value(live)
+    if op in _FOLLOWS and inputs:
+        return _follow(node, op, values)
+    if node.target is operator.getitem and values[inputs[0]].part_of is not None:
+        return _follow(node, op, values)
+    if live:
+        found += _loose(node, values, inputs, op)
+        return Value(True)
+    return Value(False, _carry(node, op, values))
+
+
+def _uses(node: fx.Node, op: str, reading: Reading, values: dict[fx.Node, Value]) -> Iterator[Found]:
+    """The uses that a layer kind reads in one argument."""
+    kind = KINDS[reading.kind]
+    for name, layout in values[reading.argument].origins.items():
+        view = None
+        reason = kind.reason if kind.adapter else "its axes are ambiguous"
+        if isinstance(layout, str):
+            reason = layout
+        elif reading.axes is not None:
+            shape = _shape_of(reading.argument) or ()
+            view = canonical_view(layout, reading.axes, shape)
+            view, reason = (None, view) if isinstance(view, str) else (view, kind.reason)
+        role = "adapter" if kind.adapter else "map" if view is not None else "unclear"
+        name_of_kind = reading.kind
+        if role == "unclear" and isinstance(layout, Layout) and _is_scale(layout):
+            role, name_of_kind = "adapter", "norm"
+        use = Use(name, op, role, name_of_kind, _module(node), 0, view, groups=reading.groups, reason=reason)
+        yield Found(use, node, reading.level)
+
+
+def _loose(node: fx.Node, values: dict[fx.Node, Value], inputs: list[fx.Node], op: str) -> Iterator[Found]:
+    """Parameters that meet live values, or the output, in an operation that is no map of them."""
+    kind = kind_met_by(op) or "input"
+    reason = KINDS[kind].reason if kind_met_by(op) else f"is read by `{op}` as data"
+    for source in inputs:
+        if not values[source].live:
+            for name in values[source].origins:
+                yield Found(Use(name, op, "adapter", kind, _module(node), 0, reason=reason), node)
+
+
+def _follow(node: fx.Node, op: str, values: dict[fx.Node, Value]) -> Value:
+    """A view, cast or copy of the first argument, whatever the others say."""
+    source = values[node.all_input_nodes[0]].part_of or node.all_input_nodes[0]
+    value = values[source]
+    if node.meta.get("tensor") is None:  # several tensors: `getitem` nodes follow
+        return Value(value.live, value.origins, part_of=source)
+    if value.live:
+        return Value(True)
+    origins: Origins = {}
+    base, view = source.meta.get("tensor"), node.meta["tensor"]
+    for name, layout in value.origins.items():
+        moved = None
+        if isinstance(layout, Layout) and base is not None:
+            if _shares_memory(node, op, source):
+                moved = through_view(layout, base, view)
+            elif base.shape == view.shape:
+                moved = layout
+            else:
+                moved = through_view(layout, contiguous(base.shape), contiguous(view.shape))
+        origins[name] = moved or (layout if isinstance(layout, str) else f"`{op}` mixes its axes")
+    return Value(False, origins)
+
+
+def _carry(node: fx.Node, op: str, values: dict[fx.Node, Value]) -> Origins:
+    """What an operation among parameters and constants leaves of each: its layout, where the shape is kept."""
+    after = node.meta.get("tensor")
+    origins: Origins = {}
+    for source in node.all_input_nodes:
+        before = source.meta.get("tensor")
+        for name, layout in values[source].origins.items():
+            carried: Layout | str = f"`{op}` changes its shape"
+            if isinstance(layout, str):
+                carried = layout
+            elif node.meta.get("view_of") is source and after is not None and before is not None:
+                carried = through_view(layout, before, after) or f"`{op}` mixes its axes"
+            elif after is not None and before is not None:
+                carried = _broadcast(layout, before.shape, after.shape, op) or carried
+            if isinstance(origins.get(name, ""), str):
+                origins[name] = carried
+    return origins
+
+
+def _broadcast(layout: Layout, before: Shape, after: Shape, op: str) -> Layout | None:
+    """The layout in an operation that keeps the shape, up to broadcasting or, for `cat`, the length of an axis."""
+    if before == after:
+        return layout
+    extra = len(after) - len(before)
+    if op in ("cat", "concat", "concatenate") and extra == 0:
+        return layout
+    if extra < 0 or any(a != b and b != 1 for a, b in zip(after[extra:], before, strict=True)):
+        return None
+    kept = tuple(
+        () if a != b else atoms for a, b, atoms in zip(after[extra:], before, layout.axes, strict=True)
+    )
+    return replace(layout, axes=((),) * extra + kept)
+
+
+def _shares_memory(node: fx.Node, op: str, source: fx.Node) -> bool:
+    """Whether a view is one in memory; the recorder has seen it, an exported graph has to be asked."""
+    if "view_of" in node.meta:
+        return True
+    if op not in _MAY_COPY:
+        return op in _VIEWS or node.target is operator.getitem
+    if not node.meta.get("exported"):
+        return False
+    base: Strided = source.meta["tensor"]
+    return base.strides == contiguous(base.shape).strides
+
+
+def _is_scale(layout: Layout) -> bool:
+    return sum(size > 1 for size in layout.shape) < 2
+
+
+def _shape_of(node: Any) -> Shape | None:
+    tensor = node.meta.get("tensor") if isinstance(node, fx.Node) else None
+    return None if tensor is None else tensor.shape
+
+
+def _module(node: fx.Node) -> str:
+    return str(node.meta.get("module", ""))
+
+
+_VIEWS = frozenset(
+    "view reshape flatten unflatten ravel view_as reshape_as transpose transpose_ t T mT H mH permute movedim "
+    "moveaxis swapaxes swapdims squeeze unsqueeze select narrow slice chunk split split_with_sizes tensor_split "
+    "unsafe_chunk unsafe_split unbind expand expand_as broadcast_to as_strided diagonal unfold detach alias data "
+    "real contiguous adjoint numpy_T".split()
+)
+_MAY_COPY = frozenset("reshape flatten ravel reshape_as contiguous".split())
+_CASTS = frozenset(
+    "to _to_copy type type_as float half bfloat16 double clone contiguous requires_grad_ cpu cuda detach_ "
+    "requires_grad lift_fresh_copy dropout".split()
+)
+_FOLLOWS = _VIEWS | _CASTS

@@ -1,0 +1,64 @@
+"""The static table: uses by module type alone, for models that cannot be run and parameters that no run reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+
+from surgery.axes import Axes
+from surgery.layers import KINDS, read_module
+from surgery.tracing.layout import Layout, canonical_view
+from surgery.tracing.types import Use
+
+# Where a parameter called `weight` may be found once it is reparametrised.
+_STORED_AS = ("{}", "parametrizations.{}.original", "parametrizations.{}.original1", "{}_v", "{}_orig")
+
+
+def table_uses(module: nn.Module, names: Mapping[int, str]) -> tuple[Use, ...]:
+    """Uses of parameters by the type of the module that owns them, in order of registration.
+
+    Args:
+        module: any module; it is not run.
+        names: state-dict name by `id` of its parameters.
+
+    Returns:
+        One use for every parameter of a known module type, and an adapter for every other vector.
+    """
+    uses: dict[str, Use] = {}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    for path, part in module.named_modules():
+        for name, kind, axes in read_module(part):
+            for stored in _STORED_AS:
+                key = f"{path}.{stored.format(name)}".removeprefix(".")
+                tensor = parameters.get(key)
+                if tensor is not None and id(tensor) in names:
+                    use = _use(names[id(tensor)], tensor, path, type(part).__name__, kind, axes, len(uses))
+                    uses.setdefault(use.parameter, use)
+    for use in _vectors(parameters, names, uses):
+        uses[use.parameter] = use
+    place = {names[id(t)]: k for k, t in enumerate(parameters.values()) if id(t) in names}
+    return tuple(sorted(uses.values(), key=lambda use: place[use.parameter]))
+
+
+def _use(parameter: str, tensor: Tensor, path: str, op: str, kind: str, axes: Axes | None, order: int) -> Use:
+    if axes is None:
+        kind = "depthwise" if kind.startswith("conv") else kind
+        return Use(parameter, op, "adapter", kind, path, order, reached=False, reason=KINDS[kind].reason)
+    shape = tuple(tensor.shape)
+    view = canonical_view(Layout.whole(shape), axes, shape)
+    if isinstance(view, str):
+        return Use(parameter, op, "unclear", kind, path, order, reached=False, reason=view)
+    return Use(parameter, op, "map", kind, path, order, view, reached=False)
+
+
+def _vectors(
+    parameters: Mapping[str, Tensor], names: Mapping[int, str], known: Mapping[str, Use]
+) -> Iterator[Use]:
+    """Parameters of one axis are scales and shifts, whatever module owns them."""
+    for key, tensor in parameters.items():
+        name = names.get(id(tensor))
+        if name is not None and name not in known and tensor.dim() < 2:
+            path, _, local = key.rpartition(".")
+            kind = "bias" if "bias" in local else "norm"
+            yield Use(name, "", "adapter", kind, path, len(known), reached=False, reason=KINDS[kind].reason)
