@@ -1,7 +1,7 @@
 """`surgery`: the command, its verbs, and how errors end.
 
-Exit codes: 0 done, 1 `verify` found a mismatch, 2 bad input or usage, 130 interrupted. Verbs import the library when they
-run, so `surgery --help` does not import torch.
+Exit codes: 0 done, 1 `verify` found a mismatch, 2 bad input or usage, 130 interrupted. Verbs import the
+library when they run, so `surgery --help` does not import torch.
 """
 
 from __future__ import annotations
@@ -55,12 +55,15 @@ def _print_version(wanted: bool) -> None:
 def surgery(
     version: Annotated[
         bool,
-        typer.Option("--version", metavar=FLAG, callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", metavar=FLAG, callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Join pretrained networks of any architecture into one folder, and give each of them back.
 
-    Start with [bold]surgery demo[/bold], or look at a model of your own with [bold]surgery inspect REF[/bold].
+    Start with [bold]surgery demo[/bold], or look at a model of your own with [bold]surgery inspect
+    REF[/bold].
     """
 
 

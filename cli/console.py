@@ -1,9 +1,11 @@
-"""What the verbs print: tables and sentences on stdout, progress and errors on stderr, or one JSON document."""
+"""What the verbs print: tables and sentences on stdout, progress and errors on stderr, or one JSON
+document."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,11 +21,13 @@ from surgery.progress import reporting
 
 PATIENCE = 2.0  # seconds of work before progress is shown
 
-out = Console(highlight=False, soft_wrap=False)
+WIDE = 160  # columns where the output is no terminal
+
+out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 err = Console(stderr=True, highlight=False)
 
 
-def size(count: float) -> str:
+def size(amount: float) -> str:
     """Bytes for people, in powers of ten.
 
     Example:
@@ -31,12 +35,10 @@ def size(count: float) -> str:
         '90.9 MB'
     """
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            break
-        count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        if amount < 1000:
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"
 
 
 def count(number: int) -> str:
@@ -46,9 +48,9 @@ def count(number: int) -> str:
         >>> count(22_713_216), count(384)
         ('22.7M', '384')
     """
-    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if number >= limit:
-            return f"{number / limit:.1f}{unit}" if unit != "k" else f"{number / 1e3:.1f}k"
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= max(limit, 1e4):
+            return f"{number / limit:.1f}{unit}"
     return str(number)
 
 
@@ -70,15 +72,27 @@ def shape(sizes: Sequence[int]) -> str:
     return "x".join(map(str, sizes)) or "-"
 
 
-def table(*columns: str, title: str | None = None, wide: str | None = None) -> Table:
-    """A plain table; a column whose name starts with `>` is aligned to the right, `wide` takes the room left."""
-    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", header_style="dim",
-                 pad_edge=False, padding=(0, 2, 0, 0), expand=False)
+def table(*columns: str, title: str | None = None) -> Table:
+    """A plain table; `>` in front of a column's name aligns it to the right, `~` lets it give way to
+    others."""
+    made = Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for column in columns:
-        right = column.startswith(">")
-        name = column.removeprefix(">")
-        made.add_column(name, justify="right" if right else "left", no_wrap=name != wide, overflow="fold")
+        right, yields = column.startswith(">"), column.startswith("~")
+        made.add_column(column.lstrip(">~"), justify="right" if right else "left", no_wrap=not yields)
     return made
+
+
+def clipped(text: str) -> Text:
+    """Text of one line, for a column that gives way."""
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def say(text: str = "", style: str | None = None) -> None:

@@ -25,6 +25,8 @@ surgery inspect ./my-bert --only site
 surgery inspect ./my-bert --adapters 're:.*attention.*' --json
 """
 
+ROLES = ("site", "adapter", "skipped")
+
 
 def inspect(
     reference: Annotated[str, typer.Argument(metavar="REF", help=REFERENCE)],
@@ -35,7 +37,9 @@ def inspect(
     trust_remote_code: TrustRemoteCode = False,
     only: Annotated[
         str | None,
-        typer.Option("--only", metavar="ROLE", rich_help_panel=SCREEN, help="Rows of one role: site, adapter, skipped."),
+        typer.Option(
+            "--only", metavar="ROLE", rich_help_panel=SCREEN, help="Rows of one role: site, adapter, skipped."
+        ),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -43,11 +47,11 @@ def inspect(
 ) -> None:
     """Show every site, adapter and skipped tensor of a model, in execution order, with shapes and reasons.
 
-    A [bold]site[/bold] is a weight tensor that is a linear map: its blocks can be shared. Its canonical view is the
-    stack of matrices, [cyan]stack x out x in[/cyan], that is cut into blocks. An [bold]adapter[/bold] is left to its
-    member alone.
+    A [bold]site[/bold] is a weight tensor that is a linear map: its blocks can be shared. Its canonical
+    view is the stack of matrices, [cyan]stack x out x in[/cyan], that is cut into blocks. An
+    [bold]adapter[/bold] is left to its member alone.
     """
-    if only not in (None, "site", "adapter", "skipped"):
+    if only not in (None, *ROLES):
         raise typer.BadParameter(f"must be site, adapter or skipped, not '{only}'", param_hint="--only")
     from surgery.references import load_member
     from surgery.sites import discover
@@ -56,7 +60,9 @@ def inspect(
 
     with console.working(quiet=quiet, json_wanted=json):
         member = load_member(reference, trust_remote_code=trust_remote_code, seed=seed)
-        anatomy = discover(member, adapters=tuple(adapters or ()), sites=tuple(sites or ()), skip=tuple(skip or ()))
+        anatomy = discover(
+            member, adapters=tuple(adapters or ()), sites=tuple(sites or ()), skip=tuple(skip or ())
+        )
     rows = [row for row in tensors(anatomy) if only in (None, row["role"])]
     if json:
         console.emit({**describe(member, anatomy), "totals": totals(anatomy), "tensors": rows})
@@ -74,29 +80,35 @@ def describe(member: Member, anatomy: Anatomy) -> dict[str, Any]:
         "reference": member.origin.reference,
         "tier": anatomy.tier,
         "inputs": anatomy.inputs,
-        "example_shapes": [tuple(t.shape) for t in (*member.inputs.args, *member.inputs.kwargs.values())
-                           if hasattr(t, "shape")],
+        "example_shapes": [
+            tuple(t.shape)
+            for t in (*member.inputs.args, *member.inputs.kwargs.values())
+            if hasattr(t, "shape")
+        ],
         "notes": list(anatomy.notes),
     }
 
 
 def tensors(anatomy: Anatomy) -> list[dict[str, Any]]:
     """One row for each tensor, in execution order."""
-    entries: list[Site | LeftAlone] = sorted((*anatomy.sites, *anatomy.left_alone), key=lambda each: each.order)
+    entries: list[Site | LeftAlone] = sorted(
+        (*anatomy.sites, *anatomy.left_alone), key=lambda each: each.order
+    )
     return [_row(entry) for entry in entries]
 
 
 def totals(anatomy: Anatomy) -> list[dict[str, Any]]:
-    """Number of tensors and parameters by role and kind, sites first."""
-    groups: dict[tuple[str, str], list[int]] = {}
+    """Number of tensors and parameters by role, kind and reason, sites first."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
     for row in tensors(anatomy):
-        group = groups.setdefault((row["role"], row["kind"]), [0, 0])
+        group = groups.setdefault((row["role"], row["kind"], row.get("reason", "")), [0, 0])
         group[0] += 1
         group[1] += row["parameters"]
-    order = {"site": 0, "adapter": 1, "skipped": 2}
-    return [{"role": role, "kind": kind, "tensors": found, "parameters": parameters}
-            for (role, kind), (found, parameters)
-            in sorted(groups.items(), key=lambda item: (order.get(item[0][0], 3), -item[1][1]))]
+    ordered = sorted(groups.items(), key=lambda item: (ROLES.index(item[0][0]), -item[1][1]))
+    return [
+        {"role": role, "kind": kind, "tensors": found, "parameters": parameters, "reason": reason}
+        for (role, kind, reason), (found, parameters) in ordered
+    ]
 
 
 def _row(entry: Site | LeftAlone) -> dict[str, Any]:
@@ -119,12 +131,18 @@ def _row(entry: Site | LeftAlone) -> dict[str, Any]:
 def _print_tensors(rows: list[dict[str, Any]]) -> None:
     from . import console
 
-    table = console.table(">#", "tensor", "role", "kind", "shape", "stack x out x in, or why not", wide="tensor")
-    for number, row in enumerate(rows):
-        last = console.shape(row["stack_out_in"]) if "view" in row else row["reason"]
-        tied = f"  (tied: {', '.join(row['owners'][1:])})" if len(row["owners"]) > 1 else ""
-        table.add_row(str(number), row["name"] + tied, row["role"], row["kind"], console.shape(row["shape"]), last,
-                      style=None if row["role"] == "site" else "dim")
+    table = console.table(">#", "tensor", "kind", "shape", "~role")
+    for row in rows:
+        what = console.shape(row["stack_out_in"]) if "view" in row else row["reason"]
+        tied = "".join(f"\n  tied: {owner}" for owner in row["owners"][1:])
+        table.add_row(
+            str(row["order"]),
+            row["name"] + tied,
+            row["kind"],
+            console.shape(row["shape"]),
+            console.clipped(f"{row['role']} {what}" if row["role"] == "site" else f"{row['role']}: {what}"),
+            style=None if row["role"] == "site" else "dim",
+        )
     console.out.print(table)
 
 
@@ -132,17 +150,25 @@ def _print_totals(member: Member, anatomy: Anatomy) -> None:
     from . import console
 
     rows = totals(anatomy)
-    everything = sum(row["parameters"] for row in rows) or 1
+    everything = sum(row["parameters"] for row in rows)
     about = describe(member, anatomy)
-    console.heading(f"{member.name}: {about['architecture']}")
     shapes = ", ".join(map(console.shape, about["example_shapes"]))
-    console.say(f"Traced by {anatomy.tier}; example inputs: {anatomy.inputs}{f' ({shapes})' if shapes else ''}.")
+    console.heading(f"{member.name}: {about['architecture']}, {console.count(everything)} parameters")
+    console.say(
+        f"Traced by {anatomy.tier}. Example inputs: {anatomy.inputs}{f' ({shapes})' if shapes else ''}."
+    )
+    console.say("Sites show their canonical view, stack x out x in.")
     for note in anatomy.notes:
-        console.say(f"Note: {note}")
-    table = console.table("role", "kind", ">tensors", ">parameters", ">share")
+        console.say(f"Note: {note}", style="dim")
+    table = console.table("role", "kind", ">tensors", ">parameters", ">share", "~reason")
     for row in rows:
-        table.add_row(row["role"], row["kind"], str(row["tensors"]), console.count(row["parameters"]),
-                      console.percent(row["parameters"] / everything), style=None if row["role"] == "site" else "dim")
-    table.add_section()
-    table.add_row("all", "", str(sum(row["tensors"] for row in rows)), console.count(everything), "100%")
+        table.add_row(
+            row["role"],
+            row["kind"],
+            str(row["tensors"]),
+            console.count(row["parameters"]),
+            console.percent(row["parameters"] / (everything or 1)),
+            row["reason"] or "a linear map: its blocks can be shared",
+            style=None if row["role"] == "site" else "dim",
+        )
     console.out.print(table)

@@ -7,18 +7,27 @@ from typing import Annotated
 import typer
 
 FLAG = " "  # in place of the "<bool>" that says nothing about a switch
-SELECT, TARGET, DICTIONARY, RUN, SCREEN = "Which tensors", "How small, how exact", "Dictionary", "Run", "Screen"
+SELECT, TARGET, DICTIONARY = "Which tensors", "How small, how exact", "Dictionary"
+RUN, SCREEN = "Run", "Screen"
 
-_SELECTOR = "Exact tensor name, or [cyan]re:PATTERN[/cyan]; repeatable; [cyan]MEMBER:[/cyan] in front limits it."
+_SELECTOR = (
+    "Exact tensor name, or [cyan]re:PATTERN[/cyan]; repeatable; [cyan]MEMBER:[/cyan] in front limits it."
+)
 
 Adapters = Annotated[
     list[str] | None,
-    typer.Option("--adapters", metavar="SEL", rich_help_panel=SELECT, help=f"Leave to its member alone. {_SELECTOR}"),
+    typer.Option(
+        "--adapters", metavar="SEL", rich_help_panel=SELECT, help=f"Leave to its member alone. {_SELECTOR}"
+    ),
 ]
 Sites = Annotated[
     list[str] | None,
-    typer.Option("--sites", metavar="SEL", rich_help_panel=SELECT,
-                 help="Make it a site although it is an adapter by default. As above."),
+    typer.Option(
+        "--sites",
+        metavar="SEL",
+        rich_help_panel=SELECT,
+        help="Make it a site although it is an adapter by default. As above.",
+    ),
 ]
 Skip = Annotated[
     list[str] | None,
@@ -29,19 +38,41 @@ Seed = Annotated[
 ]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", metavar=FLAG, rich_help_panel=RUN,
-                 help="Let Python files that come with a model run. Read them first."),
+    typer.Option(
+        "--trust-remote-code",
+        metavar=FLAG,
+        rich_help_panel=RUN,
+        help="Let Python files that come with a model run. Read them first.",
+    ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", metavar=FLAG, rich_help_panel=RUN, help="Replace the output folder where it exists.")
+    bool,
+    typer.Option(
+        "--overwrite", metavar=FLAG, rich_help_panel=RUN, help="Replace the output folder where it exists."
+    ),
 ]
 Json = Annotated[
-    bool, typer.Option("--json", metavar=FLAG, rich_help_panel=SCREEN, help="Print one JSON document on stdout, all else on stderr.")
+    bool,
+    typer.Option(
+        "--json",
+        metavar=FLAG,
+        rich_help_panel=SCREEN,
+        help="Print one JSON document on stdout, all else on stderr.",
+    ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", metavar=FLAG, rich_help_panel=SCREEN, help="Print no progress and no tables.")]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", metavar=FLAG, rich_help_panel=SCREEN, help="Print no progress and no tables."
+    ),
+]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", metavar=FLAG, rich_help_panel=SCREEN, help="Also print a row for every tensor.")
+    bool,
+    typer.Option(
+        "--verbose", "-v", metavar=FLAG, rich_help_panel=SCREEN, help="Also print a row for every tensor."
+    ),
 ]
 Debug = Annotated[
-    bool, typer.Option("--debug", metavar=FLAG, rich_help_panel=SCREEN, help="Show the traceback of an error.")
+    bool,
+    typer.Option("--debug", metavar=FLAG, rich_help_panel=SCREEN, help="Show the traceback of an error."),
 ]

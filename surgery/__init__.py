@@ -52,15 +52,16 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Anatomy", "ArtifactError", "FitReport", "Inputs", "JointModel", "LeftAlone", "LoadError", "Member", "Origin",
-    "OutputError", "Plan", "PlanError", "Recipe", "Site", "SurgeryError", "TraceError", "VerifyReport",
-    "__version__", "discover", "export", "fit", "join", "load", "load_member", "make_plan", "merge", "save", "trace",
-    "verify",
+    "Anatomy", "ArtifactError", "FitReport", "Inputs", "JointModel", "LeftAlone", "LoadError", "Member",
+    "Origin", "OutputError", "Plan", "PlanError", "Recipe", "Site", "SurgeryError", "TraceError",
+    "VerifyReport", "__version__", "discover", "export", "fit", "join", "load", "load_member", "make_plan",
+    "merge", "save", "trace", "verify",
 ]  # fmt: skip
 
 
 class _Package(ModuleType):
-    """Keeps `surgery.fit` the function: importing the submodule of that name would put the module in its place."""
+    """Keeps `surgery.fit` the function: importing the submodule of that name would put the module in its
+    place."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if _HOME.get(name) == name and isinstance(value, ModuleType):

@@ -1,7 +1,7 @@
 """Progress of long work, reported to whoever listens; silent by default.
 
-Library code wraps its long loops in `track` or `task` and imports no terminal library for it. A program that wants to
-show progress, such as the command line, installs a `Reporter` with `reporting`.
+Library code wraps its long loops in `track` or `task` and imports no terminal library for it. A program
+that wants to show progress, such as the command line, installs a `Reporter` with `reporting`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Recipe: everything that decides what a merge computes, as one strict document that can be written and read back.
+"""Recipe: everything that decides what a merge computes, as one strict document that can be written and
+read back.
 
-A recipe comes from a YAML file, from command-line options, or from Python; later sources override earlier ones. What
-only concerns one run on one machine (where to write, whether to overwrite, whether remote code may run) is not part
-of what an artifact records.
+A recipe comes from a YAML file, from command-line options, or from Python; later sources override earlier
+ones. What only concerns one run on one machine (where to write, whether to overwrite, whether remote code
+may run) is not part of what an artifact records.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class Parameters(_Strict):
     def _one_target(self) -> Parameters:
         given = [name for name in TARGETS if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"only one of {', '.join(TARGETS)} can be the target, found {' and '.join(given)}")
+            raise ValueError(
+                f"only one of {', '.join(TARGETS)} can be the target, found {' and '.join(given)}"
+            )
         return self
 
 
@@ -148,20 +151,29 @@ def read_document(source: str | Path) -> dict[str, Any]:
     shipped = files("surgery_recipes").joinpath(f"{source}.yaml")
     found = path if path.is_file() else shipped if path.name == str(source) and shipped.is_file() else None
     if found is None:
-        raise PlanError(f"A recipe is a YAML file or one of {', '.join(recipe_names())}, but '{source}' is neither.")
+        raise PlanError(
+            f"A recipe is a YAML file or one of {', '.join(recipe_names())}, but '{source}' is neither."
+        )
     try:
         document = yaml.safe_load(found.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PlanError(f"The recipe {source} must be readable YAML: {' '.join(str(error).split())}.") from None
+        raise PlanError(
+            f"The recipe {source} must be readable YAML: {' '.join(str(error).split())}."
+        ) from None
     if not isinstance(document, dict):
-        raise PlanError(f"The recipe {source} must be a YAML mapping with 'models', found {type(document).__name__}.")
+        raise PlanError(
+            f"The recipe {source} must be a YAML mapping with 'models', found {type(document).__name__}."
+        )
     return document
 
 
 def recipe_names() -> list[str]:
     """The recipes installed with this package."""
-    return sorted(entry.name.removesuffix(".yaml") for entry in files("surgery_recipes").iterdir()
-                  if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in files("surgery_recipes").iterdir()
+        if entry.name.endswith(".yaml")
+    )
 
 
 def override(document: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
@@ -179,7 +191,9 @@ def override(document: Mapping[str, Any], changes: Iterable[str]) -> dict[str, A
         path, equals, text = change.partition("=")
         keys = path.split(".")
         if not equals or not all(keys):
-            raise PlanError(f"A change is written KEY=VALUE, for example parameters.budget=0.5, found '{change}'.")
+            raise PlanError(
+                f"A change is written KEY=VALUE, for example parameters.budget=0.5, found '{change}'."
+            )
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
@@ -199,8 +213,10 @@ def _step(place: Any, key: str, change: str) -> Any:
     """One step down a document's path; mappings grow, lists do not."""
     if isinstance(place, list):
         if not key.isdecimal() or int(key) >= len(place):
-            raise PlanError(f"The change '{change}' needs an item of a list of {len(place)}, found '{key}': "
-                            "items are numbered from 0.")
+            raise PlanError(
+                f"The change '{change}' needs an item of a list of {len(place)}, found '{key}': "
+                "items are numbered from 0."
+            )
         return place[int(key)]
     inner = place.setdefault(key, {})
     if not isinstance(inner, dict | list):

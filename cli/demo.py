@@ -1,0 +1,8 @@
+"""placeholder."""
+
+
+def demo() -> None:
+    """Placeholder."""
+
+
+EXAMPLES = "surgery x"

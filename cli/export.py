@@ -1,0 +1,55 @@
+"""`surgery export`: one member of a joint folder as a model of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import RUN, Debug, Json, Overwrite, Quiet
+
+EXAMPLES = """
+surgery export joint --member minilm --format plain --out minilm-plain
+surgery export joint --member minilm --format compressed --out minilm-small
+"""
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that surgery wrote.")],
+    member: Annotated[
+        str, typer.Option("--member", metavar="NAME", rich_help_panel=RUN, help="Which member.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR2", rich_help_panel=RUN, help="Folder to write.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="FORMAT",
+            rich_help_panel=RUN,
+            help="[cyan]plain[/cyan]: transformers or timm load it without surgery. "
+            "[cyan]compressed[/cyan]: the smallest folder, for surgery.load.",
+        ),
+    ] = "plain",
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write one member as a model of its own."""
+    if format not in ("plain", "compressed"):
+        raise typer.BadParameter(f"must be plain or compressed, not '{format}'", param_hint="--format")
+    from surgery.export import export as write
+
+    from surgery.merge import check_target
+
+    from . import console, report
+
+    check_target(out, overwrite=overwrite)
+    with console.working(quiet=quiet, json_wanted=json):
+        write(folder, member, out, format=format, overwrite=overwrite)
+    size = report.disk_bytes(out)
+    if json:
+        console.emit({"member": member, "format": format, "out": str(out), "disk_bytes": size})
+    elif not quiet:
+        console.say(f"{out}: member {member}, {format}, {console.size(size)} on disk.")

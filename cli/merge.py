@@ -1,0 +1,238 @@
+"""`surgery merge`: several models in, one folder out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import (
+    DICTIONARY,
+    FLAG,
+    RUN,
+    TARGET,
+    Adapters,
+    Debug,
+    Json,
+    Overwrite,
+    Quiet,
+    Sites,
+    Skip,
+    TrustRemoteCode,
+    Verbose,
+)
+
+if TYPE_CHECKING:
+    from surgery.recipe import Recipe
+
+EXAMPLES = """
+surgery merge ./minilm timm:resnet18 --out joint
+surgery merge text=./minilm image=timm:resnet18=weights.safetensors --max-error 0 --out joint
+surgery merge a=./bert-a b=./bert-b --budget 0.4 --calibrate a=sentences.txt --out joint
+surgery merge --config recipe.yaml --set parameters.budget=0.3 --dry-run
+"""
+
+
+def merge(
+    references: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="REF",
+            show_default=False,
+            help="The models, as surgery inspect takes them; [cyan]name=[/cyan] in front names one.",
+        ),
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="DIR", rich_help_panel=RUN, help="The folder to write.")
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            "--max-error",
+            metavar="F",
+            rich_help_panel=TARGET,
+            help="The smallest folder whose members' outputs move by at most F (relative L2). 0 is lossless. "
+            "[dim]default: 0.05[/dim]",
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            "--budget",
+            metavar="F",
+            rich_help_panel=TARGET,
+            help="Or: the most exact folder within F times the members' bytes.",
+        ),
+    ] = None,
+    hypermodules: Annotated[
+        int | None,
+        typer.Option(
+            "--hypermodules",
+            metavar="K",
+            rich_help_panel=TARGET,
+            help="Or: a bank of K hypermodules, the start for joint training.",
+        ),
+    ] = None,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--calibrate",
+            metavar="FILE",
+            rich_help_panel=TARGET,
+            help="Real inputs to measure errors on: .txt, a picture or a folder of pictures, .npz; "
+            "[cyan]NAME=FILE[/cyan] for one member; repeatable. Without it inputs are made up.",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method", metavar="NAME", rich_help_panel=DICTIONARY, help="hypermodules, the default."
+        ),
+    ] = None,
+    block: Annotated[
+        str | None,
+        typer.Option(
+            "--block",
+            metavar="MxN",
+            rich_help_panel=DICTIONARY,
+            help="Block shape; chosen per group if not given.",
+        ),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context",
+            metavar="C",
+            rich_help_panel=DICTIONARY,
+            help="Basis blocks of a hypermodule; chosen if not given.",
+        ),
+    ] = None,
+    adapters: Adapters = None,
+    sites: Sites = None,
+    skip: Skip = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            rich_help_panel=RUN,
+            help="A YAML recipe, or the name of an installed one; the options here override it.",
+        ),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="K=V",
+            rich_help_panel=RUN,
+            help="Change one value of the recipe, such as parameters.budget=0.3; repeatable, applied last.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="N", rich_help_panel=RUN, help="Seed of all that is drawn at random."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device", metavar="NAME", rich_help_panel=RUN, help="auto (the default), cpu, cuda, ..."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            metavar=FLAG,
+            rich_help_panel=RUN,
+            help="Print the plan, check the target, write nothing.",
+        ),
+    ] = False,
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Join models of any architectures into one folder that gives each of them back.
+
+    Tensors of the members share what they have in common, and are stored as exactly as the target needs. The
+    folder holds everything: [cyan]surgery.load[/cyan] runs its members, [cyan]surgery export[/cyan] turns
+    one into an ordinary model again.
+    """
+    given = {
+        "models": [{"model": reference} for reference in references or ()],
+        "out": out,
+        "method": method,
+        "seed": seed,
+        "device": device,
+        "calibrate": calibrate,
+        "parameters": {
+            "max_error": max_error,
+            "budget": budget,
+            "hypermodules": hypermodules,
+            "block": block,
+            "context": context,
+        },
+        "select": {"adapters": adapters, "sites": sites, "skip": skip},
+    }
+    recipe = read_recipe(config, given, changes or [])
+    if recipe.out is None and not dry_run:
+        raise typer.BadParameter("a folder to write is needed", param_hint="--out")
+    if dry_run:
+        preview(recipe, overwrite, trust_remote_code, json=json, quiet=quiet, verbose=verbose)
+    else:
+        run(recipe, overwrite, trust_remote_code, json=json, quiet=quiet, verbose=verbose)
+
+
+def read_recipe(config: str | None, given: dict[str, Any], changes: list[str]) -> Recipe:
+    """The recipe of a command line: a file, overridden by options, overridden by `--set`."""
+    from surgery.recipe import TARGETS, Recipe, override, read_document
+
+    document = read_document(config) if config else {}
+    for key, value in given.items():
+        if isinstance(value, dict):
+            value = {name: each for name, each in value.items() if each}
+            kept = document.get(key) or {}
+            if any(target in value for target in TARGETS):  # a target given here replaces the file's target
+                kept = {name: each for name, each in kept.items() if name not in TARGETS}
+            value = {**kept, **value}
+        if value not in (None, [], {}):
+            document[key] = value
+    return Recipe.of(override(document, changes))
+
+
+def preview(
+    recipe: Recipe, overwrite: bool, trust_remote_code: bool, *, json: bool, quiet: bool, verbose: bool
+) -> None:
+    """A dry run: everything up to the plan, and whether the target could be written."""
+    from surgery.merge import check, prepare
+
+    from . import console, report
+
+    with console.working(quiet=quiet, json_wanted=json):
+        check(recipe, overwrite=overwrite)
+        prepared = prepare(recipe, trust_remote_code=trust_remote_code)
+    if json:
+        console.emit(report.plan_json(prepared))
+    elif not quiet:
+        report.print_plan(prepared, verbose=verbose)
+
+
+def run(
+    recipe: Recipe, overwrite: bool, trust_remote_code: bool, *, json: bool, quiet: bool, verbose: bool
+) -> None:
+    """The merge itself, then what it did."""
+    from surgery.merge import merge
+
+    from . import console, report
+
+    with console.working(quiet=quiet, json_wanted=json):
+        joint = merge(recipe, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    folder = Path(recipe.out or "")
+    if json:
+        console.emit(report.result_json(joint, folder))
+    elif not quiet:
+        report.print_result(joint, folder, verbose=verbose)
+        report.print_next(joint, folder)

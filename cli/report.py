@@ -1,0 +1,222 @@
+"""How a plan and the outcome of a merge are shown."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import console
+
+if TYPE_CHECKING:
+    from surgery.joint import JointModel
+    from surgery.merge import Prepared
+
+MEANS = {
+    "precision": "fewer bits for each number: rounding, not sharing",
+    "sharing": "what the members or layers have in common, stored once",
+}
+
+
+def plan_json(prepared: Prepared) -> dict[str, Any]:
+    """A plan as plain JSON values."""
+    plan, recipe = prepared.plan, prepared.recipe
+    return {
+        "recipe": recipe.resolved(),
+        "out": recipe.out,
+        "members": member_rows(prepared),
+        "banks": [
+            {"key": b.key, "block": list(b.block), "dtype": b.dtype, "locations": b.locations}
+            for b in plan.banks
+        ],
+        "sites": [
+            {
+                "member": p.site.member,
+                "name": p.site.name,
+                "kind": p.site.kind,
+                "shape": list(p.site.shape),
+                "stack_out_in": list(p.site.view.shape),
+                "bank": p.bank,
+                "locations": p.grid.locations,
+            }
+            for p in plan.placements
+        ],
+        "left_alone": [
+            {"member": each.member, "name": each.name, "role": each.role, "reason": each.reason}
+            for each in plan.left_alone
+        ],
+    }
+
+
+def member_rows(prepared: Prepared) -> list[dict[str, Any]]:
+    """For each member its size, and how much of it is sites."""
+    from surgery.member import owners_of
+
+    rows = []
+    for member in prepared.members:
+        state = member.module.state_dict()
+        tensors = [state[first] for first in owners_of(member.module)]
+        placed = prepared.plan.of(member.name)
+        rows.append(
+            {
+                "name": member.name,
+                "reference": member.origin.reference,
+                "architecture": member.origin.architecture,
+                "parameters": sum(tensor.numel() for tensor in tensors),
+                "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+                "sites": len(placed),
+                "site_parameters": sum(state[p.site.name].numel() for p in placed),
+                "locations": sum(p.grid.locations for p in placed),
+                "tensors_left_alone": sum(each.member == member.name for each in prepared.plan.left_alone),
+                "real_inputs": member.name in prepared.probes,
+            }
+        )
+    return rows
+
+
+def print_plan(prepared: Prepared, *, verbose: bool) -> None:
+    """What would be done."""
+    recipe, plan = prepared.recipe, prepared.plan
+    rows = member_rows(prepared)
+    table = console.table(
+        "member", ">parameters", ">size", ">sites", ">in sites", ">locations", "~architecture"
+    )
+    for row in rows:
+        table.add_row(
+            row["name"],
+            console.count(row["parameters"]),
+            console.size(row["bytes"]),
+            str(row["sites"]),
+            console.percent(row["site_parameters"] / (row["parameters"] or 1)),
+            f"{row['locations']:,}",
+            console.clipped(row["architecture"]),
+        )
+    console.heading("Plan (a dry run: nothing is written)")
+    console.out.print(table)
+    banks = console.table("bank", "block", "numbers", ">locations", ">size as it is")
+    for bank in plan.banks:
+        size = bank.locations * bank.block[0] * bank.block[1] * bytes_of(bank.dtype)
+        banks.add_row(
+            bank.key, console.shape(bank.block), bank.dtype, f"{bank.locations:,}", console.size(size)
+        )
+    console.out.print(banks)
+    name, value = recipe.target
+    chosen = "as given" if recipe.parameters.block else "chosen by the fit where rows are shared"
+    real = [row["name"] for row in rows if row["real_inputs"]]
+    console.say(f"Would be fitted: {name.replace('_', '-')} {value:g}, blocks {chosen}, seed {recipe.seed}.")
+    console.say(
+        f"Errors would be measured on {'real inputs for ' + ', '.join(real) if real else 'made-up inputs'}."
+    )
+    console.say(
+        f"Output folder {recipe.out}: can be written." if recipe.out else "No output folder was given."
+    )
+    if verbose:
+        sites = console.table("member", "site", "kind", "~stack x out x in", ">locations")
+        for p in plan.placements:
+            view = console.shape(p.site.view.shape)
+            sites.add_row(p.site.member, p.site.name, p.site.kind, view, f"{p.grid.locations:,}")
+        console.out.print(sites)
+
+
+def bytes_of(dtype: str) -> int:
+    """Bytes of one number."""
+    from surgery.plan import torch_dtype
+
+    return torch_dtype(dtype).itemsize
+
+
+def result_json(joint: JointModel, folder: Path) -> dict[str, Any]:
+    """The outcome of a merge as plain JSON values."""
+    return {
+        "out": str(folder),
+        "disk_bytes": disk_bytes(folder),
+        "members": outcome_rows(joint),
+        "report": joint.report.to_json(),
+    }
+
+
+def outcome_rows(joint: JointModel) -> list[dict[str, Any]]:
+    """For each member its size before and after, and how far its output moved."""
+    report = joint.report
+    return [
+        {
+            "name": name,
+            "parameters": sum(joint_numel(joint, name)),
+            "sites": sum(p.site.member == name for p in joint.plan.placements),
+            "bytes_before": report.original_bytes[name],
+            "bytes_after": sum(row.nbytes for row in report.detail if row.member == name),
+            "output_error": report.errors.get(name),
+        }
+        for name in joint.names
+    ]
+
+
+def joint_numel(joint: JointModel, name: str) -> list[int]:
+    """Number of values in each of a member's tensors, tied ones once."""
+    state = joint.collapse(name)
+    return [state[first].numel() for first in joint.owners[name]]
+
+
+def disk_bytes(folder: Path) -> int:
+    """True size of a folder's files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
+    """What a merge did: members, what saved how much, how tensors are stored."""
+    report = joint.report
+    before, disk = sum(report.original_bytes.values()), disk_bytes(folder)
+    console.heading(
+        f"{folder}: {console.size(disk)} on disk, {console.percent(disk / before)} of the "
+        f"{console.size(before)} that {len(joint.names)} members take apart"
+    )
+    table = console.table("member", ">parameters", ">before", ">after", ">output moved by")
+    for row in outcome_rows(joint):
+        table.add_row(
+            row["name"],
+            console.count(row["parameters"]),
+            console.size(row["bytes_before"]),
+            console.size(row["bytes_after"]),
+            console.percent(row["output_error"], digits=2),
+        )
+    console.out.print(table)
+    given = report.probes.get("given") or []
+    inputs = f"real inputs for {', '.join(given)}, made-up ones for the rest" if given else "made-up inputs"
+    if set(given) == set(joint.names):
+        inputs = "the real inputs given"
+    console.say(f"Target {report.target}: {'met' if report.met else 'NOT met'}, measured on {inputs}.")
+    print_means(joint)
+    if verbose:
+        rows = console.table("member", "tensor", "~stored as", ">before", ">after")
+        for each in report.detail:
+            rows.add_row(
+                each.member, each.name, each.how, console.size(each.original), console.size(each.nbytes)
+            )
+        console.out.print(rows)
+
+
+def print_means(joint: JointModel) -> None:
+    """What each means saved, and how many tensors are stored in which way."""
+    report = joint.report
+    saved = console.table("saved by", ">bytes", "~")
+    for means, words in MEANS.items():
+        saved.add_row(means, console.size(report.saved[means]), words)
+    console.out.print(saved)
+    ways: dict[str, list[int]] = {}
+    for each in report.detail:
+        way = ways.setdefault(each.how, [0, 0, 0])
+        for place, amount in enumerate((1, each.original, each.nbytes)):
+            way[place] += amount
+    table = console.table("stored as", ">tensors", ">before", ">after", "~")
+    for how, (tensors, original, stored) in sorted(ways.items(), key=lambda item: -item[1][1]):
+        note = "left alone" if how == "native" else ""
+        table.add_row(how, str(tensors), console.size(original), console.size(stored), note)
+    console.out.print(table)
+
+
+def print_next(joint: JointModel, folder: Path) -> None:
+    """The commands that are likely to come next."""
+    name, where = joint.names[0], shlex.quote(str(folder))
+    console.say("Next:")
+    console.command(f"surgery verify {where}")
+    console.command(f"surgery export {where} --member {name} --format plain --out {name}-plain")

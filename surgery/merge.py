@@ -1,0 +1,250 @@
+"""Merge: a recipe in, a fitted joint model out, written as an artifact where the recipe says so.
+
+The stages are functions of their own, so that a dry run can stop at the plan: `check` (before anything slow),
+`prepare` (load, discover, plan), `merge` (join, fit, save).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.errors import LoadError, OutputError, PlanError
+from surgery.progress import track
+from surgery.recipe import Model, Recipe
+from surgery.selectors import share_selectors
+
+if TYPE_CHECKING:
+    from surgery.joint import JointModel
+    from surgery.member import Inputs, Member
+    from surgery.plan import Plan
+    from surgery.sites import Anatomy
+
+SIDE = 16  # of the block that a plan starts from; the fit chooses its own unless one is given
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before weights are joined: what a dry run shows.
+
+    Attributes:
+        recipe: with every member's name filled in.
+        members: loaded.
+        anatomies: what was found in each member.
+        plan: what goes into the dictionary.
+        probes: real inputs by member, for those that have calibration files.
+    """
+
+    recipe: Recipe
+    members: tuple[Member, ...]
+    anatomies: tuple[Anatomy, ...]
+    plan: Plan
+    probes: Mapping[str, Sequence[Inputs]]
+
+
+def merge(
+    recipe: Recipe,
+    *,
+    prepared: Prepared | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> JointModel:
+    """Run a recipe: load its members, join them, fit the dictionary, and save to `recipe.out` where it is
+    given.
+
+    Args:
+        recipe: what to do.
+        prepared: the result of `prepare` for this recipe, where it was made already; its modules are used up.
+        overwrite: whether `recipe.out` may be replaced.
+        trust_remote_code: whether Python files that come with a model may run.
+
+    Returns:
+        the fitted joint model; its `report` says what was met.
+
+    Raises:
+        SurgeryError: for bad input, before anything is written.
+
+    Example:
+        >>> recipe = Recipe.of({"models": [{"model": "timm:resnet18"}, {"model": "./bert"}], "out": "joint"})
+        >>> joint = merge(recipe)  # doctest: +SKIP
+        >>> joint.report.met  # doctest: +SKIP
+        True
+    """
+    from surgery.artifact import save
+    from surgery.fit import fit
+    from surgery.joint import join
+
+    check(recipe, overwrite=overwrite)
+    prepared = prepared or prepare(recipe, trust_remote_code=trust_remote_code)
+    joint = join(prepared.members, prepared.plan)
+    name, value = recipe.target
+    joint = fit(
+        joint,
+        max_error=value if name == "max_error" else None,
+        budget=value if name == "budget" else None,
+        hypermodules=int(value) if name == "hypermodules" else None,
+        block=recipe.parameters.block,
+        context=recipe.parameters.context,
+        probes=prepared.probes or None,
+        seed=recipe.seed,
+        device=recipe.device,
+    )
+    if recipe.out is not None:
+        save(joint, recipe.out, overwrite=overwrite, recipe=prepared.recipe.resolved())
+    return joint
+
+
+def check(recipe: Recipe, *, overwrite: bool = False) -> None:
+    """Find what can be found wrong before a model is loaded.
+
+    Raises:
+        PlanError: no models, names given twice.
+        LoadError: a calibration file that cannot be read.
+        OutputError: a target that exists or cannot be written.
+    """
+    if not recipe.models:
+        raise PlanError(
+            "A merge needs at least one model, found none: give references or a recipe with 'models'."
+        )
+    files = [split_calibration(entry)[1] for entry in recipe.calibrate]
+    for file in (*files, *(model.calibrate for model in recipe.models if model.calibrate)):
+        path = Path(file).expanduser()
+        if not path.exists() or not os.access(path, os.R_OK):
+            found = "cannot be read" if path.exists() else "does not exist"
+            raise LoadError(f"The calibration file must be a readable file or folder, but {path} {found}.")
+    if recipe.out is not None:
+        check_target(Path(recipe.out), overwrite=overwrite)
+    from surgery.references import parse_reference  # imports torch: last
+
+    names = [model.name or parse_reference(model.model)[0] for model in recipe.models]
+    given = [name or model.model for name, model in zip(names, recipe.models, strict=True)]
+    if repeated := sorted({name for name in given if given.count(name) > 1}):
+        raise PlanError(
+            f"Every member needs its own name, but {', '.join(repeated)} is given more than once; "
+            "write NAME=REFERENCE to name a member."
+        )
+
+
+def check_target(target: Path, *, overwrite: bool = False) -> None:
+    """Whether an artifact could be written to `target`; nothing is written.
+
+    Raises:
+        OutputError: it exists and may not be replaced, or no folder can be made there.
+    """
+    target = target.expanduser().absolute()
+    if target.is_dir() and not any(target.iterdir()):
+        pass  # an empty folder is as good as none
+    elif target.exists() and not overwrite:
+        raise OutputError(
+            f"The output folder must not exist, but {target} does; use --overwrite or another --out."
+        )
+    elif target.exists() and not target.is_dir():
+        raise OutputError(f"The output must be a folder, but {target} is a file; use another --out.")
+    parent = next(each for each in target.parents if each.exists())
+    if not parent.is_dir():
+        raise OutputError(
+            f"The output folder must lie in a folder, but {parent} is a file; use another --out."
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"The output folder {target} needs a parent that can be written, but {parent} cannot be."
+        )
+
+
+def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
+    """Load the members, find their sites, read calibration files and plan the dictionary; nothing is changed.
+
+    Raises:
+        SurgeryError: where a member cannot be loaded or traced, a selector matches nothing, or no plan
+        exists.
+    """
+    from surgery.plan import make_plan
+    from surgery.references import load_member
+    from surgery.sites import discover
+
+    members: list[Member] = []
+    for model in track(recipe.models, "Loading members"):
+        member = load_member(
+            model.model, name=model.name, seed=recipe.seed, trust_remote_code=trust_remote_code
+        )
+        if any(member.name == other.name for other in members):
+            raise PlanError(
+                f"Every member needs its own name, but {member.name} is given more than once; "
+                "write NAME=REFERENCE to name a member."
+            )
+        members.append(member)
+    names = {member.name: list(member.module.state_dict()) for member in members}
+    chosen = {
+        option: share_selectors(selectors, names, what=f"--{option}")
+        for option, selectors in recipe.select.model_dump().items()
+    }
+    anatomies = [
+        discover(member, **{option: shared[member.name] for option, shared in chosen.items()})
+        for member in track(members, "Finding sites")
+    ]
+    block = recipe.parameters.block or starting_block(anatomies)
+    plan = make_plan(anatomies, block, recipe.parameters.context or 4)
+    models = tuple(
+        Model(model=model.model, name=member.name, calibrate=model.calibrate)
+        for model, member in zip(recipe.models, members, strict=True)
+    )
+    named = recipe.model_copy(update={"models": models})
+    return Prepared(named, tuple(members), tuple(anatomies), plan, read_probes(named, members))
+
+
+def starting_block(anatomies: Sequence[Anatomy]) -> tuple[int, int]:
+    """16 x 16, or the largest power of two that fits a site where all sites are smaller."""
+    sides = [min(site.view.shape[1:]) for anatomy in anatomies for site in anatomy.sites]
+    side = min(SIDE, 1 << (max(sides, default=SIDE).bit_length() - 1))
+    return side, side
+
+
+def split_calibration(entry: str) -> tuple[str | None, str]:
+    """`NAME=FILE` as both; a path that happens to hold a `=`, or has no name in front, is left whole."""
+    name, equals, file = entry.partition("=")
+    if not equals or "/" in name or Path(entry).expanduser().exists():
+        return None, entry
+    return name, file
+
+
+def read_probes(recipe: Recipe, members: Sequence[Member]) -> dict[str, list[Inputs]]:
+    """Real inputs by member: from files that name it, and from common files that suit it where none does.
+
+    Raises:
+        LoadError: where a member's own file does not suit it, or a common file suits no member.
+        PlanError: where a file is given for a member that does not exist.
+    """
+    from surgery.probes import probe_inputs
+
+    entries = [split_calibration(entry) for entry in recipe.calibrate]
+    own = [(model.name, model.calibrate) for model in recipe.models if model.calibrate]
+    own += [(name, file) for name, file in entries if name is not None]
+    names = [member.name for member in members]
+    if strangers := sorted({name or "" for name, _ in own} - set(names)):
+        raise PlanError(
+            f"Calibration files need members, found {', '.join(strangers)}; known: {', '.join(names)}."
+        )
+    probes: dict[str, list[Inputs]] = {}
+    for member in members:
+        for file in [file for name, file in own if name == member.name]:
+            probes.setdefault(member.name, []).extend(probe_inputs(member, seed=recipe.seed, calibrate=file))
+    served = [member for member in members if member.name not in probes]
+    for file in [file for name, file in entries if name is None]:
+        failures: list[LoadError] = []
+        for member in served:
+            try:
+                batches = probe_inputs(member, seed=recipe.seed, calibrate=file)
+            except LoadError as error:
+                failures.append(error)
+            else:
+                probes.setdefault(member.name, []).extend(batches)
+        if len(failures) == len(served):
+            raise (
+                failures[0]
+                if failures
+                else PlanError(f"Every member has its own file, so {file} serves none.")
+            )
+    return probes
