@@ -1,4 +1,5 @@
-"""Roles of a tensor's axes: which are stack, out and in, for every way in which a tensor is used as a linear map.
+"""Roles of a tensor's axes: which are stack, out and in, for every way in which a tensor is used as a linear
+map.
 
 Axes are given as *factors*, because one axis can hold two roles: axis 0 of a grouped convolution is groups
 (stack) times out.
@@ -25,9 +26,8 @@ Axes = tuple[tuple[Factor, ...], ...]  # for every axis of a tensor its factors,
 
 def linear_axes(shape: Shape) -> Axes:
     """`[..., out, in]`, as in `F.linear` and on the left of a matrix product."""
-    stack = tuple((Factor("s", "stack", size),) for size in shape[:-2])
-    out = ((Factor("o", "out", shape[-2]),),) if len(shape) > 1 else ()
-    return (*stack, *out, (Factor("i", "in", shape[-1]),))
+    roles = (*(["stack"] * (len(shape) - 2)), "out", "in")[-len(shape) :]
+    return tuple((Factor(role[0], role, size),) for role, size in zip(roles, shape, strict=True))
 
 
 def right_axes(shape: Shape) -> Axes:

@@ -1,14 +1,15 @@
 """Layer kinds: the registry of what a tensor can be to a network, one `register` line each.
 
-A kind names the operations in which a tensor is of that kind and the module types whose parameters are, the latter
-by their qualified names, so that nothing has to be imported. Operations come first; module types serve what no
-forward pass reached.
+A kind names the operations in which a tensor is of that kind and the module types whose parameters are, the
+latter by their qualified names, so that nothing has to be imported. Operations come first; module types serve
+what no forward pass reached.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -84,24 +85,28 @@ def read_module(module: nn.Module) -> tuple[tuple[str, str, Axes | None], ...]:
     return ()
 
 
-# Parameters by module type ------------------------------------------------------------------------------------
+# Parameters by module type ---------------------------------------------------------------------------
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
 def _matrix(name: str = "weight", axes: Callable[[Shape], Axes] = linear_axes) -> ModuleReader:
-    def read(module: nn.Module) -> Iterator[tuple[str, Axes | None]]:
+    def read(module: Any) -> Iterator[tuple[str, Axes | None]]:
         yield name, axes(tuple(getattr(module, name).shape))
 
     return read
 
 
 def _adapter(*names: str) -> ModuleReader:
-    def read(module: nn.Module) -> Iterator[tuple[str, Axes | None]]:
+    def read(module: Any) -> Iterator[tuple[str, Axes | None]]:
         yield from ((name, None) for name in names if getattr(module, name, None) is not None)
 
     return read
 
 
-def _conv(module: nn.Module) -> Iterator[tuple[str, Axes | None]]:
+def _conv(module: Any) -> Iterator[tuple[str, Axes | None]]:
     shape, groups = tuple(module.weight.shape), int(module.groups)
     transposed = bool(module.transposed)
     axes = conv_transpose_axes if transposed else conv_axes
@@ -109,7 +114,7 @@ def _conv(module: nn.Module) -> Iterator[tuple[str, Axes | None]]:
 
 
 def _recurrent(gates: int) -> ModuleReader:
-    def read(module: nn.Module) -> Iterator[tuple[str, Axes | None]]:
+    def read(module: Any) -> Iterator[tuple[str, Axes | None]]:
         for name, weight in module.named_parameters(recurse=False):
             if name.startswith(("weight_ih", "weight_hh")):
                 yield name, gate_axes(tuple(weight.shape), gates)
@@ -119,7 +124,7 @@ def _recurrent(gates: int) -> ModuleReader:
     return read
 
 
-def _attention(module: nn.Module) -> Iterator[tuple[str, Axes | None]]:
+def _attention(module: Any) -> Iterator[tuple[str, Axes | None]]:
     if getattr(module, "in_proj_weight", None) is not None:
         yield "in_proj_weight", gate_axes(tuple(module.in_proj_weight.shape), 3, "three")
     for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
@@ -131,7 +136,7 @@ def _named(prefix: str, names: str, reader: ModuleReader) -> dict[str, ModuleRea
     return {prefix + name: reader for name in names.split()}
 
 
-# The kinds ----------------------------------------------------------------------------------------------------
+# The kinds -------------------------------------------------------------------------------------------
 
 register(
     LayerKind(
@@ -220,7 +225,7 @@ register(
         adapter=True,
         reason="scales or shifts its input element by element",
         ops=dict.fromkeys(
-            "layer_norm native_layer_norm batch_norm group_norm rms_norm instance_norm prelu".split(),
+            _words("layer_norm native_layer_norm batch_norm group_norm rms_norm instance_norm prelu"),
             operations.every("norm"),
         ),
         modules={
@@ -229,9 +234,9 @@ register(
             ),
             **_named("torch.nn.modules.batchnorm.", "_BatchNorm", _adapter("weight", "bias")),
         },
-        meets=frozenset(
-            "mul mul_ __mul__ __rmul__ __imul__ multiply div div_ __truediv__ __itruediv__ __rtruediv__ "
-            "true_divide addcmul pow __pow__ __rpow__ minimum maximum clamp".split()
+        meets=_words(
+            "mul mul_ __mul__ __rmul__ __imul__ multiply div div_ __truediv__ __itruediv__ "
+            "__rtruediv__ true_divide addcmul pow __pow__ __rpow__ minimum maximum clamp"
         ),
     )
 )
@@ -240,9 +245,9 @@ register(
         "bias",
         adapter=True,
         reason="is added to its input",
-        meets=frozenset(
+        meets=_words(
             "add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ rsub "
-            "scaled_dot_product_attention".split()
+            "scaled_dot_product_attention"
         ),
     )
 )
@@ -251,8 +256,6 @@ register(
         "input",
         adapter=True,
         reason="is itself read as an input of the network",
-        meets=frozenset(
-            "cat concat concatenate stack where masked_fill masked_scatter __setitem__ copy_".split()
-        ),
+        meets=_words("cat concat concatenate stack where masked_fill masked_scatter __setitem__ copy_"),
     )
 )

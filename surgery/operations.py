@@ -1,8 +1,8 @@
 """Operations: how each one uses its arguments, as a linear map or beside one.
 
-A reader takes one operation of a graph and yields a `Reading` for every argument that may be a weight. Operations
-go by their plain name (`linear`, `conv2d`, `matmul`), so that torch functions, tensor methods and ATen operators
-are read alike.
+A reader takes one operation of a graph and yields a `Reading` for every argument that may be a weight.
+Operations go by their plain name (`linear`, `conv2d`, `matmul`), so that torch functions, tensor methods and
+ATen operators are read alike.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from surgery.axes import (
 
 @dataclass(frozen=True)
 class Call:
-    """One operation of a graph: its arguments are graph nodes, numbers and the like; `shape_of` reads a node."""
+    """One operation of a graph; its arguments are graph nodes and numbers, and `shape_of` reads a node."""
 
     op: str
     args: tuple[Any, ...]
@@ -68,11 +68,14 @@ def _shaped(call: Call, node: Any, kind: str, axes: Callable[[Shape], Axes | Non
 
 
 def linear(call: Call) -> Iterator[Reading]:
+    """`F.linear(input, weight, bias)`."""
     yield _shaped(call, call.get(1, "weight"), "linear", linear_axes)
     yield Reading(call.get(2, "bias"), "bias")
 
 
 def product(left: int, names: tuple[str, str]) -> Reader:
+    """Matrix products of the arguments at `left` and after it; before them stands what is added."""
+
     def read(call: Call) -> Iterator[Reading]:
         if left:
             yield Reading(call.get(0, "input"), "bias")
@@ -83,16 +86,19 @@ def product(left: int, names: tuple[str, str]) -> Reader:
 
 
 def swapped_product(call: Call) -> Iterator[Reading]:
+    """`__rmatmul__`: the first argument stands on the right."""
     yield _shaped(call, call.get(1, "other"), "matmul", linear_axes)
     yield _shaped(call, call.get(0, "input"), "matmul", right_axes)
 
 
 def bilinear(call: Call) -> Iterator[Reading]:
+    """`F.bilinear`: for every output a matrix between the two inputs."""
     yield _shaped(call, call.get(2, "weight"), "bilinear", linear_axes)
     yield Reading(call.get(3, "bias"), "bias")
 
 
 def einsum(call: Call) -> Iterator[Reading]:
+    """`torch.einsum` with its operands one by one or as a list."""
     equation, *operands = call.args
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = list(operands[0])
@@ -101,6 +107,7 @@ def einsum(call: Call) -> Iterator[Reading]:
 
 
 def conv(rank: int, transposed: bool) -> Reader:
+    """A convolution over `rank` axes."""
     axes = conv_transpose_axes if transposed else conv_axes
     name = f"conv_transpose{rank}d" if transposed else f"conv{rank}d"
 
@@ -116,6 +123,8 @@ def conv(rank: int, transposed: bool) -> Reader:
 
 
 def recurrent(gates: int, kind: str) -> Reader:
+    """A whole recurrent network: for every layer input weights, recurrent weights, then a projection."""
+
     def read(call: Call) -> Iterator[Reading]:
         packed = not isinstance(
             call.args[3], bool
@@ -137,6 +146,8 @@ def recurrent(gates: int, kind: str) -> Reader:
 
 
 def cell(gates: int, kind: str) -> Reader:
+    """One step of a recurrent network."""
+
     def read(call: Call) -> Iterator[Reading]:
         for level, (place, name) in enumerate(((2, "w_ih"), (3, "w_hh"))):
             weight = call.get(place, name)

@@ -1,7 +1,7 @@
 """Sites: which tensors of a member are linear maps, and why every other tensor is left alone.
 
-`discover` turns a trace into an `Anatomy`. No tensor is skipped silently: each one in the state dict is a site, an
-adapter or skipped with its reason.
+`discover` turns a trace into an `Anatomy`. No tensor is skipped silently: each one in the state dict is a
+site, an adapter or skipped with its reason.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Site:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A tensor that stays with its member: an adapter by its nature or by request, or skipped for a reason."""
+    """A tensor that stays with its member: an adapter by nature or by request, or skipped for a reason."""
 
     member: str
     name: str
@@ -62,7 +62,7 @@ class LeftAlone:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What `discover` found in one member; every tensor of its state dict is in exactly one of the two lists."""
+    """What `discover` found in one member; every tensor of its state dict is in exactly one list."""
 
     member: str
     tier: str
@@ -82,8 +82,8 @@ def discover(
     Args:
         member: whose module is traced with its example inputs; it is left exactly as it was.
         adapters: sites that shall be adapters.
-        sites: tensors that are adapters by default and shall be sites: first and last maps, embeddings, depthwise
-            convolutions.
+        sites: tensors that are adapters by default and shall be sites: first and last maps, embeddings,
+            depthwise convolutions.
         skip: tensors to leave alone altogether.
 
     Returns:
@@ -255,7 +255,7 @@ def _check(
             bad.append(f"sites: '{name}' has no view as a linear map ({reason})")
     if bad:
         raise PlanError(
-            "required: selectors that name tensors of the member's state dict, and for `sites` linear maps; found: "
+            "required: selectors that name tensors of the state dict, and for `sites` linear maps; found: "
             + "; ".join(bad)
             + "; correct or remove them"
         )

@@ -1,14 +1,13 @@
 """Tracing: one forward pass of any module as a graph, and the uses of its parameters.
 
-Ways of tracing are tried in order until one serves; what it did not reach is completed from the table of module
-types. The user's module is never run itself: see `surgery.tracing.copying`.
+Ways of tracing are tried in order until one serves; what it did not reach is completed from the table of
+module types. The user's module is never run itself: see `surgery.tracing.copying`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -63,14 +62,14 @@ def trace(module: nn.Module, inputs: Inputs, tiers: Sequence[Tier] | None = None
         try:
             graph, tier = way.run(module, inputs), way.name
             break
-        except Exception as error:  # noqa: BLE001 any forward pass can raise anything
+        except Exception as error:
             notes.append(f"{way.name} failed: {_sentence(error)}")
     from_table = table_uses(module, names)
     if graph is None:
         if parameters and not from_table:
             tried = "; ".join(notes) or "there were no example inputs"
             raise TraceError(
-                f"required: a forward pass that runs with the inputs '{inputs.source}', or modules of a known type; "
+                f"required: a module that runs with the inputs '{inputs.source}', or has a known type; "
                 f"found: {type(module).__name__}, {tried}; give example inputs with which the module runs"
             )
         notes.append("no execution order: uses are in order of registration")

@@ -1,8 +1,9 @@
 """A copy of a module to run in place of the user's own: without weights, or with the weights shared.
 
-A forward pass can leave marks: cached weights, running statistics, hooks, train or eval mode. Running a copy keeps
-the user's module as it was, also after an error. Parameters are not duplicated: on the meta device they have no
-data, on their own device they are shared with the module, and the recorder undoes what a forward writes to them.
+A forward pass can leave marks: cached weights, running statistics, hooks, train or eval mode. Running a copy
+keeps the user's module as it was, also after an error. Parameters are not duplicated: on the meta device they
+have no data, on their own device they are shared with the module, and the recorder undoes what a forward
+writes to them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def copy_module(module: nn.Module, make: Callable[[Tensor], Tensor]) -> tuple[nn
     """A copy of `module` in eval mode whose tensors, registered or not, are `make(tensor)`.
 
     Returns:
-        The copy, and the state-dict name by `id` of its tensors.
+        The copy, and the state-dict name by `id` of its tensors, empty for those that are not in the state
+        dict.
     """
     made: dict[int, Tensor] = {}
 
@@ -42,9 +44,28 @@ def copy_module(module: nn.Module, make: Callable[[Tensor], Tensor]) -> tuple[nn
     tensors = [*module.parameters(), *module.buffers()]
     memo: dict[int, Any] = {id(tensor): once(tensor) for tensor in tensors}
     with _CopyTensors(once):
+        memo.update(_shared_attributes(module, memo))
         twin = copy.deepcopy(module, memo)
-    names = {id(made[key]): name for key, name in canonical_names(module).items() if key in made}
-    return twin.eval(), names
+    known = canonical_names(module)
+    return twin.eval(), {id(twin): known.get(key, "") for key, twin in made.items()}
+
+
+def _shared_attributes(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
+    """Attributes that cannot be copied, such as locks and open files, by `id`: the copy shares them."""
+    try:
+        copy.deepcopy(module, dict(memo))
+        return {}
+    except Exception:
+        pass
+    shared: dict[int, Any] = {}
+    inner = {"_parameters", "_buffers", "_modules"}
+    for part in module.modules():
+        for value in (value for key, value in vars(part).items() if key not in inner):
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:
+                shared[id(value)] = value
+    return shared
 
 
 def to_meta(tensor: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The first and last maps of a network, read off its graph.
 
-A map, embeddings included, with no other map between it and the network's inputs is a first one; a map with no
-other map after it is a last one. A parameter that is used several times is one map.
+A map, embeddings included, with no other map between it and the network's inputs is a first one; a map with
+no other map after it is a last one. A parameter that is used several times is one map.
 """
 
 from __future__ import annotations

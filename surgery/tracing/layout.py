@@ -1,8 +1,8 @@
 """Layout: where the axes of a value derived from a parameter come from, and the parameter's canonical view.
 
 A parameter is seldom used exactly as it is stored: it is transposed, cut into heads or chunks, cast or
-standardised first. A `Layout` says for every axis of such a value which factors of the parameter's own axes it walks
-over. Views are read off shapes, strides and offsets alone, so no data is needed.
+standardised first. A `Layout` says for every axis of such a value which factors of the parameter's own axes
+it walks over. Views are read off shapes, strides and offsets alone, so no data is needed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Layout:
 
     Attributes:
         shape: of the parameter.
-        axes: for every axis of the value its atoms, the slowest first; none where the axis repeats the parameter.
+        axes: for every axis of the value its atoms, the slowest first; none where the axis repeats the
+            parameter.
         starts: for every axis of the parameter the position at which the value begins.
     """
 
@@ -101,7 +102,7 @@ def canonical_view(layout: Layout, roles: Axes, used: Shape) -> CanonicalView | 
         found += matched
     if sum(size > 1 for size in layout.shape) < 2 and len(layout.shape) < 2:
         return "is a vector"
-    return _pattern(layout, _merge(found), {f.role: f for factors in roles for f in factors})
+    return _pattern(layout, _merge(found), [f for factors in roles for f in factors])
 
 
 def _coordinates(offset: int, base: Strided) -> list[int]:
@@ -190,15 +191,15 @@ def _merge(found: list[tuple[Atom, Factor]]) -> list[tuple[Atom, Factor]]:
     return merged
 
 
-def _pattern(
-    layout: Layout, found: list[tuple[Atom, Factor]], roles: dict[str, Factor]
-) -> CanonicalView | str:
+def _pattern(layout: Layout, found: list[tuple[Atom, Factor]], roles: list[Factor]) -> CanonicalView | str:
     """Name every piece, add a stack axis for what a slice leaves out, and write the pattern."""
+    named = [factor.name for _, factor in found]
+    spare = iter([factor for factor in roles if factor.size == 1 and factor.name not in named])
     per_axis: list[list[tuple[Atom, Factor]]] = []
     for axis, length in enumerate(layout.shape):
         pieces = sorted((p for p in found if p[0].axis == axis), key=lambda p: -p[0].step)
         if not pieces and length == 1:
-            pieces = [_lone(axis, found, roles)]
+            pieces = [(Atom(axis, 1, 1), next(spare, Factor("s", "stack", 1)))]  # no stride shows it
             found = [*found, pieces[0]]
         filled = _fill(axis, length, pieces, layout.starts[axis])
         if filled is None:
@@ -223,15 +224,6 @@ def _pattern(
     )
     sizes = {names[a.axis, a.step]: a.size for a, _ in ordered}
     return CanonicalView.of(f"{left} -> {right}", layout.shape, **sizes)
-
-
-def _lone(axis: int, found: list[tuple[Atom, Factor]], roles: dict[str, Factor]) -> tuple[Atom, Factor]:
-    """A parameter axis of length 1 that no stride shows: it stands for the first role that has no axis yet."""
-    present = {factor.role for _, factor in found}
-    for role in ("out", "in"):
-        if role in roles and role not in present:
-            return Atom(axis, 1, 1), roles[role]
-    return Atom(axis, 1, 1), Factor("s", "stack", 1)
 
 
 def _fill(

@@ -1,7 +1,7 @@
 """Reading a graph: every use of every parameter, and which maps come first and last.
 
-The graph is walked once. A value is *live* when it depends on the network's inputs; until a parameter meets a live
-value, what is computed from it is still the parameter, with a layout that says where its axes went.
+The graph is walked once. A value is *live* when it depends on the network's inputs; until a parameter meets a
+live value, what is computed from it is still the parameter, with a layout that says where its axes went.
 """
 
 from __future__ import annotations
@@ -19,12 +19,21 @@ from surgery.operations import Call, Reading
 from surgery.tracing.layout import Layout, Strided, canonical_view, contiguous, through_view
 from surgery.tracing.types import Use
 
-Origins = dict[str, Layout | str]  # by parameter; a sentence where its axes were lost
+
+@dataclass(frozen=True)
+class Lost:
+    """A parameter whose axes cannot be followed any further, and the reason."""
+
+    shape: Shape
+    reason: str
+
+
+Origins = dict[str, Layout | Lost]  # by parameter
 
 
 @dataclass(frozen=True)
 class Value:
-    """What a node holds: whether it is live, the parameters that it still is, and the node that it is a part of."""
+    """What a node holds: whether it is live, the parameters that it still is, the node it is a part of."""
 
     live: bool
     origins: Origins = field(default_factory=dict)
@@ -54,10 +63,9 @@ def read_uses(graph: fx.Graph, shapes: Mapping[str, Shape]) -> tuple[Found, ...]
     values: dict[fx.Node, Value] = {}
     found: list[Found] = []
     for node in graph.nodes:
-        name = node.meta.get("parameter")
-        if name is not None or node.op == "get_attr":
-            origins: Origins = {name: Layout.whole(shapes[name])} if name in shapes else {}
-            values[node] = Value(False, origins)
+        if node.op == "get_attr":
+            name = str(node.meta.get("parameter", ""))
+            values[node] = Value(False, {name: Layout.whole(shapes[name])} if name in shapes else {})
         elif node.op == "placeholder":
             values[node] = Value(True)
         elif node.op == "output":
@@ -68,7 +76,7 @@ def read_uses(graph: fx.Graph, shapes: Mapping[str, Shape]) -> tuple[Found, ...]
 
 
 def operation_name(node: fx.Node) -> str:
-    """The plain name of a node's operation: the same for a function, a method, an attribute or an ATen operator."""
+    """The plain name of an operation: one for functions, methods, attributes and ATen operators."""
     target: Any = node.target
     if target is getattr:
         return str(node.args[1])
@@ -84,7 +92,7 @@ def _walk(node: fx.Node, values: dict[fx.Node, Value], found: list[Found]) -> Va
     if not live and not any(values[n].origins for n in inputs):
         return Value(False)
     readings = read_call(Call(op, tuple(node.args), node.kwargs, _shape_of))
-    if readings is not None:
+    if readings is not None and (live or any(r.kind != "norm" for r in readings)):
         read = {reading.argument for reading in readings if values[reading.argument].origins}
         for reading in readings:
             found += _uses(node, op, reading, values)
@@ -104,19 +112,20 @@ def _uses(node: fx.Node, op: str, reading: Reading, values: dict[fx.Node, Value]
     """The uses that a layer kind reads in one argument."""
     kind = KINDS[reading.kind]
     for name, layout in values[reading.argument].origins.items():
-        view = None
-        reason = kind.reason if kind.adapter else "its axes are ambiguous"
-        if isinstance(layout, str):
-            reason = layout
+        view, reason = None, kind.reason or "its axes are ambiguous"
+        if isinstance(layout, Lost):
+            reason = layout.reason
         elif reading.axes is not None:
-            shape = _shape_of(reading.argument) or ()
-            view = canonical_view(layout, reading.axes, shape)
+            view = canonical_view(layout, reading.axes, _shape_of(reading.argument) or ())
             view, reason = (None, view) if isinstance(view, str) else (view, kind.reason)
-        role = "adapter" if kind.adapter else "map" if view is not None else "unclear"
-        name_of_kind = reading.kind
-        if role == "unclear" and isinstance(layout, Layout) and _is_scale(layout):
-            role, name_of_kind = "adapter", "norm"
-        use = Use(name, op, role, name_of_kind, _module(node), 0, view, groups=reading.groups, reason=reason)
+        use = Use(name, op, "map", reading.kind, _module(node), 0, view, groups=reading.groups, reason=reason)
+        if kind.adapter:
+            use = replace(use, role="adapter", reason=kind.reason)
+        elif view is None and sum(size > 1 for size in layout.shape) < 2:
+            scale = KINDS["norm"].reason if isinstance(layout, Lost) else reason
+            use = replace(use, role="adapter", kind="norm", reason=scale)
+        elif view is None:
+            use = replace(use, role="unclear")
         yield Found(use, node, reading.level)
 
 
@@ -149,31 +158,33 @@ def _follow(node: fx.Node, op: str, values: dict[fx.Node, Value]) -> Value:
                 moved = layout
             else:
                 moved = through_view(layout, contiguous(base.shape), contiguous(view.shape))
-        origins[name] = moved or (layout if isinstance(layout, str) else f"`{op}` mixes its axes")
+        origins[name] = moved or (
+            layout if isinstance(layout, Lost) else Lost(layout.shape, f"`{op}` mixes its axes")
+        )
     return Value(False, origins)
 
 
 def _carry(node: fx.Node, op: str, values: dict[fx.Node, Value]) -> Origins:
-    """What an operation among parameters and constants leaves of each: its layout, where the shape is kept."""
+    """What an operation among parameters and constants leaves of each of them."""
     after = node.meta.get("tensor")
     origins: Origins = {}
     for source in node.all_input_nodes:
         before = source.meta.get("tensor")
         for name, layout in values[source].origins.items():
-            carried: Layout | str = f"`{op}` changes its shape"
-            if isinstance(layout, str):
+            carried: Layout | Lost = Lost(layout.shape, f"`{op}` changes its shape")
+            if isinstance(layout, Lost):
                 carried = layout
             elif node.meta.get("view_of") is source and after is not None and before is not None:
-                carried = through_view(layout, before, after) or f"`{op}` mixes its axes"
+                carried = through_view(layout, before, after) or carried
             elif after is not None and before is not None:
                 carried = _broadcast(layout, before.shape, after.shape, op) or carried
-            if isinstance(origins.get(name, ""), str):
+            if not isinstance(origins.get(name), Layout):
                 origins[name] = carried
     return origins
 
 
 def _broadcast(layout: Layout, before: Shape, after: Shape, op: str) -> Layout | None:
-    """The layout in an operation that keeps the shape, up to broadcasting or, for `cat`, the length of an axis."""
+    """The layout where the shape is kept, up to broadcasting or, for `cat`, the length of an axis."""
     if before == after:
         return layout
     extra = len(after) - len(before)
@@ -199,10 +210,6 @@ def _shares_memory(node: fx.Node, op: str, source: fx.Node) -> bool:
     return base.strides == contiguous(base.shape).strides
 
 
-def _is_scale(layout: Layout) -> bool:
-    return sum(size > 1 for size in layout.shape) < 2
-
-
 def _shape_of(node: Any) -> Shape | None:
     tensor = node.meta.get("tensor") if isinstance(node, fx.Node) else None
     return None if tensor is None else tensor.shape
@@ -212,15 +219,19 @@ def _module(node: fx.Node) -> str:
     return str(node.meta.get("module", ""))
 
 
-_VIEWS = frozenset(
-    "view reshape flatten unflatten ravel view_as reshape_as transpose transpose_ t T mT H mH permute movedim "
-    "moveaxis swapaxes swapdims squeeze unsqueeze select narrow slice chunk split split_with_sizes tensor_split "
-    "unsafe_chunk unsafe_split unbind expand expand_as broadcast_to as_strided diagonal unfold detach alias data "
-    "real contiguous adjoint numpy_T".split()
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_VIEWS = _words(
+    "view reshape flatten unflatten ravel view_as reshape_as transpose transpose_ t T mT H mH permute "
+    "movedim moveaxis swapaxes swapdims squeeze unsqueeze select narrow slice chunk split "
+    "split_with_sizes tensor_split unsafe_chunk unsafe_split unbind expand expand_as broadcast_to "
+    "as_strided diagonal unfold detach alias data real contiguous adjoint numpy_T"
 )
-_MAY_COPY = frozenset("reshape flatten ravel reshape_as contiguous".split())
-_CASTS = frozenset(
-    "to _to_copy type type_as float half bfloat16 double clone contiguous requires_grad_ cpu cuda detach_ "
-    "requires_grad lift_fresh_copy dropout".split()
+_MAY_COPY = _words("reshape flatten ravel reshape_as contiguous")
+_CASTS = _words(
+    "to _to_copy type type_as float half bfloat16 double clone contiguous requires_grad_ cpu cuda "
+    "detach_ requires_grad lift_fresh_copy dropout"
 )
 _FOLLOWS = _VIEWS | _CASTS

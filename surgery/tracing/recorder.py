@@ -1,8 +1,8 @@
 """Recorder: one forward pass written down as a `torch.fx` graph.
 
-A `TorchFunctionMode` sees every torch function and tensor method that a forward pass calls, whatever Python control
-flow surrounds it. Each call becomes a node. Nothing is rewritten and nothing needs to be traceable; on the meta
-device no data is needed either.
+A `TorchFunctionMode` sees every torch function and tensor method that a forward pass calls, whatever Python
+control flow surrounds it. Each call becomes a node. Nothing is rewritten and nothing needs to be traceable;
+on the meta device no data is needed either.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ def after(value: Any, write: Any) -> Any:
     return value
 
 
+def unseen(before: Any) -> Any:
+    """A value that no recorded call made, for example a scripted function; `before` came before it."""
+    raise NotImplementedError(f"what was computed after {before} was not recorded")
+
+
 def record(
     module: nn.Module, names: dict[int, str], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> fx.Graph:
@@ -36,13 +41,14 @@ def record(
 
     Args:
         module: in eval mode; hooks are added to it and taken off again.
-        names: state-dict name by `id` of the module's tensors.
+        names: state-dict name by `id` of the module's tensors; empty for those that are not in the state
+            dict.
         args: positional arguments of the forward pass.
         kwargs: keyword arguments of the forward pass.
 
     Returns:
-        A graph whose nodes carry `meta["tensor"]` (`Strided`), `meta["module"]` (path), on `get_attr` nodes of the
-        state dict `meta["parameter"]`, and on views `meta["view_of"]` (a node).
+        A graph whose nodes carry `meta["tensor"]` (`Strided`), `meta["module"]` (path), on `get_attr` nodes
+        of the state dict `meta["parameter"]`, and on views `meta["view_of"]` (a node).
 
     Raises:
         Exception: whatever the forward pass raises.
@@ -50,7 +56,7 @@ def record(
     recorder = Recorder(names)
     for name, value in [*((f"arg{k}", v) for k, v in enumerate(args)), *kwargs.items()]:
         recorder.add_input(name, value)
-    with recorder.paths_of(module), _eager(), torch.no_grad():
+    with recorder.paths_of(module), _eager(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
             with recorder:
                 output = module(*args, **kwargs)
@@ -70,6 +76,7 @@ class Recorder(TorchFunctionMode):
         self.nodes: Any = WeakTensorKeyDictionary()
         self.modules: list[str] = [""]
         self.constants = 0
+        self.last: fx.Node | None = None
         self.written: Any = WeakIdKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -141,20 +148,24 @@ class Recorder(TorchFunctionMode):
     def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
         node = self.graph.call_function(func, self.argument(tuple(args)), self.argument(dict(kwargs)))
         node.meta["module"] = self.modules[-1]
+        self.last = node
         return node
 
     def _node(self, tensor: Tensor) -> fx.Node:
         """The node of a tensor; one that no call made is a parameter, a buffer or a constant."""
         node = self.nodes.get(tensor)
-        if node is None:
-            name = self.names.get(id(tensor))
-            if name is None:
-                self.constants += 1
+        if node is not None:
+            return node
+        name = self.names.get(id(tensor))
+        if name is None and self.last is not None:
+            node = self.graph.call_function(unseen, (self.last,))
+        else:
+            self.constants += not name
             node = self.graph.get_attr(name or f"_constant{self.constants}")
-            node.meta.update(tensor=_strided(tensor), module=self.modules[-1])
-            if name is not None:
-                node.meta["parameter"] = name
-            self.nodes[tensor] = node
+        node.meta.update(tensor=_strided(tensor), module=self.modules[-1])
+        if name:
+            node.meta["parameter"] = name
+        self.nodes[tensor] = node
         return node
 
     def _name(self, tensor: Tensor, node: fx.Node, args: Any) -> None:
@@ -205,13 +216,26 @@ def _writes(name: str, args: Any, kwargs: Any) -> Tensor | None:
 
 _IN_PLACE = frozenset(
     f"__i{name}__"
-    for name in "add sub mul div truediv floordiv mod pow and or xor lshift rshift matmul".split()
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "matmul",
+    )
 )
 
 
 def _strided(tensor: Tensor) -> Strided | None:
     try:
-        return Strided(tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+        return Strided(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
     except RuntimeError:  # tensors inside a vmap, sparse and nested tensors have no strides
         return None
 

@@ -1,4 +1,4 @@
-"""The static table: uses by module type alone, for models that cannot be run and parameters that no run reached."""
+"""The static table: uses by module type alone, for modules that cannot be run or were not reached."""
 
 from __future__ import annotations
 

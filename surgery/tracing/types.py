@@ -47,8 +47,9 @@ class Trace:
     """What one forward pass shows of a module.
 
     Attributes:
-        graph: placeholders for the inputs, `get_attr` for parameters and buffers, `call_function` for operations,
-            whose `meta` holds `module` and `tensor` (shape and strides); `None` for the table of module types.
+        graph: placeholders for inputs, `get_attr` for parameters and buffers, `call_function` for operations,
+            whose `meta` holds `module` and `tensor` (shape and strides); `None` for the table of module
+            types.
         uses: of all parameters, in execution order; those that were not reached come last.
         tier: which way of tracing served.
         inputs: where the example inputs came from.
