@@ -1,0 +1,228 @@
+"""Sparse codes x dictionary rows: the one hot kernel that every weight-sharing method runs on.
+
+`B[l] = sum_j coefficient[l, j] * rows[index[l, j]]` is MUiR Eq. 5 (a location's c rows, weighted by its
+context) and Eq. 8 (the rows of all its alternatives, weighted by softmax mass times context).
+
+On CPU three things make it fast, and mostly memory traffic is left:
+
+1. The blocks are bags of rows, summed by `embedding_bag`. The gradient of `rows` is the same sum over the
+   transposed code: no zero fill, no scatter, no atomic, and every sum has one fixed order, so results are
+   bitwise reproducible.
+2. The gradient of `coefficient` is a product sampled at the code's entries, `torch.sparse.sampled_addmm`.
+3. A result above 32 MiB is always fresh memory from the operating system, and touching it first, 4 KiB at a
+   time, costs more than the arithmetic. So large results ask Linux for huge pages and are filled in slabs.
+   A process started with `THP_MEM_ALLOC_ENABLE=1` has them from PyTorch itself and needs no slabs.
+
+On other devices `embedding_bag` and its own gradient are used as they are. `python -m benchmarks.kernel`
+times this against gather-then-bmm, plain `embedding_bag`, and sorting by hypermodule with one padded bmm.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+FRESH_MEMORY_BYTES = 32 * 2**20  # glibc's largest allocation that may reuse memory freed earlier (64-bit)
+SLAB_BYTES = (
+    16 * 2**20
+)  # small enough for the cache; few slabs, since on busy cores each one waits for its threads
+SLAB_ROWS = 64  # at least so many bags at a time, to have work for every thread
+
+
+@dataclass(frozen=True)
+class TransposedIndex:
+    """Which locations use each dictionary row: depends on the alignment alone, so keep it while that stays.
+
+    Attributes:
+        index: the `[L, w]` index that this was made from (a copy: later changes in place are noticed).
+        location: `[L*w]`, the locations sorted by the row they use, in rising order within a row.
+        entry: `[L*w]`, for each of `location` its position in the flattened code.
+        offset: `[R+1]`, row r is used by `location[offset[r]:offset[r+1]]`.
+    """
+
+    index: Tensor
+    location: Tensor
+    entry: Tensor
+    offset: Tensor
+
+
+def transpose(index: Tensor, rows: int) -> TransposedIndex:
+    """Sort a code's entries by dictionary row.
+
+    Args:
+        index: `[L, w]`, int32 or int64, each in `0 .. rows-1`.
+        rows: number R of dictionary rows.
+
+    Returns:
+        What `generate` needs for the gradient of its rows, on the device of `index`.
+
+    Raises:
+        IndexError: an index is outside of `0 .. rows-1`.
+
+    Example:
+        >>> transpose(torch.tensor([[2, 0], [2, 2]]), rows=3).location
+        tensor([0, 0, 1, 1])
+    """
+    _check_range(index, rows)
+    flat = index.reshape(-1)
+    entry = flat.argsort(stable=True)  # stable: the order of summation is fixed
+    offset = F.pad(torch.bincount(flat, minlength=rows).cumsum(0), (1, 0))
+    location = entry.div(max(index.shape[1], 1), rounding_mode="floor")
+    return TransposedIndex(index.clone(), location, entry, offset)
+
+
+def generate(
+    rows: Tensor, index: Tensor, coefficient: Tensor, transposed: TransposedIndex | None = None
+) -> Tensor:
+    """Generate all blocks: `B[l] = sum_j coefficient[l, j] * rows[index[l, j]]` (MUiR Eq. 5 and Eq. 8).
+
+    Differentiable once in `rows` and `coefficient`. Autocast is off inside. A row that no location uses gets
+    a gradient of exactly zero; a row that a location uses twice counts twice.
+
+    Args:
+        rows: `[R, d]` dictionary rows (R = K*c and d = m*n for hypermodules), float32 or float64.
+        index: `[L, w]`, int32 or int64, the rows of each location.
+        coefficient: `[L, w]`, dtype and device of `rows`.
+        transposed: `transpose(index, R)`, if it is at hand; it saves a sort per backward pass, and CPU alone
+            uses it.
+
+    Returns:
+        `[L, d]` blocks, dtype and device of `rows`.
+
+    Raises:
+        TypeError: a dtype other than those above.
+        ValueError: shapes that do not fit, or `transposed` made from another index or number of rows.
+        IndexError: an index is outside of `0 .. R-1` (on CPU; elsewhere PyTorch's own assertion).
+
+    Example:
+        >>> rows = torch.tensor([[1.0, 2.0], [10.0, 20.0]], requires_grad=True)
+        >>> index, coefficient = torch.tensor([[0, 1], [1, 1]]), torch.tensor([[1.0, 0.5], [0.25, 0.25]])
+        >>> generate(rows, index, coefficient).tolist()
+        [[6.0, 12.0], [5.0, 10.0]]
+    """
+    _check(rows, index, coefficient, transposed)
+    with torch.autocast(rows.device.type, enabled=False):
+        if rows.device.type != "cpu":
+            return F.embedding_bag(index, rows, per_sample_weights=coefficient, mode="sum")
+        return _Generate.apply(rows, index, coefficient, transposed)
+
+
+class _Generate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, index: Tensor, coefficient: Tensor, transposed: TransposedIndex | None
+    ) -> Tensor:
+        rows, index, coefficient = rows.contiguous(), index.contiguous(), coefficient.contiguous()
+        ctx.save_for_backward(rows, index, coefficient)
+        ctx.transposed = transposed
+        return _sum_bags(rows, index.view(-1), _offsets(index), coefficient.view(-1))  # Eq. (5), Eq. (8)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        rows, index, coefficient = ctx.saved_tensors
+        grad, grad_rows, grad_coefficient = grad.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            code = ctx.transposed or transpose(index, len(rows))
+            grad_rows = _sum_bags(grad, code.location, code.offset, coefficient.view(-1)[code.entry])
+        if ctx.needs_input_grad[2]:
+            with torch.autocast("cpu", enabled=False):
+                grad_coefficient = _dot_entries(grad, rows, index)
+        return grad_rows, None, grad_coefficient, None
+
+
+def _sum_bags(source: Tensor, index: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
+    """Sum `weight[e] * source[index[e]]` over `e = offset[b] .. offset[b+1]-1`: bags `[n, d]` of `[N, d]`."""
+    bags = len(offset) - 1
+    slab = max(SLAB_ROWS, SLAB_BYTES // max(source[:1].nbytes, 1))
+    large = bags * source[:1].nbytes > FRESH_MEMORY_BYTES
+    huge_pages_anyway = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"  # PyTorch's own switch
+    if not large or bags <= slab or huge_pages_anyway or sys.platform != "linux":
+        return _embedding_bag(source, index, offset, weight)
+    result = _empty_on_huge_pages(bags, source)
+    for first in range(0, bags, slab):
+        ends = offset[first : first + slab + 1]
+        begin, end = int(ends[0]), int(ends[-1])
+        result[first : first + slab] = _embedding_bag(
+            source, index[begin:end], ends - begin, weight[begin:end]
+        )
+    return result
+
+
+def _embedding_bag(source: Tensor, index: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
+    if not index.numel():  # embedding_bag looks for the dictionary's first row even then
+        return source.new_zeros(len(offset) - 1, source.shape[1])
+    return F.embedding_bag(
+        index, source, offset, per_sample_weights=weight, mode="sum", include_last_offset=True
+    )
+
+
+def _dot_entries(grad: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """`[L, w]` products `grad[l] . rows[index[l, j]]`: grad @ rows.T at the code's entries alone."""
+    if index.shape[1] >= len(rows):  # the whole product is no larger, and sampled_addmm keeps at most L*R
+        return (grad @ rows.t()).gather(1, index.long())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        entries = torch.sparse_csr_tensor(
+            _offsets(index),
+            index.view(-1),
+            rows.new_zeros(index.numel()),
+            (len(grad), len(rows)),
+            check_invariants=False,  # a location may name a row twice, in any order: each is one dot product
+        )
+        product = torch.sparse.sampled_addmm(entries, grad, rows.t(), beta=0.0)
+    return product.values().view_as(index)
+
+
+def _offsets(index: Tensor) -> Tensor:
+    """`[L+1]`: where each location's entries begin in the flattened code."""
+    locations, width = index.shape
+    return torch.arange(locations + 1, dtype=index.dtype, device=index.device) * width
+
+
+def _empty_on_huge_pages(count: int, like: Tensor) -> Tensor:
+    """Uninitialised `[count, d]`; where Linux does not take the advice, only time is lost."""
+    result = like.new_empty(count, like.shape[1])
+    start = -(-result.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = result.data_ptr() + result.nbytes - start
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
+    return result
+
+
+def _check(rows: Tensor, index: Tensor, coefficient: Tensor, transposed: TransposedIndex | None) -> None:
+    if rows.dtype not in (torch.float32, torch.float64) or coefficient.dtype != rows.dtype:
+        raise TypeError(
+            f"rows and coefficient must both be float32 or both float64, found {rows.dtype} and "
+            f"{coefficient.dtype}: keep the dictionary in float32 and cast the blocks"
+        )
+    if index.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"index must be int32 or int64, found {index.dtype}")
+    if rows.ndim != 2 or index.ndim != 2 or coefficient.shape != index.shape:
+        raise ValueError(
+            "rows [R, d], index [L, w] and coefficient [L, w] are required, found "
+            f"{list(rows.shape)}, {list(index.shape)} and {list(coefficient.shape)}"
+        )
+    if rows.device.type == "cpu":
+        _check_range(index, len(rows))
+        if transposed is not None and not (
+            len(transposed.offset) == len(rows) + 1
+            and transposed.index.dtype == index.dtype
+            and torch.equal(transposed.index, index)
+        ):
+            raise ValueError("transposed is of another index or R: make it again by transpose(index, R)")
+
+
+def _check_range(index: Tensor, rows: int) -> None:
+    low, high = (int(end) for end in index.aminmax()) if index.numel() else (0, -1)
+    if low < 0 or high >= rows:
+        raise IndexError(f"index must lie in 0..{rows - 1}, found {low}..{high}")
