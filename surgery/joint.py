@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -157,6 +158,7 @@ class JointModel(nn.Module):
         """Take the dictionary away: slots become parameters without memory, for `occupy` or new plain tensors."""
         for p in self.plan.placements:
             put_back(self[p.site.member], p.site.owners, torch.empty(p.site.shape, device="meta"))
+        self.plan = replace(self.plan, placements=())
 
     def occupy(self, plan: Plan, dictionary: Dictionary, encoded: Mapping[str, Encoded], report: Any) -> JointModel:
         """Take a plan and a dictionary after `vacate`; sites of the plan become slots."""

@@ -1,9 +1,9 @@
-"""Precision: how a tensor is stored, in its own dtype, in bfloat16, or as 2 to 8-bit integers with a scale per group.
+"""Precision: how a tensor is stored, in its own dtype, in bfloat16, or as 2 to 12-bit integers with a scale per group.
 
 Integers of b bits are symmetric: `value = (code - 2^(b-1)) * scale`, one bfloat16 scale for each group of
 neighbouring values along a row (first axis kept apart). The scale's sign and size are searched so that the squared
 error is least; given codes q, the best scale is the projection <x, q> / <q, q>. Codes are packed without a gap as
-bit planes of 4, 2 and 1 bits.
+bit planes of 8, 4, 2 and 1 bits.
 
 Every function is pure; `decode(encode(x, p))` is the tensor that a model with that precision runs with.
 """
@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 20  # values handled at once while encoding: bounds the memory of the scale search
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,), 10: (8, 2), 12: (8, 4)}
 # By bits: the smallest scale tried, as a fraction of the one that clips nothing, and the number of steps down to it.
-SEARCH = {2: (0.4, 9), 3: (0.65, 9), 4: (0.8, 9), 5: (0.85, 7), 6: (0.92, 7), 7: (0.95, 5), 8: (1.0, 1)}
+SEARCH = {2: (0.4, 9), 3: (0.65, 9), 4: (0.8, 9), 5: (0.85, 7), 6: (0.92, 7), 7: (0.95, 5)}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """A way of storing a tensor: `bits` 0 is the tensor's own dtype, 16 is bfloat16, 2 to 8 are grouped integers.
+    """A way of storing a tensor: `bits` 0 is the tensor's own dtype, 16 is bfloat16, 2 to 8, 10 and 12 are grouped
+    integers.
 
     Example:
         >>> str(Precision(4, 64)), Precision.parse("bfloat16")
@@ -49,7 +50,7 @@ class Precision:
             return cls(0 if text == "native" else 16)
         bits, _, group = text.removeprefix("int").partition("/")
         if not text.startswith("int") or int(bits) not in PLANES or int(group) < 1:
-            raise ValueError(f"'{text}' is not a precision: native, bfloat16 or intB/GROUP with B of 2 to 8")
+            raise ValueError(f"'{text}' is not a precision: native, bfloat16 or intB/GROUP with B of 2 to 8, 10 or 12")
         return cls(int(bits), int(group))
 
 
@@ -121,6 +122,50 @@ def stored_bytes(shape: tuple[int, ...], dtype: torch.dtype, precision: Precisio
     return sum(-(-groups * width * plane // 8) for plane in planes) + 2 * groups
 
 
+def part_layout(
+    shape: tuple[int, ...], dtype: torch.dtype, precision: Precision
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every part that `encode` makes of such a tensor, without encoding it.
+
+    Example:
+        >>> part_layout((3, 8), torch.float32, Precision(6, 4))
+        {'q4': (torch.uint8, (12,)), 'q2': (torch.uint8, (6,)), 'scale': (torch.bfloat16, (6,))}
+    """
+    numel = math.prod(shape)
+    if not dtype.is_floating_point or precision.bits == 0 or numel == 0:
+        return {"": (dtype, shape)}
+    if precision.bits == 16:
+        return {"bf16": (torch.bfloat16, shape)}
+    first, rest = _matrix(shape)
+    width = _width(shape, precision.group)
+    groups = first * -(-rest // width)
+    planes = {f"q{p}": (torch.uint8, (-(-groups * width * p // 8),)) for p in PLANES[precision.bits]}
+    return {**planes, "scale": (torch.bfloat16, (groups,))}
+
+
+def take_rows(encoded: Encoded, rows: Tensor) -> Encoded:
+    """The stored form of `decode(encoded)[rows]`, without encoding anew: groups never reach over a row.
+
+    Args:
+        encoded: of a tensor of at least two axes, or of any number where it is not held as integers.
+        rows: int64 `[R]`, numbers along the first axis.
+
+    Raises:
+        ValueError: for a vector held as integers, which is one row.
+    """
+    shape, bits = (len(rows), *encoded.shape[1:]), encoded.precision.bits
+    if bits in (0, 16):
+        return Encoded(encoded.precision, shape, encoded.dtype, {name: p[rows] for name, p in encoded.parts.items()})
+    if len(encoded.shape) < 2:
+        raise ValueError(f"a vector of {encoded.shape[0]} held as {encoded.precision} has no rows to take")
+    scale = encoded.parts["scale"]
+    groups = scale.numel() // encoded.shape[0]
+    width = _width(encoded.shape, encoded.precision.group)
+    codes = _unpack(encoded.parts, bits, scale.numel() * width).view(encoded.shape[0], -1)[rows]
+    parts = {**_pack(codes.reshape(-1), bits), "scale": scale.view(-1, groups)[rows].reshape(-1)}
+    return Encoded(encoded.precision, shape, encoded.dtype, parts)
+
+
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     """Rows and columns under which a tensor is grouped: a vector is one row."""
     return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:])) if shape else (1, 1)
@@ -141,12 +186,12 @@ def _grouped(tensor: Tensor, group: int) -> Tensor:
 
 
 def _quantise(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Codes (uint8 `[G, width]`) and bfloat16 scales `[G]` of least squared error among the candidates."""
+    """Codes (`[G, width]`, uint8 or int16) and bfloat16 scales `[G]` of least squared error among the candidates."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))  # its sign decides which end has the extra code
     best_gain = torch.full_like(largest, -1.0)
     best = torch.zeros_like(largest)
-    smallest, steps = SEARCH[bits]
+    smallest, steps = SEARCH.get(bits, (1.0, 1))
     for end in (low, high) if bits < 8 else (low,):
         for step in range(steps):
             shrink = 1.0 - (1.0 - smallest) * step / max(steps - 1, 1)
@@ -159,7 +204,7 @@ def _quantise(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
             best = torch.where(better, xq * _inverse(qq), best)
     scale = best.to(torch.bfloat16)
     q = (groups * _inverse(scale.float())).round_().clamp_(low, high)
-    return (q - low).to(torch.uint8), scale.squeeze(1)
+    return (q - low).to(torch.uint8 if bits <= 8 else torch.int16), scale.squeeze(1)
 
 
 def _inverse(x: Tensor) -> Tensor:
@@ -169,10 +214,11 @@ def _inverse(x: Tensor) -> Tensor:
 
 
 def _pack(codes: Tensor, bits: int) -> dict[str, Tensor]:
-    """Bit planes of a flat uint8 tensor, each packed to whole bytes."""
-    planes, shift = {}, 0
+    """Bit planes of a flat tensor of codes, lowest bits first, each packed to whole bytes."""
+    planes: dict[str, Tensor] = {}
+    shift = 0
     for plane in PLANES[bits]:
-        values, per_byte = (codes >> shift) & ((1 << plane) - 1), 8 // plane
+        values, per_byte = ((codes >> shift) & ((1 << plane) - 1)).to(torch.uint8), 8 // plane
         values = torch.nn.functional.pad(values, (0, -values.numel() % per_byte)).view(-1, per_byte)
         packed = values[:, 0].clone()
         for slot in range(1, per_byte):
@@ -189,7 +235,8 @@ def _unpack(parts: Mapping[str, Tensor], bits: int, count: int) -> Tensor:
         packed, per_byte = parts[f"q{plane}"], 8 // plane
         shifts = torch.arange(0, 8, plane, dtype=torch.uint8, device=packed.device)
         values = packed if plane == 8 else ((packed.unsqueeze(1) >> shifts) & ((1 << plane) - 1)).view(-1)
-        values = values[:count] << shift if shift else values[:count]
+        values = values[:count] if bits <= 8 else values[:count].to(torch.int16)
+        values = values << shift if shift else values
         codes = values if codes is None else codes | values
         shift += plane
     assert codes is not None

@@ -72,7 +72,7 @@ def outputs_of(module: nn.Module, inputs: Inputs) -> tuple[Tensor, ...]:
         [torch.Size([2, 5]), torch.Size([1, 5]), torch.Size([1, 5])]
     """
     with torch.no_grad():
-        return tuple(_tensors(module(*inputs.args, **inputs.kwargs)))
+        return tuple(tensors_in(module(*inputs.args, **inputs.kwargs)))
 
 
 def relative_error(reference: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
@@ -101,16 +101,16 @@ def relative_error(reference: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> 
     return float("nan") if any(error != error for error in errors) else max(errors, default=0.0)
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """Floating-point tensors in outputs of any kind."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() or value.is_complex() else []
     if isinstance(value, Mapping):
-        return [t for key, item in value.items() if str(key) not in _CACHES for t in _tensors(item)]
+        return [t for key, item in value.items() if str(key) not in _CACHES for t in tensors_in(item)]
     if isinstance(value, (tuple, list)):
-        return [t for item in value for t in _tensors(item)]
+        return [t for item in value for t in tensors_in(item)]
     if is_dataclass(value) and not isinstance(value, type):
-        return [t for f in fields(value) if f.name not in _CACHES for t in _tensors(getattr(value, f.name))]
+        return [t for f in fields(value) if f.name not in _CACHES for t in tensors_in(getattr(value, f.name))]
     return []  # caches and other objects
 
 

@@ -63,3 +63,15 @@ def assign(module: nn.Module, tensors: dict[str, Tensor], owners: dict[str, tupl
         else:
             current = holder._parameters.get(attribute)
             put_back(module, owners.get(name, (name,)), tensor, current is None or current.requires_grad)
+
+
+def forget_derived(module: nn.Module) -> None:
+    """Make a module in eval mode forget what it derived from its weights and kept.
+
+    Some models cache such tensors after a forward pass in eval mode and drop them when set to training; every
+    submodule's mode is put back as it was.
+    """
+    modes = [(each, each.training) for each in module.modules()]
+    module.train()
+    for each, training in modes:
+        each.training = training

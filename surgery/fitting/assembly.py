@@ -1,0 +1,106 @@
+"""Assembly: what was chosen, put together as a stored joint model, and the weights that its members then have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from surgery.blocks import untile
+from surgery.fitting.allocation import Choice
+from surgery.fitting.units import Arrangement, Unit
+from surgery.plan import BankPlan, Placement, Plan, torch_dtype
+from surgery.precision import NATIVE, Encoded, Precision, decode, encode
+from surgery.settle import index_dtype
+from surgery.sites import LeftAlone
+from surgery.storage import Stored, build_bank, deduplicate
+
+PLAIN = "sharing it does not pay"
+
+
+@dataclass
+class Assembler:
+    """Builds stored forms from choices; what did not change since the last choice is not encoded again."""
+
+    plan: Plan
+    ties: Mapping[str, Mapping[str, tuple[str, ...]]]
+    units: Sequence[Unit]
+    arrangements: Sequence[Arrangement]
+
+    def __post_init__(self) -> None:
+        self._encoded: dict[tuple[int, str], tuple[Precision, Encoded]] = {}
+
+    def assemble(self, choice: Choice) -> Stored:
+        """The stored joint model of a choice."""
+        tensors: dict[str, Encoded] = {}
+        banks, placements = [], []
+        position = 0
+        for number, arrangement in enumerate(self.arrangements):
+            picks = [(position + i, unit, unit.options[choice.option[position + i]])
+                     for i, unit in enumerate(arrangement.units)]
+            position += len(arrangement.units)
+            if not choice.taken[number]:
+                continue
+            if arrangement.siblings is None:
+                for u, unit, precision in picks:
+                    assert precision is not None
+                    tensors.update({key: self._encode(u, key, t, precision) for key, t in unit.tensors.items()})
+            else:
+                bank, placed, parts = self._bank(arrangement, picks, len(banks))
+                banks.append(bank)
+                placements += placed
+                tensors.update(parts)
+        return deduplicate(Stored(self._plan(banks, placements), tensors, ties=self.ties))
+
+    def _bank(self, arrangement: Arrangement, picks: Sequence[tuple[int, Unit, Precision | None]], number: int
+              ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
+        """Siblings as a bank of one hypermodule for each location, of as many rows as were kept."""
+        siblings = arrangement.siblings
+        assert siblings is not None
+        grid, sites = siblings.grid, siblings.sites
+        kept = [j for j, (_, _, precision) in enumerate(picks) if precision is not None]
+        key = f"{grid.m}x{grid.n}-{sites[0].dtype}-{number}"
+        plan = BankPlan(key, (grid.m, grid.n), len(kept), sites[0].dtype, len(sites) * grid.locations)
+        parts: dict[str, Encoded] = {}
+        for new, j in enumerate(kept):
+            u, unit, precision = picks[j]
+            assert precision is not None
+            parts[f"bank/{key}/rows.{new}"] = self._encode(u, f"rows.{j}", unit.tensors[f"rows.{j}"], precision)
+        contexts = siblings.contexts[:, :, kept].flatten(0, 1).contiguous()
+        psi = torch.arange(grid.locations).repeat(len(sites)).to(index_dtype(grid.locations))
+        parts[f"bank/{key}/contexts"] = encode(contexts, NATIVE)
+        parts[f"bank/{key}/psi"] = encode(psi, NATIVE)
+        placed = [Placement(site, key, grid, i * grid.locations) for i, site in enumerate(sites)]
+        return plan, placed, parts
+
+    def _encode(self, unit: int, key: str, tensor: Tensor, precision: Precision) -> Encoded:
+        known = self._encoded.get((unit, key))
+        if known is None or known[0] != precision:
+            known = self._encoded[unit, key] = (precision, encode(tensor, precision))
+        return known[1]
+
+    def _plan(self, banks: Sequence[BankPlan], placements: Sequence[Placement]) -> Plan:
+        generated = {(p.site.member, p.site.name) for p in placements}
+        plain = [LeftAlone(s.member, s.name, s.owners, "plain", s.kind, s.shape, s.dtype, PLAIN, s.order)
+                 for s in (p.site for p in self.plan.placements) if (s.member, s.name) not in generated]
+        return Plan(self.plan.members, tuple(banks), tuple(placements), (*self.plan.left_alone, *plain))
+
+
+def weights_of(stored: Stored, member: str) -> dict[str, Tensor]:
+    """The weights that one member has when it runs from a stored form, by first owner."""
+    prefix = f"plain/{member}/"
+    tensors = {key: stored.tensors[key] for key in stored.tensors if key.startswith(prefix)}
+    tensors |= {key: stored.tensors[first] for key, first in stored.aliases.items() if key.startswith(prefix)}
+    weights = {key.removeprefix(prefix): decode(encoded) for key, encoded in tensors.items()}
+    for bank_plan in stored.plan.banks:
+        placements = [p for p in stored.plan.of(member) if p.bank == bank_plan.key]
+        if not placements:
+            continue
+        bank = build_bank(bank_plan, stored.tensors)
+        for p in placements:
+            blocks = bank.blocks(p.start, p.stop).detach()
+            weight = p.site.view.to_tensor(untile(blocks, p.grid)).contiguous()
+            weights[p.site.name] = weight.to(torch_dtype(p.site.dtype))
+    return weights

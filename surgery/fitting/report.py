@@ -1,0 +1,98 @@
+"""What a fit met, what each of its means saved, and how every tensor is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from surgery.joint import JointModel
+from surgery.storage import Stored
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """How one tensor is stored.
+
+    Attributes:
+        member: whose it is.
+        name: first owner.
+        how: `shared rows`, `shared copy`, or the precision of a plain tensor.
+        nbytes: its part of the artifact; shared bytes are divided among their users.
+        original: bytes it had.
+    """
+
+    member: str
+    name: str
+    how: str
+    nbytes: int
+    original: int
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """The outcome of a fit.
+
+    Attributes:
+        target: what was asked for, in words.
+        met: whether the target was met.
+        original_bytes: of each member's tensors.
+        stored_bytes: of all stored tensors, index included.
+        saved: bytes that `sharing` and `precision` each saved; sharing's are what the same tensors would have
+            cost apart, at the precisions they would then have had.
+        errors: measured relative L2 output error of each member on the probe inputs.
+        probes: the seed of made-up probe inputs and which members had real ones.
+        detail: every tensor.
+    """
+
+    target: str
+    met: bool
+    original_bytes: Mapping[str, int]
+    stored_bytes: int
+    saved: Mapping[str, int]
+    errors: Mapping[str, float]
+    probes: Mapping[str, Any] = field(default_factory=dict)
+    detail: tuple[TensorReport, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain JSON values, the detail left out."""
+        return {key: value for key, value in asdict(self).items() if key != "detail"}
+
+
+def original_bytes(joint: JointModel) -> dict[str, int]:
+    """Bytes of each member's tensors, tied ones counted once."""
+    sizes = {}
+    for name in joint.names:
+        state = joint.collapse(name)
+        sizes[name] = sum(state[first].numel() * state[first].element_size() for first in joint.owners[name])
+    return sizes
+
+
+def describe(stored: Stored, originals: Mapping[str, Mapping[str, Any]]) -> tuple[TensorReport, ...]:
+    """How every tensor is stored, in the members' order."""
+    users: dict[str, int] = {}
+    for first in stored.aliases.values():
+        users[first] = users.get(first, 1) + 1
+    rows: list[TensorReport] = []
+    bank_bytes = {plan.key: sum(e.nbytes for key, e in stored.tensors.items() if key.startswith(f"bank/{plan.key}/"))
+                  for plan in stored.plan.banks}
+    placed = {(p.site.member, p.site.name): p for p in stored.plan.placements}
+    for member, tensors in originals.items():
+        for name, tensor in tensors.items():
+            size = tensor.numel() * tensor.element_size()
+            key = f"plain/{member}/{name}"
+            if (p := placed.get((member, name))) is not None:
+                part = bank_bytes[p.bank] * p.grid.locations / stored.plan.bank(p.bank).locations
+                rows.append(TensorReport(member, name, "shared rows", round(part), size))
+            else:
+                first = stored.aliases.get(key, key)
+                encoded, count = stored.tensors[first], users.get(first, 1)
+                how = f"shared copy, {encoded.precision}" if count > 1 else str(encoded.precision)
+                rows.append(TensorReport(member, name, how, encoded.nbytes // count, size))
+    return tuple(rows)
+
+
+def saved_bytes(before: int, after: int, apart: Sequence[tuple[float, float]]) -> dict[str, int]:
+    """Split what was saved; `apart` holds, for every shared group, its bytes apart and its bytes shared."""
+    sharing = round(sum(alone - shared for alone, shared in apart))
+    return {"sharing": sharing, "precision": before - after - sharing}

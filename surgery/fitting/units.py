@@ -1,0 +1,123 @@
+"""Units: tensors that can be stored in more than one way, what each way costs and how wrong it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from surgery.blocks import BlockGrid
+from surgery.fitting.allocation import Table
+from surgery.precision import BFLOAT16, NATIVE, Precision, decode, encode, stored_bytes
+from surgery.sites import Site
+
+GROUP = 64  # values to one scale
+SAMPLE = 1 << 18  # values on which the error of a precision is measured
+PART_BYTES = 160  # a stored part's entry in a file's header and in the manifest, rounded up
+MATRICES = tuple(Precision(bits, GROUP) for bits in (12, 10, 8, 7, 6, 5, 4, 3, 2))
+VECTORS = (Precision(12, GROUP), Precision(8, GROUP))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that get the same option; equal tensors are one object and are stored once.
+
+    Attributes:
+        tensors: what is to be stored, by storage key.
+        weight: by member, relative squared output error per squared error.
+        options: precisions, or None for leaving the tensor out.
+        nbytes: bytes of each option.
+        errors: squared error of each option.
+    """
+
+    tensors: Mapping[str, Tensor]
+    weight: Mapping[str, float]
+    options: tuple[Precision | None, ...]
+    nbytes: tuple[float, ...]
+    errors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """A group of sites as shared rows: contexts `[N, L, N]` and the grid that cuts each site into L blocks."""
+
+    sites: tuple[Site, ...]
+    grid: BlockGrid
+    contexts: Tensor
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """One way of storing a group of tensors: its units, and its bytes besides them."""
+
+    units: tuple[Unit, ...]
+    fixed: float = 0.0
+    siblings: Siblings | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors that are decided on together, and the arrangements to choose from."""
+
+    arrangements: tuple[Arrangement, ...] = field(default_factory=tuple)
+
+
+def measure(tensors: Mapping[str, Tensor], weight: Mapping[str, float], *, droppable: bool = False) -> Unit:
+    """The unit of equal tensors: every precision of their ladder tried, cost and squared error taken."""
+    tensor = next(iter(tensors.values()))
+    options: list[Precision | None] = list(ladder(tensor))
+    nbytes = [unit_bytes(tensors, precision) for precision in ladder(tensor)]
+    errors = [squared_error(tensor, precision) for precision in ladder(tensor)]
+    if droppable:
+        options, nbytes = [*options, None], [*nbytes, 0.0]
+        errors.append(float(tensor.float().square().sum(dtype=torch.float64)))
+    return Unit(tensors, weight, tuple(options), tuple(nbytes), tuple(errors))
+
+
+def unit_bytes(tensors: Mapping[str, Tensor], precision: Precision) -> float:
+    """Bytes of all tensors of a unit, equal ones counted once, with what files say about them."""
+    distinct = {id(tensor): tensor for tensor in tensors.values()}.values()
+    parts = 1 if precision.bits in (0, 16) else 2
+    return float(sum(stored_bytes(tuple(t.shape), t.dtype, precision) + PART_BYTES * parts for t in distinct))
+
+
+def ladder(tensor: Tensor) -> tuple[Precision, ...]:
+    """Precisions worth trying for a tensor, the finest first."""
+    if not tensor.is_floating_point() or tensor.numel() < 16:
+        return (NATIVE,)
+    grouped = MATRICES if tensor.ndim > 1 and tensor.numel() >= GROUP else VECTORS
+    return (NATIVE, *((BFLOAT16,) if tensor.element_size() > 2 else ()), *grouped)
+
+
+def squared_error(tensor: Tensor, precision: Precision) -> float:
+    """`|decode(encode(tensor)) - tensor|^2`, for a large tensor estimated from rows spread over it."""
+    if precision == NATIVE:
+        return 0.0
+    sample = tensor
+    if tensor.ndim > 1 and tensor.numel() > SAMPLE:
+        rows = max(1, SAMPLE // (tensor.numel() // len(tensor)))
+        sample = tensor[torch.linspace(0, len(tensor) - 1, rows, device=tensor.device).long()]
+    error = (decode(encode(sample, precision)).float() - sample.float()).square().sum(dtype=torch.float64)
+    return float(error) * tensor.numel() / sample.numel()
+
+
+def tabulate(groups: Sequence[Group], members: Sequence[str]) -> tuple[Table, list[Unit], list[Arrangement]]:
+    """All units as arrays for the allocation, with the units and arrangements in the order of their numbers."""
+    arrangements = [a for group in groups for a in group.arrangements]
+    units = [unit for a in arrangements for unit in a.units]
+    width = max((len(unit.options) for unit in units), default=1)
+    size, error = np.full((len(units), width), np.inf), np.zeros((len(units), width))
+    weight = np.zeros((len(units), len(members)))
+    for u, unit in enumerate(units):
+        size[u, : len(unit.nbytes)], error[u, : len(unit.errors)] = unit.nbytes, unit.errors
+        weight[u] = [unit.weight.get(name, 0.0) for name in members]
+    table = Table(
+        size, error, weight,
+        arrangement=np.repeat(np.arange(len(arrangements)), [len(a.units) for a in arrangements]),
+        group=np.repeat(np.arange(len(groups)), [len(group.arrangements) for group in groups]),
+        fixed=np.array([a.fixed for a in arrangements]),
+    )
+    return table, units, arrangements
