@@ -22,6 +22,13 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8
 # By bits: the smallest scale tried, as a fraction of the one that clips nothing, and the number of steps down to it.
 SEARCH = {2: (0.4, 9), 3: (0.65, 9), 4: (0.8, 9), 5: (0.85, 7), 6: (0.92, 7), 7: (0.95, 5)}
 
+# By bits of a plane: a word that holds as many bytes as a byte holds values, and shifts and masks that spread them.
+_SPREAD = {
+    4: (torch.int16, ((4, 0x0F0F),)),
+    2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
+    1: (torch.int64, ((28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101))),
+}
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -100,8 +107,9 @@ def decode(encoded: Encoded) -> Tensor:
         return parts["bf16"].to(encoded.dtype)
     width = _width(encoded.shape, encoded.precision.group)
     scale = parts["scale"].float().unsqueeze(1)
-    codes = _unpack(parts, bits, scale.shape[0] * width).view(-1, width)
-    values = codes.to(torch.float32).sub_(1 << (bits - 1)).mul_(scale)
+    codes = _unpack(parts, bits, scale.shape[0] * width).sub(1 << (bits - 1))
+    signed = codes.view(torch.int8) if bits <= 8 else codes  # unsigned bytes wrap around to the signed ones
+    values = signed.view(-1, width).to(torch.float32).mul_(scale)
     if encoded.dtype == torch.float16:
         values = values.clamp_(-65504.0, 65504.0)
     first, rest = _matrix(encoded.shape)
@@ -232,12 +240,25 @@ def _unpack(parts: Mapping[str, Tensor], bits: int, count: int) -> Tensor:
     """The inverse of `_pack`."""
     codes, shift = None, 0
     for plane in PLANES[bits]:
-        packed, per_byte = parts[f"q{plane}"], 8 // plane
-        shifts = torch.arange(0, 8, plane, dtype=torch.uint8, device=packed.device)
-        values = packed if plane == 8 else ((packed.unsqueeze(1) >> shifts) & ((1 << plane) - 1)).view(-1)
-        values = values[:count] if bits <= 8 else values[:count].to(torch.int16)
+        values = _spread(parts[f"q{plane}"], plane)[:count]
+        values = values if bits <= 8 else values.to(torch.int16)
         values = values << shift if shift else values
         codes = values if codes is None else codes | values
         shift += plane
     assert codes is not None
     return codes
+
+
+def _spread(packed: Tensor, plane: int) -> Tensor:
+    """Each value of `plane` bits in a byte of its own, the lowest first.
+
+    The bytes are spread inside wider integers, halving the distance each time: a few passes over whole words,
+    where a shift for every value would go byte by byte. Words are little-endian, as wherever torch runs.
+    """
+    if plane == 8:
+        return packed
+    word, steps = _SPREAD[plane]
+    words = packed.to(word, memory_format=torch.contiguous_format)
+    for distance, mask in steps:
+        words.bitwise_or_(words << distance).bitwise_and_(mask)
+    return words.view(torch.uint8)
