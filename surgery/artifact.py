@@ -1,0 +1,176 @@
+"""Artifact: the folder that holds a joint model, and the joint model back from it.
+
+    manifest.json            versions, members, plan, hashes and sizes of all files, measured errors
+    dictionary.safetensors   banks: rows, alignment and contexts
+    members/<name>/          weights.safetensors (adapters and plain tensors), config, tokenizer, preprocessor
+    recipe.yaml              how it was made
+    README.md, sharing.png   a model card, and a picture of who shares what
+
+Writing the same joint model twice gives the same bytes, and so does writing what was loaded. An artifact is
+at most 64 KiB larger than its members' own files, whatever they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import ArtifactError
+from surgery.joint import JointModel
+from surgery.manifest import Manifest, read_manifest
+from surgery.member import Inputs, Member, Origin
+from surgery.reading import check_fit, read_small_files, read_stored
+from surgery.reports import report_of, restrict_report
+from surgery.sketch import draw
+from surgery.slots import locate
+from surgery.storage import revive, store
+from surgery.writing import write
+
+
+def save(
+    joint: JointModel,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    recipe: Mapping[str, Any] | None = None,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write a joint model as an artifact.
+
+    Args:
+        joint: joined, fitted or trained.
+        out: the folder; it appears whole or not at all.
+        overwrite: whether an artifact that is already there is replaced.
+        recipe: how it was made; by default the one that a loaded joint model came with.
+        max_shard_size: of one file, in bytes or as text such as `"5GB"`.
+
+    Returns:
+        the folder.
+
+    Raises:
+        OutputError: where the folder exists, holds other files, cannot be written, or the disk is full.
+
+    Example:
+        >>> surgery.save(joint, "joint")
+        PosixPath('/home/me/joint')
+    """
+    recipe = joint.__dict__.get("recipe") if recipe is None else recipe
+    members = list(joint.members.values())
+    return write(store(joint), members, report_of(joint), out, overwrite, recipe, max_shard_size)
+
+
+def load(
+    directory: str | Path,
+    *,
+    modules: Mapping[str, nn.Module] | None = None,
+    members: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
+    run_factory: bool = False,
+    device: str = "cpu",
+) -> JointModel:
+    """Read an artifact.
+
+    Args:
+        directory: the folder.
+        modules: architectures by member, for members that were live modules; they become part of the joint
+            model.
+        members: names to read, all by default.
+        trust_remote_code: whether Python files that come with a transformers model may run.
+        run_factory: whether the user's own `module.py:factory` may run.
+        device: where the weights go.
+
+    Returns:
+        the joint model; its `report` is a dict, its `recipe` the recipe that the artifact holds.
+
+    Raises:
+        ArtifactError: where files are missing or damaged, or do not match the manifest or the architecture.
+        LoadError: where an architecture cannot be built, or running its code was not allowed.
+
+    Example:
+        >>> joint = surgery.load("joint")
+        >>> joint.names
+        ('text', 'vision')
+    """
+    folder = Path(directory).expanduser()
+    manifest = read_manifest(folder)
+    names = _chosen(manifest, members)
+    stored = read_stored(folder, manifest, names)
+    found = []
+    for name in names:
+        member = _member(folder, manifest, name, (modules or {}).get(name), trust_remote_code, run_factory)
+        check_fit(stored, name, manifest.members[name], member.module)
+        for owners in (*manifest.members[name].ties.values(), *(p.site.owners for p in stored.plan.of(name))):
+            _tie(member.module, owners)
+        found.append(member)
+    joint = revive(
+        found, stored, restrict_report(manifest.report, names, len(names) == len(manifest.members))
+    )
+    joint.__dict__["recipe"] = _read_recipe(folder, manifest)  # neither a parameter nor a module
+    return joint.to(device) if device != "cpu" else joint
+
+
+def _member(
+    folder: Path, manifest: Manifest, name: str, module: nn.Module | None, trust: bool, run: bool
+) -> Member:
+    """One member with its architecture, still without weights."""
+    from surgery.references import build_architecture
+
+    entry = manifest.members[name]
+    origin = Origin(
+        entry.origin.kind,
+        entry.origin.reference,
+        entry.origin.architecture,
+        entry.origin.revision,
+        entry.origin.options,
+    )
+    files = read_small_files(folder, manifest, name)
+    if module is None and origin.kind == "module":
+        raise ArtifactError(
+            f"Member '{name}' was a live module of class {origin.architecture}, which no file can build "
+            f"again; pass one of that architecture as modules={{'{name}': module}}."
+        )
+    module = module or build_architecture(origin, files, trust_remote_code=trust, run_factory=run)
+    try:
+        inputs: Inputs = draw(entry.inputs)
+    except ValueError as error:
+        raise ArtifactError(
+            f"The example inputs of member '{name}' must be a sketch, but {error}; copy the artifact again."
+        ) from error
+    return Member(name, module.eval(), inputs, origin, files)
+
+
+def _tie(module: nn.Module, owners: Sequence[str]) -> None:
+    """Give all owners one parameter or buffer, where an architecture does not tie them by itself."""
+    holder, attribute = locate(module, owners[0])
+    for owner in owners[1:]:
+        at, name = locate(module, owner)
+        for mine, theirs in ((holder._parameters, at._parameters), (holder._buffers, at._buffers)):
+            if attribute in mine and name in theirs:
+                theirs[name] = mine[attribute]  # pyright: ignore[reportArgumentType]
+
+
+def _chosen(manifest: Manifest, members: Sequence[str] | None) -> list[str]:
+    unknown = [name for name in members or () if name not in manifest.members]
+    if unknown or (members is not None and not members):
+        raise ArtifactError(
+            f"The members to load must be among {', '.join(manifest.members)}, but "
+            f"{', '.join(unknown) or 'none'} was asked for; give names that it has."
+        )
+    return [name for name in manifest.members if members is None or name in members]
+
+
+def _read_recipe(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
+    import yaml
+
+    if "recipe.yaml" not in manifest.files:
+        return None
+    try:
+        return yaml.safe_load((folder / "recipe.yaml").read_bytes())
+    except (OSError, yaml.YAMLError) as error:
+        raise ArtifactError(
+            f"{folder / 'recipe.yaml'} must be readable YAML, but reading it says "
+            f"'{' '.join(str(error).split())}'; copy the artifact again."
+        ) from error

@@ -1,0 +1,134 @@
+"""Card: the README of an artifact, a model card that says what the folder holds, how small, how faithful."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.picture import in_words
+from surgery.shares import Shares
+
+ROWS = 24  # members listed one by one
+PICTURE = "sharing.png"
+USE = """## Use
+
+```python
+import surgery
+
+joint = surgery.load(".")
+output = joint["{name}"](...)
+```
+
+```
+surgery verify .
+surgery export . --member {name} --format plain --out {name}
+```"""
+
+
+def make_card(manifest: Mapping[str, Any], shares: Shares, *, picture: bool = True) -> str:
+    """The text of `README.md`, from what the manifest records and nothing else.
+
+    Args:
+        manifest: as it will be written.
+        shares: bytes by member, as `count_shares` returns them.
+        picture: whether `sharing.png` is written too.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    members: Mapping[str, Any] = manifest["members"]
+    libraries = sorted({"transformers", "timm"} & {entry["origin"]["kind"] for entry in members.values()})
+    bases = [base for entry in members.values() if (base := _hub_id(entry["origin"]))]
+    data = ModelCardData(
+        library_name="model-surgery",
+        base_model=sorted(set(bases)) or None,
+        tags=["model-surgery", "merge", *libraries],
+    )
+    sections = [
+        _opening(members, shares),
+        f"![Who shares what]({PICTURE})" if picture else "",
+        _table(members, shares, manifest.get("report")),
+        _report(manifest.get("report")),
+        _use(members),
+        _contents(manifest),
+    ]
+    text = "\n\n".join(section for section in sections if section)
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
+
+
+def _opening(members: Mapping[str, Any], shares: Shares) -> str:
+    before = sum(entry["bytes"] for entry in members.values())
+    now = sum(sum(kinds.values()) for kinds in shares.kinds.values())
+    ratio = f", {now / before:.0%} of that" if before else ""
+    title = ", ".join(members) if len(members) <= 4 else f"{len(members)} models"
+    if len(members) == 1:
+        return (
+            f"# {title}\n\nOne model, {in_words(before)} before, tensors of {in_words(now)} here{ratio}. "
+            "It comes back as its own class, ready to run, to fine-tune, or to export."
+        )
+    return (
+        f"# {title}\n\n{len(members)} models in one folder: {in_words(before)} before, "
+        f"tensors of {in_words(now)} here{ratio}. Each comes back as its own class, "
+        "ready to run, to fine-tune, or to export."
+    )
+
+
+def _table(members: Mapping[str, Any], shares: Shares, report: Mapping[str, Any] | None) -> str:
+    errors = (report or {}).get("errors") or {}
+    lines = ["| member | from | before | here | output moved |", "| --- | --- | ---: | ---: | ---: |"]
+    for name, entry in list(members.items())[:ROWS]:
+        error = errors.get(name)
+        moved = "not measured" if error is None else "0" if error == 0 else f"{error:.2%}"
+        origin = _cell(entry["origin"])
+        now = in_words(sum(shares.kinds[name].values()))
+        lines.append(f"| {name} | {origin} | {in_words(entry['bytes'])} | {now} | {moved} |")
+    if len(members) > ROWS:
+        lines.append(f"| and {len(members) - ROWS} more | | | | |")
+    return "\n".join(lines)
+
+
+def _report(report: Mapping[str, Any] | None) -> str:
+    if not report:
+        return ""
+    lines = []
+    if target := report.get("target"):
+        lines.append(f"Target: {target}, {'met' if report.get('met') else 'not met'}.")
+    if saved := report.get("saved"):
+        parts = (f"{in_words(max(size, 0))} by {means}" for means, size in saved.items())
+        lines.append(f"Saved: {', '.join(parts)}.")
+    if report.get("errors"):
+        given = (report.get("probes") or {}).get("given")
+        real = f", real ones for {', '.join(given)}" if given else ""
+        lines.append(
+            "Output moved: relative L2 difference from the original's outputs, the largest over output "
+            f"tensors, on seeded made-up inputs{real}."
+        )
+    return "\n".join(lines)
+
+
+def _use(members: Mapping[str, Any]) -> str:
+    first = next(iter(members))
+    return USE.format(name=first)
+
+
+def _contents(manifest: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
+    banks = manifest.get("banks") or {}
+    lines = [
+        f"- bank {key}: {bank['locations']:,} blocks of {bank['block'][0]}x{bank['block'][1]}"
+        for key, bank in list(banks.items())[:ROWS]
+    ]
+    return "## Contents\n\n" + "\n".join([*lines, f"- written with {versions}"])
+
+
+def _cell(origin: Mapping[str, Any]) -> str:
+    reference, architecture = str(origin["reference"]), str(origin["architecture"])
+    local = reference.startswith(("/", "~", ".")) or ("\\" in reference)
+    named = architecture if local or reference == architecture else f"{reference} ({architecture})"
+    return "`" + named.replace("|", "\\|").replace("`", "'")[:120] + "`"
+
+
+def _hub_id(origin: Mapping[str, Any]) -> str | None:
+    """The hub's name of a member's origin, where it came from there."""
+    if origin["kind"] not in ("transformers", "timm") or not origin.get("revision"):
+        return None
+    return str(origin["reference"]).partition("@")[0].partition("?")[0].removeprefix("timm:")

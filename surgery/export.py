@@ -1,0 +1,128 @@
+"""Export: one member taken out, as a folder for its own library, or as the smallest artifact of it alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from surgery.errors import ArtifactError, PlanError
+from surgery.files import new_folder
+from surgery.joint import JointModel
+from surgery.manifest import listed_files, read_manifest
+from surgery.member import Inputs, Member, Origin
+from surgery.reading import read_small_files, read_stored
+from surgery.reports import report_of, restrict_report
+from surgery.sketch import draw
+from surgery.states import hollow, state_of
+from surgery.storage import Stored, store
+from surgery.trim import restrict
+from surgery.writing import write
+
+if TYPE_CHECKING:
+    from torch import nn
+
+BARE_KINDS = ("module", "factory")
+"""Origins whose plain form is a state dict, for which no class is needed."""
+
+
+def export(
+    source: str | Path | JointModel,
+    member: str,
+    out: str | Path,
+    *,
+    format: Literal["plain", "compressed"] = "plain",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
+    """Write one member as a folder of its own.
+
+    Args:
+        source: an artifact, or a joint model.
+        member: its name.
+        out: the folder; it appears whole or not at all.
+        format: `plain` is ordinary weights that transformers, timm or `load_state_dict` read without this
+            package; `compressed` is the smallest artifact of this member, for `surgery.load`.
+        overwrite: whether an earlier export or artifact that is already there is replaced.
+        trust_remote_code: whether Python files that come with a transformers model may run.
+
+    Returns:
+        the folder.
+
+    Raises:
+        PlanError: where there is no such member or format.
+        ArtifactError: where the artifact is damaged.
+        OutputError: where the folder exists, holds other files, cannot be written, or the disk is full.
+
+    Example:
+        >>> surgery.export("joint", "text", "text", format="plain")
+        PosixPath('/home/me/text')
+    """
+    if format not in ("plain", "compressed"):
+        raise PlanError(
+            f"The format of an export is plain or compressed, found '{format}'; give one of these."
+        )
+    if format == "plain":
+        return _export_plain(source, member, out, overwrite, trust_remote_code)
+    stored, described, report = _one(source, member)
+    return write(stored, [described], report, out, overwrite, None)
+
+
+def _export_plain(
+    source: str | Path | JointModel, member: str, out: str | Path, overwrite: bool, trust: bool
+) -> Path:
+    from surgery.references import write_plain
+
+    if isinstance(source, JointModel):
+        _check_name(member, source.names)
+        described, module = source.members[member], source.extract(member)
+    else:
+        described, module = _read_plain(source, member, trust)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    with new_folder(
+        out, overwrite=overwrite, need=size, owned=listed_files, replace_same_names=True
+    ) as folder:
+        write_plain(module, described.origin, described.files, folder)
+    return Path(out).expanduser().resolve()
+
+
+def _read_plain(source: str | Path, member: str, trust: bool) -> tuple[Member, nn.Module]:
+    """One member of an artifact and its module with ordinary weights."""
+    from surgery.artifact import load
+
+    manifest = read_manifest(Path(source).expanduser())
+    _check_name(member, manifest.members)
+    if manifest.members[member].origin.kind in BARE_KINDS:
+        stored, described, _ = _one(source, member)
+        return described, hollow(state_of(stored, member))
+    joint = load(source, members=[member], trust_remote_code=trust)
+    return joint.members[member], joint.extract(member)
+
+
+def _one(source: str | Path | JointModel, member: str) -> tuple[Stored, Member, Any]:
+    """What is stored of one member alone, the member (without a module where it was read), and its report."""
+    if isinstance(source, JointModel):
+        _check_name(member, source.names)
+        report = restrict_report(report_of(source), [member], len(source) == 1)
+        return restrict(store(source), [member]), source.members[member], report
+    folder = Path(source).expanduser()
+    manifest = read_manifest(folder)
+    _check_name(member, manifest.members)
+    entry = manifest.members[member]
+    origin = Origin(**entry.origin.model_dump())
+    files = read_small_files(folder, manifest, member)
+    try:
+        inputs: Inputs = draw(entry.inputs)
+    except ValueError as error:
+        raise ArtifactError(
+            f"The example inputs of '{member}' cannot be read: {error}; copy it again."
+        ) from error
+    stored = read_stored(folder, manifest, [member])
+    report = restrict_report(manifest.report, [member], len(manifest.members) == 1)
+    return stored, Member(member, hollow({}), inputs, origin, files), report
+
+
+def _check_name(member: str, names: Any) -> None:
+    if member not in names:
+        raise PlanError(
+            f"The member to export must be one of {', '.join(names)}, found '{member}'; give one of these."
+        )

@@ -1,0 +1,144 @@
+"""Layout: the structure of a stored joint model as the compact entries of a manifest, and back.
+
+Sites of one bank, layer kind, shape and view share an entry, so that a placement is a name and two numbers;
+where a site's blocks start follows from the sites before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from surgery.blocks import BlockGrid
+from surgery.errors import ArtifactError
+from surgery.manifest import EncodedGroup, Manifest, ViewEntry
+from surgery.plan import BankPlan, Placement, Plan
+from surgery.precision import Encoded, Precision
+from surgery.sites import Site
+from surgery.views import CanonicalView
+
+Form = tuple[Precision, torch.dtype, tuple[int, ...]]
+"""How a tensor is stored: precision, and the dtype and shape that it decodes to."""
+
+
+def plan_entries(plan: Plan) -> tuple[dict[str, Any], list[Any], dict[str, list[Any]]]:
+    """Banks by key, views, and placements by member, as JSON values."""
+    banks: dict[str, Any] = {
+        bank.key: {
+            "block": bank.block,
+            "context": bank.context,
+            "dtype": bank.dtype,
+            "locations": bank.locations,
+        }
+        for bank in plan.banks
+    }
+    views: dict[tuple, int] = {}
+    placements: dict[str, list[Any]] = {}
+    follow = dict.fromkeys(banks, 0)
+    for member in plan.members:
+        for p in plan.of(member):
+            key = (p.bank, p.site.kind, p.site.shape, p.site.view.pattern, p.site.view.sizes)
+            row = [p.site.name, views.setdefault(key, len(views)), p.site.order]
+            placements.setdefault(member, []).append(row if p.start == follow[p.bank] else [*row, p.start])
+            follow[p.bank] = p.stop
+    listed = [
+        {"bank": bank, "kind": kind, "shape": shape, "pattern": pattern, "sizes": dict(sizes)}
+        for bank, kind, shape, pattern, sizes in views
+    ]
+    return banks, listed, placements
+
+
+def plan_of(manifest: Manifest) -> Plan:
+    """The plan that a manifest describes; what was left alone is not recorded.
+
+    Raises:
+        ArtifactError: where a view does not fit its tensor, or a placement reaches beyond its bank.
+    """
+    banks = tuple(
+        BankPlan(key, bank.block, bank.context, bank.dtype, bank.locations)
+        for key, bank in manifest.banks.items()
+    )
+    views = [_view(number, entry) for number, entry in enumerate(manifest.views)]
+    follow = dict.fromkeys(manifest.banks, 0)
+    placements: list[Placement] = []
+    for member, entry in manifest.members.items():
+        for name, number, order, *start in entry.placements:
+            kind = manifest.views[number]
+            bank = manifest.banks[kind.bank]
+            owners = entry.ties.get(name, (name,))
+            site = Site(member, name, owners, kind.kind, kind.shape, bank.dtype, views[number], order)
+            grid = BlockGrid(*views[number].shape, *bank.block)
+            placement = Placement(site, kind.bank, grid, start[0] if start else follow[kind.bank])
+            if placement.stop > bank.locations:
+                raise ArtifactError(
+                    f"The blocks of {member}:{name} must lie among the {bank.locations:,} locations of "
+                    f"bank {kind.bank}, but reach to {placement.stop:,}; copy the artifact "
+                    "again."
+                )
+            follow[kind.bank] = placement.stop
+            placements.append(placement)
+    return Plan(tuple(manifest.members), banks, tuple(placements), ())
+
+
+def encoded_entries(named: Iterable[tuple[str, Encoded]]) -> list[Any]:
+    """Tensors that are not stored in their own dtype, grouped by how they are stored."""
+    groups: dict[tuple, list[str]] = {}
+    for name, encoded in named:
+        if encoded.precision.bits:
+            dtype = str(encoded.dtype).removeprefix("torch.")
+            groups.setdefault((str(encoded.precision), dtype, encoded.shape), []).append(name)
+    return [[*how, sorted(names)] for how, names in sorted(groups.items())]
+
+
+def encoded_forms(groups: Iterable[EncodedGroup], where: str) -> dict[str, Form]:
+    """The inverse of `encoded_entries`, by name.
+
+    Raises:
+        ArtifactError: where a precision or a dtype does not exist.
+    """
+    forms: dict[str, Form] = {}
+    for precision, dtype, shape, names in groups:
+        try:
+            form = Precision.parse(precision), getattr(torch, dtype), shape
+            if not isinstance(form[1], torch.dtype) or not form[1].is_floating_point or not form[0].bits:
+                raise ValueError(f"'{precision}' of '{dtype}'")
+        except (ValueError, AttributeError) as error:
+            raise ArtifactError(
+                f"{where} must be stored in a known precision and dtype, but the manifest says "
+                f"{error}; copy the artifact again."
+            ) from error
+        forms.update(dict.fromkeys(names, form))
+    return forms
+
+
+def split_parts(name: str, encoded: Encoded) -> dict[str, torch.Tensor]:
+    """The tensors that hold `encoded`, by their names in a file: `name` itself, or `name:part`."""
+    return {f"{name}:{part}" if part else name: tensor for part, tensor in encoded.parts.items()}
+
+
+def parts_of(encoded: Mapping[str, Encoded]) -> dict[str, torch.Tensor]:
+    """`split_parts` of many.
+
+    Raises:
+        ArtifactError: where two tensors would have one name.
+    """
+    parts: dict[str, torch.Tensor] = {}
+    for name, each in encoded.items():
+        for part, tensor in split_parts(name, each).items():
+            if part in parts:
+                raise ArtifactError(
+                    f"Every stored tensor needs its own name, but two are called '{part}'; rename one."
+                )
+            parts[part] = tensor
+    return parts
+
+
+def _view(number: int, entry: ViewEntry) -> CanonicalView:
+    try:
+        return CanonicalView.of(entry.pattern, entry.shape, **entry.sizes)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ArtifactError(
+            f"View {number} of the manifest must fit its tensor, but {error}; copy the artifact again."
+        ) from error

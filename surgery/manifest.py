@@ -1,0 +1,227 @@
+"""Manifest: the JSON that says what an artifact holds, and all that can be checked without reading a tensor.
+
+It is kept small, because an artifact is never larger than its members: defaults are left out, tensors in
+their own dtype have no entry (the header of their file lists them), and what can be derived is not stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from surgery.errors import ArtifactError
+
+NAME = "manifest.json"
+VERSION = 1
+_CHECKSUM = re.compile(r',\n "checksum": "([0-9a-f]{64})"\n}\n\Z')
+
+Count = Annotated[int, Field(ge=0)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+MemberName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
+EncodedGroup = tuple[str, str, tuple[Count, ...], tuple[str, ...]]
+"""Precision, dtype, shape, and the names of all tensors stored so."""
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class FileEntry(_Entry):
+    """A file's size and SHA-256, and for safetensors a digest of its header, checked on every load."""
+
+    bytes: Count
+    sha256: Digest
+    header: str | None = None
+
+
+class OriginEntry(_Entry):
+    """`surgery.member.Origin`."""
+
+    kind: str
+    reference: str
+    architecture: str
+    revision: str | None = None
+    options: dict[str, Any] = {}
+
+
+class MemberEntry(_Entry):
+    """One member.
+
+    Attributes:
+        origin: how to build its architecture again.
+        hash: content hash of its state dict as this artifact gives it back.
+        bytes: of its own weights and small files, before it was joined.
+        inputs: its example inputs, in short (see `surgery.sketch`).
+        ties: tied names by their first owner.
+        encoded: tensors that are not stored in their own dtype.
+        same: tensors that are stored once, under the storage key that is given.
+        borrowed: small files that another member, given by name, has too.
+        placements: name, number of its view, order and, where it does not follow the last site of its bank,
+            start.
+    """
+
+    origin: OriginEntry
+    hash: Digest
+    bytes: Count
+    inputs: Any = None
+    ties: dict[str, tuple[str, ...]] = {}
+    encoded: tuple[EncodedGroup, ...] = ()
+    same: dict[str, str] = {}
+    borrowed: dict[str, MemberName] = {}
+    placements: tuple[tuple[str, Count, int] | tuple[str, Count, int, Count], ...] = ()
+
+
+class BankEntry(_Entry):
+    """One bank of the dictionary; `encoded` names its parts that are not stored in their own dtype."""
+
+    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+    context: Annotated[int, Field(ge=1)]
+    dtype: str
+    locations: Count
+    encoded: tuple[EncodedGroup, ...] = ()
+
+
+class ViewEntry(_Entry):
+    """A kind of site: its bank, the layer's kind, the tensor's shape, and its canonical view."""
+
+    bank: str
+    kind: str
+    shape: tuple[Count, ...]
+    pattern: str
+    sizes: dict[str, Count] = {}
+
+
+class Manifest(_Entry):
+    """All of `manifest.json`."""
+
+    format: Literal["surgery"]
+    version: int
+    versions: dict[str, str] = {}
+    seed: int | None = None
+    members: dict[MemberName, MemberEntry]
+    banks: dict[str, BankEntry] = {}
+    views: tuple[ViewEntry, ...] = ()
+    report: dict[str, Any] | None = None
+    files: dict[str, FileEntry]
+    checksum: Digest
+
+
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """A manifest without its checksum as the bytes of the file, checksum included."""
+    body = _indent(manifest, depth=2).removesuffix("\n}")
+    return f'{body},\n "checksum": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'.encode()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and validate the manifest of an artifact.
+
+    Raises:
+        ArtifactError: where it is missing, is no JSON, is of another version, or breaks a rule; all broken
+        rules
+            are named.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        what = "does not exist" if not folder.exists() else "has none"
+        raise ArtifactError(
+            f"An artifact is a folder with a {NAME}, but {folder} {what}; give a folder that "
+            "`surgery merge` wrote."
+        )
+    text = path.read_bytes()
+    try:
+        found = json.loads(text)
+        version = found["version"] if found["format"] == "surgery" else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{path} must be the JSON manifest of an artifact, but reading it says "
+            f"'{type(error).__name__}: {error}'; copy the artifact again."
+        ) from error
+    if version != VERSION:
+        raise ArtifactError(
+            f"{path} must be of version {VERSION}, but is of version {version}; install the "
+            "model-surgery that wrote it."
+        )
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        broken = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ArtifactError(_broken(path, broken)) from error
+    if broken := list(_contradictions(manifest, folder)):
+        raise ArtifactError(_broken(path, broken))
+    return manifest
+
+
+def checksum_holds(folder: Path) -> bool:
+    """Whether the manifest's text is the one that was written."""
+    text = (folder / NAME).read_text(encoding="utf-8", errors="replace")
+    match = _CHECKSUM.search(text)
+    return match is not None and hashlib.sha256(text[: match.start()].encode()).hexdigest() == match.group(1)
+
+
+def listed_files(folder: Path) -> set[str]:
+    """The files that belong to the artifact in `folder`; nothing where there is no readable manifest."""
+    try:
+        found = json.loads((folder / NAME).read_bytes())
+        return {NAME, *found["files"]} if found["format"] == "surgery" else set()
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def is_safe(relative: str) -> bool:
+    """Whether a path stays below the folder that it is relative to, on every system.
+
+    Example:
+        >>> is_safe("members/a/config.json"), is_safe("../a"), is_safe("/a"), is_safe("C:a")
+        (True, False, False, False)
+    """
+    parts = PurePosixPath(relative).parts
+    return (
+        bool(parts)
+        and not (set(relative) & {"\\", ":", "\0"})
+        and ".." not in parts
+        and not relative.startswith("/")
+    )
+
+
+def _contradictions(manifest: Manifest, folder: Path) -> Iterator[str]:
+    """Everything in a well-formed manifest that cannot be true."""
+    root = folder.resolve()
+    # The hub's cache keeps a repository's files in `blobs` and links to them from `snapshots/<commit>`.
+    homes = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)
+    for name in manifest.files:
+        if not is_safe(name):
+            yield f"the path '{name}' must be relative and stay inside the folder"
+        elif not any((folder / name).resolve().is_relative_to(home) for home in homes):
+            yield f"the path '{name}' is a link that leads out of the folder, to {(folder / name).resolve()}"
+    for number, view in enumerate(manifest.views):
+        if view.bank not in manifest.banks:
+            yield f"view {number} names the bank '{view.bank}', which does not exist"
+    for name, member in manifest.members.items():
+        for placement in member.placements:
+            if placement[1] >= len(manifest.views):
+                yield f"{name}: {placement[0]} has view {placement[1]} of {len(manifest.views)}"
+        for file, lender in member.borrowed.items():
+            if not is_safe(file) or f"members/{lender}/{file}" not in manifest.files:
+                yield f"{name}: its file '{file}' is borrowed from '{lender}', which has none"
+
+
+def _broken(path: Path, broken: list[str]) -> str:
+    more = f"; and {len(broken) - 10} more" if len(broken) > 10 else ""
+    return f"{path} must describe an artifact, but {'; '.join(broken[:10])}{more}; copy the artifact again."
+
+
+def _indent(value: Any, depth: int, level: int = 1) -> str:
+    """JSON with its outer `depth` levels of objects one entry a line, and the rest compact."""
+    if depth == 0 or not isinstance(value, dict) or not value:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    lines = (
+        f"{' ' * level}{json.dumps(key, ensure_ascii=False)}: {_indent(each, depth - 1, level + 1)}"
+        for key, each in value.items()
+    )
+    return "{\n" + ",\n".join(lines) + "\n" + " " * (level - 1) + "}"

@@ -1,0 +1,178 @@
+"""Picture: who shares what, drawn for the top of a model page, in a few kilobytes.
+
+Left, what each member took before and takes in the artifact, by kind; right, how many blocks of one member
+draw on rows that another one uses too. Drawn without pyplot, whose state is global, and the same bytes for
+the same numbers.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from surgery.shares import COPIES, ROWS, Shares
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST = 12  # members drawn one by one; the others are drawn as one
+_COLOURS = 48  # of the palette: flat areas and text edges need no more
+_INK, _MUTED, _GRID, _EMPTY = "#1f2933", "#66727f", "#e3e7eb", "#edf0f2"
+_FILLS = {
+    ROWS: "#d1495b", COPIES: "#edae49", "native": "#9aa7b3", "bfloat16": "#66a182",
+    "int12": "#b9d8ee", "int10": "#9cc6e5", "int8": "#7fb2d9",
+    "int7": "#639cc9", "int6": "#4886b8", "int5": "#3571a2", "int4": "#275c88",
+    "int3": "#1b476b", "int2": "#11334f",
+}  # fmt: skip
+_WORDS = {ROWS: "dictionary rows", COPIES: "shared copies", "native": "own dtype"}
+
+
+def draw_sharing(shares: Shares, before: Mapping[str, int]) -> bytes:
+    """The picture as a PNG.
+
+    Args:
+        shares: as `count_shares` returns them.
+        before: bytes of each member's own tensors.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    shares, before = _fold(shares, before)
+    count = len(shares.members)
+    height = 1.5 + 0.36 * max(count, 3 if count > 1 else 1)
+    figure = Figure(figsize=(9.2, height), dpi=100, facecolor="white")
+    widths = [1.5, 1] if count > 1 else [1]
+    axes: Any = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    _draw_bytes(axes[0], shares, before)
+    if count > 1:
+        _draw_blocks(axes[1], shares)
+    figure.tight_layout(pad=0.8, w_pad=2, rect=(0, 0.3 / height, 1, 1))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="lower left", bbox_to_anchor=(0.008, 0), ncols=len(labels) or 1, fontsize=8.5,
+        frameon=False, handlelength=1, handleheight=1, columnspacing=1.4, labelcolor=_INK,
+    )  # fmt: skip
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    size = canvas.get_width_height()
+    picture = Image.frombuffer("RGBA", size, bytes(canvas.buffer_rgba()), "raw", "RGBA", 0, 1).convert("RGB")
+    file = io.BytesIO()
+    picture.quantize(_COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def in_words(count: float) -> str:
+    """A number of bytes, three figures.
+
+    Example:
+        >>> in_words(90_868_376), in_words(512)
+        ('90.9 MB', '512 B')
+    """
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            value = count / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+    return f"{count:.0f} B"
+
+
+def _draw_bytes(ax: Axes, shares: Shares, before: Mapping[str, int]) -> None:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    largest = max([*before.values(), 1])
+    sizes = {name: _by_width(kinds) for name, kinds in shares.kinds.items()}
+    kinds = sorted({kind for each in sizes.values() for kind in each}, key=_rank)
+    names = shares.members
+    ax.barh(range(len(names)), [before[name] for name in names], 0.7, color=_EMPTY, zorder=2)
+    start = [0.0] * len(names)
+    for kind in kinds:
+        width = [sizes[name].get(kind, 0) for name in names]
+        fill = _FILLS.get(kind, _INK)
+        ax.barh(range(len(names)), width, 0.7, left=start, color=fill, zorder=3, label=_WORDS.get(kind, kind))
+        start = [at + each for at, each in zip(start, width, strict=True)]
+    for place, name in enumerate(names):
+        share = f", {start[place] / before[name]:.0%}" if before[name] else ""
+        at = max(start[place], before[name]) + 0.015 * largest
+        ax.text(at, place, f"{in_words(start[place])}{share}", va="center", fontsize=9, color=_INK)
+    ax.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=9, color=_INK)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.set_xlim(0, 1.26 * largest)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    ax.xaxis.set_major_formatter(
+        FuncFormatter(
+            lambda value, _: in_words(value).replace(".00 ", " ").replace(".0 ", " ") if value else "0"
+        )
+    )
+    ax.tick_params(axis="x", labelsize=8, labelcolor=_MUTED)
+    ax.grid(axis="x", color=_GRID, linewidth=0.8, zorder=0)
+    _bare(ax)
+    ax.set_title("Bytes of each member now (grey: before)", fontsize=10, color=_INK, loc="left", pad=7)
+
+
+def _draw_blocks(ax: Axes, shares: Shares) -> None:
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
+
+    blocks = np.array(shares.blocks, dtype=float)
+    count = len(blocks)
+    depth = np.log1p(blocks) / max(float(np.log1p(blocks.max())), 1.0)
+    warm = LinearSegmentedColormap.from_list("warm", [_EMPTY, "#f6c9a0", "#e2795b", _FILLS[ROWS]], 16)
+    ax.imshow(depth, cmap=warm, vmin=0, vmax=1, aspect="auto")
+    names = [_short(name, 12) for name in shares.members]
+    slanted = count > 3
+    side = "right" if slanted else "center"
+    ax.set_xticks(range(count), names, fontsize=8, color=_INK, rotation=30 if slanted else 0, ha=side)
+    ax.set_yticks(range(count), names, fontsize=8, color=_INK)
+    for row in range(count):
+        for column in range(count):
+            ink = "white" if depth[row, column] > 0.6 else _INK if depth[row, column] else _MUTED
+            text = _figure(blocks[row, column])
+            ax.text(column, row, text, ha="center", va="center", fontsize=9 if count <= 6 else 7, color=ink)
+    for edge in range(count - 1):
+        ax.axhline(edge + 0.5, color="white", linewidth=2)
+        ax.axvline(edge + 0.5, color="white", linewidth=2)
+    _bare(ax)
+    ax.set_title("Blocks on shared rows, pair by pair", fontsize=10, color=_INK, loc="left", pad=7)
+
+
+def _bare(ax: Axes) -> None:
+    ax.tick_params(length=0)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def _by_width(kinds: Mapping[str, float]) -> dict[str, float]:
+    """Bytes by number of bits: how values are grouped does not show."""
+    return _sum([{kind.partition("/")[0]: size} for kind, size in kinds.items()])
+
+
+def _rank(kind: str) -> int:
+    return list(_FILLS).index(kind) if kind in _FILLS else len(_FILLS)
+
+
+def _short(name: str, limit: int = 22) -> str:
+    return name if len(name) <= limit else f"{name[: limit // 2 - 1]}…{name[-(limit - limit // 2) :]}"
+
+
+def _figure(count: float) -> str:
+    return f"{count:.0f}" if count < 1e4 else f"{count / 1e3:.0f}k" if count < 1e6 else f"{count / 1e6:.1f}M"
+
+
+def _fold(shares: Shares, before: Mapping[str, int]) -> tuple[Shares, Mapping[str, int]]:
+    """At most `MOST` members: the largest ones, and all others as one."""
+    if len(shares.members) <= MOST:
+        return shares, before
+    ranked = sorted(range(len(shares.members)), key=lambda i: (-before[shares.members[i]], i))
+    groups = [[i] for i in sorted(ranked[: MOST - 1])] + [sorted(ranked[MOST - 1 :])]
+    names = tuple(shares.members[g[0]] if len(g) == 1 else f"{len(g)} others" for g in groups)
+    parts = {name: [shares.members[i] for i in g] for name, g in zip(names, groups, strict=True)}
+    kinds = {name: _sum([shares.kinds[each] for each in members]) for name, members in parts.items()}
+    blocks = tuple(tuple(sum(shares.blocks[i][j] for i in a for j in b) for b in groups) for a in groups)
+    sizes = {name: sum(before[each] for each in members) for name, members in parts.items()}
+    return replace(shares, members=names, kinds=kinds, blocks=blocks), sizes
+
+
+def _sum(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {kind: sum(part.get(kind, 0) for part in parts) for kind in {k: 0 for part in parts for k in part}}

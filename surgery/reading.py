@@ -1,0 +1,274 @@
+"""Reading: the tensors and small files of an artifact, checked against its manifest.
+
+Sizes and headers are checked on every load, because that costs next to nothing; hashes of whole files are
+left to `surgery.verify`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import ArtifactError
+from surgery.files import sha256_of
+from surgery.layout import Form, encoded_forms, plan_of
+from surgery.manifest import Manifest, MemberEntry
+from surgery.plan import BankPlan
+from surgery.precision import NATIVE, Encoded, decode, part_layout
+from surgery.storage import Stored
+from surgery.tensorfiles import read_header, read_tensors
+from surgery.trim import restrict
+
+DICTIONARY, WEIGHTS = "dictionary", "weights"
+_TENSORS = re.compile(rf"(.*/)?({DICTIONARY}|{WEIGHTS})(-\d{{5}}-of-\d{{5}})?\.safetensors")
+_INDEX = re.compile(rf"(.*/)?({DICTIONARY}|{WEIGHTS})\.safetensors\.index\.json")
+
+
+def small_files(manifest: Manifest, member: str) -> dict[str, str]:
+    """A member's small files: where each lies in the artifact, by its own relative path."""
+    prefix = f"members/{member}/"
+    own = {
+        path.removeprefix(prefix): path
+        for path in manifest.files
+        if path.startswith(prefix) and not _TENSORS.fullmatch(path) and not _INDEX.fullmatch(path)
+    }
+    borrowed = manifest.members[member].borrowed
+    own.update({file: f"members/{lender}/{file}" for file, lender in borrowed.items()})
+    return dict(sorted(own.items()))
+
+
+def read_small_files(folder: Path, manifest: Manifest, member: str) -> dict[str, bytes]:
+    """A member's small files, each with the recorded hash.
+
+    Raises:
+        ArtifactError: naming every file that is missing or is not the one recorded.
+    """
+    found: dict[str, bytes] = {}
+    bad: list[str] = []
+    for file, path in small_files(manifest, member).items():
+        if (folder / path).is_file():
+            found[file] = (folder / path).read_bytes()
+            if hashlib.sha256(found[file]).hexdigest() != manifest.files[path].sha256:
+                bad.append(f"{path} is not the file that was recorded")
+        else:
+            bad.append(f"{path} is missing")
+    _raise(folder, bad)
+    return found
+
+
+def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Stored:
+    """The stored form of some members, mapped from the disk.
+
+    Raises:
+        ArtifactError: naming every file that is missing, has another size, lies in its header, or holds other
+            tensors than the manifest says.
+    """
+    wanted = _tensor_files(manifest, members)
+    _raise(folder, _wrong_files(folder, manifest, [path for paths in wanted.values() for path in paths]))
+    plan = plan_of(manifest)
+    tensors: dict[str, Encoded] = {}
+    bad: list[str] = []
+    for stem, paths in wanted.items():
+        parts: dict[str, Tensor] = {}
+        for path in paths:
+            parts.update(read_tensors(folder / path))
+        for prefix, groups in _sections(manifest, stem):
+            mine = parts if stem != DICTIONARY else _under(parts, prefix)
+            forms = encoded_forms(groups, f"{prefix} in {folder}")
+            named, wrong = _assemble(mine, forms, f"{stem} ({', '.join(paths) or 'no file'})")
+            tensors.update({f"{prefix}{name}": encoded for name, encoded in named.items()})
+            bad += wrong
+    _raise(folder, bad)
+    aliases = {
+        f"plain/{name}/{each}": key
+        for name in manifest.members
+        for each, key in manifest.members[name].same.items()
+    }
+    ties = {name: entry.ties for name, entry in manifest.members.items() if entry.ties}
+    stored = Stored(plan, tensors, aliases, ties)
+    if lost := [key for name in members for key in _same(manifest, name) if key not in tensors]:
+        _raise(folder, [f"{key} is stored for several, but no file holds it" for key in lost])
+    for bank in plan.banks:
+        _raise(folder, _wrong_bank(bank, stored))
+    if list(members) == list(manifest.members):
+        return stored
+    return restrict(stored, members)
+
+
+def check_fit(stored: Stored, member: str, entry: MemberEntry, module: nn.Module) -> None:
+    """Compare the names and shapes that are stored for a member with its architecture.
+
+    Raises:
+        ArtifactError: naming all missing, unexpected and misshapen tensors.
+    """
+    prefix = f"plain/{member}/"
+    shapes = {
+        key.removeprefix(prefix): each.shape for key, each in stored.tensors.items() if key.startswith(prefix)
+    }
+    shapes.update(
+        {
+            key.removeprefix(prefix): stored.tensors[first].shape
+            for key, first in stored.aliases.items()
+            if key.startswith(prefix)
+        }
+    )
+    shapes.update({p.site.name: p.site.shape for p in stored.plan.of(member)})
+    shapes.update(
+        {name: shapes[first] for first, names in entry.ties.items() if first in shapes for name in names}
+    )
+    own = {name: tuple(t.shape) for name, t in module.state_dict().items() if isinstance(t, Tensor)}
+    missing, unexpected = [n for n in own if n not in shapes], [n for n in shapes if n not in own]
+    other = [f"{n} {shapes[n]} for {own[n]}" for n in own if n in shapes and shapes[n] != own[n]]
+    parts = [
+        f"{len(names)} {what}: {_few(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", other))
+        if names
+    ]
+    if parts:
+        raise ArtifactError(
+            f"The tensors stored for member '{member}' must be those of {type(module).__name__}, but "
+            f"there are {'; '.join(parts)}; copy the artifact again, or install the library versions "
+            "in its manifest."
+        )
+
+
+def wrong_hashes(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """Every listed file that is missing, has another size or another hash, with what is wrong."""
+    wrong: dict[str, str] = {}
+    for path, entry in manifest.files.items():
+        file = folder / path
+        if not file.is_file():
+            wrong[path] = "is missing"
+        elif file.stat().st_size != entry.bytes:
+            wrong[path] = f"must have {entry.bytes:,} bytes, but has {file.stat().st_size:,}"
+        elif (found := sha256_of(file)) != entry.sha256:
+            wrong[path] = f"must have the SHA-256 {entry.sha256[:12]}…, but has {found[:12]}…"
+    return wrong
+
+
+def _tensor_files(manifest: Manifest, members: Iterable[str]) -> dict[str, list[str]]:
+    """Files by stem: of the dictionary, the members, and those that hold tensors for them."""
+    lenders = {key.split("/", 2)[1] for name in members for key in _same(manifest, name)}
+    stems = [DICTIONARY] if manifest.banks else []
+    stems += [f"members/{name}/{WEIGHTS}" for name in manifest.members if name in {*members, *lenders}]
+    found = {
+        stem: [
+            path
+            for path in manifest.files
+            if _TENSORS.fullmatch(path)
+            and re.fullmatch(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors", path)
+        ]
+        for stem in stems
+    }
+    return found
+
+
+def _sections(manifest: Manifest, stem: str) -> Iterator[tuple[str, Iterable]]:
+    """Storage keys' prefixes in a file, each with its encoded tensors."""
+    if stem == DICTIONARY:
+        for key, bank in manifest.banks.items():
+            yield f"bank/{key}/", bank.encoded
+    else:
+        name = stem.split("/")[1]
+        yield f"plain/{name}/", manifest.members[name].encoded
+
+
+def _under(parts: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    start = prefix.removeprefix("bank/")
+    return {name.removeprefix(start): tensor for name, tensor in parts.items() if name.startswith(start)}
+
+
+def _same(manifest: Manifest, member: str) -> Iterable[str]:
+    return manifest.members[member].same.values() if member in manifest.members else ()
+
+
+def _wrong_files(folder: Path, manifest: Manifest, paths: Iterable[str]) -> list[str]:
+    bad = []
+    for path in paths:
+        entry, file = manifest.files[path], folder / path
+        if not file.is_file():
+            bad.append(f"{path} is missing")
+        elif (size := file.stat().st_size) != entry.bytes:
+            bad.append(f"{path} must have {entry.bytes:,} bytes, but has {size:,}")
+        elif read_header(file).digest != entry.header:
+            bad.append(f"{path} must hold the tensors that the manifest says, but its header is another one")
+    return bad
+
+
+def _assemble(
+    parts: dict[str, Tensor], forms: Mapping[str, Form], where: str
+) -> tuple[dict[str, Encoded], list[str]]:
+    """Named tensors from the tensors of a file: those in `forms` from their parts, others as they are."""
+    named: dict[str, Encoded] = {}
+    bad: list[str] = []
+    rest = dict(parts)
+    for name, (precision, dtype, shape) in forms.items():
+        held: dict[str, Tensor] = {}
+        for part, (kind, size) in part_layout(shape, dtype, precision).items():
+            tensor = rest.pop(f"{name}:{part}", None)
+            if tensor is None or tensor.dtype != kind or tuple(tensor.shape) != size:
+                found = "there is none" if tensor is None else f"it is {tensor.dtype} {tuple(tensor.shape)}"
+                bad.append(f"{where} must hold {name}:{part} as {kind} {size}, but {found}")
+            else:
+                held[part] = tensor
+        if "scale" in held and not bool(held["scale"].isfinite().all()):
+            bad.append(f"{where} holds scales of {name} that are NaN or infinite")
+        named[name] = Encoded(precision, shape, dtype, held)
+    named.update({name: Encoded(NATIVE, tuple(t.shape), t.dtype, {"": t}) for name, t in rest.items()})
+    return named, bad
+
+
+def _wrong_bank(bank: BankPlan, stored: Stored) -> list[str]:
+    """What cannot be true of a bank's tensors."""
+    prefix = f"bank/{bank.key}/"
+    parts = {key.removeprefix(prefix): each for key, each in stored.tensors.items() if key.startswith(prefix)}
+    width, c = bank.block[0] * bank.block[1], bank.context
+    rows = [part for part in parts if part.startswith("rows.")]
+    count = parts[rows[0]].shape[0] if rows and parts[rows[0]].shape else 0
+    if "psi" not in parts or parts["psi"].shape != (bank.locations,) or parts["psi"].dtype.is_floating_point:
+        return [
+            f"bank {bank.key} must have an alignment of {bank.locations:,} whole numbers, but has "
+            f"{parts['psi'].shape if 'psi' in parts else 'none'}"
+        ]
+    psi = decode(parts["psi"]).long()
+    singles = parts["single"].shape[0] if "single" in parts else 0
+    shared = int((psi < count).sum())
+    need: dict[str, tuple[int, ...]] = {f"rows.{j}": (count, width) for j in range(c if rows else 0)}
+    need |= {"contexts": (shared, c)} if rows else {}
+    need |= {"single": (singles, width)} if singles else {}
+    need |= {"factor": (bank.locations - shared,)} if "factor" in parts else {}
+    bad = [
+        f"bank {bank.key} must have {part} of {shape}, but has "
+        f"{parts[part].shape if part in parts else 'none'}"
+        for part, shape in need.items()
+        if part not in parts or parts[part].shape != shape
+    ]
+    bad += [f"bank {bank.key} has {part}, which nothing uses" for part in sorted({*parts} - {*need, "psi"})]
+    if len(psi) and (int(psi.min()) < 0 or int(psi.max()) >= count + singles):
+        bad.append(
+            f"bank {bank.key} must have alignments of 0 to {count + singles - 1}, but has "
+            f"{int(psi.min())} to {int(psi.max())}"
+        )
+    for part in need:
+        held = parts[part].parts.get("") if part in parts else None
+        if held is not None and not bool(torch.isfinite(held).all()):
+            bad.append(f"bank {bank.key} has NaN or infinite values in {part}")
+    return bad
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _raise(folder: Path, bad: Sequence[str]) -> None:
+    if bad:
+        raise ArtifactError(
+            f"The artifact {folder} is damaged: {'; '.join(bad[:10])}"
+            f"{f'; and {len(bad) - 10} more' if len(bad) > 10 else ''}; copy it again, or write it "
+            "anew."
+        )

@@ -1,0 +1,147 @@
+"""Safetensors files: write named tensors, sharded where large, and read them back with every header checked.
+
+The header is read here before the file is handed to safetensors, so that a damaged file is named with what
+it should hold and what it does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.errors import ArtifactError
+
+_LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
+
+
+@dataclass(frozen=True)
+class Header:
+    """A safetensors file's header: dtype and shape of each tensor by name, and a digest of its bytes."""
+
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    digest: str
+
+
+def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], max_shard_size: int | str) -> None:
+    """Write `stem.safetensors`, or shards and `stem.safetensors.index.json` as the hub's libraries name them.
+
+    Args:
+        folder: made where it does not exist.
+        stem: file name without its ending.
+        tensors: by name; nothing is written where there is none.
+        max_shard_size: bytes, or a text such as `"5GB"`.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    if not tensors:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    ready = _separate({name: tensors[name] for name in sorted(tensors)})
+    pattern = f"{stem}{{suffix}}.safetensors"
+    split = split_torch_state_dict_into_shards(ready, filename_pattern=pattern, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: ready[name] for name in names}, str(folder / file))
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner alone
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / f"{stem}.safetensors.index.json").write_text(
+            json.dumps(index, sort_keys=True, separators=(",", ":"))
+        )
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file, without reading any tensor.
+
+    Raises:
+        ArtifactError: where the file is shorter or longer than its header says, or the header makes no sense.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+            raise ArtifactError(
+                f"{path} must begin with a header that fits into the file, but states {length:,} bytes "
+                f"of header in a file of {size:,}; {_ADVICE}"
+            )
+        raw = file.read(length)
+    try:
+        entries: dict[str, Any] = json.loads(raw)
+        entries.pop("__metadata__", None)
+        tensors = {name: (str(e["dtype"]), tuple(int(n) for n in e["shape"])) for name, e in entries.items()}
+        end = max((int(e["data_offsets"][1]) for e in entries.values()), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise ArtifactError(
+            f"{path} must begin with a safetensors header, but it cannot be read "
+            f"({type(error).__name__}); {_ADVICE}"
+        ) from error
+    if end + length + 8 != size:
+        raise ArtifactError(
+            f"{path} must have {end + length + 8:,} bytes by its header, but has {size:,}; {_ADVICE}"
+        )
+    return Header(tensors, hashlib.sha256(raw).hexdigest()[:16])
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, mapped from the disk and not copied.
+
+    Raises:
+        ArtifactError: where safetensors refuses the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} must be a whole safetensors file, but reading it says "
+            f"'{' '.join(str(error).split())}'; {_ADVICE}"
+        ) from error
+
+
+def plain_file_bytes(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> int:
+    """Size of the safetensors file that would hold tensors of these names, dtypes and shapes.
+
+    Example:
+        >>> from safetensors.torch import save
+        >>> state = {"a": torch.zeros(3, 5), "b": torch.zeros(2, dtype=torch.bfloat16)}
+        >>> plain_file_bytes((n, t.dtype, tuple(t.shape)) for n, t in state.items()) == len(save(state))
+        True
+    """
+    entries, end = {}, 0
+    for name, dtype, shape in sorted(tensors, key=lambda each: (-each[1].itemsize, each[0])):
+        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        entries[name] = {"dtype": _short(dtype), "shape": shape, "data_offsets": [start, end]}
+    header = len(json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + header + -header % 8 + end
+
+
+_ADVICE = "copy the artifact again, or write it anew"
+
+
+def _short(dtype: torch.dtype) -> str:
+    """safetensors' name of a dtype."""
+    name = str(dtype).removeprefix("torch.")
+    letters = {"float": "F", "bfloat": "BF", "int": "I", "uint": "U", "complex": "C"}
+    kind = name.rstrip("0123456789")
+    return letters[kind] + name[len(kind) :] if kind in letters else name.upper()
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, no two in the same memory."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    end = 0
+    for name in sorted(ready, key=lambda each: ready[each].data_ptr()):
+        start, size = ready[name].data_ptr(), ready[name].nbytes
+        if size and start < end:
+            ready[name] = ready[name].clone()
+        end = max(end, start + size)
+    return ready

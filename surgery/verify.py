@@ -1,0 +1,262 @@
+"""Verify: is an artifact what was written, does each member come back, and how far is it from its origin?
+
+Files are compared with their recorded hashes; each member's state dict is rebuilt and its content hash
+compared; and where a member's origin can still be loaded, its weights and outputs are compared with the
+rebuilt member's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.artifact import load
+from surgery.errors import SurgeryError
+from surgery.joint import JointModel
+from surgery.manifest import NAME, Manifest, checksum_holds, read_manifest
+from surgery.member import Inputs, Member, Origin, content_hash
+from surgery.probes import outputs_of, probe_inputs, relative_error
+from surgery.reading import read_stored, small_files, wrong_hashes
+from surgery.sketch import draw
+from surgery.states import build_banks, state_of
+
+ROUNDING = 1e-5  # relative: a kernel may add the terms of a block in another order than the recorded one
+SAME_ERROR = (1e-4, 0.02)  # absolute and relative difference between two measurements of one output error
+
+
+@dataclass(frozen=True)
+class MemberCheck:
+    """What was found about one member.
+
+    Attributes:
+        member: its name.
+        ok: whether nothing is wrong.
+        reasons: what is wrong, in sentences.
+        rebuilt: whether its state dict has the recorded content hash.
+        origin: `same` as recorded, `changed`, `found` (no hash was recorded), or why it was not compared.
+        weight_difference: largest absolute difference of any weight from the origin's.
+        error: relative L2 error of its outputs against the origin's, on the recorded probe inputs.
+        recorded_error: what was measured when it was fitted.
+    """
+
+    member: str
+    ok: bool
+    reasons: tuple[str, ...]
+    rebuilt: bool
+    origin: str
+    weight_difference: float | None = None
+    error: float | None = None
+    recorded_error: float | None = None
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The outcome of `verify`: files that are wrong, by path with the reason, and a check of each member."""
+
+    directory: str
+    files: Mapping[str, str]
+    members: tuple[MemberCheck, ...] = field(default_factory=tuple)
+
+    @property
+    def ok(self) -> bool:
+        """Whether all files and all members are what they should be."""
+        return not self.files and all(check.ok for check in self.members)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def verify(
+    directory: str | Path,
+    *,
+    origins: bool = True,
+    modules: Mapping[str, nn.Module] | None = None,
+    trust_remote_code: bool = False,
+    run_factory: bool = False,
+) -> VerifyReport:
+    """Check an artifact.
+
+    Args:
+        directory: the folder.
+        origins: whether members are compared with their origins, where these can still be loaded.
+        modules: for members that were live modules: the original modules, weights included, to compare with.
+        trust_remote_code: whether Python files that come with a transformers model may run.
+        run_factory: whether the user's own `module.py:factory` may run.
+
+    Returns:
+        what was found; an origin that cannot be reached is said so and is no failure.
+
+    Raises:
+        ArtifactError: where the manifest cannot be read.
+
+    Example:
+        >>> surgery.verify("joint").ok
+        True
+    """
+    folder = Path(directory).expanduser()
+    manifest = read_manifest(folder)
+    files = wrong_hashes(folder, manifest)
+    if not checksum_holds(folder):
+        files = {NAME: "is not the file that was written: its checksum is another one", **files}
+    spoilt = {name: [p for p in _files_of(manifest, name) if p in files] for name in manifest.members}
+    sound = [name for name, paths in spoilt.items() if not paths]
+    stored = read_stored(folder, manifest, sound)
+    banks = build_banks(stored)
+    checks = []
+    for name, paths in spoilt.items():
+        if paths:
+            reason = f"not rebuilt, because {', '.join(paths)} is damaged"
+            checks.append(MemberCheck(name, False, (reason,), False, "not compared"))
+        else:
+            origin, where = None, "not asked for"
+            if origins:
+                given = (modules or {}).get(name)
+                origin, where = _load_origin(manifest, name, given, trust_remote_code, run_factory)
+            joint, problem = _load_member(folder, name, origin, manifest, trust_remote_code, run_factory)
+            state = state_of(stored, name, banks)
+            checks.append(_check(manifest, name, state, joint, [problem] if problem else [], origin, where))
+    return VerifyReport(str(folder), files, tuple(checks))
+
+
+def _check(
+    manifest: Manifest,
+    name: str,
+    state: Mapping[str, Tensor],
+    joint: JointModel | None,
+    reasons: list[str],
+    origin: Member | None,
+    where: str,
+) -> MemberCheck:
+    """Compare a member's state dict with the record, its module with that, and both with the origin."""
+    recorded_hash, found = manifest.members[name].hash, content_hash(state)
+    rebuilt = found == recorded_hash
+    if not rebuilt:
+        reasons.append(
+            f"its rebuilt state dict must have the content hash {recorded_hash[:12]}…, but has {found[:12]}…"
+        )
+    if joint is not None and (moved := _farthest(joint.collapse(name), state, relative=True)) > ROUNDING:
+        reasons.append(f"its module must hold its state dict, but differs by {moved:.1e}")
+    recorded = ((manifest.report or {}).get("errors") or {}).get(name)
+    if origin is None:
+        return MemberCheck(name, not reasons, tuple(reasons), rebuilt, where, recorded_error=recorded)
+    original = origin.module.state_dict()
+    where, changed = _compare_hash(manifest, name, original)
+    reasons += changed
+    error = None
+    if joint is not None:
+        probes = probe_inputs(origin, seed=_seed(manifest))
+        error = relative_error(_over_all(origin.module, probes), _over_all(joint[name], probes))
+        reasons += _compare_error(manifest, name, error, recorded)
+    distance = _farthest(original, state)
+    return MemberCheck(name, not reasons, tuple(reasons), rebuilt, where, distance, error, recorded)
+
+
+def _load_origin(
+    manifest: Manifest, name: str, given: nn.Module | None, trust: bool, run: bool
+) -> tuple[Member | None, str]:
+    """The member as it was before it was joined, or why it cannot be had."""
+    from surgery.references import load_member
+
+    entry = manifest.members[name]
+    origin = Origin(**entry.origin.model_dump())
+    if given is not None:
+        return Member(name, given.eval(), draw(entry.inputs), origin), "given"
+    if origin.kind == "module" or origin.reference == origin.architecture.rpartition(".")[2]:
+        return None, "not compared: it was a live module"
+    if origin.kind == "factory" and not run:
+        return None, "not compared: its factory may not run"
+    try:
+        return load_member(_pinned(origin), name=name, trust_remote_code=trust), "found"
+    except SurgeryError as error:
+        return None, f"not reached: {error}"
+
+
+def _load_member(
+    folder: Path, name: str, origin: Member | None, manifest: Manifest, trust: bool, run: bool
+) -> tuple[JointModel | None, str | None]:
+    """The member from the artifact, ready to run, and what is wrong where it cannot be had."""
+    kind = manifest.members[name].origin.kind
+    if (kind == "module" and origin is None) or (kind == "factory" and not run):
+        return None, None
+    modules = {name: deepcopy(origin.module)} if origin is not None and kind == "module" else None
+    try:
+        return load(folder, modules=modules, members=[name], trust_remote_code=trust, run_factory=run), None
+    except SurgeryError as error:
+        return None, f"it cannot be rebuilt: {error}"
+
+
+def _compare_hash(manifest: Manifest, name: str, original: Mapping[str, Tensor]) -> tuple[str, list[str]]:
+    recorded = ((manifest.report or {}).get("hashes") or {}).get(name)
+    found = content_hash(original)
+    if recorded is None:
+        return ("same" if found == manifest.members[name].hash else "found"), []
+    if found == recorded:
+        return "same", []
+    return "changed", [
+        f"its origin must have the content hash {recorded[:12]}…, but has {found[:12]}…: it changed"
+    ]
+
+
+def _compare_error(manifest: Manifest, name: str, error: float, recorded: float | None) -> list[str]:
+    given = ((manifest.report or {}).get("probes") or {}).get("given") or ()
+    if recorded is None or name in given:  # real probe inputs are not kept
+        return []
+    absolute, relative = SAME_ERROR
+    if error <= recorded * (1 + relative) + absolute:
+        return []
+    return [f"its outputs must stay within the recorded error {recorded:.4f}, but differ by {error:.4f}"]
+
+
+def _over_all(module: nn.Module, probes: Sequence[Inputs]) -> tuple[Tensor, ...]:
+    """A module's output tensors, each over all probe inputs."""
+    batches = [outputs_of(module, batch) for batch in probes]
+    return tuple(torch.cat([t.flatten() for t in tensors]) for tensors in zip(*batches, strict=True))
+
+
+@torch.no_grad()
+def _farthest(one: Mapping[str, Tensor], other: Mapping[str, Tensor], relative: bool = False) -> float:
+    """The largest difference between two state dicts, infinite where they do not have the same tensors."""
+    one = {name: tensor for name, tensor in one.items() if isinstance(tensor, Tensor)}
+    if {name: tensor.shape for name, tensor in one.items()} != {
+        name: tensor.shape for name, tensor in other.items()
+    }:
+        return float("inf")
+    largest = 0.0
+    for name, tensor in one.items():
+        if tensor.numel() and not torch.equal(tensor, other[name]):
+            scale = float(tensor.double().abs().max()) if relative else 1.0
+            largest = max(
+                largest, float((tensor.double() - other[name].double()).abs().max()) / (scale or 1.0)
+            )
+    return largest
+
+
+def _files_of(manifest: Manifest, name: str) -> list[str]:
+    """Files that a member is read from."""
+    lenders = {key.split("/", 2)[1] for key in manifest.members[name].same.values()}
+    tensors = [path for path in manifest.files if path.endswith(".safetensors")]
+    mine = [
+        path for path in tensors if path.startswith("dictionary") or path.split("/")[1] in {name, *lenders}
+    ]
+    return [*mine, *small_files(manifest, name).values()]
+
+
+def _pinned(origin: Origin) -> str:
+    """The reference, with the recorded commit where it is a hub id without one."""
+    hub = (
+        origin.kind == "transformers" and origin.revision and not Path(origin.reference).expanduser().exists()
+    )
+    head, mark, options = origin.reference.partition("?")
+    return f"{head}@{origin.revision}{mark}{options}" if hub and "@" not in head else origin.reference
+
+
+def _seed(manifest: Manifest) -> int:
+    seed = ((manifest.report or {}).get("probes") or {}).get("seed", manifest.seed)
+    return seed if isinstance(seed, int) else 0

@@ -1,0 +1,207 @@
+"""Writing: what is stored of a joint model, as the files of an artifact."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from surgery.card import PICTURE, make_card
+from surgery.errors import OutputError
+from surgery.files import files_below, new_folder, sha256_of
+from surgery.layout import encoded_entries, parts_of, plan_entries
+from surgery.manifest import NAME, VERSION, is_safe, listed_files, manifest_bytes
+from surgery.member import Member, content_hash
+from surgery.picture import draw_sharing
+from surgery.precision import Encoded
+from surgery.reading import DICTIONARY, WEIGHTS
+from surgery.shares import count_shares
+from surgery.sketch import sketch
+from surgery.states import build_banks, state_of
+from surgery.storage import Stored
+from surgery.tensorfiles import plain_file_bytes, read_header, write_tensors
+from surgery.trim import thrift
+from surgery.version import __version__
+
+ALLOWANCE = 64 * 1024  # bytes that an artifact may be larger than its members' own files
+_BORROW = 1024  # bytes from which a small file that two members share is stored once
+_LIBRARIES = ("torch", "transformers", "timm")
+
+
+def write(
+    stored: Stored,
+    members: Sequence[Member],
+    report: Mapping[str, Any] | None,
+    out: str | Path,
+    overwrite: bool,
+    recipe: Mapping[str, Any] | None,
+    max_shard_size: int | str = "5GB",
+) -> Path:
+    """Write what is stored of some members; `save` says what the arguments are."""
+    stored = thrift(stored)
+    _check_names(members)
+    own, borrowed = _share_files(members)
+    room = (
+        stored.nbytes + sum(len(content) for files in own.values() for content in files.values()) + ALLOWANCE
+    )
+    with new_folder(out, overwrite=overwrite, need=room, owned=listed_files) as folder:
+        for stem, tensors in _by_file(stored).items():
+            write_tensors((folder / stem).parent, Path(stem).name, parts_of(tensors), max_shard_size)
+        for name, files in own.items():
+            for relative, content in files.items():
+                _put(folder / "members" / name / relative, content)
+        if recipe is not None:
+            _put(folder / "recipe.yaml", _recipe_bytes(recipe))
+        manifest = _describe(stored, members, report, recipe, borrowed)
+        _write_front(folder, manifest, stored)
+    return Path(out).expanduser().resolve()
+
+
+def _write_front(folder: Path, manifest: dict[str, Any], stored: Stored) -> None:
+    """Write card, picture and manifest; the picture is left out where the members are so small that it would
+    make the artifact too large."""
+    shares = count_shares(stored)
+    before = {name: entry["bytes"] for name, entry in manifest["members"].items()}
+    picture = draw_sharing(shares, before)
+    written = {path: _file_entry(folder / path) for path in files_below(folder)}
+    for drawn in (picture, None):
+        front = {"README.md": make_card(manifest, shares, picture=drawn is not None).encode()}
+        front |= {PICTURE: drawn} if drawn is not None else {}
+        files = {**written, **{name: _entry(content) for name, content in front.items()}}
+        content = manifest_bytes({**manifest, "files": dict(sorted(files.items()))})
+        total = sum(entry["bytes"] for entry in files.values()) + len(content)
+        if total <= sum(before.values()) + ALLOWANCE:
+            break
+    for name, each in {**front, NAME: content}.items():
+        _put(folder / name, each)
+
+
+def _describe(
+    stored: Stored,
+    members: Sequence[Member],
+    report: Mapping[str, Any] | None,
+    recipe: Mapping[str, Any] | None,
+    borrowed: Mapping[str, Mapping[str, str]],
+) -> dict[str, Any]:
+    """The manifest without its files; whatever is at its default is left out."""
+    banks, views, placements = plan_entries(stored.plan)
+    built = build_banks(stored)
+    seed = (recipe or {}).get("seed", ((report or {}).get("probes") or {}).get("seed"))
+    entries: dict[str, Any] = {}
+    for member in members:
+        name, prefix = member.name, f"plain/{member.name}/"
+        state = state_of(stored, name, built)
+        once = {id(tensor): (key, tensor.dtype, tuple(tensor.shape)) for key, tensor in state.items()}
+        plain = {
+            key.removeprefix(prefix): each for key, each in stored.tensors.items() if key.startswith(prefix)
+        }
+        entries[name] = _without_defaults(
+            {
+                "origin": _without_defaults(asdict(member.origin)),
+                "hash": content_hash(state),
+                "bytes": plain_file_bytes(once.values()) + sum(map(len, member.files.values())),
+                "inputs": sketch(member.inputs),
+                "ties": stored.ties.get(name, {}),
+                "encoded": encoded_entries(plain.items()),
+                "same": {
+                    key.removeprefix(prefix): first
+                    for key, first in stored.aliases.items()
+                    if key.startswith(prefix)
+                },
+                "borrowed": borrowed.get(name, {}),
+                "placements": placements.get(name, []),
+            }
+        )
+    for key, bank in banks.items():
+        prefix = f"bank/{key}/"
+        parts = (
+            (part.removeprefix(prefix), each)
+            for part, each in stored.tensors.items()
+            if part.startswith(prefix)
+        )
+        bank.update(_without_defaults({"encoded": encoded_entries(parts)}))
+    start = {"format": "surgery", "version": VERSION, "versions": _versions(), "members": entries}
+    rest = {"seed": seed, "banks": banks, "views": views, "report": None if report is None else dict(report)}
+    return {**start, **_without_defaults(rest)}
+
+
+def _by_file(stored: Stored) -> dict[str, dict[str, Encoded]]:
+    """Stored tensors by the file, without its ending, and by their names in it."""
+    files: dict[str, dict[str, Encoded]] = {}
+    for key, encoded in stored.tensors.items():
+        kind, owner, name = key.split("/", 2)
+        stem, inside = (
+            (DICTIONARY, f"{owner}/{name}") if kind == "bank" else (f"members/{owner}/{WEIGHTS}", name)
+        )
+        files.setdefault(stem, {})[inside] = encoded
+    return files
+
+
+def _share_files(members: Sequence[Member]) -> tuple[dict[str, dict[str, bytes]], dict[str, dict[str, str]]]:
+    """Small files by member, and those that an earlier member has too, with that member's name."""
+    own: dict[str, dict[str, bytes]] = {}
+    borrowed: dict[str, dict[str, str]] = {}
+    first: dict[tuple[str, bytes], str] = {}
+    for member in members:
+        for relative, content in sorted(member.files.items()):
+            if not is_safe(relative) or Path(relative).name.startswith(f"{WEIGHTS}."):
+                raise OutputError(
+                    f"A member's file must lie inside its folder under a name of its own, but '{relative}' "
+                    f"of member '{member.name}' does not; rename it."
+                )
+            lender = first.setdefault((relative, content), member.name)
+            if lender != member.name and len(content) >= _BORROW:
+                borrowed.setdefault(member.name, {})[relative] = lender
+            else:
+                own.setdefault(member.name, {})[relative] = content
+    return own, borrowed
+
+
+def _check_names(members: Sequence[Member]) -> None:
+    if bad := [
+        member.name
+        for member in members
+        if not is_safe(f"members/{member.name}") or "/" in member.name or member.name in (".", "..")
+    ]:
+        raise OutputError(
+            f"A member's name must be fit for a folder, but {', '.join(bad)} is not; rename it."
+        )
+
+
+def _recipe_bytes(recipe: Mapping[str, Any]) -> bytes:
+    import yaml
+
+    plain = json.loads(json.dumps(recipe, default=str))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode()
+
+
+def _versions() -> dict[str, str]:
+    found = {"surgery": __version__}
+    for library in _LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _file_entry(path: Path) -> dict[str, Any]:
+    entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {**entry, "header": read_header(path).digest} if path.suffix == ".safetensors" else entry
+
+
+def _entry(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _put(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def _without_defaults(entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if value is not None and value not in ({}, [], ())}
