@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import RUN, Debug, Json, Overwrite, Quiet
+from .options import RUN, Debug, Json, Overwrite, Quiet, TrustRemoteCode
 
 EXAMPLES = """
 surgery export joint --member minilm --format plain --out minilm-plain
@@ -32,6 +32,7 @@ def export(
         ),
     ] = "plain",
     overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -40,14 +41,14 @@ def export(
     if format not in ("plain", "compressed"):
         raise typer.BadParameter(f"must be plain or compressed, not '{format}'", param_hint="--format")
     from surgery.export import export as write
-
     from surgery.merge import check_target
 
     from . import console, report
 
     check_target(out, overwrite=overwrite)
     with console.working(quiet=quiet, json_wanted=json):
-        write(folder, member, out, format=format, overwrite=overwrite)
+        chosen = "compressed" if format == "compressed" else "plain"
+        write(folder, member, out, format=chosen, overwrite=overwrite, trust_remote_code=trust_remote_code)
     size = report.disk_bytes(out)
     if json:
         console.emit({"member": member, "format": format, "out": str(out), "disk_bytes": size})

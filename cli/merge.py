@@ -193,7 +193,7 @@ def read_recipe(config: str | None, given: dict[str, Any], changes: list[str]) -
     document = read_document(config) if config else {}
     for key, value in given.items():
         if isinstance(value, dict):
-            value = {name: each for name, each in value.items() if each}
+            value = {name: each for name, each in value.items() if each not in (None, [])}
             kept = document.get(key) or {}
             if any(target in value for target in TARGETS):  # a target given here replaces the file's target
                 kept = {name: each for name, each in kept.items() if name not in TARGETS}

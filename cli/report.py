@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from surgery.joint import JointModel
     from surgery.merge import Prepared
 
-MEANS = {
-    "precision": "fewer bits for each number: rounding, not sharing",
-    "sharing": "what the members or layers have in common, stored once",
-}
+PRECISION = "fewer bits for each number: rounding, not sharing"
+SHARING = "what members or layers have in common, stored once"
+NO_SHARING = "nothing that these members have in common pays for its index"
 
 
 def plan_json(prepared: Prepared) -> dict[str, Any]:
@@ -199,8 +198,9 @@ def print_means(joint: JointModel) -> None:
     """What each means saved, and how many tensors are stored in which way."""
     report = joint.report
     saved = console.table("saved by", ">bytes", "~")
-    for means, words in MEANS.items():
-        saved.add_row(means, console.size(report.saved[means]), words)
+    sharing, precision = report.saved["sharing"], report.saved["precision"]
+    saved.add_row("precision", console.size(precision), PRECISION)
+    saved.add_row("sharing", console.size(sharing), SHARING if sharing else NO_SHARING)
     console.out.print(saved)
     ways: dict[str, list[int]] = {}
     for each in report.detail:

@@ -1,28 +1,87 @@
-"""`surgery verify`: whether a folder is what its manifest says."""
+"""`surgery verify`: whether a folder is what was written, and how far its members are from their origins."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Debug, Json, Quiet
+from .options import FLAG, RUN, Debug, Json, Quiet, TrustRemoteCode
+
+if TYPE_CHECKING:
+    from surgery.verify import VerifyReport
 
 EXAMPLES = """
 surgery verify joint
-surgery verify joint --json
+surgery verify joint --no-origins --json
 """
 
 
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that surgery wrote.")],
+    origins: Annotated[
+        bool,
+        typer.Option(
+            "--origins/--no-origins",
+            metavar=FLAG,
+            show_default=False,
+            rich_help_panel=RUN,
+            help="Compare members with the models they came from, where these can be reached (default).",
+        ),
+    ] = True,
+    run_factory: Annotated[
+        bool,
+        typer.Option(
+            "--run-factory",
+            metavar=FLAG,
+            rich_help_panel=RUN,
+            help="Let a member's own module.py:factory run again.",
+        ),
+    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Rebuild each member of a folder, and compare it with its origin and the recorded hashes.
 
-    Ends with exit code 1 where something does not match.
+    Ends with exit code 1 where something does not match. An origin that cannot be reached is no mismatch.
     """
-    raise NotImplementedError
+    from surgery.verify import verify as check
+
+    from . import console
+
+    with console.working(quiet=quiet, json_wanted=json):
+        report = check(folder, origins=origins, trust_remote_code=trust_remote_code, run_factory=run_factory)
+    if json:
+        console.emit(report.to_json())
+    elif not quiet:
+        print_report(report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def print_report(report: VerifyReport) -> None:
+    """Each member with what was found, then everything that is wrong."""
+    from . import console
+
+    table = console.table("member", "", "rebuilt", ">output moved by", ">recorded", "~origin")
+    for each in report.members:
+        table.add_row(
+            each.member,
+            "ok" if each.ok else "WRONG",
+            "as recorded" if each.rebuilt else "no",
+            "-" if each.error is None else console.percent(each.error, digits=2),
+            "-" if each.recorded_error is None else console.percent(each.recorded_error, digits=2),
+            each.origin,
+        )
+    console.out.print(table)
+    for path, reason in report.files.items():
+        console.say(f"{path}: {reason}")
+    for each in report.members:
+        for reason in each.reasons:
+            console.say(f"{each.member}: {reason}")
+    console.say(
+        f"{report.directory}: {'everything matches' if report.ok else 'does NOT match what was written'}."
+    )
