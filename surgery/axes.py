@@ -7,6 +7,7 @@ Axes are given as *factors*, because one axis can hold two roles: axis 0 of a gr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Shape = tuple[int, ...]
@@ -36,6 +37,13 @@ def right_axes(shape: Shape) -> Axes:
         return linear_axes(shape)
     *stack, out, into = linear_axes((*shape[:-2], shape[-1], shape[-2]))
     return (*stack, into, out)
+
+
+def contracted_axes(shape: Shape, summed: Sequence[int]) -> Axes:
+    """Axes summed over are in, all others out."""
+    return tuple(
+        (Factor("i", "in", n) if k in summed else Factor("o", "out", n),) for k, n in enumerate(shape)
+    )
 
 
 def conv_axes(shape: Shape, groups: int) -> Axes:

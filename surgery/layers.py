@@ -144,7 +144,6 @@ register(
         ops={"linear": operations.linear},
         modules={
             "torch.nn.modules.linear.Linear": _matrix(),
-            "transformers.pytorch_utils.Conv1D": _matrix(axes=right_axes),
         },
     )
 )
@@ -155,11 +154,15 @@ register(
             **dict.fromkeys(
                 ("matmul", "__matmul__", "mm", "bmm", "mv"), operations.product(0, ("input", "mat2"))
             ),
-            **dict.fromkeys(("_grouped_mm", "grouped_mm", "dot"), operations.product(0, ("input", "mat2"))),
+            **dict.fromkeys(
+                ("_grouped_mm", "grouped_mm", "grouped_mm_fallback"), operations.product(0, ("input", "mat2"))
+            ),
             **dict.fromkeys(("addmm", "addmm_", "addmv"), operations.product(1, ("mat1", "mat2"))),
             **dict.fromkeys(("baddbmm", "addbmm"), operations.product(1, ("batch1", "batch2"))),
             "__rmatmul__": operations.swapped_product,
+            "tensordot": operations.tensordot,
         },
+        modules={"transformers.pytorch_utils.Conv1D": _matrix(axes=right_axes)},
     )
 )
 register(LayerKind("einsum", ops={"einsum": operations.einsum}))

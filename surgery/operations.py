@@ -14,6 +14,7 @@ from typing import Any
 from surgery.axes import (
     Axes,
     Shape,
+    contracted_axes,
     conv_axes,
     conv_transpose_axes,
     einsum_axes,
@@ -104,6 +105,19 @@ def einsum(call: Call) -> Iterator[Reading]:
         operands = list(operands[0])
     for index, operand in enumerate(operands):
         yield _shaped(call, operand, "einsum", lambda shape, k=index: einsum_axes(equation, k, shape))
+
+
+def tensordot(call: Call) -> Iterator[Reading]:
+    """`torch.tensordot`: an argument's axes are in where they are summed over, else out."""
+    dims = call.args[2:4] if len(call.args) > 3 else call.get(2, "dims", 2)
+    for place, name in enumerate(("a", "b")):
+        node = call.get(place, name)
+        rank = len(call.shape_of(node) or ())
+        if isinstance(dims, int):
+            summed = range(rank - dims, rank) if place == 0 else range(dims)
+        else:
+            summed = [axis % rank for axis in dims[place]]
+        yield _shaped(call, node, "matmul", lambda shape, axes=summed: contracted_axes(shape, axes))
 
 
 def conv(rank: int, transposed: bool) -> Reader:

@@ -197,9 +197,7 @@ def _part(
     if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
         return alone("skipped", "buffer", "is no trainable weight")
     if found is None:
-        return alone(
-            "skipped", "unused", "no operation of the forward pass uses it, and its module's type is unknown"
-        )
+        return alone("skipped", "unused", "no traced operation uses it, and its module's type is unknown")
     view = _view(found, shape)
     if view is not None and name in asked.sites:
         return Site(member, name, owners, found.kind, shape, dtype, view, order)
@@ -223,9 +221,15 @@ def _select(owners: Mapping[str, tuple[str, ...]], selectors: Sequence[str]) -> 
 
 def _matches(selector: str, names: Sequence[str]) -> bool:
     """Whether a selector means a tensor with these owners."""
-    if selector.startswith("re:"):
+    if not selector.startswith("re:"):
+        return selector in names
+    try:
         return any(re.fullmatch(selector[3:], name) for name in names)
-    return selector in names
+    except re.error as error:
+        raise PlanError(
+            "required: selectors that are exact names, or 're:' and a regular expression; "
+            f"found: '{selector}' ({error}); correct the expression"
+        ) from error
 
 
 def _check(
@@ -240,11 +244,7 @@ def _check(
     every = [name for names in owners.values() for name in names]
     for option, chosen in selectors.items():
         for selector in chosen:
-            try:
-                if any(_matches(selector, names) for names in owners.values()):
-                    continue
-            except re.error as error:
-                bad.append(f"{option}: '{selector}' is no regular expression ({error})")
+            if any(_matches(selector, names) for names in owners.values()):
                 continue
             close = difflib.get_close_matches(selector.removeprefix("re:"), every, n=3)
             hint = f"; close names: {', '.join(close)}" if close else ""

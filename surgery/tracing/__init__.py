@@ -56,11 +56,14 @@ def trace(module: nn.Module, inputs: Inputs, tiers: Sequence[Tier] | None = None
     """
     names = canonical_names(module)
     parameters = {names[id(p)]: p for p in module.parameters() if id(p) in names}
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     notes: list[str] = []
-    graph, tier = None, TABLE
+    graph, tier, uses = None, TABLE, ()
     for way in (TIERS if tiers is None else tiers) if inputs.args or inputs.kwargs else ():
         try:
-            graph, tier = way.run(module, inputs), way.name
+            found = way.run(module, inputs)
+            uses = mark_ends(found, read_uses(found, shapes))
+            graph, tier = found, way.name
             break
         except Exception as error:
             notes.append(f"{way.name} failed: {_sentence(error)}")
@@ -74,8 +77,7 @@ def trace(module: nn.Module, inputs: Inputs, tiers: Sequence[Tier] | None = None
             )
         notes.append("no execution order: uses are in order of registration")
         return Trace(None, from_table, TABLE, inputs.source, tuple(notes))
-    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-    uses = _complete(mark_ends(graph, read_uses(graph, shapes)), from_table)
+    uses = _complete(uses, from_table)
     missed = sum(not use.reached for use in uses)
     if missed:
         notes.append(f"{missed} parameters were not reached and are known by their module's type alone")
@@ -118,6 +120,10 @@ def _record_real(module: nn.Module, inputs: Inputs) -> fx.Graph:
 
 def _export(module: nn.Module, inputs: Inputs) -> fx.Graph:
     twin, names = copy_module(module, share_parameters)
+    for part in twin.modules():  # a cache of keys and values is nothing that an exported graph can return
+        config = getattr(part, "config", None)
+        if config is not None and getattr(config, "use_cache", False) is True:
+            config.use_cache = False
     return export_graph(twin, names, *map_inputs(inputs, Tensor.clone))
 
 

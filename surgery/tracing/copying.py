@@ -44,19 +44,16 @@ def copy_module(module: nn.Module, make: Callable[[Tensor], Tensor]) -> tuple[nn
     tensors = [*module.parameters(), *module.buffers()]
     memo: dict[int, Any] = {id(tensor): once(tensor) for tensor in tensors}
     with _CopyTensors(once):
-        memo.update(_shared_attributes(module, memo))
-        twin = copy.deepcopy(module, memo)
+        try:
+            twin = copy.deepcopy(module, dict(memo))
+        except Exception:
+            twin = copy.deepcopy(module, memo | _shared_attributes(module, memo))
     known = canonical_names(module)
     return twin.eval(), {id(twin): known.get(key, "") for key, twin in made.items()}
 
 
 def _shared_attributes(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
     """Attributes that cannot be copied, such as locks and open files, by `id`: the copy shares them."""
-    try:
-        copy.deepcopy(module, dict(memo))
-        return {}
-    except Exception:
-        pass
     shared: dict[int, Any] = {}
     inner = {"_parameters", "_buffers", "_modules"}
     for part in module.modules():

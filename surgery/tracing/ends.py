@@ -1,7 +1,8 @@
 """The first and last maps of a network, read off its graph.
 
 A map, embeddings included, with no other map between it and the network's inputs is a first one; a map with
-no other map after it is a last one. A parameter that is used several times is one map.
+no other map after it is a last one. Maps that only compute weights, as in a factorised matrix, lie on no path
+from the inputs. A parameter that is used several times is one map.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ def mark_ends(graph: fx.Graph, found: Sequence[Found]) -> tuple[Use, ...]:
         if is_map(item.use):
             maps.setdefault(item.node, []).append(item)
     own = {node: sum({bits[f.use.parameter] for f in items}) for node, items in maps.items()}
-    before = _reach(graph, own, forward=True)
-    behind = _reach(graph, own, forward=False)
     live = _live(graph)
+    before = _reach(graph, {node: bits for node, bits in own.items() if node in live}, forward=True)
+    behind = _reach(graph, own, forward=False)
     uses = []
     for order, item in enumerate(found):
         use = replace(item.use, order=order)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -127,11 +127,9 @@ class Recorder(TorchFunctionMode):
         """Keeps the path of the module that is running, by hooks."""
         handles = []
         for path, part in module.named_modules():
-            enter = lambda *_, path=path: self.modules.append(path)  # noqa: E731
-            leave = lambda *_: self.modules.pop() and None  # noqa: E731
             try:
-                handles.append(part.register_forward_pre_hook(enter, prepend=True))
-                handles.append(part.register_forward_hook(leave, always_call=True))
+                handles.append(part.register_forward_pre_hook(self._enter(path), prepend=True))
+                handles.append(part.register_forward_hook(self._leave, always_call=True))
             except RuntimeError:  # a scripted module takes no hooks; what runs in it counts to its parent
                 continue
         try:
@@ -139,6 +137,12 @@ class Recorder(TorchFunctionMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        return lambda *_: self.modules.append(path)
+
+    def _leave(self, *_: Any) -> None:
+        self.modules.pop()
 
     def restore(self) -> None:
         """Give the parameters that the forward pass wrote to their values back."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ def table_uses(module: nn.Module, names: Mapping[int, str]) -> tuple[Use, ...]:
         names: state-dict name by `id` of its parameters.
 
     Returns:
-        One use for every parameter of a known module type, and an adapter for every other vector.
+        One use for every owner of a parameter of a known module type, and an adapter for every other vector.
     """
     uses: dict[str, Use] = {}
     parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -33,32 +34,32 @@ def table_uses(module: nn.Module, names: Mapping[int, str]) -> tuple[Use, ...]:
                 key = f"{path}.{stored.format(name)}".removeprefix(".")
                 tensor = parameters.get(key)
                 if tensor is not None and id(tensor) in names:
-                    use = _use(names[id(tensor)], tensor, path, type(part).__name__, kind, axes, len(uses))
-                    uses.setdefault(use.parameter, use)
-    for use in _vectors(parameters, names, uses):
-        uses[use.parameter] = use
-    place = {names[id(t)]: k for k, t in enumerate(parameters.values()) if id(t) in names}
-    return tuple(sorted(uses.values(), key=lambda use: place[use.parameter]))
+                    uses[key] = _use(names[id(tensor)], tensor, path, type(part).__name__, kind, axes)
+    uses |= _vectors(parameters, names, {use.parameter for use in uses.values()})
+    registered = [uses[key] for key in parameters if key in uses]
+    return tuple(replace(use, order=order) for order, use in enumerate(registered))
 
 
-def _use(parameter: str, tensor: Tensor, path: str, op: str, kind: str, axes: Axes | None, order: int) -> Use:
+def _use(parameter: str, tensor: Tensor, path: str, op: str, kind: str, axes: Axes | None) -> Use:
     if axes is None:
         kind = "depthwise" if kind.startswith("conv") else kind
-        return Use(parameter, op, "adapter", kind, path, order, reached=False, reason=KINDS[kind].reason)
+        return Use(parameter, op, "adapter", kind, path, 0, reached=False, reason=KINDS[kind].reason)
     shape = tuple(tensor.shape)
     view = canonical_view(Layout.whole(shape), axes, shape)
     if isinstance(view, str):
-        return Use(parameter, op, "unclear", kind, path, order, reached=False, reason=view)
-    return Use(parameter, op, "map", kind, path, order, view, reached=False)
+        return Use(parameter, op, "unclear", kind, path, 0, reached=False, reason=view)
+    return Use(parameter, op, "map", kind, path, 0, view, reached=False)
 
 
 def _vectors(
-    parameters: Mapping[str, Tensor], names: Mapping[int, str], known: Mapping[str, Use]
-) -> Iterator[Use]:
+    parameters: Mapping[str, Tensor], names: Mapping[int, str], known: Collection[str]
+) -> dict[str, Use]:
     """Parameters of one axis are scales and shifts, whatever module owns them."""
+    uses: dict[str, Use] = {}
     for key, tensor in parameters.items():
         name = names.get(id(tensor))
         if name is not None and name not in known and tensor.dim() < 2:
             path, _, local = key.rpartition(".")
             kind = "bias" if "bias" in local else "norm"
-            yield Use(name, "", "adapter", kind, path, len(known), reached=False, reason=KINDS[kind].reason)
+            uses[key] = Use(name, "", "adapter", kind, path, 0, reached=False, reason=KINDS[kind].reason)
+    return uses
