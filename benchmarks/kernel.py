@@ -4,8 +4,10 @@ One problem per row: L blocks of 16x16, c = 4 rows per hypermodule, one alternat
 (MUiR Eq. 8 with lambda = 1, so 8 rows per location), K hypermodules. When K = L each location's incumbent is
 its own hypermodule, otherwise both are random. Competitors take turns within a round, each after one warm-up,
 and the table holds medians over rounds. For all of them every gradient starts at None (`zero_grad`'s default)
-and the allocator is PyTorch's as installed; `generate` asks for huge pages for its own results. Run again
-under `THP_MEM_ALLOC_ENABLE=1`, which makes PyTorch ask for everything, to see what remains of the ratios.
+and the allocator is PyTorch's as installed; that `generate` keeps its results' memory from call to call is
+part of it. Run again under `THP_MEM_ALLOC_ENABLE=1`, which puts all of PyTorch's memory on huge pages, to see
+how much of the ratios fresh memory makes. On cores that others use too, more threads than free cores cost
+`generate` most, since its slabs wait for their threads: then measure on one thread.
 """
 
 from __future__ import annotations

@@ -9,9 +9,8 @@ On CPU three things make it fast, and mostly memory traffic is left:
    transposed code: no zero fill, no scatter, no atomic, and every sum has one fixed order, so results are
    bitwise reproducible.
 2. The gradient of `coefficient` is a product sampled at the code's entries, `torch.sparse.sampled_addmm`.
-3. A result above 32 MiB is always fresh memory from the operating system, and touching it first, 4 KiB at a
-   time, costs more than the arithmetic. So large results ask Linux for huge pages and are filled in slabs.
-   A process started with `THP_MEM_ALLOC_ENABLE=1` has them from PyTorch itself and needs no slabs.
+3. Large results are put, slab by slab, into memory that is kept from step to step (see `memory.py`): fresh
+   memory costs more than the arithmetic.
 
 On other devices `embedding_bag` and its own gradient are used as they are. `python -m benchmarks.kernel`
 times this against gather-then-bmm, plain `embedding_bag`, and sorting by hypermodule with one padded bmm.
@@ -19,10 +18,6 @@ times this against gather-then-bmm, plain `embedding_bag`, and sorting by hyperm
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import os
-import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-FRESH_MEMORY_BYTES = 32 * 2**20  # glibc's largest allocation that may reuse memory freed earlier (64-bit)
+from surgery import memory
+
 SLAB_BYTES = (
     16 * 2**20
 )  # small enough for the cache; few slabs, since on busy cores each one waits for its threads
@@ -145,11 +141,9 @@ def _sum_bags(source: Tensor, index: Tensor, offset: Tensor, weight: Tensor) -> 
     """Sum `weight[e] * source[index[e]]` over `e = offset[b] .. offset[b+1]-1`: bags `[n, d]` of `[N, d]`."""
     bags = len(offset) - 1
     slab = max(SLAB_ROWS, SLAB_BYTES // max(source[:1].nbytes, 1))
-    large = bags * source[:1].nbytes > FRESH_MEMORY_BYTES
-    huge_pages_anyway = os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"  # PyTorch's own switch
-    if not large or bags <= slab or huge_pages_anyway or sys.platform != "linux":
+    if bags <= slab or bags * source[:1].nbytes <= memory.FRESH_MEMORY_BYTES:
         return _embedding_bag(source, index, offset, weight)
-    result = _empty_on_huge_pages(bags, source)
+    result = memory.empty_kept(bags, source.shape[1], source.dtype)
     for first in range(0, bags, slab):
         ends = offset[first : first + slab + 1]
         begin, end = int(ends[0]), int(ends[-1])
@@ -188,15 +182,6 @@ def _offsets(index: Tensor) -> Tensor:
     """`[L+1]`: where each location's entries begin in the flattened code."""
     locations, width = index.shape
     return torch.arange(locations + 1, dtype=index.dtype, device=index.device) * width
-
-
-def _empty_on_huge_pages(count: int, like: Tensor) -> Tensor:
-    """Uninitialised `[count, d]`; where Linux does not take the advice, only time is lost."""
-    result = like.new_empty(count, like.shape[1])
-    start = -(-result.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = result.data_ptr() + result.nbytes - start
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-    return result
 
 
 def _check(rows: Tensor, index: Tensor, coefficient: Tensor, transposed: TransposedIndex | None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery import kernel
+from surgery import kernel, memory
 from surgery.kernel import generate, transpose
 
 DTYPES = [torch.float32, torch.float64]
@@ -52,8 +54,7 @@ def run_both_ways(
 @pytest.fixture
 def in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Send results of any size through the path for large ones."""
-    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-    monkeypatch.setattr(kernel, "FRESH_MEMORY_BYTES", 0)
+    monkeypatch.setattr(memory, "FRESH_MEMORY_BYTES", 0)
     monkeypatch.setattr(kernel, "SLAB_BYTES", 1)
     monkeypatch.setattr(kernel, "SLAB_ROWS", 3)
 
@@ -99,13 +100,13 @@ def test_equals_the_formula(
 def test_slabs_change_no_bit(locations: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = make_problem(locations, 4, 11, 6, dtype)
     in_slabs = run_both_ways(*problem)
-    monkeypatch.setattr(kernel, "FRESH_MEMORY_BYTES", 2**30)
+    monkeypatch.setattr(memory, "FRESH_MEMORY_BYTES", 2**30)
     assert all(torch.equal(a, b) for a, b in zip(in_slabs, run_both_ways(*problem), strict=True))
 
 
 def test_a_result_above_the_threshold_equals_the_formula() -> None:
     rows, index, coefficient, grad = make_problem(40_000, 2, 40_001, 256, torch.float32)
-    assert grad.nbytes > kernel.FRESH_MEMORY_BYTES
+    assert grad.nbytes > memory.FRESH_MEMORY_BYTES
     found = run_both_ways(rows, index, coefficient, grad)
     expected = (coefficient[:, :, None] * rows[index]).sum(1)
     torch.testing.assert_close(found[0], expected)
@@ -279,8 +280,43 @@ def test_what_does_not_fit_is_an_error(
         generate(rows, index, coefficient)
 
 
-def test_examples_in_the_docstrings() -> None:
-    outcome = doctest.testmod(kernel)
+@pytest.mark.usefixtures("in_slabs")
+def test_no_result_changes_while_it_is_in_use() -> None:
+    """Memory is used again, but not that of a result, a view of it, or a gradient that is still alive."""
+    rows, index, coefficient, grad = make_problem(10, 4, 11, 6)
+    first = run_both_ways(rows, index, coefficient, grad)
+    held = [first[0].clone(), first[1].clone()]
+    part = first[1][3:5]
+    for seed in range(1, 2 * memory.REGIONS_KEPT):
+        other = make_problem(10, 4, 11, 6, seed=seed)
+        run_both_ways(*other)
+        generate(rows, index, coefficient).backward(grad)
+        torch.testing.assert_close(rows.grad, seed * held[1])
+    assert torch.equal(first[0], held[0])
+    del first
+    run_both_ways(*make_problem(10, 4, 11, 6, seed=1))
+    assert torch.equal(part, held[1][3:5])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="memory is not kept there")
+def test_freed_memory_is_used_again_and_can_be_released() -> None:
+    memory.release_kept()
+    first = memory.empty_kept(64, 32, torch.float32)
+    second = memory.empty_kept(64, 32, torch.float32)
+    address = first.data_ptr()
+    assert second.data_ptr() != address
+    del first
+    assert memory.empty_kept(40, 32, torch.float32).data_ptr() == address
+    assert memory.empty_kept(64, 32, torch.float64).data_ptr() != address, "too small"
+    assert memory.empty_kept(8, 32, torch.float32).data_ptr() != address, "too wasteful"
+    second.fill_(3.0)
+    memory.release_kept()
+    assert bool(second.eq(3.0).all())
+
+
+@pytest.mark.parametrize("module", [kernel, memory])
+def test_examples_in_the_docstrings(module: ModuleType) -> None:
+    outcome = doctest.testmod(module)
     assert outcome.attempted and not outcome.failed
 
 

@@ -1,0 +1,76 @@
+"""Large CPU results in memory that is kept and used again, as PyTorch itself does on GPUs.
+
+The C library returns any allocation above 32 MiB to the operating system as soon as it is freed, so every
+step of a training pays for the first touch of fresh pages, which can cost more than the arithmetic that fills
+them (most of all in virtual machines that return free memory to their host). Here the few latest regions are
+kept, and one is used again once no tensor lives in it any more: no result changes while it is in use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import sys
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+FRESH_MEMORY_BYTES = 32 * 2**20  # glibc's largest allocation that may use memory freed earlier (64-bit)
+REGIONS_KEPT = 4  # blocks and the rows' gradient, each with a spare
+
+_regions: list[
+    tuple[mmap.mmap, weakref.ref[memoryview]]
+] = []  # latest first; the view lives as its tensors do
+_lock = threading.Lock()
+
+
+def empty_kept(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor, in a kept region if one of its size is free.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        dtype: of the result.
+
+    Returns:
+        `[rows, columns]`, contiguous, sharing memory with no tensor that is still alive.
+
+    Example:
+        >>> empty_kept(3, 4, torch.float32).shape
+        torch.Size([3, 4])
+    """
+    count = rows * columns
+    size = count * dtype.itemsize
+    if not size or sys.platform == "win32":
+        return torch.empty(rows, columns, dtype=dtype)
+    with _lock:
+        free = [memory for memory, user in _regions if user() is None and size <= len(memory) <= 2 * size]
+        memory = free[0] if free else _map(size)
+        view = memoryview(
+            memory
+        )  # the tensor's storage holds it, and all views of the tensor hold the storage
+        others = [region for region in _regions if region[0] is not memory]
+        _regions[:] = [(memory, weakref.ref(view)), *others][:REGIONS_KEPT]
+        return torch.frombuffer(view, dtype=dtype, count=count).view(rows, columns)
+
+
+def release_kept() -> None:
+    """Give the kept regions back to the operating system: each at once, or when its last tensor ends.
+
+    Example:
+        >>> release_kept()
+    """
+    with _lock:
+        _regions.clear()
+
+
+def _map(size: int) -> mmap.mmap:
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a kernel without huge pages: only time is lost
+            memory.madvise(mmap.MADV_HUGEPAGE)  # fewer first touches, and fewer misses in address translation
+    return memory
