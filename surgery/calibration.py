@@ -1,4 +1,4 @@
-"""Calibration files: the user's own texts, pictures or arrays as batches of inputs, prepared as the model expects."""
+"""Calibration files: the user's own texts, pictures or arrays, prepared as the model expects, in batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_calibration(member: Member, path: Path) -> list[Inputs]:
     """All examples in a file or folder, in batches of 8.
 
     Args:
-        member: loaded; its tokenizer or preprocessor files and its example inputs say how to prepare the data.
+        member: loaded; its tokenizer or preprocessor files and its example inputs say how to prepare data.
         path: `.txt` (one text per line), a picture or a folder of pictures, `.npz` or `.safetensors`.
 
     Raises:
@@ -41,12 +41,13 @@ def read_calibration(member: Member, path: Path) -> list[Inputs]:
     if path.suffix in (".npz", ".safetensors"):
         return _arrays(member, path)
     raise LoadError(
-        f"calibration data is a .txt file, a picture, a folder of pictures, .npz or .safetensors, not '{path.name}'"
+        "calibration data is a .txt file, a picture, a folder of pictures, .npz or .safetensors, "
+        f"not '{path.name}'"
     )
 
 
 def picture_statistics(member: Member, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation `[channels, 1, 1]` by which the model's pictures are normalised; 0.5 where unknown."""
+    """Mean and standard deviation `[channels, 1, 1]` of the model's pictures; 0.5 where unknown."""
     config: Any = getattr(member.module, "pretrained_cfg", None) or {}
     if member.origin.kind == "transformers" and "preprocessor_config.json" in member.files:
         config = json.loads(member.files["preprocessor_config.json"])
@@ -128,7 +129,8 @@ def _pictures(member: Member, path: Path) -> list[Inputs]:
 def _picture_transform(member: Member) -> Any:
     """A function from a PIL picture to `[channels, height, width]`."""
     if member.origin.kind == "timm":
-        from timm.data import create_transform, resolve_data_config
+        from timm.data.config import resolve_data_config
+        from timm.data.transforms_factory import create_transform
 
         return create_transform(**resolve_data_config({}, model=member.module))
     if member.origin.kind == "transformers" and "preprocessor_config.json" in member.files:
@@ -144,8 +146,8 @@ def _picture_transform(member: Member) -> Any:
                 ) from error
         return lambda picture: processor(picture, return_tensors="pt")["pixel_values"][0]
     raise LoadError(
-        f"pictures need a timm model or a preprocessor_config.json, and '{member.name}' has neither: give .npz or "
-        ".safetensors arrays instead"
+        f"pictures need a timm model or a preprocessor_config.json, and '{member.name}' has neither: give "
+        ".npz or .safetensors arrays instead"
     )
 
 
@@ -158,8 +160,8 @@ def _arrays(member: Member, path: Path) -> list[Inputs]:
     unknown = [name for name in tensors if name not in positional and name not in accepted and not free]
     if unknown:
         raise LoadError(
-            f"arrays in {path} must be named by arguments of forward ({shorten(accepted)}) or arg0, arg1, ...; "
-            f"these are not: {shorten(unknown)}"
+            f"arrays in {path} must be named by arguments of forward ({shorten(accepted)}) or arg0, arg1, "
+            f"...; these are not: {shorten(unknown)}"
         )
     lengths = {name: len(tensor) if tensor.dim() else 0 for name, tensor in tensors.items()}
     if not tensors or len(set(lengths.values())) != 1 or 0 in lengths.values():

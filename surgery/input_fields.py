@@ -81,16 +81,23 @@ def vocabulary(config: Any) -> Tensor:
 
 
 def token_ids(sample: Sample) -> Tensor:
-    """Random ordinary ids `[batch, length]`, closed with the end token that some heads look for."""
+    """Random ordinary ids `[batch, length]`, closed with the end token where heads may look for it."""
     allowed = vocabulary(sample.config)
     ids = allowed[
         torch.randint(len(allowed), (sample.batch, text_length(sample)), generator=sample.generator)
     ]
-    end = find(sample.config, "eos_token_id", None, "text")
-    size = number(sample.config, "vocab_size", 100, "text decoder")
-    if isinstance(end, int) and 0 <= end < size:
+    end = end_token(sample.config)
+    if end is not None:
         ids[:, -1] = end
     return ids
+
+
+def end_token(config: Any) -> int | None:
+    """The id that must close a text: encoder-decoders and models with a text tower pool at its place."""
+    pools = getattr(config, "is_encoder_decoder", False) or getattr(config, "text_config", None) is not None
+    end = find(config, "eos_token_id", None, "text") if pools else None
+    known = isinstance(end, int) and 0 <= end < number(config, "vocab_size", 100, "text decoder")
+    return end if known else None
 
 
 def text_length(sample: Sample) -> int:
@@ -110,7 +117,8 @@ def picture_size(config: Any) -> tuple[int, int, int]:
         )
     if isinstance(size, (list, tuple)) and size and isinstance(size[0], int):
         return channels, int(size[0]), int(size[-1])
-    return channels, *((int(size),) * 2 if isinstance(size, (int, float)) else (224, 224))
+    side = int(size) if isinstance(size, (int, float)) else 224
+    return channels, side, side
 
 
 def pixels(sample: Sample) -> Tensor:
@@ -154,7 +162,7 @@ def hidden(sample: Sample) -> Tensor:
 
 
 def history(sample: Sample) -> Tensor:
-    """Past values of a time series `[batch, time, channels]`, or `[batch, time]` for one channel with lags."""
+    """Past values of a time series `[batch, time, channels]`; `[batch, time]` for one channel with lags."""
     lags = find(sample.config, "lags_sequence", None)
     length = number(sample.config, "context_length prediction_length", 32)
     if isinstance(lags, (list, tuple)):

@@ -1,15 +1,15 @@
 """Example inputs: arguments of one small forward call, for tracing.
 
-What the user gives comes first. Without it, timm models state their input size, and for transformers models a short
-list of ways is tried until one forward pass works: the model's own dummy inputs, its main input, the required
-arguments of its forward, the arguments of its modalities, embeddings in place of ids, and a batch of one.
+What the user gives comes first. Without it, timm models state their input size, and for transformers models a
+short list of ways is tried until one forward pass works: the model's own dummy inputs, its main input, the
+required arguments of its forward, the arguments of its modalities, embeddings for ids, and a batch of one.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,8 +22,8 @@ from surgery.origins.base import one_line, quiet
 
 _CPU_LIMIT = 1 << 27  # parameters; above, a candidate is tried without data first
 _MODALITIES = (
-    "input_ids", "attention_mask", "pixel_values", "bbox", "input_features", "input_values", "decoder_input_ids",
-    "image_grid_thw", "past_time_features", "past_observed_mask", "pixel_values_videos",
+    "input_ids", "attention_mask", "pixel_values", "bbox", "input_features", "input_values",
+    "decoder_input_ids", "image_grid_thw", "past_time_features", "past_observed_mask", "pixel_values_videos",
 )  # fmt: skip
 
 
@@ -82,11 +82,14 @@ def example_inputs(module: nn.Module, origin: Origin, *, seed: int = 0) -> Input
         inputs = candidate(module, seed)
         if inputs is None:
             continue
-        for attempt in _with_repair(module, inputs):
-            error = forward_error(module, attempt)
-            if error is None:
-                return attempt
-            failures.append(f"{attempt.source}: {one_line(error, 120)}")
+        error = forward_error(module, inputs)
+        repaired = _repair(module, inputs, error, seed) if error else None
+        if error and repaired:
+            failures.append(f"{inputs.source}: {one_line(error, 120)}")
+            inputs, error = repaired, forward_error(module, repaired)
+        if error is None:
+            return inputs
+        failures.append(f"{inputs.source}: {one_line(error, 120)}")
     raise LoadError(
         f"no example inputs could be made up for '{origin.reference}' ({origin.architecture}); tried "
         f"{'; '.join(failures) or 'nothing'}. Give example inputs (inputs=...)"
@@ -127,14 +130,20 @@ def floating_dtype(module: nn.Module) -> torch.dtype:
 def timm_picture(module: Any, seed: int) -> Inputs | None:
     """One normalised picture batch of the size that timm's configuration states."""
     config = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", {})
-    size = tuple(config.get("input_size") or (3, 224, 224))
+    channels, height, width = config.get("input_size") or (3, 224, 224)
+    changed = getattr(
+        module, "_model_args", {}
+    )  # arguments of its creation win over the pretrained configuration
+    channels = changed.get("in_chans") or channels
+    side = changed.get("img_size") or (height, width)
+    height, width = (side, side) if isinstance(side, int) else side
     generator = torch.Generator().manual_seed(seed)
-    picture = torch.randn((2, *size), generator=generator).to(floating_dtype(module))
+    picture = torch.randn((2, channels, height, width), generator=generator).to(floating_dtype(module))
     return Inputs((picture,), {}, "timm input_size")
 
 
 def dummy_inputs(module: Any, seed: int) -> Inputs | None:
-    """The dummy inputs of classes that state their own; the base class's are ids, whatever the model reads."""
+    """The dummy inputs of classes that state their own; the base class has ids, whatever the model reads."""
     from transformers import PreTrainedModel
 
     if type(module).dummy_inputs is PreTrainedModel.dummy_inputs:
@@ -149,23 +158,16 @@ def dummy_inputs(module: Any, seed: int) -> Inputs | None:
 
 def main_input(module: Any, seed: int) -> Inputs | None:
     """The argument that the class calls its main input, with a mask for text."""
-    main = module.main_input_name
-    names = [main] if isinstance(main, str) else list(main)
-    return _fields(
-        module, seed, [*names, *(["attention_mask"] if "input_ids" in names else [])], "main_input_name"
-    )
+    return _fields(module, seed, _main(module), "main_input_name")
 
 
 def required_arguments(module: Any, seed: int) -> Inputs | None:
-    """The main input and every argument that forward requires, and the decoder's ids where there is a decoder."""
-    main = module.main_input_name
-    names = [main] if isinstance(main, str) else list(main)
+    """The main input, every argument that forward requires, and the ids of a decoder where there is one."""
+    names = _main(module)
     for name, parameter in inspect.signature(module.forward).parameters.items():
         if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD:
             names.append(name)
-    return _fields(
-        module, seed, [*names, "attention_mask", "decoder_input_ids", "image_grid_thw"], "forward signature"
-    )
+    return _fields(module, seed, [*names, "decoder_input_ids", "image_grid_thw"], "forward signature")
 
 
 def modalities(module: Any, seed: int) -> Inputs | None:
@@ -180,8 +182,7 @@ def embeddings(module: Any, seed: int) -> Inputs | None:
 
 def batch_of_one(module: Any, seed: int) -> Inputs | None:
     """The main input alone, for models that take one example at a time."""
-    main = module.main_input_name
-    return _fields(module, seed, [main] if isinstance(main, str) else list(main), "batch of one", batch=1)
+    return _fields(module, seed, _main(module), "batch of one", batch=1)
 
 
 CANDIDATES: dict[str, tuple[Callable[[Any, int], Inputs | None], ...]] = {
@@ -189,6 +190,13 @@ CANDIDATES: dict[str, tuple[Callable[[Any, int], Inputs | None], ...]] = {
     "transformers": (dummy_inputs, main_input, required_arguments, modalities, embeddings, batch_of_one),
 }
 """For each kind of origin, the ways to make up inputs, in the order in which they are tried."""
+
+
+def _main(module: Any) -> list[str]:
+    """Names of the main input, with the mask of text."""
+    main = module.main_input_name
+    names = [main] if isinstance(main, str) else list(main)
+    return [*names, "attention_mask"] if "input_ids" in names else names
 
 
 def _fields(module: Any, seed: int, names: list[str], source: str, batch: int = 2) -> Inputs | None:
@@ -204,18 +212,14 @@ def _accepted(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in parameters}
 
 
-def _with_repair(module: Any, inputs: Inputs) -> Iterator[Inputs]:
-    """`inputs`, then, where they failed, the same with the arguments that the error names."""
-    yield inputs
-    error = forward_error(module, inputs)
-    if error is None or not inputs.kwargs:
-        return
-    named = [
-        name for name in re.findall(r"[a-z_]{4,}", str(error)) if name in FIELDS and name not in inputs.kwargs
-    ]
-    more = _fields(module, 0, named, "repair") if named else None
-    if more is not None:
-        yield Inputs((), {**inputs.kwargs, **more.kwargs}, f"{inputs.source}, repaired")
+def _repair(module: Any, inputs: Inputs, error: Exception, seed: int) -> Inputs | None:
+    """`inputs` with the arguments that the error names and that they lack; None where it names none."""
+    words = re.findall(r"[a-z_]{4,}", str(error))
+    named = [word for word in dict.fromkeys(words) if word in FIELDS and word not in inputs.kwargs]
+    more = _fields(module, seed, named, "repair") if inputs.kwargs and named else None
+    if more is None:
+        return None
+    return Inputs((), {**inputs.kwargs, **more.kwargs}, f"{inputs.source}, repaired")
 
 
 def _to_meta(value: Any) -> Any:

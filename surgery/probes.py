@@ -1,4 +1,4 @@
-"""Probe inputs: batches on which the change of a member's outputs is measured, made up or read from the user's files."""
+"""Probe inputs: batches, made up or read from the user's files, on which a change of outputs is measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from surgery.calibration import picture_statistics, read_calibration
 from surgery.errors import SurgeryError
-from surgery.input_fields import Sample, find, text_length, vocabulary
+from surgery.input_fields import Sample, end_token, find, text_length, vocabulary
 from surgery.member import Inputs, Member
 
 _LENGTH = 32  # tokens of made-up text
@@ -29,15 +29,15 @@ def probe_inputs(
 ) -> list[Inputs]:
     """Batches for measuring how much a member's outputs change.
 
-    Made-up text is random ordinary token ids of varied lengths; made-up pictures are smooth noise, normalised as the
-    model expects; anything else is like the member's example inputs with fresh values.
+    Made-up text is random ordinary token ids of varied lengths; made-up pictures are smooth noise,
+    normalised as the model expects; anything else is like the member's example inputs with fresh values.
 
     Args:
         member: loaded.
         seed: of made-up inputs.
         count: number of made-up batches, each as large as the example inputs' batch.
-        calibrate: `.txt` (one text per line), a picture or a folder of pictures, `.npz` or `.safetensors` of arrays
-            named by forward's arguments (or `arg0`, `arg1`); all examples in it are used, in batches of 8.
+        calibrate: `.txt` (one text per line), a picture or a folder of pictures, `.npz` or `.safetensors` of
+            arrays named by forward's arguments (or `arg0`, `arg1`); all its examples are used, 8 a batch.
 
     Raises:
         LoadError: where the calibration file cannot be read or does not suit the member.
@@ -60,6 +60,9 @@ def probe_inputs(
 def outputs_of(module: nn.Module, inputs: Inputs) -> tuple[Tensor, ...]:
     """The floating-point tensors that one forward pass without gradients returns, caches left out.
 
+    A model that draws random numbers draws the same ones each time, or two passes could not be compared; the
+    caller's random state is left as it was.
+
     Args:
         module: any.
         inputs: arguments of the call.
@@ -71,14 +74,16 @@ def outputs_of(module: nn.Module, inputs: Inputs) -> tuple[Tensor, ...]:
         >>> [t.shape for t in outputs_of(nn.LSTM(3, 5), Inputs((torch.randn(2, 3),)))]
         [torch.Size([2, 5]), torch.Size([1, 5]), torch.Size([1, 5])]
     """
-    with torch.no_grad():
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        torch.manual_seed(0)
         return tuple(tensors_in(module(*inputs.args, **inputs.kwargs)))
 
 
 def relative_error(reference: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
     """The largest `|other - reference| / |reference|` over output tensors, L2 norms in float64.
 
-    A tensor whose reference is all zero counts with its absolute difference; a NaN in either makes the result NaN.
+    A tensor whose reference is all zero counts with its absolute difference; a NaN makes the result NaN.
 
     Raises:
         SurgeryError: where the two do not have the same tensors.
@@ -89,8 +94,8 @@ def relative_error(reference: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> 
     """
     if [t.shape for t in reference] != [t.shape for t in other]:
         raise SurgeryError(
-            f"outputs must have the same shapes to be compared, but are {[tuple(t.shape) for t in reference]} and "
-            f"{[tuple(t.shape) for t in other]}"
+            "outputs must have the same shapes to be compared, but have "
+            f"{[tuple(t.shape) for t in reference]} and {[tuple(t.shape) for t in other]}"
         )
     errors = []
     for expected, found in zip(reference, other, strict=True):
@@ -126,7 +131,7 @@ def _fresh(member: Member, generator: torch.Generator) -> Inputs:
 
 
 def _text(member: Member, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random ordinary ids of varied lengths, where the example inputs hold nothing else of the text's length."""
+    """Random ordinary ids of varied lengths, where no other example input has the text's length."""
     examples, config = member.inputs.kwargs, getattr(member.module, "config", None)
     if config is None or set(examples) - _TEXT - _SOUND_OR_PICTURE:
         return {}
@@ -146,6 +151,9 @@ def _text(member: Member, generator: torch.Generator) -> dict[str, Tensor]:
         ends[0] = length  # a batch is as long as its longest text
         made["attention_mask"] = (torch.arange(length)[None] < ends[:, None]).long()
         padding = find(config, "pad_token_id", None, "text")
+        end = end_token(config)
+        if end is not None:
+            made["input_ids"][torch.arange(batch), ends - 1] = end
         if isinstance(padding, int) and padding >= 0:
             made["input_ids"] = torch.where(made["attention_mask"] > 0, made["input_ids"], padding)
     if "decoder_attention_mask" in examples:

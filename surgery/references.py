@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from surgery.errors import LoadError
 from surgery.inputs import as_inputs, example_inputs
 from surgery.member import Inputs, Member, Origin
-from surgery.origins import kind_for, origin_kind
+from surgery.origins import KINDS, kind_for, origin_kind
 from surgery.origins.base import Loaded, Request
+from surgery.origins.module import live_module
 from surgery.origins.weights import check_finite
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -65,8 +66,8 @@ def load_member(
     Args:
         reference: `[name=]REF` as described above, or a live `nn.Module`.
         name: overrides the name in the reference; by default it is derived from the reference.
-        inputs: example inputs for tracing: positional arguments as a tuple, keyword arguments as a dict, or one
-            tensor; by default they are made up from the model's own configuration.
+        inputs: example inputs for tracing: positional arguments as a tuple, keyword arguments as a dict, or
+            one tensor; by default they are made up from the model's own configuration.
         trust_remote_code: whether Python files that come with a transformers model may run.
         seed: of made-up example inputs.
         allow_nonfinite: whether NaN and infinite weights are accepted.
@@ -107,7 +108,7 @@ def build_architecture(
     trust_remote_code: bool = False,
     run_factory: bool = False,
 ) -> nn.Module:
-    """The module that `origin` describes, again, without weights: parameters on the meta device, buffers real.
+    """The module that `origin` describes, again, without weights: parameters on meta, buffers real.
 
     Args:
         origin: of the member.
@@ -152,15 +153,16 @@ def default_name(origin: Origin) -> str:
 
 def _adopt(module: nn.Module) -> Loaded:
     """A live module, as the library's model that it is where it can be built again from its configuration."""
-    for kind in ("timm", "transformers"):
-        loaded = origin_kind(kind).adopt(module)
+    for kind in KINDS:
+        adopt = getattr(origin_kind(kind), "adopt", None)
+        loaded = adopt(module) if adopt else None
         if loaded is not None and _same_shapes(module, loaded):
             return loaded
-    return origin_kind("module").adopt(module)
+    return live_module(module)
 
 
 def _same_shapes(module: nn.Module, loaded: Loaded) -> bool:
-    """Whether the architecture built again has the live module's tensors: somebody may have changed a layer."""
+    """Whether the architecture built again has the live module's tensors: a layer may have been changed."""
     try:
         again = build_architecture(loaded.origin, loaded.files)
     except LoadError:

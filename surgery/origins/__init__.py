@@ -1,11 +1,13 @@
-"""One file per kind of origin: how a reference becomes a module, how the module is built again, how it is saved.
+"""One file per kind of origin: how a reference becomes a module, and how that is built again and saved.
 
-A new kind of reference is one new file and one line in `KINDS`. Every file offers the same four functions:
+A new kind of reference is one new file and one line in `KINDS`. Every file offers the same four functions
 
 - `claims(reference) -> bool`: whether this kind reads that reference;
 - `load(reference, request) -> Loaded`: module, origin, small files and, where known, example inputs;
 - `build(origin, files, request) -> nn.Module`: the architecture again, without weights;
-- `save_plain(module, origin, files, directory)`: a folder that works without this package.
+- `save_plain(module, origin, files, directory)`: a folder that works without this package;
+
+and, where a live module can be told to be of that kind, `adopt(module) -> Loaded | None`.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def kind_for(reference: str) -> Any:
         if handler.claims(reference):
             return handler
     raise LoadError(
-        f"'{reference}' is no reference: give a transformers folder, a hub id org/name[@revision], timm:NAME, "
-        "timm:NAME=weights.safetensors, a timm folder, or path/module.py:factory"
+        f"'{reference}' is no reference, or its folder does not exist: give a transformers folder, a hub id "
+        "org/name[@revision], timm:NAME, timm:NAME=weights.safetensors, a timm folder, or "
+        "path/module.py:factory"
     )

@@ -15,6 +15,8 @@ from torch import nn
 from surgery.errors import LoadError
 from surgery.member import Inputs, Origin
 
+_NEVER = (".py", ".safetensors", ".bin", ".pt", ".pth", ".h5")  # code and weights are no small files
+
 
 @dataclass(frozen=True)
 class Request:
@@ -59,7 +61,7 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def split_options(reference: str) -> tuple[str, dict[str, Any]]:
-    """`REF?key=value&key=value` as the reference and its options; numbers, true, false and none are read as such.
+    """`REF?key=value&key=value` as the reference and its options, numbers and words read as values.
 
     Example:
         >>> split_options("resnet18?num_classes=10&features_only=false")
@@ -93,12 +95,16 @@ def read_small_files(folder: Path, patterns: Iterable[str], largest: int = 1 << 
     `largest` is in bytes.
     """
     paths = {path for pattern in patterns for path in folder.glob(pattern)}
-    small = [path for path in sorted(paths) if path.is_file() and path.stat().st_size <= largest]
+    small = [
+        path
+        for path in sorted(paths)
+        if path.is_file() and path.stat().st_size <= largest and path.suffix not in _NEVER
+    ]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in small}
 
 
 def write_files(files: Mapping[str, bytes], directory: Path, keep: Iterable[str] = ()) -> None:
-    """Write `files` below `directory`, apart from the paths in `keep`, which the saver wrote better itself."""
+    """Write `files` below `directory`, apart from the paths in `keep`, which the saver wrote itself."""
     left = set(keep)
     for relative, content in files.items():
         target = directory / relative
@@ -111,7 +117,7 @@ def write_files(files: Mapping[str, bytes], directory: Path, keep: Iterable[str]
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence log lines, warnings and progress bars of timm, transformers and the hub client; errors remain."""
+    """Silence log lines, warnings and progress bars of timm, transformers and the hub client."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as chatter
 

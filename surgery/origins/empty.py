@@ -1,13 +1,13 @@
 """Modules without weights: parameters on the meta device, buffers real, ties kept.
 
-`accelerate.init_empty_weights` does the same, but wraps a parameter anew each time it is registered, which unties
-`head.weight = embed.weight`; here a parameter that was emptied once stays the same object.
+`accelerate.init_empty_weights` does the same, but wraps a parameter anew each time it is registered, which
+unties `head.weight = embed.weight`; here a parameter that was emptied once stays the same object.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -15,11 +15,32 @@ from torch import nn
 _META = torch.device("meta")
 
 
+def build_empty(make: Callable[[], nn.Module]) -> nn.Module:
+    """The module that `make` builds, without weights.
+
+    Some architectures compute with a parameter's values or device while they are built; those are built with
+    memory first and emptied then.
+
+    Example:
+        >>> build_empty(lambda: nn.Linear(3, 5)).weight.device.type
+        'meta'
+    """
+    try:
+        with empty_parameters():
+            module = make()
+    except Exception:  # the second attempt raises what is truly wrong
+        return drop_weights(make())
+    if any(buffer.device == _META for buffer in module.buffers()):
+        module = make()
+    return drop_weights(module)
+
+
 def _empty(parameter: nn.Parameter) -> nn.Parameter:
     """The same parameter without memory, its class and its marks kept."""
     empty = nn.Parameter(parameter.detach().to(_META), requires_grad=parameter.requires_grad)
     empty.__class__ = type(parameter)
-    empty.__dict__.update(parameter.__dict__)
+    for mark, value in vars(parameter).items():
+        setattr(empty, mark, value)
     return empty
 
 
@@ -46,7 +67,7 @@ def empty_parameters() -> Iterator[None]:
             emptied[id(param)] = (param, _empty(param))
         module._parameters[name] = emptied[id(param)][1]
 
-    nn.Module.register_parameter = register_empty
+    nn.Module.register_parameter = register_empty  # pyright: ignore[reportAttributeAccessIssue]
     try:
         yield
     finally:

@@ -43,7 +43,8 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
     """
     if not request.run_factory:
         raise LoadError(
-            f"building '{origin.reference}' again runs that Python file: pass run_factory=True where you trust it"
+            f"building '{origin.reference}' again runs that Python file: pass run_factory=True if you "
+            "trust it"
         )
     return drop_weights(_run(*_split(origin.reference))[0])
 
@@ -79,12 +80,14 @@ def _run(path: Path, factory: str) -> tuple[nn.Module, Inputs | None]:
         made = make()
     except Exception as error:
         raise LoadError(
-            f"{path}:{factory} must return a module when called without arguments, but raised {one_line(error)}"
+            f"{path}:{factory} must return a module when called without arguments, but raised "
+            f"{one_line(error)}"
         ) from error
     module, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module):
         raise LoadError(
-            f"{path}:{factory} must return an nn.Module or (nn.Module, example inputs), not {type(made).__name__}"
+            f"{path}:{factory} must return an nn.Module or (nn.Module, example inputs), "
+            f"not {type(made).__name__}"
         )
     return module.eval(), None if inputs is None else as_inputs(inputs, source=f"{path.name}:{factory}")
 

@@ -28,7 +28,7 @@ def load(reference: str, request: Request) -> NoReturn:
     raise LoadError(f"'{reference}' is text; a live module is handed over in Python, not named")
 
 
-def adopt(module: nn.Module) -> Loaded:
+def live_module(module: nn.Module) -> Loaded:
     """A live module as it is."""
     name = type(module).__name__
     return Loaded(module, Origin("module", name, f"{type(module).__module__}.{type(module).__qualname__}"))
@@ -41,8 +41,8 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> NoRet
         LoadError: always.
     """
     raise LoadError(
-        f"the architecture '{origin.architecture}' was a live module and no file tells how to build it: build the "
-        "module yourself and pass it"
+        f"the architecture '{origin.architecture}' was a live module and no file tells how to build it: "
+        "build the module yourself and pass it"
     )
 
 

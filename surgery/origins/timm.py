@@ -1,4 +1,4 @@
-"""timm models: `timm:NAME`, `timm:NAME=weights`, `timm:NAME?option=value`, and folders in timm's hub format."""
+"""timm models: `timm:NAME`, `timm:NAME=weights`, `timm:NAME?option=value`, folders in timm's hub format."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import nn
 from surgery.errors import LoadError
 from surgery.member import Origin
 from surgery.origins.base import Loaded, Request, one_line, quiet, shorten, split_options, write_files
-from surgery.origins.empty import drop_weights, empty_parameters
+from surgery.origins.empty import build_empty
 from surgery.origins.weights import check_fit, load_exactly, read_weights, save_weights
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 
 def claims(reference: str) -> bool:
-    """Whether `reference` is `timm:...`, a hub id below `timm/`, or a folder whose config names a timm architecture."""
+    """Whether `reference` is `timm:...`, a hub id `timm/...`, or a folder in timm's hub format."""
     if reference.startswith("timm:"):
         return True
     folder = Path(reference).expanduser()
@@ -50,7 +50,7 @@ def load(reference: str, request: Request) -> Loaded:
     path = Path(weights).expanduser()
     state = read_weights(path)
     module = _create(name, options)
-    advice = f"Give weights saved from timm's '{name}', or the options they were trained with, such as ?num_classes=10."
+    advice = f"Give weights of timm's '{name}', or the options they were made with, such as ?num_classes=10."
     check_fit(module, state, f"{path} as weights of timm:{name}", advice)
     return _loaded(load_exactly(module, state), reference, name, options)
 
@@ -61,10 +61,12 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
     Raises:
         LoadError: where this timm does not know the architecture or its options.
     """
-    config = json.loads(files["config.json"]) if "config.json" in files else {}
-    with empty_parameters():
-        module = _create(origin.architecture, dict(origin.options), config.get("pretrained_cfg"))
-    return drop_weights(module).eval()
+    options = dict(origin.options)
+    if "config.json" not in files:
+        return build_empty(lambda: _create(origin.architecture, options)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        write_files({"config.json": files["config.json"]}, Path(folder))
+        return build_empty(lambda: _create(origin.architecture, options, f"local-dir:{folder}")).eval()
 
 
 def adopt(module: nn.Module) -> Loaded | None:
@@ -85,16 +87,18 @@ def adopt(module: nn.Module) -> Loaded | None:
 
 
 def save_plain(module: nn.Module, origin: Origin, files: Mapping[str, bytes], directory: Path) -> None:
-    """Write `model.safetensors` and `config.json`: `timm.create_model('local-dir:' + directory)` reads them."""
+    """Write `model.safetensors` and `config.json`; `timm.create_model("local-dir:...")` reads them."""
     save_weights(module, directory)
     write_files(
-        files if "config.json" in files else {**files, **_config_file(module, dict(origin.options))},
+        files
+        if "config.json" in files
+        else {**files, **_config_file(module, origin.architecture, dict(origin.options))},
         directory,
     )
 
 
 def _split_weights(text: str) -> tuple[str, str]:
-    """`NAME?key=value=weights` as `NAME?key=value` and `weights`; the weights follow the last option's second '='."""
+    """`NAME?key=value=weights` as `NAME?key=value` and `weights`."""
     head, _, tail = text.rpartition("?")
     last = tail.split("&")[-1]
     if last.count("=") < 2:
@@ -111,17 +115,18 @@ def _load_hub(reference: str, name: str, options: dict[str, Any]) -> Loaded:
         _check_name(name)
         if not timm.is_model_pretrained(name):
             raise LoadError(
-                f"timm has no pretrained weights for '{name}': give a tag that has ({_alike(name, True)}), or local "
-                f"weights as timm:{name}=weights.safetensors"
+                f"timm has no pretrained weights for '{name}': {_alike(name, True)} Local weights are given as "
+                f"timm:{name}=weights.safetensors"
             )
     try:
         with quiet():
             module = timm.create_model(name, pretrained=True, **options)
     except (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError) as error:
         raise LoadError(
-            f"timm could not load the pretrained weights of '{reference}' from its hub: {one_line(error)}; check the "
-            "name and the network (HF_HUB_OFFLINE must be unset unless they are cached), or give local weights as "
-            "timm:NAME=weights.safetensors"
+            f"timm could not load the pretrained weights of '{reference}' from its hub: {one_line(error)}; "
+            "check the "
+            "name and the network (HF_HUB_OFFLINE must be unset unless they are cached), or give local "
+            "weights as timm:NAME=weights.safetensors"
         ) from error
     config: Any = getattr(module, "pretrained_cfg", {})
     architecture = str(config.get("architecture") or name.partition(".")[0])
@@ -139,45 +144,33 @@ def _load_folder(reference: str, folder: Path) -> Loaded:
         )
     state = read_weights(path)
     name = str(config["architecture"])
-    options = dict(config.get("model_args") or {})
-    saved = config.get("pretrained_cfg") or {
-        key: value for key, value in config.items() if key != "architecture"
-    }
-    classes = config.get("num_classes", saved.get("num_classes"))
-    if classes is not None:
-        options.setdefault("num_classes", classes)
-    module = _create(name, options, {**saved, **({} if classes is None else {"num_classes": classes})})
-    check_fit(
-        module,
-        state,
-        f"{path} as weights of timm's '{name}'",
-        "config.json and the weights must belong together.",
-    )
+    module = _create(name, {}, f"local-dir:{folder}")
+    advice = "config.json and the weights must belong together."
+    check_fit(module, state, f"{path} as weights of timm's '{name}'", advice)
     load_exactly(module, state).eval()
     files = {"config.json": (folder / "config.json").read_bytes()}
-    return Loaded(module, Origin("timm", reference, name, None, options), files)
+    return Loaded(module, Origin("timm", reference, name, None, dict(config.get("model_args") or {})), files)
 
 
 def _loaded(
     module: nn.Module, reference: str, name: str, options: dict[str, Any], revision: str | None = None
 ) -> Loaded:
     origin = Origin("timm", reference, name, revision, options)
-    return Loaded(module.eval(), origin, _config_file(module, options))
+    return Loaded(module.eval(), origin, _config_file(module, name, options))
 
 
-def _create(name: str, options: dict[str, Any], config: Mapping[str, Any] | None = None) -> nn.Module:
-    """A timm model with the weights of its initialisation."""
+def _create(name: str, options: dict[str, Any], source: str | None = None) -> nn.Module:
+    """A timm model with fresh weights; `source` holds its configuration where there is one."""
     import timm
 
     _check_name(name)
     try:
         with quiet():
-            return timm.create_model(
-                name, pretrained=False, pretrained_cfg=dict(config) if config else None, **options
-            )
+            return timm.create_model(source or name, pretrained=False, **options)
     except Exception as error:
         raise LoadError(
-            f"timm could not create '{name}' with the options {options or 'none'}: {one_line(error)}; check the options"
+            f"timm could not create '{name}' with the options {options or 'none'}: {one_line(error)}; "
+            "check the options"
         ) from error
 
 
@@ -204,14 +197,21 @@ def _arguments(module: nn.Module) -> dict[str, Any]:
     return json.loads(json.dumps(dict(arguments), default=str))
 
 
-def _config_file(module: nn.Module, options: dict[str, Any]) -> dict[str, bytes]:
+def _config_file(module: Any, name: str, options: dict[str, Any]) -> dict[str, bytes]:
     """`config.json` in timm's hub format, written by timm."""
     from timm.models._hub import save_config_for_hf
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.json"
-        save_config_for_hf(module, str(path), model_args=options or None)
-        return {"config.json": path.read_bytes()}
+    try:
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            path = Path(folder) / "config.json"
+            save_config_for_hf(module, str(path), model_args=options or None)
+            return {"config.json": path.read_bytes()}
+    except AttributeError:  # a backbone (features_only) lacks the head that timm writes about
+        config: Any = {
+            key: value for key, value in dict(module.pretrained_cfg).items() if key != "architecture"
+        }
+        content = {"architecture": name, "model_args": options, "pretrained_cfg": config}
+        return {"config.json": json.dumps(content, indent=2).encode()}
 
 
 def _revision(hub_id: str | None) -> str | None:

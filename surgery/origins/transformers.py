@@ -1,9 +1,11 @@
-"""transformers models: a local folder, or a hub id `org/name[@revision]`, with `?class=NAME` to choose the class."""
+"""transformers models: a local folder, or a hub id `org/name[@revision]`; `?class=NAME` chooses the class."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,16 +24,17 @@ from surgery.origins.base import (
     split_options,
     write_files,
 )
-from surgery.origins.empty import drop_weights, empty_parameters
+from surgery.origins.empty import build_empty
 from surgery.origins.weights import check_safetensors, raise_misfit
 
 FILES = (
-    "config.json", "generation_config.json", "tokenizer*.json", "tokenizer.model", "*.spm", "spiece.model",
-    "sentencepiece*.model", "source.spm", "target.spm", "vocab.*", "merges.txt", "added_tokens.json", "*.tiktoken",
-    "special_tokens_map.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
-    "chat_template*", "additional_chat_templates/*", "modules.json", "sentence_bert_config.json",
-    "config_sentence_transformers.json", "[0-9]*_*/config.json",
+    "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.spm", "*.tiktoken", "chat_template*",
+    "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json",
+    "video_preprocessor_config.json", "modules.json",
+    "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]*_*/config.json",
 )  # fmt: skip
+"""Small files that a folder needs besides its weights, sentence-transformers' own among them."""
 _WEIGHTS = ("*.safetensors", "*.bin")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 
@@ -60,7 +63,7 @@ def load(reference: str, request: Request) -> Loaded:
     if local:
         _check_folder(folder)
     with quiet():
-        config = _read_config(where, revision, request)
+        config = _read_config(where, revision, request, reference)
         kind = model_class(config, options.get("class"), where, revision, request)
         module, extra = _load_weights(kind, where, revision, request, str(options.get("unused", "")))
         commit = getattr(config, "_commit_hash", None)
@@ -79,31 +82,29 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
     import torch
 
     if "config.json" not in files:
-        raise LoadError(
-            f"building '{origin.reference}' again needs its config.json, but the files do not have it"
-        )
+        raise LoadError(f"building '{origin.reference}' again needs its config.json, which the files lack")
     with tempfile.TemporaryDirectory() as folder, quiet():
-        write_files(
-            {name: files[name] for name in ("config.json", "generation_config.json") if name in files},
-            Path(folder),
-        )
-        config = _read_config(folder, None, request, origin)
-        where = origin.reference if getattr(config, "auto_map", None) else folder
+        names = ("config.json", "generation_config.json")
+        write_files({name: files[name] for name in names if name in files}, Path(folder))
+        where = folder
+        if request.trust_remote_code and "auto_map" in json.loads(files["config.json"]):
+            where = split_options(origin.reference)[0].partition("@")[0]  # code stays where it came from
+        config = _read_config(where, origin.revision, request, origin.reference)
         kind = model_class(config, origin.architecture, where, origin.revision, request)
         dtype = getattr(torch, str(origin.options.get("dtype", "float32")))
         extra = {key: value for key, value in origin.options.items() if key == "add_pooling_layer"}
-        with empty_parameters():
-            module = kind._from_config(config, dtype=dtype, **extra)
-        module.tie_weights()
+        module: Any = build_empty(lambda: kind._from_config(config, dtype=dtype, **extra))
         if "generation_config.json" in files and module.can_generate():
-            from transformers import GenerationConfig
+            from transformers.generation.configuration_utils import GenerationConfig
 
             module.generation_config = GenerationConfig.from_pretrained(folder)
-    return drop_weights(module).eval()
+    return module.eval()
 
 
 def adopt(module: nn.Module) -> Loaded | None:
     """A live module of a class that transformers has, so that it can be built again; None for any other."""
+    if "transformers" not in sys.modules:  # then no module can be of its classes
+        return None
     import transformers
 
     kind = type(module)
@@ -129,7 +130,7 @@ def save_plain(module: Any, origin: Origin, files: Mapping[str, bytes], director
 
 
 def model_class(config: Any, wanted: str | None, where: str, revision: str | None, request: Request) -> Any:
-    """The class to load: the one asked for, else the one that the config names, else the base model of its type.
+    """The class to load: the one asked for, else the one the config names, else the base model of its type.
 
     Raises:
         LoadError: where a class that was asked for does not exist, or comes as code that may not run.
@@ -160,8 +161,8 @@ def model_class(config: Any, wanted: str | None, where: str, revision: str | Non
     mapping: Any = transformers.AutoModel._model_mapping
     if type(config) not in mapping:
         raise LoadError(
-            f"{where}: transformers {transformers.__version__} has neither the class '{named}' nor a base model for "
-            f"'{config.model_type}': choose a class with ?class=NAME"
+            f"{where}: transformers {transformers.__version__} has neither the class '{named}' nor a base "
+            f"model for '{config.model_type}': choose a class with ?class=NAME"
         )
     found = mapping[type(config)]
     return found[0] if isinstance(found, (tuple, list)) else found
@@ -169,44 +170,49 @@ def model_class(config: Any, wanted: str | None, where: str, revision: str | Non
 
 def _load_weights(
     kind: Any, where: str, revision: str | None, request: Request, unused: str
-) -> tuple[Any, dict]:
+) -> tuple[Any, dict[str, Any]]:
     """The module with every tensor in its place, and the options that were needed for it."""
+    module, info = _from_pretrained(kind, where, revision, request, {})
     extra: dict[str, Any] = {}
-    for attempt in range(2):
-        try:
-            module, info = kind.from_pretrained(
-                where, revision=revision, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True,
-                trust_remote_code=request.trust_remote_code, **extra,
-            )  # fmt: skip
-        except (OSError, ValueError, RuntimeError, ImportError, KeyError, AttributeError, TypeError) as error:
-            raise LoadError(
-                _failed(where, revision, f"loading weights into {kind.__name__}", error)
-            ) from error
-        except Exception as error:  # safetensors raises its own kind
-            raise LoadError(f"{where}: the weights cannot be read: {one_line(error)}") from error
-        missing = sorted(info["missing_keys"])
-        # An encoder saved without its pooler is complete without one: do not invent weights for it.
-        if (
-            not attempt
-            and missing
-            and all(name.startswith("pooler.") for name in missing)
-            and "Bert" in kind.__name__
-        ):
-            extra["add_pooling_layer"] = False
-            continue
-        unexpected = [] if unused == "drop" else sorted(info["unexpected_keys"])
-        raise_misfit(
-            f"{where} as weights of {kind.__name__}", missing, unexpected, sorted(info["mismatched_keys"]),
-            "Choose the class that owns exactly these weights with ?class=NAME (unexpected ones alone can be left out "
-            "with ?unused=drop), and check that config.json belongs to the weights.",
-        )  # fmt: skip
-        break
-    if unused == "drop" and info["unexpected_keys"]:
-        extra["dropped"] = sorted(info["unexpected_keys"])
+    missing = sorted(info["missing_keys"])
+    optional = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    if optional and missing and all(name.startswith("pooler.") for name in missing):
+        # An encoder that was saved without its pooler is complete without one: invent no weights for it.
+        extra["add_pooling_layer"] = False
+        module, info = _from_pretrained(kind, where, revision, request, extra)
+    unexpected = sorted(info["unexpected_keys"])
+    if unused == "drop" and unexpected:
+        extra["dropped"], unexpected = unexpected, []
+    raise_misfit(
+        f"{where} as weights of {kind.__name__}",
+        sorted(info["missing_keys"]),
+        unexpected,
+        sorted(info["mismatched_keys"]),
+        "Check that config.json belongs to the weights, or choose the class that owns exactly these "
+        "weights with ?class=NAME; unexpected tensors alone can be left out with ?unused=drop.",
+    )
     return module, extra
 
 
-def _read_config(where: str, revision: str | None, request: Request, origin: Origin | None = None) -> Any:
+def _from_pretrained(
+    kind: Any, where: str, revision: str | None, request: Request, extra: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The module, and what transformers says about tensors that did not fit."""
+    try:
+        return kind.from_pretrained(
+            where,
+            revision=revision,
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that all of them are named in one error
+            trust_remote_code=request.trust_remote_code,
+            **extra,
+        )
+    except Exception as error:
+        raise LoadError(_failed(where, revision, f"loading weights into {kind.__name__}", error)) from error
+
+
+def _read_config(where: str, revision: str | None, request: Request, reference: str) -> Any:
     from transformers import AutoConfig
 
     try:
@@ -214,15 +220,15 @@ def _read_config(where: str, revision: str | None, request: Request, origin: Ori
             where, revision=revision, trust_remote_code=request.trust_remote_code
         )
     except Exception as error:
-        if "trust_remote_code" in str(error) or "custom code" in str(error):
-            raise LoadError(_remote_code(origin.reference if origin else where, "")) from error
+        if "trust_remote_code" in str(error):
+            raise LoadError(_remote_code(reference, "")) from error
         raise LoadError(_failed(where, revision, "reading the configuration", error)) from error
 
 
 def _remote_code(where: str, named: str) -> str:
     return (
-        f"{where} brings its own Python code{f' for {named}' if named else ''}, which runs only on purpose: read it, "
-        "then pass --trust-remote-code (in Python trust_remote_code=True)"
+        f"{where} brings its own Python code{f' for {named}' if named else ''}, which runs only on "
+        "purpose: read it, then pass --trust-remote-code (in Python trust_remote_code=True)"
     )
 
 
@@ -234,8 +240,8 @@ def _failed(where: str, revision: str | None, step: str, error: BaseException) -
         )
     at = f" at revision '{revision}'" if revision else ""
     return (
-        f"'{where}' is no local folder, and {step} from the hub{at} failed: {one_line(error, 160)}; check the name and "
-        "the network (HF_HUB_OFFLINE must be unset unless it is cached), or give a local folder"
+        f"'{where}' is no local folder, and {step} from the hub{at} failed: {one_line(error, 160)}; check "
+        "the name and the network (HF_HUB_OFFLINE must be unset unless it is cached), or give a local folder"
     )
 
 
@@ -266,7 +272,7 @@ def _check_folder(folder: Path) -> None:
         raise LoadError(
             f"{path} must be JSON, but reading it says {one_line(error)}: copy or download it again"
         ) from error
-    if not isinstance(config, dict) or not config.get("model_type"):
+    if not isinstance(config, dict) or not (config.get("model_type") or config.get("auto_map")):
         raise LoadError(
             f"{path} must name a 'model_type' (transformers) or an 'architecture' (timm), but has neither"
         )

@@ -31,9 +31,9 @@ def check_safetensors(path: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a `.safetensors`, `.pth`, `.pt`, `.bin` or `.tar` file, never running code that is in it.
+    """The state dict in a `.safetensors`, `.pth`, `.pt`, `.bin` or `.tar` file; code in it never runs.
 
-    Training checkpoints are unwrapped the way timm does it: averaged weights first, then `state_dict`, then `model`.
+    Training checkpoints are unwrapped as timm does it: averaged weights first, `state_dict`, `model`.
 
     Raises:
         LoadError: where the file does not exist, is damaged, needs code to be read, or holds no state dict.
@@ -88,7 +88,7 @@ def raise_misfit(what: str, missing: list, unexpected: list, mismatched: list, a
 
 
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Load `state` strictly; where all its floating-point tensors share one dtype, the module takes that dtype."""
+    """Load `state` strictly; where its floating-point tensors share one dtype, the module takes it."""
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         module.to(dtypes.pop())
