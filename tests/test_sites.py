@@ -3,12 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from zoo import NETWORKS, member, minilm
 
 from surgery.blocks import BlockGrid
 from surgery.errors import PlanError
 from surgery.member import Inputs, Member, Origin, owners_of
 from surgery.sites import discover
-from tests.zoo import NETWORKS, member, minilm
 
 X = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import base_types
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
-from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from surgery.tracing.layout import Strided
 
@@ -53,7 +53,7 @@ def record(
     Raises:
         Exception: whatever the forward pass raises.
     """
-    recorder = Recorder(names)
+    recorder = Recorder(names, list(module.parameters()))
     for name, value in [*((f"arg{k}", v) for k, v in enumerate(args)), *kwargs.items()]:
         recorder.add_input(name, value)
     with recorder.paths_of(module), _eager(), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -69,7 +69,7 @@ def record(
 class Recorder(TorchFunctionMode):
     """Builds the graph while it is the active mode; see `record`."""
 
-    def __init__(self, names: dict[int, str]) -> None:
+    def __init__(self, names: dict[int, str], parameters: Sequence[nn.Parameter]) -> None:
         super().__init__()
         self.graph = fx.Graph()
         self.names = names
@@ -77,7 +77,8 @@ class Recorder(TorchFunctionMode):
         self.modules: list[str] = [""]
         self.constants = 0
         self.last: fx.Node | None = None
-        self.written: Any = WeakIdKeyDictionary()
+        self.parameters = {_storage(p): p for p in parameters if not p.is_meta}
+        self.kept: dict[int, tuple[nn.Parameter, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -146,8 +147,8 @@ class Recorder(TorchFunctionMode):
 
     def restore(self) -> None:
         """Give the parameters that the forward pass wrote to their values back."""
-        for tensor, before in list(self.written.items()):
-            tensor.data.copy_(before)
+        for owner, before in self.kept.values():
+            owner.data.copy_(before)
 
     def _call(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
         node = self.graph.call_function(func, self.argument(tuple(args)), self.argument(dict(kwargs)))
@@ -203,10 +204,10 @@ class Recorder(TorchFunctionMode):
         self.nodes[tensor] = node
 
     def _keep(self, tensor: Tensor) -> None:
-        """Remember the value of a parameter that is about to be written to."""
-        owner = tensor if tensor._base is None else tensor._base
-        if isinstance(owner, nn.Parameter) and owner not in self.written and not owner.is_meta:
-            self.written[owner] = owner.detach().clone()
+        """Remember the value of a parameter that is about to be written to, through whatever view of it."""
+        owner = self.parameters.get(_storage(tensor))
+        if owner is not None and id(owner) not in self.kept:
+            self.kept[id(owner)] = (owner, owner.detach().clone())
 
 
 def _writes(name: str, args: Any, kwargs: Any) -> Tensor | None:
@@ -218,30 +219,15 @@ def _writes(name: str, args: Any, kwargs: Any) -> Tensor | None:
     return args[0] if in_place and args and isinstance(args[0], Tensor) else None
 
 
-_IN_PLACE = frozenset(
-    f"__i{name}__"
-    for name in (
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "truediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "and",
-        "or",
-        "xor",
-        "matmul",
-    )
-)
+_OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "matmul")
+_IN_PLACE = frozenset(f"__i{name}__" for name in _OPERATORS)
 
 
 def _strided(tensor: Tensor) -> Strided | None:
     try:
         return Strided(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
-    except RuntimeError:  # tensors inside a vmap, sparse and nested tensors have no strides
-        return None
+    except (RuntimeError, NotImplementedError):
+        return None  # tensors inside a vmap, sparse and nested tensors have no strides
 
 
 def _storage(tensor: Tensor) -> int | None:
