@@ -9,6 +9,7 @@ kept, and one is used again once no tensor lives in it any more: no result chang
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import sys
 import threading
@@ -54,6 +55,22 @@ def empty_kept(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         others = [region for region in _regions if region[0] is not memory]
         _regions[:] = [(memory, weakref.ref(view)), *others][:REGIONS_KEPT]
         return torch.frombuffer(view, dtype=dtype, count=count).view(rows, columns)
+
+
+def empty_large(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor that is meant to stay, in huge pages where it is large and on the CPU.
+
+    Filling 47 MB of fresh memory takes about 2 ms in huge pages and 30 ms in ordinary ones.
+
+    Example:
+        >>> empty_large((3, 4), torch.float32, torch.device("cpu")).shape
+        torch.Size([3, 4])
+    """
+    count = math.prod(shape)
+    size = count * dtype.itemsize
+    if device.type != "cpu" or sys.platform == "win32" or size < FRESH_MEMORY_BYTES:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.frombuffer(_map(size), dtype=dtype, count=count).view(shape)
 
 
 def release_kept() -> None:

@@ -17,11 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from surgery.memory import empty_large
+
 CHUNK = 1 << 20  # values handled at once while encoding: bounds the memory of the scale search
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,), 10: (8, 2), 12: (8, 4)}
 # By bits: the smallest scale tried, as a fraction of the one that clips nothing, and the number of steps down to it.
-SEARCH = {2: (0.4, 9), 3: (0.65, 9), 4: (0.8, 9), 5: (0.85, 7), 6: (0.92, 7), 7: (0.95, 5)}
+SEARCH = {2: (0.4, 9), 3: (0.65, 9), 4: (0.8, 9), 5: (0.85, 7), 6: (0.92, 7), 7: (0.95, 5), 8: (0.97, 5)}
 
+DECODE_CHUNK = 1 << 18  # values decoded at once: what is between codes and values stays in the cache
 # By bits of a plane: a word that holds as many bytes as a byte holds values, and shifts and masks that spread them.
 _SPREAD = {
     4: (torch.int16, ((4, 0x0F0F),)),
@@ -107,27 +110,17 @@ def decode(encoded: Encoded) -> Tensor:
         return parts["bf16"].to(encoded.dtype)
     width = _width(encoded.shape, encoded.precision.group)
     scale = parts["scale"].float().unsqueeze(1)
-    codes = _unpack(parts, bits, scale.shape[0] * width).sub(1 << (bits - 1))
-    signed = codes.view(torch.int8) if bits <= 8 else codes  # unsigned bytes wrap around to the signed ones
-    values = signed.view(-1, width).to(torch.float32).mul_(scale)
-    if encoded.dtype == torch.float16:
-        values = values.clamp_(-65504.0, 65504.0)
+    values = empty_large((scale.shape[0], width), encoded.dtype, scale.device)
+    step = max(DECODE_CHUNK // (8 * width), 1) * 8  # groups: of all planes, each chunk is whole bytes
+    for start in range(0, len(values), step):
+        out = values[start : start + step]
+        chunk = {f"q{p}": parts[f"q{p}"][start * width * p // 8 :] for p in PLANES[bits]}
+        codes = _unpack(chunk, bits, out.numel()).sub(1 << (bits - 1))
+        signed = codes.view(torch.int8) if bits <= 8 else codes  # unsigned bytes wrap around to the signed ones
+        real = signed.view(-1, width).to(torch.float32).mul_(scale[start : start + step])
+        out.copy_(real.clamp_(-65504.0, 65504.0) if encoded.dtype == torch.float16 else real)
     first, rest = _matrix(encoded.shape)
-    return values.view(first, -1)[:, :rest].to(encoded.dtype).reshape(encoded.shape)
-
-
-def stored_bytes(shape: tuple[int, ...], dtype: torch.dtype, precision: Precision) -> int:
-    """Bytes that `encode` of such a tensor takes, without encoding it."""
-    numel = math.prod(shape)
-    if not dtype.is_floating_point or precision.bits == 0 or numel == 0:
-        return numel * dtype.itemsize
-    if precision.bits == 16:
-        return 2 * numel
-    first, rest = _matrix(shape)
-    width = _width(shape, precision.group)
-    groups = first * -(-rest // width)
-    planes = PLANES[precision.bits]
-    return sum(-(-groups * width * plane // 8) for plane in planes) + 2 * groups
+    return values.view(first, -1)[:, :rest].contiguous().view(encoded.shape)
 
 
 def part_layout(
@@ -149,6 +142,12 @@ def part_layout(
     groups = first * -(-rest // width)
     planes = {f"q{p}": (torch.uint8, (-(-groups * width * p // 8),)) for p in PLANES[precision.bits]}
     return {**planes, "scale": (torch.bfloat16, (groups,))}
+
+
+def stored_bytes(shape: tuple[int, ...], dtype: torch.dtype, precision: Precision) -> int:
+    """Bytes that `encode` of such a tensor takes, without encoding it."""
+    layout = part_layout(shape, dtype, precision).values()
+    return sum(math.prod(size) * kind.itemsize for kind, size in layout)
 
 
 def take_rows(encoded: Encoded, rows: Tensor) -> Encoded:
@@ -196,22 +195,21 @@ def _grouped(tensor: Tensor, group: int) -> Tensor:
 def _quantise(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes (`[G, width]`, uint8 or int16) and bfloat16 scales `[G]` of least squared error among the candidates."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))  # its sign decides which end has the extra code
-    best_gain = torch.full_like(largest, -1.0)
-    best = torch.zeros_like(largest)
-    smallest, steps = SEARCH.get(bits, (1.0, 1))
-    for end in (low, high) if bits < 8 else (low,):
+    largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+    groups = groups * _inverse(largest)  # to at most 1, so that no square overflows; the largest value is +1
+    best_gain, best = torch.full_like(largest, -1.0), torch.zeros_like(largest)
+    smallest, steps = SEARCH.get(bits, (1.0, 1))  # finer codes lose next to nothing at their full range
+    for end in (low, high) if bits in SEARCH else (low,):
         for step in range(steps):
             shrink = 1.0 - (1.0 - smallest) * step / max(steps - 1, 1)
-            scale = largest * (shrink / end)
-            q = (groups * _inverse(scale)).round_().clamp_(low, high)
+            q = (groups * (end / shrink)).round_().clamp_(low, high)  # which end takes the largest decides the sign
             xq, qq = (groups * q).sum(1, keepdim=True), (q * q).sum(1, keepdim=True)
             gain = xq * xq * _inverse(qq)  # |x|^2 minus the error left by the projection
             better = gain > best_gain
             best_gain = torch.where(better, gain, best_gain)
             best = torch.where(better, xq * _inverse(qq), best)
-    scale = best.to(torch.bfloat16)
-    q = (groups * _inverse(scale.float())).round_().clamp_(low, high)
+    scale = (best * largest).to(torch.bfloat16)
+    q = (groups * (largest * _inverse(scale.float()))).round_().clamp_(low, high)
     return (q - low).to(torch.uint8 if bits <= 8 else torch.int16), scale.squeeze(1)
 
 
@@ -240,7 +238,7 @@ def _unpack(parts: Mapping[str, Tensor], bits: int, count: int) -> Tensor:
     """The inverse of `_pack`."""
     codes, shift = None, 0
     for plane in PLANES[bits]:
-        values = _spread(parts[f"q{plane}"], plane)[:count]
+        values = _spread(parts[f"q{plane}"][: -(-count * plane // 8)], plane)[:count]
         values = values if bits <= 8 else values.to(torch.int16)
         values = values << shift if shift else values
         codes = values if codes is None else codes | values
