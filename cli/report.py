@@ -217,6 +217,6 @@ def print_means(joint: JointModel) -> None:
 def print_next(joint: JointModel, folder: Path) -> None:
     """The commands that are likely to come next."""
     name, where = joint.names[0], shlex.quote(str(folder))
-    console.say("Next:")
+    console.heading("Next")
     console.command(f"surgery verify {where}")
     console.command(f"surgery export {where} --member {name} --format plain --out {name}-plain")

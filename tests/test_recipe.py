@@ -88,7 +88,9 @@ def test_override_sets_nested_and_numbered_values():
     assert TWO["models"][1]["name"] == "second", "the document given is left as it was"
 
 
-@pytest.mark.parametrize("change", ["seed", "=3", "models.7.name=x", "models.x.name=x", "seed.more=1", "a..b=1"])
+@pytest.mark.parametrize(
+    "change", ["seed", "=3", "models.7.name=x", "models.x.name=x", "seed.more=1", "a..b=1"]
+)
 def test_override_that_leads_nowhere_is_an_error(change):
     with pytest.raises(PlanError):
         override({**TWO, "seed": 1}, [change])
@@ -115,7 +117,10 @@ NAMES = {"a": ["fc.weight", "fc.bias"], "b": ["head.weight", "fc.bias"]}
 
 
 def test_selectors_go_to_every_member_they_match():
-    assert share_selectors(["fc.bias", "re:head.*"], NAMES) == {"a": ["fc.bias"], "b": ["fc.bias", "re:head.*"]}
+    assert share_selectors(["fc.bias", "re:head.*"], NAMES) == {
+        "a": ["fc.bias"],
+        "b": ["fc.bias", "re:head.*"],
+    }
 
 
 def test_member_in_front_limits_a_selector():
