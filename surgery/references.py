@@ -79,6 +79,7 @@ def load_member(
         LoadError: saying what was required, what was found and what to do.
 
     Example:
+        >>> import torch
         >>> member = load_member(nn.Linear(3, 5), name="probe", inputs=torch.randn(2, 3))
         >>> member.name, member.origin.kind
         ('probe', 'module')

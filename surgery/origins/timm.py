@@ -115,8 +115,8 @@ def _load_hub(reference: str, name: str, options: dict[str, Any]) -> Loaded:
         _check_name(name)
         if not timm.is_model_pretrained(name):
             raise LoadError(
-                f"timm has no pretrained weights for '{name}': {_alike(name, True)} Local weights are given as "
-                f"timm:{name}=weights.safetensors"
+                f"timm has no pretrained weights for '{name}': {_alike(name, True)} Local weights are given "
+                f"as timm:{name}=weights.safetensors"
             )
     try:
         with quiet():
