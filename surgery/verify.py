@@ -7,9 +7,10 @@ rebuilt member's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,22 +108,34 @@ def verify(
         files = {NAME: "is not the file that was written: its checksum is another one", **files}
     spoilt = {name: [p for p in _files_of(manifest, name) if p in files] for name in manifest.members}
     sound = [name for name, paths in spoilt.items() if not paths]
-    stored = read_stored(folder, manifest, sound)
-    banks = build_banks(stored)
+    states, problem = _read_states(folder, manifest, sound)
     checks = []
     for name, paths in spoilt.items():
-        if paths:
-            reason = f"not rebuilt, because {', '.join(paths)} is damaged"
+        if paths or problem:
+            reason = f"it was not rebuilt: {', '.join(paths)} is damaged" if paths else problem
             checks.append(MemberCheck(name, False, (reason,), False, "not compared"))
         else:
             origin, where = None, "not asked for"
             if origins:
                 given = (modules or {}).get(name)
                 origin, where = _load_origin(manifest, name, given, trust_remote_code, run_factory)
-            joint, problem = _load_member(folder, name, origin, manifest, trust_remote_code, run_factory)
-            state = state_of(stored, name, banks)
-            checks.append(_check(manifest, name, state, joint, [problem] if problem else [], origin, where))
+            joint, failure = _load_member(folder, name, origin, manifest, trust_remote_code, run_factory)
+            reasons = [failure] if failure else []
+            checks.append(_check(manifest, name, states(name), joint, reasons, origin, where))
     return VerifyReport(str(folder), files, tuple(checks))
+
+
+def _read_states(
+    folder: Path, manifest: Manifest, names: Sequence[str]
+) -> tuple[Callable[[str], dict[str, Tensor]], str]:
+    """How to rebuild the state dict of any of some members, and what is wrong where that cannot be."""
+    if not names:
+        return lambda _: {}, ""
+    try:
+        stored = read_stored(folder, manifest, names)
+    except SurgeryError as error:
+        return lambda _: {}, str(error)
+    return partial(state_of, stored, banks=build_banks(stored)), ""
 
 
 def _check(

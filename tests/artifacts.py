@@ -1,0 +1,85 @@
+"""What the tests of artifacts share: small members of several kinds, and ways to look into a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import surgery
+from surgery.member import Inputs, Member, Origin
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the last layer's too, with a buffer of whole numbers."""
+
+    def __init__(self, words: int = 40, width: int = 32):
+        super().__init__()
+        self.embed = nn.Embedding(words, width)
+        self.mix = nn.Linear(width, width)
+        self.deep = nn.Linear(width, width)
+        self.head = nn.Linear(width, words, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("steps", torch.arange(5))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.deep(torch.relu(self.mix(self.embed(ids))))))
+
+
+def seeded(make, seed: int = 0) -> nn.Module:
+    """`make()` with weights that depend on `seed` alone, leaving the global generator as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make().eval()
+
+
+def stack(width: int = 32, depth: int = 3) -> nn.Sequential:
+    layers = [nn.Linear(8, width)]
+    for _ in range(depth):
+        layers += [nn.ReLU(), nn.Linear(width, width)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.Linear(width, 4))
+
+
+def member(
+    module: nn.Module, name: str, inputs: torch.Tensor, files: dict[str, bytes] | None = None
+) -> Member:
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    return Member(name, module, Inputs((inputs,)), Origin("module", type(module).__name__, kind), files or {})
+
+
+def pair(dtype: torch.dtype = torch.float32, files: dict[str, bytes] | None = None) -> surgery.JointModel:
+    """Two members of one shape, half of whose middle layers are equal, with block shape 8x8."""
+    one, two = seeded(stack, 1).to(dtype), seeded(stack, 2).to(dtype)
+    with torch.no_grad():
+        two[2].weight.copy_(one[2].weight)
+        two[4].weight[:16] = one[4].weight[:16] * 2
+    x = torch.zeros(2, 8, dtype=dtype)
+    return surgery.join([member(one, "one", x, files), member(two, "two", x, files)], block=(8, 8))
+
+
+def modules(dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
+    """Architectures for `pair`, with other weights."""
+    return {"one": seeded(stack, 8).to(dtype), "two": seeded(stack, 9).to(dtype)}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def size(folder: Path) -> int:
+    return sum(len(content) for content in contents(folder).values())
+
+
+def rewrite(folder: Path, change) -> None:
+    """Change a manifest by a function of its JSON, with a right checksum."""
+    from surgery.manifest import manifest_bytes
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop("checksum")
+    change(manifest)
+    (folder / "manifest.json").write_bytes(manifest_bytes(manifest))

@@ -1,0 +1,183 @@
+"""Exports: plain ones load with this package absent, compressed ones with the original absent."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from artifacts import Tied, contents, member, modules, pair, seeded, size
+from safetensors.torch import load_file
+from test_artifact import fitted, hypermodules, same, states
+
+import surgery
+from surgery.artifact import load, save
+from surgery.errors import OutputError, PlanError
+from surgery.export import export
+from surgery.member import content_hash
+from surgery.references import load_member
+from surgery.verify import verify
+
+WITHOUT_SURGERY = """
+import importlib.abc, sys
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0].startswith("surgery"):
+            raise ImportError(name + " must not be needed")
+sys.meta_path.insert(0, Block())
+import torch
+from safetensors.torch import save_file
+"""
+
+
+def run_without_surgery(modules: str, folder: Path) -> list[dict[str, torch.Tensor]]:
+    """State dicts of what a list of `modules` evaluates to, in a process that cannot import this package."""
+    state = "{k: v.clone() for k, v in m.state_dict().items()}"
+    write = f"[save_file({state}, f'{{i}}.safetensors') for i, m in enumerate(ms)]"
+    subprocess.run(
+        [sys.executable, "-c", f"{WITHOUT_SURGERY}\nms = {modules}\n{write}"], check=True, cwd=folder
+    )
+    return [load_file(path) for path in sorted(folder.glob("?.safetensors"))]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with a tied head, as transformers saves it."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    folder = tmp_path_factory.mktemp("text")
+    config = BertConfig(
+        vocab_size=90, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    seeded(lambda: BertForMaskedLM(config)).save_pretrained(folder)
+    (folder / "vocab.txt").write_text("[PAD]\n[UNK]\na\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def joint(text: Path, tmp_path_factory: pytest.TempPathFactory) -> surgery.JointModel:
+    import timm
+
+    weights = tmp_path_factory.mktemp("vision") / "weights.pth"
+    torch.save(seeded(lambda: timm.create_model("test_resnet")).state_dict(), weights)
+    return surgery.join(
+        [load_member(f"text={text}"), load_member(f"vision=timm:test_resnet={weights}")], block=(8, 8)
+    )
+
+
+@pytest.fixture(scope="module")
+def out(joint: surgery.JointModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(joint, tmp_path_factory.mktemp("joint") / "out")
+
+
+def test_an_artifact_of_two_libraries(joint, out: Path, tmp_path: Path):
+    loaded = load(out)
+    assert type(loaded["text"]).__name__ == "BertForMaskedLM"
+    assert (
+        loaded["text"].cls.predictions.decoder.weight is loaded["text"].bert.embeddings.word_embeddings.weight
+    )
+    assert same(states(loaded), states(joint))
+    assert contents(save(loaded, tmp_path / "again")) == contents(out)
+    report = verify(out)
+    assert report.ok
+    assert [(c.origin, c.weight_difference, c.error) for c in report.members] == [("same", 0.0, 0.0)] * 2
+
+
+def test_verify_says_what_cannot_be_compared(joint, out: Path, text: Path, tmp_path: Path):
+    moved = text.rename(text.with_name("elsewhere"))
+    try:
+        report = verify(out)
+        assert report.ok and report.members[0].origin.startswith("not reached: ")
+    finally:
+        moved.rename(text)
+    assert {check.origin for check in verify(out, origins=False).members} == {"not asked for"}
+    json.dumps(report.to_json())
+
+
+def test_verify_compares_with_a_changed_origin(out: Path, text: Path):
+    from safetensors.torch import save_file
+
+    path = text / "model.safetensors"
+    before = path.read_bytes()
+    tensors = load_file(path)
+    tensors["bert.embeddings.LayerNorm.bias"] += 0.5
+    save_file(tensors, path, {"format": "pt"})
+    try:
+        check = verify(out).members[0]
+        assert check.weight_difference == 0.5 and check.error is not None and check.error > 1e-3
+        assert check.origin == "found" and check.rebuilt
+    finally:
+        path.write_bytes(before)
+
+
+def test_plain_exports_need_no_surgery(joint, out: Path, tmp_path: Path):
+    words, pictures = export(out, "text", tmp_path / "text"), export(out, "vision", tmp_path / "vision")
+    assert (words / "vocab.txt").read_text() == "[PAD]\n[UNK]\na\n"
+    assert contents(export(joint, "text", tmp_path / "text2")) == contents(words)
+    assert contents(export(joint, "vision", tmp_path / "vision2")) == contents(pictures)
+    found = run_without_surgery(
+        "[__import__('transformers').AutoModelForMaskedLM.from_pretrained('text'), "
+        "__import__('timm').create_model('test_resnet', checkpoint_path='vision/model.safetensors')]",
+        tmp_path,
+    )
+    assert [content_hash(state) for state in found] == [
+        content_hash(joint.collapse(n)) for n in ("text", "vision")
+    ]
+
+
+def test_compressed_exports_need_no_original(joint, out: Path, tmp_path: Path):
+    for source in (out, joint):
+        alone = export(source, "text", tmp_path / f"text-{source is out}", format="compressed")
+        loaded = load(alone)
+        assert loaded.names == ("text",)
+        assert same({"text": loaded.collapse("text")}, {"text": joint.collapse("text")})
+        assert contents(save(loaded, tmp_path / f"again-{source is out}")) == contents(alone)
+        assert verify(alone).ok
+    assert contents(tmp_path / "text-True") == contents(tmp_path / "text-False")
+    assert size(alone) < size(out)
+
+
+@pytest.mark.parametrize("make", [pair, fitted, hypermodules])
+def test_live_modules_are_exported_without_their_class(tmp_path: Path, make):
+    joint = make()
+    folder = save(joint, tmp_path / "joint")
+    for source in (folder, joint):
+        plain = export(source, "two", tmp_path / "plain", overwrite=True)
+        torch.testing.assert_close(load_file(plain / "model.safetensors"), dict(joint.collapse("two")))
+        alone = export(source, "two", tmp_path / "alone", format="compressed", overwrite=True)
+        torch.testing.assert_close(load(alone, modules=modules()).collapse("two"), joint.collapse("two"))
+
+
+def test_tied_weights_of_live_modules(tmp_path: Path):
+    module = seeded(Tied)
+    state = {key: each.clone() for key, each in module.state_dict().items()}
+    joint = surgery.join([member(module, "net", torch.zeros(2, 6, dtype=torch.long))], block=(8, 8))
+    plain = export(save(joint, tmp_path / "joint"), "net", tmp_path / "plain")
+    fresh = seeded(Tied, 4)
+    fresh.load_state_dict(load_file(plain / "model.safetensors"), strict=True)
+    assert content_hash(fresh.state_dict()) == content_hash(state)
+
+
+def test_bad_requests(joint, out: Path, tmp_path: Path):
+    for source in (joint, out):
+        for format in ("plain", "compressed"):
+            with pytest.raises(PlanError, match="must be one of text, vision, found 'other'"):
+                export(source, "other", tmp_path / "x", format=format)
+    with pytest.raises(PlanError, match="plain or compressed, found 'zip'"):
+        export(joint, "text", tmp_path / "x", format="zip")  # pyright: ignore[reportArgumentType]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_replaces_an_export_and_nothing_else(joint, tmp_path: Path):
+    plain = export(joint, "text", tmp_path / "text")
+    with pytest.raises(OutputError, match="exists and holds files"):
+        export(joint, "text", tmp_path / "text")
+    export(joint, "text", plain, overwrite=True)
+    (plain / "thesis.txt").write_text("mine")
+    before = contents(plain)
+    with pytest.raises(OutputError, match=r"also holds thesis\.txt"):
+        export(joint, "text", plain, overwrite=True)
+    assert contents(plain) == before
