@@ -80,6 +80,10 @@ class Bank(nn.Module):
         that sum; differences within the bound gamma_c * sum |z_j H_j| are rounding and are taken away.
         """
         blocks = self.blocks()
+        single = self.psi >= self.hypermodules
+        # One product, not a sum that starts from 0: a sum would turn -0.0 into 0.0.
+        own = self.rows[self.psi[single] + self.hypermodules * (self.context - 1)]
+        blocks[single] = own * self.contexts[single, :1]
         if self.origin is None:
             return blocks
         index, coefficient = self.codes()
@@ -206,5 +210,5 @@ def open_bank(bank: Bank, context: int, generator: torch.Generator, sigma: Tenso
         basis = basis + torch.einsum("c,kd->kcd", z, error) / (z @ z)
     contexts = z.expand(bank.locations, context) * bank.contexts.detach()[:, :1]
     opened = Bank(bank.block, basis.reshape(count * context, width), bank.psi.clone(), contexts.clone(), count)
-    opened.origin = bank.blocks().detach()
+    opened.origin = bank.settled_blocks()
     return opened

@@ -20,8 +20,9 @@ from surgery import progress
 from surgery.errors import PlanError
 from surgery.fitting.allocation import Choice, Table, within_bytes, within_errors
 from surgery.fitting.assembly import Assembler, weights_of
+from surgery.fitting.fixed_bank import BankRequest, fixed_bank
 from surgery.fitting.groups import make_groups, make_scene
-from surgery.fitting.report import FitReport, describe, original_bytes, saved_bytes
+from surgery.fitting.report import FitReport, describe, original_bytes
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, tabulate
 from surgery.joint import JointModel
@@ -62,17 +63,26 @@ def fit(joint: JointModel, *, max_error: float | None = None, budget: float | No
     """
     _check_target(max_error, budget, hypermodules)
     if hypermodules is not None:
-        from surgery.fitting.fixed_bank import fit_fixed_bank
-
-        return fit_fixed_bank(joint, hypermodules, block or (16, 16), context or 4, probes, seed, pick_device(device))
+        return _fit_lossy(joint, BankRequest(hypermodules, block or (16, 16), context or 4, seed), probes, device)
     if max_error == 0:
         stored, sizes = store(joint), original_bytes(joint)
-        saved = saved_bytes(sum(sizes.values()), stored.nbytes, [(sum(sizes.values()), stored.nbytes)])
+        saved = {"sharing": sum(sizes.values()) - stored.nbytes, "precision": 0}
         detail = describe(stored, _originals(joint))
         report = FitReport("lossless", True, sizes, stored.nbytes, saved, dict.fromkeys(sizes, 0.0), detail=detail)
         return adopt(joint, stored, report)
     bound = 0.05 if max_error is None else max_error
-    return _fit_lossy(joint, _Request(bound, budget, block, probes or {}, seed), pick_device(device))
+    return _fit_lossy(joint, _Request(bound, budget, block, seed), probes, device)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What a search found; `sharing` is the number of bytes that sharing saved."""
+
+    target: str
+    stored: Stored
+    errors: np.ndarray
+    met: bool
+    sharing: int
 
 
 @dataclass(frozen=True)
@@ -82,21 +92,23 @@ class _Request:
     max_error: float
     budget: float | None
     block: tuple[int, int] | None
-    probes: Mapping[str, Sequence[Inputs]]
     seed: int
 
 
-def _fit_lossy(joint: JointModel, request: _Request, device: torch.device) -> JointModel:
+def _fit_lossy(joint: JointModel, request: _Request | BankRequest, probes: Mapping[str, Sequence[Inputs]] | None,
+               device: str) -> JointModel:
     """Fit on ordinary weights; whatever goes wrong, the joint model is left as it was."""
+    place, probes = pick_device(device), probes or {}
     originals, home = _originals(joint), _device(joint)
     before = (joint.plan, joint.dictionary, joint.encoded, joint.report)
     joint.vacate()
     try:
         trials = {}
         for name, member in joint.members.items():
-            inputs = request.probes.get(name) or probe_inputs(member, seed=request.seed)
-            trials[name] = Trial(member, originals[name], joint.owners[name], inputs, device)
-        stored, report = _search(joint, before[0], trials, request)
+            inputs = probes.get(name) or probe_inputs(member, seed=request.seed)
+            trials[name] = Trial(member, originals[name], joint.owners[name], inputs, place)
+        search = _bank_of_size if isinstance(request, BankRequest) else _search
+        outcome = search(joint, before[0], trials, request)
     except BaseException:
         for name, member in joint.members.items():
             assign(member.module, originals[name], joint.owners[name])
@@ -104,12 +116,21 @@ def _fit_lossy(joint: JointModel, request: _Request, device: torch.device) -> Jo
         raise
     finally:
         joint.to(home)
-    return adopt(joint, stored, report)
+    return adopt(joint, outcome.stored, _report(joint, outcome, originals, request.seed, sorted(probes)))
 
 
-def _search(joint: JointModel, plan: Plan, trials: Mapping[str, Trial], request: _Request
-            ) -> tuple[Stored, FitReport]:
-    """Measure what can be done with every tensor, choose, and report."""
+def _report(joint: JointModel, outcome: _Outcome, originals: Mapping[str, Mapping[str, Tensor]], seed: int,
+            given: list[str]) -> FitReport:
+    sizes = {name: sum(t.numel() * t.element_size() for t in state.values()) for name, state in originals.items()}
+    saved = {"sharing": outcome.sharing,
+             "precision": sum(sizes.values()) - outcome.stored.nbytes - outcome.sharing}
+    errors = dict(zip(joint.names, map(float, outcome.errors), strict=True))
+    return FitReport(outcome.target, outcome.met, sizes, outcome.stored.nbytes, saved, errors,
+                     {"seed": seed, "given": given}, describe(outcome.stored, originals))
+
+
+def _search(joint: JointModel, plan: Plan, trials: Mapping[str, Trial], request: _Request) -> _Outcome:
+    """Measure what can be done with every tensor, and choose."""
     sites = [p.site for p in plan.placements]
     groups = make_groups(make_scene(trials, sites, request.block, request.seed))
     table, units, arrangements = tabulate(groups, joint.names)
@@ -117,32 +138,41 @@ def _search(joint: JointModel, plan: Plan, trials: Mapping[str, Trial], request:
 
     def attempt(choice: Choice) -> tuple[Stored, np.ndarray]:
         stored = assembler.assemble(choice)
-        errors = []
-        for name, trial in trials.items():
-            trial.wear(weights_of(stored, name))
-            errors.append(trial.error())
-        return stored, np.array(errors)
+        return stored, _errors(stored, trials)
 
-    originals = {name: trial.originals for name, trial in trials.items()}
-    sizes = {name: sum(t.numel() * t.element_size() for t in tensors.values()) for name, tensors in originals.items()}
-    whole = sum(sizes.values())
     if request.budget is not None:
-        target = f"budget {request.budget:g}"
-        choice, stored, errors, met = _meet_budget(table, attempt, whole, request.budget)
+        whole = sum(t.numel() * t.element_size() for trial in trials.values() for t in trial.originals.values())
+        choice, stored, errors = _meet_budget(table, attempt, whole, request.budget)
+        target, met = f"budget {request.budget:g}", True
     else:
-        target = f"max-error {request.max_error:g}"
-        choice, stored, errors, met = _meet_error(table, attempt, request.max_error)
-    saved = saved_bytes(whole, stored.nbytes, [*_apart(table, arrangements, choice), *_copies(stored)])
-    report = FitReport(target, met, sizes, stored.nbytes, saved,
-                       dict(zip(joint.names, map(float, errors), strict=True)),
-                       {"seed": request.seed, "given": sorted(request.probes)}, describe(stored, originals))
-    return stored, report
+        choice, stored, errors = _meet_error(table, attempt, request.max_error)
+        target, met = f"max-error {request.max_error:g}", bool((errors <= request.max_error).all())
+    sharing = sum(apart - shared for apart, shared in _apart(table, arrangements, choice)) + _copied_bytes(stored)
+    return _Outcome(target, stored, errors, met, round(sharing))
+
+
+def _bank_of_size(joint: JointModel, plan: Plan, trials: Mapping[str, Trial], request: BankRequest) -> _Outcome:
+    """A bank of K hypermodules and everything else as it is: all that is saved is saved by sharing."""
+    originals = {name: trial.originals for name, trial in trials.items()}
+    stored = fixed_bank(plan, originals, ties(joint), request)
+    whole = sum(t.numel() * t.element_size() for state in originals.values() for t in state.values())
+    target = f"{request.hypermodules} hypermodules"
+    return _Outcome(target, stored, _errors(stored, trials), True, whole - stored.nbytes)
+
+
+def _errors(stored: Stored, trials: Mapping[str, Trial]) -> np.ndarray:
+    """Measured output error of every member with the weights of a stored form."""
+    errors = []
+    for name, trial in trials.items():
+        trial.wear(weights_of(stored, name))
+        errors.append(trial.error())
+    return np.array(errors)
 
 
 Attempt = Callable[[Choice], tuple[Stored, np.ndarray]]
 
 
-def _meet_error(table: Table, attempt: Attempt, bound: float) -> tuple[Choice, Stored, np.ndarray, bool]:
+def _meet_error(table: Table, attempt: Attempt, bound: float) -> tuple[Choice, Stored, np.ndarray]:
     """The smallest choice whose measured errors stay within `bound`; predictions are corrected by what is measured."""
     goal = np.full(table.weight.shape[1], bound**2)
     best: tuple[Choice, Stored, np.ndarray] | None = None
@@ -161,11 +191,11 @@ def _meet_error(table: Table, attempt: Attempt, bound: float) -> tuple[Choice, S
         choice = within_errors(table, np.zeros_like(goal).tolist())
         stored, errors = attempt(choice)
         best = choice, stored, errors
-    return *best, bool((best[2] <= bound).all())
+    return best
 
 
 def _meet_budget(table: Table, attempt: Attempt, whole: int, budget: float
-                 ) -> tuple[Choice, Stored, np.ndarray, bool]:
+                 ) -> tuple[Choice, Stored, np.ndarray]:
     """The choice of least predicted error within `budget` times `whole` bytes."""
     choice = within_bytes(table, budget * whole)
     if choice.nbytes > budget * whole:
@@ -173,7 +203,7 @@ def _meet_budget(table: Table, attempt: Attempt, whole: int, budget: float
                         f"{choice.nbytes / whole:.3f} of their bytes; use --budget {choice.nbytes / whole + 0.005:.2f} "
                         "or more.")
     stored, errors = attempt(choice)
-    return choice, stored, errors, True
+    return choice, stored, errors
 
 
 def _apart(table: Table, arrangements: Sequence[Arrangement], choice: Choice) -> list[tuple[float, float]]:
@@ -184,9 +214,9 @@ def _apart(table: Table, arrangements: Sequence[Arrangement], choice: Choice) ->
             if choice.taken[number] and arrangement.siblings is not None]
 
 
-def _copies(stored: Stored) -> list[tuple[float, float]]:
-    """For every tensor stored once for several: the bytes of its copy, and none."""
-    return [(stored.tensors[first].nbytes, 0.0) for first in stored.aliases.values()]
+def _copied_bytes(stored: Stored) -> int:
+    """Bytes of the copies of tensors that are stored once for several."""
+    return sum(stored.tensors[first].nbytes for first in stored.aliases.values())
 
 
 def _originals(joint: JointModel) -> dict[str, dict[str, Tensor]]:

@@ -91,7 +91,7 @@ def encode(tensor: Tensor, precision: Precision) -> Encoded:
         return Encoded(NATIVE, shape, dtype, {"": tensor})
     if precision.bits == 16:
         limit = torch.finfo(torch.bfloat16).max
-        return Encoded(precision, shape, dtype, {"bf16": tensor.clamp(-limit, limit).bfloat16()})
+        return Encoded(precision, shape, dtype, {"bf16": tensor.float().clamp(-limit, limit).bfloat16()})
     codes, scales = [], []
     for rows in _grouped(tensor, precision.group).split(max(1, CHUNK // _width(shape, precision.group))):
         code, scale = _quantise(rows.float(), precision.bits)

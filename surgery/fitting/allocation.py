@@ -79,14 +79,88 @@ def within_errors(table: Table, bound: Sequence[float]) -> Choice:
     for _ in range(3 if coupled else 1):
         for i in range(members):
             level[i] = _lowest(lambda x, i=i: choose(table, np.exp2(_put(level, i, x))).error[i] <= bound[i])
-    return choose(table, np.exp2(level))
+    limit = np.asarray(bound, float)
+    # Multipliers reach only the convex hull. From the hull's point on either side of the bound, exchange single
+    # options: what is within the bound saves bytes until it is used up, what is beyond it is mended first.
+    within = _use_up_error(table, choose(table, np.exp2(level)), limit)
+    beyond = _mend_error(table, choose(table, np.exp2(level - 1e-6)), limit)
+    if beyond is None:
+        return within
+    return min(within, _use_up_error(table, beyond, limit), key=lambda choice: choice.nbytes)
 
 
 def within_bytes(table: Table, budget: float) -> Choice:
     """The choice of least total predicted error that takes at most `budget` bytes, or the smallest one there is."""
     members = table.weight.shape[1]
     level = _lowest(lambda x: choose(table, np.exp2(np.full(members, -x))).nbytes <= budget)
-    return choose(table, np.exp2(np.full(members, -level)))
+    within = _use_up_bytes(table, choose(table, np.exp2(np.full(members, -level))), budget)
+    beyond = _mend_bytes(table, choose(table, np.exp2(np.full(members, 1e-6 - level))), budget)
+    if beyond is None:
+        return within
+    return min(within, _use_up_bytes(table, beyond, budget), key=lambda choice: choice.error.sum())
+
+
+def _use_up_error(table: Table, choice: Choice, bound: np.ndarray) -> Choice:
+    """Give what is left of the bound to whatever then saves most bytes."""
+    while True:
+        now = np.arange(len(choice.option)), choice.option
+        saving = table.size[now][:, None] - table.size
+        more = table.error - table.error[now][:, None]
+        fits = np.isfinite(table.size) & (saving > 0) & choice.taken[table.arrangement][:, None]
+        for i in range(table.weight.shape[1]):
+            fits &= table.weight[:, i, None] * more <= max(bound[i] - choice.error[i], 0.0)
+        if not fits.any():
+            return choice
+        choice = _exchange(table, choice, np.where(fits, saving, -1.0))
+
+
+def _use_up_bytes(table: Table, choice: Choice, budget: float) -> Choice:
+    """Give what is left of the budget to whatever then lowers the predicted error most."""
+    while True:
+        now = np.arange(len(choice.option)), choice.option
+        lower = table.weight.sum(1)[:, None] * (table.error[now][:, None] - table.error)
+        fits = (table.size - table.size[now][:, None] <= budget - choice.nbytes) & (lower > 0)
+        fits &= choice.taken[table.arrangement][:, None]
+        if not fits.any():
+            return choice
+        choice = _exchange(table, choice, np.where(fits, lower, -1.0))
+
+
+def _mend_error(table: Table, choice: Choice, bound: np.ndarray) -> Choice | None:
+    """Bring a choice within the bound by the exchanges that lower the excess most for their bytes."""
+    while (excess := np.maximum(choice.error - bound, 0.0)).any():
+        now = np.arange(len(choice.option)), choice.option
+        lower = table.error[now][:, None] - table.error
+        gain = sum(np.minimum(table.weight[:, i, None] * lower, excess[i]) for i in np.nonzero(excess)[0])
+        dearer = np.maximum(table.size - table.size[now][:, None], 1e-9)
+        gain = np.where((lower > 0) & choice.taken[table.arrangement][:, None], gain / dearer, -1.0)
+        if not gain.max() > 0:
+            return None
+        choice = _exchange(table, choice, gain)
+    return choice
+
+
+def _mend_bytes(table: Table, choice: Choice, budget: float) -> Choice | None:
+    """Bring a choice within the budget by the exchanges that raise the predicted error least for their bytes."""
+    while choice.nbytes > budget:
+        now = np.arange(len(choice.option)), choice.option
+        saving = np.minimum(table.size[now][:, None] - table.size, choice.nbytes - budget)
+        worse = np.maximum(table.weight.sum(1)[:, None] * (table.error - table.error[now][:, None]), 1e-30)
+        gain = np.where((saving > 0) & choice.taken[table.arrangement][:, None], saving / worse, -1.0)
+        if not gain.max() > 0:
+            return None
+        choice = _exchange(table, choice, gain)
+    return choice
+
+
+def _exchange(table: Table, choice: Choice, gain: np.ndarray) -> Choice:
+    """Take the one option of greatest gain."""
+    unit, option = np.unravel_index(gain.argmax(), gain.shape)
+    old, changed = choice.option[unit], choice.option.copy()
+    changed[unit] = option
+    nbytes = choice.nbytes + table.size[unit, option] - table.size[unit, old]
+    error = choice.error + table.weight[unit] * (table.error[unit, option] - table.error[unit, old])
+    return Choice(changed, choice.taken, float(nbytes), error)
 
 
 def _lowest(holds: Callable[[float], bool]) -> float:

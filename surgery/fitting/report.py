@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -90,9 +90,3 @@ def describe(stored: Stored, originals: Mapping[str, Mapping[str, Any]]) -> tupl
                 how = f"shared copy, {encoded.precision}" if count > 1 else str(encoded.precision)
                 rows.append(TensorReport(member, name, how, encoded.nbytes // count, size))
     return tuple(rows)
-
-
-def saved_bytes(before: int, after: int, apart: Sequence[tuple[float, float]]) -> dict[str, int]:
-    """Split what was saved; `apart` holds, for every shared group, its bytes apart and its bytes shared."""
-    sharing = round(sum(alone - shared for alone, shared in apart))
-    return {"sharing": sharing, "precision": before - after - sharing}
