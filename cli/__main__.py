@@ -77,9 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         print(f"surgery: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("surgery: interrupted; nothing was left half-written.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer ends an interrupted verb without a word
+            print("surgery: interrupted; nothing was left half-written.", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Task as ProgressTask
 from rich.table import Table
 from rich.text import Text
 
@@ -135,12 +136,10 @@ class TerminalReporter:
 
     def __init__(self, console: Console):
         self._progress = _PatientProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description:<28}"),
             BarColumn(bar_width=30),
-            TextColumn("{task.percentage:>3.0f}%"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _TimeLeftColumn(),
             console=console,
             transient=True,
             refresh_per_second=5,
@@ -180,6 +179,16 @@ class TerminalReporter:
             self._timer.join()
             self._timer = None
         self._progress.stop()
+
+
+class _TimeLeftColumn(TimeRemainingColumn):
+    """The part done and the time left, for tasks whose number of steps is known."""
+
+    def render(self, task: ProgressTask) -> Text:
+        if task.total is None:
+            return Text("")
+        left = super().render(task) if task.completed else Text("-:--:--")
+        return Text.assemble(f"{task.percentage:3.0f}%, ", left, " left")
 
 
 class _PatientProgress(Progress):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from .demo_weights import package_file
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from surgery.member import Inputs
@@ -39,6 +40,7 @@ PHOTOGRAPHS = (
     ("sklearn", "datasets/images/flower.jpg"),
     ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
 )
+TEXTS, PICTURES = "sentences.txt", "pictures"  # names in the demo's folder
 CROP = 0.7  # side of a crop, as a fraction of the photograph's
 
 
@@ -46,30 +48,37 @@ def write_inputs(folder: Path) -> tuple[Path, Path]:
     """Write the sentences, and each photograph whole and as four corner crops.
 
     Args:
-        folder: made where it does not exist.
+        folder: made anew.
 
     Returns:
         the file of sentences and the folder of pictures.
 
     Raises:
         LoadError: where a package that holds a photograph is missing.
+        OutputError: where the folder cannot be written, or holds other files.
     """
+    from surgery.files import new_folder
+
+    with new_folder(folder, overwrite=True, replace_same_names=True) as new:
+        (new / TEXTS).write_text("\n".join(SENTENCES) + "\n", encoding="utf-8")
+        (new / PICTURES).mkdir()
+        for package, path in PHOTOGRAPHS:
+            file = package_file(package, path)
+            for number, view in enumerate(views_of(file)):
+                view.save(new / PICTURES / f"{file.stem}-{number}.png")
+    return folder / TEXTS, folder / PICTURES
+
+
+def views_of(file: Path) -> list[Image]:
+    """A photograph, whole and as four corner crops."""
     from PIL import Image
 
-    sentences, pictures = folder / "sentences.txt", folder / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    sentences.write_text("\n".join(SENTENCES) + "\n", encoding="utf-8")
-    for package, path in PHOTOGRAPHS:
-        file = package_file(package, path)
-        with Image.open(file) as opened:
-            picture = opened.convert("RGB")
-        width, height = picture.size
-        w, h = int(width * CROP), int(height * CROP)
-        corners = ((0, 0), (width - w, 0), (0, height - h), (width - w, height - h))
-        views = [picture, *(picture.crop((x, y, x + w, y + h)) for x, y in corners)]
-        for number, view in enumerate(views):
-            view.save(pictures / f"{file.stem}-{number}.png")
-    return sentences, pictures
+    with Image.open(file) as opened:
+        picture = opened.convert("RGB")
+    width, height = picture.size
+    w, h = int(width * CROP), int(height * CROP)
+    corners = ((0, 0), (width - w, 0), (0, height - h), (width - w, height - h))
+    return [picture, *(picture.crop((x, y, x + w, y + h)) for x, y in corners)]
 
 
 def embed(outputs: Sequence[tuple[Tensor, ...]], inputs: Sequence[Inputs]) -> Tensor:

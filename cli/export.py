@@ -42,11 +42,12 @@ def export(
         raise typer.BadParameter(f"must be plain or compressed, not '{format}'", param_hint="--format")
     from surgery.export import export as write
     from surgery.merge import check_target
+    from surgery.progress import task
 
     from . import console, report
 
     check_target(out, overwrite=overwrite)
-    with console.working(quiet=quiet, json_wanted=json):
+    with console.working(quiet=quiet, json_wanted=json), task(f"Exporting {member}"):
         chosen = "compressed" if format == "compressed" else "plain"
         write(folder, member, out, format=chosen, overwrite=overwrite, trust_remote_code=trust_remote_code)
     size = report.disk_bytes(out)

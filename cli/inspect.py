@@ -53,12 +53,13 @@ def inspect(
     """
     if only not in (None, *ROLES):
         raise typer.BadParameter(f"must be site, adapter or skipped, not '{only}'", param_hint="--only")
+    from surgery.progress import task
     from surgery.references import load_member
     from surgery.sites import discover
 
     from . import console
 
-    with console.working(quiet=quiet, json_wanted=json):
+    with console.working(quiet=quiet, json_wanted=json), task("Loading and tracing"):
         member = load_member(reference, trust_remote_code=trust_remote_code, seed=seed)
         anatomy = discover(
             member, adapters=tuple(adapters or ()), sites=tuple(sites or ()), skip=tuple(skip or ())

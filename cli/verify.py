@@ -48,11 +48,12 @@ def verify(
 
     Ends with exit code 1 where something does not match. An origin that cannot be reached is no mismatch.
     """
+    from surgery.progress import task
     from surgery.verify import verify as check
 
     from . import console
 
-    with console.working(quiet=quiet, json_wanted=json):
+    with console.working(quiet=quiet, json_wanted=json), task("Verifying"):
         report = check(folder, origins=origins, trust_remote_code=trust_remote_code, run_factory=run_factory)
     if json:
         console.emit(report.to_json())

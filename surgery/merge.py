@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from surgery.errors import LoadError, OutputError, PlanError
-from surgery.progress import track
+from surgery.progress import task, track
 from surgery.recipe import Model, Recipe
 from surgery.selectors import share_selectors
 
@@ -79,21 +79,24 @@ def merge(
 
     check(recipe, overwrite=overwrite)
     prepared = prepared or prepare(recipe, trust_remote_code=trust_remote_code)
-    joint = join(prepared.members, prepared.plan)
     name, value = recipe.target
-    joint = fit(
-        joint,
-        max_error=value if name == "max_error" else None,
-        budget=value if name == "budget" else None,
-        hypermodules=int(value) if name == "hypermodules" else None,
-        block=recipe.parameters.block,
-        context=recipe.parameters.context,
-        probes=prepared.probes or None,
-        seed=recipe.seed,
-        device=recipe.device,
-    )
-    if recipe.out is not None:
-        save(joint, recipe.out, overwrite=overwrite, recipe=prepared.recipe.resolved())
+    with task("Joining") as work:
+        joint = join(prepared.members, prepared.plan)
+        work.describe("Fitting")
+        joint = fit(
+            joint,
+            max_error=value if name == "max_error" else None,
+            budget=value if name == "budget" else None,
+            hypermodules=int(value) if name == "hypermodules" else None,
+            block=recipe.parameters.block,
+            context=recipe.parameters.context,
+            probes=prepared.probes or None,
+            seed=recipe.seed,
+            device=recipe.device,
+        )
+        if recipe.out is not None:
+            work.describe(f"Writing {recipe.out}")
+            save(joint, recipe.out, overwrite=overwrite, recipe=prepared.recipe.resolved())
     return joint
 
 
@@ -192,7 +195,9 @@ def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
         for model, member in zip(recipe.models, members, strict=True)
     )
     named = recipe.model_copy(update={"models": models})
-    return Prepared(named, tuple(members), tuple(anatomies), plan, read_probes(named, members))
+    with task("Reading calibration files"):
+        probes = read_probes(named, members)
+    return Prepared(named, tuple(members), tuple(anatomies), plan, probes)
 
 
 def starting_block(anatomies: Sequence[Anatomy]) -> tuple[int, int]:

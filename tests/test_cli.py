@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from surgery_cli.__main__ import app, main
+from surgery_cli.demo import demo_recipe, equivalent_command
 from typer.testing import CliRunner
 
 FACTORY = """
@@ -269,7 +271,7 @@ def test_interrupt_ends_with_130_and_leaves_nothing(nets, tmp_path, monkeypatch)
 
     monkeypatch.setattr(importlib.import_module("surgery.fit"), "fit", interrupted)
     code, _, err = surgery("merge", *nets, "--out", "joint")
-    assert code == 130 and "Traceback" not in err
+    assert code == 130 and "interrupted" in err and "Traceback" not in err
     assert not (tmp_path / "joint").exists()
 
 
@@ -302,3 +304,34 @@ def test_sizes_and_fractions_for_people():
     ]
     assert [console.count(n) for n in (384, 9984, 21_120, 22_713_216)] == ["384", "9984", "21.1k", "22.7M"]
     assert [console.percent(x) for x in (0, 1e-7, 0.26)] == ["0%", "<0.1%", "26.0%"]
+
+
+@pytest.mark.slow
+def test_demo_and_the_command_that_it_prints_write_the_same_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = surgery("demo", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["report"]["met"] and found["verified"]
+    assert all(found["reloaded"]["same_weights"].values()) and all(found["reloaded"]["same_outputs"].values())
+    assert all(moved < 0.1 for moved in found["real_inputs"]["moved"].values())
+    assert min(found["real_inputs"]["cosines"]) > 0.99 and found["real_inputs"]["same_class"] >= 12
+
+    recipe = demo_recipe(
+        (
+            "demo/weights/all-MiniLM-L6-v2",
+            "timm:tf_efficientnet_lite0=demo/weights/tf_efficientnet_lite0.safetensors",
+        ),
+        Path("demo/joint"),
+        0.05,
+        0,
+    )
+    words = shlex.split(" ".join(equivalent_command(recipe)).replace("\\", ""))
+    code, _, err = surgery(*words[1:], "--quiet")
+    assert code == 0, err
+    assert files_in(tmp_path / "joint") == files_in(tmp_path / "demo" / "joint")
+    for path in files_in(tmp_path / "joint"):
+        if (tmp_path / "joint" / path).is_file():
+            assert (tmp_path / "joint" / path).read_bytes() == (
+                tmp_path / "demo" / "joint" / path
+            ).read_bytes(), path
