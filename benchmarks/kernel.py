@@ -6,8 +6,9 @@ its own hypermodule, otherwise both are random. Competitors take turns within a 
 and the table holds medians over rounds. For all of them every gradient starts at None (`zero_grad`'s default)
 and the allocator is PyTorch's as installed; that `generate` keeps its results' memory from call to call is
 part of it. Run again under `THP_MEM_ALLOC_ENABLE=1`, which puts all of PyTorch's memory on huge pages, to see
-how much of the ratios fresh memory makes. On cores that others use too, more threads than free cores cost
-`generate` most, since its slabs wait for their threads: then measure on one thread.
+how much of the ratios fresh memory makes. Where other
+processes use the same cores, threads that spin while they wait for each other cost more than the work, and
+`generate`, with its slabs, most: set `OMP_WAIT_POLICY=PASSIVE`, or measure on one thread.
 """
 
 from __future__ import annotations
