@@ -21,10 +21,10 @@ from torch import nn
 from surgery.errors import ArtifactError
 from surgery.joint import JointModel
 from surgery.manifest import Manifest, read_manifest
-from surgery.member import Inputs, Member, Origin
-from surgery.reading import check_fit, read_small_files, read_stored
+from surgery.member import Member
+from surgery.reading import read_stored
+from surgery.recorded import check_fit, inputs_of, origin_of, read_small_files
 from surgery.reports import report_of, restrict_report
-from surgery.sketch import draw
 from surgery.slots import locate
 from surgery.storage import revive, store
 from surgery.writing import write
@@ -100,8 +100,10 @@ def load(
     stored = read_stored(folder, manifest, names)
     found = []
     for name in names:
-        member = _member(folder, manifest, name, (modules or {}).get(name), trust_remote_code, run_factory)
-        check_fit(stored, name, manifest.members[name], member.module)
+        files = read_small_files(folder, manifest, name)
+        module = (modules or {}).get(name) or _build(manifest, name, files, trust_remote_code, run_factory)
+        member = Member(name, module.eval(), inputs_of(manifest, name), origin_of(manifest, name), files)
+        check_fit(stored, name, module)
         for owners in (*manifest.members[name].ties.values(), *(p.site.owners for p in stored.plan.of(name))):
             _tie(member.module, owners)
         found.append(member)
@@ -112,34 +114,19 @@ def load(
     return joint.to(device) if device != "cpu" else joint
 
 
-def _member(
-    folder: Path, manifest: Manifest, name: str, module: nn.Module | None, trust: bool, run: bool
-) -> Member:
-    """One member with its architecture, still without weights."""
+def _build(
+    manifest: Manifest, name: str, files: Mapping[str, bytes], trust_remote_code: bool, run_factory: bool
+) -> nn.Module:
+    """A member's architecture, without weights."""
     from surgery.references import build_architecture
 
-    entry = manifest.members[name]
-    origin = Origin(
-        entry.origin.kind,
-        entry.origin.reference,
-        entry.origin.architecture,
-        entry.origin.revision,
-        entry.origin.options,
-    )
-    files = read_small_files(folder, manifest, name)
-    if module is None and origin.kind == "module":
+    origin = origin_of(manifest, name)
+    if origin.kind == "module":
         raise ArtifactError(
             f"Member '{name}' was a live module of class {origin.architecture}, which no file can build "
             f"again; pass one of that architecture as modules={{'{name}': module}}."
         )
-    module = module or build_architecture(origin, files, trust_remote_code=trust, run_factory=run)
-    try:
-        inputs: Inputs = draw(entry.inputs)
-    except ValueError as error:
-        raise ArtifactError(
-            f"The example inputs of member '{name}' must be a sketch, but {error}; copy the artifact again."
-        ) from error
-    return Member(name, module.eval(), inputs, origin, files)
+    return build_architecture(origin, files, trust_remote_code=trust_remote_code, run_factory=run_factory)
 
 
 def _tie(module: nn.Module, owners: Sequence[str]) -> None:

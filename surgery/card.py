@@ -25,28 +25,34 @@ surgery export . --member {name} --format plain --out {name}
 ```"""
 
 
-def make_card(manifest: Mapping[str, Any], shares: Shares, *, picture: bool = True) -> str:
+def make_card(
+    manifest: Mapping[str, Any], shares: Shares, before: Mapping[str, int], *, picture: bool = True
+) -> str:
     """The text of `README.md`, from what the manifest records and nothing else.
 
     Args:
         manifest: as it will be written.
         shares: bytes by member, as `count_shares` returns them.
+        before: bytes of each member before it was joined.
         picture: whether `sharing.png` is written too.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     members: Mapping[str, Any] = manifest["members"]
-    libraries = sorted({"transformers", "timm"} & {entry["origin"]["kind"] for entry in members.values()})
-    bases = [base for entry in members.values() if (base := _hub_id(entry["origin"]))]
+    libraries = sorted(
+        {"transformers", "timm"}
+        & {entry["origin"]["kind"] for entry in members.values() if "like" not in entry}
+    )
+    bases = [base for name in members if (base := _hub_id(_origin(members, name)))]
     data = ModelCardData(
         library_name="model-surgery",
         base_model=sorted(set(bases)) or None,
         tags=["model-surgery", "merge", *libraries],
     )
     sections = [
-        _opening(members, shares),
+        _opening(shares, before),
         f"![Who shares what]({PICTURE})" if picture else "",
-        _table(members, shares, manifest.get("report")),
+        _table(manifest, shares, before),
         _report(manifest.get("report")),
         _use(members),
         _contents(manifest),
@@ -55,8 +61,8 @@ def make_card(manifest: Mapping[str, Any], shares: Shares, *, picture: bool = Tr
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
 
 
-def _opening(members: Mapping[str, Any], shares: Shares) -> str:
-    before = sum(entry["bytes"] for entry in members.values())
+def _opening(shares: Shares, sizes: Mapping[str, int]) -> str:
+    members, before = shares.members, sum(sizes.values())
     now = sum(sum(kinds.values()) for kinds in shares.kinds.values())
     ratio = f", {now / before:.0%} of that" if before else ""
     title = ", ".join(members) if len(members) <= 4 else f"{len(members)} models"
@@ -72,15 +78,16 @@ def _opening(members: Mapping[str, Any], shares: Shares) -> str:
     )
 
 
-def _table(members: Mapping[str, Any], shares: Shares, report: Mapping[str, Any] | None) -> str:
-    errors = (report or {}).get("errors") or {}
+def _table(manifest: Mapping[str, Any], shares: Shares, before: Mapping[str, int]) -> str:
+    members: Mapping[str, Any] = manifest["members"]
+    errors = (manifest.get("report") or {}).get("errors") or {}
     lines = ["| member | from | before | here | output moved |", "| --- | --- | ---: | ---: | ---: |"]
-    for name, entry in list(members.items())[:ROWS]:
+    for name in list(members)[:ROWS]:
         error = errors.get(name)
         moved = "not measured" if error is None else "0" if error == 0 else f"{error:.2%}"
-        origin = _cell(entry["origin"])
+        origin = _cell(_origin(members, name))
         now = in_words(sum(shares.kinds[name].values()))
-        lines.append(f"| {name} | {origin} | {in_words(entry['bytes'])} | {now} | {moved} |")
+        lines.append(f"| {name} | {origin} | {in_words(before[name])} | {now} | {moved} |")
     if len(members) > ROWS:
         lines.append(f"| and {len(members) - ROWS} more | | | | |")
     return "\n".join(lines)
@@ -118,6 +125,10 @@ def _contents(manifest: Mapping[str, Any]) -> str:
         for key, bank in list(banks.items())[:ROWS]
     ]
     return "## Contents\n\n" + "\n".join([*lines, f"- written with {versions}"])
+
+
+def _origin(members: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return members[members[name].get("like", name)]["origin"]
 
 
 def _cell(origin: Mapping[str, Any]) -> str:

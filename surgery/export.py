@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from surgery.errors import ArtifactError, PlanError
+from surgery.errors import PlanError
 from surgery.files import new_folder
 from surgery.joint import JointModel
 from surgery.manifest import listed_files, read_manifest
-from surgery.member import Inputs, Member, Origin
-from surgery.reading import read_small_files, read_stored
+from surgery.member import Member
+from surgery.reading import read_stored
+from surgery.recorded import origin_of, read_member
 from surgery.reports import report_of, restrict_report
-from surgery.sketch import draw
 from surgery.states import hollow, state_of
 from surgery.storage import Stored, store
 from surgery.trim import restrict
@@ -91,7 +91,7 @@ def _read_plain(source: str | Path, member: str, trust: bool) -> tuple[Member, n
 
     manifest = read_manifest(Path(source).expanduser())
     _check_name(member, manifest.members)
-    if manifest.members[member].origin.kind in BARE_KINDS:
+    if origin_of(manifest, member).kind in BARE_KINDS:
         stored, described, _ = _one(source, member)
         return described, hollow(state_of(stored, member))
     joint = load(source, members=[member], trust_remote_code=trust)
@@ -107,18 +107,9 @@ def _one(source: str | Path | JointModel, member: str) -> tuple[Stored, Member, 
     folder = Path(source).expanduser()
     manifest = read_manifest(folder)
     _check_name(member, manifest.members)
-    entry = manifest.members[member]
-    origin = Origin(**entry.origin.model_dump())
-    files = read_small_files(folder, manifest, member)
-    try:
-        inputs: Inputs = draw(entry.inputs)
-    except ValueError as error:
-        raise ArtifactError(
-            f"The example inputs of '{member}' cannot be read: {error}; copy it again."
-        ) from error
     stored = read_stored(folder, manifest, [member])
     report = restrict_report(manifest.report, [member], len(manifest.members) == 1)
-    return stored, Member(member, hollow({}), inputs, origin, files), report
+    return stored, read_member(folder, manifest, member, hollow({})), report
 
 
 def _check_name(member: str, names: Any) -> None:

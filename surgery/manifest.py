@@ -55,9 +55,12 @@ class MemberEntry(_Entry):
 
     Attributes:
         origin: how to build its architecture again.
-        hash: content hash of its state dict as this artifact gives it back.
-        bytes: of its own weights and small files, before it was joined.
         inputs: its example inputs, in short (see `surgery.sketch`).
+        like: an earlier member that has the same origin and inputs, in place of these.
+        hash: content hash of its state dict as this artifact gives it back; left out where its own files hold
+            every tensor as it is, so that their hashes say the same.
+        bytes: of its own weights and small files, before it was joined, where its files here differ from
+            that.
         ties: tied names by their first owner.
         encoded: tensors that are not stored in their own dtype.
         same: tensors that are stored once, under the storage key that is given.
@@ -66,10 +69,11 @@ class MemberEntry(_Entry):
             start.
     """
 
-    origin: OriginEntry
-    hash: Digest
-    bytes: Count
+    origin: OriginEntry | None = None
     inputs: Any = None
+    like: MemberName | None = None
+    hash: Digest | None = None
+    bytes: Count | None = None
     ties: dict[str, tuple[str, ...]] = {}
     encoded: tuple[EncodedGroup, ...] = ()
     same: dict[str, str] = {}
@@ -203,6 +207,9 @@ def _contradictions(manifest: Manifest, folder: Path) -> Iterator[str]:
         if view.bank not in manifest.banks:
             yield f"view {number} names the bank '{view.bank}', which does not exist"
     for name, member in manifest.members.items():
+        described = manifest.members.get(member.like) if member.like else member
+        if described is None or described.origin is None:
+            yield f"{name}: its origin must be given, or that of the member that it is like"
         for placement in member.placements:
             if placement[1] >= len(manifest.views):
                 yield f"{name}: {placement[0]} has view {placement[1]} of {len(manifest.views)}"

@@ -1,4 +1,4 @@
-"""Reading: the tensors and small files of an artifact, checked against its manifest.
+"""Reading: the tensors of an artifact, checked against its manifest.
 
 Sizes and headers are checked on every load, because that costs next to nothing; hashes of whole files are
 left to `surgery.verify`.
@@ -6,59 +6,22 @@ left to `surgery.verify`.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from surgery.errors import ArtifactError
 from surgery.files import sha256_of
 from surgery.layout import Form, encoded_forms, plan_of
-from surgery.manifest import Manifest, MemberEntry
+from surgery.manifest import Manifest
 from surgery.plan import BankPlan
 from surgery.precision import NATIVE, Encoded, decode, part_layout
+from surgery.recorded import DICTIONARY, TENSOR_FILE, WEIGHTS, raise_damaged
 from surgery.storage import Stored
 from surgery.tensorfiles import read_header, read_tensors
 from surgery.trim import restrict
-
-DICTIONARY, WEIGHTS = "dictionary", "weights"
-_TENSORS = re.compile(rf"(.*/)?({DICTIONARY}|{WEIGHTS})(-\d{{5}}-of-\d{{5}})?\.safetensors")
-_INDEX = re.compile(rf"(.*/)?({DICTIONARY}|{WEIGHTS})\.safetensors\.index\.json")
-
-
-def small_files(manifest: Manifest, member: str) -> dict[str, str]:
-    """A member's small files: where each lies in the artifact, by its own relative path."""
-    prefix = f"members/{member}/"
-    own = {
-        path.removeprefix(prefix): path
-        for path in manifest.files
-        if path.startswith(prefix) and not _TENSORS.fullmatch(path) and not _INDEX.fullmatch(path)
-    }
-    borrowed = manifest.members[member].borrowed
-    own.update({file: f"members/{lender}/{file}" for file, lender in borrowed.items()})
-    return dict(sorted(own.items()))
-
-
-def read_small_files(folder: Path, manifest: Manifest, member: str) -> dict[str, bytes]:
-    """A member's small files, each with the recorded hash.
-
-    Raises:
-        ArtifactError: naming every file that is missing or is not the one recorded.
-    """
-    found: dict[str, bytes] = {}
-    bad: list[str] = []
-    for file, path in small_files(manifest, member).items():
-        if (folder / path).is_file():
-            found[file] = (folder / path).read_bytes()
-            if hashlib.sha256(found[file]).hexdigest() != manifest.files[path].sha256:
-                bad.append(f"{path} is not the file that was recorded")
-        else:
-            bad.append(f"{path} is missing")
-    _raise(folder, bad)
-    return found
 
 
 def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Stored:
@@ -69,7 +32,9 @@ def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Sto
             tensors than the manifest says.
     """
     wanted = _tensor_files(manifest, members)
-    _raise(folder, _wrong_files(folder, manifest, [path for paths in wanted.values() for path in paths]))
+    raise_damaged(
+        folder, _wrong_files(folder, manifest, [path for paths in wanted.values() for path in paths])
+    )
     plan = plan_of(manifest)
     tensors: dict[str, Encoded] = {}
     bad: list[str] = []
@@ -83,7 +48,7 @@ def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Sto
             named, wrong = _assemble(mine, forms, f"{stem} ({', '.join(paths) or 'no file'})")
             tensors.update({f"{prefix}{name}": encoded for name, encoded in named.items()})
             bad += wrong
-    _raise(folder, bad)
+    raise_damaged(folder, bad)
     aliases = {
         f"plain/{name}/{each}": key
         for name in manifest.members
@@ -92,49 +57,12 @@ def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Sto
     ties = {name: entry.ties for name, entry in manifest.members.items() if entry.ties}
     stored = Stored(plan, tensors, aliases, ties)
     if lost := [key for name in members for key in _same(manifest, name) if key not in tensors]:
-        _raise(folder, [f"{key} is stored for several, but no file holds it" for key in lost])
+        raise_damaged(folder, [f"{key} is stored for several, but no file holds it" for key in lost])
     for bank in plan.banks:
-        _raise(folder, _wrong_bank(bank, stored))
+        raise_damaged(folder, _wrong_bank(bank, stored))
     if list(members) == list(manifest.members):
         return stored
     return restrict(stored, members)
-
-
-def check_fit(stored: Stored, member: str, entry: MemberEntry, module: nn.Module) -> None:
-    """Compare the names and shapes that are stored for a member with its architecture.
-
-    Raises:
-        ArtifactError: naming all missing, unexpected and misshapen tensors.
-    """
-    prefix = f"plain/{member}/"
-    shapes = {
-        key.removeprefix(prefix): each.shape for key, each in stored.tensors.items() if key.startswith(prefix)
-    }
-    shapes.update(
-        {
-            key.removeprefix(prefix): stored.tensors[first].shape
-            for key, first in stored.aliases.items()
-            if key.startswith(prefix)
-        }
-    )
-    shapes.update({p.site.name: p.site.shape for p in stored.plan.of(member)})
-    shapes.update(
-        {name: shapes[first] for first, names in entry.ties.items() if first in shapes for name in names}
-    )
-    own = {name: tuple(t.shape) for name, t in module.state_dict().items() if isinstance(t, Tensor)}
-    missing, unexpected = [n for n in own if n not in shapes], [n for n in shapes if n not in own]
-    other = [f"{n} {shapes[n]} for {own[n]}" for n in own if n in shapes and shapes[n] != own[n]]
-    parts = [
-        f"{len(names)} {what}: {_few(names)}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", other))
-        if names
-    ]
-    if parts:
-        raise ArtifactError(
-            f"The tensors stored for member '{member}' must be those of {type(module).__name__}, but "
-            f"there are {'; '.join(parts)}; copy the artifact again, or install the library versions "
-            "in its manifest."
-        )
 
 
 def wrong_hashes(folder: Path, manifest: Manifest) -> dict[str, str]:
@@ -160,7 +88,7 @@ def _tensor_files(manifest: Manifest, members: Iterable[str]) -> dict[str, list[
         stem: [
             path
             for path in manifest.files
-            if _TENSORS.fullmatch(path)
+            if TENSOR_FILE.fullmatch(path)
             and re.fullmatch(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors", path)
         ]
         for stem in stems
@@ -259,16 +187,3 @@ def _wrong_bank(bank: BankPlan, stored: Stored) -> list[str]:
         if held is not None and not bool(torch.isfinite(held).all()):
             bad.append(f"bank {bank.key} has NaN or infinite values in {part}")
     return bad
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _raise(folder: Path, bad: Sequence[str]) -> None:
-    if bad:
-        raise ArtifactError(
-            f"The artifact {folder} is damaged: {'; '.join(bad[:10])}"
-            f"{f'; and {len(bad) - 10} more' if len(bad) > 10 else ''}; copy it again, or write it "
-            "anew."
-        )

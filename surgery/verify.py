@@ -23,8 +23,8 @@ from surgery.joint import JointModel
 from surgery.manifest import NAME, Manifest, checksum_holds, read_manifest
 from surgery.member import Inputs, Member, Origin, content_hash
 from surgery.probes import outputs_of, probe_inputs, relative_error
-from surgery.reading import read_stored, small_files, wrong_hashes
-from surgery.sketch import draw
+from surgery.reading import read_stored, wrong_hashes
+from surgery.recorded import inputs_of, origin_of, small_files
 from surgery.states import build_banks, state_of
 
 ROUNDING = 1e-5  # relative: a kernel may add the terms of a block in another order than the recorded one
@@ -148,7 +148,8 @@ def _check(
     where: str,
 ) -> MemberCheck:
     """Compare a member's state dict with the record, its module with that, and both with the origin."""
-    recorded_hash, found = manifest.members[name].hash, content_hash(state)
+    found = content_hash(state)
+    recorded_hash = manifest.members[name].hash or found  # without one, its files are the state dict
     rebuilt = found == recorded_hash
     if not rebuilt:
         reasons.append(
@@ -160,7 +161,7 @@ def _check(
     if origin is None:
         return MemberCheck(name, not reasons, tuple(reasons), rebuilt, where, recorded_error=recorded)
     original = origin.module.state_dict()
-    where, changed = _compare_hash(manifest, name, original)
+    where, changed = _compare_hash(manifest, name, original, found)
     reasons += changed
     error = None
     if joint is not None:
@@ -177,10 +178,9 @@ def _load_origin(
     """The member as it was before it was joined, or why it cannot be had."""
     from surgery.references import load_member
 
-    entry = manifest.members[name]
-    origin = Origin(**entry.origin.model_dump())
+    origin = origin_of(manifest, name)
     if given is not None:
-        return Member(name, given.eval(), draw(entry.inputs), origin), "given"
+        return Member(name, given.eval(), inputs_of(manifest, name), origin), "given"
     if origin.kind == "module" or origin.reference == origin.architecture.rpartition(".")[2]:
         return None, "not compared: it was a live module"
     if origin.kind == "factory" and not run:
@@ -195,7 +195,7 @@ def _load_member(
     folder: Path, name: str, origin: Member | None, manifest: Manifest, trust: bool, run: bool
 ) -> tuple[JointModel | None, str | None]:
     """The member from the artifact, ready to run, and what is wrong where it cannot be had."""
-    kind = manifest.members[name].origin.kind
+    kind = origin_of(manifest, name).kind
     if (kind == "module" and origin is None) or (kind == "factory" and not run):
         return None, None
     modules = {name: deepcopy(origin.module)} if origin is not None and kind == "module" else None
@@ -205,11 +205,13 @@ def _load_member(
         return None, f"it cannot be rebuilt: {error}"
 
 
-def _compare_hash(manifest: Manifest, name: str, original: Mapping[str, Tensor]) -> tuple[str, list[str]]:
+def _compare_hash(
+    manifest: Manifest, name: str, original: Mapping[str, Tensor], rebuilt: str
+) -> tuple[str, list[str]]:
     recorded = ((manifest.report or {}).get("hashes") or {}).get(name)
     found = content_hash(original)
     if recorded is None:
-        return ("same" if found == manifest.members[name].hash else "found"), []
+        return ("same" if found == rebuilt else "found"), []
     if found == recorded:
         return "same", []
     return "changed", [

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.card import PICTURE, make_card
+from surgery.dictionary import Bank
 from surgery.errors import OutputError
 from surgery.files import files_below, new_folder, sha256_of
 from surgery.layout import encoded_entries, parts_of, plan_entries
@@ -18,7 +19,7 @@ from surgery.manifest import NAME, VERSION, is_safe, listed_files, manifest_byte
 from surgery.member import Member, content_hash
 from surgery.picture import draw_sharing
 from surgery.precision import Encoded
-from surgery.reading import DICTIONARY, WEIGHTS
+from surgery.recorded import DICTIONARY, WEIGHTS
 from surgery.shares import count_shares
 from surgery.sketch import sketch
 from surgery.states import build_banks, state_of
@@ -65,11 +66,11 @@ def _write_front(folder: Path, manifest: dict[str, Any], stored: Stored) -> None
     """Write card, picture and manifest; the picture is left out where the members are so small that it would
     make the artifact too large."""
     shares = count_shares(stored)
-    before = {name: entry["bytes"] for name, entry in manifest["members"].items()}
-    picture = draw_sharing(shares, before)
     written = {path: _file_entry(folder / path) for path in files_below(folder)}
+    before = _forget_known_bytes(manifest, written)
+    picture = draw_sharing(shares, before)
     for drawn in (picture, None):
-        front = {"README.md": make_card(manifest, shares, picture=drawn is not None).encode()}
+        front = {"README.md": make_card(manifest, shares, before, picture=drawn is not None).encode()}
         front |= {PICTURE: drawn} if drawn is not None else {}
         files = {**written, **{name: _entry(content) for name, content in front.items()}}
         content = manifest_bytes({**manifest, "files": dict(sorted(files.items()))})
@@ -92,30 +93,13 @@ def _describe(
     built = build_banks(stored)
     seed = (recipe or {}).get("seed", ((report or {}).get("probes") or {}).get("seed"))
     entries: dict[str, Any] = {}
+    first: dict[str, str] = {}  # members by what their origin and inputs are
     for member in members:
-        name, prefix = member.name, f"plain/{member.name}/"
-        state = state_of(stored, name, built)
-        once = {id(tensor): (key, tensor.dtype, tuple(tensor.shape)) for key, tensor in state.items()}
-        plain = {
-            key.removeprefix(prefix): each for key, each in stored.tensors.items() if key.startswith(prefix)
-        }
-        entries[name] = _without_defaults(
-            {
-                "origin": _without_defaults(asdict(member.origin)),
-                "hash": content_hash(state),
-                "bytes": plain_file_bytes(once.values()) + sum(map(len, member.files.values())),
-                "inputs": sketch(member.inputs),
-                "ties": stored.ties.get(name, {}),
-                "encoded": encoded_entries(plain.items()),
-                "same": {
-                    key.removeprefix(prefix): first
-                    for key, first in stored.aliases.items()
-                    if key.startswith(prefix)
-                },
-                "borrowed": borrowed.get(name, {}),
-                "placements": placements.get(name, []),
-            }
-        )
+        described = {"origin": _without_defaults(asdict(member.origin)), "inputs": sketch(member.inputs)}
+        like = first.setdefault(json.dumps(described), member.name)
+        entry = described if like == member.name else {"like": like}
+        held = _describe_tensors(stored, member, built, placements.get(member.name, []))
+        entries[member.name] = _without_defaults({**entry, **held, "borrowed": borrowed.get(member.name, {})})
     for key, bank in banks.items():
         prefix = f"bank/{key}/"
         parts = (
@@ -127,6 +111,40 @@ def _describe(
     start = {"format": "surgery", "version": VERSION, "versions": _versions(), "members": entries}
     rest = {"seed": seed, "banks": banks, "views": views, "report": None if report is None else dict(report)}
     return {**start, **_without_defaults(rest)}
+
+
+def _describe_tensors(
+    stored: Stored, member: Member, banks: Mapping[str, Bank], placements: Sequence[Any]
+) -> dict[str, Any]:
+    """What a manifest says of one member's tensors."""
+    prefix = f"plain/{member.name}/"
+    state = state_of(stored, member.name, banks)
+    once = {id(tensor): (key, tensor.dtype, tuple(tensor.shape)) for key, tensor in state.items()}
+    encoded = encoded_entries(
+        (key.removeprefix(prefix), each) for key, each in stored.tensors.items() if key.startswith(prefix)
+    )
+    same = {key.removeprefix(prefix): at for key, at in stored.aliases.items() if key.startswith(prefix)}
+    return {
+        "hash": content_hash(state) if encoded or same or placements else None,
+        "bytes": plain_file_bytes(once.values()) + sum(map(len, member.files.values())),
+        "ties": stored.ties.get(member.name, {}),
+        "encoded": encoded,
+        "same": same,
+        "placements": placements,
+    }
+
+
+def _forget_known_bytes(manifest: dict[str, Any], written: Mapping[str, Any]) -> dict[str, int]:
+    """Bytes of each member before it was joined; left out of the manifest where its files have as many."""
+    before = {name: entry["bytes"] for name, entry in manifest["members"].items()}
+    now = dict.fromkeys(before, 0)
+    for path, entry in written.items():
+        if path.startswith("members/"):
+            now[path.split("/")[1]] += entry["bytes"]
+    for name, entry in manifest["members"].items():
+        if now[name] == before[name]:
+            del entry["bytes"]
+    return before
 
 
 def _by_file(stored: Stored) -> dict[str, dict[str, Encoded]]:

@@ -1,0 +1,139 @@
+"""Recorded: what an artifact says of a member besides its tensors, and whether an architecture fits these."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from surgery.errors import ArtifactError
+from surgery.manifest import Manifest
+from surgery.member import Inputs, Member, Origin
+from surgery.sketch import draw
+from surgery.storage import Stored
+
+DICTIONARY, WEIGHTS = "dictionary", "weights"
+TENSOR_FILE = re.compile(rf"(.*/)?({DICTIONARY}|{WEIGHTS})(-\d{{5}}-of-\d{{5}})?\.safetensors")
+INDEX_FILE = re.compile(rf"(.*/)?({DICTIONARY}|{WEIGHTS})\.safetensors\.index\.json")
+
+
+def origin_of(manifest: Manifest, member: str) -> Origin:
+    """Where a member came from."""
+    entry = manifest.members[manifest.members[member].like or member].origin
+    assert entry is not None  # the manifest was validated
+    return Origin(**entry.model_dump())
+
+
+def inputs_of(manifest: Manifest, member: str) -> Inputs:
+    """A member's example inputs, drawn from their sketch.
+
+    Raises:
+        ArtifactError: where it is no sketch.
+    """
+    try:
+        return draw(manifest.members[manifest.members[member].like or member].inputs)
+    except ValueError as error:
+        raise ArtifactError(
+            f"The example inputs of member '{member}' must be a sketch, but {error}; copy the artifact again."
+        ) from error
+
+
+def read_member(folder: Path, manifest: Manifest, member: str, module: nn.Module) -> Member:
+    """A member as it is recorded, with the module that is given.
+
+    Raises:
+        ArtifactError: where its small files are missing or changed.
+    """
+    files = read_small_files(folder, manifest, member)
+    return Member(member, module, inputs_of(manifest, member), origin_of(manifest, member), files)
+
+
+def small_files(manifest: Manifest, member: str) -> dict[str, str]:
+    """A member's small files: where each lies in the artifact, by its own relative path."""
+    prefix = f"members/{member}/"
+    own = {
+        path.removeprefix(prefix): path
+        for path in manifest.files
+        if path.startswith(prefix) and not TENSOR_FILE.fullmatch(path) and not INDEX_FILE.fullmatch(path)
+    }
+    borrowed = manifest.members[member].borrowed
+    own.update({file: f"members/{lender}/{file}" for file, lender in borrowed.items()})
+    return dict(sorted(own.items()))
+
+
+def read_small_files(folder: Path, manifest: Manifest, member: str) -> dict[str, bytes]:
+    """A member's small files, each with the recorded hash.
+
+    Raises:
+        ArtifactError: naming every file that is missing or is not the one recorded.
+    """
+    found: dict[str, bytes] = {}
+    bad: list[str] = []
+    for file, path in small_files(manifest, member).items():
+        if (folder / path).is_file():
+            found[file] = (folder / path).read_bytes()
+            if hashlib.sha256(found[file]).hexdigest() != manifest.files[path].sha256:
+                bad.append(f"{path} is not the file that was recorded")
+        else:
+            bad.append(f"{path} is missing")
+    raise_damaged(folder, bad)
+    return found
+
+
+def check_fit(stored: Stored, member: str, module: nn.Module) -> None:
+    """Compare the names and shapes that are stored for a member with its architecture.
+
+    Raises:
+        ArtifactError: naming all missing, unexpected and misshapen tensors.
+    """
+    prefix = f"plain/{member}/"
+    shapes = {
+        key.removeprefix(prefix): each.shape for key, each in stored.tensors.items() if key.startswith(prefix)
+    }
+    shapes.update(
+        {
+            key.removeprefix(prefix): stored.tensors[first].shape
+            for key, first in stored.aliases.items()
+            if key.startswith(prefix)
+        }
+    )
+    shapes.update({p.site.name: p.site.shape for p in stored.plan.of(member)})
+    shapes.update(
+        {
+            name: shapes[first]
+            for first, names in stored.ties.get(member, {}).items()
+            if first in shapes
+            for name in names
+        }
+    )
+    own = {name: tuple(t.shape) for name, t in module.state_dict().items() if isinstance(t, Tensor)}
+    missing, unexpected = [n for n in own if n not in shapes], [n for n in shapes if n not in own]
+    other = [f"{n} {shapes[n]} for {own[n]}" for n in own if n in shapes and shapes[n] != own[n]]
+    parts = [
+        f"{len(names)} {what}: {_few(names)}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", other))
+        if names
+    ]
+    if parts:
+        raise ArtifactError(
+            f"The tensors stored for member '{member}' must be those of {type(module).__name__}, but "
+            f"there are {'; '.join(parts)}; copy the artifact again, or install the library versions "
+            "in its manifest."
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def raise_damaged(folder: Path, bad: Sequence[str]) -> None:
+    """Raise one error for everything that is wrong with an artifact's files, if anything is."""
+    if bad:
+        raise ArtifactError(
+            f"The artifact {folder} is damaged: {'; '.join(bad[:10])}"
+            f"{f'; and {len(bad) - 10} more' if len(bad) > 10 else ''}; copy it again, or write it "
+            "anew."
+        )
