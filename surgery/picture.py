@@ -17,7 +17,8 @@ from surgery.shares import COPIES, ROWS, Shares
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MOST = 12  # members drawn one by one; the others are drawn as one
+FEW = 6  # members whose names and figures fit into the right half; more are numbered
+MOST = 10  # members drawn one by one; the others are drawn as one
 _COLOURS = 48  # of the palette: flat areas and text edges need no more
 _INK, _MUTED, _GRID, _EMPTY = "#1f2933", "#66727f", "#e3e7eb", "#edf0f2"
 _FILLS = {
@@ -96,7 +97,10 @@ def _draw_bytes(ax: Axes, shares: Shares, before: Mapping[str, int]) -> None:
         share = f", {start[place] / before[name]:.0%}" if before[name] else ""
         at = max(start[place], before[name]) + 0.015 * largest
         ax.text(at, place, f"{in_words(start[place])}{share}", va="center", fontsize=9, color=_INK)
-    ax.set_yticks(range(len(names)), [_short(name) for name in names], fontsize=9, color=_INK)
+    labels = [
+        f"{_short(name)}  {i + 1}" if len(names) > FEW else _short(name) for i, name in enumerate(names)
+    ]
+    ax.set_yticks(range(len(names)), labels, fontsize=9, color=_INK)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlim(0, 1.26 * largest)
     ax.xaxis.set_major_locator(MaxNLocator(4))
@@ -117,19 +121,20 @@ def _draw_blocks(ax: Axes, shares: Shares) -> None:
 
     blocks = np.array(shares.blocks, dtype=float)
     count = len(blocks)
-    depth = np.log1p(blocks) / max(float(np.log1p(blocks.max())), 1.0)
+    depth = np.sqrt(blocks / max(float(blocks.max()), 1.0))
     warm = LinearSegmentedColormap.from_list("warm", [_EMPTY, "#f6c9a0", "#e2795b", _FILLS[ROWS]], 16)
     ax.imshow(depth, cmap=warm, vmin=0, vmax=1, aspect="auto")
-    names = [_short(name, 12) for name in shares.members]
-    slanted = count > 3
+    numbered = count > FEW
+    names = [str(i + 1) if numbered else _short(name, 12) for i, name in enumerate(shares.members)]
+    slanted = count > 3 and not numbered
     side = "right" if slanted else "center"
     ax.set_xticks(range(count), names, fontsize=8, color=_INK, rotation=30 if slanted else 0, ha=side)
     ax.set_yticks(range(count), names, fontsize=8, color=_INK)
-    for row in range(count):
-        for column in range(count):
-            ink = "white" if depth[row, column] > 0.6 else _INK if depth[row, column] else _MUTED
-            text = _figure(blocks[row, column])
-            ax.text(column, row, text, ha="center", va="center", fontsize=9 if count <= 6 else 7, color=ink)
+    for row, column in () if numbered else np.ndindex(count, count):
+        ink = "white" if depth[row, column] > 0.6 else _INK if depth[row, column] else _MUTED
+        ax.text(
+            column, row, _figure(float(blocks[row, column])), ha="center", va="center", fontsize=9, color=ink
+        )
     for edge in range(count - 1):
         ax.axhline(edge + 0.5, color="white", linewidth=2)
         ax.axvline(edge + 0.5, color="white", linewidth=2)
