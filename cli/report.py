@@ -164,10 +164,12 @@ def disk_bytes(folder: Path) -> int:
 def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
     """What a merge did: members, what saved how much, how tensors are stored."""
     report = joint.report
-    before, disk = sum(report.original_bytes.values()), disk_bytes(folder)
-    console.heading(
-        f"{folder}: {console.size(disk)} on disk, {console.percent(disk / before)} of the "
-        f"{console.size(before)} that {len(joint.names)} members take apart"
+    before, weights = sum(report.original_bytes.values()), report.stored_bytes
+    disk = disk_bytes(folder)
+    console.heading(f"{folder}: {len(joint.names)} members, {console.size(disk)} on disk")
+    console.say(
+        f"Weights {console.size(weights)}, {console.percent(weights / before)} of the {console.size(before)} "
+        f"that they take apart; tokenizers, configurations and records {console.size(disk - weights)}."
     )
     table = console.table("member", ">parameters", ">before", ">after", ">output moved by")
     for row in outcome_rows(joint):

@@ -165,7 +165,7 @@ def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
         exists.
     """
     from surgery.plan import make_plan
-    from surgery.references import load_member
+    from surgery.references import load_member, parse_reference
     from surgery.sites import discover
 
     members: list[Member] = []
@@ -191,7 +191,7 @@ def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
     block = recipe.parameters.block or starting_block(anatomies)
     plan = make_plan(anatomies, block, recipe.parameters.context or 4)
     models = tuple(
-        Model(model=model.model, name=member.name, calibrate=model.calibrate)
+        Model(model=parse_reference(model.model)[1], name=member.name, calibrate=model.calibrate)
         for model, member in zip(recipe.models, members, strict=True)
     )
     named = recipe.model_copy(update={"models": models})

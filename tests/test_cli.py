@@ -3,17 +3,13 @@
 import importlib
 import importlib.util
 import json
-import shlex
 import subprocess
 import sys
 import textwrap
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
-from pathlib import Path
 
 import pytest
-from surgery_cli.__main__ import app, main
-from surgery_cli.demo import demo_recipe, equivalent_command
+from command_line import assert_same_files, files_in, surgery
+from surgery_cli.__main__ import app
 from typer.testing import CliRunner
 
 FACTORY = """
@@ -46,24 +42,6 @@ def nets(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nets.py").write_text(textwrap.dedent(FACTORY))
     return ["a=nets.py:one", "b=nets.py:two"]
-
-
-def surgery(*arguments):
-    """Run the command line in this process as the shell would: exit code, stdout and stderr."""
-    out, err = StringIO(), StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            main([str(each) for each in arguments])
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-    return code, out.getvalue(), err.getvalue()
-
-
-def files_in(folder: Path):
-    return sorted(
-        str(path.relative_to(folder)) for path in folder.rglob("*") if "__pycache__" not in path.parts
-    )
 
 
 def test_help_and_version_do_not_import_torch():
@@ -122,6 +100,16 @@ def test_inspect_on_screen(nets):
     assert "site 1x48x8" in out and "a linear map" in out
 
 
+def test_the_recorded_recipe_runs_again_to_the_same_folder(nets, tmp_path):
+    for options in (
+        [*nets, "--budget", "0.5", "--out", "one"],
+        ["--config", "one/recipe.yaml", "--out", "two"],
+    ):
+        code, _, err = surgery("merge", *options, "--quiet")
+        assert code == 0, err
+    assert_same_files(tmp_path / "one", tmp_path / "two")
+
+
 def test_dry_run_writes_nothing(nets, tmp_path):
     before = files_in(tmp_path)
     code, out, _ = surgery("merge", *nets, "--out", "joint", "--dry-run", "--verbose")
@@ -152,10 +140,7 @@ def test_same_seed_same_artifact(nets, tmp_path):
     for name in ("one", "two"):
         code, _, err = surgery("merge", *nets, "--out", name, "--quiet", "--budget", "0.5", "--seed", "3")
         assert code == 0, err
-    assert files_in(tmp_path / "one") == files_in(tmp_path / "two")
-    for path in files_in(tmp_path / "one"):
-        if (tmp_path / "one" / path).is_file():
-            assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
+    assert_same_files(tmp_path / "one", tmp_path / "two")
 
 
 def test_quiet_merge_prints_nothing_on_stdout(nets):
@@ -275,23 +260,6 @@ def test_interrupt_ends_with_130_and_leaves_nothing(nets, tmp_path, monkeypatch)
     assert not (tmp_path / "joint").exists()
 
 
-def test_demo_without_its_packages_names_the_extra(nets, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    code, _, err = surgery("demo", "--quiet")
-    assert code == 2 and 'pip install "model-surgery[demo]"' in err
-
-
-def test_demo_checks_the_weights(tmp_path, monkeypatch):
-    from surgery_cli import demo_weights
-
-    from surgery.errors import LoadError
-
-    (tmp_path / "w.bin").write_bytes(b"other")
-    monkeypatch.setattr(demo_weights, "package_file", lambda package, path: tmp_path / "w.bin")
-    with pytest.raises(LoadError, match="SHA-256"):
-        demo_weights.known_file("some_package", "w.bin", "0" * 64)
-
-
 def test_sizes_and_fractions_for_people():
     from surgery_cli import console
 
@@ -304,34 +272,3 @@ def test_sizes_and_fractions_for_people():
     ]
     assert [console.count(n) for n in (384, 9984, 21_120, 22_713_216)] == ["384", "9984", "21.1k", "22.7M"]
     assert [console.percent(x) for x in (0, 1e-7, 0.26)] == ["0%", "<0.1%", "26.0%"]
-
-
-@pytest.mark.slow
-def test_demo_and_the_command_that_it_prints_write_the_same_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, out, err = surgery("demo", "--json")
-    assert code == 0, err
-    found = json.loads(out)
-    assert found["report"]["met"] and found["verified"]
-    assert all(found["reloaded"]["same_weights"].values()) and all(found["reloaded"]["same_outputs"].values())
-    assert all(moved < 0.1 for moved in found["real_inputs"]["moved"].values())
-    assert min(found["real_inputs"]["cosines"]) > 0.99 and found["real_inputs"]["same_class"] >= 12
-
-    recipe = demo_recipe(
-        (
-            "demo/weights/all-MiniLM-L6-v2",
-            "timm:tf_efficientnet_lite0=demo/weights/tf_efficientnet_lite0.safetensors",
-        ),
-        Path("demo/joint"),
-        0.05,
-        0,
-    )
-    words = shlex.split(" ".join(equivalent_command(recipe)).replace("\\", ""))
-    code, _, err = surgery(*words[1:], "--quiet")
-    assert code == 0, err
-    assert files_in(tmp_path / "joint") == files_in(tmp_path / "demo" / "joint")
-    for path in files_in(tmp_path / "joint"):
-        if (tmp_path / "joint" / path).is_file():
-            assert (tmp_path / "joint" / path).read_bytes() == (
-                tmp_path / "demo" / "joint" / path
-            ).read_bytes(), path
