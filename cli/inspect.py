@@ -68,7 +68,12 @@ def inspect(
     if json:
         console.emit({**describe(member, anatomy), "totals": totals(anatomy), "tensors": rows})
         return
-    _print_tensors(rows)
+    shown = [row for row in rows if only or row["kind"] != "buffer"]
+    _print_tensors(shown)
+    if len(shown) < len(rows):
+        console.say(
+            f"{len(rows) - len(shown)} buffers are not listed; --only skipped lists them.", style="dim"
+        )
     _print_totals(member, anatomy)
 
 

@@ -100,6 +100,18 @@ def test_inspect_on_screen(nets):
     assert "site 1x48x8" in out and "a linear map" in out
 
 
+def test_inspect_counts_buffers_and_lists_them_on_request(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "norm.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def net():\n    return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval(), torch.randn(2, 4)\n"
+    )
+    _, out, _ = surgery("inspect", "norm.py:net")
+    assert "3 buffers are not listed" in out and "running_mean" not in out
+    _, out, _ = surgery("inspect", "norm.py:net", "--only", "skipped")
+    assert "running_mean" in out
+
+
 def test_the_recorded_recipe_runs_again_to_the_same_folder(nets, tmp_path):
     for options in (
         [*nets, "--budget", "0.5", "--out", "one"],
