@@ -15,7 +15,7 @@ from surgery.recorded import origin_of, read_member
 from surgery.reports import report_of, restrict_report
 from surgery.states import hollow, state_of
 from surgery.storage import Stored, store
-from surgery.trim import restrict
+from surgery.trim import on_cpu, restrict
 from surgery.writing import write
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _one(source: str | Path | JointModel, member: str) -> tuple[Stored, Member, 
     if isinstance(source, JointModel):
         _check_name(member, source.names)
         report = restrict_report(report_of(source), [member], len(source) == 1)
-        return restrict(store(source), [member]), source.members[member], report
+        return restrict(on_cpu(store(source)), [member]), source.members[member], report
     folder = Path(source).expanduser()
     manifest = read_manifest(folder)
     _check_name(member, manifest.members)

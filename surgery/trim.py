@@ -51,6 +51,11 @@ def restrict(stored: Stored, members: Iterable[str]) -> Stored:
     return Stored(plan, tensors, aliases, {name: stored.ties[name] for name in names if name in stored.ties})
 
 
+def on_cpu(stored: Stored) -> Stored:
+    """The same with all tensors on the CPU; those that are there already are not copied."""
+    return replace(stored, tensors={key: _to_cpu(each) for key, each in stored.tensors.items()})
+
+
 def thrift(stored: Stored) -> Stored:
     """Store plainly what is smaller so, names and headers counted; every decoded value stays what it was."""
     stored = _drop_costly_banks(stored)
@@ -65,6 +70,10 @@ def entry_bytes(name: str, encoded: Encoded) -> int:
     """About what a tensor takes in an artifact: its parts, their entries, and its name in the manifest."""
     listed = len(name) + 3 if encoded.precision.bits else 0
     return encoded.nbytes + listed + sum(len(name) + len(part) + ENTRY for part in encoded.parts)
+
+
+def _to_cpu(encoded: Encoded) -> Encoded:
+    return replace(encoded, parts={name: part.cpu() for name, part in encoded.parts.items()})
 
 
 def _if_smaller(key: str, encoded: Encoded) -> Encoded:

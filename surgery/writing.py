@@ -25,7 +25,7 @@ from surgery.sketch import sketch
 from surgery.states import build_banks, state_of
 from surgery.storage import Stored
 from surgery.tensorfiles import plain_file_bytes, read_header, write_tensors
-from surgery.trim import thrift
+from surgery.trim import on_cpu, thrift
 from surgery.version import __version__
 
 ALLOWANCE = 64 * 1024  # bytes that an artifact may be larger than its members' own files
@@ -43,7 +43,7 @@ def write(
     max_shard_size: int | str = "5GB",
 ) -> Path:
     """Write what is stored of some members; `save` says what the arguments are."""
-    stored = thrift(stored)
+    stored = thrift(on_cpu(stored))
     _check_names(members)
     own, borrowed = _share_files(members)
     room = (

@@ -227,6 +227,14 @@ def test_training_after_loading(tmp_path: Path):
     assert verify(tmp_path / "out").ok  # mapped from the disk, but never written to
 
 
+def test_an_artifact_may_replace_the_one_it_was_loaded_from(tmp_path: Path):
+    out = save(fitted(), tmp_path / "out", recipe={"seed": 3})
+    before = contents(out)
+    loaded = load(out, modules=modules())
+    assert contents(save(loaded, out, overwrite=True)) == before
+    assert same(states(loaded), states(load(out, modules=modules())))
+
+
 def test_live_modules_are_asked_for(tmp_path: Path):
     out = save(pair(), tmp_path / "out")
     with pytest.raises(ArtifactError, match=r"'one' was a live module .*modules=\{'one': module\}"):
