@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
@@ -113,9 +114,17 @@ def command(text: str) -> None:
 
 
 def emit(document: Any) -> None:
-    """The one JSON document of a `--json` run."""
-    json.dump(document, sys.stdout, indent=2, allow_nan=False, default=str)
+    """The one JSON document of a `--json` run; JSON knows no NaN and no infinity, so these become null."""
+    json.dump(_finite(document), sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import textwrap
 
 import pytest
 from command_line import assert_same_files, files_in, surgery
+from surgery_cli import console
 from surgery_cli.__main__ import app
 from typer.testing import CliRunner
 
@@ -273,8 +274,6 @@ def test_interrupt_ends_with_130_and_leaves_nothing(nets, tmp_path, monkeypatch)
 
 
 def test_sizes_and_fractions_for_people():
-    from surgery_cli import console
-
     assert [console.size(n) for n in (0, 999, 1000, 90_868_376, 2.5e12)] == [
         "0 B",
         "999 B",
@@ -284,3 +283,8 @@ def test_sizes_and_fractions_for_people():
     ]
     assert [console.count(n) for n in (384, 9984, 21_120, 22_713_216)] == ["384", "9984", "21.1k", "22.7M"]
     assert [console.percent(x) for x in (0, 1e-7, 0.26)] == ["0%", "<0.1%", "26.0%"]
+
+
+def test_json_holds_null_for_what_is_no_number(capsys):
+    console.emit({"a": float("nan"), "b": [1.5, float("inf")], "c": (1, "x", None)})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, None], "c": [1, "x", None]}
