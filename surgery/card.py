@@ -133,6 +133,8 @@ def _origin(members: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _cell(origin: Mapping[str, Any]) -> str:
     reference, architecture = str(origin["reference"]), str(origin["architecture"])
+    if reference.startswith("timm:"):
+        reference = reference.partition("=")[0]  # where somebody's weights lay tells a reader nothing
     local = reference.startswith(("/", "~", ".")) or ("\\" in reference)
     named = architecture if local or reference == architecture else f"{reference} ({architecture})"
     return "`" + named.replace("|", "\\|").replace("`", "'")[:120] + "`"
