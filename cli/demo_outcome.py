@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from surgery.joint import JointModel
     from surgery.member import Inputs
     from surgery.recipe import Recipe
-    from surgery.verify import VerifyReport
+    from surgery.artifact.verify import VerifyReport
 
 Outputs = Mapping[str, Sequence[tuple["Tensor", ...]]]
 
@@ -85,9 +85,9 @@ def measure(recipe: Recipe, inputs: Path, *, overwrite: bool) -> Outcome:
         overwrite: whether the artifact may be replaced.
     """
     from surgery.artifact import load
-    from surgery.merge import merge, prepare, read_probes
+    from surgery.merging import merge, prepare, read_probes
     from surgery.progress import task
-    from surgery.verify import verify
+    from surgery.artifact.verify import verify
 
     prepared = prepare(recipe)
     text, image = (member.name for member in prepared.members)

@@ -40,8 +40,8 @@ def export(
     """Write one member as a model of its own."""
     if format not in ("plain", "compressed"):
         raise typer.BadParameter(f"must be plain or compressed, not '{format}'", param_hint="--format")
-    from surgery.export import export as write
-    from surgery.merge import check_target
+    from surgery.artifact.export import export as write
+    from surgery.merging import check_target
     from surgery.progress import task
 
     from . import console, report

@@ -207,7 +207,7 @@ def preview(
     recipe: Recipe, overwrite: bool, trust_remote_code: bool, *, json: bool, quiet: bool, verbose: bool
 ) -> None:
     """A dry run: everything up to the plan, and whether the target could be written."""
-    from surgery.merge import check, prepare
+    from surgery.merging import check, prepare
 
     from . import console, report
 
@@ -224,7 +224,7 @@ def run(
     recipe: Recipe, overwrite: bool, trust_remote_code: bool, *, json: bool, quiet: bool, verbose: bool
 ) -> None:
     """The merge itself, then what it did."""
-    from surgery.merge import merge
+    from surgery.merging import merge
 
     from . import console, report
 

@@ -10,7 +10,7 @@ from . import console
 
 if TYPE_CHECKING:
     from surgery.joint import JointModel
-    from surgery.merge import Prepared
+    from surgery.merging import Prepared
 
 PRECISION = "fewer bits for each number: rounding, not sharing"
 SHARING = "what members or layers have in common, stored once"

@@ -10,7 +10,7 @@ import typer
 from .options import FLAG, RUN, Debug, Json, Quiet, TrustRemoteCode
 
 if TYPE_CHECKING:
-    from surgery.verify import VerifyReport
+    from surgery.artifact.verify import VerifyReport
 
 EXAMPLES = """
 surgery verify joint
@@ -49,7 +49,7 @@ def verify(
     Ends with exit code 1 where something does not match. An origin that cannot be reached is no mismatch.
     """
     from surgery.progress import task
-    from surgery.verify import verify as check
+    from surgery.artifact.verify import verify as check
 
     from . import console
 

@@ -23,31 +23,31 @@ from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery.artifact import load, save
-    from surgery.export import export
+    from surgery.artifact.export import export
     from surgery.fit import FitReport, fit
     from surgery.joint import JointModel, join
     from surgery.member import Inputs, Member, Origin
-    from surgery.merge import merge
+    from surgery.merging import merge
     from surgery.plan import Plan, make_plan
     from surgery.recipe import Recipe
     from surgery.references import load_member
     from surgery.sites import Anatomy, LeftAlone, Site, discover
     from surgery.tracing import trace
-    from surgery.verify import VerifyReport, verify
+    from surgery.artifact.verify import VerifyReport, verify
 
 _HOMES = {
     "artifact": ("load", "save"),
-    "export": ("export",),
+    "artifact.export": ("export",),
     "fit": ("FitReport", "fit"),
     "joint": ("JointModel", "join"),
     "member": ("Inputs", "Member", "Origin"),
-    "merge": ("merge",),
+    "merging": ("merge",),
     "plan": ("Plan", "make_plan"),
     "recipe": ("Recipe",),
     "references": ("load_member",),
     "sites": ("Anatomy", "LeftAlone", "Site", "discover"),
     "tracing": ("trace",),
-    "verify": ("VerifyReport", "verify"),
+    "artifact.verify": ("VerifyReport", "verify"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

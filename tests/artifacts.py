@@ -77,7 +77,7 @@ def size(folder: Path) -> int:
 
 def rewrite(folder: Path, change) -> None:
     """Change a manifest by a function of its JSON, with a right checksum."""
-    from surgery.manifest import manifest_bytes
+    from surgery.artifact.manifest import manifest_bytes
 
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest.pop("checksum")

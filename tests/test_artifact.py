@@ -22,8 +22,8 @@ from surgery.plan import place
 from surgery.precision import BFLOAT16, Precision, encode
 from surgery.sites import discover
 from surgery.storage import Stored, revive, store
-from surgery.verify import verify
-from surgery.writing import ALLOWANCE
+from surgery.artifact.verify import verify
+from surgery.artifact.writing import ALLOWANCE
 
 
 def states(joint: JointModel) -> dict[str, dict[str, torch.Tensor]]:

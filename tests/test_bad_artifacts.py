@@ -12,7 +12,7 @@ from artifacts import contents, modules, pair, rewrite, seeded, stack
 
 from surgery.artifact import load, save
 from surgery.errors import ArtifactError
-from surgery.verify import verify
+from surgery.artifact.verify import verify
 
 DAMAGEABLE = ["README.md", "dictionary.safetensors", "manifest.json", "members/one/config.json",
               "members/one/weights.safetensors", "members/two/weights.safetensors", "recipe.yaml",

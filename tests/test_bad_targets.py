@@ -12,7 +12,8 @@ import torch
 from artifacts import contents, pair, seeded, stack
 
 import surgery
-from surgery import files, writing
+from surgery import files
+from surgery.artifact import writing
 from surgery.artifact import save
 from surgery.errors import OutputError
 

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from surgery.axes import Axes, Factor, Shape
+from surgery.layers.axes import Axes, Factor, Shape
 from surgery.views import CanonicalView
 
 

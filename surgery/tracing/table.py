@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from surgery.axes import Axes
+from surgery.layers.axes import Axes
 from surgery.layers import KINDS, read_module
 from surgery.tracing.layout import Layout, canonical_view
 from surgery.tracing.types import Use

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from surgery.shares import COPIES, ROWS, Shares
+from surgery.artifact.shares import COPIES, ROWS, Shares
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

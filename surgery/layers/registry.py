@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from surgery import operations
-from surgery.axes import (
+from surgery.layers import operations
+from surgery.layers.axes import (
     Axes,
     Shape,
     conv_axes,
@@ -24,7 +24,7 @@ from surgery.axes import (
     linear_axes,
     right_axes,
 )
-from surgery.operations import Call, Reader, Reading
+from surgery.layers.operations import Call, Reader, Reading
 
 ModuleReader = Callable[[nn.Module], Iterator[tuple[str, Axes | None]]]
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from surgery.errors import PlanError
 from surgery.files import new_folder
 from surgery.joint import JointModel
-from surgery.manifest import listed_files, read_manifest
+from surgery.artifact.manifest import listed_files, read_manifest
 from surgery.member import Member
-from surgery.reading import read_stored
-from surgery.recorded import origin_of, read_member
-from surgery.reports import report_of, restrict_report
-from surgery.states import hollow, state_of
+from surgery.artifact.reading import read_stored
+from surgery.artifact.recorded import origin_of, read_member
+from surgery.artifact.reports import report_of, restrict_report
+from surgery.artifact.states import hollow, state_of
 from surgery.storage import Stored, store
-from surgery.trim import on_cpu, restrict
-from surgery.writing import write
+from surgery.artifact.trim import on_cpu, restrict
+from surgery.artifact.writing import write
 
 if TYPE_CHECKING:
     from torch import nn
@@ -87,7 +87,7 @@ def _export_plain(
 
 def _read_plain(source: str | Path, member: str, trust: bool) -> tuple[Member, nn.Module]:
     """One member of an artifact and its module with ordinary weights."""
-    from surgery.artifact import load
+    from surgery.artifact.folder import load
 
     manifest = read_manifest(Path(source).expanduser())
     _check_name(member, manifest.members)

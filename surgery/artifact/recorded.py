@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from surgery.errors import ArtifactError
-from surgery.manifest import Manifest
+from surgery.artifact.manifest import Manifest
 from surgery.member import Inputs, Member, Origin
-from surgery.sketch import draw
+from surgery.artifact.sketch import draw
 from surgery.storage import Stored
 
 DICTIONARY, WEIGHTS = "dictionary", "weights"

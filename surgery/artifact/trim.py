@@ -16,7 +16,7 @@ from torch import Tensor
 from surgery.plan import BankPlan, Placement, torch_dtype
 from surgery.precision import NATIVE, Encoded, decode, take_rows
 from surgery.settle import index_dtype
-from surgery.states import build_banks, weight_of
+from surgery.artifact.states import build_banks, weight_of
 from surgery.storage import Stored
 
 ENTRY = 64  # bytes of one tensor's entry in a header, beyond its name

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.axes import (
+from surgery.layers.axes import (
     Axes,
     Shape,
     contracted_axes,

@@ -13,7 +13,7 @@ import torch
 
 from surgery.blocks import BlockGrid
 from surgery.errors import ArtifactError
-from surgery.manifest import EncodedGroup, Manifest, ViewEntry
+from surgery.artifact.manifest import EncodedGroup, Manifest, ViewEntry
 from surgery.plan import BankPlan, Placement, Plan
 from surgery.precision import Encoded, Precision
 from surgery.sites import Site

@@ -10,22 +10,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from surgery.card import PICTURE, make_card
+from surgery.artifact.card import PICTURE, make_card
 from surgery.dictionary import Bank
 from surgery.errors import OutputError
 from surgery.files import files_below, new_folder, sha256_of
-from surgery.layout import encoded_entries, parts_of, plan_entries
-from surgery.manifest import NAME, VERSION, is_safe, listed_files, manifest_bytes
+from surgery.artifact.layout import encoded_entries, parts_of, plan_entries
+from surgery.artifact.manifest import NAME, VERSION, is_safe, listed_files, manifest_bytes
 from surgery.member import Member, content_hash
-from surgery.picture import draw_sharing
+from surgery.artifact.picture import draw_sharing
 from surgery.precision import Encoded
-from surgery.recorded import DICTIONARY, WEIGHTS
-from surgery.shares import count_shares
-from surgery.sketch import sketch
-from surgery.states import build_banks, state_of
+from surgery.artifact.recorded import DICTIONARY, WEIGHTS
+from surgery.artifact.shares import count_shares
+from surgery.artifact.sketch import sketch
+from surgery.artifact.states import build_banks, state_of
 from surgery.storage import Stored
-from surgery.tensorfiles import plain_file_bytes, read_header, write_tensors
-from surgery.trim import on_cpu, thrift
+from surgery.artifact.tensorfiles import plain_file_bytes, read_header, write_tensors
+from surgery.artifact.trim import on_cpu, thrift
 from surgery.version import __version__
 
 ALLOWANCE = 64 * 1024  # bytes that an artifact may be larger than its members' own files

@@ -55,7 +55,7 @@ class MemberEntry(_Entry):
 
     Attributes:
         origin: how to build its architecture again.
-        inputs: its example inputs, in short (see `surgery.sketch`).
+        inputs: its example inputs, in short (see `surgery.artifact.sketch`).
         like: an earlier member that has the same origin and inputs, in place of these.
         hash: content hash of its state dict as this artifact gives it back; left out where its own files hold
             every tensor as it is, so that their hashes say the same.

@@ -1,7 +1,7 @@
 """Reading: the tensors of an artifact, checked against its manifest.
 
 Sizes and headers are checked on every load, because that costs next to nothing; hashes of whole files are
-left to `surgery.verify`.
+left to `surgery.artifact.verify`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from surgery.files import sha256_of
-from surgery.layout import Form, encoded_forms, plan_of
-from surgery.manifest import Manifest
+from surgery.artifact.layout import Form, encoded_forms, plan_of
+from surgery.artifact.manifest import Manifest
 from surgery.plan import BankPlan
 from surgery.precision import NATIVE, Encoded, decode, part_layout
-from surgery.recorded import DICTIONARY, TENSOR_FILE, WEIGHTS, raise_damaged
+from surgery.artifact.recorded import DICTIONARY, TENSOR_FILE, WEIGHTS, raise_damaged
 from surgery.storage import Stored
-from surgery.tensorfiles import read_header, read_tensors
-from surgery.trim import restrict
+from surgery.artifact.tensorfiles import read_header, read_tensors
+from surgery.artifact.trim import restrict
 
 
 def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Stored:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.picture import in_words
-from surgery.shares import Shares
+from surgery.artifact.picture import in_words
+from surgery.artifact.shares import Shares
 
 ROWS = 24  # members listed one by one
 PICTURE = "sharing.png"
