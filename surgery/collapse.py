@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from surgery.blocks import untile
-from surgery.plan import torch_dtype
+from surgery.generation import to_weight
 from surgery.slots import locate
 
 if TYPE_CHECKING:
@@ -38,8 +37,7 @@ def collapse(joint: JointModel, name: str) -> dict[str, Tensor]:
         blocks = joint.dictionary[key].settled_blocks()
         for p in placements:
             if p.bank == key:
-                weight = p.site.view.to_tensor(untile(blocks[p.start : p.stop], p.grid))
-                state[p.site.name] = weight.contiguous().to(torch_dtype(p.site.dtype))
+                state[p.site.name] = to_weight(blocks[p.start : p.stop], p)
     for first in owners:
         if first not in state:
             holder, attribute = locate(module, first)

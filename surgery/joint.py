@@ -1,9 +1,9 @@
 """JointModel: several members and one dictionary that generates the weights of their sites.
 
-Each member runs as its own class. Its sites are slots that are filled with generated tensors: without gradients
-they are filled once and kept until the dictionary changes; with gradients every call through `joint[name]`
-generates that member's weights anew. A training step over several members or micro-batches should use
-`JointModel.step`, which generates once and goes back through the dictionary once.
+Each member runs as its own class. Its sites are slots that are filled with generated tensors: without
+gradients they are filled once and kept until the dictionary changes; with gradients every call through
+`joint[name]` generates that member's weights anew. A training step over several members or micro-batches
+should use `JointModel.step`, which generates once and goes back through the dictionary once.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.blocks import tile, untile
 from surgery.collapse import collapse
-from surgery.dictionary import Bank, Dictionary, exact_bank, master_dtype, open_bank
+from surgery.dictionary import Bank, Dictionary, exact_bank, open_bank
 from surgery.errors import PlanError
+from surgery.generation import Weights, generate_weights, move_dictionary, to_blocks
+from surgery.hooks import release, watch
 from surgery.member import Member, owners_of
-from surgery.plan import Placement, Plan, make_plan, torch_dtype
+from surgery.plan import Plan, make_plan, plan_in_dtypes, torch_dtype
 from surgery.precision import Encoded
 from surgery.sites import discover
-from surgery.slots import locate, put_back, put_in, take_out
+from surgery.slots import check_apart, forget_derived, locate, put_back, put_in, reorder, take_out
 
 
 class JointModel(nn.Module):
@@ -34,7 +35,8 @@ class JointModel(nn.Module):
     Attributes:
         plan: what is generated and what is left alone.
         dictionary: banks of rows, alignment and contexts.
-        encoded: stored form of tensors whose live value is its decoding, by storage key (see `surgery.artifact`).
+        encoded: stored form of tensors whose live value is its decoding, by storage key (see
+            `surgery.storage`).
         report: what the last fit met and saved, or None.
 
     Example:
@@ -45,21 +47,30 @@ class JointModel(nn.Module):
         torch.Size([3, 2])
     """
 
-    def __init__(self, members: Sequence[Member], plan: Plan, dictionary: Dictionary,
-                 encoded: Mapping[str, Encoded] | None = None, report: Any = None):
+    def __init__(
+        self,
+        members: Sequence[Member],
+        plan: Plan,
+        dictionary: Dictionary,
+        encoded: Mapping[str, Encoded] | None = None,
+        report: Any = None,
+    ):
         super().__init__()
         self.members: dict[str, Member] = {member.name: member for member in members}
         self.bodies = nn.ModuleList([member.module for member in members])
         self.owners = {member.name: owners_of(member.module) for member in members}
         self.state_keys = {member.name: tuple(member.module.state_dict()) for member in members}
-        self.plan, self.dictionary = plan, dictionary
-        self.encoded: dict[str, Encoded] = dict(encoded or {})
-        self.report = report
-        self._filled: dict[str, tuple] = {}  # per member: versions of the dictionary its slots were filled from
+        self._filled: dict[
+            str, tuple
+        ] = {}  # per member: versions of the dictionary its slots were filled from
+        self._inside: dict[str, str] = {}  # per member that is running: the path at which it was entered
+        self._trainable: dict[
+            tuple[str, str], bool
+        ] = {}  # `requires_grad` of the parameters that slots replaced
         self._in_step = False
-        self._install()
+        self.occupy(plan, dictionary, encoded or {}, report)
 
-    # -- members -------------------------------------------------------------------------------------------------
+    # -- members -------------------------------------------------------------------------------------------
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,39 +89,38 @@ class JointModel(nn.Module):
     def __iter__(self) -> Iterator[str]:
         return iter(self.members)
 
-    # -- generating ----------------------------------------------------------------------------------------------
+    # -- generating ----------------------------------------------------------------------------------------
 
-    def generate(self, members: Sequence[str] | None = None) -> dict[tuple[str, str], Tensor]:
+    def generate(self, members: Sequence[str] | None = None) -> Weights:
         """Generate site weights, in their members' dtypes, by `(member, site name)`; differentiable."""
         wanted = [p for p in self.plan.placements if members is None or p.site.member in members]
-        weights: dict[tuple[str, str], Tensor] = {}
-        for key in dict.fromkeys(p.bank for p in wanted):
-            placements = [p for p in wanted if p.bank == key]
-            for run in _runs(placements):
-                blocks = self.dictionary[key].blocks(run[0].start, run[-1].stop)
-                # One split: slicing once per site would make each slice's backward fill a full-size gradient.
-                for p, part in zip(run, blocks.split([p.grid.locations for p in run]), strict=True):
-                    weights[p.site.member, p.site.name] = _to_weight(part, p)
-        return weights
+        return generate_weights(self.dictionary, wanted)
 
     def refresh(self, members: Sequence[str] | None = None) -> None:
-        """Fill the slots without gradients, from the dictionary as it is now."""
-        with torch.no_grad():
+        """Fill the slots without gradients, from the dictionary as it is now.
+
+        Calls do this by themselves; it is needed only after a change through `.data`, which leaves no trace.
+
+        Raises:
+            PlanError: inside `step`, whose gradients it would lose.
+        """
+        self._refuse_in_step("Filling the slots")
+        # Tensors made in inference mode could not take part in a later training of adapters.
+        with torch.inference_mode(False), torch.no_grad():
             self._fill(self.generate(members))
-        versions = self._versions()
-        self._filled.update({name: versions for name in members or self.names})
+        self._filled.update({name: self._versions() for name in members or self.names})
 
     def clear(self) -> None:
         """Fill the slots without gradients, so that no graph is held and the model can be copied."""
         self.refresh()
 
     @contextmanager
-    def step(self) -> Iterator[dict[tuple[str, str], Tensor]]:
-        """One training step: generate once, run any forward and backward passes, then go back through the dictionary.
+    def step(self) -> Iterator[Weights]:
+        """One training step: generate once, run any forward and backward passes, then go back once.
 
-        Inside, the slots hold leaves that gather gradients at the members' own speed; on leaving, one backward
-        pass carries them into rows and contexts. Its cost depends neither on batch size nor on the number of
-        members, tasks or micro-batches.
+        Inside, the slots hold leaves that gather gradients at the members' own speed; on leaving, one
+        backward pass carries them into rows and contexts. Its cost depends neither on batch size nor on the
+        number of members, tasks or micro-batches. After an exception nothing is carried.
 
         Example:
             >>> with joint.step():
@@ -118,101 +128,148 @@ class JointModel(nn.Module):
             ...     loss_b(joint["b"](y)).backward()
             >>> optimizer.step()
         """
+        self._refuse_in_step("Another step")
         weights = self.generate()
-        leaves = {key: weight.detach().requires_grad_(weight.requires_grad) for key, weight in weights.items()}
+        leaves = {
+            key: weight.detach().requires_grad_(weight.requires_grad) for key, weight in weights.items()
+        }
         self._fill(leaves)
         self._in_step = True
         try:
             yield leaves
-            reached = [key for key, leaf in leaves.items() if leaf.grad is not None]
-            torch.autograd.backward([weights[key] for key in reached], [leaves[key].grad for key in reached])
+            reached = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+            torch.autograd.backward([weights[key] for key in reached], list(reached.values()))
         finally:
             self._in_step = False
             self._filled.clear()
 
-    # -- changing form -------------------------------------------------------------------------------------------
+    def enter(self, name: str, path: str) -> None:
+        """Before a part of a member runs: make its slots what the dictionary says, once for each call."""
+        # Within a backward pass a part runs again for gradient checkpointing, with the weights it had.
+        if self._in_step or (path and (name in self._inside or torch._C._current_graph_task_id() != -1)):
+            return
+        self._inside[name] = path
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.dictionary.parameters()):
+            below = f"{path}." if path else ""
+            own = [p for p in self.plan.of(name) if any(owner.startswith(below) for owner in p.site.owners)]
+            self._filled.pop(name, None)
+            self._fill(generate_weights(self.dictionary, own))
+        elif self._filled.get(name) != self._versions():
+            self.refresh([name])
+
+    enter._torchdynamo_disable = True  # a compiled member breaks its graph once, before its first layer
+
+    def leave(self, name: str, path: str) -> None:
+        """After a part of a member ran."""
+        if self._inside.get(name) == path:
+            del self._inside[name]
+
+    leave._torchdynamo_disable = True
+
+    # -- changing form -------------------------------------------------------------------------------------
 
     def collapse(self, name: str | None = None) -> dict[str, Any]:
         """Ordinary state dicts by member, or one member's: keys, order, dtypes and ties as they were."""
-        return collapse(self, name) if name else {each: collapse(self, each) for each in self.names}
+        return {each: collapse(self, each) for each in self.names} if name is None else collapse(self, name)
 
     def extract(self, name: str) -> nn.Module:
         """A copy of one member with ordinary parameters that depends on nothing here."""
         self.clear()
         state = self.collapse(name)
         module = deepcopy(self[name])
-        _unguard(module)
+        release(module)
         for p in self.plan.of(name):
-            put_back(module, p.site.owners, state[p.site.name].clone())
+            put_back(module, p.site.owners, state[p.site.name].clone(), self._trainable[name, p.site.name])
+        reorder(module, self.state_keys[name])
         return module
 
     def open(self, context: int = 4, seed: int = 0) -> JointModel:
-        """Make every single row a trainable hypermodule of `context` basis blocks; outputs stay what they were."""
+        """Make every single row a trainable hypermodule of `context` basis blocks; outputs stay what they
+        were.
+
+        Banks that have hypermodules stay as they are.
+        """
+        self._refuse_in_step("Opening the dictionary")
         generator = torch.Generator().manual_seed(seed)
-        for key in self.dictionary.keys():
+        single = [key for key in self.dictionary.banks if not self.dictionary[key].hypermodules]
+        for key in single:
             self.dictionary.banks[key] = open_bank(self.dictionary[key], context, generator)
+        banks = tuple(replace(b, context=context) if b.key in single else b for b in self.plan.banks)
+        self.plan = replace(self.plan, banks=banks)
         self.refresh()
         return self
 
     def vacate(self) -> None:
-        """Take the dictionary away: slots become parameters without memory, for `occupy` or new plain tensors."""
-        for p in self.plan.placements:
-            put_back(self[p.site.member], p.site.owners, torch.empty(p.site.shape, device="meta"))
+        """Take the dictionary away: slots become parameters without memory, until `occupy`."""
+        self._refuse_in_step("Taking the dictionary away")
+        for name in self.names:
+            release(self[name])
+            for p in self.plan.of(name):
+                empty = torch.empty(p.site.shape, dtype=torch_dtype(p.site.dtype), device="meta")
+                put_back(self[name], p.site.owners, empty, self._trainable[name, p.site.name])
+            reorder(self[name], self.state_keys[name])
         self.plan = replace(self.plan, placements=())
 
-    def occupy(self, plan: Plan, dictionary: Dictionary, encoded: Mapping[str, Encoded], report: Any) -> JointModel:
+    def occupy(
+        self, plan: Plan, dictionary: Dictionary, encoded: Mapping[str, Encoded], report: Any
+    ) -> JointModel:
         """Take a plan and a dictionary after `vacate`; sites of the plan become slots."""
         self.plan, self.dictionary, self.encoded, self.report = plan, dictionary, dict(encoded), report
-        self._install(hooks=False)
+        for name in self.names:
+            for p in plan.of(name):
+                self._trainable[name, p.site.name] = take_out(self[name], p.site.owners).requires_grad
+            watch(self, name, self[name], [owner for p in plan.of(name) for owner in p.site.owners])
+            forget_derived(self[name])
+        self.refresh()
         return self
 
-    # -- internals -----------------------------------------------------------------------------------------------
+    # -- internals -----------------------------------------------------------------------------------------
 
-    def _install(self, hooks: bool = True) -> None:
-        for p in self.plan.placements:
-            take_out(self[p.site.member], p.site.owners)
-        if hooks:
-            for name in self.names:
-                module = self[name]
-                module.register_forward_pre_hook(_Refill(self, name))
-                _guard(module, name)
-        self.refresh()
-
-    def _fill(self, weights: Mapping[tuple[str, str], Tensor]) -> None:
+    def _fill(self, weights: Weights) -> None:
         for p in self.plan.placements:
             if (weight := weights.get((p.site.member, p.site.name))) is not None:
                 put_in(self[p.site.member], p.site.owners, weight)
+        for name in {member for member, _ in weights}:
+            forget_derived(self[name])
 
     def _versions(self) -> tuple:
-        return tuple((id(t), t._version) for t in (*self.dictionary.parameters(), *self.dictionary.buffers()))
+        own = (*self.dictionary.parameters(), *self.dictionary.buffers())
+        return tuple((id(t), t.data_ptr(), t._version) for t in own)
 
-    def _prepare(self, name: str) -> None:
-        """Before a member's forward: make sure that its slots hold what the dictionary says."""
-        if self._in_step or not self.plan.of(name):
-            return
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.dictionary.parameters()):
-            self._fill(self.generate([name]))
-            self._filled.pop(name, None)
-        elif self._filled.get(name) != self._versions():
-            self.refresh([name])
+    def _refuse_in_step(self, what: str) -> None:
+        if self._in_step:
+            raise PlanError(
+                f"{what} must wait for the end of joint.step(), which is running; do it after it."
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> JointModel:
-        super()._apply(fn, recurse)
+        self._refuse_in_step("Moving the model")
+        self.bodies._apply(fn)
+        move_dictionary(self.dictionary, fn)
+        self.plan = plan_in_dtypes(self.plan, lambda dtype: fn(torch.empty(0, dtype=dtype)).dtype)
         self.refresh()  # slots are no parameters: nn.Module does not move them
         return self
 
     def __deepcopy__(self, memo: dict) -> JointModel:
-        self.clear()
-        members = [Member(m.name, self.extract(m.name), m.inputs, m.origin, m.files) for m in self.members.values()]
-        return JointModel(members, self.plan, deepcopy(self.dictionary, memo), self.encoded, self.report)
+        members = [
+            Member(m.name, self.extract(m.name), m.inputs, m.origin, m.files) for m in self.members.values()
+        ]
+        twin = JointModel(members, self.plan, deepcopy(self.dictionary, memo), self.encoded, self.report)
+        twin.training, twin.bodies.training = self.training, self.bodies.training
+        return twin
 
 
-def join(members: Sequence[Member], plan: Plan | None = None, *, block: tuple[int, int] = (16, 16),
-         context: int = 4) -> JointModel:
+def join(
+    members: Sequence[Member],
+    plan: Plan | None = None,
+    *,
+    block: tuple[int, int] = (16, 16),
+    context: int = 4,
+) -> JointModel:
     """Join members into one model whose sites come from one dictionary; nothing changes in what they compute.
 
-    The members' modules become part of the joint model: their sites' parameters move into the dictionary. Every
-    distinct block starts as its own row, identical blocks (up to an exact factor) share one.
+    The members' modules become part of the joint model: their sites' parameters move into the dictionary.
+    Every distinct block starts as its own row, identical blocks (up to an exact factor) share one.
 
     Args:
         members: as `load_member` returns them.
@@ -221,70 +278,24 @@ def join(members: Sequence[Member], plan: Plan | None = None, *, block: tuple[in
         context: c of the hypermodules that training opens.
 
     Raises:
-        PlanError: names given twice, a block larger than every site, no member at all.
+        PlanError: names given twice, a module in two members, a block larger than every site, no member at
+            all.
     """
     if not members:
         raise PlanError("A joint model needs at least one member, found none.")
+    check_apart(members)
     plan = plan or make_plan([discover(member) for member in members], block, context)
     modules = {member.name: member.module for member in members}
     banks: dict[str, Bank] = {}
     for bank in plan.banks:
-        blocks = [_to_blocks(modules[p.site.member], p) for p in plan.placements if p.bank == bank.key]
+        blocks = [
+            to_blocks(_weight(modules[p.site.member], p.site.name), p)
+            for p in plan.placements
+            if p.bank == bank.key
+        ]
         banks[bank.key] = exact_bank(torch.cat(blocks), bank.block)
     return JointModel(members, plan, Dictionary(banks))
 
 
-@torch.no_grad()
-def _to_blocks(module: nn.Module, p: Placement) -> Tensor:
-    holder, attribute = locate(module, p.site.name)
-    weight = getattr(holder, attribute).detach()
-    return tile(p.site.view.to_matrices(weight), p.grid).to(master_dtype(weight.dtype))
-
-
-def _to_weight(blocks: Tensor, p: Placement) -> Tensor:
-    weight = p.site.view.to_tensor(untile(blocks, p.grid)).contiguous()
-    return weight.to(torch_dtype(p.site.dtype))
-
-
-def _runs(placements: Sequence[Placement]) -> list[list[Placement]]:
-    """Group placements whose locations follow one another, so that each group is generated in one go."""
-    runs: list[list[Placement]] = []
-    for p in sorted(placements, key=lambda p: p.start):
-        if runs and runs[-1][-1].stop == p.start:
-            runs[-1].append(p)
-        else:
-            runs.append([p])
-    return runs
-
-
-class _Refill:
-    """Forward pre-hook that keeps a member's slots current; it knows its joint model, which must not own it."""
-
-    def __init__(self, joint: JointModel, name: str):
-        self.joint, self.name = joint, name
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.joint._prepare(self.name)
-
-    def __deepcopy__(self, memo: dict) -> _Refill:
-        return self  # a copied member is unhooked by `extract`
-
-
-def _guard(module: nn.Module, name: str) -> None:
-    """A member's own `save_pretrained` would silently leave out every slot: make it say so."""
-    if not hasattr(module, "save_pretrained"):
-        return
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise PlanError(f"Member '{name}' keeps its site weights in the dictionary, so its own save_pretrained would "
-                        f"write a broken model; use surgery.export or joint.extract('{name}').save_pretrained(...).")
-
-    module.__dict__["save_pretrained"] = refuse
-
-
-def _unguard(module: nn.Module) -> None:
-    """Make a copied member independent of the joint model it came from."""
-    module.__dict__.pop("save_pretrained", None)
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, _Refill):
-            del module._forward_pre_hooks[key]
+def _weight(module: nn.Module, name: str) -> Tensor:
+    return getattr(*locate(module, name)).detach()

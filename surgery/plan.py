@@ -6,7 +6,7 @@ A plan is frozen and printable: a dry run stops here. `make_plan` needs only ana
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -70,15 +70,17 @@ class Plan:
 def make_plan(anatomies: Sequence[Anatomy], block: tuple[int, int] = (16, 16), context: int = 4) -> Plan:
     """Place every site of every member in banks of `block`-shaped blocks, one bank for each dtype.
 
-    Sites smaller than a block in both directions are left alone.
+    Sites smaller than a block in either direction are left alone.
 
     Raises:
         PlanError: two members of one name; a block that no site can fill; sizes below 1.
     """
     names = [anatomy.member for anatomy in anatomies]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise PlanError(f"Every member needs its own name, but {', '.join(repeated)} is given more than once; "
-                        "write NAME=REFERENCE to name a member.")
+        raise PlanError(
+            f"Every member needs its own name, but {', '.join(repeated)} is given more than once; "
+            "write NAME=REFERENCE to name a member."
+        )
     m, n = block
     if m < 1 or n < 1 or context < 1:
         raise PlanError(f"Block sides and context must be at least 1, found {m}x{n} and {context}.")
@@ -86,12 +88,24 @@ def make_plan(anatomies: Sequence[Anatomy], block: tuple[int, int] = (16, 16), c
     fitting = [site for site in sites if site.view.shape[1] >= m and site.view.shape[2] >= n]
     if sites and not fitting:
         largest = max(sites, key=lambda site: math.prod(site.view.shape[1:]))
-        raise PlanError(f"A block of {m}x{n} is larger than every site; the largest is {largest.member}:"
-                        f"{largest.name} with {largest.view.shape[1]}x{largest.view.shape[2]}. Use a smaller --block.")
+        raise PlanError(
+            f"A block of {m}x{n} is larger than every site; the largest is {largest.member}:"
+            f"{largest.name} with {largest.view.shape[1]}x{largest.view.shape[2]}. Use a smaller --block."
+        )
     small = [
-        LeftAlone(site.member, site.name, site.owners, "skipped", site.kind, site.shape, site.dtype,
-                  f"smaller than a {m}x{n} block", site.order)
-        for site in sites if site not in fitting
+        LeftAlone(
+            site.member,
+            site.name,
+            site.owners,
+            "skipped",
+            site.kind,
+            site.shape,
+            site.dtype,
+            f"smaller than a {m}x{n} block",
+            site.order,
+        )
+        for site in sites
+        if site not in fitting
     ]
     left_alone = [entry for anatomy in anatomies for entry in anatomy.left_alone]
     return place(names, ((site, block) for site in fitting), context, left_alone + small)
@@ -113,6 +127,22 @@ def place(
         placements.append(Placement(site, key, grid, bank.locations))
         banks[key] = replace(bank, locations=bank.locations + grid.locations)
     return Plan(tuple(members), tuple(banks.values()), tuple(placements), tuple(left_alone))
+
+
+def plan_in_dtypes(plan: Plan, change: Callable[[torch.dtype], torch.dtype]) -> Plan:
+    """The same plan for members whose tensors took other dtypes."""
+
+    def changed(name: str) -> str:
+        return str(change(torch_dtype(name))).removeprefix("torch.")
+
+    return replace(
+        plan,
+        banks=tuple(replace(bank, dtype=changed(bank.dtype)) for bank in plan.banks),
+        placements=tuple(
+            replace(p, site=replace(p.site, dtype=changed(p.site.dtype))) for p in plan.placements
+        ),
+        left_alone=tuple(replace(entry, dtype=changed(entry.dtype)) for entry in plan.left_alone),
+    )
 
 
 def torch_dtype(name: str) -> torch.dtype:

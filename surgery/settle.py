@@ -1,8 +1,8 @@
 """Settle: decide, before a joint model is written, which sites are worth generating and which are plain.
 
-A hypermodule used by fewer than c locations is replaced by the blocks that it generates; a site whose share of its
-bank's bytes (rows divided among their users, contexts, index) is no less than its own plain bytes becomes a plain
-tensor. What is written is therefore never larger than the members.
+A hypermodule used by fewer than c locations is replaced by the blocks that it generates; a site whose share
+of its bank's bytes (rows divided among their users, contexts, index) is no less than its own plain bytes
+becomes a plain tensor. What is written is therefore never larger than the members.
 """
 
 from __future__ import annotations
@@ -52,13 +52,16 @@ def settle(joint: JointModel) -> Settled:
     }
     order = {(p.site.member, p.site.name): i for i, p in enumerate(joint.plan.placements)}
     placements.sort(key=lambda p: order[p.site.member, p.site.name])
-    plans = tuple(replace(b, locations=banks[b.key].locations, context=banks[b.key].context)
-                  for b in joint.plan.banks if b.key in banks)
+    plans = tuple(
+        replace(b, locations=banks[b.key].locations, context=banks[b.key].context)
+        for b in joint.plan.banks
+        if b.key in banks
+    )
     return Settled(replace(joint.plan, banks=plans, placements=tuple(placements)), banks, plain)
 
 
 def retire_rare(bank: Bank) -> Bank:
-    """Replace each hypermodule that fewer than c locations use by single rows, one for each distinct block."""
+    """Replace hypermodules that fewer than c locations use by single rows, one for each distinct block."""
     psi, c, count = bank.psi, bank.context, bank.hypermodules
     uses = torch.bincount(psi[psi < count], minlength=count)
     kept = uses >= c
@@ -69,8 +72,12 @@ def retire_rare(bank: Bank) -> Bank:
     blocks = bank.settled_blocks()[~shared]
     representative, factor = duplicates(blocks)
     single_rows, single = torch.unique(representative, return_inverse=True)
-    rows = torch.cat([bank.rows.detach().view(-1, blocks.shape[1])[: count * c].view(count, c, -1)[kept].flatten(0, 1),
-                      blocks[single_rows]])
+    rows = torch.cat(
+        [
+            bank.rows.detach().view(-1, blocks.shape[1])[: count * c].view(count, c, -1)[kept].flatten(0, 1),
+            blocks[single_rows],
+        ]
+    )
     contexts = bank.contexts.detach().clone()
     contexts[~shared] = 0
     contexts[~shared, 0] = factor
@@ -108,8 +115,12 @@ def _select(bank: Bank, placements: list[Placement]) -> tuple[Bank, list[Placeme
     psi, c = bank.psi[chosen], bank.context
     used, compact = torch.unique(psi, return_inverse=True)
     hyper, single = used[used < bank.hypermodules], used[used >= bank.hypermodules]
-    index = torch.cat([(hyper.unsqueeze(1) * c + torch.arange(c, device=psi.device)).reshape(-1),
-                       single + bank.hypermodules * (c - 1)])
+    index = torch.cat(
+        [
+            (hyper.unsqueeze(1) * c + torch.arange(c, device=psi.device)).reshape(-1),
+            single + bank.hypermodules * (c - 1),
+        ]
+    )
     contexts = bank.contexts.detach()[chosen]
     if not len(hyper):  # single rows need one column only
         contexts = contexts[:, :1]

@@ -1,15 +1,18 @@
 """Slots: the places in a member where generated tensors are put.
 
-The `Parameter` of a site is removed from every owner and a plain tensor takes its place as an attribute, so the
-member keeps its class, its forward and its speed. `setattr` is used throughout: assigning into `_parameters` would
-leave the flat weights of an LSTM stale.
+The `Parameter` of a site is removed from every owner and a plain tensor takes its place as an attribute, so
+the member keeps its class, its forward and its speed. `setattr` is used throughout: assigning into
+`_parameters` would leave the flat weights of an LSTM stale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
+
+from surgery.errors import PlanError
+from surgery.member import Member
 
 
 def locate(module: nn.Module, owner: str) -> tuple[nn.Module, str]:
@@ -46,7 +49,19 @@ def put_back(module: nn.Module, owners: Iterable[str], tensor: Tensor, requires_
         setattr(holder, attribute, parameter)
 
 
-def assign(module: nn.Module, tensors: dict[str, Tensor], owners: dict[str, tuple[str, ...]]) -> None:
+def reorder(module: nn.Module, keys: Sequence[str]) -> None:
+    """Put parameters back in the order of the state-dict keys `keys`: setting one moved it to the end."""
+    rank = {key: number for number, key in enumerate(keys)}
+    for path, holder in module.named_modules():
+        own = holder._parameters
+        ordered = sorted(own, key=lambda name: rank.get(f"{path}.{name}" if path else name, -1))
+        if ordered != list(own):
+            tensors = {name: own[name] for name in ordered}
+            own.clear()
+            own.update(tensors)
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor], owners: Mapping[str, tuple[str, ...]]) -> None:
     """Give a module its plain tensors, without copying; tied names get the same `Parameter`.
 
     Args:
@@ -75,3 +90,21 @@ def forget_derived(module: nn.Module) -> None:
     module.train()
     for each, training in modes:
         each.training = training
+
+
+def check_apart(members: Sequence[Member]) -> None:
+    """Refuse one module in two members: its slots would be filled for both.
+
+    Raises:
+        PlanError: naming the module and both members.
+    """
+    user: dict[int, str] = {}
+    for member in members:
+        for path, part in member.module.named_modules():
+            first = user.setdefault(id(part), member.name)
+            if first != member.name and part._parameters:
+                raise PlanError(
+                    f"Members need modules of their own, but {path or type(part).__name__} of "
+                    f"'{member.name}' is also part of '{first}'; give one of them a copy.deepcopy, "
+                    "and what is equal is shared."
+                )

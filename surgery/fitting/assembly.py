@@ -1,4 +1,4 @@
-"""Assembly: what was chosen, put together as a stored joint model, and the weights that its members then have."""
+"""Assembly: a choice put together as a stored joint model, and the weights that its members then have."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surgery.blocks import untile
 from surgery.fitting.allocation import Choice
 from surgery.fitting.units import Arrangement, Unit
-from surgery.plan import BankPlan, Placement, Plan, torch_dtype
+from surgery.generation import to_weight
+from surgery.plan import BankPlan, Placement, Plan
 from surgery.precision import NATIVE, Encoded, Precision, decode, encode
 from surgery.settle import index_dtype
 from surgery.sites import LeftAlone
@@ -38,15 +38,19 @@ class Assembler:
         banks, placements = [], []
         position = 0
         for number, arrangement in enumerate(self.arrangements):
-            picks = [(position + i, unit, unit.options[choice.option[position + i]])
-                     for i, unit in enumerate(arrangement.units)]
+            picks = [
+                (position + i, unit, unit.options[choice.option[position + i]])
+                for i, unit in enumerate(arrangement.units)
+            ]
             position += len(arrangement.units)
             if not choice.taken[number]:
                 continue
             if arrangement.siblings is None:
                 for u, unit, precision in picks:
                     assert precision is not None
-                    tensors.update({key: self._encode(u, key, t, precision) for key, t in unit.tensors.items()})
+                    tensors.update(
+                        {key: self._encode(u, key, t, precision) for key, t in unit.tensors.items()}
+                    )
             else:
                 bank, placed, parts = self._bank(arrangement, picks, len(banks))
                 banks.append(bank)
@@ -54,8 +58,9 @@ class Assembler:
                 tensors.update(parts)
         return deduplicate(Stored(self._plan(banks, placements), tensors, ties=self.ties))
 
-    def _bank(self, arrangement: Arrangement, picks: Sequence[tuple[int, Unit, Precision | None]], number: int
-              ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
+    def _bank(
+        self, arrangement: Arrangement, picks: Sequence[tuple[int, Unit, Precision | None]], number: int
+    ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
         """Siblings as a bank of one hypermodule for each location, of as many rows as were kept."""
         siblings = arrangement.siblings
         assert siblings is not None
@@ -67,7 +72,9 @@ class Assembler:
         for new, j in enumerate(kept):
             u, unit, precision = picks[j]
             assert precision is not None
-            parts[f"bank/{key}/rows.{new}"] = self._encode(u, f"rows.{j}", unit.tensors[f"rows.{j}"], precision)
+            parts[f"bank/{key}/rows.{new}"] = self._encode(
+                u, f"rows.{j}", unit.tensors[f"rows.{j}"], precision
+            )
         contexts = siblings.contexts[:, :, kept].flatten(0, 1).contiguous()
         psi = torch.arange(grid.locations).repeat(len(sites)).to(index_dtype(grid.locations))
         parts[f"bank/{key}/contexts"] = encode(contexts, NATIVE)
@@ -83,8 +90,11 @@ class Assembler:
 
     def _plan(self, banks: Sequence[BankPlan], placements: Sequence[Placement]) -> Plan:
         generated = {(p.site.member, p.site.name) for p in placements}
-        plain = [LeftAlone(s.member, s.name, s.owners, "plain", s.kind, s.shape, s.dtype, PLAIN, s.order)
-                 for s in (p.site for p in self.plan.placements) if (s.member, s.name) not in generated]
+        plain = [
+            LeftAlone(s.member, s.name, s.owners, "plain", s.kind, s.shape, s.dtype, PLAIN, s.order)
+            for s in (p.site for p in self.plan.placements)
+            if (s.member, s.name) not in generated
+        ]
         return Plan(self.plan.members, tuple(banks), tuple(placements), (*self.plan.left_alone, *plain))
 
 
@@ -100,7 +110,5 @@ def weights_of(stored: Stored, member: str) -> dict[str, Tensor]:
             continue
         bank = build_bank(bank_plan, stored.tensors)
         for p in placements:
-            blocks = bank.blocks(p.start, p.stop).detach()
-            weight = p.site.view.to_tensor(untile(blocks, p.grid)).contiguous()
-            weights[p.site.name] = weight.to(torch_dtype(p.site.dtype))
+            weights[p.site.name] = to_weight(bank.blocks(p.start, p.stop).detach(), p)
     return weights

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from surgery.blocks import tile
-from surgery.dictionary import Bank, master_dtype
+from surgery.dictionary import Bank
 from surgery.errors import PlanError
-from surgery.plan import BankPlan, Placement, Plan, place, torch_dtype
+from surgery.generation import to_blocks
+from surgery.plan import BankPlan, Plan, place
 from surgery.precision import NATIVE, encode
 from surgery.settle import retire_rare
 from surgery.sharing.subspaces import fit_subspaces
@@ -29,8 +29,12 @@ class BankRequest:
     seed: int
 
 
-def fixed_bank(plan: Plan, originals: Mapping[str, Mapping[str, Tensor]],
-               ties: Mapping[str, Mapping[str, tuple[str, ...]]], request: BankRequest) -> Stored:
+def fixed_bank(
+    plan: Plan,
+    originals: Mapping[str, Mapping[str, Tensor]],
+    ties: Mapping[str, Mapping[str, tuple[str, ...]]],
+    request: BankRequest,
+) -> Stored:
     """Fit K hypermodules to the blocks of all sites; everything else stays as it is.
 
     Raises:
@@ -39,14 +43,23 @@ def fixed_bank(plan: Plan, originals: Mapping[str, Mapping[str, Tensor]],
     plan = _with_blocks(plan, request)
     m, n = request.block
     if not plan.placements:
-        raise PlanError(f"A bank needs sites that fill a block of {m}x{n}, found none; use a smaller --block.")
+        raise PlanError(
+            f"A bank needs sites that fill a block of {m}x{n}, found none; use a smaller --block."
+        )
     if request.context > m * n:
-        raise PlanError(f"A context of at most {m * n} fits blocks of {m}x{n}, found {request.context}; lower --context.")
+        raise PlanError(
+            f"A context of at most {m * n} fits blocks of {m}x{n}, found {request.context}; lower --context."
+        )
     banks: dict[str, Bank] = {}
     shares = _divide(request.hypermodules, plan.banks)
     for bank_plan, share in zip(plan.banks, shares, strict=True):
-        blocks = torch.cat([_blocks(originals[p.site.member][p.site.name], p)
-                            for p in plan.placements if p.bank == bank_plan.key])
+        blocks = torch.cat(
+            [
+                to_blocks(originals[p.site.member][p.site.name], p)
+                for p in plan.placements
+                if p.bank == bank_plan.key
+            ]
+        )
         rows, psi, contexts = fit_subspaces(blocks, share, request.context, request.seed)
         banks[bank_plan.key] = retire_rare(Bank(request.block, rows, psi, contexts, share))
     tensors = {key: encode(t, NATIVE) for b in plan.banks for key, t in bank_tensors(b, banks[b.key]).items()}
@@ -54,11 +67,17 @@ def fixed_bank(plan: Plan, originals: Mapping[str, Mapping[str, Tensor]],
     size = sum(t.nbytes for t in tensors.values())
     whole = sum(originals[m][s].numel() * originals[m][s].element_size() for m, s in generated)
     if size > whole:
-        raise PlanError(f"A bank of {request.hypermodules} hypermodules of {request.context} {m}x{n} blocks with its "
-                        f"contexts must take at most the sites' {whole:,} bytes, but takes {size:,}; lower "
-                        "--hypermodules or --context, or use larger blocks.")
-    tensors |= {f"plain/{name}/{key}": encode(t, NATIVE) for name, state in originals.items()
-                for key, t in state.items() if (name, key) not in generated}
+        raise PlanError(
+            f"A bank of {request.hypermodules} hypermodules of {request.context} {m}x{n} blocks with its "
+            f"contexts must take at most the sites' {whole:,} bytes, but takes {size:,}; lower "
+            "--hypermodules or --context, or use larger blocks."
+        )
+    tensors |= {
+        f"plain/{name}/{key}": encode(t, NATIVE)
+        for name, state in originals.items()
+        for key, t in state.items()
+        if (name, key) not in generated
+    }
     plans = tuple(replace(b, context=banks[b.key].context) for b in plan.banks)
     return deduplicate(Stored(replace(plan, banks=plans), tensors, ties=ties))
 
@@ -68,22 +87,34 @@ def _with_blocks(plan: Plan, request: BankRequest) -> Plan:
     m, n = request.block
     sites = [p.site for p in plan.placements]
     fitting = [site for site in sites if site.view.shape[1] >= m and site.view.shape[2] >= n]
-    small = [LeftAlone(s.member, s.name, s.owners, "skipped", s.kind, s.shape, s.dtype,
-                       f"smaller than a {m}x{n} block", s.order) for s in sites if s not in fitting]
-    return place(plan.members, ((site, request.block) for site in fitting), request.context,
-                 [*plan.left_alone, *small])
+    small = [
+        LeftAlone(
+            s.member,
+            s.name,
+            s.owners,
+            "skipped",
+            s.kind,
+            s.shape,
+            s.dtype,
+            f"smaller than a {m}x{n} block",
+            s.order,
+        )
+        for s in sites
+        if s not in fitting
+    ]
+    return place(
+        plan.members, ((site, request.block) for site in fitting), request.context, [*plan.left_alone, *small]
+    )
 
 
 def _divide(total: int, banks: tuple[BankPlan, ...]) -> list[int]:
     """K over the banks in proportion to their locations, at least one each."""
     locations = sum(bank.locations for bank in banks)
     if not len(banks) <= total <= locations:
-        raise PlanError(f"--hypermodules must be {len(banks)} to {locations} for these sites' {locations} blocks, "
-                        f"found {total}.")
+        raise PlanError(
+            f"--hypermodules must be {len(banks)} to {locations} for these sites' {locations} blocks, "
+            f"found {total}."
+        )
     shares = [max(1, min(bank.locations, round(total * bank.locations / locations))) for bank in banks]
     shares[shares.index(max(shares))] += total - sum(shares)
     return shares
-
-
-def _blocks(weight: Tensor, p: Placement) -> Tensor:
-    return tile(p.site.view.to_matrices(weight), p.grid).to(master_dtype(torch_dtype(p.site.dtype)))

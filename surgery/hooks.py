@@ -1,0 +1,93 @@
+"""Hooks: a member's slots follow the dictionary whichever part of it is called, and what would write it
+broken refuses.
+
+Calling a member is not the only way in: `generate` of an encoder-decoder model calls the encoder first,
+timm's `forward_features` calls the stages, and fast paths read the weights of submodules that they never
+call. So every module above a slot is watched; the outermost one that is entered has everything below it made
+current, once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from surgery.errors import PlanError
+
+if TYPE_CHECKING:
+    from surgery.joint import JointModel
+
+
+class Gate:
+    """Watches one module of a member; it knows its joint model, which it does not own."""
+
+    def __init__(self, joint: JointModel, member: str, path: str):
+        self.joint, self.member, self.path = joint, member, path
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        """What happens around a call of the module."""
+        raise NotImplementedError
+
+    def __deepcopy__(self, memo: dict) -> Gate:
+        return self  # a copied member is freed of it by `release`
+
+
+class Enter(Gate):
+    """Forward pre-hook: makes slots current where the call comes from outside the member."""
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        """Tell the joint model that the module is about to run."""
+        # Part of a compiled graph: what compiles is entered through a gate of its own, which runs outside it.
+        if self.path and torch.compiler.is_compiling():
+            return
+        self.joint.enter(self.member, self.path)
+
+
+class Leave(Gate):
+    """Forward hook, called after exceptions too: the next call comes from outside again."""
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        """Tell the joint model that the module ran."""
+        if self.path and torch.compiler.is_compiling():
+            return
+        self.joint.leave(self.member, self.path)
+
+
+class Refuse:
+    """Takes the place of `save_pretrained`, which would silently leave out every slot."""
+
+    def __init__(self, member: str):
+        self.member = member
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Say what would be lost, and what to do."""
+        raise PlanError(
+            f"Member '{self.member}' keeps its site weights in the dictionary, so its own save_pretrained "
+            "would write a broken model; use surgery.export, or "
+            f"joint.extract('{self.member}').save_pretrained(...)."
+        )
+
+
+def watch(joint: JointModel, member: str, module: nn.Module, owners: list[str]) -> None:
+    """Put gates on every module of a member that has a slot in it or below it, and guard what saves it."""
+    paths = {".".join(owner.split(".")[:depth]) for owner in owners for depth in range(owner.count(".") + 1)}
+    for path in sorted(paths):
+        part = module.get_submodule(path)
+        part.register_forward_pre_hook(Enter(joint, member, path))
+        part.register_forward_hook(Leave(joint, member, path), always_call=True)
+    for part in module.modules():
+        if owners and hasattr(part, "save_pretrained"):
+            part.__dict__["save_pretrained"] = Refuse(member)
+
+
+def release(module: nn.Module) -> None:
+    """Take away whatever `watch` put on a module or on what it was copied from."""
+    for part in module.modules():
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Gate)]:
+                del hooks[key]
+                part._forward_hooks_always_called.pop(key, None)
+        if isinstance(part.__dict__.get("save_pretrained"), Refuse):
+            del part.__dict__["save_pretrained"]
