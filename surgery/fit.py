@@ -26,7 +26,7 @@ from surgery.fitting.report import FitReport, describe, original_bytes
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, tabulate
 from surgery.joint import JointModel
-from surgery.member import Inputs
+from surgery.member import Inputs, content_hash
 from surgery.plan import Plan
 from surgery.probes import probe_inputs
 from surgery.slots import assign
@@ -68,7 +68,8 @@ def fit(joint: JointModel, *, max_error: float | None = None, budget: float | No
         stored, sizes = store(joint), original_bytes(joint)
         saved = {"sharing": sum(sizes.values()) - stored.nbytes, "precision": 0}
         detail = describe(stored, _originals(joint))
-        report = FitReport("lossless", True, sizes, stored.nbytes, saved, dict.fromkeys(sizes, 0.0), detail=detail)
+        report = FitReport("lossless", True, sizes, stored.nbytes, saved, dict.fromkeys(sizes, 0.0), _hashes(joint),
+                           detail=detail)
         return adopt(joint, stored, report)
     bound = 0.05 if max_error is None else max_error
     return _fit_lossy(joint, _Request(bound, budget, block, seed), probes, device)
@@ -99,7 +100,7 @@ def _fit_lossy(joint: JointModel, request: _Request | BankRequest, probes: Mappi
                device: str) -> JointModel:
     """Fit on ordinary weights; whatever goes wrong, the joint model is left as it was."""
     place, probes = pick_device(device), probes or {}
-    originals, home = _originals(joint), _device(joint)
+    originals, hashes, home = _originals(joint), _hashes(joint), _device(joint)
     before = (joint.plan, joint.dictionary, joint.encoded, joint.report)
     joint.vacate()
     try:
@@ -116,16 +117,16 @@ def _fit_lossy(joint: JointModel, request: _Request | BankRequest, probes: Mappi
         raise
     finally:
         joint.to(home)
-    return adopt(joint, outcome.stored, _report(joint, outcome, originals, request.seed, sorted(probes)))
+    return adopt(joint, outcome.stored, _report(joint, outcome, originals, hashes, request.seed, sorted(probes)))
 
 
-def _report(joint: JointModel, outcome: _Outcome, originals: Mapping[str, Mapping[str, Tensor]], seed: int,
-            given: list[str]) -> FitReport:
+def _report(joint: JointModel, outcome: _Outcome, originals: Mapping[str, Mapping[str, Tensor]],
+            hashes: Mapping[str, str], seed: int, given: list[str]) -> FitReport:
     sizes = {name: sum(t.numel() * t.element_size() for t in state.values()) for name, state in originals.items()}
     saved = {"sharing": outcome.sharing,
              "precision": sum(sizes.values()) - outcome.stored.nbytes - outcome.sharing}
     errors = dict(zip(joint.names, map(float, outcome.errors), strict=True))
-    return FitReport(outcome.target, outcome.met, sizes, outcome.stored.nbytes, saved, errors,
+    return FitReport(outcome.target, outcome.met, sizes, outcome.stored.nbytes, saved, errors, hashes,
                      {"seed": seed, "given": given}, describe(outcome.stored, originals))
 
 
@@ -222,6 +223,10 @@ def _copied_bytes(stored: Stored) -> int:
 def _originals(joint: JointModel) -> dict[str, dict[str, Tensor]]:
     return {name: {first: state[first] for first in joint.owners[name]}
             for name in joint.names for state in [joint.collapse(name)]}
+
+
+def _hashes(joint: JointModel) -> dict[str, str]:
+    return {name: content_hash(joint.collapse(name)) for name in joint.names}
 
 
 def _check_target(max_error: float | None, budget: float | None, hypermodules: int | None) -> None:

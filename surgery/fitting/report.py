@@ -41,6 +41,7 @@ class FitReport:
         saved: bytes that `sharing` and `precision` each saved; sharing's are what the same tensors would have
             cost apart, at the precisions they would then have had.
         errors: measured relative L2 output error of each member on the probe inputs.
+        hashes: content hash of each member's state dict before the fit, to know its origin by.
         probes: the seed of made-up probe inputs and which members had real ones.
         detail: every tensor.
     """
@@ -51,6 +52,7 @@ class FitReport:
     stored_bytes: int
     saved: Mapping[str, int]
     errors: Mapping[str, float]
+    hashes: Mapping[str, str] = field(default_factory=dict)
     probes: Mapping[str, Any] = field(default_factory=dict)
     detail: tuple[TensorReport, ...] = ()
 
