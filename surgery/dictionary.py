@@ -1,14 +1,16 @@
 """Dictionary: rows and sparse codes, and the blocks of every location that they generate.
 
-All sharing is `B[l] = sum_j coefficient[l, j] * rows[index[l, j]]` (MUiR Eq. 5 for hypermodules). A `Bank` holds
-the rows for one block shape. Its table has two regions:
+All sharing is `B[l] = sum_j coefficient[l, j] * rows[index[l, j]]` (MUiR Eq. 5 for hypermodules). A `Bank`
+holds the rows for one block shape. Its table has two regions:
 
-    rows[k*c + j]   basis block j of hypermodule k,  k < K     shared: code of location l is the c rows of psi(l)
-    rows[K*c + s]   single row s                               code of location l is one row and a factor
+    rows[k*c + j]   basis block j of hypermodule k,  k < K     shared: code of location l is the c rows of
+    psi(l) rows[K*c + s]   single row s                               code of location l is one row and a
+    factor
 
-A single row is a hypermodule in collapsed form: one that fewer than c locations use costs less as the block that it
-generates. The exact start keeps every distinct block as a single row with factor 1, so a joined member is its
-original bit for bit; `open_bank` turns single rows into trainable hypermodules of c basis blocks.
+A single row is a hypermodule in collapsed form: one that fewer than c locations use costs less as the block
+that it generates. The exact start keeps every distinct block as a single row with factor 1, so a joined
+member is its original bit for bit; `open_bank` turns single rows into trainable hypermodules of c basis
+blocks.
 """
 
 from __future__ import annotations
@@ -38,12 +40,16 @@ class Bank(nn.Module):
     psi: Tensor
     origin: Tensor | None
 
-    def __init__(self, block: tuple[int, int], rows: Tensor, psi: Tensor, contexts: Tensor, hypermodules: int):
+    def __init__(
+        self, block: tuple[int, int], rows: Tensor, psi: Tensor, contexts: Tensor, hypermodules: int
+    ):
         super().__init__()
         self.block, self.context, self.hypermodules = block, contexts.shape[1], hypermodules
         if rows.shape[1] != block[0] * block[1] or psi.shape[0] != contexts.shape[0]:
-            raise ValueError(f"rows {tuple(rows.shape)}, psi {tuple(psi.shape)}, contexts {tuple(contexts.shape)} "
-                             f"do not fit together for {block[0]}x{block[1]} blocks")
+            raise ValueError(
+                f"rows {tuple(rows.shape)}, psi {tuple(psi.shape)}, contexts {tuple(contexts.shape)} "
+                f"do not fit together for {block[0]}x{block[1]} blocks"
+            )
         self.rows, self.contexts = nn.Parameter(rows), nn.Parameter(contexts)
         self.register_buffer("psi", psi.long())
         # What every block was when this bank was opened for training, `[L, m*n]`; None where it never was.
@@ -74,10 +80,12 @@ class Bank(nn.Module):
 
     @torch.no_grad()
     def settled_blocks(self) -> Tensor:
-        """All blocks `[L, m*n]` for collapse: those that training did not move are the original ones, bit for bit.
+        """All blocks `[L, m*n]` for collapse: those that training did not move are the original ones, bit for
+        bit.
 
-        A block of an opened hypermodule is a sum of c products, so it equals its origin only up to the rounding of
-        that sum; differences within the bound gamma_c * sum |z_j H_j| are rounding and are taken away.
+        A block of an opened hypermodule is a sum of c products, so it equals its origin only up to the
+        rounding of that sum; differences within the bound gamma_c * sum |z_j H_j| are rounding and are taken
+        away.
         """
         blocks = self.blocks()
         single = self.psi >= self.hypermodules
@@ -93,7 +101,8 @@ class Bank(nn.Module):
 
 
 def codes(psi: Tensor, contexts: Tensor, hypermodules: int) -> tuple[Tensor, Tensor]:
-    """The code of each location: `psi [L]`, `contexts [L, c]` -> `index [L, c]`, `coefficient [L, c]`. # Eq. (5)
+    """The code of each location: `psi [L]`, `contexts [L, c]` -> `index [L, c]`, `coefficient [L, c]`. # Eq.
+    (5)
 
     Example:
         >>> codes(torch.tensor([1, 2]), torch.tensor([[.5, .5], [1., 0.]]), hypermodules=2)[0]
@@ -105,7 +114,8 @@ def codes(psi: Tensor, contexts: Tensor, hypermodules: int) -> tuple[Tensor, Ten
     shared = (psi < hypermodules).unsqueeze(1)
     single = (psi + hypermodules * (c - 1)).unsqueeze(1)  # K*c + (psi - K)
     index = torch.where(shared, psi.unsqueeze(1) * c + basis, single)
-    # Where no location is shared the mask below is the contexts themselves; it keeps stray gradients off the zeros.
+    # Where no location is shared the mask below is the contexts themselves; it keeps stray gradients off the
+    # zeros.
     coefficient = torch.where(shared | (basis == 0), contexts, torch.zeros_like(contexts))
     return index, coefficient
 
@@ -166,17 +176,21 @@ def duplicates(blocks: Tensor) -> tuple[Tensor, Tensor]:
         return representative, factor
     scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))  # signed largest value
     direction = torch.where(scale != 0, blocks / scale, blocks)
-    # Bucket by a coarse fingerprint of the direction, so that a factor's rounding rarely separates two blocks, then
-    # verify every candidate against the first of its bucket.
+    # Bucket by a coarse fingerprint of the direction, so that a factor's rounding rarely separates two
+    # blocks, then verify every candidate against the first of its bucket.
     probe = torch.linspace(0, blocks.shape[1] - 1, min(blocks.shape[1], 32), device=blocks.device).long()
     fingerprint = (direction[:, probe].float() * 1024).round_().to(torch.int32)
-    fingerprint = torch.cat([fingerprint, (direction.sum(1, keepdim=True).float() * 64).round_().to(torch.int32)], 1)
+    fingerprint = torch.cat(
+        [fingerprint, (direction.sum(1, keepdim=True).float() * 64).round_().to(torch.int32)], 1
+    )
     bucket = torch.unique(fingerprint, dim=0, return_inverse=True)[1]
     first = torch.full((int(bucket.max()) + 1,), count, device=blocks.device)
     first.scatter_reduce_(0, bucket, representative, "amin")
     leader = first[bucket]
     ratio = torch.where(scale[leader] != 0, scale / scale[leader], torch.zeros_like(scale)).squeeze(1)
-    ratio = torch.where((scale == 0).squeeze(1) & (scale[leader] == 0).squeeze(1), torch.ones_like(ratio), ratio)
+    ratio = torch.where(
+        (scale == 0).squeeze(1) & (scale[leader] == 0).squeeze(1), torch.ones_like(ratio), ratio
+    )
     same = torch.empty(count, dtype=torch.bool, device=blocks.device)
     bits = torch.int64 if blocks.dtype == torch.float64 else torch.int32
     for part in torch.arange(count, device=blocks.device).split(1 << 14):
@@ -201,14 +215,18 @@ def open_bank(bank: Bank, context: int, generator: torch.Generator, sigma: Tenso
         raise ValueError("only a bank of single rows can be opened")
     rows = bank.rows.detach()
     count, width = rows.shape
-    sigma = rows.std() if sigma is None else sigma
+    # About 0, as the noise is: one weight, or equal ones, have no deviation about their mean.
+    sigma = rows.square().mean().sqrt() if sigma is None else sigma
+    sigma = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
     noise = torch.randn(count, context, width, generator=generator, dtype=rows.dtype).to(rows.device)
     basis = noise / context**0.5
-    z = (sigma.clamp_min(torch.finfo(rows.dtype).tiny) / context**0.5).expand(context)  # Eq. (7), sqrt(c) for c
+    z = (sigma / context**0.5).expand(context)  # Eq. (7), sqrt(c) for c
     for _ in range(2):  # the second pass takes away the first one's rounding
         error = rows - torch.einsum("c,kcd->kd", z, basis)
         basis = basis + torch.einsum("c,kd->kcd", z, error) / (z @ z)
     contexts = z.expand(bank.locations, context) * bank.contexts.detach()[:, :1]
-    opened = Bank(bank.block, basis.reshape(count * context, width), bank.psi.clone(), contexts.clone(), count)
+    opened = Bank(
+        bank.block, basis.reshape(count * context, width), bank.psi.clone(), contexts.clone(), count
+    )
     opened.origin = bank.settled_blocks()
     return opened

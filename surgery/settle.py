@@ -7,7 +7,7 @@ becomes a plain tensor. What is written is therefore never larger than the membe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from surgery.dictionary import Bank, duplicates
+from surgery.generation import to_weight
 from surgery.plan import Placement, Plan, torch_dtype
 
 if TYPE_CHECKING:
@@ -31,25 +32,33 @@ class Settled:
 
 
 @torch.no_grad()
-def settle(joint: JointModel) -> Settled:
-    """Keep in the dictionary only what sharing makes smaller. The joint model itself is not changed."""
+def settle(joint: JointModel, keep: Collection[str] = ()) -> Settled:
+    """Keep in the dictionary only what sharing makes smaller. The joint model itself is not changed.
+
+    Args:
+        joint: any.
+        keep: keys of banks that stay as they are.
+    """
     banks: dict[str, Bank] = {}
     placements: list[Placement] = []
+    plain: dict[tuple[str, str], Tensor] = {}
     for bank_plan in joint.plan.banks:
-        bank = retire_rare(joint.dictionary[bank_plan.key])
-        mine = [p for p in joint.plan.placements if p.bank == bank_plan.key]
+        before, mine = (
+            joint.dictionary[bank_plan.key],
+            [p for p in joint.plan.placements if p.bank == bank_plan.key],
+        )
+        if bank_plan.key in keep:
+            banks[bank_plan.key] = before
+            placements += mine
+            continue
+        bank = retire_rare(before)
         kept = _worth_generating(bank, mine, torch_dtype(bank_plan.dtype).itemsize)
         if kept:
             banks[bank_plan.key], moved = _select(bank, kept)
             placements += moved
-    generated = {(p.site.member, p.site.name) for p in placements}
-    plain = {
-        (name, p.site.name): state[p.site.name]
-        for name in joint.names
-        for state in [joint.collapse(name)]
-        for p in joint.plan.of(name)
-        if (name, p.site.name) not in generated
-    }
+        if left := [p for p in mine if p not in kept]:
+            blocks = before.settled_blocks()
+            plain |= {(p.site.member, p.site.name): to_weight(blocks[p.start : p.stop], p) for p in left}
     order = {(p.site.member, p.site.name): i for i, p in enumerate(joint.plan.placements)}
     placements.sort(key=lambda p: order[p.site.member, p.site.name])
     plans = tuple(
@@ -93,18 +102,23 @@ def index_dtype(count: int) -> torch.dtype:
 
 
 def _worth_generating(bank: Bank, placements: list[Placement], itemsize: int) -> list[Placement]:
-    """Drop sites that cost more in the bank than plain, again and again until every one left pays."""
+    """Drop sites that cost more in the bank than plain, again and again until every one left pays.
+
+    Single rows take the members' `itemsize`; rows that are summed, contexts and factors keep the master
+    dtype.
+    """
     kept, previous = list(placements), -1
-    row_bytes = bank.rows.shape[1] * itemsize
-    factors = bool((bank.contexts[:, 0] != 1).any())
-    index_bytes = index_dtype(bank.hypermodules + bank.singles).itemsize + (4 if factors else 0)
+    count, master = bank.hypermodules, bank.rows.element_size()
+    width, shared = bank.rows.shape[1], bank.psi < count
+    factors = bool((bank.contexts[~shared, 0] != 1).any())
+    rows = torch.where(shared, float(bank.context * width * master), float(width * itemsize))
+    codes = torch.where(shared, float(bank.context * master), float(master * factors))
     while kept and len(kept) != previous:
         previous = len(kept)
         used = torch.cat([bank.psi[p.start : p.stop] for p in kept])
-        uses = torch.bincount(used, minlength=bank.hypermodules + bank.singles).clamp_min(1)
-        shared = bank.psi < bank.hypermodules
-        cost = row_bytes / uses[bank.psi].double()
-        cost = torch.where(shared, cost * bank.context + 4 * bank.context, cost) + index_bytes
+        uses = torch.bincount(used, minlength=count + bank.singles).clamp_min(1)
+        index_bytes = index_dtype(int((uses[used].double() ** -1).sum().round())).itemsize
+        cost = rows.double() / uses[bank.psi] + codes + index_bytes
         kept = [p for p in kept if float(cost[p.start : p.stop].sum()) < _numel(p) * itemsize]
     return kept
 

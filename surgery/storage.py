@@ -57,20 +57,38 @@ class Stored:
 
 @torch.no_grad()
 def store(joint: JointModel) -> Stored:
-    """Encode a joint model. One that was neither fitted nor loaded is settled first and stored without loss."""
-    if joint.encoded:
-        plan, banks, plain = joint.plan, {key: joint.dictionary[key] for key in joint.dictionary.keys()}, {}
-    else:
-        settled = settle(joint)
-        plan, banks, plain = settled.plan, settled.banks, settled.plain
-    live = plain_tensors(joint, plan, plain)
-    for bank_plan in plan.banks:
-        live.update(bank_tensors(bank_plan, banks[bank_plan.key]))
-    tensors = {key: _encode_as_before(tensor, joint.encoded.get(key)) for key, tensor in live.items()}
-    return deduplicate(Stored(plan, tensors, ties=ties(joint)))
+    """Encode a joint model.
+
+    Banks that are still what a fit or an artifact made of them, trained or not, keep their form and its
+    precisions; others are settled first and stored without loss.
+    """
+    keep = {plan.key for plan in joint.plan.banks if _has_stored_form(plan, joint)}
+    settled = settle(joint, keep)
+    live = plain_tensors(joint, settled.plan, settled.plain)
+    for plan in settled.plan.banks:
+        live.update(bank_tensors(plan, settled.banks[plan.key]))
+    known = {key: each for key, each in joint.encoded.items() if key[0] == "p" or key.split("/")[1] in keep}
+    tensors = {key: _encode_as_before(tensor, known.get(key)) for key, tensor in live.items()}
+    return deduplicate(Stored(settled.plan, tensors, ties=ties(joint)))
 
 
-def plain_tensors(joint: JointModel, plan: Plan, settled: Mapping[tuple[str, str], Tensor]) -> dict[str, Tensor]:
+def _has_stored_form(plan: BankPlan, joint: JointModel) -> bool:
+    """Whether a bank has the parts, shapes and alignment that it was stored with."""
+    prefix = f"bank/{plan.key}/"
+    before = {key: each for key, each in joint.encoded.items() if key.startswith(prefix)}
+    if not before:
+        return False
+    live = bank_tensors(plan, joint.dictionary[plan.key])
+    same = {key: each.shape for key, each in before.items()} == {
+        key: tuple(t.shape) for key, t in live.items()
+    }
+    psi = f"{prefix}psi"
+    return same and torch.equal(decode(before[psi]).long(), live[psi].cpu().long())
+
+
+def plain_tensors(
+    joint: JointModel, plan: Plan, settled: Mapping[tuple[str, str], Tensor]
+) -> dict[str, Tensor]:
     """Every tensor that `plan` does not generate, by storage key, once for all its owners."""
     generated = {(p.site.member, p.site.name) for p in plan.placements}
     tensors: dict[str, Tensor] = {}
@@ -138,8 +156,11 @@ def deduplicate(stored: Stored) -> Stored:
 
 def ties(joint: JointModel) -> dict[str, dict[str, tuple[str, ...]]]:
     """Per member, the names of every tied tensor by its first owner."""
-    return {name: tied for name, owners in joint.owners.items()
-            if (tied := {first: names for first, names in owners.items() if len(names) > 1})}
+    return {
+        name: tied
+        for name, owners in joint.owners.items()
+        if (tied := {first: names for first, names in owners.items() if len(names) > 1})
+    }
 
 
 def revive(members: Sequence[Member], stored: Stored, report: Any = None) -> JointModel:
@@ -171,7 +192,8 @@ def _assign_plain(member: Member, stored: Stored, encoded: Mapping[str, Encoded]
     tensors = {
         # An aliased tensor is stored once but belongs to several: each gets memory of its own.
         key.removeprefix(prefix): decode(each).clone() if key in shared else decode(each)
-        for key, each in encoded.items() if key.startswith(prefix)
+        for key, each in encoded.items()
+        if key.startswith(prefix)
     }
     assign(member.module, tensors, dict(stored.ties.get(member.name, {})))
 
