@@ -1,0 +1,148 @@
+"""What all benchmarks share: options, a header that says how a result came about, timing in turns, printing.
+
+Importing this does not import torch, so that a benchmark may start processes from a small one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "timm", "safetensors")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one competitor: the median over rounds, and the fastest and slowest round."""
+
+    median: float
+    fastest: float
+    slowest: float
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn at random")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of PyTorch")
+    parser.add_argument("--fast", action="store_true", help="tiny models and few rounds: does it run at all?")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    return parser
+
+
+def make_header(name: str, options: argparse.Namespace, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Command, date, versions and threads of a run."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return {
+        "command": " ".join([f"python -m benchmarks.{name}", *arguments]),
+        "date": date.today().isoformat(),
+        "python": sys.version.split()[0],
+        **{package: version(package) for package in PACKAGES},
+        "threads": options.threads,
+        "seed": options.seed,
+    }
+
+
+def take_turns(
+    competitors: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = 1, device: str = "cpu"
+) -> dict[str, Timing]:
+    """Time competitors in turns, so that what slows the machine down for a while slows down all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    for turn in range(rounds + warm_up):
+        for name, competitor in competitors.items():
+            elapsed = _time_one(competitor, device)
+            if turn >= warm_up:
+                seconds[name].append(elapsed)
+    return {name: Timing(median(each), min(each), max(each)) for name, each in seconds.items()}
+
+
+def _time_one(competitor: Callable[[], object], device: str) -> float:
+    """Seconds of one call, everything that it started on a device finished."""
+    _finish(device)
+    start = time.perf_counter()
+    competitor()
+    _finish(device)
+    return time.perf_counter() - start
+
+
+def _finish(device: str) -> None:
+    if device != "cpu":
+        import torch
+
+        torch.accelerator.synchronize()
+
+
+def show(
+    title: str,
+    header: Mapping[str, Any],
+    results: Sequence[Mapping[str, Any]],
+    verdicts: Sequence[str],
+    as_json: bool,
+) -> None:
+    """Print a header, one table with a row for each result, and what the numbers say."""
+    if as_json:
+        document = {"title": title, "header": header, "results": list(results), "verdicts": list(verdicts)}
+        print(json.dumps(document, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=max(150, Console().width), highlight=False)
+    console.print(", ".join(f"{key} {value}" for key, value in header.items() if key != "command"))
+    console.print(f"$ {header['command']}", style="bold")
+    table = Table(title=title)
+    for name, value in results[0].items():
+        table.add_column(name, justify="left" if isinstance(value, str) else "right")
+    for result in results:
+        table.add_row(*(cell(value) for value in result.values()))
+    console.print(table)
+    for verdict in verdicts:
+        console.print(verdict)
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it.
+
+    Example:
+        >>> cell(0.01234), cell(1234567), cell(None)
+        ('0.0123', '1,234,567', '-')
+    """
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and abs(value) < 100
+        else f"{value:,.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def judge(what: str, found: float, limit: float, unit: str = "") -> str:
+    """One sentence on whether a figure keeps to its limit."""
+    verdict = "met" if found <= limit else "MISSED"
+    return f"{what}: {found:.3g}{unit}, required at most {limit:g}{unit}: {verdict}"
+
+
+def write_csv(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Results as CSV, one line each."""
+    import csv
+
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in results for name in row)))
+        writer.writeheader()
+        writer.writerows(results)
