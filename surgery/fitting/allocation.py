@@ -1,15 +1,16 @@
 """The cheapest way of storing everything: Lagrangian choice among each unit's options.
 
-Each unit u has options p with bytes b[u, p] and squared error e[u, p]; an error costs member i w[u, i] * e[u, p] of
-relative squared output error. For multipliers mu[i] the choice minimises b + sum_i mu[i] * w[u, i] * e unit by unit;
-a group offers several arrangements of units (each tensor alone, or shared rows) and takes the cheapest. Raising mu[i]
-never raises the predicted error of member i, so bounds and budgets are met by bisection.
+Each unit u has options p with bytes b[u, p] and squared error e[u, p]; an error costs member i w[u, i] * e[u,
+p] of relative squared output error. For multipliers mu[i] the choice minimises b + sum_i mu[i] * w[u, i] * e
+unit by unit; a group offers several arrangements of units (each tensor alone, or shared rows) and takes the
+cheapest. Raising mu[i] never raises the predicted error of member i, so bounds and budgets are met by
+bisection.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -59,45 +60,87 @@ def choose(table: Table, mu: np.ndarray) -> Choice:
     """The best choice for multipliers `mu [M]`."""
     cost = table.size + (table.weight @ mu)[:, None] * table.error
     option = cost.argmin(1)
-    units = np.arange(len(option))
-    total = table.fixed + np.bincount(table.arrangement, cost[units, option], len(table.fixed))
-    taken = np.zeros(len(total), bool)
-    order = np.lexsort((total, table.group))
-    taken[order[np.r_[True, table.group[order][1:] != table.group[order][:-1]]]] = True
-    active = taken[table.arrangement]
-    nbytes = table.size[units, option][active].sum() + table.fixed[taken].sum()
-    error = (table.weight * table.error[units, option][:, None])[active].sum(0)
-    return Choice(option, taken, float(nbytes), error)
+    total = table.fixed + np.bincount(
+        table.arrangement, cost[np.arange(len(option)), option], len(table.fixed)
+    )
+    return _revalued(table, Choice(option, _first_of_each(table.group, total), 0.0, np.zeros(0)))
 
 
 def within_errors(table: Table, bound: Sequence[float]) -> Choice:
-    """The smallest choice whose predicted relative squared error stays within `bound [M]` for every member."""
-    members = table.weight.shape[1]
+    """The smallest choice found whose predicted relative squared error stays within `bound [M]` for every
+    member.
+
+    Where no choice is within, the one of least error.
+    """
+    limit, members = np.asarray(bound, float), table.weight.shape[1]
+    scaled, unit = _scaled(table)
     level = np.full(members, -CEILING)
     # Members are coupled only through shared rows; a second and third sweep settle those.
     coupled = members > 1 and bool(((table.weight > 0).sum(1) > 1).any())
     for _ in range(3 if coupled else 1):
         for i in range(members):
-            level[i] = _lowest(lambda x, i=i: choose(table, np.exp2(_put(level, i, x))).error[i] <= bound[i])
-    limit = np.asarray(bound, float)
-    # Multipliers reach only the convex hull. From the hull's point on either side of the bound, exchange single
-    # options: what is within the bound saves bytes until it is used up, what is beyond it is mended first.
-    within = _use_up_error(table, choose(table, np.exp2(level)), limit)
-    beyond = _mend_error(table, choose(table, np.exp2(level - 1e-6)), limit)
-    if beyond is None:
-        return within
-    return min(within, _use_up_error(table, beyond, limit), key=lambda choice: choice.nbytes)
+
+            def met(x: float, i: int = i) -> bool:
+                return choose(scaled, np.exp2(_put(level, i, x))).error[i] * unit[i] <= limit[i]
+
+            level[i] = _lowest(met)
+    # Multipliers reach only the convex hull. From the hull's points on either side of the bound, exchange
+    # single options: what is beyond it is mended first, and what is then left of it saves bytes until it is
+    # used up.
+    starts = [np.exp2(level), np.exp2(level - 1e-6)]
+    mended = [_mend_error(table, _revalued(table, choose(scaled, mu)), limit) for mu in starts]
+    within = [
+        _use_up_error(table, choice, limit) for choice in (*mended, finest(table)) if choice is not None
+    ]
+    met = [choice for choice in within if (choice.error <= limit).all()]
+    return min(met, key=lambda choice: choice.nbytes) if met else finest(table)
 
 
 def within_bytes(table: Table, budget: float) -> Choice:
-    """The choice of least total predicted error that takes at most `budget` bytes, or the smallest one there is."""
-    members = table.weight.shape[1]
-    level = _lowest(lambda x: choose(table, np.exp2(np.full(members, -x))).nbytes <= budget)
-    within = _use_up_bytes(table, choose(table, np.exp2(np.full(members, -level))), budget)
-    beyond = _mend_bytes(table, choose(table, np.exp2(np.full(members, 1e-6 - level))), budget)
-    if beyond is None:
-        return within
-    return min(within, _use_up_bytes(table, beyond, budget), key=lambda choice: choice.error.sum())
+    """The choice found of least total predicted error within `budget` bytes, or the smallest one there is."""
+    scaled, _ = _scaled(table)
+
+    def at(level: float) -> Choice:
+        return _revalued(table, choose(scaled, np.exp2(np.full(table.weight.shape[1], -level))))
+
+    level = _lowest(lambda x: at(x).nbytes <= budget)
+    smallest = choose(table, np.zeros(table.weight.shape[1]))
+    mended = [_mend_bytes(table, choice, budget) for choice in (at(level), at(level - 1e-6), smallest)]
+    within = [_use_up_bytes(table, choice, budget) for choice in mended if choice is not None]
+    return min(within, key=lambda choice: choice.error.sum(), default=smallest)
+
+
+def finest(table: Table) -> Choice:
+    """The choice of least error: the best option of every unit, and the arrangements that these make best."""
+    error = np.where(np.isfinite(table.size), table.error * table.weight.sum(1)[:, None], np.inf)
+    option = np.lexsort((table.size, error), axis=1)[:, 0]
+    units = np.arange(len(option))
+    total = np.bincount(table.arrangement, error[units, option], len(table.fixed))
+    nbytes = table.fixed + np.bincount(table.arrangement, table.size[units, option], len(table.fixed))
+    return _revalued(table, Choice(option, _first_of_each(table.group, total, nbytes), 0.0, np.zeros(0)))
+
+
+def _scaled(table: Table) -> tuple[Table, np.ndarray]:
+    """The table in units of each member's largest error: what multipliers then need is below the ceiling."""
+    unit = (table.weight * table.error.max(1, keepdims=True)).max(0, initial=0.0)
+    unit = np.where((unit > 0) & np.isfinite(unit), unit, 1.0)
+    return replace(table, weight=table.weight / unit), unit
+
+
+def _revalued(table: Table, choice: Choice) -> Choice:
+    """The same options with the bytes and errors that they have in `table`."""
+    units, active = np.arange(len(choice.option)), choice.taken[table.arrangement]
+    nbytes = table.size[units, choice.option][active].sum() + table.fixed[choice.taken].sum()
+    error = (table.weight * table.error[units, choice.option][:, None])[active].sum(0)
+    return Choice(choice.option, choice.taken, float(nbytes), error)
+
+
+def _first_of_each(group: np.ndarray, *keys: np.ndarray) -> np.ndarray:
+    """Mark the least of each group by the first key, then the next."""
+    order = np.lexsort((*reversed(keys), group))
+    marked = np.zeros(len(group), bool)
+    marked[order[np.r_[True, group[order][1:] != group[order][:-1]]]] = True
+    return marked
 
 
 def _use_up_error(table: Table, choice: Choice, bound: np.ndarray) -> Choice:
@@ -131,7 +174,8 @@ def _mend_error(table: Table, choice: Choice, bound: np.ndarray) -> Choice | Non
     while (excess := np.maximum(choice.error - bound, 0.0)).any():
         now = np.arange(len(choice.option)), choice.option
         lower = table.error[now][:, None] - table.error
-        gain = sum(np.minimum(table.weight[:, i, None] * lower, excess[i]) for i in np.nonzero(excess)[0])
+        part = [np.minimum(table.weight[:, i, None] * lower, excess[i]) for i in np.nonzero(excess)[0]]
+        gain = np.sum(part, axis=0)
         dearer = np.maximum(table.size - table.size[now][:, None], 1e-9)
         gain = np.where((lower > 0) & choice.taken[table.arrangement][:, None], gain / dearer, -1.0)
         if not gain.max() > 0:
@@ -141,7 +185,7 @@ def _mend_error(table: Table, choice: Choice, bound: np.ndarray) -> Choice | Non
 
 
 def _mend_bytes(table: Table, choice: Choice, budget: float) -> Choice | None:
-    """Bring a choice within the budget by the exchanges that raise the predicted error least for their bytes."""
+    """Bring a choice within the budget by the exchanges that raise the error least for their bytes."""
     while choice.nbytes > budget:
         now = np.arange(len(choice.option)), choice.option
         saving = np.minimum(table.size[now][:, None] - table.size, choice.nbytes - budget)
