@@ -36,11 +36,11 @@ def round_to(tensor: Tensor, bits: int) -> Tensor:
         return tensor.bfloat16().to(tensor.dtype)
     rows = tensor.reshape(len(tensor), -1)
     width = min(GROUP, rows.shape[1])
-    groups = torch.nn.functional.pad(rows, (0, -rows.shape[1] % width)).view(-1, width)
+    groups = torch.nn.functional.pad(rows, (0, -rows.shape[1] % width)).reshape(-1, width)
     top = (1 << (bits - 1)) - 1
     scale = (groups.abs().amax(1, keepdim=True) / top).bfloat16().to(tensor.dtype)
     codes = (groups / torch.where(scale > 0, scale, 1)).round().clamp(-top - 1, top)
-    return (codes * scale).view(len(rows), -1)[:, : rows.shape[1]].reshape(tensor.shape)
+    return (codes * scale).reshape(len(rows), -1)[:, : rows.shape[1]].reshape(tensor.shape)
 
 
 def round_bytes(shape: tuple[int, int], bits: int) -> int:
