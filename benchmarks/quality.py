@@ -3,6 +3,7 @@
 `python -m benchmarks.quality --plot docs/quality.png`. The sizes are those that plain rounding to 8, 6, 5, 4
 and 3 bits takes; every other method gets the same bytes. Error is the relative L2 distance of the main output
 from the original's on real sentences and pictures, which no method has seen: the fit makes up its own inputs.
+How far chance moves a task figure is shown by noise on all matrices that moves outputs as far as the fit does.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from surgery import Member
 
 BITS = (8, 6, 5, 4, 3)
 TITLES = {"minilm": "all-MiniLM-L6-v2", "efficientnet": "EfficientNet-Lite0"}
-FIT = "fit"
+FIT, NOISE = "fit", "noise"
+DRAWS = 4  # of noise at each size
 Row = dict[str, Any]
 
 
@@ -68,7 +70,9 @@ class Bench:
             for method, factors in low.items():
                 yield from self.best_low_rank(method, factors, size)
             found = self.fit(size)
-            yield self.row(FIT, size, found, self.score(found.weights))
+            score = self.score(found.weights)
+            yield self.row(FIT, size, found, score)
+            yield from self.noise(size, score.error)
 
     def best_rounding(self, bits: int) -> tuple[Compressed, Score]:
         """Rounding with the other tensors in bfloat16 or as they are, whichever gives more for its bytes."""
@@ -96,6 +100,19 @@ class Bench:
             f"{report.errors[self.member.name]:.3g} on its probes",
         )
 
+    def noise(self, size: int, error: float) -> Iterator[Row]:
+        """Independent noise on all matrices that moves the output about as far as the fit does."""
+        matrices = {key: t for key, t in self.state.items() if is_matrix(t)}
+        for number in range(DRAWS):
+            generator = torch.Generator().manual_seed(self.seed + number)
+            noise = {key: t.std() * torch.randn(t.shape, generator=generator) for key, t in matrices.items()}
+            scale = error / 3
+            for _ in range(2):  # the error grows about in proportion
+                score = self.score({key: t + scale * noise[key] for key, t in matrices.items()})
+                found = Compressed({}, self.whole, f"{scale:.3g} of each matrix' deviation, draw {number}")
+                scale *= error / score.error
+            yield self.row(NOISE, size, found, score)
+
 
 def benches(models: Sequence[str], folder: Path, seed: int, fast: bool) -> Iterator[Bench]:
     """The models with their tasks; tiny ones of random weights where it has to be fast."""
@@ -112,18 +129,21 @@ def compare(rows: Sequence[Row]) -> Iterator[str]:
     """At each size the fit's error, the best other one, and the task figures in which the fit is behind."""
     for size in dict.fromkeys((row["model"], row["size"]) for row in rows):
         here = [row for row in rows if (row["model"], row["size"]) == size]
-        fits, others = [r for r in here if r["method"] == FIT], [r for r in here if r["method"] != FIT]
-        if not fits or not others:
+        others = [row for row in here if row["method"] not in (FIT, NOISE)]
+        fit = next((row for row in here if row["method"] == FIT), None)
+        if fit is None:
             continue
-        fit, best = fits[0], min(others, key=lambda row: row["error"])
+        best = min(others, key=lambda row: row["error"])
         known = {"model", "size", "of fp32", "method", "bytes", "error", "detail"}
-        behind = [
-            f"{name} {cell(fit[name])} against {cell(other[name])} of {other['method']}"
-            for name in fit
-            if name not in known
-            for other in [max(others, key=lambda row, name=name: row[name])]
-            if other[name] > fit[name]
-        ]
+        behind = []
+        for name in (key for key in fit if key not in known):
+            other = max(others, key=lambda row, name=name: row[name])
+            if other[name] > fit[name]:
+                chance = [row[name] for row in here if row["method"] == NOISE]
+                behind.append(
+                    f"{name} {cell(fit[name])} against {cell(other[name])} of {other['method']} "
+                    f"(noise: {cell(min(chance))} to {cell(max(chance))})"
+                )
         verdict = "no worse" if fit["error"] <= best["error"] else "WORSE"
         yield (
             f"{size[0]} at {fit['of fp32']:.1%}: the fit is {verdict} ({fit['error']:.3g}; best other: "
@@ -152,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         show("quality against bytes", header, rows, verdicts, as_json=True)
     else:
         for model in dict.fromkeys(row["model"] for row in rows):
-            mine = [row for row in rows if row["model"] == model]
+            mine = [row for row in rows if row["model"] == model and row["method"] != NOISE]
             show(
                 TITLES[model],
                 header,
