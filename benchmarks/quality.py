@@ -3,7 +3,7 @@
 `python -m benchmarks.quality --plot docs/quality.png`. The sizes are those that plain rounding to 8, 6, 5, 4
 and 3 bits takes; every other method gets the same bytes. Error is the relative L2 distance of the main output
 from the original's on real sentences and pictures, which no method has seen: the fit makes up its own inputs.
-How far chance moves a task figure is shown by noise on all matrices that moves outputs as far as the fit does.
+How far chance moves a task figure is shown by noise on all matrices that moves outputs as far as the fit.
 """
 
 from __future__ import annotations
