@@ -211,7 +211,7 @@ def _encode_as_before(tensor: Tensor, before: Encoded | None) -> Encoded:
 def _fingerprint(encoded: Encoded) -> bytes:
     digest = hashlib.sha256(f"{encoded.precision} {encoded.shape} {encoded.dtype}".encode())
     for name in sorted(encoded.parts):
-        digest.update(memoryview(_bytes(encoded.parts[name].cpu()).numpy()))
+        digest.update(_bytes(encoded.parts[name].cpu()).numpy().tobytes())
     return digest.digest()
 
 

@@ -74,6 +74,15 @@ class Caching(nn.Module):
         return self.out(self.middle(self.into(x)) @ squared)
 
 
+class Scores(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(6, 32), nn.Linear(32, 32), nn.Linear(32, 9)
+
+    def forward(self, x):
+        return self.third(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
 def mlp(width: int = 32, depth: int = 3, dtype: torch.dtype = torch.float32) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Linear(6, width), nn.ReLU()]
     for _ in range(depth):
@@ -133,6 +142,21 @@ def sibling(base: Member, name: str, noise: float, seed: int) -> Member:
             if p.ndim > 1:
                 p += noise * p.std() * torch.randn(p.shape, generator=generator).to(p)
     return Member(name, module, base.inputs, base.origin)
+
+
+def family(kind: str, count: int) -> list[Member]:
+    """A network and its fine-tunes."""
+    base = member(kind)
+    return [base, *(sibling(base, f"s{i}", 0.05, i) for i in range(1, count))]
+
+
+def made(name, module, *args):
+    return Member(name, module.eval(), Inputs(args), Origin("module", name, type(module).__name__))
+
+
+def originals(members):
+    """Copies of the members' modules, in eval mode."""
+    return {m.name: copy.deepcopy(m.module).eval() for m in members}
 
 
 def run(module: nn.Module, member: Member) -> tuple[Tensor, ...]:

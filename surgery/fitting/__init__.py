@@ -1,7 +1,12 @@
 """Fitting a dictionary to pretrained weights without data: what `surgery.fit` is made of.
 
+trial        members running with trial weights
 sensitivity  how much each tensor's error moves its member's output
 units        what can be stored in more than one way, what each way costs and how wrong it is
+groups       every tensor of every member as such units, alone or as rows shared by siblings
 allocation   the cheapest choice of ways under a budget or an error bound
-trial        members running with trial weights
+assembly     a choice put together as a stored joint model
+search       choices corrected by what members show when they run
+fixed_bank   instead of all this, a bank of exactly K hypermodules
+report       what was met, and what each means saved
 """

@@ -92,8 +92,8 @@ def within_errors(table: Table, bound: Sequence[float]) -> Choice:
     within = [
         _use_up_error(table, choice, limit) for choice in (*mended, finest(table)) if choice is not None
     ]
-    met = [choice for choice in within if (choice.error <= limit).all()]
-    return min(met, key=lambda choice: choice.nbytes) if met else finest(table)
+    kept = [choice for choice in within if (choice.error <= limit).all()]
+    return min(kept, key=lambda choice: choice.nbytes, default=finest(table))
 
 
 def within_bytes(table: Table, budget: float) -> Choice:

@@ -115,6 +115,11 @@ def _divide(total: int, banks: tuple[BankPlan, ...]) -> list[int]:
             f"--hypermodules must be {len(banks)} to {locations} for these sites' {locations} blocks, "
             f"found {total}."
         )
-    shares = [max(1, min(bank.locations, round(total * bank.locations / locations))) for bank in banks]
-    shares[shares.index(max(shares))] += total - sum(shares)
+    shares = [max(1, total * bank.locations // locations) for bank in banks]
+    while (missing := total - sum(shares)) != 0:  # what rounding left, to or from whom it suits best
+        wrong = [
+            total * bank.locations / locations - share for bank, share in zip(banks, shares, strict=True)
+        ]
+        able = [i for i, b in enumerate(banks) if (shares[i] < b.locations if missing > 0 else shares[i] > 1)]
+        shares[max(able, key=lambda i: wrong[i] * missing)] += 1 if missing > 0 else -1
     return shares

@@ -12,10 +12,22 @@ from torch import Tensor
 
 from surgery import progress
 from surgery.blocks import BlockGrid, tile
+from surgery.dictionary import master_dtype
 from surgery.fitting.sensitivity import sensitivities
 from surgery.fitting.trial import Trial
-from surgery.fitting.units import VECTORS, Arrangement, Group, Siblings, Unit, measure, unit_bytes
+from surgery.fitting.units import (
+    GROUP,
+    MATRICES,
+    VECTORS,
+    Arrangement,
+    Group,
+    Siblings,
+    Unit,
+    measure,
+    unit_bytes,
+)
 from surgery.precision import BFLOAT16, NATIVE, decode, encode
+from surgery.settle import index_dtype
 from surgery.sharing.siblings import principal_rows, sibling_groups
 from surgery.sites import Site
 
@@ -33,17 +45,24 @@ class Scene:
     seed: int
 
 
-def make_scene(trials: Mapping[str, Trial], sites: Sequence[Site], block: tuple[int, int] | None, seed: int) -> Scene:
+def make_scene(
+    trials: Mapping[str, Trial], sites: Sequence[Site], block: tuple[int, int] | None, seed: int
+) -> Scene:
     """Estimate sensitivities of all members."""
-    found = {(name, tensor): value for name, trial in trials.items()
-             for tensor, value in sensitivities(trial, seed).items()}
+    found = {
+        (name, tensor): value
+        for name, trial in trials.items()
+        for tensor, value in sensitivities(trial, seed).items()
+    }
     return Scene(trials, {(s.member, s.name): s for s in sites}, found, block, seed)
 
 
 def make_groups(scene: Scene) -> list[Group]:
     """Everything that has to be stored, each tensor in one group."""
     originals = {(name, key): t for name, trial in scene.trials.items() for key, t in trial.originals.items()}
-    insensitive = {key for key in originals if key not in scene.sensitivity and originals[key].is_floating_point()}
+    insensitive = {
+        key for key in originals if key not in scene.sensitivity and originals[key].is_floating_point()
+    }
     equal = _equal_tensors({key: t for key, t in originals.items() if key not in insensitive})
     siblings = _siblings(scene, {key: originals[key] for key in scene.sites if key not in insensitive}, equal)
     groups: list[Group] = []
@@ -59,7 +78,9 @@ def make_groups(scene: Scene) -> list[Group]:
             groups.append(Group((apart, _shared(scene, [scene.sites[key] for key in keys], originals))))
         groups += [Group((Arrangement((unit,)),)) for unit in alone.values()]
         for name, trial in scene.trials.items():
-            mine = {_plain_key(key): originals[key] for key in originals if key in insensitive and key[0] == name}
+            mine = {
+                _plain_key(key): originals[key] for key in originals if key in insensitive and key[0] == name
+            }
             groups += [Group((Arrangement((_bundle(trial, mine),)),))] if mine else []
             task.advance(len(mine))
     return groups
@@ -72,7 +93,7 @@ def _equal_tensors(tensors: Mapping[Key, Tensor]) -> list[list[Key]]:
         digest: object = key
         if tensor.numel() * tensor.element_size() >= 512:
             raw = tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-            digest = (tuple(tensor.shape), tensor.dtype, hashlib.sha256(memoryview(raw)).digest())
+            digest = (tuple(tensor.shape), tensor.dtype, hashlib.sha256(raw.tobytes()).digest())
         found[digest].append(key)
     return list(found.values())
 
@@ -84,8 +105,11 @@ def _siblings(scene: Scene, tensors: Mapping[Key, Tensor], equal: Sequence[Seque
     for key, site in scene.sites.items():
         if key in tensors and key in alone:
             alike[site.kind, site.shape, site.dtype, site.view].append(key)
-    return [[keys[i] for i in group] for keys in alike.values()
-            for group in sibling_groups([tensors[key] for key in keys], scene.seed)]
+    return [
+        [keys[i] for i in group]
+        for keys in alike.values()
+        for group in sibling_groups([tensors[key] for key in keys], scene.seed)
+    ]
 
 
 def _shared(scene: Scene, sites: Sequence[Site], originals: Mapping[Key, Tensor]) -> Arrangement:
@@ -94,7 +118,8 @@ def _shared(scene: Scene, sites: Sequence[Site], originals: Mapping[Key, Tensor]
     m, n = scene.block or view.shape[1:]
     grid = BlockGrid(*view.shape, m, n)
     keys = [(site.member, site.name) for site in sites]
-    blocks = torch.stack([tile(view.to_matrices(originals[key]), grid).float() for key in keys])
+    master = master_dtype(originals[keys[0]].dtype)
+    blocks = torch.stack([tile(view.to_matrices(originals[key]), grid).to(master) for key in keys])
     sensitivity = torch.tensor([scene.sensitivity[key] for key in keys], device=blocks.device)
     rows, contexts, share = principal_rows(blocks, sensitivity)
     power = sensitivity.sqrt().mean().square().item()  # rows are scaled by root sensitivity over its mean
@@ -104,15 +129,18 @@ def _shared(scene: Scene, sites: Sequence[Site], originals: Mapping[Key, Tensor]
         for i, site in enumerate(sites):
             weight[site.member] += power * share[i, :, j].mean().item()
         units.append(measure({f"rows.{j}": rows[j]}, dict(weight), droppable=j > 0))
-    index_bytes = len(sites) * grid.locations * (2 if grid.locations > 256 else 1)
-    fixed = contexts.numel() * 4 + index_bytes + 400.0
+    index_bytes = len(sites) * grid.locations * index_dtype(grid.locations).itemsize
+    fixed = contexts.numel() * contexts.element_size() + index_bytes + 400.0
     return Arrangement(tuple(units), fixed, Siblings(tuple(sites), grid, contexts))
 
 
 def _bundle(trial: Trial, tensors: Mapping[str, Tensor]) -> Unit:
     """Tensors that no gradient reaches, such as running statistics: tried together, their effect measured."""
     options, nbytes, errors = [NATIVE], [unit_bytes(tensors, NATIVE)], [0.0]
-    for precision in (BFLOAT16, *VECTORS):
+    # Vectors such as running statistics bear little; matrices are here where a model cannot be
+    # differentiated.
+    matrices = any(tensor.ndim > 1 and tensor.numel() >= GROUP for tensor in tensors.values())
+    for precision in (BFLOAT16, *(MATRICES if matrices else VECTORS)):
         trial.wear({_name(key): decode(encode(t, precision)) for key, t in tensors.items()})
         error = trial.error() ** 2
         if error < 1.0:

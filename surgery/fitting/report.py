@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from surgery.joint import JointModel
 from surgery.storage import Stored
 
 
@@ -61,23 +60,16 @@ class FitReport:
         return {key: value for key, value in asdict(self).items() if key != "detail"}
 
 
-def original_bytes(joint: JointModel) -> dict[str, int]:
-    """Bytes of each member's tensors, tied ones counted once."""
-    sizes = {}
-    for name in joint.names:
-        state = joint.collapse(name)
-        sizes[name] = sum(state[first].numel() * state[first].element_size() for first in joint.owners[name])
-    return sizes
-
-
 def describe(stored: Stored, originals: Mapping[str, Mapping[str, Any]]) -> tuple[TensorReport, ...]:
     """How every tensor is stored, in the members' order."""
     users: dict[str, int] = {}
     for first in stored.aliases.values():
         users[first] = users.get(first, 1) + 1
     rows: list[TensorReport] = []
-    bank_bytes = {plan.key: sum(e.nbytes for key, e in stored.tensors.items() if key.startswith(f"bank/{plan.key}/"))
-                  for plan in stored.plan.banks}
+    bank_bytes = {
+        plan.key: sum(e.nbytes for key, e in stored.tensors.items() if key.startswith(f"bank/{plan.key}/"))
+        for plan in stored.plan.banks
+    }
     placed = {(p.site.member, p.site.name): p for p in stored.plan.placements}
     for member, tensors in originals.items():
         for name, tensor in tensors.items():

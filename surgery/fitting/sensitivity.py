@@ -1,17 +1,19 @@
 """How much an error in each tensor moves its member's output.
 
 For an error delta in tensor W with independent entries, the output y moves by J delta, and
-E|J delta|^2 = mean(diag(J^T J)) * |delta|^2. The diagonal's mean is estimated for all tensors at once: with a random
-sign vector v, (v^T J) is one backward pass, and the mean of its squared entries is unbiased (Hutchinson). Outputs
-are scaled by their norms, so the result is relative squared output error per squared weight error.
+E|J delta|^2 = mean(diag(J^T J)) * |delta|^2. The diagonal's mean is estimated for all tensors at once: with a
+random sign vector v, (v^T J) is one backward pass, and the mean of its squared entries is unbiased
+(Hutchinson). Outputs are scaled by their norms, so the result is relative squared output error per squared
+weight error.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery import progress
 from surgery.fitting.trial import Trial
@@ -24,7 +26,8 @@ SAMPLES = 2  # for each probe batch; the mean over a tensor averages thousands o
 def sensitivities(trial: Trial, seed: int, samples: int = SAMPLES) -> dict[str, float]:
     """Relative squared output error per squared error of each tensor, by name.
 
-    Tensors that no gradient reaches (buffers, integer tensors, unused weights, non-differentiable models) are absent.
+    Tensors that no gradient reaches (buffers, integer tensors, unused weights, non-differentiable models) are
+    absent.
 
     Args:
         trial: the member with its original weights.
@@ -32,24 +35,33 @@ def sensitivities(trial: Trial, seed: int, samples: int = SAMPLES) -> dict[str, 
         samples: backward passes for each probe batch.
     """
     generator = torch.Generator().manual_seed(seed)
-    parameters = {name: p for name in trial.originals if isinstance(p := getattr(*locate(trial.module, name)), Tensor)
-                  and p.requires_grad}
+    own = {name: getattr(*locate(trial.module, name)) for name in trial.originals}
+    parameters = {name: p for name, p in own.items() if isinstance(p, nn.Parameter) and p.is_floating_point()}
+    frozen = [p for p in trial.module.parameters() if p.is_floating_point() and not p.requires_grad]
+    norms = [
+        sum(float(outputs[i].square().sum()) for outputs in trial.reference) ** 0.5 or 1.0
+        for i in range(len(trial.reference[0]))
+    ]
     total = dict.fromkeys(parameters, 0.0)
-    if not parameters:
-        return {}
-    norms = [sum(float(outputs[i].square().sum()) for outputs in trial.reference) ** 0.5 or 1.0
-             for i in range(len(trial.reference[0]))]
-    with progress.task(f"{trial.name}: sensitivities", samples * len(trial.probes)) as task:
-        for _ in range(samples):
-            for inputs in trial.probes:
-                for name, power in _one_sample(trial, inputs, parameters, norms, generator).items():
-                    total[name] += power
-                task.advance()
-    return {name: power / samples for name, power in total.items() if power > 0}
+    try:
+        for p in frozen:  # what is not trained is stored like everything else
+            p.requires_grad_(True)
+        with progress.task(f"{trial.name}: sensitivities", samples * len(trial.probes)) as task:
+            for _ in range(samples if parameters else 0):
+                for inputs in trial.probes:
+                    for name, power in _one_sample(trial, inputs, parameters, norms, generator).items():
+                        total[name] += power
+                    task.advance()
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+    # One that overflowed is as good as none: the tensor's errors are then measured.
+    return {name: power / samples for name, power in total.items() if 0 < power < math.inf}
 
 
-def _one_sample(trial: Trial, inputs, parameters: Mapping[str, Tensor], norms: list[float],
-                generator: torch.Generator) -> dict[str, float]:
+def _one_sample(
+    trial: Trial, inputs, parameters: Mapping[str, Tensor], norms: list[float], generator: torch.Generator
+) -> dict[str, float]:
     """Mean squared entry of v^T J for every parameter, for one batch and one v."""
     try:
         with torch.enable_grad():
@@ -57,12 +69,21 @@ def _one_sample(trial: Trial, inputs, parameters: Mapping[str, Tensor], norms: l
             loss = torch.zeros((), device=trial.device)
             for output, norm in zip(outputs, norms, strict=True):
                 if output.requires_grad:
+                    output = torch.view_as_real(output) if output.is_complex() else output
                     signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device) * 2 - 1
                     loss = loss + (output.float() * signs).sum() / norm
         if not loss.requires_grad:
             return {}
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    except (RuntimeError, NotImplementedError):  # a model that cannot be differentiated is measured, not derived
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        RuntimeError,
+        NotImplementedError,
+    ):  # a model that cannot be differentiated is measured, not derived
         return {}
-    return {name: float(gradient.float().square().mean())
-            for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+    return {
+        name: float(gradient.float().square().mean())
+        for name, gradient in zip(parameters, gradients, strict=True)
+        if gradient is not None
+    }

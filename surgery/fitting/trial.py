@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from surgery.errors import PlanError
@@ -24,33 +24,47 @@ class Trial:
         owners: all names of each tensor.
     """
 
-    def __init__(self, member: Member, originals: Mapping[str, Tensor], owners: Mapping[str, tuple[str, ...]],
-                 probes: Sequence[Inputs], device: torch.device):
+    def __init__(
+        self,
+        member: Member,
+        originals: Mapping[str, Tensor],
+        owners: Mapping[str, tuple[str, ...]],
+        probes: Sequence[Inputs],
+        device: torch.device,
+    ):
         self.name, self.module, self.device = member.name, member.module, device
         self.owners = dict(owners)
         self.originals = {name: tensor.to(device) for name, tensor in originals.items()}
         self.probes = [to_device(inputs, device) for inputs in probes]
         self.wear(self.originals)
         self.module.to(device)  # what is in no state dict
-        self.reference = [tuple(t.double() for t in outputs_of(self.module, inputs)) for inputs in self.probes]
+        self.reference = [self._outputs(inputs) for inputs in self.probes]
         if not any(self.reference):
-            raise PlanError(f"Member '{self.name}' returns no floating-point tensor on its probe inputs, so its error "
-                            "cannot be measured; pass other inputs, or use --max-error 0.")
+            raise PlanError(
+                f"Member '{self.name}' returns no floating-point tensor on its probe inputs, so its error "
+                "cannot be measured; pass other inputs, or use --max-error 0."
+            )
         if not all(bool(t.isfinite().all()) for outputs in self.reference for t in outputs):
-            raise PlanError(f"Member '{self.name}' returns NaN or inf on its probe inputs; pass real ones with "
-                            "--calibrate, or use --max-error 0.")
+            raise PlanError(
+                f"Member '{self.name}' returns NaN or inf on its probe inputs; pass real ones with "
+                "--calibrate, or use --max-error 0."
+            )
 
     def wear(self, tensors: Mapping[str, Tensor]) -> None:
         """Give the module other weights; tensors not named stay as they are."""
         assign(self.module, dict(tensors), self.owners)
         forget_derived(self.module)
 
+    def _outputs(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        found = outputs_of(self.module, inputs)
+        return tuple((torch.view_as_real(t) if t.is_complex() else t).double() for t in found)
+
     def error(self) -> float:
-        """The largest relative L2 error over output tensors, each taken over all probes; inf where not finite."""
-        moved = [outputs_of(self.module, inputs) for inputs in self.probes]
+        """The largest relative L2 error of an output tensor, over all probes; inf where not finite."""
+        moved = [self._outputs(inputs) for inputs in self.probes]
         worst = 0.0
         for output in range(len(self.reference[0])):
-            pairs = [(r[output], m[output].double()) for r, m in zip(self.reference, moved, strict=True)]
+            pairs = [(r[output], m[output]) for r, m in zip(self.reference, moved, strict=True)]
             norm = sum(float(r.square().sum()) for r, _ in pairs)
             change = sum(float((m - r).square().sum()) for r, m in pairs)
             if not math.isfinite(change):
@@ -66,5 +80,3 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
         return value.to(device) if isinstance(value, Tensor) else value
 
     return Inputs(tree_map(move, tuple(inputs.args)), tree_map(move, dict(inputs.kwargs)), inputs.source)
-
-

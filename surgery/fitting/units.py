@@ -42,7 +42,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Siblings:
-    """A group of sites as shared rows: contexts `[N, L, N]` and the grid that cuts each site into L blocks."""
+    """Sites as shared rows: contexts `[N, L, N]` and the grid that cuts each site into L blocks."""
 
     sites: tuple[Site, ...]
     grid: BlockGrid
@@ -105,7 +105,7 @@ def squared_error(tensor: Tensor, precision: Precision) -> float:
 
 
 def tabulate(groups: Sequence[Group], members: Sequence[str]) -> tuple[Table, list[Unit], list[Arrangement]]:
-    """All units as arrays for the allocation, with the units and arrangements in the order of their numbers."""
+    """All units as arrays for the allocation; units and arrangements come in the order of their numbers."""
     arrangements = [a for group in groups for a in group.arrangements]
     units = [unit for a in arrangements for unit in a.units]
     width = max((len(unit.options) for unit in units), default=1)
@@ -115,7 +115,9 @@ def tabulate(groups: Sequence[Group], members: Sequence[str]) -> tuple[Table, li
         size[u, : len(unit.nbytes)], error[u, : len(unit.errors)] = unit.nbytes, unit.errors
         weight[u] = [unit.weight.get(name, 0.0) for name in members]
     table = Table(
-        size, error, weight,
+        size,
+        error,
+        weight,
         arrangement=np.repeat(np.arange(len(arrangements)), [len(a.units) for a in arrangements]),
         group=np.repeat(np.arange(len(groups)), [len(group.arrangements) for group in groups]),
         fixed=np.array([a.fixed for a in arrangements]),

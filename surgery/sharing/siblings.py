@@ -1,9 +1,10 @@
-"""Siblings: sites of related members that resemble one another, stored as shared rows along principal directions.
+"""Siblings: sites of related members that resemble one another, stored as shared rows along principal
+directions.
 
 The same location of N siblings is one hypermodule: its rows are the principal directions of the N blocks, its
-contexts the blocks' coordinates. Rows come in order of energy, so later rows can be stored with less precision or
-dropped (transform coding). Blocks are scaled by the root of their sensitivity first, so that an error of a row counts
-the same whichever sibling it reaches.
+contexts the blocks' coordinates. Rows come in order of energy, so later rows can be stored with less
+precision or dropped (transform coding). Blocks are scaled by the root of their sensitivity first, so that an
+error of a row counts the same whichever sibling it reaches.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ RESEMBLANCE = 0.3  # least cosine of two siblings; unrelated tensors of any real
 
 
 def sibling_groups(tensors: Sequence[Tensor], seed: int) -> list[list[int]]:
-    """Numbers of tensors of one shape that resemble one another, by connected components; single ones left out.
+    """Numbers of tensors of one shape that resemble one another, by connected components; single ones left
+    out.
 
     Args:
         tensors: all of one shape.
@@ -52,8 +54,8 @@ def principal_rows(blocks: Tensor, sensitivity: Tensor) -> tuple[Tensor, Tensor,
 
     Returns:
         `rows [N, L, d]` (row j of every location's hypermodule), `contexts [N, L, N]` with
-        `blocks[i, l] = sum_j contexts[i, l, j] * rows[j, l]`, and `share [N, L, N]`: how much of the error power of
-        row j reaches sibling i, in units of output error.
+        `blocks[i, l] = sum_j contexts[i, l, j] * rows[j, l]`, and `share [N, L, N]`: how much of the error
+        power of row j reaches sibling i, in units of output error.
     """
     root = sensitivity.clamp_min(torch.finfo(torch.float32).tiny).sqrt().to(blocks.dtype)
     root = root / root.mean()

@@ -1,8 +1,8 @@
 """Subspaces: a bank of K hypermodules fitted to blocks, each hypermodule a c-dimensional subspace.
 
-Blocks are assigned to the subspace that explains most of their energy, and each subspace moves towards the leading
-eigenvectors of its blocks by one step of subspace iteration; the two alternate. Contexts are the projections, so rows
-stay orthonormal within a hypermodule. Everything is streamed over chunks of locations.
+Blocks are assigned to the subspace that explains most of their energy, and each subspace moves towards the
+leading eigenvectors of its blocks by one step of subspace iteration; the two alternate. Contexts are the
+projections, so rows stay orthonormal within a hypermodule. Everything is streamed over chunks of locations.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ CHUNK_ENTRIES = 1 << 25  # entries of the largest intermediate, `[chunk, K*c]` o
 ROUNDS = 15
 
 
-def fit_subspaces(blocks: Tensor, hypermodules: int, context: int, seed: int, rounds: int = ROUNDS
-                  ) -> tuple[Tensor, Tensor, Tensor]:
+def fit_subspaces(
+    blocks: Tensor, hypermodules: int, context: int, seed: int, rounds: int = ROUNDS
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster blocks into subspaces.
 
     Args:
@@ -38,18 +39,26 @@ def fit_subspaces(blocks: Tensor, hypermodules: int, context: int, seed: int, ro
     """
     count, width = blocks.shape
     generator = torch.Generator().manual_seed(seed)
-    first = torch.stack([torch.randperm(count, generator=generator)[:hypermodules] for _ in range(context)], 1)
+    first = torch.stack(
+        [torch.randperm(count, generator=generator)[:hypermodules] for _ in range(context)], 1
+    )
     noise = torch.randn(hypermodules, context, width, generator=generator).to(blocks)
     size = blocks.square().mean().sqrt()
-    rows = _orthonormal(blocks[first.to(blocks.device)] + noise * (0.01 * size + torch.finfo(blocks.dtype).tiny))
+    rows = _orthonormal(
+        blocks[first.to(blocks.device)] + noise * (0.01 * size + torch.finfo(blocks.dtype).tiny)
+    )
     with progress.task(f"Fitting {hypermodules} hypermodules to {count} blocks", rounds) as task:
         for _ in range(rounds):
             psi, explained = _assign(blocks, rows)
             rows = _orthonormal(_advance(blocks, rows, psi, explained, noise * size))
             task.advance()
     psi, _ = _assign(blocks, rows)
-    contexts = torch.cat([torch.einsum("ld,lcd->lc", blocks[part], rows[psi[part]])
-                          for part in _chunks(count, context * width, blocks.device)])
+    contexts = torch.cat(
+        [
+            torch.einsum("ld,lcd->lc", blocks[part], rows[psi[part]])
+            for part in _chunks(count, context * width, blocks.device)
+        ]
+    )
     return rows.flatten(0, 1), psi, contexts
 
 
@@ -64,7 +73,7 @@ def _assign(blocks: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _advance(blocks: Tensor, rows: Tensor, psi: Tensor, explained: Tensor, noise: Tensor) -> Tensor:
-    """One step of subspace iteration, `H_k <- sum_l (H_k b_l) b_l^T`; unused subspaces start at the worst blocks."""
+    """One step of subspace iteration, `H_k <- sum_l (H_k b_l) b_l^T`; unused ones take the worst blocks."""
     k, c, width = rows.shape
     moved = torch.zeros_like(rows)
     for part in _chunks(len(blocks), c * width, blocks.device):
@@ -74,7 +83,9 @@ def _advance(blocks: Tensor, rows: Tensor, psi: Tensor, explained: Tensor, noise
     worst = (blocks.square().sum(1) - explained).topk(min(len(unused), len(blocks))).indices
     moved[unused[: len(worst)]] = blocks[worst].unsqueeze(1) + 0.01 * noise[unused[: len(worst)]]
     # A subspace with fewer blocks than c would lose its rank: a trace of noise keeps its other directions.
-    return moved + 1e-6 * moved.norm(dim=2, keepdim=True).amax(1, keepdim=True) * torch.nn.functional.normalize(noise, dim=2)
+    return moved + 1e-6 * moved.norm(dim=2, keepdim=True).amax(
+        1, keepdim=True
+    ) * torch.nn.functional.normalize(noise, dim=2)
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

@@ -1,0 +1,157 @@
+"""Search: the choice of precisions and shared rows that meets an error bound or a budget, as measured.
+
+Allocations rest on predicted errors. For a bound they are corrected by what members show when they run,
+member by member; a budget needs no correction, as bytes are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from surgery import progress
+from surgery.errors import PlanError
+from surgery.fitting.allocation import Choice, Table, finest, within_bytes, within_errors
+from surgery.fitting.assembly import Assembler, weights_of
+from surgery.fitting.groups import make_groups, make_scene
+from surgery.fitting.trial import Trial
+from surgery.fitting.units import PART_BYTES, tabulate
+from surgery.plan import Plan
+from surgery.storage import Stored
+
+ROUNDS = 6  # corrections of the predicted errors by the measured ones
+MORE_ROUNDS = 12  # if none of them met the bound: only ever tighter
+SLACK = 0.97  # an error this close below its bound is close enough
+HEADERS = 48 * 2**10  # bytes of names and headers that a budget does not count
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a lossy fit was asked for."""
+
+    max_error: float
+    budget: float | None
+    block: tuple[int, int] | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search found; `sharing` is the number of bytes that sharing saved."""
+
+    target: str
+    stored: Stored
+    errors: np.ndarray
+    met: bool
+    sharing: int
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A choice put together and tried."""
+
+    choice: Choice
+    stored: Stored
+    errors: np.ndarray
+
+
+class Search:
+    """Choices for some members, tried by running them."""
+
+    def __init__(self, plan: Plan, ties: Mapping, trials: Mapping[str, Trial], request: Request):
+        sites = [p.site for p in plan.placements]
+        groups = make_groups(make_scene(trials, sites, request.block, request.seed))
+        self.table, units, arrangements = tabulate(groups, list(trials))
+        self.assembler, self.trials = Assembler(plan, ties, units, arrangements), trials
+        originals = [tensor for trial in trials.values() for tensor in trial.originals.values()]
+        self.whole = sum(tensor.numel() * tensor.element_size() for tensor in originals)
+        self.headers = min(PART_BYTES * len(originals), HEADERS)
+
+    def run(self, request: Request) -> Outcome:
+        """Meet what was asked for.
+
+        Raises:
+            PlanError: where a budget cannot be met.
+        """
+        if request.budget is not None:
+            found, target = self.within_budget(request.budget), f"budget {request.budget:g}"
+        else:
+            found, target = self.within_error(request.max_error), f"max-error {request.max_error:g}"
+        met = request.budget is not None or bool((found.errors <= request.max_error).all())
+        return Outcome(target, found.stored, found.errors, met, self.saved_by_sharing(found))
+
+    def attempt(self, choice: Choice) -> Attempt:
+        """Assemble a choice and measure it."""
+        stored = self.assembler.assemble(choice)
+        return Attempt(choice, stored, measure_errors(stored, self.trials))
+
+    def within_error(self, bound: float) -> Attempt:
+        """The smallest attempt whose measured errors stay within `bound`."""
+        goal = np.full(self.table.weight.shape[1], bound**2)
+        best: Attempt | None = None
+        with progress.task("Fitting to the error bound", ROUNDS) as task:
+            for number in range(ROUNDS + MORE_ROUNDS):
+                found = self.attempt(within_errors(self.table, goal.tolist()))
+                task.advance()
+                met = bool((found.errors <= bound).all())
+                if met and (best is None or found.stored.nbytes < best.stored.nbytes):
+                    best = found
+                if best is not None and (number >= ROUNDS - 1 or (met and _near(found.errors, bound, goal))):
+                    break
+                ratio = np.divide(
+                    bound * (1 + SLACK) / 2, found.errors, out=np.full_like(goal, 4.0), where=found.errors > 0
+                )
+                if number >= ROUNDS - 1:  # members pull one another to and fro: close in from below
+                    ratio = np.minimum(ratio, 1.0) * SLACK
+                goal = goal * np.clip(ratio, 0.25, 4.0) ** 2
+        return best or self.attempt(self.lossless())  # predictions led nowhere
+
+    def within_budget(self, budget: float) -> Attempt:
+        """The attempt of least predicted error within a fraction of the members' bytes."""
+        limit = budget * self.whole + self.headers
+        choice = within_bytes(self.table, limit)
+        stored = self.assembler.assemble(choice)
+        for _ in range(ROUNDS):  # shared rows may have fewer headers than the tensors that they stand for
+            if stored.nbytes <= budget * self.whole:
+                break
+            limit -= stored.nbytes - budget * self.whole
+            choice = within_bytes(self.table, limit)
+            stored = self.assembler.assemble(choice)
+        if choice.nbytes > limit or stored.nbytes > budget * self.whole:
+            least = max(stored.nbytes, choice.nbytes - self.headers) / self.whole
+            raise PlanError(
+                f"A budget of {budget:g} cannot be met: the smallest artifact of these members takes "
+                f"{least:.3f} of their bytes; use --budget {np.ceil(least * 100 + 0.1) / 100:.2f} or more."
+            )
+        return self.attempt(choice)
+
+    def lossless(self) -> Choice:
+        """Every tensor apart and as it is: always there, and always exact."""
+        return finest(_apart(self.table))
+
+    def saved_by_sharing(self, found: Attempt) -> int:
+        """What the same predicted errors would cost more without shared rows, and copies left out."""
+        apart = within_errors(_apart(self.table), (found.choice.error * (1 + 1e-9)).tolist())
+        copies = sum(found.stored.tensors[first].nbytes for first in found.stored.aliases.values())
+        return max(0, round(apart.nbytes - found.choice.nbytes)) + copies
+
+
+def measure_errors(stored: Stored, trials: Mapping[str, Trial]) -> np.ndarray:
+    """Measured output error of every member with the weights of a stored form."""
+    errors = []
+    for name, trial in trials.items():
+        trial.wear(weights_of(stored, name))
+        errors.append(trial.error())
+    return np.array(errors)
+
+
+def _near(errors: np.ndarray, bound: float, goal: np.ndarray) -> bool:
+    return bool((errors[goal > 0] >= SLACK * bound).all())
+
+
+def _apart(table: Table) -> Table:
+    """The table with the first arrangement of each group alone, which shares no rows."""
+    first = np.r_[True, table.group[1:] != table.group[:-1]]
+    return replace(table, fixed=np.where(first, table.fixed, np.inf))

@@ -1,0 +1,80 @@
+"""Fit: what cannot be done is refused in one sentence, and the joint model stays as it was."""
+
+import math
+
+import pytest
+import torch
+from nets import Scores, assert_same_bits, family, loss_of, made, member, originals, run
+
+from surgery.errors import PlanError
+from surgery.fit import fit
+from surgery.joint import join
+
+
+def test_a_budget_that_cannot_be_met_says_the_least_and_changes_nothing():
+    members = family("mlp", 3)
+    joint = join(members).open(2)
+    before = {name: {k: t.clone() for k, t in joint.collapse(name).items()} for name in joint}
+    adapters = {name: next(joint[name].parameters()).requires_grad for name in joint}
+    with pytest.raises(
+        PlanError, match=r"budget of 0.001 cannot be met: .* use --budget (0\.\d+) or more"
+    ) as caught:
+        fit(joint, budget=0.001)
+    for name, state in before.items():
+        assert_same_bits(joint.collapse(name), state)
+        assert next(joint[name].parameters()).requires_grad == adapters[name]
+    with joint.step():
+        loss_of(run(joint["mlp"], members[0])).backward()
+    assert all(p.grad is not None for p in joint.dictionary.parameters())
+    least = float(str(caught.value).split("--budget ")[1].split(" ")[0])
+    assert fit(joint, budget=least).report.met
+
+
+class Argmax(Scores):
+    def forward(self, x):
+        return super().forward(x).argmax(-1)
+
+
+class Broken(Scores):
+    def forward(self, x):
+        return super().forward(x) / 0.0
+
+
+@pytest.mark.parametrize(("build", "words"), [(Argmax, "no floating-point tensor"), (Broken, "NaN or inf")])
+def test_members_whose_error_cannot_be_measured_are_refused_and_unchanged(build, words):
+    torch.manual_seed(0)
+    members = [member("mlp"), made("odd", build(), torch.randn(2, 6))]
+    before = originals(members)
+    joint = join(members)
+    for target in ({"max_error": 0.1}, {"budget": 0.5}):
+        with pytest.raises(PlanError, match=f"Member 'odd' returns {words}.*--max-error 0"):
+            fit(joint, **target)
+        for name, module in before.items():
+            assert_same_bits(joint.collapse(name), module.state_dict())
+    assert fit(joint, max_error=0).report.met
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ({"max_error": 0.1, "budget": 0.5}, "--max-error and --budget"),
+        ({"max_error": -1.0}, "0 or more, found -1"),
+        ({"max_error": math.nan}, "0 or more, found nan"),
+        ({"budget": 0.0}, "above 0 and at most 1, found 0"),
+        ({"budget": 1.5}, "at most 1, found 1.5"),
+        ({"hypermodules": 0}, "at least 1, found 0"),
+        ({"hypermodules": 10**6, "block": (8, 8)}, "found 1000000"),
+        ({"hypermodules": 4, "block": (8, 8), "context": 65}, "at most 64 .* found 65"),
+        ({"hypermodules": 4, "block": (999, 8)}, "fill a block of 999x8"),
+        ({"max_error": 0.1, "device": "nonsense"}, "Device 'nonsense' is not available"),
+        ({"max_error": 0.1, "probes": {"stranger": []}}, "members, found stranger; the members are mlp"),
+        ({"max_error": 0.1, "block": (0, 4)}, "at least 1, found 0x4"),
+    ],
+)
+def test_impossible_targets_are_refused_and_change_nothing(target, words):
+    one = member("mlp")
+    before = originals([one])["mlp"]
+    joint = join([one])
+    with pytest.raises(PlanError, match=words):
+        fit(joint, **target)
+    assert_same_bits(joint.collapse("mlp"), before.state_dict())
