@@ -61,7 +61,8 @@ def read_predictor(path: Path) -> Predictor:
     first, second = sorted({number for kind, number, _ in found if kind == "dense"})
     model = Predictor()
     model.load_state_dict({
-        "lstm.weight_ih_l0": found["lstm", lstm, "kernel"].T, "lstm.weight_hh_l0": found["lstm", lstm, "recurrent_kernel"].T,
+        "lstm.weight_ih_l0": found["lstm", lstm, "kernel"].T,
+        "lstm.weight_hh_l0": found["lstm", lstm, "recurrent_kernel"].T,
         "lstm.bias_ih_l0": found["lstm", lstm, "bias"], "lstm.bias_hh_l0": torch.zeros(256),
         "hidden.weight": found["dense", first, "kernel"].T, "hidden.bias": found["dense", first, "bias"],
         "out.weight": found["dense", second, "kernel"].T, "out.bias": found["dense", second, "bias"],
@@ -81,7 +82,11 @@ def read_data(package: Path) -> dict[str, tuple[list[str], list[bool]]]:
     with (package / "data/production/mhcI/curated_training_data.csv").open() as stream:
         for row in csv.DictReader(stream):
             peptide = row["peptide"]
-            if row["measurement_type"] == "quantitative" and len(peptide) == LENGTH and set(peptide) <= set(LETTERS):
+            if (
+                row["measurement_type"] == "quantitative"
+                and len(peptide) == LENGTH
+                and set(peptide) <= set(LETTERS)
+            ):
                 peptides, binds = data.setdefault(row["mhc"].replace("*", ""), ([], []))
                 peptides.append(peptide)
                 binds.append(float(row["IC50(nM)"]) <= BINDER_NM)
@@ -106,12 +111,20 @@ def fitted(members: Sequence[Member], bound: float, seed: int) -> JointModel:
 def run(package: Path, options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
     data = read_data(package)
     files = {path.stem.removesuffix("_BA"): path for path in sorted(package.glob("saves/production/*_BA.h5"))}
-    names = [name for name in files if name.startswith(options.family) and sum(data.get(name, ([], []))[1]) >= 20]
+    names = [
+        name for name in files if name.startswith(options.family) and sum(data.get(name, ([], []))[1]) >= 20
+    ]
     names = names[: options.members]
 
     def members() -> list[Member]:
-        return [load_member(read_predictor(files[name]), name=name.replace(":", "").replace("/", "-"),
-                            inputs=Inputs((encode(data[name][0][:64]),))) for name in names]
+        return [
+            load_member(
+                read_predictor(files[name]),
+                name=name.replace(":", "").replace("/", "-"),
+                inputs=Inputs((encode(data[name][0][:64]),)),
+            )
+            for name in names
+        ]
 
     start = time.perf_counter()
     together = fitted(members(), options.max_error, options.seed)
@@ -153,11 +166,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     found = importlib.util.find_spec("mhcnuggets")
     if found is None or not found.submodule_search_locations:
-        sys.exit("The models are in the package mhcnuggets, which is not installed: "
-                 "pip install --no-deps mhcnuggets==2.4.1 h5py")
+        sys.exit(
+            "The models are in the package mhcnuggets, which is not installed: "
+            "pip install --no-deps mhcnuggets==2.4.1 h5py"
+        )
     results, verdicts = run(Path(found.submodule_search_locations[0]), options)
-    show(f"Siblings together and apart, max-error {options.max_error:g}", make_header("siblings", options, argv),
-         results, verdicts, options.json)
+    show(
+        f"Siblings together and apart, max-error {options.max_error:g}",
+        make_header("siblings", options, argv),
+        results,
+        verdicts,
+        options.json,
+    )
 
 
 if __name__ == "__main__":

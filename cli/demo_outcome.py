@@ -13,10 +13,10 @@ from .demo_inputs import SENTENCES, class_name, embed, pairs_found, top1, write_
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from surgery.artifact.verify import VerifyReport
     from surgery.joint import JointModel
     from surgery.member import Inputs
     from surgery.recipe import Recipe
-    from surgery.artifact.verify import VerifyReport
 
 Outputs = Mapping[str, Sequence[tuple["Tensor", ...]]]
 
@@ -85,9 +85,9 @@ def measure(recipe: Recipe, inputs: Path, *, overwrite: bool) -> Outcome:
         overwrite: whether the artifact may be replaced.
     """
     from surgery.artifact import load
+    from surgery.artifact.verify import verify
     from surgery.merging import merge, prepare, read_probes
     from surgery.progress import task
-    from surgery.artifact.verify import verify
 
     prepared = prepare(recipe)
     text, image = (member.name for member in prepared.members)

@@ -48,8 +48,8 @@ def verify(
 
     Ends with exit code 1 where something does not match. An origin that cannot be reached is no mismatch.
     """
-    from surgery.progress import task
     from surgery.artifact.verify import verify as check
+    from surgery.progress import task
 
     from . import console
 

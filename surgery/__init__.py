@@ -24,6 +24,7 @@ from surgery.version import __version__
 if TYPE_CHECKING:
     from surgery.artifact import load, save
     from surgery.artifact.export import export
+    from surgery.artifact.verify import VerifyReport, verify
     from surgery.fit import FitReport, fit
     from surgery.joint import JointModel, join
     from surgery.member import Inputs, Member, Origin
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from surgery.references import load_member
     from surgery.sites import Anatomy, LeftAlone, Site, discover
     from surgery.tracing import trace
-    from surgery.artifact.verify import VerifyReport, verify
 
 _HOMES = {
     "artifact": ("load", "save"),

@@ -60,7 +60,9 @@ class Precision:
             return cls(0 if text == "native" else 16)
         bits, _, group = text.removeprefix("int").partition("/")
         if not text.startswith("int") or int(bits) not in PLANES or int(group) < 1:
-            raise ValueError(f"'{text}' is not a precision: native, bfloat16 or intB/GROUP with B of 2 to 8, 10 or 12")
+            raise ValueError(
+                f"'{text}' is not a precision: native, bfloat16 or intB/GROUP with B of 2 to 8, 10 or 12"
+            )
         return cls(int(bits), int(group))
 
 
@@ -116,7 +118,9 @@ def decode(encoded: Encoded) -> Tensor:
         out = values[start : start + step]
         chunk = {f"q{p}": parts[f"q{p}"][start * width * p // 8 :] for p in PLANES[bits]}
         codes = _unpack(chunk, bits, out.numel()).sub(1 << (bits - 1))
-        signed = codes.view(torch.int8) if bits <= 8 else codes  # unsigned bytes wrap around to the signed ones
+        signed = (
+            codes.view(torch.int8) if bits <= 8 else codes
+        )  # unsigned bytes wrap around to the signed ones
         real = signed.view(-1, width).to(torch.float32).mul_(scale[start : start + step])
         out.copy_(real.clamp_(-65504.0, 65504.0) if encoded.dtype == torch.float16 else real)
     first, rest = _matrix(encoded.shape)
@@ -162,9 +166,11 @@ def take_rows(encoded: Encoded, rows: Tensor) -> Encoded:
     """
     shape, bits = (len(rows), *encoded.shape[1:]), encoded.precision.bits
     if bits in (0, 16):
-        return Encoded(encoded.precision, shape, encoded.dtype, {name: p[rows] for name, p in encoded.parts.items()})
+        return Encoded(
+            encoded.precision, shape, encoded.dtype, {name: p[rows] for name, p in encoded.parts.items()}
+        )
     if len(encoded.shape) < 2:
-        raise ValueError(f"a vector of {encoded.shape[0]} held as {encoded.precision} has no rows to take")
+        raise ValueError(f"a vector of {math.prod(encoded.shape)} held as {encoded.precision} has no rows to take")
     scale = encoded.parts["scale"]
     groups = scale.numel() // encoded.shape[0]
     width = _width(encoded.shape, encoded.precision.group)
@@ -202,7 +208,9 @@ def _quantise(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     for end in (low, high) if bits in SEARCH else (low,):
         for step in range(steps):
             shrink = 1.0 - (1.0 - smallest) * step / max(steps - 1, 1)
-            q = (groups * (end / shrink)).round_().clamp_(low, high)  # which end takes the largest decides the sign
+            q = (
+                (groups * (end / shrink)).round_().clamp_(low, high)
+            )  # which end takes the largest decides the sign
             xq, qq = (groups * q).sum(1, keepdim=True), (q * q).sum(1, keepdim=True)
             gain = xq * xq * _inverse(qq)  # |x|^2 minus the error left by the projection
             better = gain > best_gain

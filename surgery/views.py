@@ -44,7 +44,9 @@ class CanonicalView:
         """
         left = _axes(pattern.split("->")[0])
         if len(left) != len(shape):
-            raise ValueError(f"pattern '{pattern}' has {len(left)} axes, the tensor's shape is {tuple(shape)}")
+            raise ValueError(
+                f"pattern '{pattern}' has {len(left)} axes, the tensor's shape is {tuple(shape)}"
+            )
         sizes = dict(known)
         for names, length in zip(left, shape, strict=True):
             unknown = [name for name in names if name not in sizes]
@@ -68,7 +70,9 @@ class CanonicalView:
     def shape(self) -> tuple[int, int, int]:
         """`(S, out, in)`."""
         sizes = dict(self.sizes)
-        stack, out, into = (math.prod(sizes[n] for n in names) for names in _axes(self.pattern.split("->")[1]))
+        stack, out, into = (
+            math.prod(sizes[n] for n in names) for names in _axes(self.pattern.split("->")[1])
+        )
         return stack, out, into
 
 

@@ -14,6 +14,8 @@ from torch import nn
 
 import surgery
 from surgery.artifact import load, save
+from surgery.artifact.verify import verify
+from surgery.artifact.writing import ALLOWANCE
 from surgery.dictionary import Bank, Dictionary
 from surgery.errors import ArtifactError, OutputError
 from surgery.joint import JointModel
@@ -22,8 +24,6 @@ from surgery.plan import place
 from surgery.precision import BFLOAT16, Precision, encode
 from surgery.sites import discover
 from surgery.storage import Stored, revive, store
-from surgery.artifact.verify import verify
-from surgery.artifact.writing import ALLOWANCE
 
 
 def states(joint: JointModel) -> dict[str, dict[str, torch.Tensor]]:

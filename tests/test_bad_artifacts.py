@@ -11,8 +11,8 @@ import torch
 from artifacts import contents, modules, pair, rewrite, seeded, stack
 
 from surgery.artifact import load, save
-from surgery.errors import ArtifactError
 from surgery.artifact.verify import verify
+from surgery.errors import ArtifactError
 
 DAMAGEABLE = ["README.md", "dictionary.safetensors", "manifest.json", "members/one/config.json",
               "members/one/weights.safetensors", "members/two/weights.safetensors", "recipe.yaml",

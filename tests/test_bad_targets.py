@@ -13,8 +13,7 @@ from artifacts import contents, pair, seeded, stack
 
 import surgery
 from surgery import files
-from surgery.artifact import writing
-from surgery.artifact import save
+from surgery.artifact import save, writing
 from surgery.errors import OutputError
 
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.axes import conv_axes, conv_transpose_axes, gate_axes, linear_axes, right_axes
 from surgery.blocks import BlockGrid, tile, untile
+from surgery.layers.axes import conv_axes, conv_transpose_axes, gate_axes, linear_axes, right_axes
 from surgery.tracing.layout import Layout, canonical_view
 from surgery.views import CanonicalView
 

@@ -29,7 +29,12 @@ def slow_blocks(bank: Bank) -> torch.Tensor:
     return torch.stack(out)
 
 
-@given(st.integers(0, 999), st.integers(1, 60), st.integers(1, 30), st.sampled_from([torch.float32, torch.float64]))
+@given(
+    st.integers(0, 999),
+    st.integers(1, 60),
+    st.integers(1, 30),
+    st.sampled_from([torch.float32, torch.float64]),
+)
 @settings(max_examples=80, deadline=None)
 def test_exact_bank_gives_every_block_back_bit_for_bit(seed, count, width, dtype):
     blocks = blocks_with_repeats(seed, count, width, dtype)

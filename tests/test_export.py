@@ -15,11 +15,11 @@ from test_artifact import fitted, hypermodules, same, states
 
 import surgery
 from surgery.artifact import load, save
-from surgery.errors import OutputError, PlanError
 from surgery.artifact.export import export
+from surgery.artifact.verify import verify
+from surgery.errors import OutputError, PlanError
 from surgery.member import content_hash
 from surgery.references import load_member
-from surgery.artifact.verify import verify
 
 WITHOUT_SURGERY = """
 import importlib.abc, sys

@@ -5,18 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from surgery.errors import PlanError
-from surgery.files import new_folder
-from surgery.joint import JointModel
 from surgery.artifact.manifest import listed_files, read_manifest
-from surgery.member import Member
 from surgery.artifact.reading import read_stored
 from surgery.artifact.recorded import origin_of, read_member
 from surgery.artifact.reports import report_of, restrict_report
 from surgery.artifact.states import hollow, state_of
-from surgery.storage import Stored, store
 from surgery.artifact.trim import on_cpu, restrict
 from surgery.artifact.writing import write
+from surgery.errors import PlanError
+from surgery.files import new_folder
+from surgery.joint import JointModel
+from surgery.member import Member
+from surgery.storage import Stored, store
 
 if TYPE_CHECKING:
     from torch import nn

@@ -18,16 +18,16 @@ from typing import Any
 
 from torch import nn
 
-from surgery.errors import ArtifactError
-from surgery.joint import JointModel
 from surgery.artifact.manifest import Manifest, read_manifest
-from surgery.member import Member
 from surgery.artifact.reading import read_stored
 from surgery.artifact.recorded import check_fit, inputs_of, origin_of, read_small_files
 from surgery.artifact.reports import report_of, restrict_report
+from surgery.artifact.writing import write
+from surgery.errors import ArtifactError
+from surgery.joint import JointModel
+from surgery.member import Member
 from surgery.slots import locate
 from surgery.storage import revive, store
-from surgery.artifact.writing import write
 
 
 def save(

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from surgery.artifact.manifest import EncodedGroup, Manifest, ViewEntry
 from surgery.blocks import BlockGrid
 from surgery.errors import ArtifactError
-from surgery.artifact.manifest import EncodedGroup, Manifest, ViewEntry
 from surgery.plan import BankPlan, Placement, Plan
 from surgery.precision import Encoded, Precision
 from surgery.sites import Site

@@ -13,15 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from surgery.files import sha256_of
 from surgery.artifact.layout import Form, encoded_forms, plan_of
 from surgery.artifact.manifest import Manifest
-from surgery.plan import BankPlan
-from surgery.precision import NATIVE, Encoded, decode, part_layout
 from surgery.artifact.recorded import DICTIONARY, TENSOR_FILE, WEIGHTS, raise_damaged
-from surgery.storage import Stored
 from surgery.artifact.tensorfiles import read_header, read_tensors
 from surgery.artifact.trim import restrict
+from surgery.files import sha256_of
+from surgery.plan import BankPlan
+from surgery.precision import NATIVE, Encoded, decode, part_layout
+from surgery.storage import Stored
 
 
 def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Stored:

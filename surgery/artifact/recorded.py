@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from surgery.errors import ArtifactError
 from surgery.artifact.manifest import Manifest
-from surgery.member import Inputs, Member, Origin
 from surgery.artifact.sketch import draw
+from surgery.errors import ArtifactError
+from surgery.member import Inputs, Member, Origin
 from surgery.storage import Stored
 
 DICTIONARY, WEIGHTS = "dictionary", "weights"

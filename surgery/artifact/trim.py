@@ -13,10 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from surgery.artifact.states import build_banks, weight_of
 from surgery.plan import BankPlan, Placement, torch_dtype
 from surgery.precision import NATIVE, Encoded, decode, take_rows
 from surgery.settle import index_dtype
-from surgery.artifact.states import build_banks, weight_of
 from surgery.storage import Stored
 
 ENTRY = 64  # bytes of one tensor's entry in a header, beyond its name

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from surgery.artifact.folder import load
-from surgery.errors import SurgeryError
-from surgery.joint import JointModel
 from surgery.artifact.manifest import NAME, Manifest, checksum_holds, read_manifest
-from surgery.member import Inputs, Member, Origin, content_hash
-from surgery.probes import outputs_of, probe_inputs, relative_error
 from surgery.artifact.reading import read_stored, wrong_hashes
 from surgery.artifact.recorded import inputs_of, origin_of, small_files
 from surgery.artifact.states import build_banks, state_of
+from surgery.errors import SurgeryError
+from surgery.joint import JointModel
+from surgery.member import Inputs, Member, Origin, content_hash
+from surgery.probes import outputs_of, probe_inputs, relative_error
 
 ROUNDING = 1e-5  # relative: a kernel may add the terms of a block in another order than the recorded one
 SAME_ERROR = (1e-4, 0.02)  # absolute and relative difference between two measurements of one output error

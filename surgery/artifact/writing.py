@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from surgery.artifact.card import PICTURE, make_card
-from surgery.dictionary import Bank
-from surgery.errors import OutputError
-from surgery.files import files_below, new_folder, sha256_of
 from surgery.artifact.layout import encoded_entries, parts_of, plan_entries
 from surgery.artifact.manifest import NAME, VERSION, is_safe, listed_files, manifest_bytes
-from surgery.member import Member, content_hash
 from surgery.artifact.picture import draw_sharing
-from surgery.precision import Encoded
 from surgery.artifact.recorded import DICTIONARY, WEIGHTS
 from surgery.artifact.shares import count_shares
 from surgery.artifact.sketch import sketch
 from surgery.artifact.states import build_banks, state_of
-from surgery.storage import Stored
 from surgery.artifact.tensorfiles import plain_file_bytes, read_header, write_tensors
 from surgery.artifact.trim import on_cpu, thrift
+from surgery.dictionary import Bank
+from surgery.errors import OutputError
+from surgery.files import files_below, new_folder, sha256_of
+from surgery.member import Member, content_hash
+from surgery.precision import Encoded
+from surgery.storage import Stored
 from surgery.version import __version__
 
 ALLOWANCE = 64 * 1024  # bytes that an artifact may be larger than its members' own files

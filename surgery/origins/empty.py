@@ -41,7 +41,7 @@ def _empty(parameter: nn.Parameter) -> nn.Parameter:
     empty.__class__ = type(parameter)
     for mark, value in vars(parameter).items():
         setattr(empty, mark, value)
-    empty.__dict__["_is_hf_initialized"] = True  # spares transformers drawing values that would go nowhere
+    empty._is_hf_initialized = True  # type: ignore[attr-defined] # spares transformers drawing values for nothing
     return empty
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import fx
 
-from surgery.layers.axes import Shape
 from surgery.layers import KINDS, kind_met_by, read_call
+from surgery.layers.axes import Shape
 from surgery.layers.operations import Call, Reading
 from surgery.tracing.layout import Layout, Strided, canonical_view, contiguous, through_view
 from surgery.tracing.types import Use
