@@ -28,7 +28,8 @@ from surgery import Member
 BITS = (8, 6, 5, 4, 3)
 TITLES = {"minilm": "all-MiniLM-L6-v2", "efficientnet": "EfficientNet-Lite0"}
 FIT, NOISE = "fit", "noise"
-DRAWS = 4  # of noise at each size
+DRAWS = 4  # of noise, at each size at which the fit is behind in a task figure
+COLUMNS = ("model", "size", "of fp32", "method", "bytes", "error", "detail")  # all others are task figures
 Row = dict[str, Any]
 
 
@@ -66,13 +67,14 @@ class Bench:
         for each in bits:
             rounded, score = self.best_rounding(each)
             size = rounded.nbytes
-            yield self.row("rounding", size, rounded, score)
+            others = [self.row("rounding", size, rounded, score)]
             for method, factors in low.items():
-                yield from self.best_low_rank(method, factors, size)
+                others += self.best_low_rank(method, factors, size)
             found = self.fit(size)
-            score = self.score(found.weights)
-            yield self.row(FIT, size, found, score)
-            yield from self.noise(size, score.error)
+            fit = self.row(FIT, size, found, self.score(found.weights))
+            yield from (*others, fit)
+            if figures_behind(fit, others):
+                yield from self.noise(size, fit["error"])
 
     def best_rounding(self, bits: int) -> tuple[Compressed, Score]:
         """Rounding with the other tensors in bfloat16 or as they are, whichever gives more for its bytes."""
@@ -125,29 +127,29 @@ def benches(models: Sequence[str], folder: Path, seed: int, fast: bool) -> Itera
         yield Bench(vision, PictureTask(vision, folder / "pictures", limit), seed)
 
 
+def figures_behind(fit: Row, others: Sequence[Row]) -> dict[str, Row]:
+    """The task figures in which the fit is behind, each with the row that is best in it."""
+    best = {name: max(others, key=lambda row, name=name: row[name]) for name in fit if name not in COLUMNS}
+    return {name: row for name, row in best.items() if row[name] > fit[name]}
+
+
 def compare(rows: Sequence[Row]) -> Iterator[str]:
     """At each size the fit's error, the best other one, and the task figures in which the fit is behind."""
-    for size in dict.fromkeys((row["model"], row["size"]) for row in rows):
-        here = [row for row in rows if (row["model"], row["size"]) == size]
+    for fit in (row for row in rows if row["method"] == FIT):
+        here = [row for row in rows if (row["model"], row["size"]) == (fit["model"], fit["size"])]
         others = [row for row in here if row["method"] not in (FIT, NOISE)]
-        fit = next((row for row in here if row["method"] == FIT), None)
-        if fit is None:
-            continue
         best = min(others, key=lambda row: row["error"])
-        known = {"model", "size", "of fp32", "method", "bytes", "error", "detail"}
-        behind = []
-        for name in (key for key in fit if key not in known):
-            other = max(others, key=lambda row, name=name: row[name])
-            if other[name] > fit[name]:
-                chance = [row[name] for row in here if row["method"] == NOISE]
-                behind.append(
-                    f"{name} {cell(fit[name])} against {cell(other[name])} of {other['method']} "
-                    f"(noise: {cell(min(chance))} to {cell(max(chance))})"
-                )
+        behind = ""
+        for name, other in figures_behind(fit, others).items():
+            chance = [row[name] for row in here if row["method"] == NOISE]
+            behind += (
+                f"; behind in {name}, {cell(fit[name])} against {cell(other[name])} of {other['method']}"
+            )
+            behind += f" (noise: {cell(min(chance))} to {cell(max(chance))})"
         verdict = "no worse" if fit["error"] <= best["error"] else "WORSE"
         yield (
-            f"{size[0]} at {fit['of fp32']:.1%}: the fit is {verdict} ({fit['error']:.3g}; best other: "
-            f"{best['method']} {best['error']:.3g})" + (f"; behind in {', '.join(behind)}" if behind else "")
+            f"{fit['model']} at {fit['of fp32']:.1%}: the fit is {verdict} ({fit['error']:.3g}; best other: "
+            f"{best['method']} {best['error']:.3g}){behind}"
         )
 
 
