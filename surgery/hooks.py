@@ -39,10 +39,11 @@ class Enter(Gate):
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         """Tell the joint model that the module is about to run."""
-        # Part of a compiled graph: what compiles is entered through a gate of its own, which runs outside it.
-        if self.path and torch.compiler.is_compiling():
-            return
-        self.joint.enter(self.member, self.path)
+        if not self.path:
+            self.joint.enter(self.member, "")
+        # Inside a compiled graph the root's gate, which runs outside of it, has seen to everything.
+        elif not torch.compiler.is_compiling() and self.joint.enter(self.member, self.path):
+            module.register_forward_hook(Leave(self.joint, self.member, self.path), always_call=True)
 
 
 class Leave(Gate):
@@ -50,9 +51,9 @@ class Leave(Gate):
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         """Tell the joint model that the module ran."""
-        if self.path and torch.compiler.is_compiling():
-            return
         self.joint.leave(self.member, self.path)
+        if self.path:
+            release(module, Leave, deep=False)
 
 
 class Refuse:
@@ -76,18 +77,21 @@ def watch(joint: JointModel, member: str, module: nn.Module, owners: list[str]) 
     for path in sorted(paths):
         part = module.get_submodule(path)
         part.register_forward_pre_hook(Enter(joint, member, path))
-        part.register_forward_hook(Leave(joint, member, path), always_call=True)
+        if (
+            not path
+        ):  # others have this hook only while a call from outside runs: two hooks each would be felt
+            part.register_forward_hook(Leave(joint, member, path), always_call=True)
     for part in module.modules():
         if owners and hasattr(part, "save_pretrained"):
             part.__dict__["save_pretrained"] = Refuse(member)
 
 
-def release(module: nn.Module) -> None:
+def release(module: nn.Module, kind: type[Gate] = Gate, *, deep: bool = True) -> None:
     """Take away whatever `watch` put on a module or on what it was copied from."""
-    for part in module.modules():
+    for part in module.modules() if deep else (module,):
         for hooks in (part._forward_pre_hooks, part._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, Gate)]:
+            for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
                 del hooks[key]
                 part._forward_hooks_always_called.pop(key, None)
-        if isinstance(part.__dict__.get("save_pretrained"), Refuse):
+        if deep and isinstance(part.__dict__.get("save_pretrained"), Refuse):
             del part.__dict__["save_pretrained"]

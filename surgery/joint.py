@@ -143,11 +143,11 @@ class JointModel(nn.Module):
             self._in_step = False
             self._filled.clear()
 
-    def enter(self, name: str, path: str) -> None:
-        """Before a part of a member runs: make its slots what the dictionary says, once for each call."""
+    def enter(self, name: str, path: str) -> bool:
+        """Before a part of a member runs: make its slots what the dictionary says; whether it had to."""
         # Within a backward pass a part runs again for gradient checkpointing, with the weights it had.
         if self._in_step or (path and (name in self._inside or torch._C._current_graph_task_id() != -1)):
-            return
+            return False
         self._inside[name] = path
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.dictionary.parameters()):
             below = f"{path}." if path else ""
@@ -156,6 +156,7 @@ class JointModel(nn.Module):
             self._fill(generate_weights(self.dictionary, own))
         elif self._filled.get(name) != self._versions():
             self.refresh([name])
+        return True
 
     enter._torchdynamo_disable = True  # a compiled member breaks its graph once, before its first layer
 
@@ -238,9 +239,7 @@ class JointModel(nn.Module):
 
     def _refuse_in_step(self, what: str) -> None:
         if self._in_step:
-            raise PlanError(
-                f"{what} must wait for the end of joint.step(), which is running; do it after it."
-            )
+            raise PlanError(f"{what} must wait for the end of joint.step(), which is running.")
 
     def _apply(self, fn: Any, recurse: bool = True) -> JointModel:
         self._refuse_in_step("Moving the model")

@@ -103,6 +103,24 @@ def test_a_part_of_a_member_follows_the_dictionary_too():
     assert float(gradient.norm()) > 0
 
 
+@pytest.mark.parametrize("path", ["", "encoder", "encoder.block.0"])
+def test_a_call_that_fails_leaves_no_trace(path):
+    joint, plain = open_joint("t5")
+    part = joint["t5"].get_submodule(path)
+    hooks = [len(module._forward_hooks) for module in joint.modules()]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), pytest.raises((TypeError, ValueError, AttributeError)):
+            part("nonsense", nonsense=1)
+    assert [len(module._forward_hooks) for module in joint.modules()] == hooks
+    ids = plain["t5"].inputs.kwargs["input_ids"]
+    with torch.no_grad():
+        for p in joint.dictionary.parameters():
+            p.mul_(1.1)
+        wanted = joint.extract("t5").get_encoder()(ids).last_hidden_state
+        found = joint["t5"].get_encoder()(ids).last_hidden_state
+    torch.testing.assert_close(found, wanted)
+
+
 def test_caches_in_the_member_follow_the_dictionary():
     joint, plain = open_joint("caching")
     one = plain["caching"]

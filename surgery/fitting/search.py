@@ -24,6 +24,7 @@ from surgery.storage import Stored
 ROUNDS = 6  # corrections of the predicted errors by the measured ones
 MORE_ROUNDS = 12  # if none of them met the bound: only ever tighter
 SLACK = 0.97  # an error this close below its bound is close enough
+CAUTION = 0.015  # of the bound, for each round
 HEADERS = 48 * 2**10  # bytes of names and headers that a budget does not count
 
 
@@ -100,11 +101,12 @@ class Search:
                     best = found
                 if best is not None and (number >= ROUNDS - 1 or (met and _near(found.errors, bound, goal))):
                     break
-                ratio = np.divide(
-                    bound * (1 + SLACK) / 2, found.errors, out=np.full_like(goal, 4.0), where=found.errors > 0
-                )
+                # What is measured scatters about what is predicted, more so for several members: aim lower
+                # each time.
+                aim = bound * (1.0 - CAUTION * (number + 1))
+                ratio = np.divide(aim, found.errors, out=np.full_like(goal, 4.0), where=found.errors > 0)
                 if number >= ROUNDS - 1:  # members pull one another to and fro: close in from below
-                    ratio = np.minimum(ratio, 1.0) * SLACK
+                    ratio = np.minimum(ratio, SLACK)
                 goal = goal * np.clip(ratio, 0.25, 4.0) ** 2
         return best or self.attempt(self.lossless())  # predictions led nowhere
 
