@@ -1,6 +1,6 @@
 """Settle: decide, before a joint model is written, which sites are worth generating and which are plain.
 
-A hypermodule used by fewer than c locations is replaced by the blocks that it generates; a site whose share
+A hypermodule that generates at most c distinct blocks is replaced by these; a site whose share
 of its bank's bytes (rows divided among their users, contexts, index) is no less than its own plain bytes
 becomes a plain tensor. What is written is therefore never larger than the members.
 """
@@ -70,15 +70,23 @@ def settle(joint: JointModel, keep: Collection[str] = ()) -> Settled:
 
 
 def retire_rare(bank: Bank) -> Bank:
-    """Replace hypermodules that fewer than c locations use by single rows, one for each distinct block."""
+    """Replace hypermodules that generate at most c distinct blocks by single rows, one for each of these.
+
+    Those that fewer than c locations use are among them, and all that were opened and not trained.
+    """
     psi, c, count = bank.psi, bank.context, bank.hypermodules
-    uses = torch.bincount(psi[psi < count], minlength=count)
-    kept = uses >= c
-    if bool(kept.all()) or not count:
+    if not count:
+        return bank
+    settled = bank.settled_blocks()
+    pairs = torch.unique(
+        torch.stack([psi, duplicates(settled)[0]]), dim=1
+    )  # blocks equal up to a factor are one
+    kept = torch.bincount(pairs[0][pairs[0] < count], minlength=count) > c
+    if bool(kept.all()):
         return bank
     number = torch.cumsum(kept, 0) - 1
     shared = (psi < count) & kept[psi.clamp_max(count - 1)]
-    blocks = bank.settled_blocks()[~shared]
+    blocks = settled[~shared]
     representative, factor = duplicates(blocks)
     single_rows, single = torch.unique(representative, return_inverse=True)
     rows = torch.cat(

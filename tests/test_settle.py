@@ -129,6 +129,19 @@ def test_an_untrained_bank_stores_like_a_closed_one():
         assert_same_bits(made[4].tensors[key].parts, encoded.parts)
 
 
+@given(st.integers(0, 999), st.integers(1, 4), st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_a_repeated_block_is_stored_exactly_however_often_it_occurs(seed, context, times):
+    tile = torch.randn(4, 4, generator=torch.Generator().manual_seed(seed))
+    one, anatomy = stacked("a", [tile.repeat(2, times), tile.repeat(times, 3)])
+    joint = join([one], make_plan([anatomy], (4, 4))).open(context)
+    before = joint.collapse("a")
+    stored = store(joint)
+    empty, _ = stacked("a", [torch.zeros_like(t) for t in before.values()])
+    assert_same_bits(revive([empty], stored).collapse("a"), before)
+    assert all(bank.context == 1 for bank in stored.plan.banks)
+
+
 def test_opening_records_the_context_and_leaves_hypermodules_alone():
     joint = join([member("mlp", "a")], block=(8, 8)).open(3)
     assert [bank.context for bank in joint.plan.banks] == [3]
