@@ -14,8 +14,6 @@ Example:
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import ArtifactError, LoadError, OutputError, PlanError, SurgeryError, TraceError
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
     from surgery.artifact import load, save
     from surgery.artifact.export import export
     from surgery.artifact.verify import VerifyReport, verify
-    from surgery.fit import FitReport, fit
+    from surgery.fitting.fit import FitReport, fit
     from surgery.joint import JointModel, join
     from surgery.member import Inputs, Member, Origin
     from surgery.merging import merge
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "artifact": ("load", "save"),
     "artifact.export": ("export",),
-    "fit": ("FitReport", "fit"),
+    "fitting.fit": ("FitReport", "fit"),
     "joint": ("JointModel", "join"),
     "member": ("Inputs", "Member", "Origin"),
     "merging": ("merge",),
@@ -57,19 +55,6 @@ __all__ = [
     "VerifyReport", "__version__", "discover", "export", "fit", "join", "load", "load_member", "make_plan",
     "merge", "save", "trace", "verify",
 ]  # fmt: skip
-
-
-class _Package(ModuleType):
-    """Keeps `surgery.fit` the function: importing the submodule of that name would put the module in its
-    place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if _HOME.get(name) == name and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

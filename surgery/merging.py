@@ -74,7 +74,7 @@ def merge(
         True
     """
     from surgery.artifact import save
-    from surgery.fit import fit
+    from surgery.fitting.fit import fit
     from surgery.joint import join
 
     check(recipe, overwrite=overwrite)

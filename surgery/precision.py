@@ -170,7 +170,9 @@ def take_rows(encoded: Encoded, rows: Tensor) -> Encoded:
             encoded.precision, shape, encoded.dtype, {name: p[rows] for name, p in encoded.parts.items()}
         )
     if len(encoded.shape) < 2:
-        raise ValueError(f"a vector of {math.prod(encoded.shape)} held as {encoded.precision} has no rows to take")
+        raise ValueError(
+            f"a vector of {math.prod(encoded.shape)} held as {encoded.precision} has no rows to take"
+        )
     scale = encoded.parts["scale"]
     groups = scale.numel() // encoded.shape[0]
     width = _width(encoded.shape, encoded.precision.group)

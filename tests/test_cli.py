@@ -64,7 +64,7 @@ def test_importing_surgery_does_not_import_torch():
 
 def test_lazy_names_are_functions_even_after_their_submodules_are_imported():
     code = (
-        "import surgery, surgery.fit, surgery.merging, surgery.artifact.export, surgery.artifact.verify\n"
+        "import surgery, surgery.fitting.fit, surgery.merging, surgery.artifact.export, surgery.artifact.verify\n"
         "from types import FunctionType\n"
         "for name in ('fit', 'merge', 'export', 'verify', 'join', 'load', 'save', 'discover'):\n"
         "    assert isinstance(getattr(surgery, name), FunctionType), name\n"
@@ -267,7 +267,7 @@ def test_interrupt_ends_with_130_and_leaves_nothing(nets, tmp_path, monkeypatch)
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(importlib.import_module("surgery.fit"), "fit", interrupted)
+    monkeypatch.setattr(importlib.import_module("surgery.fitting.fit"), "fit", interrupted)
     code, _, err = surgery("merge", *nets, "--out", "joint")
     assert code == 130 and "interrupted" in err and "Traceback" not in err
     assert not (tmp_path / "joint").exists()

@@ -8,7 +8,7 @@ from nets import Scores, assert_same_bits, family, made, member, mlp, originals,
 from torch import nn
 
 from surgery.errors import PlanError
-from surgery.fit import fit
+from surgery.fitting.fit import fit
 from surgery.joint import join
 from surgery.probes import probe_inputs, tensors_in
 from surgery.storage import store

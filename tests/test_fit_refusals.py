@@ -7,7 +7,7 @@ import torch
 from nets import Scores, assert_same_bits, family, loss_of, made, member, originals, run
 
 from surgery.errors import PlanError
-from surgery.fit import fit
+from surgery.fitting.fit import fit
 from surgery.joint import join
 
 

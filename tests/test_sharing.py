@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nets import assert_same_bits, dictionary_gradients, loss_of, member, plain_copy, run, sibling
 
 from surgery.errors import PlanError
-from surgery.fit import fit
+from surgery.fitting.fit import fit
 from surgery.fitting.fixed_bank import _divide
 from surgery.joint import join
 from surgery.plan import BankPlan

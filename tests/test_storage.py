@@ -7,7 +7,7 @@ import torch
 from nets import OWN, assert_same_bits, bits, member, run, sibling
 from torch import nn
 
-from surgery.fit import fit
+from surgery.fitting.fit import fit
 from surgery.joint import join
 from surgery.member import Member
 from surgery.precision import Precision, encode
