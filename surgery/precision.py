@@ -121,6 +121,9 @@ def decode(encoded: Encoded) -> Tensor:
         signed = (
             codes.view(torch.int8) if bits <= 8 else codes
         )  # unsigned bytes wrap around to the signed ones
+        if encoded.dtype == torch.float32:  # the usual case, without a copy in between
+            out.copy_(signed.view(-1, width)).mul_(scale[start : start + step])
+            continue
         real = signed.view(-1, width).to(torch.float32).mul_(scale[start : start + step])
         out.copy_(real.clamp_(-65504.0, 65504.0) if encoded.dtype == torch.float16 else real)
     first, rest = _matrix(encoded.shape)
