@@ -9,6 +9,7 @@ current, once.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,15 +21,15 @@ if TYPE_CHECKING:
     from surgery.joint import JointModel
 
 
-class Gate:
+class Gate(ABC):
     """Watches one module of a member; it knows its joint model, which it does not own."""
 
     def __init__(self, joint: JointModel, member: str, path: str):
         self.joint, self.member, self.path = joint, member, path
 
+    @abstractmethod
     def __call__(self, module: nn.Module, *args: Any) -> None:
         """What happens around a call of the module."""
-        raise NotImplementedError
 
     def __deepcopy__(self, memo: dict) -> Gate:
         return self  # a copied member is freed of it by `release`
