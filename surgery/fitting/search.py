@@ -21,10 +21,10 @@ from surgery.fitting.units import PART_BYTES, tabulate
 from surgery.plan import Plan
 from surgery.storage import Stored
 
-ROUNDS = 6  # corrections of the predicted errors by the measured ones
-MORE_ROUNDS = 12  # if none of them met the bound: only ever tighter
+ROUNDS = 8  # corrections of the predicted errors by the measured ones
+MORE_ROUNDS = 12  # if none of them met the bound
 SLACK = 0.97  # an error this close below its bound is close enough
-CAUTION = 0.015  # of the bound, for each round
+GROWTH = 1.6  # of the squared errors aimed at, until the largest that holds is bracketed
 HEADERS = 48 * 2**10  # bytes of names and headers that a budget does not count
 
 
@@ -58,6 +58,29 @@ class Attempt:
     errors: np.ndarray
 
 
+@dataclass(frozen=True)
+class Scales:
+    """Scales of the squared errors aimed at, by member: now, the largest that held, the smallest that failed."""
+
+    now: np.ndarray
+    held: np.ndarray
+    failed: np.ndarray
+
+    @classmethod
+    def start(cls, members: int) -> Scales:
+        """Just below the bound."""
+        return cls(np.full(members, SLACK**2), np.zeros(members), np.full(members, np.inf))
+
+    def after(self, held: np.ndarray) -> Scales:
+        """The next ones to try: between what held and what failed, or beyond it until there is something between."""
+        low = np.where(held, np.maximum(self.held, self.now), self.held)
+        high = np.where(held, self.failed, np.minimum(self.failed, self.now))
+        up, down = self.now * GROWTH, self.now / GROWTH
+        between = np.sqrt(np.where(low > 0, low, 1.0) * np.where(np.isfinite(high), high, 1.0))
+        now = np.where(np.isfinite(high), np.where(low > 0, between, down), up)
+        return Scales(now, low, high)
+
+
 class Search:
     """Choices for some members, tried by running them."""
 
@@ -89,25 +112,31 @@ class Search:
         return Attempt(choice, stored, measure_errors(stored, self.trials))
 
     def within_error(self, bound: float) -> Attempt:
-        """The smallest attempt whose measured errors stay within `bound`."""
-        goal = np.full(self.table.weight.shape[1], bound**2)
+        """The smallest attempt whose measured errors stay within `bound`.
+
+        What is measured scatters about what is predicted. So each member's prediction is corrected by the mean of
+        all its measurements so far, and a scale is closed in on the largest that holds: one for each member, or
+        one for all where they share rows and pull one another to and fro.
+        """
+        members = self.table.weight.shape[1]
+        coupled = bool(((self.table.weight > 0).sum(1) > 1).any())
         best: Attempt | None = None
+        seen: list[np.ndarray] = []  # log of predicted over measured squared error, by round
+        scales, goal = Scales.start(members), np.full(members, bound**2)
         with progress.task("Fitting to the error bound", ROUNDS) as task:
             for number in range(ROUNDS + MORE_ROUNDS):
                 found = self.attempt(within_errors(self.table, goal.tolist()))
                 task.advance()
-                met = bool((found.errors <= bound).all())
+                held = found.errors <= bound
+                met = bool(held.all())
                 if met and (best is None or found.stored.nbytes < best.stored.nbytes):
                     best = found
                 if best is not None and (number >= ROUNDS - 1 or (met and _near(found.errors, bound, goal))):
                     break
-                # What is measured scatters about what is predicted, more so for several members: aim lower
-                # each time.
-                aim = bound * (1.0 - CAUTION * (number + 1))
-                ratio = np.divide(aim, found.errors, out=np.full_like(goal, 4.0), where=found.errors > 0)
-                if number >= ROUNDS - 1:  # members pull one another to and fro: close in from below
-                    ratio = np.minimum(ratio, SLACK)
-                goal = goal * np.clip(ratio, 0.25, 4.0) ** 2
+                seen.append(_log_ratio(found.choice.error, found.errors**2))
+                if number:
+                    scales = scales.after(np.full(members, met) if coupled else held)
+                goal = scales.now * bound**2 * np.exp(np.mean(seen, 0))
         return best or self.attempt(self.lossless())  # predictions led nowhere
 
     def within_budget(self, budget: float) -> Attempt:
@@ -147,6 +176,13 @@ def measure_errors(stored: Stored, trials: Mapping[str, Trial]) -> np.ndarray:
         trial.wear(weights_of(stored, name))
         errors.append(trial.error())
     return np.array(errors)
+
+
+def _log_ratio(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """`log(predicted / measured)`, 0 where either tells nothing, never more than a factor of 256."""
+    tells = (predicted > 0) & (measured > 0) & np.isfinite(measured)
+    ratio = np.divide(predicted, measured, out=np.ones_like(predicted), where=tells)
+    return np.log(np.clip(ratio, 1 / 256, 256))
 
 
 def _near(errors: np.ndarray, bound: float, goal: np.ndarray) -> bool:
