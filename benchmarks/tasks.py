@@ -10,6 +10,7 @@ weights are; the first may also rise when layers are damaged.
 from __future__ import annotations
 
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class Score:
     tasks: Mapping[str, float]
 
 
-class Task:
+class Task(ABC):
     """A member with real inputs, its original outputs on them, and task figures."""
 
     def __init__(self, member: Member, inputs: Sequence[Any]):
@@ -60,8 +61,9 @@ class Task:
         ]
         return Score(errors[0], max(errors), self.figures(moved))
 
+    @abstractmethod
     def figures(self, moved: Sequence[Sequence[Tensor]]) -> dict[str, float]:
-        raise NotImplementedError
+        """Task figures of outputs, by name."""
 
     def _outputs(self) -> Iterator[list[Tensor]]:
         for batch in self.inputs:

@@ -41,7 +41,7 @@ def export(
     if format not in ("plain", "compressed"):
         raise typer.BadParameter(f"must be plain or compressed, not '{format}'", param_hint="--format")
     from surgery.artifact.export import export as write
-    from surgery.merging import check_target
+    from surgery.files import check_target
     from surgery.progress import task
 
     from . import console, report

@@ -69,7 +69,7 @@ def new_folder(
         ['out/a.txt']
     """
     final = Path(target).expanduser().resolve()
-    _check_target(final, overwrite)
+    check_target(final, overwrite=overwrite)
     made: list[Path] = []
     temporary = final.parent / f".{final.name}.{secrets.token_hex(6)}"
     try:
@@ -102,13 +102,26 @@ def error_number(error: BaseException) -> int | None:
     return None
 
 
-def _check_target(final: Path, overwrite: bool) -> None:
-    if final.exists() and not final.is_dir():
-        raise OutputError(f"The target must be a folder, but {final} is a file; choose another name.")
-    if final.is_dir() and any(final.iterdir()) and not overwrite:
+def check_target(target: Path, *, overwrite: bool = False) -> None:
+    """Whether a folder could be written at `target`; nothing is written.
+
+    Raises:
+        OutputError: it exists and may not be replaced, or no folder can be made there.
+    """
+    target = target.expanduser().absolute()
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"The target must be a folder, but {target} is a file; choose another name.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise OutputError(
-            f"The target must be new or empty, but {final} exists and holds files; choose another "
+            f"The target must be new or empty, but {target} exists and holds files; choose another "
             "folder, or pass --overwrite (in Python overwrite=True)."
+        )
+    parent = next(each for each in target.parents if each.exists())
+    if not parent.is_dir():
+        raise OutputError(f"The target must lie in a folder, but {parent} is a file; choose another name.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"The folder that {target} goes into must be writable, but {parent} is not; choose another."
         )
 
 

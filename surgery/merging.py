@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.errors import LoadError, OutputError, PlanError
+from surgery.errors import LoadError, PlanError
+from surgery.files import check_target
 from surgery.progress import task, track
 from surgery.recipe import Model, Recipe
 from surgery.selectors import share_selectors
@@ -128,32 +129,6 @@ def check(recipe: Recipe, *, overwrite: bool = False) -> None:
         raise PlanError(
             f"Every member needs its own name, but {', '.join(repeated)} is given more than once; "
             "write NAME=REFERENCE to name a member."
-        )
-
-
-def check_target(target: Path, *, overwrite: bool = False) -> None:
-    """Whether an artifact could be written to `target`; nothing is written.
-
-    Raises:
-        OutputError: it exists and may not be replaced, or no folder can be made there.
-    """
-    target = target.expanduser().absolute()
-    if target.is_dir() and not any(target.iterdir()):
-        pass  # an empty folder is as good as none
-    elif target.exists() and not overwrite:
-        raise OutputError(
-            f"The output folder must not exist, but {target} does; use --overwrite or another --out."
-        )
-    elif target.exists() and not target.is_dir():
-        raise OutputError(f"The output must be a folder, but {target} is a file; use another --out.")
-    parent = next(each for each in target.parents if each.exists())
-    if not parent.is_dir():
-        raise OutputError(
-            f"The output folder must lie in a folder, but {parent} is a file; use another --out."
-        )
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"The output folder {target} needs a parent that can be written, but {parent} cannot be."
         )
 
 

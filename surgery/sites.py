@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from surgery.errors import PlanError
 from surgery.member import Member, owners_of
+from surgery.selectors import matches
 from surgery.tracing import Trace, Use, trace
 from surgery.tracing.ends import is_map
 from surgery.views import CanonicalView
@@ -221,10 +222,8 @@ def _select(owners: Mapping[str, tuple[str, ...]], selectors: Sequence[str]) -> 
 
 def _matches(selector: str, names: Sequence[str]) -> bool:
     """Whether a selector means a tensor with these owners."""
-    if not selector.startswith("re:"):
-        return selector in names
     try:
-        return any(re.fullmatch(selector[3:], name) for name in names)
+        return any(matches(selector, name) for name in names)
     except re.error as error:
         raise PlanError(
             "required: selectors that are exact names, or 're:' and a regular expression; "
