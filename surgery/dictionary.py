@@ -15,12 +15,13 @@ blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-from surgery.kernel import generate
-
-DENSE_CODE = 1 << 12  # a code matrix this small is cheaper as one matrix product than as gathered rows
+from surgery.contest import Contest
+from surgery.kernel import DENSE_CODE, TransposedIndex, generate, transpose
 
 
 class Bank(nn.Module):
@@ -33,12 +34,14 @@ class Bank(nn.Module):
         rows: parameter `[K*c + S, m*n]`.
         psi: int64 buffer `[L]`; below K a hypermodule, else single row `psi - K`.
         contexts: parameter `[L, c]`; a location on a single row uses column 0 as its factor, the rest is 0.
+        contest: the alternatives that compete while training decides between them, else None.
     """
 
     rows: nn.Parameter
     contexts: nn.Parameter
     psi: Tensor
     origin: Tensor | None
+    contest: Contest | None
 
     def __init__(
         self, block: tuple[int, int], rows: Tensor, psi: Tensor, contexts: Tensor, hypermodules: int
@@ -54,6 +57,8 @@ class Bank(nn.Module):
         self.register_buffer("psi", psi.long())
         # What every block was when this bank was opened for training, `[L, m*n]`; None where it never was.
         self.register_buffer("origin", None, persistent=False)
+        self.register_module("contest", None)
+        self._code: tuple[Tensor, int, TransposedIndex] | None = None
 
     @property
     def locations(self) -> int:
@@ -71,23 +76,34 @@ class Bank(nn.Module):
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Generate the blocks `[L', m*n]` of locations `start` to `stop`; differentiable, never under autocast."""
-        index, coefficient = self.codes(start, stop)
         with torch.autocast(self.rows.device.type, enabled=False):
+            if self.contest is not None:
+                return self.contest.blocks(self.rows, self.contexts, start, stop)
+            index, coefficient = self.codes(start, stop)
             if index.shape[0] * self.rows.shape[0] <= DENSE_CODE and index.shape[1] > 1:
                 dense = coefficient.new_zeros(index.shape[0], self.rows.shape[0])
                 return dense.scatter_add(1, index, coefficient) @ self.rows
-            return generate(self.rows, index, coefficient)
+            whole = len(index) == self.locations and self.rows.requires_grad and torch.is_grad_enabled()
+            return generate(self.rows, index, coefficient, self._transposed(index) if whole else None)
+
+    def _transposed(self, index: Tensor) -> TransposedIndex | None:
+        """Users of every row, kept while the alignment stays as it is."""
+        if index.device.type != "cpu":
+            return None
+        if self._code is None or self._code[0] is not self.psi or self._code[1] != self.psi._version:
+            self._code = (self.psi, self.psi._version, transpose(index, len(self.rows)))
+        return self._code[2]
 
     @torch.no_grad()
     def settled_blocks(self) -> Tensor:
         """All blocks `[L, m*n]` for collapse: those that training did not move are the original ones, bit for
-        bit.
+        bit, and alternatives do not count.
 
         A block of an opened hypermodule is a sum of c products, so it equals its origin only up to the
         rounding of that sum; differences within the bound gamma_c * sum |z_j H_j| are rounding and are taken
         away.
         """
-        blocks = self.blocks()
+        blocks = generate(self.rows, *self.codes())
         single = self.psi >= self.hypermodules
         # One product, not a sum that starts from 0: a sum would turn -0.0 into 0.0.
         own = self.rows[self.psi[single] + self.hypermodules * (self.context - 1)]
@@ -131,6 +147,9 @@ class Dictionary(nn.Module):
         bank = self.banks[key]
         assert isinstance(bank, Bank)
         return bank
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.banks)
 
     def keys(self) -> list[str]:
         """The banks' keys."""
@@ -203,30 +222,34 @@ def open_bank(bank: Bank, context: int, generator: torch.Generator, sigma: Tenso
     """The pessimistic start for training: each single row becomes a hypermodule of c basis blocks.
 
     H_k starts as noise of deviation 1/sqrt(c) and contexts are constant with |z| = sigma, sigma the standard
-    deviation of the bank's weights; then `H_k += outer(z, B - z.H_k) / |z|^2` makes every block what it was.
+    deviation of the layer's weights, so that hypermodules of all layers are of one size; then
+    `H_k += outer(z, B - z.H_k) / |z|^2` makes every block what it was.
 
     Args:
         bank: without hypermodules, as `exact_bank` makes it.
         context: c.
         generator: on the CPU; decides the noise.
-        sigma: standard deviation of the weights, measured where not given.
+        sigma: `[L]`, the deviation of the weights that each location belongs to; by default that of the bank.
     """
     if bank.hypermodules:
         raise ValueError("only a bank of single rows can be opened")
     rows = bank.rows.detach()
     count, width = rows.shape
     # About 0, as the noise is: one weight, or equal ones, have no deviation about their mean.
-    sigma = rows.square().mean().sqrt() if sigma is None else sigma
+    sigma = rows.square().mean().sqrt().expand(bank.locations) if sigma is None else sigma
     sigma = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
+    # A row that several locations use up to a factor takes the deviation of the one whose factor is 1.
+    lead = torch.empty(count, dtype=rows.dtype, device=rows.device)
+    lead[bank.psi] = sigma / bank.contexts.detach()[:, 0].abs().clamp_min(torch.finfo(rows.dtype).tiny)
+    plain = bank.contexts.detach()[:, 0] == 1
+    lead[bank.psi[plain]] = sigma[plain]
     noise = torch.randn(count, context, width, generator=generator, dtype=rows.dtype).to(rows.device)
     basis = noise / context**0.5
-    z = (sigma / context**0.5).expand(context)  # Eq. (7), sqrt(c) for c
+    z = (lead / context**0.5).unsqueeze(1).expand(count, context)  # Eq. (7), sqrt(c) for c
     for _ in range(2):  # the second pass takes away the first one's rounding
-        error = rows - torch.einsum("c,kcd->kd", z, basis)
-        basis = basis + torch.einsum("c,kd->kcd", z, error) / (z @ z)
-    contexts = z.expand(bank.locations, context) * bank.contexts.detach()[:, :1]
-    opened = Bank(
-        bank.block, basis.reshape(count * context, width), bank.psi.clone(), contexts.clone(), count
-    )
+        error = rows - torch.einsum("kc,kcd->kd", z, basis)
+        basis = basis + torch.einsum("kc,kd->kcd", z, error) / z.square().sum(1)[:, None, None]
+    contexts = z[bank.psi] * bank.contexts.detach()[:, :1]
+    opened = Bank(bank.block, basis.reshape(count * context, width), bank.psi.clone(), contexts, count)
     opened.origin = bank.settled_blocks()
     return opened

@@ -27,3 +27,7 @@ class ArtifactError(SurgeryError):
 
 class OutputError(SurgeryError):
     """A target cannot be written: it exists, is read-only, or the disk is full."""
+
+
+class TrainingError(SurgeryError):
+    """Training cannot go on: a loss is not finite, memory ran out, or a checkpoint belongs to another run."""

@@ -194,7 +194,8 @@ class JointModel(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         single = [key for key in self.dictionary.banks if not self.dictionary[key].hypermodules]
         for key in single:
-            self.dictionary.banks[key] = open_bank(self.dictionary[key], context, generator)
+            sigma = self._deviations(key)
+            self.dictionary.banks[key] = open_bank(self.dictionary[key], context, generator, sigma)
         banks = tuple(replace(b, context=context) if b.key in single else b for b in self.plan.banks)
         self.plan = replace(self.plan, banks=banks)
         self.refresh()
@@ -225,6 +226,17 @@ class JointModel(nn.Module):
         return self
 
     # -- internals -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _deviations(self, key: str) -> Tensor:
+        """The deviation of the weights of the site of each location of a bank of single rows: `[L]`."""
+        blocks = self.dictionary[key].blocks()
+        sigma = blocks.new_ones(len(blocks))
+        for p in self.plan.placements:
+            if p.bank == key:
+                size = p.grid.stack * p.grid.out * p.grid.into  # padding does not count
+                sigma[p.start : p.stop] = (blocks[p.start : p.stop].square().sum() / size).sqrt()
+        return sigma
 
     def _fill(self, weights: Weights) -> None:
         for p in self.plan.placements:

@@ -32,6 +32,7 @@ from surgery import memory
 SLAB_BYTES = (
     16 * 2**20
 )  # small enough for the cache; few slabs, since on busy cores each one waits for its threads
+DENSE_CODE = 1 << 12  # a code matrix this small is cheaper as one matrix product than as gathered rows
 SLAB_ROWS = 64  # at least so many bags at a time, to have work for every thread
 
 
@@ -40,9 +41,9 @@ class TransposedIndex:
     """Which locations use each dictionary row: depends on the alignment alone, so keep it while that stays.
 
     Attributes:
-        index: the `[L, w]` index that this was made from (a copy: later changes in place are noticed).
-        location: `[L*w]`, the locations sorted by the row they use, in rising order within a row.
-        entry: `[L*w]`, for each of `location` its position in the flattened code.
+        index: the index, flattened, that this was made from (a copy: later changes in place are noticed).
+        location: `[E]`, the locations sorted by the row they use, in rising order within a row.
+        entry: `[E]`, for each of `location` its position in the flattened code.
         offset: `[R+1]`, row r is used by `location[offset[r]:offset[r+1]]`.
     """
 
@@ -52,12 +53,13 @@ class TransposedIndex:
     offset: Tensor
 
 
-def transpose(index: Tensor, rows: int) -> TransposedIndex:
+def transpose(index: Tensor, rows: int, offset: Tensor | None = None) -> TransposedIndex:
     """Sort a code's entries by dictionary row.
 
     Args:
-        index: `[L, w]`, int32 or int64, each in `0 .. rows-1`.
+        index: `[L, w]`, or `[E]` with `offset`; int32 or int64, each in `0 .. rows-1`.
         rows: number R of dictionary rows.
+        offset: `[L+1]`, where each location's entries begin, where locations have codes of several lengths.
 
     Returns:
         What `generate` needs for the gradient of its rows, on the device of `index`.
@@ -72,13 +74,20 @@ def transpose(index: Tensor, rows: int) -> TransposedIndex:
     _check_range(index, rows)
     flat = index.reshape(-1)
     entry = flat.argsort(stable=True)  # stable: the order of summation is fixed
-    offset = F.pad(torch.bincount(flat, minlength=rows).cumsum(0), (1, 0))
-    location = entry.div(max(index.shape[1], 1), rounding_mode="floor")
-    return TransposedIndex(index.clone(), location, entry, offset)
+    users = F.pad(torch.bincount(flat, minlength=rows).cumsum(0), (1, 0))
+    if offset is None:
+        location = entry.div(max(index.shape[1], 1), rounding_mode="floor")
+    else:
+        location = torch.arange(len(offset) - 1, device=flat.device).repeat_interleave(offset.diff())[entry]
+    return TransposedIndex(flat.clone(), location, entry, users)
 
 
 def generate(
-    rows: Tensor, index: Tensor, coefficient: Tensor, transposed: TransposedIndex | None = None
+    rows: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    transposed: TransposedIndex | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """Generate all blocks: `B[l] = sum_j coefficient[l, j] * rows[index[l, j]]` (MUiR Eq. 5 and Eq. 8).
 
@@ -87,10 +96,12 @@ def generate(
 
     Args:
         rows: `[R, d]` dictionary rows (R = K*c and d = m*n for hypermodules), float32 or float64.
-        index: `[L, w]`, int32 or int64, the rows of each location.
-        coefficient: `[L, w]`, dtype and device of `rows`.
-        transposed: `transpose(index, R)`, if it is at hand; it saves a sort per backward pass, and CPU alone
-            uses it.
+        index: `[L, w]`, or `[E]` with `offset`; int32 or int64, the rows of each location.
+        coefficient: of the shape of `index`, dtype and device of `rows`.
+        transposed: `transpose(index, R, offset)`, if it is at hand; it saves a sort per backward pass, and
+            CPU alone uses it.
+        offset: `[L+1]`, where the entries of each location begin and, last, E: for locations with codes of
+            several lengths, such as those for which alternatives compete and those for which none do.
 
     Returns:
         `[L, d]` blocks, dtype and device of `rows`.
@@ -106,35 +117,48 @@ def generate(
         >>> generate(rows, index, coefficient).tolist()
         [[6.0, 12.0], [5.0, 10.0]]
     """
-    _check(rows, index, coefficient, transposed)
+    _check(rows, index, coefficient, transposed, offset)
     with torch.autocast(rows.device.type, enabled=False):
         if rows.device.type != "cpu":
-            return F.embedding_bag(index, rows, per_sample_weights=coefficient, mode="sum")
-        return _Generate.apply(rows, index, coefficient, transposed)
+            return F.embedding_bag(
+                index,
+                rows,
+                offset,
+                per_sample_weights=coefficient,
+                mode="sum",
+                include_last_offset=offset is not None,
+            )
+        begin = _offsets(index) if offset is None else offset.to(index.dtype)
+        return _Generate.apply(rows, index.reshape(-1), coefficient.reshape(-1), begin, transposed)
 
 
 class _Generate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, index: Tensor, coefficient: Tensor, transposed: TransposedIndex | None
+        ctx: Any,
+        rows: Tensor,
+        index: Tensor,
+        coefficient: Tensor,
+        offset: Tensor,
+        transposed: TransposedIndex | None,
     ) -> Tensor:
-        rows, index, coefficient = rows.contiguous(), index.contiguous(), coefficient.contiguous()
-        ctx.save_for_backward(rows, index, coefficient)
+        rows, coefficient = rows.contiguous(), coefficient.contiguous()
+        ctx.save_for_backward(rows, index, coefficient, offset)
         ctx.transposed = transposed
-        return _sum_bags(rows, index.view(-1), _offsets(index), coefficient.view(-1))  # Eq. (5), Eq. (8)
+        return _sum_bags(rows, index, offset, coefficient)  # Eq. (5), Eq. (8)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-        rows, index, coefficient = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+        rows, index, coefficient, offset = ctx.saved_tensors
         grad, grad_rows, grad_coefficient = grad.contiguous(), None, None
         if ctx.needs_input_grad[0]:
-            code = ctx.transposed or transpose(index, len(rows))
-            grad_rows = _sum_bags(grad, code.location, code.offset, coefficient.view(-1)[code.entry])
+            code = ctx.transposed or transpose(index, len(rows), offset)
+            grad_rows = _sum_bags(grad, code.location, code.offset, coefficient[code.entry])
         if ctx.needs_input_grad[2]:
             with torch.autocast("cpu", enabled=False):
-                grad_coefficient = _dot_entries(grad, rows, index)
-        return grad_rows, None, grad_coefficient, None
+                grad_coefficient = _dot_entries(grad, rows, index, offset)
+        return grad_rows, None, grad_coefficient, None, None
 
 
 def _sum_bags(source: Tensor, index: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
@@ -161,21 +185,21 @@ def _embedding_bag(source: Tensor, index: Tensor, offset: Tensor, weight: Tensor
     )
 
 
-def _dot_entries(grad: Tensor, rows: Tensor, index: Tensor) -> Tensor:
-    """`[L, w]` products `grad[l] . rows[index[l, j]]`: grad @ rows.T at the code's entries alone."""
-    if index.shape[1] >= len(rows):  # the whole product is no larger, and sampled_addmm keeps at most L*R
-        return (grad @ rows.t()).gather(1, index.long())
+def _dot_entries(grad: Tensor, rows: Tensor, index: Tensor, offset: Tensor) -> Tensor:
+    """`[E]` products of each entry's row with the gradient of its location: grad @ rows.T at these alone."""
+    if len(index) >= len(grad) * len(rows):  # the whole product is no larger; sampled_addmm keeps at most L*R
+        location = torch.arange(len(grad)).repeat_interleave(offset.diff())
+        return (grad @ rows.t())[location, index.long()]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
         entries = torch.sparse_csr_tensor(
-            _offsets(index),
-            index.view(-1),
-            rows.new_zeros(index.numel()),
+            offset,
+            index,
+            rows.new_zeros(len(index)),
             (len(grad), len(rows)),
             check_invariants=False,  # a location may name a row twice, in any order: each is one dot product
         )
-        product = torch.sparse.sampled_addmm(entries, grad, rows.t(), beta=0.0)
-    return product.values().view_as(index)
+        return torch.sparse.sampled_addmm(entries, grad, rows.t(), beta=0.0).values()
 
 
 def _offsets(index: Tensor) -> Tensor:
@@ -184,7 +208,13 @@ def _offsets(index: Tensor) -> Tensor:
     return torch.arange(locations + 1, dtype=index.dtype, device=index.device) * width
 
 
-def _check(rows: Tensor, index: Tensor, coefficient: Tensor, transposed: TransposedIndex | None) -> None:
+def _check(
+    rows: Tensor,
+    index: Tensor,
+    coefficient: Tensor,
+    transposed: TransposedIndex | None,
+    offset: Tensor | None,
+) -> None:
     if rows.dtype not in (torch.float32, torch.float64) or coefficient.dtype != rows.dtype:
         raise TypeError(
             f"rows and coefficient must both be float32 or both float64, found {rows.dtype} and "
@@ -192,17 +222,20 @@ def _check(rows: Tensor, index: Tensor, coefficient: Tensor, transposed: Transpo
         )
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"index must be int32 or int64, found {index.dtype}")
-    if rows.ndim != 2 or index.ndim != 2 or coefficient.shape != index.shape:
+    if rows.ndim != 2 or index.ndim != (2 if offset is None else 1) or coefficient.shape != index.shape:
+        wanted = "[L, w]" if offset is None else "[E]"
         raise ValueError(
-            "rows [R, d], index [L, w] and coefficient [L, w] are required, found "
+            f"rows [R, d], index {wanted} and coefficient {wanted} are required, found "
             f"{list(rows.shape)}, {list(index.shape)} and {list(coefficient.shape)}"
         )
     if rows.device.type == "cpu":
         _check_range(index, len(rows))
+        if offset is not None and (offset[0] != 0 or offset[-1] != len(index) or (offset.diff() < 0).any()):
+            raise ValueError(f"offset must rise from 0 to {len(index)}, the number of entries")
         if transposed is not None and not (
             len(transposed.offset) == len(rows) + 1
             and transposed.index.dtype == index.dtype
-            and torch.equal(transposed.index, index)
+            and torch.equal(transposed.index, index.reshape(-1))
         ):
             raise ValueError("transposed is of another index or R: make it again by transpose(index, R)")
 

@@ -1,0 +1,226 @@
+"""Alignment: which hypermodule generates each location, optimised by many parallel (1+lambda)-EAs.
+
+MUiR (Meyerson and Miikkulainen, arXiv 1906.00097), Algorithms 1 and 2, as pure functions on tensors, without
+a loop over locations: draw locations, draw challengers for each, and decide once training has said which
+alternative carries the most weight. Challengers are either drawn by usage, as in the paper, or, for
+pretrained weights, by how much of the block they can explain: a random hypermodule explains next to
+nothing of a block that already does something, so it could only prune.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+POOL = 256  # hypermodules among which the best explanation of a block is looked for, unless asked otherwise
+_CHUNK = 1 << 24  # numbers in one intermediate result
+
+
+def usage(psi: Tensor, hypermodules: int) -> Tensor:
+    """How many locations each hypermodule generates: `psi [L]` -> `[K]`."""
+    return torch.bincount(psi[psi < hypermodules], minlength=hypermodules)
+
+
+def draw_locations(locations: int, fraction: float, generator: torch.Generator) -> Tensor:
+    """`p*L` of L locations, at least one, ascending and without repetition: `[N]`.
+
+    Args:
+        locations: L.
+        fraction: p, above 0 and at most 1.
+        generator: on the CPU, so that every process and device draws the same.
+    """
+    count = min(locations, max(1, round(fraction * locations)))
+    return torch.randperm(locations, generator=generator)[:count].sort().values
+
+
+def draw_by_usage(psi: Tensor, count: int, challengers: int, generator: torch.Generator) -> Tensor:
+    """Challengers with `P(H_k) = usage_k / L`: the hypermodule of a location drawn uniformly. # Alg. 2, line 11
+
+    Args:
+        psi: `[L]`.
+        count: N locations, each of which gets `challengers`.
+        challengers: lambda.
+        generator: on the CPU.
+
+    Returns:
+        `[N, lambda]`.
+    """
+    place = torch.randint(len(psi), (count, challengers), generator=generator)
+    return psi[place.to(psi.device)]
+
+
+def draw_uniformly(hypermodules: Tensor, count: int, challengers: int, generator: torch.Generator) -> Tensor:
+    """Challengers among `hypermodules [K']`, each equally likely: `[N, lambda]`."""
+    place = torch.randint(len(hypermodules), (count, challengers), generator=generator)
+    return hypermodules[place.to(hypermodules.device)]
+
+
+def draw_new(
+    challengers: Tensor, epsilon: float, unused: int, first: int, generator: torch.Generator
+) -> tuple[Tensor, int]:
+    """Replace each challenger by a new hypermodule with probability epsilon, while unused ones remain.
+
+    Unused hypermodules are not kept in memory; one that is drawn is made anew, with a number from `first` on.
+
+    Args:
+        challengers: `[N, lambda]`.
+        epsilon: probability of a new one.
+        unused: how many there may be; the draws beyond that share them.
+        first: number of the first new one, K.
+        generator: on the CPU.
+
+    Returns:
+        The challengers, and how many new hypermodules they name: `first .. first + new - 1`.
+    """
+    if unused <= 0 or epsilon <= 0:
+        return challengers, 0
+    new = (torch.rand(challengers.shape, generator=generator) < epsilon).to(challengers.device)
+    number = torch.randint(unused, challengers.shape, generator=generator).to(challengers.device)
+    drawn, compact = torch.unique(number[new], return_inverse=True)
+    challengers = challengers.clone()
+    challengers[new] = first + compact
+    return challengers, len(drawn)
+
+
+def starting_weight(alpha: float, challengers: int) -> float:
+    """Where a challenger's soft weight starts, so that the incumbent, at 0, has probability 1 - alpha.
+
+    Raises:
+        ValueError: where alpha does not lie between 0 and 1.
+
+    Example:
+        >>> s = torch.tensor([0.0] + [starting_weight(0.5, 4)] * 4)
+        >>> round(float(s.softmax(0)[0]), 6)
+        0.5
+    """
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha must lie between 0 and 1, found {alpha}")
+    return math.log(alpha) - math.log(challengers) - math.log(1 - alpha)
+
+
+def mass(candidates: Tensor, soft: Tensor) -> Tensor:
+    """The softmax mass of each alternative, that of its duplicates added: `[N, A]`. # Alg. 2, line 22
+
+    Args:
+        candidates: `[N, A]` hypermodules, the incumbent first.
+        soft: `[N, A]` soft weights.
+    """
+    probability = soft.softmax(1)
+    same = candidates.unsqueeze(1) == candidates.unsqueeze(2)
+    return (same * probability.unsqueeze(1)).sum(2)
+
+
+def decide(candidates: Tensor, soft: Tensor) -> Tensor:
+    """The column of the winning alternative of each location, the first of those equal: `[N]`.
+
+    Example:
+        >>> decide(torch.tensor([[7, 3, 3]]), torch.tensor([[0.1, 0.0, 0.0]]))
+        tensor([1])
+    """
+    return mass(candidates, soft).argmax(1)
+
+
+# Pretrained weights -----------------------------------------------------------------------------------
+
+
+def fit_contexts(blocks: Tensor, rows: Tensor, hypermodules: Tensor, ridge: float = 1e-6) -> Tensor:
+    """Contexts with which hypermodules come nearest to blocks, by least squares.
+
+    Args:
+        blocks: `[N, d]`.
+        rows: `[K, c, d]`.
+        hypermodules: `[N, A]`, for each block the alternatives to fit.
+        ridge: relative to the largest basis block, so that dependent ones do no harm.
+
+    Returns:
+        `[N, A, c]`.
+    """
+    used, place = torch.unique(hypermodules, return_inverse=True)
+    basis = rows[used]
+    gram = basis @ basis.mT  # [U, c, c]
+    scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(rows.dtype).tiny)
+    gram = gram + torch.diag_embed((ridge * scale)[:, None].expand(gram.shape[:2]))
+    inverse = torch.linalg.inv(gram)
+    step = max(1, _CHUNK // max(1, place.shape[1] * basis[0].numel()))
+    parts = []
+    for block, where in zip(blocks.split(step), place.split(step), strict=True):
+        products = torch.einsum("nacd,nd->nac", basis[where], block)
+        parts.append(torch.einsum("nace,nae->nac", inverse[where], products))
+    return torch.cat(parts)
+
+
+def explained(blocks: Tensor, rows: Tensor) -> Tensor:
+    """The share of each block's energy that each hypermodule explains with its best context.
+
+    Args:
+        blocks: `[N, d]`.
+        rows: `[P, c, d]`.
+
+    Returns:
+        `[N, P]`, between 0 and 1; 0 for a block that is 0.
+    """
+    basis = torch.linalg.qr(rows.mT.float())[0]  # [P, d, c], orthonormal
+    pool, _, c = basis.shape
+    flat = basis.permute(1, 0, 2).reshape(blocks.shape[1], pool * c)
+    step = max(1, _CHUNK // (pool * c))
+    parts = [(b.float() @ flat).square().view(-1, pool, c).sum(2) for b in blocks.split(step)]
+    energy = blocks.float().square().sum(1, keepdim=True)
+    return torch.where(energy > 0, torch.cat(parts) / energy.clamp_min(1e-38), torch.zeros_like(energy))
+
+
+def explained_pairs(blocks: Tensor, rows: Tensor) -> Tensor:
+    """Like `explained`, each block with one hypermodule of its own: `[N, d]`, `[N, c, d]` -> `[N]`."""
+    basis = torch.linalg.qr(rows.mT.float())[0]
+    energy = blocks.float().square().sum(1)
+    found = torch.einsum("ndc,nd->nc", basis, blocks.float()).square().sum(1)
+    return torch.where(energy > 0, found / energy.clamp_min(1e-38), torch.zeros_like(energy))
+
+
+def draw_by_explanation(
+    blocks: Tensor,
+    rows: Tensor,
+    psi: Tensor,
+    challengers: int,
+    generator: torch.Generator,
+    first: Tensor | None = None,
+    pool: int = POOL,
+    power: float = 1.0,
+) -> Tensor:
+    """Challengers with `P(H_k) ~ usage_k * explained(B_l, H_k)`: widely used, and able to do what the block does.
+
+    Usage alone, as in the paper, proposes mostly what cannot take over the block; explanation alone makes
+    many small groups. Together, wrong proposals become rare once an alignment is good, so it stays.
+
+    Args:
+        blocks: `[N, d]` what the locations generate now.
+        rows: `[K, c, d]`.
+        psi: `[L]`, the alignment of all locations.
+        challengers: lambda.
+        generator: on the CPU.
+        first: `[N, F]` hypermodules that are looked at for one location besides the pool, -1 for none.
+        pool: how many locations' hypermodules are looked at for all, drawn uniformly; all where L is no more.
+        power: exponent of the share that is explained.
+
+    Returns:
+        `[N, lambda]`, with repetition.
+    """
+    chosen = psi
+    if len(psi) > pool:
+        chosen = psi[torch.randint(len(psi), (pool,), generator=generator).to(psi.device)]
+    known, place = torch.unique(chosen, return_inverse=True)
+    weight = explained(blocks, rows[known])[:, place]
+    names = chosen.expand(len(blocks), -1)
+    if first is not None and first.shape[1]:
+        own = rows[first.clamp_min(0)].flatten(0, 1)  # [N*F, c, d]
+        pairs = blocks.repeat_interleave(first.shape[1], 0)
+        share = explained_pairs(pairs, own).view(first.shape)
+        weight = torch.cat([share.masked_fill(first < 0, 0.0), weight], 1)
+        names = torch.cat([first.clamp_min(0), names], 1)
+    # A block of zeros is explained by nothing and by everything alike.
+    weight = weight.clamp_min(1e-12).pow(power)
+    total = weight.cumsum(1)
+    level = torch.rand(len(blocks), challengers, generator=generator).to(weight) * total[:, -1:]
+    picked = torch.searchsorted(total, level, right=True).clamp_max(names.shape[1] - 1)
+    return names.gather(1, picked)

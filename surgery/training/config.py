@@ -1,0 +1,147 @@
+"""Settings of joint training, as they stand under `train:` in a recipe; every one has a sensible default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """A part of a recipe: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Optimizer(Strict):
+    """What steps the dictionary and the adapters.
+
+    Attributes:
+        name: `adam`, `adamw` or `sgd`.
+        lr: learning rate.
+        soft_lr: of the soft weights; the paper takes 10 to 100 times `lr`.
+        weight_decay: of rows and adapters, never of contexts and soft weights.
+        momentum: of `sgd`.
+        clip: largest norm of all gradients together; none by default.
+        schedule: of `lr` over all steps.
+        warmup: steps over which `lr` rises from 0.
+    """
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Rate = 1e-3
+    soft_lr: Rate = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    clip: Rate | None = None
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Count = 0
+
+
+class Evolution(Strict):
+    """The alignment and how it changes (MUiR, Algorithm 2).
+
+    Attributes:
+        start: `own`, every location its own hypermodule (the pessimistic start); `order`, the k-th location
+            of each member shares (classical hard sharing by topological order); `random`, each location one
+            of `hypermodules` by chance; `given`, as it is in the joint model.
+        change: whether the alignment evolves, is drawn anew by chance, or stays.
+        fraction: p, of the locations that are sampled for a generation.
+        challengers: lambda.
+        draw: challengers by `usage`, `uniform`ly, or by how much of a block they `explain`.
+        siblings: whether the same location of members with the same tensor is tried first; with `explain`.
+        contexts: challengers use the location's `own` context, or one `fitted` to its block.
+        alpha: probability of not choosing the incumbent, at the start of a generation; the number of
+            challengers over that of alternatives makes all alike.
+        final_alpha: what `alpha` falls to, geometrically, until the last generation; none keeps it.
+        epsilon: probability that a challenger is a new hypermodule.
+        hypermodules: K of a `random` start.
+    """
+
+    start: Literal["own", "order", "random", "given"] = "own"
+    change: Literal["evolve", "random", "none"] = "evolve"
+    fraction: Share = 0.5
+    challengers: Positive = 1
+    draw: Literal["usage", "uniform", "explain"] = "usage"
+    siblings: bool = False
+    contexts: Literal["own", "fitted"] = "own"
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    final_alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-4
+    hypermodules: Positive | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Evolution:
+        if self.start == "random" and self.hypermodules is None:
+            raise ValueError("a random start needs 'hypermodules', how many there are to share")
+        return self
+
+
+class Stopping(Strict):
+    """When training ends early, and which state is kept.
+
+    Attributes:
+        patience: validations without a better one after which training stops; none trains to the end.
+        keep: the `best` state by validation, or the `last`.
+    """
+
+    patience: Positive | None = None
+    keep: Literal["best", "last"] = "best"
+
+
+class Training(Strict):
+    """Everything about a joint training run that is not the members, their tasks or the dictionary's shape.
+
+    Attributes:
+        steps: of the optimizer in one generation.
+        burn_in: generations before the first alternatives compete.
+        generations: in which alternatives compete.
+        final: generations with a hard alignment at the end.
+        accumulate: micro-batches of each task in one step.
+        validate_every: generations between validations.
+        optimizer: see `Optimizer`.
+        evolution: see `Evolution`.
+        stopping: see `Stopping`.
+        precision: mixed precision, as accelerate names it.
+        compile: whether members are compiled.
+        checkpointing: whether members that offer gradient checkpointing use it.
+        trackers: accelerate's `log_with`, for example `tensorboard`.
+        save_seconds: least time between two checkpoints.
+    """
+
+    steps: Positive = 100
+    burn_in: Count = 0
+    generations: Count = 10
+    final: Count = 1
+    accumulate: Positive = 1
+    validate_every: Positive = 1
+    optimizer: Optimizer = Optimizer()
+    evolution: Evolution = Evolution()
+    stopping: Stopping = Stopping()
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
+    checkpointing: bool = False
+    trackers: tuple[str, ...] = ()
+    save_seconds: Annotated[float, Field(ge=0)] = 30.0
+
+    @property
+    def total(self) -> int:
+        """Generations in all."""
+        return self.burn_in + self.generations + self.final
+
+    def competes(self, generation: int) -> bool:
+        """Whether alternatives compete in a generation, counted from 0."""
+        evolving = self.burn_in <= generation < self.burn_in + self.generations
+        return evolving and self.evolution.change == "evolve"
+
+    def alpha(self, generation: int) -> float:
+        """Alpha of a generation: from `alpha` to `final_alpha` by equal factors."""
+        first, last = self.evolution.alpha, self.evolution.final_alpha
+        if last is None or self.generations < 2:
+            return first
+        progress = (generation - self.burn_in) / (self.generations - 1)
+        return first * (last / first) ** min(max(progress, 0.0), 1.0)

@@ -1,0 +1,64 @@
+"""Optimizers and schedules of joint training, by name; a new one is a line in `OPTIMIZERS` or `SCHEDULES`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from surgery.joint import JointModel
+from surgery.training.config import Optimizer
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": lambda groups, settings: torch.optim.Adam(groups, lr=settings.lr, fused=True),
+    "adamw": lambda groups, settings: torch.optim.AdamW(groups, lr=settings.lr, fused=True),
+    "sgd": lambda groups, settings: torch.optim.SGD(
+        groups, lr=settings.lr, momentum=settings.momentum, fused=True
+    ),
+}
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+
+
+def make_optimizer(joint: JointModel, settings: Optimizer) -> torch.optim.Optimizer:
+    """One optimizer for the whole joint model; its groups carry their `role`.
+
+    Roles are `rows`, `contexts`, `adapters` and `soft`, the last with a learning rate of its own and, between
+    contests, no parameters.
+    """
+    banks = [joint.dictionary[key] for key in joint.dictionary]
+    adapters = [p for p in joint.bodies.parameters() if p.requires_grad]
+    decay = settings.weight_decay
+    groups: list[dict[str, Any]] = [
+        {"params": [b.rows for b in banks if b.rows.requires_grad], "role": "rows", "weight_decay": decay},
+        {
+            "params": [b.contexts for b in banks if b.contexts.requires_grad],
+            "role": "contexts",
+            "weight_decay": 0.0,
+        },
+        {"params": adapters, "role": "adapters", "weight_decay": decay},
+        {"params": [], "role": "soft", "weight_decay": 0.0, "lr": settings.soft_lr},
+    ]
+    return OPTIMIZERS[settings.name](groups, settings)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, settings: Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR | None:
+    """The learning rate over all steps; the soft weights' stays as it is. None where nothing changes."""
+    if settings.schedule == "constant" and not settings.warmup:
+        return None
+    shape = SCHEDULES[settings.schedule]
+
+    def factor(step: int) -> float:
+        if step < settings.warmup:
+            return (step + 1) / settings.warmup
+        return shape((step - settings.warmup) / max(1, steps - settings.warmup))
+
+    factors = [(lambda step: 1.0) if g["role"] == "soft" else factor for g in optimizer.param_groups]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)

@@ -1,0 +1,67 @@
+"""Starts: the alignment that training begins with, and which locations of other members correspond to each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from surgery.joint import JointModel
+from surgery.training.config import Evolution
+from surgery.training.evolution import regroup
+
+
+def start(joint: JointModel, context: int, settings: Evolution, seed: int) -> None:
+    """Open every bank for training and give it the alignment that `settings.start` names.
+
+    Args:
+        joint: as `join` made it, or loaded from an artifact.
+        context: c.
+        settings: of the evolution.
+        seed: of new basis blocks, and of a random alignment.
+    """
+    joint.open(context, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for plan in joint.plan.banks:
+        bank = joint.dictionary[plan.key]
+        if settings.start == "order":
+            regroup(bank, by_order(joint, plan.key))
+        elif settings.start == "random":
+            count = min(settings.hypermodules or bank.locations, bank.locations)
+            regroup(bank, torch.randint(count, (bank.locations,), generator=generator))
+    joint.refresh()
+
+
+def by_order(joint: JointModel, key: str) -> Tensor:
+    """The place of each location of a bank among those of its member, in execution order: `[L]`."""
+    bank = joint.dictionary[key]
+    group = torch.zeros(bank.locations, dtype=torch.long)
+    for name in joint.names:
+        places = [p for p in joint.plan.of(name) if p.bank == key]
+        own = [torch.arange(p.start, p.stop) for p in sorted(places, key=lambda p: p.site.order)]
+        if own:
+            locations = torch.cat(own)
+            group[locations] = torch.arange(len(locations))
+    return group
+
+
+def siblings(joint: JointModel, key: str) -> Tensor | None:
+    """For each location of a bank those at the same place of the same tensor in other members.
+
+    Returns:
+        `[L, F]` location numbers, -1 where a member has no such tensor; None where no member has one.
+    """
+    families = defaultdict(list)
+    for p in joint.plan.placements:
+        if p.bank == key:
+            families[p.site.name, p.grid].append(p)
+    most = max((len(family) for family in families.values()), default=0)
+    if most < 2:
+        return None
+    places = torch.full((joint.dictionary[key].locations, most - 1), -1)
+    for family in families.values():
+        for p in family:
+            for column, other in enumerate(q for q in family if q is not p):
+                places[p.start : p.stop, column] = torch.arange(other.start, other.stop)
+    return places

@@ -1,0 +1,132 @@
+"""Task: what one member is trained to do. A batch is what its data yield, whatever their form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from surgery.errors import PlanError
+
+TARGETS = ("labels", "label", "target", "targets")
+
+Loss = Callable[[Any, "Batch"], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arguments of one forward call and what is wanted of it.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        target: what the loss compares with, or None.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    target: Any = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed."""
+
+        def leaf(value: Any) -> Any:
+            return change(value) if isinstance(value, Tensor) else value
+
+        return replace(
+            self,
+            args=tree_map(leaf, self.args),
+            kwargs=tree_map(leaf, dict(self.kwargs)),
+            target=tree_map(leaf, self.target),
+        )
+
+    @property
+    def size(self) -> int:
+        """Examples: the first axis of the first tensor, 0 where there is none."""
+        for leaf in tree_leaves((self.args, dict(self.kwargs), self.target)):
+            if isinstance(leaf, Tensor) and leaf.ndim:
+                return len(leaf)
+        return 0
+
+
+def as_batch(raw: Any) -> Batch:
+    """What a data loader yields as a `Batch`.
+
+    Args:
+        raw: `(inputs, target)`, where inputs are a tensor, a tuple of arguments or a dict of them; a dict
+            with its target under `labels`, `label`, `target` or `targets`; or inputs alone.
+
+    Raises:
+        PlanError: for anything else.
+
+    Example:
+        >>> as_batch({"input_ids": torch.zeros(2, 8), "labels": torch.tensor([1, 0])}).target
+        tensor([1, 0])
+    """
+    if isinstance(raw, Batch):
+        return raw
+    if isinstance(raw, Mapping):
+        inputs = dict(raw)
+        named = next((name for name in TARGETS if name in inputs), None)
+        return Batch((), inputs, inputs.pop(named) if named else None)
+    if isinstance(raw, Tensor):
+        return Batch((raw,))
+    if isinstance(raw, (tuple, list)) and len(raw) == 2:
+        inputs, target = raw
+        if isinstance(inputs, Mapping):
+            return Batch((), dict(inputs), target)
+        return Batch(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}, target)
+    if isinstance(raw, (tuple, list)) and len(raw) == 1:
+        return as_batch(raw[0])
+    raise PlanError(
+        f"A task's data must yield (inputs, target) pairs, dicts or tensors, found {type(raw).__name__}."
+    )
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one member is trained to do.
+
+    Attributes:
+        name: unique among the tasks.
+        member: name of the member that it trains; several tasks may train one.
+        data: anything that can be iterated over again and again and yields batches, for example a
+            `DataLoader`.
+        loss: a function of the member's output and the `Batch`, or a name or a mapping of names to weights
+            (see `surgery.training.losses`).
+        metric: a name (see `surgery.training.metrics`), a torchmetrics metric, or None for the loss alone.
+        validation: data for choosing the checkpoint; without any, the training loss chooses.
+        test: data that nothing is chosen by.
+        weight: of its loss among the tasks' losses.
+    """
+
+    name: str
+    member: str
+    data: Iterable[Any]
+    loss: str | Mapping[str, float] | Loss = "cross_entropy"
+    metric: Any = None
+    validation: Iterable[Any] | None = None
+    test: Iterable[Any] | None = None
+    weight: float = 1.0
+
+
+def prediction_of(output: Any) -> Tensor:
+    """The tensor in a member's output that a loss compares: itself, `logits`, or the first one in it.
+
+    Raises:
+        PlanError: where the output holds no tensor.
+    """
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    values = output.values() if isinstance(output, Mapping) else output
+    if isinstance(values, Iterable):
+        for value in values:
+            if isinstance(value, Tensor):
+                return value
+    raise PlanError(f"A member's output must hold a tensor, found {type(output).__name__}.")
