@@ -184,19 +184,24 @@ class JointModel(nn.Module):
         reorder(module, self.state_keys[name])
         return module
 
-    def open(self, context: int = 4, seed: int = 0) -> JointModel:
+    def open(self, context: int | None = None, seed: int = 0) -> JointModel:
         """Make every single row a trainable hypermodule of `context` basis blocks; outputs stay what they
         were.
 
         Banks that have hypermodules stay as they are.
+
+        Args:
+            context: c; by default what the plan says.
+            seed: of the new basis blocks.
         """
         self._refuse_in_step("Opening the dictionary")
         generator = torch.Generator().manual_seed(seed)
         single = [key for key in self.dictionary.banks if not self.dictionary[key].hypermodules]
         for key in single:
             sigma = self._deviations(key)
-            self.dictionary.banks[key] = open_bank(self.dictionary[key], context, generator, sigma)
-        banks = tuple(replace(b, context=context) if b.key in single else b for b in self.plan.banks)
+            c = context or self.plan.bank(key).context
+            self.dictionary.banks[key] = open_bank(self.dictionary[key], c, generator, sigma)
+        banks = tuple(replace(b, context=self.dictionary[b.key].context) for b in self.plan.banks)
         self.plan = replace(self.plan, banks=banks)
         self.refresh()
         return self

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from surgery.errors import PlanError
+from surgery.training.config import Evolution, Optimizer, Stopping, Strict, Training
 
 MAX_ERROR = 0.05
 TARGETS = ("max_error", "budget", "hypermodules")
@@ -37,19 +38,39 @@ Positive = Annotated[int, Field(ge=1)]
 Block = Annotated[tuple[Positive, Positive], BeforeValidator(parse_block)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+class TaskSpec(Strict):
+    """What a member is trained to do.
+
+    Attributes:
+        name: of the task; by default the member's.
+        data: where examples come from: a function as `package.module:function` or `file.py:function`, or a
+            file (see `surgery.training.sources`).
+        options: arguments of that function, or of the reader of that kind of file.
+        batch: examples in a batch.
+        loss: a name, or names with their weights.
+        metric: a name.
+        weight: of its loss among the tasks' losses.
+    """
+
+    data: str
+    name: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    batch: Positive = 32
+    loss: str | dict[str, float] = "cross_entropy"
+    metric: str | None = None
+    weight: Annotated[float, Field(gt=0)] = 1.0
 
 
-class Model(_Strict):
-    """One member: where it comes from, its name, and files with real inputs for it."""
+class Model(Strict):
+    """One member: where it comes from, its name, files with real inputs for it, and what it is trained to do."""
 
     model: str
     name: str | None = None
     calibrate: str | None = None
+    tasks: tuple[TaskSpec, ...] = ()
 
 
-class Parameters(_Strict):
+class Parameters(Strict):
     """The target, and the shape of the dictionary; what is not given is chosen by the fit.
 
     At most one of the three targets is given; with none, `max_error` is 0.05.
@@ -71,7 +92,7 @@ class Parameters(_Strict):
         return self
 
 
-class Select(_Strict):
+class Select(Strict):
     """Which tensors are adapters, sites or skipped, beyond the defaults: exact names or `re:` patterns."""
 
     adapters: tuple[str, ...] = ()
@@ -79,7 +100,7 @@ class Select(_Strict):
     skip: tuple[str, ...] = ()
 
 
-class Recipe(_Strict):
+class Recipe(Strict):
     """A complete merge.
 
     Attributes:
@@ -90,6 +111,7 @@ class Recipe(_Strict):
         calibrate: files with real inputs, each used for every member that it suits.
         seed: of all that is drawn at random.
         device: where the fit computes; `auto` takes an accelerator where there is one.
+        train: settings of joint training; None for a merge.
         out: the folder to write; not recorded in artifacts.
 
     Example:
@@ -105,6 +127,7 @@ class Recipe(_Strict):
     calibrate: tuple[str, ...] = ()
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
+    train: Training | None = None
     out: str | None = None
 
     @classmethod
@@ -129,9 +152,13 @@ class Recipe(_Strict):
 
     def resolved(self) -> dict[str, Any]:
         """What an artifact records: every value in force, in plain types, without where it was written."""
-        document = self.model_dump(mode="json", exclude={"out"})
-        name, value = self.target
-        document["parameters"][name] = value
+        document = self.model_dump(mode="json", exclude={"out"} if self.train else {"out", "train"})
+        for model in document["models"]:
+            if not model["tasks"]:
+                del model["tasks"]
+        if self.train is None:
+            name, value = self.target
+            document["parameters"][name] = value
         if self.parameters.block:
             document["parameters"]["block"] = "x".join(map(str, self.parameters.block))
         return document
@@ -240,5 +267,16 @@ def _explain(error: Any) -> str:
 
 
 def _fields_at(path: list[str]) -> Iterable[str]:
-    parts: dict[str, type[BaseModel]] = {"models": Model, "parameters": Parameters, "select": Select}
-    return (parts[path[0]] if path else Recipe).model_fields
+    """The keys that a recipe knows at a place; numbers stand for items of lists."""
+    parts: dict[str, type[BaseModel]] = {
+        "": Recipe,
+        "models": Model,
+        "models.tasks": TaskSpec,
+        "parameters": Parameters,
+        "select": Select,
+        "train": Training,
+        "train.optimizer": Optimizer,
+        "train.evolution": Evolution,
+        "train.stopping": Stopping,
+    }
+    return parts[".".join(key for key in path if not key.isdecimal())].model_fields

@@ -37,6 +37,7 @@ def save(
     overwrite: bool = False,
     recipe: Mapping[str, Any] | None = None,
     max_shard_size: int | str = "5GB",
+    extras: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a joint model as an artifact.
 
@@ -46,6 +47,7 @@ def save(
         overwrite: whether an artifact that is already there is replaced.
         recipe: how it was made; by default the one that a loaded joint model came with.
         max_shard_size: of one file, in bytes or as text such as `"5GB"`.
+        extras: further files by their path in the folder, such as the log of a training run.
 
     Returns:
         the folder.
@@ -59,7 +61,9 @@ def save(
     """
     recipe = joint.__dict__.get("recipe") if recipe is None else recipe
     members = list(joint.members.values())
-    return write(store(joint), members, report_of(joint), out, overwrite, recipe, max_shard_size)
+    return write(
+        store(joint), members, report_of(joint), out, overwrite, recipe, max_shard_size, extras or {}
+    )
 
 
 def load(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from surgery.artifact.card import PICTURE, make_card
@@ -41,13 +42,17 @@ def write(
     overwrite: bool,
     recipe: Mapping[str, Any] | None,
     max_shard_size: int | str = "5GB",
+    extras: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
     """Write what is stored of some members; `save` says what the arguments are."""
     stored = thrift(on_cpu(stored))
     _check_names(members)
     own, borrowed = _share_files(members)
     room = (
-        stored.nbytes + sum(len(content) for files in own.values() for content in files.values()) + ALLOWANCE
+        stored.nbytes
+        + sum(len(content) for files in own.values() for content in files.values())
+        + ALLOWANCE
+        + sum(map(len, extras.values()))
     )
     with new_folder(out, overwrite=overwrite, need=room, owned=listed_files) as folder:
         for stem, tensors in _by_file(stored).items():
@@ -57,14 +62,16 @@ def write(
                 _put(folder / "members" / name / relative, content)
         if recipe is not None:
             _put(folder / "recipe.yaml", _recipe_bytes(recipe))
+        for relative, content in extras.items():
+            _put(folder / relative, content)
         manifest = _describe(stored, members, report, recipe, borrowed)
-        _write_front(folder, manifest, stored)
+        _write_front(folder, manifest, stored, sum(map(len, extras.values())))
     return Path(out).expanduser().resolve()
 
 
-def _write_front(folder: Path, manifest: dict[str, Any], stored: Stored) -> None:
+def _write_front(folder: Path, manifest: dict[str, Any], stored: Stored, beside: int) -> None:
     """Write card, picture and manifest; the picture is left out where the members are so small that it would
-    make the artifact too large."""
+    make the artifact too large, `beside` bytes of what is no part of the models not counted."""
     shares = count_shares(stored)
     written = {path: _file_entry(folder / path) for path in files_below(folder)}
     before = _forget_known_bytes(manifest, written)
@@ -75,7 +82,7 @@ def _write_front(folder: Path, manifest: dict[str, Any], stored: Stored) -> None
         files = {**written, **{name: _entry(content) for name, content in front.items()}}
         content = manifest_bytes({**manifest, "files": dict(sorted(files.items()))})
         total = sum(entry["bytes"] for entry in files.values()) + len(content)
-        if total <= sum(before.values()) + ALLOWANCE:
+        if total - beside <= sum(before.values()) + ALLOWANCE:
             break
     for name, each in {**front, NAME: content}.items():
         _put(folder / name, each)

@@ -1,11 +1,14 @@
-"""A custom model: `path/module.py:factory`, the user's own file and a function in it."""
+"""A custom model: `path/module.py:factory`, the user's own file and a function in it, or a function of an
+installed package as `package.module:factory`; `?argument=value` passes arguments."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,18 @@ from torch import nn
 from surgery.errors import LoadError
 from surgery.inputs import as_inputs
 from surgery.member import Inputs, Origin
-from surgery.origins.base import Loaded, Request, one_line, shorten, write_files
+from surgery.origins.base import Loaded, Request, one_line, shorten, split_options, write_files
 from surgery.origins.empty import drop_weights
 from surgery.origins.weights import save_weights
 
+OWN = "surgery_recipes."  # ships with this package
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.(?!py:)[A-Za-z_]\w*)+:[A-Za-z_]\w*")
+
 
 def claims(reference: str) -> bool:
-    """Whether `reference` is a Python file, with or without the function behind a colon."""
-    return reference.endswith(".py") or ".py:" in reference
+    """Whether `reference` is a Python file, with or without the function behind a colon, or a dotted path."""
+    head = reference.partition("?")[0]
+    return head.endswith(".py") or ".py:" in head or bool(_DOTTED.fullmatch(head))
 
 
 def load(reference: str, request: Request) -> Loaded:
@@ -30,9 +37,11 @@ def load(reference: str, request: Request) -> Loaded:
     Raises:
         LoadError: where the file or the factory is missing, fails, or returns something else.
     """
-    path, factory = _split(reference)
-    module, inputs = _run(path, factory)
-    return Loaded(module, Origin("factory", reference, f"{path.name}:{factory}"), inputs=inputs)
+    head, options = split_options(reference)
+    module, inputs = _make(head, options)
+    where, _, factory = head.rpartition(":")
+    name = f"{where if _DOTTED.fullmatch(head) else Path(where).name}:{factory}"
+    return Loaded(module, Origin("factory", reference, name), inputs=inputs)
 
 
 def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Module:
@@ -41,12 +50,12 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
     Raises:
         LoadError: unless `request.run_factory`, and where the file no longer gives the module.
     """
-    if not request.run_factory:
+    if not request.run_factory and not origin.reference.startswith(OWN):
         raise LoadError(
             f"building '{origin.reference}' again runs that Python file: pass run_factory=True if you "
             "trust it"
         )
-    return drop_weights(_run(*_split(origin.reference))[0])
+    return drop_weights(_make(*split_options(origin.reference))[0])
 
 
 def save_plain(module: nn.Module, origin: Origin, files: Mapping[str, bytes], directory: Path) -> None:
@@ -55,41 +64,57 @@ def save_plain(module: nn.Module, origin: Origin, files: Mapping[str, bytes], di
     write_files(files, directory)
 
 
-def _split(reference: str) -> tuple[Path, str]:
-    file, colon, factory = reference.rpartition(":")
-    if not colon or not factory.isidentifier():
-        raise LoadError(f"a custom model is written path/module.py:factory; '{reference}' names no function")
-    path = Path(file).expanduser()
-    if not path.is_file():
+def find_function(reference: str) -> Callable[..., Any]:
+    """The function that `file.py:function` or `package.module:function` names.
+
+    Raises:
+        LoadError: where the file, the module or the function does not exist, or importing it fails.
+    """
+    where, colon, name = reference.rpartition(":")
+    if not colon or not name.isidentifier():
         raise LoadError(
-            f"the file {file} of '{reference}' does not exist: check the path and the working folder"
+            f"a function is written path/module.py:function or package.module:function; '{reference}' "
+            "names no function"
         )
-    return path, factory
-
-
-def _run(path: Path, factory: str) -> tuple[nn.Module, Inputs | None]:
-    """The factory's module and example inputs."""
-    namespace = _import(path)
-    make = getattr(namespace, factory, None)
-    if not callable(make):
+    if _DOTTED.fullmatch(reference):
+        try:
+            namespace: Any = importlib.import_module(where)
+        except Exception as error:
+            raise LoadError(
+                f"the module {where} of '{reference}' cannot be imported: {one_line(error)}"
+            ) from error
+    else:
+        path = Path(where).expanduser()
+        if not path.is_file():
+            raise LoadError(
+                f"the file {where} of '{reference}' does not exist: check the path and the working folder"
+            )
+        namespace = _import(path)
+    found = getattr(namespace, name, None)
+    if not callable(found):
         public = [
-            name for name, value in vars(namespace).items() if callable(value) and not name.startswith("_")
+            key for key, value in vars(namespace).items() if callable(value) and not key.startswith("_")
         ]
-        raise LoadError(f"{path} must define a function '{factory}'; it defines {shorten(public) or 'none'}")
+        raise LoadError(f"{where} must define a function '{name}'; it defines {shorten(public) or 'none'}")
+    return found
+
+
+def _make(reference: str, options: Mapping[str, Any]) -> tuple[nn.Module, Inputs | None]:
+    """The factory's module and example inputs."""
+    make = find_function(reference)
     try:
-        made = make()
+        made = make(**options)
     except Exception as error:
+        arguments = f"with {', '.join(options)}" if options else "without arguments"
         raise LoadError(
-            f"{path}:{factory} must return a module when called without arguments, but raised "
-            f"{one_line(error)}"
+            f"{reference} must return a module when called {arguments}, but raised {one_line(error)}"
         ) from error
     module, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module):
         raise LoadError(
-            f"{path}:{factory} must return an nn.Module or (nn.Module, example inputs), "
-            f"not {type(made).__name__}"
+            f"{reference} must return an nn.Module or (nn.Module, example inputs), not {type(made).__name__}"
         )
-    return module.eval(), None if inputs is None else as_inputs(inputs, source=f"{path.name}:{factory}")
+    return module.eval(), None if inputs is None else as_inputs(inputs, source=reference)
 
 
 def _import(path: Path) -> Any:

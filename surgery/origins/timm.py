@@ -45,6 +45,8 @@ def load(reference: str, request: Request) -> Loaded:
         body, weights = _split_weights(reference.removeprefix("timm:"))
         equals = "=" if weights else ""
     name, options = split_options(body)
+    if not equals and options.pop("pretrained", True) is False:  # an architecture to be trained from scratch
+        return _loaded(_create(name, options), reference, name, options)
     if not equals:
         return _load_hub(reference, name, options)
     path = Path(weights).expanduser()

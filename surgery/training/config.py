@@ -138,6 +138,12 @@ class Training(Strict):
         evolving = self.burn_in <= generation < self.burn_in + self.generations
         return evolving and self.evolution.change == "evolve"
 
+    def phase(self, generation: int) -> str:
+        """`burn-in`, `evolution` or `final`."""
+        if generation < self.burn_in:
+            return "burn-in"
+        return "evolution" if generation < self.burn_in + self.generations else "final"
+
     def alpha(self, generation: int) -> float:
         """Alpha of a generation: from `alpha` to `final_alpha` by equal factors."""
         first, last = self.evolution.alpha, self.evolution.final_alpha

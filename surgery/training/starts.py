@@ -12,16 +12,15 @@ from surgery.training.config import Evolution
 from surgery.training.evolution import regroup
 
 
-def start(joint: JointModel, context: int, settings: Evolution, seed: int) -> None:
+def start(joint: JointModel, settings: Evolution, seed: int) -> None:
     """Open every bank for training and give it the alignment that `settings.start` names.
 
     Args:
         joint: as `join` made it, or loaded from an artifact.
-        context: c.
         settings: of the evolution.
         seed: of new basis blocks, and of a random alignment.
     """
-    joint.open(context, seed=seed)
+    joint.open(seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for plan in joint.plan.banks:
         bank = joint.dictionary[plan.key]

@@ -14,15 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.contest import Contest
 from surgery.errors import TrainingError
 from surgery.joint import JointModel
 from surgery.training.config import Training
 from surgery.training.evolution import Resized, carry, conclude, contend
+from surgery.training.explain import explain_failure
 from surgery.training.losses import loss_of
 from surgery.training.optimizers import make_optimizer, make_scheduler
 from surgery.training.starts import siblings
+from surgery.training.state import (
+    Tensors,
+    model_tensors,
+    pack_contest,
+    random_state,
+    restore,
+    set_random_state,
+    unpack_contest,
+)
 from surgery.training.streams import Stream
-from surgery.training.tasks import Task
+from surgery.training.tasks import Batch, Task
 
 
 class Trainer:
@@ -31,6 +42,7 @@ class Trainer:
     Attributes:
         generation: how many are done.
         step: how many steps of the present generation are done.
+        identity: by bank the lifelong number of each hypermodule, `[K]`: removals do not change it.
         moved: share of locations whose hypermodule the last decision changed.
     """
 
@@ -46,6 +58,8 @@ class Trainer:
         joint.to(accelerator.device)
         self.capacity = {key: bank.hypermodules for key, bank in self.banks.items()}
         self.generator = torch.Generator().manual_seed(seed)
+        self.identity = {key: torch.arange(count) for key, count in self.capacity.items()}
+        self.born = dict(self.capacity)
         self.siblings = {key: siblings(joint, key) for key in self.banks}
         self.optimizer = make_optimizer(joint, config.optimizer)
         steps = config.total * config.steps
@@ -94,11 +108,7 @@ class Trainer:
                 for _ in range(accumulate):
                     batch, share = next(self.streams[task.name])
                     batch = batch.map(self._place)
-                    with self.accelerator.autocast():
-                        output = self.joint[task.member](*batch.args, **batch.kwargs)
-                        loss = self.losses[task.name](output, batch)
-                    scaled = loss * (share * self.weights[task.name] / accumulate)
-                    self.accelerator.backward(scaled)
+                    loss = self._run(task, batch, share * self.weights[task.name] / accumulate)
                     part = loss.detach() * (share / accumulate)
                     parts[task.name] = parts[task.name] + part if task.name in parts else part
         self._reduce()
@@ -110,6 +120,27 @@ class Trainer:
         if self.scheduler is not None:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _run(self, task: Task, batch: Batch, weight: float) -> Tensor:
+        """One task's forward and backward pass; its loss."""
+        try:
+            with self.accelerator.autocast():
+                output = self.joint[task.member](*batch.args, **batch.kwargs)
+                loss = self.losses[task.name](output, batch)
+            # Elsewhere this would wait for the device; there the generation's sums tell.
+            if loss.device.type == "cpu" and not math.isfinite(loss.detach()):
+                raise TrainingError(self._not_finite({task.name: float(loss)}))
+            self.accelerator.backward(loss * weight)
+        except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+            raise TrainingError(explain_failure(task, batch, error)) from error
+        return loss
+
+    def _not_finite(self, losses: Mapping[str, float]) -> str:
+        return (
+            f"The loss of task {', '.join(losses)} must be finite, found "
+            f"{', '.join(map(str, losses.values()))} in generation {self.generation}: lower the learning rate, "
+            "clip gradients (train.optimizer.clip), or look at its data."
+        )
 
     def losses_so_far(self) -> dict[str, float]:
         """Each task's mean loss over the steps since the last call.
@@ -124,12 +155,8 @@ class Trainer:
             sums = self.accelerator.reduce(sums, "mean")
         found = {name: float(value) / steps for name, value in zip(names, sums.tolist(), strict=True)}
         self.running.clear()
-        if bad := [name for name, value in found.items() if not math.isfinite(value)]:
-            raise TrainingError(
-                f"The loss of task {', '.join(bad)} must be finite, found "
-                f"{', '.join(str(found[name]) for name in bad)} in generation {self.generation}: lower the "
-                "learning rate, clip gradients (train.optimizer.clip), or look at its data."
-            )
+        if bad := {name: value for name, value in found.items() if not math.isfinite(value)}:
+            raise TrainingError(self._not_finite(bad))
         return found
 
     # -- one generation ------------------------------------------------------------------------------------
@@ -146,22 +173,19 @@ class Trainer:
                 self.generator,
                 self.siblings[key],
             )
-            self._follow(resized)
-            parameters = [bank.contest.soft]
-            self._soft_group()["params"] += parameters
-            if bank.contest.contexts is not None:
-                self._context_group()["params"].append(bank.contest.contexts)
+            self._follow(key, resized)
+            self._enter(bank.contest)
 
     def conclude(self) -> None:
         """Decide every contest; unused hypermodules and their optimizer rows go."""
         changed, locations = 0, 0
-        for bank in self.banks.values():
+        for key, bank in self.banks.items():
             contest = bank.contest
             if contest is None:
                 continue
             resized, moved = conclude(bank)
             self._drop([contest.soft, contest.contexts])
-            self._follow(resized)
+            self._follow(key, resized)
             changed, locations = changed + moved, locations + bank.locations
         self.moved = changed / locations if locations else 0.0
 
@@ -173,17 +197,101 @@ class Trainer:
             if parameter is not None:
                 _plain(self.optimizer).state.pop(parameter, None)
 
-    def _follow(self, resized: Sequence[Resized]) -> None:
+    def _enter(self, contest: Contest) -> None:
+        self._group("soft")["params"].append(contest.soft)
+        if contest.contexts is not None:
+            self._group("contexts")["params"].append(contest.contexts)
+
+    def _follow(self, key: str, resized: Sequence[Resized]) -> None:
+        """Optimizer rows and lifelong numbers follow a bank's rows."""
         for each in resized:
             carry(_plain(self.optimizer), each)
+            source = each.source[:: self.banks[key].context].cpu() // self.banks[key].context
+            known = self.identity[key][source.clamp_min(0)]
+            fresh = source < 0
+            known[fresh] = torch.arange(self.born[key], self.born[key] + int(fresh.sum()))
+            self.identity[key], self.born[key] = known, self.born[key] + int(fresh.sum())
+
+    # -- state ---------------------------------------------------------------------------------------------
+
+    def state(self) -> tuple[Tensors, dict[str, Any]]:
+        """Everything that `load` needs to go on from here: tensors, and the rest as JSON."""
+        tensors = {f"model/{name}": tensor for name, tensor in model_tensors(self.joint).items()}
+        for key, bank in self.banks.items():
+            tensors |= {f"contest/{key}/{name}": t for name, t in pack_contest(bank.contest).items()}
+            tensors[f"identity/{key}"] = self.identity[key]
+        tensors |= {f"running/{name}": value for name, value in self.running.items()}
+        steps: dict[str, Any] = {}
+        for number, parameter in enumerate(self._parameters()):
+            for name, value in _plain(self.optimizer).state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer/{number}/{name}"] = value
+                elif value is not None:
+                    steps[f"{number}/{name}"] = value
+        random_tensors, random_rest = random_state()
+        tensors |= {f"random/{name}": value for name, value in random_tensors.items()}
+        tensors["random/evolution"] = self.generator.get_state()
+        scaler = self.accelerator.scaler
+        return tensors, {
+            "generation": self.generation,
+            "step": self.step,
+            "moved": self.moved,
+            "born": self.born,
+            "optimizer": steps,
+            "schedule": None if self.scheduler is None else self.scheduler.last_epoch,
+            "rates": [group["lr"] for group in self.optimizer.param_groups],
+            "streams": {name: stream.state() for name, stream in self.streams.items()},
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "random": random_rest,
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+        """Go on from a `state`.
+
+        Raises:
+            TrainingError: where it belongs to another joint model or other tasks.
+        """
+        if set(document["streams"]) != set(self.streams):
+            raise TrainingError(
+                f"The checkpoint must be of the tasks {', '.join(self.streams)}, found "
+                f"{', '.join(document['streams'])}: choose another --out, or delete it."
+            )
+        old = {key: (bank.rows, bank.contexts) for key, bank in self.banks.items()}
+        restore(self.joint, _under(tensors, "model/"))
+        self.generation, self.step, self.moved = document["generation"], document["step"], document["moved"]
+        self.born = dict(document["born"])
+        for key, bank in self.banks.items():
+            for group in self.optimizer.param_groups:
+                group["params"] = [bank.rows if p is old[key][0] else p for p in group["params"]]
+            self.identity[key] = tensors[f"identity/{key}"].clone()
+            bank.contest = unpack_contest(bank, _under(tensors, f"contest/{key}/"))
+            if bank.contest is not None:
+                self._enter(bank.contest)
+        inner = _plain(self.optimizer)
+        for number, parameter in enumerate(self._parameters()):
+            found: dict[str, Any] = {
+                name: value.to(parameter.device if value.ndim else value.device, copy=True)
+                for name, value in _under(tensors, f"optimizer/{number}/").items()
+            }
+            found |= _under(document["optimizer"], f"{number}/")
+            if found:
+                inner.state[parameter] = found
+        for group, rate in zip(self.optimizer.param_groups, document["rates"], strict=True):
+            group["lr"] = rate
+        if self.scheduler is not None:
+            self.scheduler.last_epoch = document["schedule"]
+        if document["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(document["scaler"])
+        self.running = {n: t.to(self.accelerator.device) for n, t in _under(tensors, "running/").items()}
+        for name, place in document["streams"].items():
+            self.streams[name].seek(**place)
+        self.generator.set_state(tensors["random/evolution"])
+        set_random_state(_under(tensors, "random/"), document["random"])
 
     # -- internals -----------------------------------------------------------------------------------------
 
-    def _soft_group(self) -> dict[str, Any]:
-        return next(g for g in self.optimizer.param_groups if g["role"] == "soft")
-
-    def _context_group(self) -> dict[str, Any]:
-        return next(g for g in self.optimizer.param_groups if g["role"] == "contexts")
+    def _group(self, role: str) -> dict[str, Any]:
+        return next(group for group in self.optimizer.param_groups if group["role"] == role)
 
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -200,6 +308,10 @@ class Trainer:
         flat = self.accelerator.reduce(flat, "mean")
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+def _under(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

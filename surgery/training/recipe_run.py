@@ -1,0 +1,161 @@
+"""A training recipe from its document to an artifact: load, join, train, save; and evaluation afterwards."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from surgery.artifact import load, save
+from surgery.errors import PlanError
+from surgery.files import check_target
+from surgery.joint import JointModel, join
+from surgery.merging import Prepared, prepare
+from surgery.recipe import Recipe
+from surgery.training.losses import loss_of
+from surgery.training.report import TrainReport
+from surgery.training.run import STATE
+from surgery.training.runlog import NAME as LOG
+from surgery.training.sources import check_trust, make_tasks
+from surgery.training.streams import seeded
+from surgery.training.train import fast, train
+from surgery.training.validation import Score, evaluate
+
+FOLDER = "training"
+
+
+def run_folder(out: str | Path) -> Path:
+    """Where a run that will write `out` keeps its log and its state while it goes on."""
+    out = Path(out).expanduser()
+    return out.with_name(f"{out.name}.{FOLDER}")
+
+
+def prepare_training(recipe: Recipe, trust_remote_code: bool = False) -> Prepared:
+    """Load and plan a training recipe's members; architectures from scratch get weights by the recipe's seed.
+
+    Raises:
+        PlanError: where the recipe has no `train` section.
+    """
+    if recipe.train is None:
+        raise PlanError("A training recipe needs a section 'train', if only 'train: {}'.")
+    with seeded(recipe.seed):
+        return prepare(recipe, trust_remote_code=trust_remote_code)
+
+
+def train_recipe(
+    recipe: Recipe,
+    *,
+    prepared: Prepared | None = None,
+    joint: JointModel | None = None,
+    resume: bool = False,
+    fast_run: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    cpu: bool = False,
+) -> tuple[JointModel, TrainReport]:
+    """Train what a recipe names and write `recipe.out` where it is given.
+
+    Args:
+        recipe: with a `train` section.
+        prepared: its members, where they are loaded already.
+        joint: a joint model with the recipe's members to go on from, in place of joining them anew.
+        resume: whether to go on with an interrupted run for the same `out`.
+        fast_run: go through every phase in seconds, to see that all of it works.
+        overwrite: whether `recipe.out` may be replaced.
+        trust_remote_code: whether Python files that come with a model may run.
+        cpu: whether to stay on the CPU.
+
+    Raises:
+        SurgeryError: for bad input, or where training cannot go on.
+    """
+    assert recipe.train is not None
+    if recipe.out is not None:
+        check_target(Path(recipe.out), overwrite=overwrite)
+    folder = None if recipe.out is None else run_folder(recipe.out)
+    if folder is not None and overwrite and not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    if joint is None:
+        prepared = prepared or prepare_training(recipe, trust_remote_code)
+        recipe = prepared.recipe
+        joint = join(prepared.members, prepared.plan)
+    config, tasks = recipe.train, make_tasks(recipe, joint.members)
+    assert config is not None
+    if fast_run:
+        config, tasks = fast(config, tasks)
+    report = train(joint, tasks, config, folder=folder, resume=resume, seed=recipe.seed, cpu=cpu)
+    if recipe.out is not None and folder is not None and _is_main():
+        extras = {f"{FOLDER}/{LOG}": (folder / LOG).read_bytes(), **_pictures(folder / LOG)}
+        save(joint, recipe.out, overwrite=overwrite, recipe=recipe.resolved(), extras=extras)
+        shutil.rmtree(folder, ignore_errors=True)
+    return joint, report
+
+
+def evaluate_artifact(
+    source: str | Path,
+    *,
+    members: Sequence[str] | None = None,
+    part: str = "test",
+    data: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Score]:
+    """Measure the members of an artifact on the tasks that its recipe names.
+
+    Args:
+        source: the artifact.
+        members: those to be measured; all by default.
+        part: of the data; tasks without it are measured on `validation`, or else on what they were trained on.
+        data: in place of the data that the recipe names.
+        trust_remote_code: whether functions that the artifact's recipe names may run.
+
+    Raises:
+        PlanError: where the artifact has no recipe with tasks.
+    """
+    joint = load(source, members=members, trust_remote_code=trust_remote_code, run_factory=trust_remote_code)
+    recipe = recipe_of(joint)
+    chosen = [model for model in recipe.models if model.name in joint.names]
+    if data is not None:
+        chosen = [
+            model.model_copy(
+                update={"tasks": tuple(t.model_copy(update={"data": data}) for t in model.tasks)}
+            )
+            for model in chosen
+        ]
+    recipe = recipe.model_copy(update={"models": tuple(chosen)})
+    check_trust(recipe, trust_remote_code or data is not None)
+    scores: dict[str, Score] = {}
+    for task in make_tasks(recipe, joint.members):
+        held = getattr(task, part) or task.validation or task.data
+        losses = {task.name: loss_of(task.loss, lambda t=task: joint.extract(t.member).eval())}
+        scores |= evaluate(joint, [replace(task, test=held)], losses, "test", recipe.seed)
+    return scores
+
+
+def recipe_of(joint: JointModel) -> Recipe:
+    """The recipe that a loaded joint model came with.
+
+    Raises:
+        PlanError: where it has none.
+    """
+    document: Any = joint.__dict__.get("recipe")
+    if not document:
+        raise PlanError(
+            "The artifact must hold a recipe with tasks, but has no recipe: it was saved from Python."
+        )
+    return Recipe.of(document)
+
+
+def _pictures(log: Path) -> dict[str, bytes]:
+    from surgery.training.pictures import draw_run
+
+    return {f"{FOLDER}/{name}": content for name, content in draw_run(log).items()}
+
+
+def _is_main() -> bool:
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+__all__ = ["STATE", "evaluate_artifact", "prepare_training", "recipe_of", "run_folder", "train_recipe"]

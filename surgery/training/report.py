@@ -1,0 +1,62 @@
+"""What a training run reached, and how large its dictionary has become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from surgery.joint import JointModel
+from surgery.training.validation import Score
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """How a run went.
+
+    Attributes:
+        generations: that were done.
+        best: the generation whose state was kept.
+        scores: by task, of the state that was kept, on validation data.
+        tests: by task, of the state that was kept, on test data.
+        hypermodules: by bank.
+        numbers: in the dictionary now, and in the sites that it generates.
+        stopped: why the run ended.
+        seconds: in all, resumed runs together.
+    """
+
+    generations: int
+    best: int
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    tests: Mapping[str, Score] = field(default_factory=dict)
+    hypermodules: Mapping[str, int] = field(default_factory=dict)
+    numbers: tuple[int, int] = (0, 0)
+    stopped: str = "done"
+    seconds: float = 0.0
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        scores = {name: score.document() for name, score in self.scores.items()}
+        tests = {name: score.document() for name, score in self.tests.items()}
+        return {**vars(self), "scores": scores, "tests": tests, "hypermodules": dict(self.hypermodules)}
+
+
+def dictionary_numbers(joint: JointModel) -> tuple[int, int]:
+    """Numbers in the dictionary after collapse, and in the sites that it generates.
+
+    A hypermodule that fewer than c locations use counts as the blocks that it generates:
+    `(L - Lo)*c + K*c*m*n + Lo*m*n`.
+    """
+    now = whole = 0
+    for key in joint.dictionary:
+        bank = joint.dictionary[key]
+        uses = torch.bincount(bank.psi, minlength=bank.hypermodules)
+        rare = uses < bank.context
+        lonely = int(uses[rare].sum())
+        width = bank.rows.shape[1]
+        kept = int((~rare).sum())
+        now += (bank.locations - lonely) * bank.context + kept * bank.context * width + lonely * width
+        whole += bank.locations * width
+    return now, whole

@@ -1,0 +1,286 @@
+"""Run: a trainer from where it is to the end, judged, logged and saved after each generation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from surgery.errors import TrainingError
+from surgery.progress import task as progress_task
+from surgery.training.config import Training
+from surgery.training.report import TrainReport, dictionary_numbers
+from surgery.training.runlog import STRIP, RunLog, subsets
+from surgery.training.state import Tensors, read_state, restore, snapshot, write_state
+from surgery.training.trainer import Trainer
+from surgery.training.validation import Score, evaluate
+
+STATE, BEST = "state.safetensors", "best.safetensors"
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop; where it has a folder, its state is saved there."""
+
+
+class Run:
+    """One call of `train`: the trainer, and what is kept of it."""
+
+    def __init__(self, trainer: Trainer, config: Training, seed: int, folder: Path | None):
+        self.trainer, self.config, self.seed, self.folder = trainer, config, seed, folder
+        main = trainer.accelerator.is_main_process
+        self.log = RunLog(folder if main else None)
+        self.first: dict[str, float] = {}  # the tasks' first validation losses: their scale
+        self.best_score, self.best, self.stale = float("inf"), 0, 0
+        self.kept: Tensors | None = None
+        self.unsaved_best = False
+        self.before, self.began, self.saved = 0.0, time.monotonic(), time.monotonic()
+
+    def to_the_end(self) -> TrainReport:
+        """Train until all generations are done, nothing gets better, or somebody interrupts.
+
+        Raises:
+            Interrupted: after the state was saved.
+        """
+        trainer, config = self.trainer, self.config
+        if trainer.generation == 0 and trainer.step == 0:
+            self.log.write("start", **self._describe())
+        if config.trackers:
+            trainer.accelerator.init_trackers("surgery", config=_flat(config.model_dump()))
+        stopped = "done"
+        with _stop_signals() as asked, progress_task("Training", config.total * config.steps) as work:
+            work.advance(trainer.generation * config.steps + trainer.step)
+            trainer.joint.bodies.train()
+            while not trainer.done:
+                generation = trainer.generation
+                trainer.advance()
+                work.advance()
+                if trainer.generation > generation:
+                    self._after_generation(generation, work)
+                    if config.stopping.patience is not None and self.stale >= config.stopping.patience:
+                        stopped = f"no better validation in {self.stale}"
+                        break
+                if asked:
+                    self._save()
+                    raise Interrupted
+        return self._finish(stopped)
+
+    # -- after a generation --------------------------------------------------------------------------------
+
+    def _after_generation(self, generation: int, work: Any) -> None:
+        trainer, config = self.trainer, self.config
+        losses = trainer.losses_so_far()
+        last = generation + 1 == config.total
+        scores: dict[str, Score] = {}
+        if last or (generation + 1) % config.validate_every == 0:
+            scores = evaluate(trainer.joint, trainer.tasks, trainer.losses, seed=self.seed)
+            self._judge(generation, scores, losses)
+        sizes = {key: bank.hypermodules for key, bank in trainer.banks.items()}
+        now, whole = dictionary_numbers(trainer.joint)
+        self.log.write(
+            "generation",
+            generation=generation,
+            phase=config.phase(generation),
+            losses=losses,
+            validation={name: score.document() for name, score in scores.items()},
+            hypermodules=sizes,
+            numbers=now,
+            share=now / max(whole, 1),
+            moved=trainer.moved,
+            subsets=subsets(trainer.joint),
+            alignment=self._alignment(),
+            best=self.best == generation,
+            seconds=self.seconds,
+        )
+        if config.trackers:
+            trainer.accelerator.log(
+                {f"loss/{n}": v for n, v in losses.items()} | {"share": now / whole}, generation
+            )
+        mean = sum(trainer.weights[name] * value for name, value in losses.items())
+        work.describe(
+            f"Generation {generation + 1}/{config.total}, loss {mean:.4g}, {sum(sizes.values())} hypermodules, "
+            f"{now / max(whole, 1):.0%} of the numbers, {trainer.moved:.0%} moved"
+        )
+        if last or time.monotonic() - self.saved >= config.save_seconds:
+            self._save()
+
+    def _judge(self, generation: int, scores: Mapping[str, Score], losses: Mapping[str, float]) -> None:
+        """Whether this state is the best so far: the tasks' validation losses, relative to their first ones."""
+        found = {
+            task.name: scores[task.name].loss if task.name in scores else losses[task.name]
+            for task in self.trainer.tasks
+        }
+        for name, value in found.items():
+            self.first.setdefault(name, max(abs(value), 1e-12))
+        score = sum(self.trainer.weights[name] * value / self.first[name] for name, value in found.items())
+        if score < self.best_score:
+            self.best_score, self.best, self.stale = score, generation, 0
+            if self.config.stopping.keep == "best":
+                self.kept, self.unsaved_best = snapshot(self.trainer.joint), True
+        else:
+            self.stale += 1
+
+    def _alignment(self) -> dict[str, list[int]]:
+        """The lifelong number of every location's hypermodule, of banks small enough to be looked at whole."""
+        return {
+            key: self.trainer.identity[key][bank.psi.cpu()].tolist()
+            for key, bank in self.trainer.banks.items()
+            if bank.locations <= STRIP
+        }
+
+    # -- saving --------------------------------------------------------------------------------------------
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, before it was resumed too."""
+        return self.before + time.monotonic() - self.began
+
+    def _save(self) -> None:
+        self.saved = time.monotonic()
+        if self.folder is None:
+            return
+        tensors, document = self.trainer.state()
+        rank = self.trainer.accelerator.process_index
+        if self.trainer.accelerator.is_main_process:
+            if self.unsaved_best and self.kept is not None:
+                write_state(self.folder / BEST, self.kept, {"generation": self.best})
+            keep = {"best": self.best, "score": self.best_score, "stale": self.stale, "first": self.first}
+            document = {**document, "keep": keep, "plan": self.fingerprint, "seconds": self.seconds}
+            write_state(self.folder / STATE, tensors, document)
+        else:  # every process has its own random state; all else is equal in all
+            own = {name: tensor for name, tensor in tensors.items() if name.startswith("random/")}
+            write_state(self.folder / f"rank{rank}.safetensors", own, {"random": document["random"]})
+        self.unsaved_best = False
+
+    def resume(self) -> None:
+        """Go on from the state in the folder; start anew where there is none."""
+        if self.folder is None or not (self.folder / STATE).exists():
+            return
+        tensors, document = read_state(self.folder / STATE)
+        if document.get("plan") != self.fingerprint:
+            raise TrainingError(
+                f"The checkpoint in {self.folder} must be of the same members, tasks, settings and seed, but it "
+                "belongs to another plan: choose another --out, or delete it."
+            )
+        rank = self.trainer.accelerator.process_index
+        own = self.folder / f"rank{rank}.safetensors"
+        if rank and own.exists():
+            more, other = read_state(own)
+            tensors, document = {**tensors, **more}, {**document, **other}
+        self.trainer.load(tensors, document)
+        keep = document["keep"]
+        self.best, self.best_score, self.stale = keep["best"], keep["score"], keep["stale"]
+        self.first, self.before = dict(keep["first"]), document["seconds"]
+        if (self.folder / BEST).exists():
+            self.kept = read_state(self.folder / BEST)[0]
+        self.log.cut(self.trainer.generation)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that a state must agree with: where blocks lie, tasks, settings and seed."""
+        joint = self.trainer.joint
+        parts = {
+            "placements": [
+                (p.site.member, p.site.name, p.bank, str(p.grid), p.start) for p in joint.plan.placements
+            ],
+            "tasks": [(task.name, task.member) for task in self.trainer.tasks],
+            "config": self.config.model_dump(mode="json", exclude={"save_seconds", "trackers"}),
+            "seed": self.seed,
+        }
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    def _finish(self, stopped: str) -> TrainReport:
+        trainer, joint = self.trainer, self.trainer.joint
+        best = trainer.generation - 1
+        if self.kept is not None and self.best != best:
+            restore(joint, self.kept)
+            best = self.best
+        joint.bodies.eval()
+        joint.refresh()
+        scores = evaluate(joint, trainer.tasks, trainer.losses, seed=self.seed)
+        tests = evaluate(joint, trainer.tasks, trainer.losses, "test", self.seed)
+        report = TrainReport(
+            generations=trainer.generation,
+            best=best,
+            scores=scores,
+            tests=tests,
+            hypermodules={key: bank.hypermodules for key, bank in trainer.banks.items()},
+            numbers=dictionary_numbers(joint),
+            stopped=stopped,
+            seconds=self.seconds,
+        )
+        self.log.write("end", **report.document())
+        if self.config.trackers:
+            trainer.accelerator.end_training()
+        return report
+
+    def _describe(self) -> dict[str, Any]:
+        """The log's first line: what is trained."""
+        joint = self.trainer.joint
+        banks = {
+            key: {
+                "block": list(bank.block),
+                "context": bank.context,
+                "locations": bank.locations,
+                "hypermodules": bank.hypermodules,
+            }
+            for key, bank in self.trainer.banks.items()
+        }
+        sites = [
+            [p.site.member, p.site.name, p.bank, p.start, p.stop, p.site.order] for p in joint.plan.placements
+        ]
+        tasks = {
+            task.name: {
+                "member": task.member,
+                "metric": task.metric if isinstance(task.metric, str) else None,
+            }
+            for task in self.trainer.tasks
+        }
+        return {
+            "members": list(joint.names),
+            "tasks": tasks,
+            "banks": banks,
+            "sites": sites,
+            "numbers": dictionary_numbers(joint)[1],
+            "config": self.config.model_dump(mode="json"),
+            "seed": self.seed,
+        }
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Gathers interrupts instead of raising them, so that a step is finished first; a second one raises."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, which alone receives signals
+        before = {}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as trackers take them."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat

@@ -1,0 +1,88 @@
+"""Run log: one JSON object a line, so that pictures and reports can be made while a run goes on and after it.
+
+`start` says what is trained; a `generation` line follows each generation; `end` says why the run ended.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.errors import TrainingError
+from surgery.joint import JointModel
+
+NAME = "log.jsonl"
+STRIP = 1024  # locations up to which a bank's whole alignment is logged
+
+
+class RunLog:
+    """Appends lines to a file, or to nothing where there is no folder."""
+
+    def __init__(self, folder: Path | None):
+        self.path = None if folder is None else folder / NAME
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append a line."""
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": event, **fields}) + "\n")
+
+    def cut(self, generation: int) -> None:
+        """Take away what was written after `generation` generations, by a run that was then killed."""
+        if self.path is None or not self.path.exists():
+            return
+        kept = [
+            line
+            for line in read_log(self.path)
+            if line["event"] == "start" or (line["event"] == "generation" and line["generation"] < generation)
+        ]
+        beside = self.path.with_name(f".{NAME}.new")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        beside.replace(self.path)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last one that a kill cut off is left out.
+
+    Raises:
+        TrainingError: where there is no log.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TrainingError(
+            f"{path} must be the log of a training run, but cannot be read: {error}"
+        ) from error
+    lines = []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+def subsets(joint: JointModel) -> dict[str, int]:
+    """How many hypermodules each set of members uses, the members' names joined by `+`. # Fig. 3a"""
+    found: dict[str, int] = {}
+    for key in joint.dictionary:
+        patterns, counts = torch.unique(users(joint, key), dim=0, return_counts=True)
+        for pattern, count in zip(patterns.tolist(), counts.tolist(), strict=True):
+            subset = "+".join(name for name, used in zip(joint.names, pattern, strict=True) if used)
+            found[subset] = found.get(subset, 0) + count
+    return dict(sorted(found.items(), key=lambda item: (item[0].count("+"), item[0])))
+
+
+def users(joint: JointModel, key: str) -> Tensor:
+    """Which members use each hypermodule of a bank: `[K, members]`, boolean."""
+    bank = joint.dictionary[key]
+    uses = torch.zeros(bank.hypermodules, len(joint.names), dtype=torch.bool, device=bank.psi.device)
+    for p in joint.plan.placements:
+        if p.bank == key:
+            uses[bank.psi[p.start : p.stop], joint.names.index(p.site.member)] = True
+    return uses

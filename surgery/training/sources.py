@@ -1,0 +1,203 @@
+"""Sources: where a task's examples come from; a new one is a function and a line in `SOURCES`.
+
+A source turns what a recipe says into batches for training, validation and test. Functions run only when they
+are named by a recipe of the user's own: `check_trust` refuses those in a recipe that came with an artifact.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.errors import LoadError, PlanError
+from surgery.member import Member
+from surgery.origins.base import one_line
+from surgery.origins.factory import OWN, find_function
+from surgery.recipe import Recipe, TaskSpec
+from surgery.training.streams import Batches
+from surgery.training.tasks import Task
+
+_FUNCTION = re.compile(r"[^:]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Batches for training, and for what training does not see."""
+
+    train: Iterable[Any]
+    validation: Iterable[Any] | None = None
+    test: Iterable[Any] | None = None
+
+
+def make_tasks(recipe: Recipe, members: Mapping[str, Member]) -> list[Task]:
+    """The tasks that a recipe names for its members.
+
+    Raises:
+        LoadError: where data cannot be read.
+        PlanError: where a recipe names no task.
+    """
+    tasks: list[Task] = []
+    for model in recipe.models:
+        assert model.name is not None  # `prepare` names every member
+        for number, spec in enumerate(model.tasks):
+            name = spec.name or (model.name if len(model.tasks) == 1 else f"{model.name}-{number + 1}")
+            parts = load_data(spec, members[model.name], recipe.seed)
+            tasks.append(
+                Task(
+                    name,
+                    model.name,
+                    parts.train,
+                    spec.loss,
+                    spec.metric,
+                    parts.validation,
+                    parts.test,
+                    spec.weight,
+                )
+            )
+    if not tasks:
+        raise PlanError("A training recipe needs tasks: give at least one of its models a list 'tasks'.")
+    return tasks
+
+
+def load_data(spec: TaskSpec, member: Member, seed: int) -> Parts:
+    """The batches that a task's `data` names.
+
+    Raises:
+        LoadError: where there is no such source, or it cannot be read.
+    """
+    for claims, read in SOURCES:
+        if claims(spec.data):
+            return read(spec, member, seed)
+    raise LoadError(
+        f"A task's data must be a function as package.module:function or file.py:function, or a file that ends in "
+        f"{', '.join(ENDINGS)}, found '{spec.data}'."
+    )
+
+
+def check_trust(recipe: Recipe, trusted: bool) -> None:
+    """Refuse to run functions that a recipe from elsewhere names, unless that is asked for.
+
+    Raises:
+        LoadError: naming them.
+    """
+    named = [spec.data for model in recipe.models for spec in model.tasks if _FUNCTION.fullmatch(spec.data)]
+    strangers = [name for name in named if not name.startswith(OWN)]
+    if strangers and not trusted:
+        raise LoadError(
+            f"The recipe that came with this artifact runs {', '.join(strangers)}: read it, then pass "
+            "--trust-remote-code."
+        )
+
+
+def from_function(spec: TaskSpec, member: Member, seed: int) -> Parts:
+    """Call a function with the recipe's options, and with those of `batch`, `seed` and `member` that it takes.
+
+    It returns a mapping with `train` and, where it has them, `validation` and `test`; or the training data alone.
+    """
+    function = find_function(spec.data)
+    offered = {"batch": spec.batch, "seed": seed, "member": member}
+    known = inspect.signature(function).parameters
+    arguments = {name: value for name, value in offered.items() if name in known} | spec.options
+    try:
+        made = function(**arguments)
+    except Exception as error:
+        raise LoadError(f"{spec.data} must return a task's data, but raised {one_line(error)}") from error
+    if isinstance(made, Parts):
+        return made
+    if isinstance(made, Mapping):
+        if "train" not in made or set(made) - {"train", "validation", "test"}:
+            raise LoadError(
+                f"{spec.data} must return 'train' and, where it has them, 'validation' and 'test', found "
+                f"{', '.join(map(str, made)) or 'nothing'}."
+            )
+        return Parts(**made)
+    return Parts(made)
+
+
+def from_tensors(spec: TaskSpec, member: Member, seed: int) -> Parts:
+    """Arrays `inputs` and `targets` of a .npz or .safetensors file, split by the options `validation` and `test`.
+
+    Both are numbers or shares of the examples, which are drawn by the seed.
+    """
+    path = Path(spec.data).expanduser()
+    arrays = _read_arrays(path)
+    if "inputs" not in arrays:
+        raise LoadError(f"{path} must hold 'inputs' and 'targets', found {', '.join(arrays) or 'nothing'}.")
+    inputs, targets = arrays["inputs"], arrays.get("targets")
+    if targets is not None and len(targets) != len(inputs):
+        raise LoadError(
+            f"{path} must hold one target for each input, found {len(inputs)} and {len(targets)}."
+        )
+    pieces = split_rows(len(inputs), spec.options, seed)
+
+    def batches(rows: Tensor, shuffle: bool) -> Batches | None:
+        if not len(rows):
+            return None
+        wanted = None if targets is None else targets[rows]
+        return Batches(inputs[rows], wanted, spec.batch, shuffle, seed)
+
+    train = batches(pieces["train"], True)
+    if train is None:
+        raise LoadError(f"{path} must hold examples to train on, found {len(inputs)}.")
+    return Parts(train, batches(pieces["validation"], False), batches(pieces["test"], False))
+
+
+def split_rows(count: int, options: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
+    """Row numbers for `train`, `validation` and `test`, drawn by the seed.
+
+    Args:
+        count: examples in all.
+        options: `validation` and `test`, each a number of examples or a share below 1; others are errors.
+        seed: of the order.
+
+    Raises:
+        PlanError: for other options, or more than there are.
+    """
+    if strange := sorted(set(options) - {"validation", "test"}):
+        raise PlanError(f"Files take the options validation and test, found {', '.join(strange)}.")
+    sizes = {
+        name: round(value * count) if 0 < value < 1 else int(value)
+        for name, value in ((name, options.get(name, 0)) for name in ("validation", "test"))
+    }
+    if sum(sizes.values()) >= count or min(sizes.values()) < 0:
+        raise PlanError(f"Of {count} examples some must be left to train on, found {sizes}.")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held = {"validation": order[: sizes["validation"]]}
+    held["test"] = order[sizes["validation"] : sum(sizes.values())]
+    return {"train": order[sum(sizes.values()) :], **held}
+
+
+def _read_arrays(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise LoadError(f"The data file {path} does not exist: check the path and the working folder.")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        import numpy as np
+
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    except Exception as error:
+        raise LoadError(
+            f"The data file {path} must hold plain arrays, but reading it says {one_line(error)}."
+        ) from error
+
+
+def _ends(*endings: str) -> Callable[[str], bool]:
+    return lambda data: data.endswith(endings)
+
+
+ENDINGS = (".npz", ".safetensors")
+SOURCES: list[tuple[Callable[[str], bool], Callable[[TaskSpec, Member, int], Parts]]] = [
+    (lambda data: bool(_FUNCTION.fullmatch(data)), from_function),
+    (_ends(".npz", ".safetensors"), from_tensors),
+]

@@ -1,0 +1,173 @@
+"""State: all that a run needs to go on as if it had not been interrupted, in one safetensors file.
+
+Tensors by name, everything else as JSON in the file's header: no pickle. A file is written beside its place and
+moved into it, so that a kill leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from surgery.contest import Contest
+from surgery.dictionary import Bank
+from surgery.errors import TrainingError
+from surgery.joint import JointModel
+from surgery.slots import locate
+
+VERSION = 1
+Tensors = dict[str, Tensor]
+
+
+def model_tensors(joint: JointModel) -> Tensors:
+    """Everything of a joint model that training changes, contests left out; the tensors are its own."""
+    found: Tensors = {}
+    for key in joint.dictionary:
+        bank = joint.dictionary[key]
+        found |= {f"bank/{key}/{name}": t.detach() for name, t in _of_bank(bank).items()}
+    for name in joint.names:
+        generated = {owner for p in joint.plan.of(name) for owner in p.site.owners}
+        for first in joint.owners[name]:
+            if first not in generated:
+                found[f"member/{name}/{first}"] = getattr(*locate(joint[name], first)).detach()
+    return found
+
+
+def snapshot(joint: JointModel) -> Tensors:
+    """A copy of `model_tensors` on the CPU."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in model_tensors(joint).items()}
+
+
+@torch.no_grad()
+def restore(joint: JointModel, tensors: Mapping[str, Tensor]) -> None:
+    """Give a joint model of the same plan the tensors of a `snapshot`; banks take whatever size they had.
+
+    Raises:
+        TrainingError: where the tensors are those of another joint model.
+    """
+    for name, tensor in model_tensors(joint).items():
+        if name not in tensors or (name.startswith("member/") and tensor.shape != tensors[name].shape):
+            raise TrainingError(
+                f"The checkpoint must hold what this recipe trains, but '{name}' is missing or of another shape: "
+                "it belongs to another run; choose another --out, or delete it."
+            )
+        if name.startswith("member/"):
+            tensor.copy_(tensors[name])
+    for key in joint.dictionary:
+        bank = joint.dictionary[key]
+        device = bank.rows.device
+        rows, psi = tensors[f"bank/{key}/rows"], tensors[f"bank/{key}/psi"]
+        if psi.shape != bank.psi.shape or rows.shape[1:] != bank.rows.shape[1:]:
+            raise TrainingError(
+                f"The checkpoint must have {bank.locations} locations of {bank.block[0]}x{bank.block[1]} in "
+                f"bank '{key}', found {len(psi)}: it belongs to another plan."
+            )
+        bank.rows = nn.Parameter(rows.to(device, copy=True), requires_grad=bank.rows.requires_grad)
+        bank.hypermodules = len(rows) // bank.context
+        bank.contexts.copy_(tensors[f"bank/{key}/contexts"])
+        bank.psi, bank.contest = psi.to(device, copy=True), None
+    joint.refresh()
+
+
+def pack_contest(contest: Contest | None) -> Tensors:
+    """An open contest's tensors."""
+    if contest is None:
+        return {}
+    found = {"chosen": contest.chosen, "candidates": contest.candidates, "soft": contest.soft.detach()}
+    return found if contest.contexts is None else {**found, "contexts": contest.contexts.detach()}
+
+
+def unpack_contest(bank: Bank, tensors: Mapping[str, Tensor]) -> Contest | None:
+    """The contest that `pack_contest` took apart, in the bank that it belongs to."""
+    if not tensors:
+        return None
+    device = bank.rows.device
+    candidates = tensors["candidates"].to(device)
+    own = tensors.get("contexts")
+    contest = Contest(
+        bank.psi,
+        bank.hypermodules,
+        tensors["chosen"].to(device),
+        candidates[:, 1:],
+        bank.context,
+        0.5,  # where soft weights began no longer matters
+        None if own is None else own.to(device, copy=True),
+    )
+    with torch.no_grad():
+        contest.soft.copy_(tensors["soft"])
+    return contest
+
+
+def random_state() -> tuple[Tensors, dict[str, Any]]:
+    """All global generators that a user's data or members may draw from: tensors, and the rest."""
+    tensors: Tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    version, inner, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    return tensors, {"python": [version, list(inner), gauss], "numpy": [kind, *map(float, rest)]}
+
+
+def set_random_state(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Put the global generators where `random_state` found them."""
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    version, inner, gauss = rest["python"]
+    random.setstate((version, tuple(inner), gauss))
+    kind, position, has, cached = rest["numpy"]
+    keys = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state((kind, keys, int(position), int(has), cached))
+
+
+def write_state(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON document as one file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.new")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # safetensors refuses two names for one memory, as tied weights have.
+    seen: dict[int, str] = {}
+    for name, tensor in plain.items():
+        if seen.setdefault(tensor.untyped_storage().data_ptr(), name) != name:
+            plain[name] = tensor.clone()
+    save_file(plain, beside, metadata={"document": json.dumps({**document, "version": VERSION})})
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def read_state(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """What `write_state` wrote.
+
+    Raises:
+        TrainingError: where the file is damaged or from another version.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            document = json.loads((file.metadata() or {})["document"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise TrainingError(
+            f"The checkpoint {path} cannot be read ({' '.join(str(error).split())}): delete it to start anew."
+        ) from error
+    if document.get("version") != VERSION:
+        raise TrainingError(
+            f"The checkpoint {path} must be of version {VERSION}, found {document.get('version')}: "
+            "go on with the surgery that wrote it, or delete it to start anew."
+        )
+    return tensors, document
+
+
+def _of_bank(bank: Bank) -> Tensors:
+    return {"rows": bank.rows, "contexts": bank.contexts, "psi": bank.psi}

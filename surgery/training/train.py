@@ -1,0 +1,153 @@
+"""Train: the joint loop, from members and tasks to a trained joint model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import PlanError
+from surgery.joint import JointModel
+from surgery.training.config import Training
+from surgery.training.report import TrainReport
+from surgery.training.run import STATE, Run
+from surgery.training.starts import start
+from surgery.training.tasks import Task
+from surgery.training.trainer import Trainer
+
+
+def train(
+    joint: JointModel,
+    tasks: Sequence[Task],
+    config: Training | Mapping[str, Any] | None = None,
+    *,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    cpu: bool = False,
+) -> TrainReport:
+    """Train all members on their tasks while the alignment of their blocks to hypermodules evolves.
+
+    Runs as it is on one device, and under `accelerate launch` in as many processes as that starts.
+
+    Args:
+        joint: as `join` made it, or loaded; it is trained in place and left on a hard alignment.
+        tasks: at least one.
+        config: settings, or a mapping of them.
+        folder: for the log and the state; without one nothing can be resumed.
+        resume: whether to go on from the state in `folder`, where there is one.
+        seed: of all that is drawn at random.
+        cpu: whether to stay on the CPU where there is an accelerator.
+
+    Returns:
+        What was reached.
+
+    Raises:
+        PlanError: for tasks that do not fit the joint model.
+        TrainingError: where training cannot go on; the last good state stays in `folder`.
+        Interrupted: on Ctrl-C, after the state was saved.
+
+    Example:
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
+        >>> joint = surgery.join([surgery.load_member(net, name="net", inputs=torch.randn(2, 4))], block=(8, 8))
+        >>> data = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(4)]
+        >>> report = train(joint, [Task("classes", "net", data)], {"generations": 2, "steps": 3})
+        >>> report.generations
+        3
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    settings = config if isinstance(config, Training) else Training.model_validate(dict(config or {}))
+    _check(joint, tasks)
+    place = None if folder is None else Path(folder).expanduser()
+    if settings.trackers and place is None:
+        raise PlanError("Trackers write to a folder: give train(..., folder=...).")
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=settings.precision,
+        log_with=list(settings.trackers) or None,
+        project_dir=None if place is None else str(place),
+    )
+    set_seed(seed)
+    start(joint, settings.evolution, seed)
+    _prepare_members(joint, settings)
+    trainer = Trainer(joint, tasks, settings, seed, accelerator)
+    trainer.optimizer = accelerator.prepare(trainer.optimizer)
+    run = Run(trainer, settings, seed, place)
+    if resume:
+        run.resume()
+    elif place is not None and (place / STATE).exists() and accelerator.is_main_process:
+        raise PlanError(
+            f"{place} holds the state of a training run: go on with it (resume), or choose another folder."
+        )
+    return run.to_the_end()
+
+
+def fast(config: Training, tasks: Sequence[Task], batches: int = 2) -> tuple[Training, list[Task]]:
+    """A run of seconds that goes through every phase: few steps, and the first batches of every task's data."""
+    short = config.model_copy(
+        update={
+            "steps": 2,
+            "burn_in": min(config.burn_in, 1),
+            "generations": 2,
+            "final": min(config.final, 1),
+        }
+    )
+    few = [
+        replace(
+            task,
+            data=_First(task.data, batches),
+            validation=None if task.validation is None else _First(task.validation, batches),
+            test=None if task.test is None else _First(task.test, batches),
+        )
+        for task in tasks
+    ]
+    return short, few
+
+
+class _First:
+    """The first batches of some data."""
+
+    def __init__(self, data: Any, batches: int):
+        self.data, self.batches = data, batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.data), self.batches)
+
+
+def _check(joint: JointModel, tasks: Sequence[Task]) -> None:
+    """Raise one error that names everything wrong with the tasks."""
+    names = [task.name for task in tasks]
+    bad = [
+        f"task '{name}' is given more than once" for name in sorted({n for n in names if names.count(n) > 1})
+    ]
+    bad += [
+        f"task '{task.name}' trains member '{task.member}', but the members are {', '.join(joint.names)}"
+        for task in tasks
+        if task.member not in joint.names
+    ]
+    bad += [f"task '{task.name}' has no data" for task in tasks if task.data is None]
+    bad += [
+        f"task '{task.name}' has weight {task.weight}, not above 0" for task in tasks if not task.weight > 0
+    ]
+    if not tasks:
+        bad = ["there is no task"]
+    if bad:
+        raise PlanError(f"Training needs tasks that fit the joint model; found: {'; '.join(bad)}.")
+
+
+def _prepare_members(joint: JointModel, settings: Training) -> None:
+    for name in joint.names:
+        module = joint[name]
+        if settings.checkpointing:
+            enable = getattr(module, "gradient_checkpointing_enable", None) or getattr(
+                module, "set_grad_checkpointing", None
+            )
+            if enable is not None:
+                enable()
+        if settings.compile:
+            module.compile()

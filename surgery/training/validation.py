@@ -1,0 +1,86 @@
+"""Validation: losses and metrics of all tasks on data that training does not see, on the hard alignment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.errors import PlanError
+from surgery.joint import JointModel
+from surgery.training.metrics import Meter
+from surgery.training.streams import seeded
+from surgery.training.tasks import Loss, Task, as_batch
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one task reached.
+
+    Attributes:
+        loss: mean over the examples.
+        metric: None where the task has none.
+        examples: how many were seen.
+    """
+
+    loss: float
+    metric: float | None
+    examples: int
+
+    def document(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    joint: JointModel,
+    tasks: Sequence[Task],
+    losses: Mapping[str, Loss],
+    part: str = "validation",
+    seed: int = 0,
+) -> dict[str, Score]:
+    """Losses and metrics of the tasks that have data for it.
+
+    Args:
+        joint: its mode is put back as it was.
+        tasks: to be measured.
+        losses: by task name.
+        part: `validation`, `test` or `data`.
+        seed: of whatever the data draw at random.
+
+    Raises:
+        PlanError: where a task's data yield nothing.
+    """
+    modes = [(module, module.training) for module in joint.bodies.modules()]
+    joint.bodies.eval()
+    try:
+        chosen = [(task, getattr(task, part)) for task in tasks if getattr(task, part) is not None]
+        return {task.name: _evaluate(joint, task, data, losses[task.name], seed) for task, data in chosen}
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _evaluate(joint: JointModel, task: Task, data: Iterable[Any], loss: Loss, seed: int) -> Score:
+    module, meter = joint[task.member], Meter(task.metric)
+    device = next((p.device for p in joint.parameters()), torch.device("cpu"))
+    total: Tensor | float = 0.0
+    examples = 0
+    with seeded(seed):
+        for raw in data:
+            batch = as_batch(raw).map(lambda tensor: tensor.to(device))
+            output = module(*batch.args, **batch.kwargs)
+            size = max(batch.size, 1)
+            if batch.target is not None or not isinstance(task.loss, str) or task.loss == "distillation":
+                total = total + loss(output, batch).float() * size
+            meter.update(output, batch)
+            examples += size
+    if not examples:
+        raise PlanError(
+            f"The data that task '{task.name}' is evaluated on are empty: give at least one batch."
+        )
+    return Score(float(total) / examples, meter.value(), examples)
