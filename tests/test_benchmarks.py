@@ -123,3 +123,9 @@ def test_baselines_of_one_number_more_are_closer(run):
         small, large = (factors.within(size, halved=True) for size in (12_000, 20_000))
         assert min(error(r.weights) for r in large) < min(error(r.weights) for r in small)
         assert max(r.nbytes for r in small) <= 12_000 and max(r.nbytes for r in large) <= 20_000
+
+
+def test_joint_step_compares_joint_training_with_plain_models(run):
+    document = run("joint_step")
+    assert of(document, "step") == ["plain", "joint", "competing"]
+    assert of(document, "ratio to plain")[0] == 1 and min(of(document, "ratio to plain")) > 0

@@ -1,0 +1,201 @@
+"""One training step of LeNet, an LSTM language model and DeepBind jointly, against the three plain models.
+
+Random tensors; pictures of 28x28, texts of 35 words from a vocabulary of 33,278, sequences of 101 bases; batches
+of 16/2/16 and of 64/8/64. *Joint* is what training does in one step while a contest with lambda = 1 is open over
+half of all locations: generate once, forward and backward passes of all three, one backward pass through the
+dictionary, one optimizer step. It begins at the pessimistic start, where every location has a hypermodule of its
+own, so no later step costs more. *Plain* is the three models, each with its own optimizer. All take turns in one
+process; peak memory is that of a process of its own for each, libraries included.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from functools import partial
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from surgery_recipes.nets import deepbind, lenet, word_model
+from torch import Tensor, nn
+
+import surgery
+from benchmarks.harness import judge, make_header, make_parser, show, take_turns
+from surgery.training.config import Evolution, Training
+from surgery.training.tasks import Task
+from surgery.training.train import start
+from surgery.training.trainer import Trainer
+
+WORDS, LENGTH, BASES = 33_278, 35, 101
+BATCHES = ((16, 2, 16), (64, 8, 64))
+LIMITS = {(16, 2, 16): 1.25, (64, 8, 64): 1.08}
+Batch = tuple[Tensor, Tensor]
+
+
+def make_members(seed: int, words: int, width: int, tied: bool) -> list[surgery.Member]:
+    """The three members, with random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = {
+            "lenet": lenet(16),
+            "lstm": word_model(words, width, tied=tied),
+            "deepbind": deepbind(width, classes=2, length=BASES),
+        }
+    return [
+        surgery.load_member(module, name=name, inputs=inputs, seed=seed)
+        for name, (module, inputs) in made.items()
+    ]
+
+
+def make_batches(sizes: Sequence[int], words: int, seed: int, device: str) -> dict[str, Batch]:
+    """Random inputs and targets of each member."""
+    generator = torch.Generator().manual_seed(seed)
+    pictures, texts, sequences = sizes
+    found = {
+        "lenet": (
+            torch.randn(pictures, 1, 28, 28, generator=generator),
+            torch.randint(10, (pictures,), generator=generator),
+        ),
+        "lstm": (
+            torch.randint(words, (texts, LENGTH), generator=generator),
+            torch.randint(words, (texts, LENGTH), generator=generator),
+        ),
+        "deepbind": (
+            torch.randn(sequences, 4, BASES, generator=generator),
+            torch.randint(2, (sequences,), generator=generator),
+        ),
+    }
+    return {name: (x.to(device), y.to(device)) for name, (x, y) in found.items()}
+
+
+class Again:
+    """One batch, as often as it is asked for."""
+
+    def __init__(self, batch: Batch):
+        self.batch = batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        return repeat(self.batch)
+
+
+def plain_step(
+    modules: dict[str, nn.Module], batches: dict[str, Batch], optimizers: list[Any], bf16: bool
+) -> None:
+    """One step of each plain model."""
+    for name, module in modules.items():
+        inputs, target = batches[name]
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
+            scores = module(inputs)
+            loss = F.cross_entropy(scores.flatten(0, -2).float(), target.flatten())
+        (loss / len(modules)).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def make_trainer(
+    members: Sequence[surgery.Member], batches: dict[str, Batch], options: Any, competing: bool
+) -> Trainer:
+    """A trainer at the pessimistic start, with an open contest where alternatives compete."""
+    from accelerate import Accelerator
+
+    joint = surgery.join([deepcopy(member) for member in members])
+    settings = Training(evolution=Evolution(fraction=0.5, challengers=1))
+    accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision="bf16" if options.bf16 else "no")
+    start(joint, settings.evolution, options.seed)
+    tasks = [Task(name, name, Again(batch)) for name, batch in batches.items()]
+    trainer = Trainer(joint, tasks, settings, options.seed, accelerator)
+    joint.bodies.train()
+    if competing:
+        trainer.contend()
+    return trainer
+
+
+def make_competitors(
+    members: Sequence[surgery.Member], batches: dict[str, Batch], options: Any
+) -> dict[str, Callable[[], Callable[[], object]]]:
+    """What makes one step of the plain models, of the joint one, and of the joint one in a contest."""
+
+    def plain() -> Callable[[], object]:
+        modules = {m.name: deepcopy(m.module).to(options.device).train() for m in members}
+        optimizers = [torch.optim.Adam(m.parameters(), lr=1e-3, fused=True) for m in modules.values()]
+        return partial(plain_step, modules, batches, optimizers, options.bf16)
+
+    return {
+        "plain": plain,
+        "joint": lambda: make_trainer(members, batches, options, False).train_step,
+        "competing": lambda: make_trainer(members, batches, options, True).train_step,
+    }
+
+
+def peak_memory(name: str, size: Sequence[int], options: Any) -> float:
+    """MB at most in use in a few steps of one competitor, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (name, tuple(size), options))
+
+
+def _peak(name: str, size: tuple[int, ...], options: Any) -> float:
+    torch.set_num_threads(options.threads)
+    members, batches = prepare(size, options)
+    step = make_competitors(members, batches, options)[name]()
+    del members
+    for _ in range(3):
+        step()
+    if options.device != "cpu":
+        return torch.cuda.max_memory_allocated() / 1e6
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
+    # Linux counts what the parent process used into `ru_maxrss`.
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1e3
+
+
+def prepare(size: Sequence[int], options: Any) -> tuple[list[surgery.Member], dict[str, Batch]]:
+    """Members and one batch of each."""
+    words, width = (500, 32) if options.fast else (WORDS, 256)
+    members = make_members(options.seed, words, width, not options.untied)
+    return members, make_batches(size, words, options.seed, options.device)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    parser.add_argument("--untied", action="store_true", help="an output layer of its own for the LSTM")
+    parser.add_argument("--rounds", type=int, default=21)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    results, verdicts = [], []
+    for size in ((2, 1, 2),) if options.fast else BATCHES:
+        made = make_competitors(*prepare(size, options), options)
+        rounds = 1 if options.fast else options.rounds
+        times = take_turns({name: make() for name, make in made.items()}, rounds, 2, options.device)
+        label = "/".join(map(str, size))
+        for name, timing in times.items():
+            results.append(
+                {
+                    "batch": label,
+                    "step": name,
+                    "median ms": timing.median * 1e3,
+                    "fastest ms": timing.fastest * 1e3,
+                    "slowest ms": timing.slowest * 1e3,
+                    "ratio to plain": timing.median / times["plain"].median,
+                    "peak MB": None if options.fast else peak_memory(name, size, options),
+                }
+            )
+        if size in LIMITS:
+            ratio = times["competing"].median / times["plain"].median
+            verdicts.append(judge(f"competing / plain at {label}", ratio, LIMITS[size]))
+    precision = "bfloat16" if options.bf16 else "float32"
+    title = f"one training step of three members, p = 0.5, lambda = 1, c = 4, {options.device}, {precision}"
+    show(title, make_header("joint_step", options, argv), results, verdicts, options.json)
+
+
+if __name__ == "__main__":
+    main()
