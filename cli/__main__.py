@@ -17,7 +17,7 @@ import typer
 from surgery.errors import SurgeryError
 from surgery.version import __version__
 
-from . import demo, export, inspect, merge, verify
+from . import demo, evaluate, export, inspect, merge, recipes, train, verify
 from .options import FLAG
 
 INTERRUPTED = 130
@@ -41,8 +41,9 @@ def _add(module: ModuleType) -> None:
     app.command(name, help=text, epilog=f"[dim]Examples[/dim]{examples}")(verb)
 
 
-for each in (demo, inspect, merge, verify, export):
+for each in (demo, inspect, merge, train, evaluate, verify, export):
     _add(each)
+app.add_typer(recipes.app, name="recipes")
 
 
 def _print_version(wanted: bool) -> None:
@@ -79,7 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer ends an interrupted verb without a word
-            print("surgery: interrupted; nothing was left half-written.", file=sys.stderr)
+            from . import console
+
+            print(f"surgery: interrupted; {console.interrupted}.", file=sys.stderr)
         raise
 
 

@@ -25,6 +25,8 @@ PATIENCE = 2.0  # seconds of work before progress is shown
 
 WIDE = 160  # columns where the output is no terminal
 
+interrupted = "nothing was left half-written"  # what the last line says after Ctrl-C
+
 out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
 err = Console(stderr=True, highlight=False)
 

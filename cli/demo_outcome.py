@@ -59,7 +59,7 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain JSON values."""
-        from .report import result_json
+        from .outcome import result_json
 
         return {
             **result_json(self.joint, self.folder),
@@ -153,7 +153,7 @@ def same_outputs(one: Sequence[tuple[Tensor, ...]], other: Sequence[tuple[Tensor
 
 def print_outcome(outcome: Outcome, *, verbose: bool) -> None:
     """The findings on screen."""
-    from .report import print_next, print_result
+    from .outcome import print_next, print_result
 
     print_result(outcome.joint, outcome.folder, verbose=verbose)
     _print_real_inputs(outcome)

@@ -44,13 +44,13 @@ def export(
     from surgery.files import check_target
     from surgery.progress import task
 
-    from . import console, report
+    from . import console, outcome
 
     check_target(out, overwrite=overwrite)
     with console.working(quiet=quiet, json_wanted=json), task(f"Exporting {member}"):
         chosen = "compressed" if format == "compressed" else "plain"
         write(folder, member, out, format=chosen, overwrite=overwrite, trust_remote_code=trust_remote_code)
-    size = report.disk_bytes(out)
+    size = outcome.disk_bytes(out)
     if json:
         console.emit({"member": member, "format": format, "out": str(out), "disk_bytes": size})
     elif not quiet:

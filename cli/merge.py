@@ -209,15 +209,15 @@ def preview(
     """A dry run: everything up to the plan, and whether the target could be written."""
     from surgery.merging import check, prepare
 
-    from . import console, report
+    from . import console, outcome
 
     with console.working(quiet=quiet, json_wanted=json):
         check(recipe, overwrite=overwrite)
         prepared = prepare(recipe, trust_remote_code=trust_remote_code)
     if json:
-        console.emit(report.plan_json(prepared))
+        console.emit(outcome.plan_json(prepared))
     elif not quiet:
-        report.print_plan(prepared, verbose=verbose)
+        outcome.print_plan(prepared, verbose=verbose)
 
 
 def run(
@@ -226,13 +226,13 @@ def run(
     """The merge itself, then what it did."""
     from surgery.merging import merge
 
-    from . import console, report
+    from . import console, outcome
 
     with console.working(quiet=quiet, json_wanted=json):
         joint = merge(recipe, overwrite=overwrite, trust_remote_code=trust_remote_code)
     folder = Path(recipe.out or "")
     if json:
-        console.emit(report.result_json(joint, folder))
+        console.emit(outcome.result_json(joint, folder))
     elif not quiet:
-        report.print_result(joint, folder, verbose=verbose)
-        report.print_next(joint, folder)
+        outcome.print_result(joint, folder, verbose=verbose)
+        outcome.print_next(joint, folder)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from surgery.errors import LoadError, PlanError
 from surgery.files import check_target
 from surgery.progress import task, track
-from surgery.recipe import Model, Recipe
+from surgery.recipe import Recipe
 from surgery.selectors import share_selectors
 
 if TYPE_CHECKING:
@@ -139,9 +139,7 @@ def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
         SurgeryError: where a member cannot be loaded or traced, a selector matches nothing, or no plan
         exists.
     """
-    from surgery.plan import make_plan
     from surgery.references import load_member, parse_reference
-    from surgery.sites import discover
 
     members: list[Member] = []
     for model in track(recipe.models, "Loading members"):
@@ -154,6 +152,27 @@ def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
                 "write NAME=REFERENCE to name a member."
             )
         members.append(member)
+    anatomies, plan = plan_members(recipe, members)
+    models = tuple(
+        model.model_copy(update={"model": parse_reference(model.model)[1], "name": member.name})
+        for model, member in zip(recipe.models, members, strict=True)
+    )
+    named = recipe.model_copy(update={"models": models})
+    with task("Reading calibration files"):
+        probes = read_probes(named, members)
+    return Prepared(named, tuple(members), tuple(anatomies), plan, probes)
+
+
+def plan_members(recipe: Recipe, members: Sequence[Member]) -> tuple[list[Anatomy], Plan]:
+    """What was found in each member, and where its sites go, by a recipe's selectors and parameters.
+
+    Raises:
+        PlanError: where a selector matches nothing, or no plan exists.
+        TraceError: where a member cannot be traced.
+    """
+    from surgery.plan import make_plan
+    from surgery.sites import discover
+
     names = {member.name: list(member.module.state_dict()) for member in members}
     chosen = {
         option: share_selectors(selectors, names, what=f"--{option}")
@@ -165,14 +184,7 @@ def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
     ]
     block = recipe.parameters.block or starting_block(anatomies)
     plan = make_plan(anatomies, block, recipe.parameters.context or 4)
-    models = tuple(
-        Model(model=parse_reference(model.model)[1], name=member.name, calibrate=model.calibrate)
-        for model, member in zip(recipe.models, members, strict=True)
-    )
-    named = recipe.model_copy(update={"models": models})
-    with task("Reading calibration files"):
-        probes = read_probes(named, members)
-    return Prepared(named, tuple(members), tuple(anatomies), plan, probes)
+    return anatomies, plan
 
 
 def starting_block(anatomies: Sequence[Anatomy]) -> tuple[int, int]:

@@ -168,11 +168,11 @@ class Recipe(Strict):
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
 
 
-def read_document(source: str | Path) -> dict[str, Any]:
-    """The document in a YAML file, or in the recipe of that name that is installed with this package.
+def read_text(source: str | Path) -> str:
+    """The text of a YAML file, or of the recipe of that name that is installed with this package.
 
     Raises:
-        PlanError: where there is no such file, or it is no YAML mapping.
+        PlanError: where there is no such file, or it cannot be read.
     """
     path = Path(source).expanduser()
     shipped = files("surgery_recipes").joinpath(f"{source}.yaml")
@@ -182,8 +182,22 @@ def read_document(source: str | Path) -> dict[str, Any]:
             f"A recipe is a YAML file or one of {', '.join(recipe_names())}, but '{source}' is neither."
         )
     try:
-        document = yaml.safe_load(found.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return found.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(
+            f"The recipe {source} must be readable YAML: {' '.join(str(error).split())}."
+        ) from None
+
+
+def read_document(source: str | Path) -> dict[str, Any]:
+    """The document in a YAML file, or in the recipe of that name that is installed with this package.
+
+    Raises:
+        PlanError: where there is no such file, or it is no YAML mapping.
+    """
+    try:
+        document = yaml.safe_load(read_text(source))
+    except yaml.YAMLError as error:
         raise PlanError(
             f"The recipe {source} must be readable YAML: {' '.join(str(error).split())}."
         ) from None

@@ -12,11 +12,10 @@ from surgery.artifact import load, save
 from surgery.errors import PlanError
 from surgery.files import check_target
 from surgery.joint import JointModel, join
-from surgery.merging import Prepared, prepare
+from surgery.merging import Prepared, plan_members, prepare
 from surgery.recipe import Recipe
 from surgery.training.losses import loss_of
 from surgery.training.report import TrainReport
-from surgery.training.run import STATE
 from surgery.training.runlog import NAME as LOG
 from surgery.training.sources import check_trust, make_tasks
 from surgery.training.streams import seeded
@@ -92,6 +91,18 @@ def train_recipe(
     return joint, report
 
 
+def rejoin(folder: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> JointModel:
+    """The members of an artifact, joined anew by a recipe's parameters, to be trained further.
+
+    They go on from the weights that they have; what is equal, up to a factor, is shared from the start.
+    """
+    check_trust(recipe, trust_remote_code)
+    loaded = load(folder, trust_remote_code=trust_remote_code, run_factory=trust_remote_code)
+    members = [replace(loaded.members[name], module=loaded.extract(name)) for name in loaded.names]
+    plan = plan_members(recipe, members)[1]
+    return join(members, plan)
+
+
 def evaluate_artifact(
     source: str | Path,
     *,
@@ -156,6 +167,3 @@ def _is_main() -> bool:
     from accelerate import PartialState
 
     return PartialState().is_main_process
-
-
-__all__ = ["STATE", "evaluate_artifact", "prepare_training", "recipe_of", "run_folder", "train_recipe"]

@@ -1,0 +1,68 @@
+"""`surgery evaluate`: the members of a folder on the tasks that they were trained for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import RUN, Debug, Json, Quiet, TrustRemoteCode
+
+EXAMPLES = """
+surgery evaluate joint
+surgery evaluate joint --member text --part validation --json
+surgery evaluate joint --data my_test_set.npz
+"""
+
+
+def evaluate(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", show_default=False, help="A folder that surgery train wrote.")
+    ],
+    member: Annotated[
+        list[str] | None,
+        typer.Option("--member", metavar="NAME", rich_help_panel=RUN, help="Only this one; repeatable."),
+    ] = None,
+    part: Annotated[
+        str,
+        typer.Option(
+            "--part",
+            metavar="test|validation|data",
+            rich_help_panel=RUN,
+            help="Of the tasks' data; where there is no test part, validation serves.",
+        ),
+    ] = "test",
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="SOURCE",
+            rich_help_panel=RUN,
+            help="Other data than those that the recipe names.",
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure members on their tasks: loss and metric, from the folder alone."""
+    from surgery.training.recipe_run import evaluate_artifact
+
+    from . import console
+
+    if part not in ("test", "validation", "data"):
+        raise typer.BadParameter(f"must be test, validation or data, not {part}", param_hint="--part")
+    with console.working(quiet=quiet, json_wanted=json):
+        scores = evaluate_artifact(
+            folder, members=member or None, part=part, data=data, trust_remote_code=trust_remote_code
+        )
+    if json:
+        console.emit({name: score.document() for name, score in scores.items()})
+    elif not quiet:
+        table = console.table("task", ">loss", ">metric", ">examples")
+        for name, score in scores.items():
+            metric = "-" if score.metric is None else f"{score.metric:.4g}"
+            table.add_row(name, f"{score.loss:.4g}", metric, str(score.examples))
+        console.out.print(table)

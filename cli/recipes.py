@@ -1,0 +1,77 @@
+"""`surgery recipes`: look at the recipes that are installed, take one as a start, check one of your own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Debug, Json, Overwrite
+
+app = typer.Typer(no_args_is_help=True, help="List, copy and check recipes.")
+
+
+@app.command("ls", epilog="[dim]Examples[/dim]\n  surgery recipes ls")
+def list_recipes(json: Json = False, debug: Debug = False) -> None:
+    """List the installed recipes, each with its first line."""
+    from surgery.recipe import read_text, recipe_names
+
+    from . import console
+
+    first = {name: read_text(name).partition("\n")[0].lstrip("# ") for name in recipe_names()}
+    if json:
+        console.emit(first)
+        return
+    table = console.table("recipe", "~what it does")
+    for name, line in first.items():
+        table.add_row(name, line)
+    console.out.print(table)
+
+
+@app.command("cp", epilog="[dim]Examples[/dim]\n  surgery recipes cp synthetic_noisy mine.yaml")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="An installed recipe.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help="Where to write it.")],
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Copy an installed recipe, as a start for one of your own."""
+    from surgery.errors import OutputError
+    from surgery.recipe import read_text
+
+    from . import console
+
+    text = read_text(name)
+    if file.exists() and not overwrite:
+        raise OutputError(f"{file} exists: choose another name, or pass --overwrite.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_name(f".{file.name}.new")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(file)
+    except OSError as error:
+        raise OutputError(f"{file} cannot be written: {error.strerror or error}.") from error
+    console.say(f"{name} is now {file}.")
+
+
+@app.command("check", epilog="[dim]Examples[/dim]\n  surgery recipes check mine.yaml")
+def check_recipe(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE", show_default=False, help="A recipe, or an installed one's name.")
+    ],
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a recipe's keys and values; nothing is loaded or run."""
+    from surgery.recipe import Recipe, read_document
+
+    from . import console
+
+    recipe = Recipe.of(read_document(file))
+    if json:
+        console.emit(recipe.resolved())
+        return
+    verb = "merge --config" if recipe.train is None else "train"
+    console.say(f"{file} is a valid recipe of {len(recipe.models)} models.")
+    console.command(f"surgery {verb} {file} --out DIR")

@@ -1,0 +1,214 @@
+"""`surgery train`: several members, each on its task, sharing more and more as they learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import FLAG, RUN, Debug, Json, Overwrite, Quiet, TrustRemoteCode
+
+if TYPE_CHECKING:
+    from surgery.recipe import Recipe
+    from surgery.training.report import TrainReport
+
+EXAMPLES = """
+surgery recipes ls
+surgery train synthetic_noisy --out runs/noisy
+surgery train recipe.yaml --out joint --set train.optimizer.lr=3e-4 --set train.generations=40
+surgery train recipe.yaml --out joint --fast-dev-run
+surgery train recipe.yaml --out joint --resume auto
+accelerate launch -m surgery_cli train recipe.yaml --out joint
+"""
+RESUME = ("auto", "never")
+
+
+def train(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|DIR",
+            show_default=False,
+            help="A YAML recipe, the name of an installed one, or a folder that surgery wrote, whose members go "
+            "on with the recipe in it.",
+        ),
+    ],
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="DIR", rich_help_panel=RUN, help="The folder to write.")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="K=V",
+            rich_help_panel=RUN,
+            help="Change one value of the recipe, such as train.steps=50; repeatable.",
+        ),
+    ] = None,
+    resume: Annotated[
+        str,
+        typer.Option(
+            "--resume",
+            metavar="|".join(RESUME),
+            rich_help_panel=RUN,
+            help="auto: go on with an interrupted run for the same --out. never: refuse where there is one.",
+        ),
+    ] = "never",
+    fast_dev_run: Annotated[
+        bool,
+        typer.Option(
+            "--fast-dev-run",
+            metavar=FLAG,
+            rich_help_panel=RUN,
+            help="Go through every phase in seconds, on a few batches, to see that all of it works.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", metavar=FLAG, rich_help_panel=RUN, help="Print the plan, train and write nothing."
+        ),
+    ] = False,
+    cpu: Annotated[
+        bool, typer.Option("--cpu", metavar=FLAG, rich_help_panel=RUN, help="Stay on the CPU.")
+    ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="N", rich_help_panel=RUN, help="Seed of all that is drawn at random."),
+    ] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train members jointly on their tasks while evolution decides which blocks share what (MUiR).
+
+    A recipe names the members, a task for each, and the settings. Until it is done, a run keeps its log and its
+    state in DIR.training beside --out; [cyan]Ctrl-C[/cyan] saves and leaves, [cyan]--resume auto[/cyan] goes on
+    to the very result of an unbroken run. The folder holds the log and the pictures too.
+    """
+    if resume not in RESUME:
+        raise typer.BadParameter(f"must be one of {', '.join(RESUME)}, not {resume}", param_hint="--resume")
+    recipe, folder = read_training(source, out, seed, changes or [])
+    if recipe.out is None and not dry_run:
+        raise typer.BadParameter("a folder to write is needed", param_hint="--out")
+    if dry_run:
+        preview(recipe, trust_remote_code, json=json, quiet=quiet)
+        return
+    report = run(
+        recipe,
+        folder,
+        resume=resume == "auto",
+        fast=fast_dev_run,
+        overwrite=overwrite,
+        trust=trust_remote_code,
+        cpu=cpu,
+        quiet=quiet,
+        json=json,
+    )
+    from . import console
+
+    if json:
+        console.emit({"out": recipe.out, **report.document()})
+    elif not quiet:
+        print_report(report, Path(recipe.out or ""))
+
+
+def read_training(
+    source: str, out: str | None, seed: int | None, changes: list[str]
+) -> tuple[Recipe, Path | None]:
+    """The recipe, and the folder whose members go on, where the source is one."""
+    import yaml
+
+    from surgery.recipe import Recipe, override, read_document
+
+    folder = Path(source).expanduser()
+    found = folder if folder.is_dir() else None
+    document = read_document(folder / "recipe.yaml" if found else source)
+    document |= {key: value for key, value in (("out", out), ("seed", seed)) if value is not None}
+    document.setdefault("train", yaml.safe_load("{}"))
+    return Recipe.of(override(document, changes)), found
+
+
+def preview(recipe: Recipe, trust_remote_code: bool, *, json: bool, quiet: bool) -> None:
+    """A dry run: members loaded and planned."""
+    from surgery.training.recipe_run import prepare_training
+
+    from . import console, outcome
+
+    with console.working(quiet=quiet, json_wanted=json):
+        prepared = prepare_training(recipe, trust_remote_code)
+    if json:
+        console.emit(outcome.plan_json(prepared))
+    elif not quiet:
+        outcome.print_plan(prepared, verbose=False)
+
+
+def run(
+    recipe: Recipe,
+    folder: Path | None,
+    *,
+    resume: bool,
+    fast: bool,
+    overwrite: bool,
+    trust: bool,
+    cpu: bool,
+    quiet: bool,
+    json: bool,
+) -> TrainReport:
+    """The training itself; where it is interrupted, the last line on the screen says how to go on."""
+    from surgery.training.recipe_run import run_folder, train_recipe
+    from surgery.training.run import Interrupted
+
+    from . import console
+
+    joint = None
+    with console.working(quiet=quiet, json_wanted=json):
+        if folder is not None:
+            from surgery.training.recipe_run import rejoin
+
+            joint = rejoin(folder, recipe, trust)
+        try:
+            return train_recipe(
+                recipe,
+                joint=joint,
+                resume=resume,
+                fast_run=fast,
+                overwrite=overwrite,
+                trust_remote_code=trust,
+                cpu=cpu,
+            )[1]
+        except Interrupted:
+            kept = run_folder(recipe.out or "")
+            console.interrupted = f"the state is in {kept}, go on with --resume auto"
+            raise
+
+
+def print_report(report: TrainReport, folder: Path) -> None:
+    """Each task with what it reached, then the size."""
+    from . import console
+
+    table = console.table("task", ">validation loss", ">metric", ">test loss", ">metric")
+    for name in dict.fromkeys([*report.scores, *report.tests]):
+        cells = [name]
+        for score in (report.scores.get(name), report.tests.get(name)):
+            metric = score.metric if score is not None else None
+            cells += [
+                "-" if score is None else f"{score.loss:.4g}",
+                "-" if metric is None else f"{metric:.4g}",
+            ]
+        table.add_row(*cells)
+    if report.scores or report.tests:
+        console.out.print(table)
+    now, whole = report.numbers
+    ended = "" if report.stopped == "done" else f" ({report.stopped})"
+    console.say(
+        f"{report.generations} generations in {report.seconds:.0f} s{ended}; kept is generation {report.best + 1}. "
+        f"{sum(report.hypermodules.values())} hypermodules generate the sites: {console.count(now)} numbers for "
+        f"{console.count(whole)} ({console.percent(now / max(whole, 1))})."
+    )
+    console.heading("Next")
+    console.command(f"surgery report {folder}")
+    console.command(f"surgery evaluate {folder}")
