@@ -96,6 +96,18 @@ def example_inputs(module: nn.Module, origin: Origin, *, seed: int = 0) -> Input
     )
 
 
+def inputs_for_part(part: nn.Module) -> Inputs | None:
+    """Example inputs for a model that is a part of another; None where there is no way to make them up."""
+    config = getattr(part, "config", None)
+    if not hasattr(part, "main_input_name") or not hasattr(config, "to_dict"):
+        return None
+    name = type(part).__name__
+    try:
+        return example_inputs(part, Origin("transformers", name, name))
+    except LoadError:
+        return None
+
+
 def forward_error(module: nn.Module, inputs: Inputs) -> Exception | None:
     """None where one forward pass with `inputs` works, else what it raised.
 

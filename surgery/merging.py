@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.errors import LoadError, PlanError
 from surgery.files import check_target
@@ -174,17 +174,21 @@ def plan_members(recipe: Recipe, members: Sequence[Member]) -> tuple[list[Anatom
     from surgery.sites import discover
 
     names = {member.name: list(member.module.state_dict()) for member in members}
-    chosen = {
+    chosen: dict[str, Mapping[str, Any]] = {
         option: share_selectors(selectors, names, what=f"--{option}")
         for option, selectors in recipe.select.model_dump().items()
     }
     anatomies = [
-        discover(member, **{option: shared[member.name] for option, shared in chosen.items()})
+        discover(member, **_selectors(chosen, member.name))
         for member in track(members, "Finding sites")
     ]
     block = recipe.parameters.block or starting_block(anatomies)
     plan = make_plan(anatomies, block, recipe.parameters.context or 4)
     return anatomies, plan
+
+
+def _selectors(chosen: Mapping[str, Mapping[str, Any]], member: str) -> dict[str, Any]:
+    return {option: shared[member] for option, shared in chosen.items()}
 
 
 def starting_block(anatomies: Sequence[Anatomy]) -> tuple[int, int]:

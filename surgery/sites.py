@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from surgery.errors import PlanError
+from surgery.inputs import inputs_for_part
 from surgery.member import Member, owners_of
 from surgery.selectors import matches
-from surgery.tracing import Trace, Use, trace
+from surgery.tracing import Bounds, Trace, Use, trace
 from surgery.tracing.ends import is_map
 from surgery.views import CanonicalView
 
@@ -74,7 +75,12 @@ class Anatomy:
 
 
 def discover(
-    member: Member, *, adapters: Sequence[str] = (), sites: Sequence[str] = (), skip: Sequence[str] = ()
+    member: Member,
+    *,
+    adapters: Sequence[str] = (),
+    sites: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    bounds: Bounds | None = None,
 ) -> Anatomy:
     """Find the sites of a member, and say for every other tensor why it is left alone.
 
@@ -86,6 +92,7 @@ def discover(
         sites: tensors that are adapters by default and shall be sites: first and last maps, embeddings,
             depthwise convolutions.
         skip: tensors to leave alone altogether.
+        bounds: on the time and the memory of each way of tracing.
 
     Returns:
         Every tensor of the state dict, buffers included, either as a site or as left alone with its reason.
@@ -102,7 +109,7 @@ def discover(
         >>> [site.name for site in discover(Member("a", body, Inputs((zeros(1, 4),)), origin)).sites]
         ['1.weight']
     """
-    found = trace(member.module, member.inputs)
+    found = trace(member.module, member.inputs, bounds=bounds, inputs_for=inputs_for_part)
     owners = owners_of(member.module)
     tensors = member.module.state_dict(keep_vars=True)
     merged = _merge_uses(found)

@@ -46,7 +46,7 @@ def test_networks_trace_in_order_and_stay_as_they_were(name):
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "resnet18"])
-@pytest.mark.parametrize("tier", [1, 2])
+@pytest.mark.parametrize("tier", [1, 2, 4])
 def test_tiers_agree(name, tier):
     module, inputs = NETWORKS[name]()
     reference = trace(module, inputs, TIERS[:1])
@@ -214,7 +214,7 @@ def test_what_cannot_be_traced_at_all_is_an_error():
 
 
 def test_a_tier_that_fails_is_passed_over_with_a_note():
-    def broken(module, inputs):
+    def broken(module, inputs, watch):
         raise RuntimeError("no\nluck")
 
     found = trace(nn.Linear(12, 2), Inputs(args=(X,)), [Tier("broken", broken), *TIERS])

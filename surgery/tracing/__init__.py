@@ -13,34 +13,52 @@ from torch import Tensor, fx, nn
 
 from surgery.errors import TraceError
 from surgery.member import Inputs
+from surgery.tracing.bounds import Bounds, OutOfBoundsError, Watch
 from surgery.tracing.copying import canonical_names, copy_module, map_inputs, share_parameters, to_meta
 from surgery.tracing.ends import mark_ends
 from surgery.tracing.exported import export_graph
+from surgery.tracing.lazy import LazyRecorder
+from surgery.tracing.parts import trace_parts
 from surgery.tracing.reading import read_uses
-from surgery.tracing.recorder import record
+from surgery.tracing.recorder import Recorder, record
+from surgery.tracing.stubbed import StubbedRecorder
 from surgery.tracing.table import table_uses
 from surgery.tracing.types import Trace, Use
 
-__all__ = ["TABLE", "TIERS", "Tier", "Trace", "Use", "trace"]
+__all__ = ["TABLE", "TIERS", "Bounds", "Tier", "Trace", "Use", "trace"]
 
 TABLE = "table of module types"
 
 
 @dataclass(frozen=True)
 class Tier:
-    """One way of tracing: a name, and a function from a module and its inputs to a graph."""
+    """One way of tracing: a name, and a function from a module, its inputs and bounds to a graph and notes."""
 
     name: str
-    run: Callable[[nn.Module, Inputs], fx.Graph]
+    run: Callable[[nn.Module, Inputs, Watch], tuple[fx.Graph, tuple[str, ...]]]
 
 
-def trace(module: nn.Module, inputs: Inputs, tiers: Sequence[Tier] | None = None) -> Trace:
+InputsFor = Callable[[nn.Module], Inputs | None]
+"""Makes inputs for a part of a module, or says that it cannot."""
+
+
+def trace(
+    module: nn.Module,
+    inputs: Inputs,
+    tiers: Sequence[Tier] | None = None,
+    *,
+    bounds: Bounds | None = None,
+    inputs_for: InputsFor | None = None,
+) -> Trace:
     """Trace one forward pass of `module`, by the first tier that serves.
 
     Args:
         module: any module; it is left exactly as it was.
         inputs: example inputs; without any, only the table of module types serves.
         tiers: ways of tracing to try in order; all of `TIERS` by default, the table of module types last.
+        bounds: of each way; one that hits them is passed over, and the notes say so.
+        inputs_for: makes inputs for parts of the module that the forward pass does not reach, such as a tower
+            for pictures of a model that was given text; these parts are then traced by themselves.
 
     Returns:
         The graph, where a tier gave one, and the uses of all parameters that were found.
@@ -57,14 +75,18 @@ def trace(module: nn.Module, inputs: Inputs, tiers: Sequence[Tier] | None = None
     names = canonical_names(module)
     parameters = {names[id(p)]: p for p in module.parameters() if id(p) in names}
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    bounds = bounds or Bounds()
     notes: list[str] = []
     graph, tier, uses = None, TABLE, ()
     for way in (TIERS if tiers is None else tiers) if inputs.args or inputs.kwargs else ():
         try:
-            found = way.run(module, inputs)
+            found, said = way.run(module, inputs, Watch(bounds))
             uses = mark_ends(found, read_uses(found, shapes))
             graph, tier = found, way.name
+            notes += said
             break
+        except NotMine:
+            continue
         except Exception as error:
             notes.append(f"{way.name} failed: {_sentence(error)}")
     from_table = table_uses(module, names)
@@ -77,11 +99,22 @@ def trace(module: nn.Module, inputs: Inputs, tiers: Sequence[Tier] | None = None
             )
         notes.append("no execution order: uses are in order of registration")
         return Trace(None, from_table, TABLE, inputs.source, tuple(notes))
+    parts: dict[str, fx.Graph] = {}
+    if inputs_for is not None:
+        more = trace_parts(
+            module, names, {use.parameter for use in uses}, inputs_for, _trace_part(tiers, bounds)
+        )
+        uses += tuple(replace(use, order=len(uses) + k) for k, use in enumerate(more.uses))
+        parts, notes = dict(more.graphs), [*notes, *more.notes]
     uses = _complete(uses, from_table)
     missed = sum(not use.reached for use in uses)
     if missed:
         notes.append(f"{missed} parameters were not reached and are known by their module's type alone")
-    return Trace(graph, uses, tier, inputs.source, tuple(notes))
+    return Trace(graph, uses, tier, inputs.source, tuple(notes), parts)
+
+
+def _trace_part(tiers: Sequence[Tier] | None, bounds: Bounds) -> Callable[[nn.Module, Inputs], Trace]:
+    return lambda part, inputs: trace(part, inputs, tiers, bounds=bounds)
 
 
 def _complete(uses: tuple[Use, ...], from_table: tuple[Use, ...]) -> tuple[Use, ...]:
@@ -108,27 +141,73 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def _record_meta(module: nn.Module, inputs: Inputs) -> fx.Graph:
+class NotMine(Exception):
+    """Raised by a tier for modules that it is not meant for; nothing is noted."""
+
+
+def _record_meta(module: nn.Module, inputs: Inputs, watch: Watch) -> tuple[fx.Graph, tuple[str, ...]]:
     twin, names = copy_module(module, to_meta)
-    return record(twin, names, *map_inputs(inputs, lambda tensor: tensor.to("meta")))
+    recorder = Recorder(names, list(twin.parameters()), watch)
+    return record(twin, recorder, *map_inputs(inputs, lambda tensor: tensor.to("meta"))), ()
 
 
-def _record_real(module: nn.Module, inputs: Inputs) -> fx.Graph:
+def _record_stubbed(module: nn.Module, inputs: Inputs, watch: Watch) -> tuple[fx.Graph, tuple[str, ...]]:
+    """Unknown truth values are taken for False; where the forward pass then fails, for True."""
+    failure: Exception | None = None
+    for verdict in (False, True):
+        shadows: dict[Tensor, Tensor] = {}
+
+        def to_shadowed(tensor: Tensor, shadows: dict[Tensor, Tensor] = shadows) -> Tensor:
+            twin = to_meta(tensor)
+            if not isinstance(tensor, nn.Parameter) and not tensor.is_meta:
+                shadows[twin] = tensor.detach().clone()
+            return twin
+
+        twin, names = copy_module(module, to_shadowed)
+        arguments = map_inputs(inputs, to_shadowed)
+        recorder = StubbedRecorder(names, list(twin.parameters()), shadows, verdict, watch)
+        try:
+            graph = record(twin, recorder, *arguments)
+        except OutOfBoundsError:
+            raise
+        except Exception as error:
+            failure = failure or error
+            continue
+        said = [f"{what} in {where or 'the model itself'}" for what, where in recorder.assumed.items()]
+        return graph, (f"branch assumed: {', '.join(said)}",) if said else ()
+    assert failure is not None
+    raise failure
+
+
+def _record_real(module: nn.Module, inputs: Inputs, watch: Watch) -> tuple[fx.Graph, tuple[str, ...]]:
+    if any(p.is_meta for p in module.parameters()):
+        raise NotMine
     twin, names = copy_module(module, share_parameters)
-    return record(twin, names, *map_inputs(inputs, Tensor.clone))
+    recorder = Recorder(names, list(twin.parameters()), watch)
+    return record(twin, recorder, *map_inputs(inputs, Tensor.clone)), ()
 
 
-def _export(module: nn.Module, inputs: Inputs) -> fx.Graph:
+def _record_lazy(module: nn.Module, inputs: Inputs, watch: Watch) -> tuple[fx.Graph, tuple[str, ...]]:
+    if not any(p.is_meta for p in module.parameters()):
+        raise NotMine
+    twin, names = copy_module(module, share_parameters)
+    recorder = LazyRecorder(names, list(twin.parameters()), watch)
+    return record(twin, recorder, *map_inputs(inputs, Tensor.clone)), ("weights were made up",)
+
+
+def _export(module: nn.Module, inputs: Inputs, watch: Watch) -> tuple[fx.Graph, tuple[str, ...]]:
     twin, names = copy_module(module, share_parameters)
     for part in twin.modules():  # a cache of keys and values is nothing that an exported graph can return
         config = getattr(part, "config", None)
         if config is not None and getattr(config, "use_cache", False) is True:
             config.use_cache = False
-    return export_graph(twin, names, *map_inputs(inputs, Tensor.clone))
+    return export_graph(twin, names, *map_inputs(inputs, Tensor.clone), watch), ()
 
 
 TIERS: tuple[Tier, ...] = (
     Tier("recorder on the meta device", _record_meta),
+    Tier("recorder on the meta device, with stubs", _record_stubbed),
     Tier("recorder with the weights", _record_real),
+    Tier("recorder with weights made when used", _record_lazy),
     Tier("torch.export", _export),
 )

@@ -6,12 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from surgery.tracing.bounds import Watch
 from surgery.tracing.layout import Strided
 
 
 def export_graph(
-    module: nn.Module, names: dict[int, str], args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module,
+    names: dict[int, str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    watch: Watch | None = None,
 ) -> fx.Graph:
     """The graph of `torch.export` with parameters as `get_attr` nodes, in the form that `record` returns.
 
@@ -20,12 +26,18 @@ def export_graph(
         names: state-dict name by `id` of the module's tensors.
         args: positional arguments of the forward pass.
         kwargs: keyword arguments of the forward pass.
+        watch: bounds, looked at whenever a submodule is entered.
 
     Raises:
-        Exception: whatever `torch.export` raises.
+        Exception: whatever `torch.export` raises, and `OutOfBoundsError`.
     """
-    with torch.no_grad():
-        program = torch.export.export(module, args, kwargs, strict=False)
+    hook = watch and register_module_forward_pre_hook(lambda *_: watch.check())
+    try:
+        with torch.no_grad():
+            program = torch.export.export(module, args, kwargs, strict=False)
+    finally:
+        if hook:
+            hook.remove()
     held: dict[str, Tensor] = {**dict(module.named_parameters(remove_duplicate=False))}
     held |= dict(module.named_buffers(remove_duplicate=False))
     signature = program.graph_signature

@@ -20,7 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from surgery.tracing.bounds import Bounds, Watch
 from surgery.tracing.layout import Strided
+from surgery.tracing.shapes import META
 
 
 def after(value: Any, write: Any) -> Any:
@@ -34,15 +36,12 @@ def unseen(before: Any) -> Any:
     raise NotImplementedError(f"what was computed after {before} was not recorded")
 
 
-def record(
-    module: nn.Module, names: dict[int, str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> fx.Graph:
+def record(module: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph:
     """Run one forward pass of `module` and return its graph.
 
     Args:
         module: in eval mode; hooks are added to it and taken off again.
-        names: state-dict name by `id` of the module's tensors; empty for those that are not in the state
-            dict.
+        recorder: fresh.
         args: positional arguments of the forward pass.
         kwargs: keyword arguments of the forward pass.
 
@@ -51,9 +50,8 @@ def record(
         of the state dict `meta["parameter"]`, and on views `meta["view_of"]` (a node).
 
     Raises:
-        Exception: whatever the forward pass raises.
+        Exception: whatever the forward pass raises, and `OutOfBoundsError`.
     """
-    recorder = Recorder(names, list(module.parameters()))
     for name, value in [*((f"arg{k}", v) for k, v in enumerate(args)), *kwargs.items()]:
         recorder.add_input(name, value)
     with recorder.paths_of(module), _eager(), torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -67,10 +65,20 @@ def record(
 
 
 class Recorder(TorchFunctionMode):
-    """Builds the graph while it is the active mode; see `record`."""
+    """Builds the graph while it is the active mode; see `record`.
 
-    def __init__(self, names: dict[int, str], parameters: Sequence[nn.Parameter]) -> None:
+    Args:
+        names: state-dict name by `id` of the module's tensors; empty for those that are not in the state
+            dict.
+        parameters: of the module, whose values are put back should the forward pass change them.
+        watch: bounds.
+    """
+
+    def __init__(
+        self, names: dict[int, str], parameters: Sequence[nn.Parameter], watch: Watch | None = None
+    ) -> None:
         super().__init__()
+        self.watch = watch or Watch(Bounds())
         self.graph = fx.Graph()
         self.names = names
         self.nodes: Any = WeakTensorKeyDictionary()
@@ -83,12 +91,13 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        writes = _writes(name, args, kwargs)
+        writes = writes_to(name, args, kwargs)
         if writes is not None:
             self._keep(writes)
         if name == "__get__":
             func, args, kwargs = getattr, (args[0], func.__self__.__name__), {}
-        output = func(*args, **kwargs)
+        self.watch.check()
+        output = self.run(func, args, kwargs)
         tensors = [leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor)]
         if writes is None and all(tensor in self.nodes for tensor in tensors):
             return output
@@ -100,6 +109,13 @@ class Recorder(TorchFunctionMode):
         else:
             self._unpack(output, node, args)
         return output
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Make the call that was seen."""
+        name = getattr(func, "__name__", "")
+        if name in META and any(isinstance(a, Tensor) and a.is_meta for a in args):
+            return META[name](*args, **kwargs)
+        return func(*args, **kwargs)
 
     def add_input(self, name: str, value: Any) -> None:
         """A placeholder for every tensor in `value`."""
@@ -210,7 +226,7 @@ class Recorder(TorchFunctionMode):
             self.kept[id(owner)] = (owner, owner.detach().clone())
 
 
-def _writes(name: str, args: Any, kwargs: Any) -> Tensor | None:
+def writes_to(name: str, args: Any, kwargs: Any) -> Tensor | None:
     """The tensor that a call changes in place."""
     if isinstance(kwargs.get("out"), Tensor):
         return kwargs["out"]

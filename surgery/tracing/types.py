@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from torch import fx
 
@@ -54,6 +55,7 @@ class Trace:
         tier: which way of tracing served.
         inputs: where the example inputs came from.
         notes: what the reader should know, for example why a tier was passed over.
+        parts: graphs of submodules that were traced by themselves, by their path.
     """
 
     graph: fx.Graph | None
@@ -61,6 +63,7 @@ class Trace:
     tier: str
     inputs: str
     notes: tuple[str, ...] = ()
+    parts: Mapping[str, fx.Graph] = field(default_factory=dict)
 
     @property
     def ordered(self) -> bool:
