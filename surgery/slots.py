@@ -26,7 +26,7 @@ def take_out(module: nn.Module, owners: Iterable[str]) -> nn.Parameter:
     parameter: nn.Parameter | None = None
     for owner in owners:
         holder, attribute = locate(module, owner)
-        found = holder._parameters.pop(attribute)
+        found = holder._parameters.pop(attribute, None)  # two owners may be one module under two names
         parameter = found if parameter is None else parameter
     if parameter is None:
         raise KeyError(f"no parameter under {list(owners)}")

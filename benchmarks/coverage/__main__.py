@@ -116,7 +116,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these models alone")
     parser.add_argument("--seconds", type=float, default=180, help="limit for one model (default 180)")
     parser.add_argument(
-        "--memory", type=float, default=8, metavar="GIB", help="limit for one model (default 8)"
+        "--memory", type=float, default=12, metavar="GIB", help="limit for one model (default 12)"
     )
     parser.add_argument("--jobs", type=int, default=1, help="models at a time (default 1)")
     parser.add_argument("--out", type=Path, default=DOCS, metavar="DIR", help="default: docs")

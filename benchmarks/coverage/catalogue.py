@@ -1,7 +1,7 @@
 """Catalogue: which models there are, and one for each distinct implementation.
 
-Two models share an implementation where they are of the same class and made of the same classes of their
-library's own; the one with the fewest parameters stands for all.
+Two models share an implementation where they are of the same class and made of the same model classes of their
+library's own (layers that all models use do not count); the one with the fewest parameters stands for all.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.inputs import timm_picture
 from surgery.member import Inputs
 
 
@@ -53,7 +54,8 @@ def build(entry: Entry, seed: int = 0) -> tuple[nn.Module, Inputs | None]:
 
 
 def _implementation(module: nn.Module, library: str) -> tuple[str, ...]:
-    own = {type(m).__qualname__ for m in module.modules() if type(m).__module__.partition(".")[0] == library}
+    home = f"{library}.models"
+    own = {type(m).__qualname__ for m in module.modules() if type(m).__module__.startswith(home)}
     return (type(module).__name__, *sorted(own))
 
 
@@ -66,10 +68,13 @@ def _timm_names() -> list[str]:
     return timm.list_models()
 
 
-def _build_timm(name: str) -> tuple[nn.Module, None]:
+def _build_timm(name: str) -> tuple[nn.Module, Inputs | None]:
+    """With what surgery makes up for timm, but one picture instead of two, and not run to see whether it works."""
     import timm
 
-    return timm.create_model(name, pretrained=False), None
+    module = timm.create_model(name, pretrained=False)
+    made = timm_picture(module, 0)
+    return module, made and Inputs((made.args[0][:1],), {}, made.source)
 
 
 # torchvision ------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ class Lost:
 
     shape: Shape
     reason: str
+    kind: str = ""  # of the adapter that the parameter is seen to be, where it is seen
 
 
 Origins = dict[str, Layout | Lost]  # by parameter
@@ -33,11 +34,13 @@ Origins = dict[str, Layout | Lost]  # by parameter
 
 @dataclass(frozen=True)
 class Value:
-    """What a node holds: whether it is live, the parameters that it still is, the node it is a part of."""
+    """What a node holds: whether it is live, the parameters that it still is, the node it is a part of, and
+    which operations led here from each parameter."""
 
     live: bool
     origins: Origins = field(default_factory=dict)
     part_of: fx.Node | None = None
+    through: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # operations since the parameter
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,24 @@ def _walk(node: fx.Node, values: dict[fx.Node, Value], found: list[Found]) -> Va
         found += _loose(node, values, [n for n in inputs if n not in read], op)
         return Value(live)
     if op in _FOLLOWS and inputs:
-        return _follow(node, op, values)
+        return _passed(_follow(node, op, values), node, op, values)
     if node.target is operator.getitem and values[inputs[0]].part_of is not None:
-        return _follow(node, op, values)
+        return _passed(_follow(node, op, values), node, "", values)
     if live:
         found += _loose(node, values, inputs, op)
         return Value(True)
-    return Value(False, _carry(node, op, values))
+    return _passed(Value(False, _carry(node, op, values)), node, op, values)
+
+
+def _passed(value: Value, node: fx.Node, op: str, values: dict[fx.Node, Value]) -> Value:
+    """A value with the way that each of its parameters came."""
+    ways: dict[str, tuple[str, ...]] = {}
+    step = () if op in _SILENT else (op,)
+    for source in node.all_input_nodes:
+        for name, way in values[source].through.items():
+            ways.setdefault(name, way)
+    through = {name: (ways.get(name, ()) + step)[:LONGEST] for name in value.origins}
+    return replace(value, through=through)
 
 
 def _uses(node: fx.Node, op: str, reading: Reading, values: dict[fx.Node, Value]) -> Iterator[Found]:
@@ -113,14 +127,19 @@ def _uses(node: fx.Node, op: str, reading: Reading, values: dict[fx.Node, Value]
     kind = KINDS[reading.kind]
     for name, layout in values[reading.argument].origins.items():
         view, reason = None, kind.reason or "its axes are ambiguous"
-        if isinstance(layout, Lost):
+        if isinstance(layout, Lost) and layout.kind and not kind.adapter:
+            kind, reason = KINDS[layout.kind], layout.reason
+        elif isinstance(layout, Lost):
             reason = layout.reason
         elif reading.axes is not None:
             view = canonical_view(layout, reading.axes, _shape_of(reading.argument) or ())
             view, reason = (None, view) if isinstance(view, str) else (view, kind.reason)
+        through = values[reading.argument].through.get(name, ())
         use = Use(name, op, "map", reading.kind, _module(node), 0, view, groups=reading.groups, reason=reason)
+        use = replace(use, through=through)
         if kind.adapter:
-            use = replace(use, role="adapter", reason=kind.reason)
+            reason = layout.reason if isinstance(layout, Lost) and layout.kind == kind.name else kind.reason
+            use = replace(use, role="adapter", kind=kind.name, reason=reason)
         elif view is None and sum(size > 1 for size in layout.shape) < 2:
             scale = KINDS["norm"].reason if isinstance(layout, Lost) else reason
             use = replace(use, role="adapter", kind="norm", reason=scale)
@@ -136,7 +155,8 @@ def _loose(node: fx.Node, values: dict[fx.Node, Value], inputs: list[fx.Node], o
     for source in inputs:
         if not values[source].live:
             for name in values[source].origins:
-                yield Found(Use(name, op, "adapter", kind, _module(node), 0, reason=reason), node)
+                use = Use(name, op, "adapter", kind, _module(node), 0, reason=reason)
+                yield Found(replace(use, through=values[source].through.get(name, ())), node)
 
 
 def _follow(node: fx.Node, op: str, values: dict[fx.Node, Value]) -> Value:
@@ -172,6 +192,8 @@ def _carry(node: fx.Node, op: str, values: dict[fx.Node, Value]) -> Origins:
         before = source.meta.get("tensor")
         for name, layout in values[source].origins.items():
             carried: Layout | Lost = Lost(layout.shape, f"`{op}` changes its shape")
+            if op in _TABLES:
+                carried = Lost(layout.shape, f"is a table that `{op}` reads from", "embedding")
             if isinstance(layout, Lost):
                 carried = layout
             elif node.meta.get("view_of") is source and after is not None and before is not None:
@@ -223,6 +245,13 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+LONGEST = 16  # operations of a way that are remembered
+
+_SILENT = frozenset(("", "data", "detach", "contiguous", "requires_grad_", "__get__", "alias"))  # change nothing
+_TABLES = _words(
+    "__getitem__ index index_select gather take take_along_dim embedding interpolate grid_sample "
+    "upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest2d _upsample_bicubic2d_aa"
+)  # what picks rows of a table of positions, or stretches it
 _VIEWS = _words(
     "view reshape flatten unflatten ravel view_as reshape_as transpose transpose_ t T mT H mH permute "
     "movedim moveaxis swapaxes swapdims squeeze unsqueeze select narrow slice chunk split "

@@ -27,6 +27,8 @@ class Use:
         groups: of a convolution.
         reached: whether the forward pass reached this use; otherwise it comes from the table of module types.
         reason: why there is no view.
+        through: names of the operations that lead from the parameter to the weight used, for example
+            `("neg", "exp")` or `("var_mean", "sub", "mul")`; empty where it is used as it is.
     """
 
     parameter: str
@@ -41,6 +43,7 @@ class Use:
     groups: int = 1
     reached: bool = True
     reason: str = ""
+    through: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

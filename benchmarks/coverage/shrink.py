@@ -1,0 +1,171 @@
+"""Shrink: transformers model types from their default configurations, made small, with seeded random weights.
+
+Several scales are tried, the smallest first; the first that builds and runs one forward pass is taken. Nothing is
+downloaded, and a model is only given memory after its size was counted on the meta device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.coverage.shrink_rules import Scale, shrink
+
+SCALES = (Scale(16), Scale(8), Scale(4), Scale(2), Scale(8, vocabulary=1 << 30), Scale(1), Scale(1, 1 << 10, 1 << 30, 1 << 30))
+"""The ways to shrink, in the order in which they are tried; the last keeps the defaults."""
+MOST_PARAMETERS = 60_000_000
+_PATIENCE = 30.0  # seconds; afterwards what was built first is taken, whether or not it ran
+
+
+@dataclass(frozen=True)
+class ModelType:
+    """A name in transformers' list of configurations, and its class: the base model where there is one.
+
+    Attributes:
+        name: the model type.
+        class_name: of the model; empty where only a part of another model has this configuration.
+    """
+
+    name: str
+    class_name: str
+
+
+def model_types() -> list[ModelType]:
+    """All model types in alphabetical order."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return [ModelType(name, _class_name(name)) for name in sorted(CONFIG_MAPPING_NAMES)]
+
+
+def shrunk_config(model_type: str, scale: Scale = SCALES[0]) -> Any:
+    """The default configuration of a model type, made smaller.
+
+    Raises:
+        LookupError: where a default configuration needs an optional package that is missing.
+        Exception: what the configuration's own class says about values that do not fit together.
+
+    Example:
+        >>> shrunk_config("bert").hidden_size
+        48
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    with _packages(model_type):
+        return shrink(CONFIG_MAPPING[model_type](), scale)
+
+
+def shrunk_model(model_type: str, class_name: str | None = None, seed: int = 0) -> nn.Module:
+    """A small model of a type, in eval mode, with the same random weights for the same seed.
+
+    Args:
+        model_type: a name of transformers' list.
+        class_name: a class of transformers; by default the one of `model_types`.
+        seed: of the weights.
+
+    Raises:
+        LookupError: where the type has no model of its own, or needs a package that is missing.
+        ValueError: where no scale builds; it tells what each said.
+
+    Example:
+        >>> type(shrunk_model("bert")).__name__
+        'BertModel'
+    """
+    import transformers
+
+    name = class_name or _class_name(model_type)
+    if not name:
+        raise LookupError(f"{model_type}: a part of other models, without a class of its own")
+    kind: Any = getattr(transformers, name)
+    first: nn.Module | None = None
+    said: list[str] = []
+    began = time.monotonic()
+    for scale in SCALES:
+        try:
+            with _packages(model_type):
+                model = _build(kind, shrunk_config(model_type, scale), seed)
+        except LookupError:
+            raise
+        except Exception as error:
+            said.append(f"{scale.width}: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
+            continue
+        if _runs(model, model_type):
+            return model
+        first = first or model
+        if time.monotonic() - began > _PATIENCE:
+            break
+    if first is None:
+        raise ValueError(f"{name} builds at no scale: {'; '.join(said)}")
+    return first
+
+
+def _build(kind: Any, config: Any, seed: int) -> nn.Module:
+    with torch.device("meta"), _seeded(seed):
+        size = sum(p.numel() for p in kind(_copy(config)).parameters())
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"{size / 1e6:.0f} M parameters")
+    with _seeded(seed):
+        model = kind(config).eval()
+        _settle(model, seed)
+    return model
+
+
+def _copy(config: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(config)
+
+
+@torch.no_grad()
+def _settle(model: nn.Module, seed: int) -> None:
+    """Seeded values for what a class leaves as uninitialised memory."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point() and not (tensor.isfinite().all() and tensor.abs().max() < 1e4 if tensor.numel() else True):
+            if isinstance(tensor, nn.Parameter):
+                tensor.copy_(0.02 * torch.randn(tensor.shape, generator=generator))
+
+
+def _runs(model: nn.Module, model_type: str) -> bool:
+    from surgery.errors import LoadError
+    from surgery.inputs import example_inputs
+    from surgery.member import Origin
+
+    try:
+        example_inputs(model, Origin("transformers", model_type, type(model).__name__))
+    except LoadError:
+        return False
+    return True
+
+
+def _class_name(model_type: str) -> str:
+    """The base model, or the first class that any automatic choice has for this type."""
+    from transformers.models.auto import modeling_auto
+
+    tables = sorted(name for name in vars(modeling_auto) if name.endswith("_MAPPING_NAMES"))
+    for table in ("MODEL_MAPPING_NAMES", *tables):
+        found = getattr(modeling_auto, table).get(model_type)
+        if found:
+            return found if isinstance(found, str) else found[0]
+    return ""
+
+
+@contextlib.contextmanager
+def _packages(model_type: str) -> Iterator[None]:
+    """Says which optional package is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise LookupError(f"{model_type}: needs a package that is missing: {' '.join(str(error).split())[:160]}") from error
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
