@@ -161,7 +161,7 @@ def explained(blocks: Tensor, rows: Tensor) -> Tensor:
     Returns:
         `[N, P]`, between 0 and 1; 0 for a block that is 0.
     """
-    basis = torch.linalg.qr(rows.mT.float())[0]  # [P, d, c], orthonormal
+    basis = _orthonormal(rows)
     pool, _, c = basis.shape
     flat = basis.permute(1, 0, 2).reshape(blocks.shape[1], pool * c)
     step = max(1, _CHUNK // (pool * c))
@@ -172,10 +172,19 @@ def explained(blocks: Tensor, rows: Tensor) -> Tensor:
 
 def explained_pairs(blocks: Tensor, rows: Tensor) -> Tensor:
     """Like `explained`, each block with one hypermodule of its own: `[N, d]`, `[N, c, d]` -> `[N]`."""
-    basis = torch.linalg.qr(rows.mT.float())[0]
+    basis = _orthonormal(rows)
     energy = blocks.float().square().sum(1)
     found = torch.einsum("ndc,nd->nc", basis, blocks.float()).square().sum(1)
     return torch.where(energy > 0, found / energy.clamp_min(1e-38), torch.zeros_like(energy))
+
+
+def _orthonormal(rows: Tensor) -> Tensor:
+    """An orthonormal basis of what each hypermodule spans, 0 for basis blocks that add nothing: `[P, d, c]`."""
+    rows = rows.float()
+    basis, triangle = torch.linalg.qr(rows.mT)
+    new = triangle.diagonal(dim1=-2, dim2=-1).abs()
+    least = 1e-5 * rows.norm(dim=-1).amax(-1, keepdim=True)
+    return basis * (new > least).unsqueeze(-2)
 
 
 def draw_by_explanation(
@@ -187,11 +196,13 @@ def draw_by_explanation(
     first: Tensor | None = None,
     pool: int = POOL,
     power: float = 1.0,
+    own: Tensor | None = None,
 ) -> Tensor:
     """Challengers with `P(H_k) ~ usage_k * explained(B_l, H_k)`: widely used, and able to do what the block does.
 
     Usage alone, as in the paper, proposes mostly what cannot take over the block; explanation alone makes
-    many small groups. Together, wrong proposals become rare once an alignment is good, so it stays.
+    many small groups. Together, wrong proposals become rare once an alignment is good, so it stays. Usage is
+    that of the *other* locations: a location that is alone always meets others, one in a large group mostly its own.
 
     Args:
         blocks: `[N, d]` what the locations generate now.
@@ -202,24 +213,27 @@ def draw_by_explanation(
         first: `[N, F]` hypermodules that are looked at for one location besides the pool, -1 for none.
         pool: how many locations' hypermodules are looked at for all, drawn uniformly; all where L is no more.
         power: exponent of the share that is explained.
+        own: `[N]` the locations whose blocks these are; without it, a location's own use counts too.
 
     Returns:
         `[N, lambda]`, with repetition.
     """
-    chosen = psi
+    users = torch.arange(len(psi), device=psi.device)
     if len(psi) > pool:
-        chosen = psi[torch.randint(len(psi), (pool,), generator=generator).to(psi.device)]
+        users = torch.randint(len(psi), (pool,), generator=generator).to(psi.device)
+    chosen = psi[users]
     known, place = torch.unique(chosen, return_inverse=True)
-    weight = explained(blocks, rows[known])[:, place]
+    # A block of zeros is explained by nothing and by everything alike.
+    weight = explained(blocks, rows[known])[:, place].pow(power).clamp_min(1e-12)
+    if own is not None:
+        weight = weight.masked_fill(users == own.unsqueeze(1), 0.0)
     names = chosen.expand(len(blocks), -1)
     if first is not None and first.shape[1]:
-        own = rows[first.clamp_min(0)].flatten(0, 1)  # [N*F, c, d]
+        known = rows[first.clamp_min(0)].flatten(0, 1)  # [N*F, c, d]
         pairs = blocks.repeat_interleave(first.shape[1], 0)
-        share = explained_pairs(pairs, own).view(first.shape)
+        share = explained_pairs(pairs, known).view(first.shape).pow(power).clamp_min(1e-12)
         weight = torch.cat([share.masked_fill(first < 0, 0.0), weight], 1)
         names = torch.cat([first.clamp_min(0), names], 1)
-    # A block of zeros is explained by nothing and by everything alike.
-    weight = weight.clamp_min(1e-12).pow(power)
     total = weight.cumsum(1)
     level = torch.rand(len(blocks), challengers, generator=generator).to(weight) * total[:, -1:]
     picked = torch.searchsorted(total, level, right=True).clamp_max(names.shape[1] - 1)

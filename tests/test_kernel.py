@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 import sys
 from types import ModuleType
 
@@ -92,6 +93,34 @@ def test_equals_the_formula(
         strict=True,
     ):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("slabs", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_of_several_lengths_equal_one_formula_each(
+    slabs: bool, dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
+    """With `offset` a location has as many terms as it needs, even none; a transposed code changes nothing."""
+    if slabs:
+        request.getfixturevalue("in_slabs")
+    lengths = torch.tensor([2, 0, 5, 1, 0, 3, 2, 2, 7, 1, 0])
+    offset = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    rows, index, coefficient, _ = make_problem(1, int(lengths.sum()), 6, 8, dtype)
+    index, coefficient = index.flatten(), coefficient.detach().flatten().requires_grad_()
+    grad = torch.randn(len(lengths), 8, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    slow = torch.cat(
+        [
+            generate_by_loops(rows, index[a:b].unsqueeze(0), coefficient[a:b].unsqueeze(0))
+            for a, b in itertools.pairwise(offset.tolist())
+        ]
+    )
+    wanted = torch.autograd.grad(slow, (rows, coefficient), grad)
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
+    for code in (None, transpose(index, 6, offset)):
+        fast = generate(rows, index, coefficient, code, offset)
+        assert torch.allclose(fast, slow, atol=tolerance)
+        for found, right in zip(torch.autograd.grad(fast, (rows, coefficient), grad), wanted, strict=True):
+            assert torch.allclose(found, right, atol=tolerance)
 
 
 @pytest.mark.usefixtures("in_slabs")

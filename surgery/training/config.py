@@ -53,6 +53,8 @@ class Evolution(Strict):
         fraction: p, of the locations that are sampled for a generation.
         challengers: lambda.
         draw: challengers by `usage`, `uniform`ly, or by how much of a block they `explain`.
+        power: exponent of the share of a block's energy that a hypermodule explains, in an `explain` draw;
+            the higher, the rarer are challengers that could not take over the block.
         siblings: whether the same location of members with the same tensor is tried first; with `explain`.
         contexts: challengers use the location's `own` context, or one `fitted` to its block.
         alpha: probability of not choosing the incumbent, at the start of a generation; the number of
@@ -67,6 +69,7 @@ class Evolution(Strict):
     fraction: Share = 0.5
     challengers: Positive = 1
     draw: Literal["usage", "uniform", "explain"] = "usage"
+    power: Rate = 1.0
     siblings: bool = False
     contexts: Literal["own", "fitted"] = "own"
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5

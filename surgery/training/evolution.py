@@ -132,7 +132,16 @@ def _draw(
         first = torch.where(places >= 0, bank.psi[places.clamp_min(0)], -1)
     with torch.no_grad():
         blocks = bank.blocks()[chosen]
-        return draw_by_explanation(blocks, _hypermodules(bank), bank.psi, challengers, generator, first)
+        return draw_by_explanation(
+            blocks,
+            _hypermodules(bank),
+            bank.psi,
+            challengers,
+            generator,
+            first,
+            power=settings.power,
+            own=chosen,
+        )
 
 
 def _grow(bank: Bank, new: int, generator: torch.Generator) -> Resized:

@@ -1,0 +1,225 @@
+"""Evolution of a bank: it grows, is decided, shrinks, and the optimizer's rows follow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from surgery.dictionary import Bank
+from surgery.training.config import Evolution
+from surgery.training.evolution import carry, conclude, contend, prune, regroup
+
+LOCATIONS, CONTEXT, WIDTH = 24, 2, 5
+
+
+def make_bank(locations: int = LOCATIONS, seed: int = 0) -> Bank:
+    """One hypermodule for each location, the pessimistic start."""
+    g = torch.Generator().manual_seed(seed)
+    rows = torch.randn(locations * CONTEXT, WIDTH, generator=g)
+    contexts = torch.randn(locations, CONTEXT, generator=g)
+    return Bank((1, WIDTH), rows, torch.arange(locations), contexts, locations)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def stepped(bank: Bank) -> torch.optim.Adam:
+    """An optimizer with a history of its own for every row."""
+    optimizer = torch.optim.Adam([bank.rows, bank.contexts], lr=0.01)
+    (bank.blocks() * torch.arange(1.0, bank.locations + 1).unsqueeze(1)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def set_winner(bank: Bank, column: int) -> None:
+    """Let the alternative in this column win everywhere."""
+    assert bank.contest is not None
+    with torch.no_grad():
+        bank.contest.soft.fill_(-20)
+        bank.contest.soft[:, column] = 20
+
+
+EVERY = [
+    Evolution(challengers=3, epsilon=0.3),
+    Evolution(challengers=3, draw="uniform", fraction=1.0),
+    Evolution(challengers=3, draw="explain", contexts="fitted"),
+]
+
+
+@pytest.mark.parametrize("evolution", EVERY)
+@pytest.mark.parametrize("seed", range(3))
+def test_after_a_decision_every_hypermodule_is_used_and_every_location_has_one(
+    evolution: Evolution, seed: int
+) -> None:
+    bank, generator = make_bank(), seeded(seed)
+    for generation in range(8):
+        contend(bank, evolution, 0.7, LOCATIONS, generator)
+        assert bank.contest is not None
+        with torch.no_grad():
+            bank.contest.soft.add_(torch.randn(bank.contest.soft.shape, generator=generator))
+        conclude(bank)
+        assert bank.contest is None
+        assert torch.equal(torch.unique(bank.psi), torch.arange(bank.hypermodules))
+        assert bank.rows.shape == (bank.hypermodules * CONTEXT, WIDTH)
+        assert bank.hypermodules <= LOCATIONS, generation
+        assert bank.blocks().isfinite().all()
+
+
+def test_the_bank_shrinks_where_challengers_win() -> None:
+    bank, generator, sizes = make_bank(), seeded(0), [LOCATIONS]
+    for _ in range(12):
+        contend(bank, Evolution(challengers=1, epsilon=0.0), 0.5, LOCATIONS, generator)
+        set_winner(bank, 1)
+        conclude(bank)
+        sizes.append(bank.hypermodules)
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < LOCATIONS / 3
+
+
+def test_the_bank_stays_where_incumbents_win() -> None:
+    bank = make_bank()
+    rows, blocks = bank.rows, bank.blocks().detach()
+    contend(bank, Evolution(challengers=2, epsilon=0.5), 0.5, 10 * LOCATIONS, seeded(0))
+    assert bank.hypermodules > LOCATIONS
+    set_winner(bank, 0)
+    _, moved = conclude(bank)
+    assert moved == 0
+    assert torch.equal(bank.rows, rows)
+    assert torch.equal(bank.blocks(), blocks)
+
+
+def test_moves_are_counted() -> None:
+    bank = make_bank()
+    before = bank.psi.clone()
+    contend(bank, Evolution(challengers=1, epsilon=0.0), 0.5, LOCATIONS, seeded(0))
+    assert bank.contest is not None
+    wanted = before.clone()
+    wanted[bank.contest.chosen] = bank.contest.candidates[:, 1]
+    set_winner(bank, 1)
+    assert conclude(bank)[1] == int((wanted != before).sum()) > 0
+
+
+def test_what_a_location_generates_is_what_its_winner_generates() -> None:
+    """Removing hypermodules renumbers the others and changes no block."""
+    bank = make_bank()
+    contend(bank, Evolution(challengers=1, epsilon=0.2), 0.5, 2 * LOCATIONS, seeded(1))
+    assert bank.contest is not None
+    psi, _ = bank.psi.clone(), set_winner(bank, 1)
+    psi[bank.contest.chosen] = bank.contest.candidates[:, 1]
+    basis = bank.rows.detach().view(-1, CONTEXT, WIDTH)[psi]
+    wanted = torch.einsum("lc,lcd->ld", bank.contexts.detach(), basis)
+    conclude(bank)
+    assert torch.allclose(bank.blocks(), wanted, atol=1e-6)
+
+
+def test_new_hypermodules_never_exceed_the_capacity() -> None:
+    bank = make_bank()
+    contend(bank, Evolution(challengers=4, epsilon=1.0, fraction=1.0), 0.5, LOCATIONS + 3, seeded(0))
+    assert bank.hypermodules == LOCATIONS + 3
+    bank = make_bank()
+    assert contend(bank, Evolution(challengers=4, epsilon=1.0), 0.5, LOCATIONS, seeded(0)) == []
+
+
+def test_a_fitted_winner_leaves_its_context_to_the_location() -> None:
+    bank = make_bank()
+    before = bank.contexts.detach().clone()
+    contend(bank, Evolution(challengers=1, epsilon=0.0, contexts="fitted"), 0.5, LOCATIONS, seeded(0))
+    assert bank.contest is not None and bank.contest.contexts is not None
+    chosen, fitted = bank.contest.chosen, bank.contest.contexts.detach()[:, 0].clone()
+    set_winner(bank, 1)
+    conclude(bank)
+    wanted = before.clone()
+    wanted[chosen] = fitted
+    assert torch.equal(bank.contexts, wanted)
+
+
+def test_decisions_come_from_the_seed_alone() -> None:
+    def evolve() -> tuple[Tensor, Tensor]:
+        bank, generator = make_bank(), seeded(7)
+        for _ in range(3):
+            torch.rand(1)  # whatever else draws
+            contend(bank, Evolution(challengers=2, draw="explain", epsilon=0.1), 0.6, LOCATIONS, generator)
+            conclude(bank)
+        return bank.psi, bank.rows
+
+    assert all(torch.equal(a, b) for a, b in zip(evolve(), evolve(), strict=True))
+
+
+# -- optimizer ----------------------------------------------------------------------------------------------
+
+
+def test_adam_s_rows_follow_their_hypermodules() -> None:
+    bank = make_bank()
+    optimizer = stepped(bank)
+    history = {
+        key: optimizer.state[bank.rows][key].clone().view(LOCATIONS, CONTEXT, WIDTH)
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    step = optimizer.state[bank.rows]["step"].clone()
+    contend(bank, Evolution(challengers=1, epsilon=0.0), 0.5, LOCATIONS, seeded(0))
+    set_winner(bank, 1)
+    assert bank.contest is not None
+    psi = bank.psi.clone()
+    psi[bank.contest.chosen] = bank.contest.candidates[:, 1]
+    old = bank.rows
+    resized, _ = conclude(bank)
+    for each in resized:
+        carry(optimizer, each)
+    assert old not in optimizer.state
+    assert optimizer.param_groups[0]["params"] == [bank.rows, bank.contexts]
+    kept = torch.unique(psi)
+    assert len(kept) < LOCATIONS
+    for key, value in history.items():
+        assert torch.equal(optimizer.state[bank.rows][key].view(-1, CONTEXT, WIDTH), value[kept])
+    assert optimizer.state[bank.rows]["step"] == step
+
+
+def test_new_rows_start_without_history() -> None:
+    bank = make_bank()
+    optimizer = stepped(bank)
+    before = optimizer.state[bank.rows]["exp_avg"].clone()
+    (resized,) = contend(
+        bank, Evolution(challengers=2, epsilon=1.0, fraction=1.0), 0.5, LOCATIONS + 4, seeded(0)
+    )
+    carry(optimizer, resized)
+    state = optimizer.state[bank.rows]
+    assert torch.equal(state["exp_avg"][: len(before)], before)
+    assert not state["exp_avg"][len(before) :].any()
+    assert not state["exp_avg_sq"][len(before) :].any()
+    assert len(state["exp_avg"]) == len(bank.rows) == len(before) + 4 * CONTEXT
+
+
+def test_new_hypermodules_are_as_large_as_the_others() -> None:
+    bank = make_bank(400)
+    with torch.no_grad():
+        bank.rows.mul_(5)
+    contend(bank, Evolution(challengers=4, epsilon=1.0, fraction=1.0), 0.5, 800, seeded(0))
+    old, new = bank.rows[: 400 * CONTEXT], bank.rows[400 * CONTEXT :]
+    assert 0.9 < float(new.detach().std() / old.detach().std()) < 1.1
+
+
+def test_an_optimizer_without_state_takes_the_new_parameter() -> None:
+    bank = make_bank()
+    optimizer = torch.optim.SGD([bank.rows], lr=0.1)
+    bank.psi = torch.zeros_like(bank.psi)
+    (resized,) = prune(bank)
+    carry(optimizer, resized)
+    assert optimizer.param_groups[0]["params"] == [bank.rows]
+    assert len(bank.rows) == CONTEXT
+
+
+@given(st.lists(st.integers(0, 5), min_size=LOCATIONS, max_size=LOCATIONS))
+@settings(deadline=None, max_examples=30)
+def test_a_group_takes_the_hypermodule_of_its_first_location(numbers: list[int]) -> None:
+    bank, group = make_bank(), torch.tensor(numbers)
+    rows = bank.rows.detach().view(LOCATIONS, CONTEXT, WIDTH)
+    regroup(bank, group)
+    after = bank.rows.detach().view(-1, CONTEXT, WIDTH)
+    for location, number in enumerate(numbers):
+        assert torch.equal(after[bank.psi[location]], rows[numbers.index(number)])
+    assert bank.hypermodules == len(set(numbers))
