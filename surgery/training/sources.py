@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,19 +19,13 @@ from surgery.member import Member
 from surgery.origins.base import one_line
 from surgery.origins.factory import OWN, find_function
 from surgery.recipe import Recipe, TaskSpec
+from surgery.training.parts import Parts, split_rows
+from surgery.training.sources_hub import PREFIX, from_datasets
+from surgery.training.sources_text import TEXT_ENDINGS, from_text
 from surgery.training.streams import Batches
 from surgery.training.tasks import Task
 
 _FUNCTION = re.compile(r"[^:]*:[A-Za-z_]\w*")
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Batches for training, and for what training does not see."""
-
-    train: Iterable[Any]
-    validation: Iterable[Any] | None = None
-    test: Iterable[Any] | None = None
 
 
 def make_tasks(recipe: Recipe, members: Mapping[str, Member]) -> list[Task]:
@@ -76,8 +68,8 @@ def load_data(spec: TaskSpec, member: Member, seed: int) -> Parts:
         if claims(spec.data):
             return read(spec, member, seed)
     raise LoadError(
-        f"A task's data must be a function as package.module:function or file.py:function, or a file that ends in "
-        f"{', '.join(ENDINGS)}, found '{spec.data}'."
+        f"A task's data must be a function as package.module:function or file.py:function, {PREFIX}NAME for Hugging "
+        f"Face datasets, or a file that ends in {', '.join((*ENDINGS, *TEXT_ENDINGS))}, found '{spec.data}'."
     )
 
 
@@ -87,7 +79,7 @@ def check_trust(recipe: Recipe, trusted: bool) -> None:
     Raises:
         LoadError: naming them.
     """
-    named = [spec.data for model in recipe.models for spec in model.tasks if _FUNCTION.fullmatch(spec.data)]
+    named = [spec.data for model in recipe.models for spec in model.tasks if _is_function(spec.data)]
     strangers = [name for name in named if not name.startswith(OWN)]
     if strangers and not trusted:
         raise LoadError(
@@ -149,31 +141,6 @@ def from_tensors(spec: TaskSpec, member: Member, seed: int) -> Parts:
     return Parts(train, batches(pieces["validation"], False), batches(pieces["test"], False))
 
 
-def split_rows(count: int, options: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
-    """Row numbers for `train`, `validation` and `test`, drawn by the seed.
-
-    Args:
-        count: examples in all.
-        options: `validation` and `test`, each a number of examples or a share below 1; others are errors.
-        seed: of the order.
-
-    Raises:
-        PlanError: for other options, or more than there are.
-    """
-    if strange := sorted(set(options) - {"validation", "test"}):
-        raise PlanError(f"Files take the options validation and test, found {', '.join(strange)}.")
-    sizes = {
-        name: round(value * count) if 0 < value < 1 else int(value)
-        for name, value in ((name, options.get(name, 0)) for name in ("validation", "test"))
-    }
-    if sum(sizes.values()) >= count or min(sizes.values()) < 0:
-        raise PlanError(f"Of {count} examples some must be left to train on, found {sizes}.")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held = {"validation": order[: sizes["validation"]]}
-    held["test"] = order[sizes["validation"] : sum(sizes.values())]
-    return {"train": order[sum(sizes.values()) :], **held}
-
-
 def _read_arrays(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise LoadError(f"The data file {path} does not exist: check the path and the working folder.")
@@ -192,12 +159,18 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def _is_function(data: str) -> bool:
+    return not data.startswith(PREFIX) and bool(_FUNCTION.fullmatch(data))
+
+
 def _ends(*endings: str) -> Callable[[str], bool]:
     return lambda data: data.endswith(endings)
 
 
 ENDINGS = (".npz", ".safetensors")
 SOURCES: list[tuple[Callable[[str], bool], Callable[[TaskSpec, Member, int], Parts]]] = [
-    (lambda data: bool(_FUNCTION.fullmatch(data)), from_function),
-    (_ends(".npz", ".safetensors"), from_tensors),
+    (lambda data: data.startswith(PREFIX), from_datasets),
+    (_is_function, from_function),
+    (_ends(*ENDINGS), from_tensors),
+    (_ends(*TEXT_ENDINGS), from_text),
 ]

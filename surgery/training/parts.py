@@ -1,0 +1,46 @@
+"""Parts: a task's data for training, validation and test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.errors import PlanError
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Batches for training, and for what training does not see."""
+
+    train: Iterable[Any]
+    validation: Iterable[Any] | None = None
+    test: Iterable[Any] | None = None
+
+
+def split_rows(count: int, options: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
+    """Row numbers for `train`, `validation` and `test`, drawn by the seed.
+
+    Args:
+        count: examples in all.
+        options: `validation` and `test`, each a number of examples or a share below 1; others are errors.
+        seed: of the order.
+
+    Raises:
+        PlanError: for other options, or more than there are.
+    """
+    if strange := sorted(set(options) - {"validation", "test"}):
+        raise PlanError(f"Files take the options validation and test, found {', '.join(strange)}.")
+    sizes = {
+        name: round(value * count) if 0 < value < 1 else int(value)
+        for name, value in ((name, options.get(name, 0)) for name in ("validation", "test"))
+    }
+    if sum(sizes.values()) >= count or min(sizes.values()) < 0:
+        raise PlanError(f"Of {count} examples some must be left to train on, found {sizes}.")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    held = {"validation": order[: sizes["validation"]]}
+    held["test"] = order[sizes["validation"] : sum(sizes.values())]
+    return {"train": order[sum(sizes.values()) :], **held}
