@@ -34,6 +34,7 @@ class Bank(nn.Module):
         rows: parameter `[K*c + S, m*n]`.
         psi: int64 buffer `[L]`; below K a hypermodule, else single row `psi - K`.
         contexts: parameter `[L, c]`; a location on a single row uses column 0 as its factor, the rest is 0.
+        diagonals: parameter `[L, min(m, n)]`, added to the blocks' own diagonals, else None.
         contest: the alternatives that compete while training decides between them, else None.
     """
 
@@ -42,6 +43,7 @@ class Bank(nn.Module):
     psi: Tensor
     origin: Tensor | None
     contest: Contest | None
+    diagonals: nn.Parameter | None
 
     def __init__(
         self, block: tuple[int, int], rows: Tensor, psi: Tensor, contexts: Tensor, hypermodules: int
@@ -58,6 +60,7 @@ class Bank(nn.Module):
         # What every block was when this bank was opened for training, `[L, m*n]`; None where it never was.
         self.register_buffer("origin", None, persistent=False)
         self.register_module("contest", None)
+        self.register_parameter("diagonals", None)
         self._code: tuple[Tensor, int, TransposedIndex] | None = None
 
     @property
@@ -76,6 +79,11 @@ class Bank(nn.Module):
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Generate the blocks `[L', m*n]` of locations `start` to `stop`; differentiable, never under autocast."""
+        blocks = self._sums(start, stop)
+        return blocks if self.diagonals is None else self._on_diagonals(blocks, self.diagonals[start:stop])
+
+    def _sums(self, start: int, stop: int | None) -> Tensor:
+        """What rows and codes alone generate."""
         with torch.autocast(self.rows.device.type, enabled=False):
             if self.contest is not None:
                 return self.contest.blocks(self.rows, self.contexts, start, stop)
@@ -85,6 +93,16 @@ class Bank(nn.Module):
                 return dense.scatter_add(1, index, coefficient) @ self.rows
             whole = len(index) == self.locations and self.rows.requires_grad and torch.is_grad_enabled()
             return generate(self.rows, index, coefficient, self._transposed(index) if whole else None)
+
+    def add_diagonals(self) -> None:
+        """Give every location a diagonal of its own, 0 at first."""
+        size = (self.locations, min(self.block))
+        self.diagonals = nn.Parameter(torch.zeros(size, dtype=self.rows.dtype, device=self.rows.device))
+
+    def _on_diagonals(self, blocks: Tensor, diagonals: Tensor) -> Tensor:
+        m, n = self.block
+        places = torch.arange(min(m, n), device=blocks.device) * (n + 1)
+        return blocks.index_add(1, places, diagonals)
 
     def _transposed(self, index: Tensor) -> TransposedIndex | None:
         """Users of every row, kept while the alignment stays as it is."""
@@ -108,6 +126,8 @@ class Bank(nn.Module):
         # One product, not a sum that starts from 0: a sum would turn -0.0 into 0.0.
         own = self.rows[self.psi[single] + self.hypermodules * (self.context - 1)]
         blocks[single] = own * self.contexts[single, :1]
+        if self.diagonals is not None and self.diagonals.any():
+            blocks = self._on_diagonals(blocks, self.diagonals)
         if self.origin is None:
             return blocks
         index, coefficient = self.codes()
@@ -216,6 +236,21 @@ def duplicates(blocks: Tensor) -> tuple[Tensor, Tensor]:
         product = blocks[leader[part]] * ratio[part].unsqueeze(1)
         same[part] = (product.view(bits) == blocks[part].view(bits)).all(1)  # bits: 0.0 is not -0.0
     return torch.where(same, leader, representative), torch.where(same, ratio, factor)
+
+
+def fixed_bank(bank: Bank) -> Bank:
+    """Every single row becomes a hypermodule of one basis block, as it is; coefficients are not trained. # c = 0
+
+    Args:
+        bank: without hypermodules, as `exact_bank` makes it.
+    """
+    if bank.hypermodules:
+        raise ValueError("only a bank of single rows can be opened")
+    rows, contexts = bank.rows.detach().clone(), bank.contexts.detach()[:, :1].clone()
+    opened = Bank(bank.block, rows, bank.psi.clone(), contexts, len(rows))
+    opened.contexts.requires_grad_(False)
+    opened.origin = bank.settled_blocks()
+    return opened
 
 
 def open_bank(bank: Bank, context: int, generator: torch.Generator, sigma: Tensor | None = None) -> Bank:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.collapse import collapse
-from surgery.dictionary import Bank, Dictionary, exact_bank, open_bank
+from surgery.dictionary import Bank, Dictionary, exact_bank, fixed_bank, open_bank
 from surgery.errors import PlanError
 from surgery.generation import Weights, generate_weights, move_dictionary, to_blocks
 from surgery.hooks import release, watch
@@ -107,7 +107,11 @@ class JointModel(nn.Module):
         self._refuse_in_step("Filling the slots")
         # Tensors made in inference mode could not take part in a later training of adapters.
         with torch.inference_mode(False), torch.no_grad():
-            self._fill(self.generate(members))
+            weights = self.generate(members)
+            for key, weight in weights.items():
+                # PyTorch picks the order of a product's sums by this flag too, also where nothing is recorded.
+                weight.requires_grad_(self._trainable[key] and self._learns())
+            self._fill(weights)
         self._filled.update({name: self._versions() for name in members or self.names})
 
     def clear(self) -> None:
@@ -149,7 +153,7 @@ class JointModel(nn.Module):
         if self._in_step or (path and (name in self._inside or torch._C._current_graph_task_id() != -1)):
             return False
         self._inside[name] = path
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.dictionary.parameters()):
+        if torch.is_grad_enabled() and self._learns():
             below = f"{path}." if path else ""
             own = [p for p in self.plan.of(name) if any(owner.startswith(below) for owner in p.site.owners)]
             self._filled.pop(name, None)
@@ -191,16 +195,17 @@ class JointModel(nn.Module):
         Banks that have hypermodules stay as they are.
 
         Args:
-            context: c; by default what the plan says.
+            context: c; by default what the plan says. With 0 the rows become hypermodules of one basis block as
+                they are, and coefficients stay 1.
             seed: of the new basis blocks.
         """
         self._refuse_in_step("Opening the dictionary")
         generator = torch.Generator().manual_seed(seed)
         single = [key for key in self.dictionary.banks if not self.dictionary[key].hypermodules]
         for key in single:
-            sigma = self._deviations(key)
-            c = context or self.plan.bank(key).context
-            self.dictionary.banks[key] = open_bank(self.dictionary[key], c, generator, sigma)
+            bank, c = self.dictionary[key], self.plan.bank(key).context if context is None else context
+            opened = open_bank(bank, c, generator, self._deviations(key)) if c else fixed_bank(bank)
+            self.dictionary.banks[key] = opened
         banks = tuple(replace(b, context=self.dictionary[b.key].context) for b in self.plan.banks)
         self.plan = replace(self.plan, banks=banks)
         self.refresh()
@@ -249,6 +254,9 @@ class JointModel(nn.Module):
                 put_in(self[p.site.member], p.site.owners, weight)
         for name in {member for member, _ in weights}:
             forget_derived(self[name])
+
+    def _learns(self) -> bool:
+        return any(p.requires_grad for p in self.dictionary.parameters())
 
     def _versions(self) -> tuple:
         own = (*self.dictionary.parameters(), *self.dictionary.buffers())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from surgery.dictionary import Bank, duplicates
+from surgery.dictionary import Bank, duplicates, exact_bank
 from surgery.generation import to_weight
 from surgery.plan import Placement, Plan, torch_dtype
 
@@ -75,6 +75,8 @@ def retire_rare(bank: Bank) -> Bank:
     Those that fewer than c locations use are among them, and all that were opened and not trained.
     """
     psi, c, count = bank.psi, bank.context, bank.hypermodules
+    if bank.diagonals is not None:  # a location's own: as a rule no two blocks are equal
+        return exact_bank(bank.settled_blocks(), bank.block)
     if not count:
         return bank
     settled = bank.settled_blocks()

@@ -49,6 +49,9 @@ class Evolution(Strict):
         start: `own`, every location its own hypermodule (the pessimistic start); `order`, the k-th location
             of each member shares (classical hard sharing by topological order); `random`, each location one
             of `hypermodules` by chance; `given`, as it is in the joint model.
+        codes: what a location has of its own: a trained `contexts` of c coefficients; `ones`, nothing, so that
+            blocks are hypermodules of one basis block as they are (c = 0); `diagonals`, such a block plus a
+            diagonal (parallel adapters).
         change: whether the alignment evolves, is drawn anew by chance, or stays.
         fraction: p, of the locations that are sampled for a generation.
         challengers: lambda.
@@ -65,6 +68,7 @@ class Evolution(Strict):
     """
 
     start: Literal["own", "order", "random", "given"] = "own"
+    codes: Literal["contexts", "ones", "diagonals"] = "contexts"
     change: Literal["evolve", "random", "none"] = "evolve"
     fraction: Share = 0.5
     challengers: Positive = 1
@@ -81,6 +85,8 @@ class Evolution(Strict):
     def _fits(self) -> Evolution:
         if self.start == "random" and self.hypermodules is None:
             raise ValueError("a random start needs 'hypermodules', how many there are to share")
+        if self.codes != "contexts" and self.contexts == "fitted":
+            raise ValueError(f"codes that are {self.codes} have no contexts, so none can be fitted")
         return self
 
 

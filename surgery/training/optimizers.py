@@ -37,7 +37,8 @@ def make_optimizer(joint: JointModel, settings: Optimizer) -> torch.optim.Optimi
     groups: list[dict[str, Any]] = [
         {"params": [b.rows for b in banks if b.rows.requires_grad], "role": "rows", "weight_decay": decay},
         {
-            "params": [b.contexts for b in banks if b.contexts.requires_grad],
+            "params": [b.contexts for b in banks if b.contexts.requires_grad]
+            + [b.diagonals for b in banks if b.diagonals is not None],
             "role": "contexts",
             "weight_decay": 0.0,
         },

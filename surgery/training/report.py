@@ -47,16 +47,18 @@ def dictionary_numbers(joint: JointModel) -> tuple[int, int]:
     """Numbers in the dictionary after collapse, and in the sites that it generates.
 
     A hypermodule that fewer than c locations use counts as the blocks that it generates:
-    `(L - Lo)*c + K*c*m*n + Lo*m*n`.
+    `(L - Lo)*c + K*c*m*n + Lo*m*n`. Coefficients that stay 1 do not count, diagonals do.
     """
     now = whole = 0
     for key in joint.dictionary:
         bank = joint.dictionary[key]
         uses = torch.bincount(bank.psi, minlength=bank.hypermodules)
-        rare = uses < bank.context
+        own = bank.context if bank.contexts.requires_grad else 0
+        own += 0 if bank.diagonals is None else bank.diagonals.shape[1]
+        rare = uses < max(bank.context, 2 if bank.diagonals is not None else 1)
         lonely = int(uses[rare].sum())
         width = bank.rows.shape[1]
         kept = int((~rare).sum())
-        now += (bank.locations - lonely) * bank.context + kept * bank.context * width + lonely * width
+        now += (bank.locations - lonely) * own + kept * bank.context * width + lonely * width
         whole += bank.locations * width
     return now, whole

@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from surgery.errors import PlanError
 from surgery.joint import JointModel
 from surgery.training.config import Evolution
 from surgery.training.evolution import regroup
@@ -20,7 +21,7 @@ def start(joint: JointModel, settings: Evolution, seed: int) -> None:
         settings: of the evolution.
         seed: of new basis blocks, and of a random alignment.
     """
-    joint.open(seed=seed)
+    _open(joint, settings, seed)
     generator = torch.Generator().manual_seed(seed)
     for plan in joint.plan.banks:
         bank = joint.dictionary[plan.key]
@@ -30,6 +31,22 @@ def start(joint: JointModel, settings: Evolution, seed: int) -> None:
             count = min(settings.hypermodules or bank.locations, bank.locations)
             regroup(bank, torch.randint(count, (bank.locations,), generator=generator))
     joint.refresh()
+
+
+def _open(joint: JointModel, settings: Evolution, seed: int) -> None:
+    """Hypermodules for every bank, of c basis blocks or, where locations have no contexts, of one."""
+    if settings.codes == "contexts":
+        joint.open(seed=seed)
+        return
+    if opened := [key for key in joint.dictionary if joint.dictionary[key].hypermodules]:
+        raise PlanError(
+            f"Codes that are {settings.codes} need members joined anew, but {', '.join(opened)} already has "
+            "hypermodules with contexts: start from the members, or leave evolution.codes away."
+        )
+    joint.open(context=0)
+    if settings.codes == "diagonals":
+        for key in joint.dictionary:
+            joint.dictionary[key].add_diagonals()
 
 
 def by_order(joint: JointModel, key: str) -> Tensor:

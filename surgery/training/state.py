@@ -75,6 +75,8 @@ def restore(joint: JointModel, tensors: Mapping[str, Tensor]) -> None:
         bank.rows = nn.Parameter(rows.to(device, copy=True), requires_grad=bank.rows.requires_grad)
         bank.hypermodules = len(rows) // bank.context
         bank.contexts.copy_(tensors[f"bank/{key}/contexts"])
+        if bank.diagonals is not None:
+            bank.diagonals.copy_(tensors[f"bank/{key}/diagonals"])
         bank.psi, bank.contest = psi.to(device, copy=True), None
     joint.refresh()
 
@@ -170,4 +172,5 @@ def read_state(path: Path) -> tuple[Tensors, dict[str, Any]]:
 
 
 def _of_bank(bank: Bank) -> Tensors:
-    return {"rows": bank.rows, "contexts": bank.contexts, "psi": bank.psi}
+    own = {} if bank.diagonals is None else {"diagonals": bank.diagonals}
+    return {"rows": bank.rows, "contexts": bank.contexts, "psi": bank.psi, **own}
