@@ -7,6 +7,7 @@ downloaded, and a model is only given memory after its size was counted on the m
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,13 @@ from torch import nn
 
 from benchmarks.coverage.shrink_rules import Scale, shrink
 
-SCALES = (Scale(16), Scale(8), Scale(4), Scale(2), Scale(8, vocabulary=1 << 30), Scale(1), Scale(1, 1 << 10, 1 << 30, 1 << 30))
+_ALL = 1 << 30
+SCALES = (
+    Scale(16), Scale(8), Scale(32), Scale(4), Scale(2), Scale(16, layers=12), Scale(4, heads=True), Scale(2, heads=True),
+    Scale(8, vocabulary=_ALL), Scale(1), Scale(1, _ALL, _ALL, _ALL),
+)  # fmt: skip
 """The ways to shrink, in the order in which they are tried; the last keeps the defaults."""
-MOST_PARAMETERS = 60_000_000
+MOST_PARAMETERS = 130_000_000
 _PATIENCE = 30.0  # seconds; afterwards what was built first is taken, whether or not it ran
 
 
@@ -38,9 +43,12 @@ class ModelType:
 
 def model_types() -> list[ModelType]:
     """All model types in alphabetical order."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto import configuration_auto
 
-    return [ModelType(name, _class_name(name)) for name in sorted(CONFIG_MAPPING_NAMES)]
+    return [
+        ModelType(name, _class_name(name))
+        for name in sorted(vars(configuration_auto)["CONFIG_MAPPING_NAMES"])
+    ]
 
 
 def shrunk_config(model_type: str, scale: Scale = SCALES[0]) -> Any:
@@ -106,7 +114,7 @@ def shrunk_model(model_type: str, class_name: str | None = None, seed: int = 0) 
 
 def _build(kind: Any, config: Any, seed: int) -> nn.Module:
     with torch.device("meta"), _seeded(seed):
-        size = sum(p.numel() for p in kind(_copy(config)).parameters())
+        size = sum(p.numel() for p in kind(copy.deepcopy(config)).parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(f"{size / 1e6:.0f} M parameters")
     with _seeded(seed):
@@ -115,20 +123,14 @@ def _build(kind: Any, config: Any, seed: int) -> nn.Module:
     return model
 
 
-def _copy(config: Any) -> Any:
-    import copy
-
-    return copy.deepcopy(config)
-
-
 @torch.no_grad()
 def _settle(model: nn.Module, seed: int) -> None:
     """Seeded values for what a class leaves as uninitialised memory."""
     generator = torch.Generator().manual_seed(seed)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.is_floating_point() and not (tensor.isfinite().all() and tensor.abs().max() < 1e4 if tensor.numel() else True):
-            if isinstance(tensor, nn.Parameter):
-                tensor.copy_(0.02 * torch.randn(tensor.shape, generator=generator))
+    for tensor in model.parameters():
+        usual = not tensor.numel() or (tensor.isfinite().all() and tensor.abs().max() < 1e4)
+        if tensor.is_floating_point() and not usual:
+            tensor.copy_(0.02 * torch.randn(tensor.shape, generator=generator))
 
 
 def _runs(model: nn.Module, model_type: str) -> bool:
@@ -147,7 +149,9 @@ def _class_name(model_type: str) -> str:
     """The base model, or the first class that any automatic choice has for this type."""
     from transformers.models.auto import modeling_auto
 
-    tables = sorted(name for name in vars(modeling_auto) if name.endswith("_MAPPING_NAMES"))
+    tables = sorted(
+        name for name in vars(modeling_auto) if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")
+    )
     for table in ("MODEL_MAPPING_NAMES", *tables):
         found = getattr(modeling_auto, table).get(model_type)
         if found:
@@ -161,7 +165,8 @@ def _packages(model_type: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise LookupError(f"{model_type}: needs a package that is missing: {' '.join(str(error).split())[:160]}") from error
+        text = " ".join(str(error).split())[:160]
+        raise LookupError(f"{model_type}: needs a package that is missing: {text}") from error
 
 
 @contextlib.contextmanager

@@ -13,36 +13,38 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from benchmarks.coverage.shrink_layers import INDICES, earlier, fewer, is_count, is_per_layer, pointers
+
 _WIDTH = re.compile(
     r"(.*_)?(hidden|embed|emb|embedding|embeddings|intermediate|inner|ffn|feedforward|dim|dims|dimension|width|"
-    r"channels?|proj|projection|project|units|rank|filters|latent|chans|embd|feats)(_.*)?|d_(model|ff|kv|head|inner)|"
+    r"channels?|proj|projection|project|units|rank|filters|latent|chans|embd|feats)(_.*)?|d_(model|ff|kv|head|inner|latents)|"
     r"hidden_sizes?(_.*)?|dff|(fpn|mask)_feature_size|upsample_groups|n_inner|flow_size|feed_forward_size|"
-    r"visual_feat_dim|upsample_initial_channel|(.*_)?channel_list|(.*_)?encoder_sizes|embed_dim_per_stage|kv_channels"
+    r"visual_feat_dim|upsample_initial_channel|(.*_)?channel_list|(.*_)?encoder_sizes|adapter_input_size|kv_channels"
 )
 _NO_WIDTH = re.compile(
     r"(.*_)?(num_(?!filters|pos_feats|channels)|n_(?!embd|inner)|layers?|heads|kernel|strides?|dilations?|position|"
     r"positions|vocab|dropout|ratios?|token|ids?|indices|index|max|min|types?|mel|factor|mult|multiple|state|bins|"
     r"length|blocks?|patch|config|every|std|prob)(_.*)?"
 )
-_KEPT_WIDTH = re.compile(r"hidden_size_per_layer_input|patch_embeds_hidden_size|index_head_dim|num_filters|num_pos_feats")
-_LAYERS = re.compile(r"(.*_)?(layers|n_layer|depth|mem_blocks)")
-_NO_LAYERS = re.compile(r".*(feat_extract|upsampling|fpn|every_n|per_block|conv_layers|max_window).*")
+_KEPT_WIDTH = re.compile(
+    r"hidden_size_per_layer_input|patch_embeds_hidden_size|index_head_dim|num_filters|num_pos_feats"
+)
 _DEPTHS = re.compile(
     r"depths?|layers|(.*_)?(block_repeats|num_blocks|blocks_per_stage|numb_of_layers|block_sizes|attn_blocks)"
 )
 _EXPERTS = re.compile(r"(.*_)?(num|n)_(local_|routed_)?experts")
-_TOP_EXPERTS = re.compile(r"(.*_)?(experts_per_tok|moe_k|moe_topk|moe_top_k|top_k_experts|num_selected_experts)")
-_VOCABULARY = re.compile(r"(.*_)?vocab_size(_per_layer_input)?|unpadded_vocab_size")
+_HEADS = re.compile(r"(.*_)?(num_heads|attention_heads|key_value_heads|n_heads?|num_attention_heads)")
+_HEAD_WIDTH = re.compile(r"(.*_)?(head_dim|d_head|d_kv|kv_channels|head_size)|rotary_dim")
+_TOP_EXPERTS = re.compile(
+    r"(.*_)?(experts_per_tok|moe_k|moe_topk|moe_top_k|top_k_experts|num_selected_experts)"
+)
+_VOCABULARY = re.compile(r"(.*_)?vocab_size(_per_layer_input)?|unpadded_vocab_size|(.*_)?group_vocab")
 _TOKENS = re.compile(r".*(token_id|token_index|token_ids|suppress_tokens)|(bos|eos|pad|sep|cls|mask)_id")
 _SIDES = re.compile(
-    r"(image|img|crop|pretrain_image|max_img|spec)_size|(.*_)?(feature_sizes|feat_sizes|rope_k_sizes)|pos_emb_(height|width)"
+    r"(image|img|crop|pretrain_image|max_img|spec)_size|(.*_)?(feature_sizes|feat_sizes|rope_k_sizes)|"
+    r"pos_emb_(height|width)"
 )
 _PICTURE_TOKENS = re.compile(r"image_seq_length|mm_tokens_per_image|video_seq_length|num_image_tokens")
-_INDICES = re.compile(
-    r".*(indexes|indices|_ids|extract_layers|cross_attention_layers|target_layers|feature_layers?|proj_layers|"
-    r"attention_blocks|moe_layers|_layer_end_index)"
-)
-_MOST_LAYERS = 8
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,14 @@ class Scale:
         layers: at most so many of a kind, more where kinds differ.
         vocabulary: at most so many tokens.
         picture: largest side of a picture.
+        heads: whether it is the number of heads that becomes smaller, and not their width.
     """
 
     width: int
     layers: int = 2
     vocabulary: int = 512
     picture: int = 256
+    heads: bool = False
 
 
 @dataclass
@@ -68,6 +72,7 @@ class _Family:
 
     scale: Scale
     side: int  # what sides of pictures are divided by
+    layers: dict[int, int]  # for each count of layers anywhere in the family, the smaller one
     tokens: dict[int, int] = field(default_factory=dict)
 
     def token(self, old: int) -> int:
@@ -83,20 +88,27 @@ def shrink(config: Any, scale: Scale) -> Any:
         side
         for part in _parts(config)
         for name, value in _values(part).items()
-        if _SIDES.fullmatch(name)
+        if _is_side(name, value)
         for side in _numbers(value)
     ]
     divisor = 1
-    while sides and max(sides) // divisor > scale.picture and all(side % (2 * divisor) == 0 for side in sides if side > 64):
+    while (
+        sides
+        and max(sides) // divisor > scale.picture
+        and all(side % (2 * divisor) == 0 for side in sides if side > 64)
+    ):
         divisor *= 2
-    return _shrink(config, _Family(scale, divisor))
+    layers: dict[int, int] = {}
+    for part in _parts(config):
+        layers.update(fewer(part, _values(part), scale.layers))
+    return _shrink(config, _Family(scale, divisor, layers))
 
 
 def _shrink(config: Any, family: _Family) -> Any:
     kind = type(config)
     values = _values(config)
     usual, declared = _values(_usual(kind, config)), {f.name: f.default for f in fields(kind)}
-    layers = _layers(config, values, family.scale)
+    layers = fewer(config, values, family.scale.layers)
     changed: dict[str, Any] = {}
     for name, value in values.items():
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
@@ -107,13 +119,36 @@ def _shrink(config: Any, family: _Family) -> Any:
         if name == "_out_indices":
             if small != value or usual.get(name) != value:
                 changed["out_indices"] = small
+        elif name == "model_args" and values.get("architecture"):
+            changed[name] = {**(value or {}), **_smaller_timm(values["architecture"])}
         elif name.startswith("_"):
             continue
-        elif (small != value and not (derived and not isinstance(value, (list, tuple)))) or (
+        elif (small != value and not (derived and isinstance(value, int))) or (
             not derived and usual.get(name) != value
         ):
             changed[name] = small
-    return kind(**changed)
+    more = {k: v for k, v in vars(config).items() if k[0] != "_" and k not in values and not _common(k)}
+    extra = {k: v for k, v in more.items() if vars(_usual(kind, config)).get(k) != v}
+    return kind(**changed, **{k: _rule(k, v, values, layers, family) for k, v in extra.items()})
+
+
+def _smaller_timm(architecture: str) -> dict[str, Any]:
+    """An argument that makes one of timm's models smaller and leaves the width of what comes out of it."""
+    import timm
+    import torch
+
+    def size(**arguments: Any) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in timm.create_model(architecture, **arguments).parameters())
+
+    whole = size()
+    for arguments in ({"depth": 2}, {"channel_multiplier": 0.25}):
+        try:
+            if size(**arguments) < whole / 2:
+                return arguments
+        except Exception:  # not an argument of this architecture
+            continue
+    return {}
 
 
 def _rule(name: str, value: Any, values: dict[str, Any], layers: dict[int, int], family: _Family) -> Any:
@@ -122,20 +157,30 @@ def _rule(name: str, value: Any, values: dict[str, Any], layers: dict[int, int],
     if isinstance(value, (bool, str, float)) or value is None:
         return value
     if isinstance(value, dict):
-        return _rope(value, scale) if name.startswith("rope") else value
-    if name == "_out_indices" or _INDICES.fullmatch(name):
-        return _earlier(value, layers, 1 if name == "_out_indices" else 0)
-    if isinstance(value, (list, tuple)) and len(value) in layers and len(value) > 4:
-        return type(value)(value[: layers[len(value)]])
-    if isinstance(value, int) and value in layers and _LAYERS.fullmatch(name) and not _NO_LAYERS.fullmatch(name):
+        return _rope(value, scale) if name.startswith("rope") and not scale.heads else value
+    if name == "_out_indices":
+        return earlier(value, layers, value or [], 1)
+    if INDICES.fullmatch(name):
+        own = earlier(value, layers, pointers(values))
+        return earlier(value, family.layers, pointers(values)) if own == value else own
+    if is_per_layer(value, layers):
+        value = type(value)(value[: layers[len(value)]])
+    if is_count(name, value) and value in layers:
         return layers[value]
+    if name == "attention_types":  # each with how often it is repeated
+        old, new = next(iter(layers.items()), (1, 1))
+        return _each(value, lambda v: max(1, v * new // old))
+    if _is_side(name, value):
+        return _each(value, lambda v: v // family.side if v > 0 else v)
     for pattern, smaller in _simple(family):
         if pattern.fullmatch(name):
             return _each(value, smaller)
     if _VOCABULARY.fullmatch(name):
         return _each(value, lambda v: min(v, scale.vocabulary))
     if _DEPTHS.fullmatch(name) and isinstance(value, (list, tuple)):
-        return _each(value, lambda v: min(v, 2))
+        return _each(value, lambda v: min(v, scale.layers))
+    if scale.heads and (counted := _HEADS.fullmatch(name) or _HEAD_WIDTH.fullmatch(name)):
+        return _each(value, lambda v: max(1, v // scale.width)) if counted.re is _HEADS else value
     wide = _KEPT_WIDTH.fullmatch(name) or (_WIDTH.fullmatch(name) and not _NO_WIDTH.fullmatch(name))
     return _each(value, lambda v: _narrow(v, scale.width)) if wide else value
 
@@ -150,51 +195,13 @@ def _simple(family: _Family) -> list[tuple[re.Pattern[str], Callable[[int], int]
         (re.compile("topk_group"), lambda v: min(v, 1)),
         (re.compile("first_k_dense_replace|num_dense_layers"), lambda v: min(v, 1)),
         (re.compile("max_source_positions"), lambda v: min(v, 200)),
-        (_SIDES, lambda v: v // family.side if v > 0 else v),
         (_PICTURE_TOKENS, lambda v: max(1, v // family.side**2)),
     ]
 
 
-def _layers(config: Any, values: dict[str, Any], scale: Scale) -> dict[int, int]:
-    """For each count of layers in a configuration, the smaller count: one of each kind, one for each index."""
-    found: dict[int, int] = {}
-    for name, value in values.items():
-        if not _LAYERS.fullmatch(name) or _NO_LAYERS.fullmatch(name) or isinstance(value, bool):
-            continue
-        if isinstance(value, int) and value > scale.layers:
-            found[value] = scale.layers
-    kinds = [getattr(config, name, None) for name in ("layer_types", "layers_block_type", "mlp_layer_types")]
-    for value in (*values.values(), *kinds):
-        if not isinstance(value, (list, tuple)):
-            continue
-        if len(value) in found and all(isinstance(v, (str, bool, int)) for v in value):
-            new = [k for k, v in enumerate(value) if v not in value[:k]]
-            if new and len(new) <= 4 and new[-1] < _MOST_LAYERS:
-                found[len(value)] = max(found[len(value)], new[-1] + 1)
-    picked = [v for name, v in values.items() if _INDICES.fullmatch(name) or name == "_out_indices"]
-    for value in picked:
-        if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):
-            for count in found:
-                if len(value) <= _MOST_LAYERS < max(value) + _MOST_LAYERS and max(value) <= count:
-                    found[count] = max(found[count], len(value))
-    return {old: min(new, old) for old, new in found.items()}
-
-
-def _earlier(value: Any, layers: dict[int, int], first: int) -> Any:
-    """Indices of layers, moved to the last of fewer layers; their order and their number stay."""
-    if isinstance(value, int):
-        fits = [new for old, new in layers.items() if abs(value) <= old]
-        return max(min(value, min(fits) - 1), -min(fits)) if fits and abs(value) >= min(fits) else value
-    flat = [v for v in value if isinstance(v, int)]
-    fits = [new for old, new in layers.items() if flat and max(map(abs, flat)) <= old]
-    if not fits or len(flat) != len(value) or max(map(abs, flat)) < min(fits) + first:
-        return value
-    count = min(fits)
-    if min(flat) < 0:
-        return type(value)(dict.fromkeys(max(v, -count) for v in flat))
-    ranks = {v: k for k, v in enumerate(sorted(set(flat))[-count:])}
-    start = count - len(ranks) + first
-    return type(value)(start + ranks[v] for v in flat if v in ranks)
+def _is_side(name: str, value: Any) -> bool:
+    """Whether a field holds sides of pictures; of patches too where they are as large as pictures."""
+    return bool(_SIDES.fullmatch(name)) or (name == "patch_size" and isinstance(value, int) and value >= 128)
 
 
 def _narrow(value: int, divisor: int) -> int:
@@ -234,11 +241,16 @@ def _parts(config: Any) -> list[Any]:
 
 def _values(config: Any) -> dict[str, Any]:
     """The fields that a configuration class declares itself, with what they hold."""
+    own = vars(config)
+    names = [f.name for f in fields(config) if not _common(f.name)]
+    return {name: own[name] for name in dict.fromkeys([*names, "_out_indices"]) if name in own}
+
+
+def _common(name: str) -> bool:
+    """Whether every configuration has a field."""
     from transformers import PreTrainedConfig
 
-    common = {f.name for f in fields(PreTrainedConfig)}
-    own = vars(config)
-    return {f.name: own[f.name] for f in fields(config) if f.name not in common and f.name in own}
+    return name in {f.name for f in fields(PreTrainedConfig)}
 
 
 def _usual(kind: type, config: Any) -> Any:
