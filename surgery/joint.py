@@ -107,11 +107,15 @@ class JointModel(nn.Module):
         self._refuse_in_step("Filling the slots")
         # Tensors made in inference mode could not take part in a later training of adapters.
         with torch.inference_mode(False), torch.no_grad():
-            weights = self.generate(members)
-            for key, weight in weights.items():
-                # PyTorch picks the order of a product's sums by this flag too, also where nothing is recorded.
-                weight.requires_grad_(self._trainable[key] and self._learns())
-            self._fill(weights)
+            learns = self._learns()
+            # PyTorch picks the order of a product's sums by whether its factors are views and require gradients,
+            # also where nothing is recorded: slots are leaves like the parameters that they replace.
+            self._fill(
+                {
+                    key: weight.detach().requires_grad_(learns and self._trainable[key])
+                    for key, weight in self.generate(members).items()
+                }
+            )
         self._filled.update({name: self._versions() for name in members or self.names})
 
     def clear(self) -> None:

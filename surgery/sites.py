@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from surgery.errors import PlanError
@@ -113,6 +114,11 @@ def discover(
     owners = owners_of(member.module)
     tensors = member.module.state_dict(keep_vars=True)
     merged = _merge_uses(found)
+    for name in _scripted(member.module, owners):
+        order = merged[name].order if name in merged else len(merged)
+        merged[name] = _Found(
+            "scripted", None, order, "scripted", "belongs to a scripted module, which has no slots"
+        )
     asked = _Asked(*(_select(owners, chosen) for chosen in (adapters, sites, skip)))
     _check(owners, {"adapters": adapters, "sites": sites, "skip": skip}, asked, merged, tensors)
     parts = [
@@ -174,6 +180,16 @@ def _merge(uses: list[Use], end: str) -> _Found:
         return _Found(coarse.kind, coarse.view, order, coarse.kind, coarse.reason)
     end = "first" if any(use.first for use in maps) else "last" if any(use.last for use in maps) else end
     return _Found(coarse.kind, coarse.view, order, end, _END_REASONS.get(end, ""))
+
+
+def _scripted(module: nn.Module, owners: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Tensors with an owner in a scripted module: compiled code reads them where they are."""
+    paths = tuple(
+        f"{path}." if path else ""
+        for path, part in module.named_modules()
+        if isinstance(part, torch.jit.ScriptModule)
+    )
+    return [name for name, names in owners.items() if any(each.startswith(paths) for each in names if paths)]
 
 
 def _registered_ends(found: Trace) -> dict[str, str]:

@@ -16,6 +16,8 @@ from torch import nn
 from surgery.inputs import timm_picture
 from surgery.member import Inputs
 
+LARGEST = 1_200_000_000  # parameters; a larger timm model is built with two layers
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -69,10 +71,13 @@ def _timm_names() -> list[str]:
 
 
 def _build_timm(name: str) -> tuple[nn.Module, Inputs | None]:
-    """With what surgery makes up for timm, but one picture instead of two, and not run to see whether it works."""
+    """With the inputs that surgery makes up for timm, but one picture, and not run to see whether it works."""
     import timm
 
-    module = timm.create_model(name, pretrained=False)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in timm.create_model(name, pretrained=False).parameters())
+    # What does not fit into memory beside its copy has all of its layers in a row of equal ones.
+    module = timm.create_model(name, pretrained=False, **({"depth": 2} if size > LARGEST else {}))
     made = timm_picture(module, 0)
     return module, made and Inputs((made.args[0][:1],), {}, made.source)
 

@@ -7,10 +7,12 @@ what no forward pass reached.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from surgery.layers import operations
@@ -78,11 +80,20 @@ def kind_met_by(op: str) -> str | None:
 
 def read_module(module: nn.Module) -> tuple[tuple[str, str, Axes | None], ...]:
     """`(parameter, kind, axes)` for the parameters of a module whose type, or a base of it, is known."""
-    for base in type(module).__mro__:
-        found = _MODULES.get(f"{base.__module__}.{base.__qualname__}")
+    names = [f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__]
+    if isinstance(module, torch.jit.ScriptModule):  # a scripted module is known by the class that it was made of
+        names = [_scripted_name(module)]
+    for name in names:
+        found = _MODULES.get(name)
         if found is not None:
             return tuple((name, found[0], axes) for name, axes in found[1](module))
     return ()
+
+
+def _scripted_name(module: torch.jit.ScriptModule) -> str:
+    """`torch.nn.modules.linear.Linear` for `__torch__.torch.nn.modules.linear.___torch_mangle_3.Linear`."""
+    name = str(module._c._type().qualified_name())  # type: ignore[attr-defined]
+    return re.sub(r"___torch_mangle_\d+\.", "", name.removeprefix("__torch__."))
 
 
 # Parameters by module type ---------------------------------------------------------------------------

@@ -247,7 +247,9 @@ def _words(text: str) -> frozenset[str]:
 
 LONGEST = 16  # operations of a way that are remembered
 
-_SILENT = frozenset(("", "data", "detach", "contiguous", "requires_grad_", "__get__", "alias"))  # change nothing
+_SILENT = frozenset(
+    ("", "data", "detach", "contiguous", "requires_grad_", "__get__", "alias")
+)  # change nothing
 _TABLES = _words(
     "__getitem__ index index_select gather take take_along_dim embedding interpolate grid_sample "
     "upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest2d _upsample_bicubic2d_aa"
