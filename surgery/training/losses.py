@@ -64,11 +64,9 @@ def distillation(original: nn.Module) -> Loss:
         with torch.no_grad():
             wanted = _floats(original(*batch.args, **batch.kwargs))
         found = _floats(output)
-        distances = [
-            (a.float() - b.float()).square().mean() / b.float().square().mean().clamp_min(1e-12)
-            for a, b in zip(found, wanted, strict=True)
-        ]
-        return torch.stack(distances).mean()
+        energies = _mean_over_processes(torch.stack([b.float().square().mean() for b in wanted]))
+        distances = [(a.float() - b.float()).square().mean() for a, b in zip(found, wanted, strict=True)]
+        return (torch.stack(distances) / energies.clamp_min(1e-12)).mean()
 
     return loss
 
@@ -109,6 +107,14 @@ def loss_of(wanted: str | Mapping[str, float] | Loss, original: Callable[[], nn.
 def needs_original(wanted: str | Mapping[str, float] | Loss) -> bool:
     """Whether a loss compares with the member as it was."""
     return not callable(wanted) and DISTILLATION in ({wanted} if isinstance(wanted, str) else wanted)
+
+
+def _mean_over_processes(values: Tensor) -> Tensor:
+    """What the processes that share a batch have in the mean: a scale must be the same in all of them."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+        values /= torch.distributed.get_world_size()
+    return values
 
 
 def _floats(output: Any) -> list[Tensor]:

@@ -59,6 +59,7 @@ def train(
         3
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
     settings = config if isinstance(config, Training) else Training.model_validate(dict(config or {}))
@@ -66,9 +67,10 @@ def train(
     place = None if folder is None else Path(folder).expanduser()
     if settings.trackers and place is None:
         raise PlanError("Trackers write to a folder: give train(..., folder=...).")
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
         cpu=cpu,
-        mixed_precision=settings.precision,
+        mixed_precision=None if settings.precision == "no" else settings.precision,  # None: as launched
         log_with=list(settings.trackers) or None,
         project_dir=None if place is None else str(place),
     )
