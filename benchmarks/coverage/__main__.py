@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = _choose(options, libraries)
     known = row.read(csv)
     if options.resume:
+        known = [r for r in known if not (options.retry and r.status == "failed")]
         tried = {(r.library, r.model) for r in known}
         chosen = [entry for entry in chosen if (entry.library, entry.model) not in tried]
     else:  # other libraries' rows stay
@@ -112,6 +113,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--library", action="append", choices=row.LIBRARIES, help="default: all; repeatable")
     parser.add_argument("--limit", type=int, metavar="N", help="at most N models of each library")
     parser.add_argument("--resume", action="store_true", help="leave out what the CSV has already")
+    parser.add_argument("--retry", action="store_true", help="with --resume: try again what failed")
     parser.add_argument("--all", action="store_true", help="every model, not one for each implementation")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these models alone")
     parser.add_argument("--seconds", type=float, default=180, help="limit for one model (default 180)")
