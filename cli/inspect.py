@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import SCREEN, Adapters, Debug, Json, Quiet, Seed, Sites, Skip, TrustRemoteCode
+from .options import FLAG, RUN, SCREEN, Adapters, Debug, Json, Quiet, Seed, Sites, Skip, TrustRemoteCode
 
 if TYPE_CHECKING:
     from surgery.member import Member
@@ -21,7 +23,8 @@ REFERENCE = (
 
 EXAMPLES = """
 surgery inspect timm:resnet18
-surgery inspect ./my-bert --only site
+surgery inspect ./my-bert --only site --verbose
+surgery inspect ./my-model --inputs batch.npz
 surgery inspect ./my-bert --adapters 're:.*attention.*' --json
 """
 
@@ -41,8 +44,28 @@ def inspect(
             "--only", metavar="ROLE", rich_help_panel=SCREEN, help="Rows of one role: site, adapter, skipped."
         ),
     ] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            "--inputs",
+            metavar="FILE",
+            rich_help_panel=RUN,
+            help="Trace with these instead of made-up inputs: .npz or .safetensors of arrays named by the "
+            "arguments of forward, .txt, or pictures.",
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            metavar=FLAG,
+            rich_help_panel=SCREEN,
+            help="Also print every use of every tensor: where, in which operation, and what leads to it.",
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Show every site, adapter and skipped tensor of a model, in execution order, with shapes and reasons.
@@ -53,6 +76,7 @@ def inspect(
     """
     if only not in (None, *ROLES):
         raise typer.BadParameter(f"must be site, adapter or skipped, not '{only}'", param_hint="--only")
+    from surgery.probes import probe_inputs
     from surgery.progress import task
     from surgery.references import load_member
     from surgery.sites import discover
@@ -61,15 +85,20 @@ def inspect(
 
     with console.working(quiet=quiet, json_wanted=json), task("Loading and tracing"):
         member = load_member(reference, trust_remote_code=trust_remote_code, seed=seed)
+        if inputs is not None:
+            given = probe_inputs(member, calibrate=inputs)[0]
+            member = replace(member, inputs=replace(given, source=str(inputs)))
         anatomy = discover(
             member, adapters=tuple(adapters or ()), sites=tuple(sites or ()), skip=tuple(skip or ())
         )
     rows = [row for row in tensors(anatomy) if only in (None, row["role"])]
+    uses = uses_by_tensor(anatomy)
     if json:
+        rows = [{**row, "uses": uses.get(row["name"], [])} for row in rows]
         console.emit({**describe(member, anatomy), "totals": totals(anatomy), "tensors": rows})
         return
     shown = [row for row in rows if only or row["kind"] != "buffer"]
-    _print_tensors(shown)
+    _print_tensors(shown, uses if verbose else {})
     if len(shown) < len(rows):
         console.say(
             f"{len(rows) - len(shown)} buffers are not listed; --only skipped lists them.", style="dim"
@@ -134,13 +163,29 @@ def _row(entry: Site | LeftAlone) -> dict[str, Any]:
     return {**row, "reason": getattr(entry, "reason", "")}
 
 
-def _print_tensors(rows: list[dict[str, Any]]) -> None:
+def uses_by_tensor(anatomy: Anatomy) -> dict[str, list[dict[str, Any]]]:
+    """Every use of each tensor, in execution order; `reached` is false where no forward pass got there."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for use in anatomy.uses:
+        entry = {
+            "order": use.order,
+            "module": use.module,
+            "op": use.op,
+            "through": list(use.through),
+            "reached": use.reached,
+        }
+        found.setdefault(use.parameter, []).append(entry)
+    return found
+
+
+def _print_tensors(rows: list[dict[str, Any]], uses: dict[str, list[dict[str, Any]]]) -> None:
     from . import console
 
     table = console.table(">#", "tensor", "kind", "shape", "~role")
     for row in rows:
         what = console.shape(row["stack_out_in"]) if "view" in row else row["reason"]
         tied = "".join(f"\n  tied: {owner}" for owner in row["owners"][1:])
+        tied += "".join(f"\n  {_use(use)}" for use in uses.get(row["name"], []))
         table.add_row(
             str(row["order"]),
             row["name"] + tied,
@@ -150,6 +195,12 @@ def _print_tensors(rows: list[dict[str, Any]]) -> None:
             style=None if row["role"] == "site" else "dim",
         )
     console.out.print(table)
+
+
+def _use(use: dict[str, Any]) -> str:
+    """One use in one line: `mlp.fc1: linear`, with what leads to it in front of the operation."""
+    way = " > ".join([*use["through"], use["op"]])
+    return f"{use['module'] or '(model)'}: {way}" if use["reached"] else f"{use['module']}: not reached"
 
 
 def _print_totals(member: Member, anatomy: Anatomy) -> None:

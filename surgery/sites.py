@@ -65,7 +65,17 @@ class LeftAlone:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What `discover` found in one member; every tensor of its state dict is in exactly one list."""
+    """What `discover` found in one member; every tensor of its state dict is in exactly one list.
+
+    Attributes:
+        member: its name.
+        tier: of tracing that served.
+        inputs: where the example inputs came from.
+        sites: in execution order.
+        left_alone: everything else, in execution order.
+        notes: on how it was traced.
+        uses: every use of every parameter, in execution order.
+    """
 
     member: str
     tier: str
@@ -73,6 +83,7 @@ class Anatomy:
     sites: tuple[Site, ...]
     left_alone: tuple[LeftAlone, ...]
     notes: tuple[str, ...] = ()
+    uses: tuple[Use, ...] = ()
 
 
 def discover(
@@ -132,6 +143,7 @@ def discover(
         tuple(sorted((p for p in parts if isinstance(p, Site)), key=lambda part: part.order)),
         tuple(sorted((p for p in parts if isinstance(p, LeftAlone)), key=lambda part: part.order)),
         found.notes,
+        found.uses,
     )
 
 
