@@ -16,7 +16,7 @@ def _grouped_mm(left: Tensor, right: Tensor, *rest: Any, **kwargs: Any) -> Tenso
     """`[T, in] x [G, in, out] -> [T, out]`, and the three other forms; kernels know bfloat16 alone."""
     dtype = kwargs.get("out_dtype") or left.dtype
     if left.ndim == 2 and right.ndim == 2:  # groups lie along the axis that is summed over
-        offsets = kwargs.get("offs", rest[0] if rest else None)
+        offsets: Any = kwargs.get("offs", rest[0] if rest else None)
         shape = (len(offsets), left.shape[0], right.shape[1])
     elif left.ndim == 3 and right.ndim == 3:
         shape = (left.shape[0], left.shape[1], right.shape[2])
