@@ -179,8 +179,7 @@ def plan_members(recipe: Recipe, members: Sequence[Member]) -> tuple[list[Anatom
         for option, selectors in recipe.select.model_dump().items()
     }
     anatomies = [
-        discover(member, **_selectors(chosen, member.name))
-        for member in track(members, "Finding sites")
+        discover(member, **_selectors(chosen, member.name)) for member in track(members, "Finding sites")
     ]
     block = recipe.parameters.block or starting_block(anatomies)
     plan = make_plan(anatomies, block, recipe.parameters.context or 4)

@@ -81,7 +81,9 @@ def kind_met_by(op: str) -> str | None:
 def read_module(module: nn.Module) -> tuple[tuple[str, str, Axes | None], ...]:
     """`(parameter, kind, axes)` for the parameters of a module whose type, or a base of it, is known."""
     names = [f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__]
-    if isinstance(module, torch.jit.ScriptModule):  # a scripted module is known by the class that it was made of
+    if isinstance(
+        module, torch.jit.ScriptModule
+    ):  # a scripted module is known by the class that it was made of
         names = [_scripted_name(module)]
     for name in names:
         found = _MODULES.get(name)
