@@ -8,7 +8,6 @@ required arguments of its forward, the arguments of its modalities, embeddings f
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,9 +16,11 @@ from torch import Tensor, nn
 
 from surgery.errors import LoadError
 from surgery.input_fields import FIELDS, Sample
+from surgery.input_repairs import repair
 from surgery.member import Inputs, Origin
 from surgery.origins.base import one_line, quiet
 
+ROUNDS = 6  # of repair, for each way to make inputs up
 _CPU_LIMIT = 1 << 27  # parameters; above, a candidate is tried without data first
 _MODALITIES = (
     "input_ids", "attention_mask", "pixel_values", "bbox", "input_features", "input_values",
@@ -83,13 +84,16 @@ def example_inputs(module: nn.Module, origin: Origin, *, seed: int = 0) -> Input
         if inputs is None:
             continue
         error = forward_error(module, inputs)
-        repaired = _repair(module, inputs, error, seed) if error else None
-        if error and repaired:
+        for _ in range(ROUNDS):
+            if error is None:
+                return inputs
             failures.append(f"{inputs.source}: {one_line(error, 120)}")
+            repaired = _repair(module, inputs, error, seed)
+            if repaired is None:
+                break
             inputs, error = repaired, forward_error(module, repaired)
         if error is None:
             return inputs
-        failures.append(f"{inputs.source}: {one_line(error, 120)}")
     raise LoadError(
         f"no example inputs could be made up for '{origin.reference}' ({origin.architecture}); tried "
         f"{'; '.join(failures) or 'nothing'}. Give example inputs (inputs=...)"
@@ -225,13 +229,13 @@ def _accepted(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _repair(module: Any, inputs: Inputs, error: Exception, seed: int) -> Inputs | None:
-    """`inputs` with the arguments that the error names and that they lack; None where it names none."""
-    words = re.findall(r"[a-z_]{4,}", str(error))
-    named = [word for word in dict.fromkeys(words) if word in FIELDS and word not in inputs.kwargs]
-    more = _fields(module, seed, named, "repair") if inputs.kwargs and named else None
-    if more is None:
+    """`inputs` changed as the error's own words ask for; None where they ask for nothing that is known."""
+    if inputs.args or not hasattr(module, "config"):
         return None
-    return Inputs((), {**inputs.kwargs, **more.kwargs}, f"{inputs.source}, repaired")
+    sample = Sample(module.config, torch.Generator().manual_seed(seed), floating_dtype(module))
+    changed = repair(module, dict(inputs.kwargs), error, sample)
+    source = inputs.source.removesuffix(", repaired")
+    return None if changed is None else Inputs((), changed, f"{source}, repaired")
 
 
 def _to_meta(value: Any) -> Any:

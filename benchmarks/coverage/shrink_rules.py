@@ -123,7 +123,7 @@ def _shrink(config: Any, family: _Family) -> Any:
             changed[name] = {**(value or {}), **_smaller_timm(values["architecture"])}
         elif name.startswith("_"):
             continue
-        elif (small != value and not (derived and isinstance(value, int))) or (
+        elif (small != value and not (derived and isinstance(value, int) and not is_count(name, value))) or (
             not derived and usual.get(name) != value
         ):
             changed[name] = small
