@@ -196,13 +196,36 @@ FIELDS: dict[str, Callable[[Sample], Any]] = {
     "pixel_values_videos": lambda sample: (
         pixels(sample).flatten(0, -4)[None] if pixels(sample).dim() > 3 else None
     ),
-    **dict.fromkeys(("image_grid_thw", "grid_thw"), lambda sample: torch.tensor([[1, 4, 4]])),
+    **dict.fromkeys(
+        ("image_grid_thw", "grid_thw", "video_grid_thw"), lambda sample: torch.tensor([[1, 4, 4]])
+    ),
     **dict.fromkeys(("input_values", "audio_values", "waveform"), waveform),
     **dict.fromkeys(("input_features", "audio_features"), spectrogram),
     **dict.fromkeys(
         ("inputs_embeds", "decoder_inputs_embeds", "encoder_hidden_states", "hidden_states"), hidden
     ),
     "bbox": lambda sample: torch.zeros(sample.batch, text_length(sample), 4, dtype=torch.long),
+    "spatial_shapes": lambda sample: torch.tensor([[4, 4]] * sample.batch),
+    "pixel_attention_mask": lambda sample: torch.ones(sample.batch, 16, dtype=torch.long),
+    **dict.fromkeys(
+        ("input_features_mask", "feature_attention_mask"),
+        lambda sample: torch.ones(sample.batch, spectrogram(sample).shape[1], dtype=torch.long),
+    ),
+    "query_embeds": hidden,
+    "merge_sizes": lambda sample: torch.tensor([1]),
+    "visual_feats": lambda sample: sample.normal(
+        sample.batch, 4, number(sample.config, "visual_feat_dim", 2048)
+    ),
+    "visual_pos": lambda sample: sample.normal(sample.batch, 4, number(sample.config, "visual_pos_dim", 4)),
+    **dict.fromkeys(("task_inputs", "classes_input_ids", "tasks_input_ids"), token_ids),
+    **dict.fromkeys(("prompt_pixel_values", "prompt_masks"), pixels),
+    "states": lambda sample: sample.normal(sample.batch, 4, number(sample.config, "state_dim", 17)),
+    "actions": lambda sample: sample.normal(sample.batch, 4, number(sample.config, "act_dim", 4)),
+    **dict.fromkeys(("rewards", "returns_to_go"), lambda sample: sample.normal(sample.batch, 4, 1)),
+    "timesteps": lambda sample: torch.arange(4).expand(sample.batch, 4).clone(),
+    "inputs": lambda sample: sample.normal(sample.batch, 16, number(sample.config, "d_model", 64)),
+    "past_values_padding": lambda sample: torch.zeros(history(sample).shape[:2], dtype=torch.long),
+    "freq": lambda sample: torch.zeros(sample.batch, 1, dtype=torch.long),
     "past_values": history,
     "past_observed_mask": lambda sample: torch.ones_like(history(sample)),
     "past_time_features": history_features,

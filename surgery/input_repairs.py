@@ -127,6 +127,23 @@ def _frames(module: nn.Module, arguments: Arguments, said: str, sample: Sample) 
     return None
 
 
+def _mono(module: nn.Module, arguments: Arguments, said: str, sample: Sample) -> Arguments | None:
+    """`Audio must be mono, but got 16000`: one channel, not none."""
+    for name, value in _floats(arguments):
+        if "mono" in said and value.ndim == 2:
+            return {**arguments, name: value[:, None]}
+    return None
+
+
+def _none(module: nn.Module, arguments: Arguments, said: str, sample: Sample) -> Arguments | None:
+    """`'NoneType' object has no attribute 'sum'`: some optional argument is needed, and none is named."""
+    if "NoneType" not in said:
+        return None
+    known = inspect.signature(module.forward).parameters
+    wanted = [name for name in known if name in FIELDS and name in _NEEDED and name not in arguments]
+    return {**arguments, wanted[0]: FIELDS[wanted[0]](sample)} if wanted else None
+
+
 def _multiple(module: nn.Module, arguments: Arguments, said: str, sample: Sample) -> Arguments | None:
     """`length 16000 is not a multiple of 1920`."""
     found = re.search(r"(\d+).{0,40}multiple of.{0,30}?(\d+)", said)
@@ -207,10 +224,17 @@ def _single(module: nn.Module, arguments: Arguments, said: str, sample: Sample) 
 
 
 RULES: tuple[Rule, ...] = (
-    _placeholders, _channels, _product, _norm, _patches, _pairs, _frames, _multiple, _length, _cache, _missing,
-    _single,
+    _placeholders, _channels, _product, _norm, _patches, _pairs, _frames, _mono, _multiple, _length, _cache,
+    _missing, _single, _none,
 )  # fmt: skip
 """How errors are read, in the order in which they are tried."""
+
+
+_NEEDED = (
+    "attention_mask", "input_features_mask", "feature_attention_mask", "pixel_attention_mask", "spatial_shapes",
+    "image_grid_thw", "grid_thw", "states", "actions", "rewards", "returns_to_go", "timesteps", "pixel_values",
+    "input_features", "input_values", "decoder_input_ids", "input_ids", "bbox", "merge_sizes",
+)  # fmt: skip
 
 
 def _floats(arguments: Arguments) -> list[tuple[str, Tensor]]:
