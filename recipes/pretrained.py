@@ -43,12 +43,13 @@ def minilm_folder() -> Path:
 def minilm_regressor(layers: int = 6) -> tuple[nn.Module, dict[str, Tensor]]:
     """all-MiniLM-L6-v2, or its first layers, with a linear head on the mean of its tokens."""
     from transformers import AutoModel
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
-    encoder: Any = AutoModel.from_pretrained(
-        minilm_folder(), num_hidden_layers=layers, add_pooling_layer=False
-    )
+    from surgery.origins.base import quiet
+
+    with quiet():  # the pooler, and layers that are left away, are no surprise
+        encoder: Any = AutoModel.from_pretrained(
+            minilm_folder(), num_hidden_layers=layers, add_pooling_layer=False
+        )
     ids = torch.full((2, 8), 1000)
     return TextRegressor(encoder, encoder.config.hidden_size), {
         "input_ids": ids,

