@@ -170,7 +170,8 @@ def test_a_trace_that_takes_too_long_is_given_up(tier):
 
 def test_a_trace_that_takes_too_much_memory_is_given_up():
     def choose(net, x):
-        kept = [torch.ones(1 << 20) for _ in range(300)]  # 4 MiB each
+        # 64 MiB each: too large to be memory that was freed before.
+        kept = [torch.ones(1 << 24) for _ in range(40)]
         return net.a(x) + len(kept)
 
     found = trace(Net(choose), Inputs((X,)), [REAL], bounds=Bounds(memory=0.2))

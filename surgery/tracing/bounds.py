@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-_EVERY = 64  # calls between two looks at the memory, which cost more than a look at the clock
+_EVERY = 16  # calls between two looks at the memory, which cost more than a look at the clock
 
 
 class OutOfBoundsError(Exception):
