@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from surgery.errors import LoadError
-from surgery.input_fields import number
 from surgery.inputs import floating_dtype
+from surgery.inputs.sample import number
 from surgery.member import Inputs, Member
 from surgery.origins.base import one_line, quiet, shorten, write_files
 

@@ -195,7 +195,8 @@ def exact_bank(blocks: Tensor, block: tuple[int, int], context: int = 1) -> Bank
     rows, psi = torch.unique(representative, return_inverse=True)
     contexts = blocks.new_zeros(len(blocks), context)
     contexts[:, 0] = factor
-    return Bank(block, blocks[rows].clone(), psi, contexts, hypermodules=0)
+    kept = blocks.clone() if len(rows) == len(blocks) else blocks[rows]
+    return Bank(block, kept, psi, contexts, hypermodules=0)
 
 
 def duplicates(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,15 +214,7 @@ def duplicates(blocks: Tensor) -> tuple[Tensor, Tensor]:
     factor = torch.ones(count, dtype=blocks.dtype, device=blocks.device)
     if not count:
         return representative, factor
-    scale = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))  # signed largest value
-    direction = torch.where(scale != 0, blocks / scale, blocks)
-    # Bucket by a coarse fingerprint of the direction, so that a factor's rounding rarely separates two
-    # blocks, then verify every candidate against the first of its bucket.
-    probe = torch.linspace(0, blocks.shape[1] - 1, min(blocks.shape[1], 32), device=blocks.device).long()
-    fingerprint = (direction[:, probe].float() * 1024).round_().to(torch.int32)
-    fingerprint = torch.cat(
-        [fingerprint, (direction.sum(1, keepdim=True).float() * 64).round_().to(torch.int32)], 1
-    )
+    scale, fingerprint = _fingerprints(blocks)
     bucket = torch.unique(fingerprint, dim=0, return_inverse=True)[1]
     first = torch.full((int(bucket.max()) + 1,), count, device=blocks.device)
     first.scatter_reduce_(0, bucket, representative, "amin")
@@ -236,6 +229,24 @@ def duplicates(blocks: Tensor) -> tuple[Tensor, Tensor]:
         product = blocks[leader[part]] * ratio[part].unsqueeze(1)
         same[part] = (product.view(bits) == blocks[part].view(bits)).all(1)  # bits: 0.0 is not -0.0
     return torch.where(same, leader, representative), torch.where(same, ratio, factor)
+
+
+def _fingerprints(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The signed largest value of each block `[L, 1]`, and a coarse fingerprint of its direction `[L, f]`.
+
+    So coarse that a factor's rounding rarely separates two blocks; piece by piece, as large banks have no room
+    for a second copy.
+    """
+    probe = torch.linspace(0, blocks.shape[1] - 1, min(blocks.shape[1], 32), device=blocks.device).long()
+    scales, fingerprints = [], []
+    for part in blocks.split(1 << 14):
+        scale = part.gather(1, part.abs().argmax(1, keepdim=True))
+        direction = torch.where(scale != 0, part / scale, part)
+        coarse = (direction[:, probe].float() * 1024).round_().to(torch.int32)
+        total = (direction.sum(1, keepdim=True).float() * 64).round_().to(torch.int32)
+        scales.append(scale)
+        fingerprints.append(torch.cat([coarse, total], 1))
+    return torch.cat(scales), torch.cat(fingerprints)
 
 
 def fixed_bank(bank: Bank) -> Bank:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from surgery.collapse import collapse
-from surgery.dictionary import Bank, Dictionary, exact_bank, fixed_bank, open_bank
+from surgery.dictionary import Bank, Dictionary, exact_bank, fixed_bank, master_dtype, open_bank
 from surgery.errors import PlanError
 from surgery.generation import Weights, generate_weights, move_dictionary, to_blocks
 from surgery.hooks import release, watch
 from surgery.member import Member, owners_of
-from surgery.plan import Plan, make_plan, plan_in_dtypes, torch_dtype
+from surgery.plan import Placement, Plan, make_plan, plan_in_dtypes, torch_dtype
 from surgery.precision import Encoded
 from surgery.sites import discover
 from surgery.slots import check_apart, forget_derived, locate, put_back, put_in, reorder, take_out
@@ -316,13 +316,22 @@ def join(
     modules = {member.name: member.module for member in members}
     banks: dict[str, Bank] = {}
     for bank in plan.banks:
-        blocks = [
-            to_blocks(_weight(modules[p.site.member], p.site.name), p)
-            for p in plan.placements
-            if p.bank == bank.key
-        ]
-        banks[bank.key] = exact_bank(torch.cat(blocks), bank.block)
+        banks[bank.key] = exact_bank(
+            _blocks(modules, [p for p in plan.placements if p.bank == bank.key]), bank.block
+        )
     return JointModel(members, plan, Dictionary(banks))
+
+
+def _blocks(modules: Mapping[str, nn.Module], placements: Sequence[Placement]) -> Tensor:
+    """The blocks of one bank `[L, m*n]`, written site by site: large models have no memory for a second copy."""
+    sites = [(p, _weight(modules[p.site.member], p.site.name)) for p in placements]
+    dtypes = {master_dtype(weight.dtype) for _, weight in sites}
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    grid, total = placements[0].grid, max(p.stop for p in placements)
+    blocks = torch.empty(total, grid.m * grid.n, dtype=dtype, device=sites[0][1].device)
+    for p, weight in sites:
+        blocks[p.start : p.stop] = to_blocks(weight, p)
+    return blocks
 
 
 def _weight(module: nn.Module, name: str) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from surgery.calibration import picture_statistics, read_calibration
 from surgery.errors import SurgeryError
-from surgery.input_fields import Sample, end_token, find, text_length, vocabulary
+from surgery.inputs.sample import Sample, find
+from surgery.inputs.text import end_token, text_length, vocabulary
 from surgery.member import Inputs, Member
 
 _LENGTH = 32  # tokens of made-up text

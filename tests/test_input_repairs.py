@@ -95,7 +95,7 @@ BODIES = (
 @pytest.fixture(autouse=True)
 def _named(monkeypatch):
     """`dummy_inputs` asks the library's base class, which this is none of."""
-    monkeypatch.setattr("surgery.inputs.CANDIDATES", {"transformers": _without_dummies()})
+    monkeypatch.setattr("surgery.inputs.candidates.CANDIDATES", {"transformers": _without_dummies()})
 
 
 def _without_dummies():

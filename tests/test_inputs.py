@@ -5,8 +5,9 @@ from tiny_transformers import TINY, tiny
 from torch import nn
 
 from surgery.errors import LoadError
-from surgery.input_fields import Sample, find, token_ids, vocabulary
 from surgery.inputs import CANDIDATES, as_inputs, example_inputs, forward_error
+from surgery.inputs.sample import Sample, find
+from surgery.inputs.text import token_ids, vocabulary
 from surgery.member import Inputs, Origin
 
 BATCH_OF_ONE = {"gpt2_classifier"}
@@ -60,7 +61,7 @@ def test_global_random_state_is_left_alone():
 
 
 def test_large_models_are_tried_without_data(monkeypatch):
-    monkeypatch.setattr("surgery.inputs._CPU_LIMIT", 0)
+    monkeypatch.setattr("surgery.inputs.candidates._CPU_LIMIT", 0)
     for kind in ("bert", "llama", "t5", "wav2vec2"):
         inputs = example_inputs(tiny(kind), origin("transformers", kind))
         assert all(value.device.type == "cpu" for value in leaves(inputs).values())

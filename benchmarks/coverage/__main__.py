@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = _choose(options, libraries)
     known = row.read(csv)
     if options.resume:
-        known = [r for r in known if not (options.retry and r.status == "failed")]
+        again = {(entry.library, entry.model) for entry in chosen} if options.retry else set()
+        known = [r for r in known if r.status != "failed" or (r.library, r.model) not in again]
         tried = {(r.library, r.model) for r in known}
         chosen = [entry for entry in chosen if (entry.library, entry.model) not in tried]
     else:  # other libraries' rows stay

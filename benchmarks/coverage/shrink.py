@@ -25,7 +25,7 @@ SCALES = (
 )  # fmt: skip
 """The ways to shrink, in the order in which they are tried; the last keeps the defaults."""
 MOST_PARAMETERS = 130_000_000
-_PATIENCE = 10.0  # seconds; afterwards what was built first is taken, whether or not it ran
+_PATIENCE = 25.0  # seconds; afterwards what was built first is taken, whether or not it ran
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ def shrunk_model(model_type: str, class_name: str | None = None, seed: int = 0) 
     if not name:
         raise LookupError(f"{model_type}: a part of other models, without a class of its own")
     kind: Any = getattr(transformers, name)
+    if kind.forward is nn.Module.forward:
+        raise LookupError(f"{name}: its class has no forward pass; its parts have their own classes")
     first: nn.Module | None = None
     said: list[str] = []
     began = time.monotonic()

@@ -40,6 +40,7 @@ _TOP_EXPERTS = re.compile(
 )
 _VOCABULARY = re.compile(r"(.*_)?vocab_size(_per_layer_input)?|unpadded_vocab_size|(.*_)?group_vocab")
 _TOKENS = re.compile(r".*(token_id|token_index|token_ids|suppress_tokens)|(bos|eos|pad|sep|cls|mask)_id")
+_PLACEHOLDER = re.compile("(image|video)_token_(id|index)")
 _SIDES = re.compile(
     r"(image|img|crop|pretrain_image|max_img|spec)_size|(.*_)?(feature_sizes|feat_sizes|rope_k_sizes)|"
     r"pos_emb_(height|width)"
@@ -129,7 +130,23 @@ def _shrink(config: Any, family: _Family) -> Any:
             changed[name] = small
     more = {k: v for k, v in vars(config).items() if k[0] != "_" and k not in values and not _common(k)}
     extra = {k: v for k, v in more.items() if vars(_usual(kind, config)).get(k) != v}
-    return kind(**changed, **{k: _rule(k, v, values, layers, family) for k, v in extra.items()})
+    small = kind(**changed, **{k: _rule(k, v, values, layers, family) for k, v in extra.items()})
+    _add_sections(small)
+    return small
+
+
+def _add_sections(config: Any) -> None:
+    """Sections of rotary positions that fit the width of a head, where a class would take its large default."""
+    rope = getattr(config, "rope_parameters", None)
+    if "mrope_section" not in getattr(config, "ignore_keys_at_rope_validation", ()) or not isinstance(
+        rope, dict
+    ):
+        return
+    if "mrope_section" not in rope and getattr(config, "num_attention_heads", None):
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
+        side = 3 * half // 8
+        rope["mrope_section"] = [half - 2 * side, side, side]
 
 
 def _smaller_timm(architecture: str) -> dict[str, Any]:
@@ -154,7 +171,9 @@ def _smaller_timm(architecture: str) -> dict[str, Any]:
 def _rule(name: str, value: Any, values: dict[str, Any], layers: dict[int, int], family: _Family) -> Any:
     """The smaller value of one field."""
     scale = family.scale
-    if isinstance(value, (bool, str, float)) or value is None:
+    if value is None:
+        return _unset(name, family)
+    if isinstance(value, (bool, str, float)):
         return value
     if isinstance(value, dict):
         return _rope(value, scale) if name.startswith("rope") and not scale.heads else value
@@ -183,6 +202,13 @@ def _rule(name: str, value: Any, values: dict[str, Any], layers: dict[int, int],
         return _each(value, lambda v: max(1, v // scale.width)) if counted.re is _HEADS else value
     wide = _KEPT_WIDTH.fullmatch(name) or (_WIDTH.fullmatch(name) and not _NO_WIDTH.fullmatch(name))
     return _each(value, lambda v: _narrow(v, scale.width)) if wide else value
+
+
+def _unset(name: str, family: _Family) -> int | None:
+    """A value for what the defaults leave open and every published checkpoint sets."""
+    if _PLACEHOLDER.fullmatch(name):
+        return family.token(1 << 40)
+    return 2 if _TOP_EXPERTS.fullmatch(name) else None
 
 
 def _simple(family: _Family) -> list[tuple[re.Pattern[str], Callable[[int], int]]]:

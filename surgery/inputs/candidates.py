@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import LoadError
-from surgery.input_fields import FIELDS, Sample
-from surgery.input_repairs import repair
+from surgery.inputs.fields import known, make
+from surgery.inputs.repairs import outline, repairs
+from surgery.inputs.sample import Sample
 from surgery.member import Inputs, Origin
 from surgery.origins.base import one_line, quiet
 
-ROUNDS = 6  # of repair, for each way to make inputs up
+ROUNDS = 10  # tries for each way to make inputs up
+_ALONE = "batch of one"
 _CPU_LIMIT = 1 << 27  # parameters; above, a candidate is tried without data first
 _MODALITIES = (
     "input_ids", "attention_mask", "pixel_values", "bbox", "input_features", "input_values",
@@ -78,22 +80,12 @@ def example_inputs(module: nn.Module, origin: Origin, *, seed: int = 0) -> Input
             f"'{origin.reference}' does not tell what its forward takes: give example inputs "
             "(inputs=..., or a factory that returns (module, example inputs))"
         )
-    failures = []
+    failures: list[str] = []
     for candidate in CANDIDATES[origin.kind]:
         inputs = candidate(module, seed)
-        if inputs is None:
-            continue
-        error = forward_error(module, inputs)
-        for _ in range(ROUNDS):
-            if error is None:
-                return inputs
-            failures.append(f"{inputs.source}: {one_line(error, 120)}")
-            repaired = _repair(module, inputs, error, seed)
-            if repaired is None:
-                break
-            inputs, error = repaired, forward_error(module, repaired)
-        if error is None:
-            return inputs
+        found = None if inputs is None else _until_it_works(module, inputs, seed, failures)
+        if found is not None:
+            return found
     raise LoadError(
         f"no example inputs could be made up for '{origin.reference}' ({origin.architecture}); tried "
         f"{'; '.join(failures) or 'nothing'}. Give example inputs (inputs=...)"
@@ -198,7 +190,7 @@ def embeddings(module: Any, seed: int) -> Inputs | None:
 
 def batch_of_one(module: Any, seed: int) -> Inputs | None:
     """The main input alone, for models that take one example at a time."""
-    return _fields(module, seed, _main(module), "batch of one", batch=1)
+    return _fields(module, seed, _main(module), _ALONE, batch=1)
 
 
 CANDIDATES: dict[str, tuple[Callable[[Any, int], Inputs | None], ...]] = {
@@ -217,9 +209,8 @@ def _main(module: Any) -> list[str]:
 
 def _fields(module: Any, seed: int, names: list[str], source: str, batch: int = 2) -> Inputs | None:
     """Values for those of `names` that forward accepts and that are known how to make."""
-    sample = Sample(module.config, torch.Generator().manual_seed(seed), floating_dtype(module), batch)
-    wanted = _accepted(module, dict.fromkeys(names))
-    values = {name: FIELDS[name](sample) for name in wanted if name in FIELDS}
+    sample = _sample(module, seed, batch)
+    values = {name: make(name, sample) for name in _accepted(module, dict.fromkeys(names)) if known(name)}
     return Inputs((), values, source) if values else None
 
 
@@ -228,14 +219,39 @@ def _accepted(module: nn.Module, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in parameters}
 
 
-def _repair(module: Any, inputs: Inputs, error: Exception, seed: int) -> Inputs | None:
-    """`inputs` changed as the error's own words ask for; None where they ask for nothing that is known."""
+def _sample(module: Any, seed: int, batch: int = 2) -> Sample:
+    accepts = frozenset(inspect.signature(module.forward).parameters)
+    generator = torch.Generator().manual_seed(seed)
+    return Sample(module.config, generator, floating_dtype(module), batch, accepts=accepts)
+
+
+def _until_it_works(module: Any, inputs: Inputs, seed: int, failures: list[str]) -> Inputs | None:
+    """`inputs`, changed as errors ask for until one forward pass works; None where `ROUNDS` tries did not help."""
+    tried: set[str] = set()
+    waiting = [inputs]
+    while waiting and len(tried) < ROUNDS:
+        inputs = waiting.pop()
+        outlined = outline(dict(inputs.kwargs))
+        if outlined in tried:
+            continue
+        tried.add(outlined)
+        error = forward_error(module, inputs)
+        if error is None:
+            return inputs
+        failures.append(f"{inputs.source}: {one_line(error, 120)}")
+        waiting += reversed(
+            _repaired(module, inputs, error, seed)
+        )  # what the last error asks for comes first
+    return None
+
+
+def _repaired(module: Any, inputs: Inputs, error: Exception, seed: int) -> list[Inputs]:
     if inputs.args or not hasattr(module, "config"):
-        return None
-    sample = Sample(module.config, torch.Generator().manual_seed(seed), floating_dtype(module))
-    changed = repair(module, dict(inputs.kwargs), error, sample)
-    source = inputs.source.removesuffix(", repaired")
-    return None if changed is None else Inputs((), changed, f"{source}, repaired")
+        return []
+    source = f"{inputs.source.removesuffix(', repaired')}, repaired"
+    batch = 1 if source.startswith(_ALONE) else 2
+    changed = repairs(module, dict(inputs.kwargs), error, _sample(module, seed, batch))
+    return [Inputs((), arguments, source) for arguments in changed]
 
 
 def _to_meta(value: Any) -> Any:
