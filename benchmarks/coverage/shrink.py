@@ -25,6 +25,7 @@ SCALES = (
 )  # fmt: skip
 """The ways to shrink, in the order in which they are tried; the last keeps the defaults."""
 MOST_PARAMETERS = 130_000_000
+_TOWERS_PATIENCE = 8.0  # seconds; afterwards a model of which only the text ran is taken
 _PATIENCE = 25.0  # seconds; afterwards what was built first is taken, whether or not it ran
 
 
@@ -93,6 +94,7 @@ def shrunk_model(model_type: str, class_name: str | None = None, seed: int = 0) 
     if kind.forward is nn.Module.forward:
         raise LookupError(f"{name}: its class has no forward pass; its parts have their own classes")
     first: nn.Module | None = None
+    running: nn.Module | None = None
     said: list[str] = []
     began = time.monotonic()
     for scale in SCALES:
@@ -104,14 +106,15 @@ def shrunk_model(model_type: str, class_name: str | None = None, seed: int = 0) 
         except Exception as error:
             said.append(f"{scale.width}: {type(error).__name__}: {' '.join(str(error).split())[:160]}")
             continue
-        if _runs(model, model_type):
+        source = _runs(model, model_type)
+        if source and (not _towers(model) or source.startswith("every tower")):
             return model
-        first = first or model
-        if time.monotonic() - began > _PATIENCE:
+        first, running = first or model, running or (model if source else None)
+        if time.monotonic() - began > (_PATIENCE if running is None else _TOWERS_PATIENCE):
             break
     if first is None:
         raise ValueError(f"{name} builds at no scale: {'; '.join(said)}")
-    return first
+    return running or first
 
 
 def _build(kind: Any, config: Any, seed: int) -> nn.Module:
@@ -135,16 +138,23 @@ def _settle(model: nn.Module, seed: int) -> None:
             tensor.copy_(0.02 * torch.randn(tensor.shape, generator=generator))
 
 
-def _runs(model: nn.Module, model_type: str) -> bool:
+def _runs(model: nn.Module, model_type: str) -> str:
+    """The source of example inputs with which one forward pass works; empty where there are none."""
     from surgery.errors import LoadError
     from surgery.inputs import example_inputs
     from surgery.member import Origin
 
     try:
-        example_inputs(model, Origin("transformers", model_type, type(model).__name__))
+        return example_inputs(model, Origin("transformers", model_type, type(model).__name__)).source
     except LoadError:
-        return False
-    return True
+        return ""
+
+
+def _towers(model: nn.Module) -> bool:
+    """Whether a model reads text and something else, so that a scale should be found at which all of it runs."""
+    from surgery.inputs.candidates import every_tower
+
+    return every_tower(model, 0) is not None
 
 
 def _class_name(model_type: str) -> str:

@@ -146,7 +146,7 @@ def _add_sections(config: Any) -> None:
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         half = int(width * rope.get("partial_rotary_factor", 1.0)) // 2
         side = 3 * half // 8
-        rope["mrope_section"] = [half - 2 * side, side, side]
+        rope["mrope_section"] = [side, side, half - 2 * side]  # Ernie needs two equal ones in front
 
 
 def _smaller_timm(architecture: str) -> dict[str, Any]:

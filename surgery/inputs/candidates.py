@@ -24,6 +24,10 @@ from surgery.origins.base import one_line, quiet
 ROUNDS = 10  # tries for each way to make inputs up
 _ALONE = "batch of one"
 _CPU_LIMIT = 1 << 27  # parameters; above, a candidate is tried without data first
+_TOWERS = (
+    "input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids", "input_features",
+    "input_features_mask", "feature_attention_mask", "image_position_ids", "image_attention_mask",
+)  # fmt: skip
 _MODALITIES = (
     "input_ids", "attention_mask", "pixel_values", "bbox", "input_features", "input_values",
     "decoder_input_ids", "image_grid_thw", "past_time_features", "past_observed_mask", "pixel_values_videos",
@@ -178,6 +182,16 @@ def required_arguments(module: Any, seed: int) -> Inputs | None:
     return _fields(module, seed, [*names, "decoder_input_ids", "image_grid_thw"], "forward signature")
 
 
+def every_tower(module: Any, seed: int) -> Inputs | None:
+    """Text together with pictures and sound, for models that have a part for each; None for all others."""
+    parts = {name for name, value in vars(module.config).items() if hasattr(value, "to_dict")}
+    if not parts & {"vision_config", "audio_config", "thinker_config"} or "input_ids" not in _accepted(
+        module, {"input_ids": None}
+    ):
+        return None
+    return _fields(module, seed, list(_TOWERS), "every tower")
+
+
 def modalities(module: Any, seed: int) -> Inputs | None:
     """Every argument of forward that carries text, pictures, sound or time series."""
     return _fields(module, seed, list(_MODALITIES), "modalities")
@@ -195,7 +209,15 @@ def batch_of_one(module: Any, seed: int) -> Inputs | None:
 
 CANDIDATES: dict[str, tuple[Callable[[Any, int], Inputs | None], ...]] = {
     "timm": (timm_picture,),
-    "transformers": (dummy_inputs, main_input, required_arguments, modalities, embeddings, batch_of_one),
+    "transformers": (
+        every_tower,
+        dummy_inputs,
+        main_input,
+        required_arguments,
+        modalities,
+        embeddings,
+        batch_of_one,
+    ),
 }
 """For each kind of origin, the ways to make up inputs, in the order in which they are tried."""
 

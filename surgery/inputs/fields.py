@@ -59,7 +59,10 @@ FIELDS: dict[str, Field] = {
     **dict.fromkeys(("prompt_pixel_values", "prompt_masks"), pictures.pixels),
     "pixel_values_videos": pictures.clips,
     **dict.fromkeys(("image_grid_thw", "grid_thw", "video_grid_thw"), pictures.grid),
-    "merge_sizes": lambda sample: torch.tensor([1]),
+    **dict.fromkeys(
+        ("merge_sizes", "image_merge_sizes", "video_merge_sizes"), lambda sample: torch.tensor([1])
+    ),
+    "image_sizes": lambda sample: torch.tensor([pictures.picture_size(sample.config)[1:]] * sample.batch),
     "spatial_shapes": lambda sample: torch.tensor([[pictures.GRID] * 2] * sample.batch),
     "target_sizes": lambda sample: torch.tensor([[pictures.GRID] * 2]),
     "pixel_attention_mask": pictures.feature_mask,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from surgery.inputs.complaint import Complaint, read
 from surgery.inputs.fields import known, make
 from surgery.inputs.repair_shapes import SHAPE_RULES, Arguments, Rule
-from surgery.inputs.sample import Sample, find
+from surgery.inputs.sample import Sample, TooLargeError, find, number
 
 
 def repairs(module: nn.Module, arguments: Arguments, error: Exception, sample: Sample) -> Iterator[Arguments]:
@@ -32,7 +33,8 @@ def repairs(module: nn.Module, arguments: Arguments, error: Exception, sample: S
     """
     complaint = read(error)
     for rule in RULES:
-        yield from rule(module, arguments, complaint, sample)
+        with suppress(TooLargeError):
+            yield from rule(module, arguments, complaint, sample)
 
 
 def outline(arguments: Arguments) -> str:
@@ -97,22 +99,31 @@ def _placeholders(
         f"{kind}_token_id {kind}_token_index {kind}_token {kind}_patch_id image_token_id image_token_index"
     )
     token = find(sample.config, names, None)
-    features = int(found[2])
-    if not isinstance(token, int) or features > 1 << 14:
+    if not isinstance(token, int) or found[1] == found[2]:
         return
-    each = -(-features // len(ids))
-    if each * len(ids) != features:  # all in the first text
-        arguments = {
-            k: v[:1] if isinstance(v, Tensor) and len(v) == len(ids) else v for k, v in arguments.items()
-        }
-        ids, each = ids[:1], features
+    width = number(sample.config, "hidden_size", 1, "text")
+    for count in (int(found[2]) // width, int(found[2])):  # some count numbers, others vectors
+        if 0 < count <= 1 << 14:
+            if count % len(ids) == 0 and not sample.accepts & {"image_grid_thw", "video_grid_thw"}:
+                yield _with_token(arguments, token, count // len(ids), _TYPES.get(kind, 1))
+            first = {
+                k: v[:1] if isinstance(v, Tensor) and len(v) == len(ids) else v for k, v in arguments.items()
+            }
+            yield _with_token(first, token, count, _TYPES.get(kind, 1))
+
+
+def _with_token(arguments: Arguments, token: int, count: int, kind: int) -> Arguments:
+    """The texts with `token` `count` times after their first token, masks and types as long as they."""
+    ids = arguments["input_ids"]
     clean = torch.where(ids == token, ids[:, :1], ids)
-    text = torch.cat([clean[:, :1], torch.full((len(ids), each), token), clean[:, 1:]], 1)
+    text = torch.cat([clean[:, :1], torch.full((len(ids), count), token), clean[:, 1:]], 1)
     changed: Arguments = {**arguments, "input_ids": text}
     for name in ("attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids"):
         if isinstance(arguments.get(name), Tensor):
             changed[name] = torch.ones_like(text) if name == "attention_mask" else torch.zeros_like(text)
-    yield changed
+    if "mm_token_type_ids" in changed:
+        changed["mm_token_type_ids"][text == token] = kind
+    return changed
 
 
 def _small_table(
@@ -147,11 +158,14 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 """How errors are read, in the order in which they are tried."""
 
+_TYPES = {"image": 1, "video": 2, "audio": 3}  # of tokens; transformers' convention
+
 _NEEDED = (
     "attention_mask", "input_features_mask", "feature_attention_mask", "pixel_attention_mask", "spatial_shapes",
     "image_grid_thw", "grid_thw", "target_sizes", "states", "actions", "rewards", "returns_to_go", "timesteps",
     "pixel_values", "input_features", "input_values", "decoder_input_values", "decoder_input_ids", "input_ids",
     "bbox", "merge_sizes", "image_attention_mask", "image_embeds_position_mask", "lang_ids",
+    "image_sizes", "image_merge_sizes", "video_merge_sizes", "mm_token_type_ids",
 )  # fmt: skip
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+_MOST = 1 << 27  # numbers in one example input
+
+
+class TooLargeError(ValueError):
+    """A value that no example input needs to have."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,13 @@ class Sample:
     accepts: frozenset[str] = frozenset()
 
     def normal(self, *shape: int) -> Tensor:
-        """Small normal values."""
+        """Small normal values.
+
+        Raises:
+            TooLargeError: where a misread shape asks for gigabytes.
+        """
+        if math.prod(shape) > _MOST:
+            raise TooLargeError(f"an example input of shape {list(shape)}")
         return (0.1 * torch.randn(shape, generator=self.generator)).to(self.dtype)
 
 

@@ -63,8 +63,10 @@ def through_view(layout: Layout, base: Strided, view: Strided) -> Layout | None:
     """The layout of `view`, which shares the memory of a value with `layout`, stored as `base`.
 
     Returns:
-        The layout, or `None` where an axis of the view runs across the base's axes unevenly.
+        The layout, or `None` where an axis of the view runs across the base's axes unevenly, or nothing is left.
     """
+    if 0 in view.shape:
+        return None
     starts = list(layout.starts)
     for axis, position in enumerate(_coordinates(view.offset - base.offset, base)):
         sizes = tuple(atom.size for atom in layout.axes[axis])

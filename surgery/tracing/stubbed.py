@@ -217,13 +217,15 @@ def _masked_select(recorder: StubbedRecorder, args: Any, kwargs: Any) -> Any:
 
 
 def _getitem(recorder: StubbedRecorder, args: Any, kwargs: Any) -> Any:
-    """Masks select everything: each stands for as many positions as it has entries."""
+    """Masks select everything: each stands for as many positions as it has entries; one number is the first."""
     tensor, index = args
     index = index if isinstance(index, tuple) else (index,)
     made: list[Any] = []
     for item in index:
         if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8):
             made += [_ids(item.numel()) for _ in range(item.ndim)]
+        elif isinstance(item, Tensor) and item.ndim == 0:  # which of them does not change the shape
+            made.append(0)
         else:
             made.append(item)
     return tensor[tuple(made)]
