@@ -17,7 +17,7 @@ import typer
 from surgery.errors import SurgeryError
 from surgery.version import __version__
 
-from . import demo, evaluate, export, inspect, merge, recipes, train, verify
+from . import demo, evaluate, export, inspect, merge, recipes, report, train, verify
 from .options import FLAG
 
 INTERRUPTED = 130
@@ -41,7 +41,7 @@ def _add(module: ModuleType) -> None:
     app.command(name, help=text, epilog=f"[dim]Examples[/dim]{examples}")(verb)
 
 
-for each in (demo, inspect, merge, train, evaluate, verify, export):
+for each in (demo, inspect, merge, train, evaluate, report, verify, export):
     _add(each)
 app.add_typer(recipes.app, name="recipes")
 

@@ -49,6 +49,15 @@ def regressions(tasks: int = 30, inputs: int = 20) -> tuple[nn.Module, tuple[Ten
     return Regressions(tasks, inputs), (torch.zeros(2, tasks, inputs),)
 
 
+def grouped(tasks: int = 30, inputs: int = 20) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """Like `regressions`, the tasks of a group with one weight, so that `join` lets them share from the start."""
+    module, examples = regressions(tasks, inputs)
+    with torch.no_grad():
+        first = torch.arange(tasks) // (tasks // GROUPS) * (tasks // GROUPS)
+        module.get_parameter("weight").copy_(module.get_parameter("weight")[first])
+    return module, examples
+
+
 @dataclass(frozen=True)
 class Problem:
     """Examples of all tasks.

@@ -151,6 +151,33 @@ def fit_contexts(blocks: Tensor, rows: Tensor, hypermodules: Tensor, ridge: floa
     return torch.cat(parts)
 
 
+def scale_contexts(contexts: Tensor, blocks: Tensor, rows: Tensor, hypermodules: Tensor) -> Tensor:
+    """Contexts in their own directions, so long that each generated block has the norm of its original.
+
+    Args:
+        contexts: `[N, A, c]`, as `fit_contexts` returns them.
+        blocks: `[N, d]`.
+        rows: `[K, c, d]`.
+        hypermodules: `[N, A]`.
+
+    Returns:
+        `[N, A, c]`; unchanged where a context generates nothing.
+
+    Example:
+        >>> rows, block = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[3.0, 4.0]])
+        >>> scale_contexts(torch.tensor([[[3.0]]]), block, rows, torch.tensor([[0]])).item()
+        5.0
+    """
+    step = max(1, _CHUNK // max(1, hypermodules.shape[1] * rows[0].numel()))
+    parts = []
+    for some in zip(contexts.split(step), blocks.split(step), hypermodules.split(step), strict=True):
+        context, block, where = some
+        size = torch.einsum("nac,nacd->nad", context, rows[where]).norm(dim=2)
+        ratio = block.norm(dim=1, keepdim=True) / size
+        parts.append(context * torch.where(size > 0, ratio, torch.ones_like(ratio)).unsqueeze(2))
+    return torch.cat(parts)
+
+
 def explained(blocks: Tensor, rows: Tensor) -> Tensor:
     """The share of each block's energy that each hypermodule explains with its best context.
 

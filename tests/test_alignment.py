@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 import math
 
 import pytest
@@ -23,6 +24,7 @@ from surgery.alignment import (
     explained_pairs,
     fit_contexts,
     mass,
+    scale_contexts,
     starting_weight,
     usage,
 )
@@ -158,6 +160,24 @@ def test_fitted_contexts_are_least_squares(seed: int, context: int, width: int) 
         for a in range(3):
             best = torch.linalg.lstsq(rows[names[n, a]].T, blocks[n].unsqueeze(1)).solution.squeeze(1)
             assert torch.allclose(fitted[n, a], best, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.integers(1, 4), st.integers(2, 12))
+def test_scaled_contexts_keep_direction_and_the_block_s_length(seed: int, context: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    blocks, rows = (
+        torch.randn(5, width, generator=generator),
+        torch.randn(3, context, width, generator=generator),
+    )
+    places = torch.randint(3, (5, 2), generator=generator)
+    fitted = fit_contexts(blocks, rows, places)
+    scaled = scale_contexts(fitted, blocks, rows, places)
+    for n, a in itertools.product(range(5), range(2)):
+        made = scaled[n, a] @ rows[places[n, a]]
+        assert made.norm() == pytest.approx(float(blocks[n].norm()), rel=1e-3)
+        assert torch.cosine_similarity(scaled[n, a], fitted[n, a], dim=0) == pytest.approx(1, abs=1e-4)
+    assert scale_contexts(torch.zeros(5, 2, context), blocks, rows, places).abs().max() == 0
 
 
 def test_fitted_contexts_of_dependent_rows_stay_finite() -> None:

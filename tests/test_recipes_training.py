@@ -118,6 +118,18 @@ def test_every_recipe_runs_from_end_to_end(name, folder, tmp_path):
             torch.testing.assert_close(back[name], tensor, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "name", [f"synthetic{kind}" for kind in ("", "_paper", "_single", "_random", "_oracle")]
+)
+def test_synthetic_recipes_run_and_share_as_they_say(name, tmp_path):
+    recipe = Recipe.of(override(read_document(name), [f"out={tmp_path / 'joint'}"]))
+    report = train_recipe(recipe, fast_run=True, cpu=True)[1]
+    modules = report.hypermodules["1x20-float32"]
+    assert {"synthetic_single": modules == 30, "synthetic_oracle": modules == 3}.get(name, modules < 30)
+    assert report.tests["tasks"].metric is not None
+    assert surgery.load(tmp_path / "joint").names == ("tasks",)
+
+
 def examples(part):
     batches = [as_batch(raw) for raw in part]
     return torch.cat([b.args[0] for b in batches]), torch.cat([b.target for b in batches])

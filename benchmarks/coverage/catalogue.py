@@ -6,6 +6,7 @@ library's own (layers that all models use do not count); the one with the fewest
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -74,10 +75,18 @@ def _build_timm(name: str) -> tuple[nn.Module, Inputs | None]:
     """With the inputs that surgery makes up for timm, but one picture, and not run to see whether it works."""
     import timm
 
-    with torch.device("meta"):
-        size = sum(p.numel() for p in timm.create_model(name, pretrained=False).parameters())
-    # What does not fit into memory beside its copy has all of its layers in a row of equal ones.
-    module = timm.create_model(name, pretrained=False, **({"depth": 2} if size > LARGEST else {}))
+    def size(**options: Any) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in timm.create_model(name, pretrained=False, **options).parameters())
+
+    chosen: dict[str, Any] = {}
+    if size() > LARGEST:  # no memory for it beside its copy: fewer of the layers that it repeats
+        for options in ({"depth": 2}, {"depths": (1, 1, 1, 1)}):
+            with contextlib.suppress(TypeError):
+                size(**options)
+                chosen = options
+                break
+    module = timm.create_model(name, pretrained=False, **chosen)
     made = timm_picture(module, 0)
     return module, made and Inputs((made.args[0][:1],), {}, made.source)
 

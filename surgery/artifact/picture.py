@@ -7,12 +7,12 @@ the same numbers.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from surgery.artifact.shares import COPIES, ROWS, Shares
+from surgery.drawing import EMPTY, GRID, INK, MUTED, new_figure, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 FEW = 6  # members whose names and figures fit into the right half; more are numbered
 MOST = 10  # members drawn one by one; the others are drawn as one
 _COLOURS = 48  # of the palette: flat areas and text edges need no more
-_INK, _MUTED, _GRID, _EMPTY = "#1f2933", "#66727f", "#e3e7eb", "#edf0f2"
 _FILLS = {
     ROWS: "#d1495b", COPIES: "#edae49", "native": "#9aa7b3", "bfloat16": "#66a182",
     "int12": "#b9d8ee", "int10": "#9cc6e5", "int8": "#7fb2d9",
@@ -37,14 +36,10 @@ def draw_sharing(shares: Shares, before: Mapping[str, int]) -> bytes:
         shares: as `count_shares` returns them.
         before: bytes of each member's own tensors.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
-
     shares, before = _fold(shares, before)
     count = len(shares.members)
     height = 1.5 + 0.36 * max(count, 3 if count > 1 else 1)
-    figure = Figure(figsize=(9.2, height), dpi=100, facecolor="white")
+    figure = new_figure(9.2, height)
     widths = [1.5, 1] if count > 1 else [1]
     axes: Any = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     _draw_bytes(axes[0], shares, before)
@@ -54,15 +49,9 @@ def draw_sharing(shares: Shares, before: Mapping[str, int]) -> bytes:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="lower left", bbox_to_anchor=(0.008, 0), ncols=len(labels) or 1, fontsize=8.5,
-        frameon=False, handlelength=1, handleheight=1, columnspacing=1.4, labelcolor=_INK,
+        frameon=False, handlelength=1, handleheight=1, columnspacing=1.4, labelcolor=INK,
     )  # fmt: skip
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    size = canvas.get_width_height()
-    picture = Image.frombuffer("RGBA", size, bytes(canvas.buffer_rgba()), "raw", "RGBA", 0, 1).convert("RGB")
-    file = io.BytesIO()
-    picture.quantize(_COLOURS, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
-    return file.getvalue()
+    return png(figure, _COLOURS)
 
 
 def in_words(count: float) -> str:
@@ -86,21 +75,21 @@ def _draw_bytes(ax: Axes, shares: Shares, before: Mapping[str, int]) -> None:
     sizes = {name: _by_width(kinds) for name, kinds in shares.kinds.items()}
     kinds = sorted({kind for each in sizes.values() for kind in each}, key=_rank)
     names = shares.members
-    ax.barh(range(len(names)), [before[name] for name in names], 0.7, color=_EMPTY, zorder=2)
+    ax.barh(range(len(names)), [before[name] for name in names], 0.7, color=EMPTY, zorder=2)
     start = [0.0] * len(names)
     for kind in kinds:
         width = [sizes[name].get(kind, 0) for name in names]
-        fill = _FILLS.get(kind, _INK)
+        fill = _FILLS.get(kind, INK)
         ax.barh(range(len(names)), width, 0.7, left=start, color=fill, zorder=3, label=_WORDS.get(kind, kind))
         start = [at + each for at, each in zip(start, width, strict=True)]
     for place, name in enumerate(names):
         share = f", {start[place] / before[name]:.0%}" if before[name] else ""
         at = max(start[place], before[name]) + 0.015 * largest
-        ax.text(at, place, f"{in_words(start[place])}{share}", va="center", fontsize=9, color=_INK)
+        ax.text(at, place, f"{in_words(start[place])}{share}", va="center", fontsize=9, color=INK)
     labels = [
         f"{_short(name)}  {i + 1}" if len(names) > FEW else _short(name) for i, name in enumerate(names)
     ]
-    ax.set_yticks(range(len(names)), labels, fontsize=9, color=_INK)
+    ax.set_yticks(range(len(names)), labels, fontsize=9, color=INK)
     ax.set_ylim(len(names) - 0.5, -0.5)
     ax.set_xlim(0, 1.26 * largest)
     ax.xaxis.set_major_locator(MaxNLocator(4))
@@ -109,10 +98,10 @@ def _draw_bytes(ax: Axes, shares: Shares, before: Mapping[str, int]) -> None:
             lambda value, _: in_words(value).replace(".00 ", " ").replace(".0 ", " ") if value else "0"
         )
     )
-    ax.tick_params(axis="x", labelsize=8, labelcolor=_MUTED)
-    ax.grid(axis="x", color=_GRID, linewidth=0.8, zorder=0)
+    ax.tick_params(axis="x", labelsize=8, labelcolor=MUTED)
+    ax.grid(axis="x", color=GRID, linewidth=0.8, zorder=0)
     _bare(ax)
-    ax.set_title("Bytes of each member now (grey: before)", fontsize=10, color=_INK, loc="left", pad=7)
+    ax.set_title("Bytes of each member now (grey: before)", fontsize=10, color=INK, loc="left", pad=7)
 
 
 def _draw_blocks(ax: Axes, shares: Shares) -> None:
@@ -122,16 +111,16 @@ def _draw_blocks(ax: Axes, shares: Shares) -> None:
     blocks = np.array(shares.blocks, dtype=float)
     count = len(blocks)
     depth = np.sqrt(blocks / max(float(blocks.max()), 1.0))
-    warm = LinearSegmentedColormap.from_list("warm", [_EMPTY, "#f6c9a0", "#e2795b", _FILLS[ROWS]], 16)
+    warm = LinearSegmentedColormap.from_list("warm", [EMPTY, "#f6c9a0", "#e2795b", _FILLS[ROWS]], 16)
     ax.imshow(depth, cmap=warm, vmin=0, vmax=1, aspect="auto")
     numbered = count > FEW
     names = [str(i + 1) if numbered else _short(name, 12) for i, name in enumerate(shares.members)]
     slanted = count > 3 and not numbered
     side = "right" if slanted else "center"
-    ax.set_xticks(range(count), names, fontsize=8, color=_INK, rotation=30 if slanted else 0, ha=side)
-    ax.set_yticks(range(count), names, fontsize=8, color=_INK)
+    ax.set_xticks(range(count), names, fontsize=8, color=INK, rotation=30 if slanted else 0, ha=side)
+    ax.set_yticks(range(count), names, fontsize=8, color=INK)
     for row, column in () if numbered else np.ndindex(count, count):
-        ink = "white" if depth[row, column] > 0.6 else _INK if depth[row, column] else _MUTED
+        ink = "white" if depth[row, column] > 0.6 else INK if depth[row, column] else MUTED
         ax.text(
             column, row, _figure(float(blocks[row, column])), ha="center", va="center", fontsize=9, color=ink
         )
@@ -139,7 +128,7 @@ def _draw_blocks(ax: Axes, shares: Shares) -> None:
         ax.axhline(edge + 0.5, color="white", linewidth=2)
         ax.axvline(edge + 0.5, color="white", linewidth=2)
     _bare(ax)
-    ax.set_title("Blocks on shared rows, pair by pair", fontsize=10, color=_INK, loc="left", pad=7)
+    ax.set_title("Blocks on shared rows, pair by pair", fontsize=10, color=INK, loc="left", pad=7)
 
 
 def _bare(ax: Axes) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 _MOST = 1 << 27  # numbers in one example input
 
 

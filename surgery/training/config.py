@@ -25,6 +25,8 @@ class Optimizer(Strict):
         name: `adam`, `adamw` or `sgd`.
         lr: learning rate.
         soft_lr: of the soft weights; the paper takes 10 to 100 times `lr`.
+        soft_eps: Adam's epsilon for the soft weights: well above their gradients, steps follow a gradient's
+            size and not only its sign, so that noise decides less.
         weight_decay: of rows and adapters, never of contexts and soft weights.
         momentum: of `sgd`.
         clip: largest norm of all gradients together; none by default.
@@ -35,6 +37,7 @@ class Optimizer(Strict):
     name: Literal["adam", "adamw", "sgd"] = "adam"
     lr: Rate = 1e-3
     soft_lr: Rate = 0.1
+    soft_eps: Rate = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     clip: Rate | None = None
@@ -59,7 +62,9 @@ class Evolution(Strict):
         power: exponent of the share of a block's energy that a hypermodule explains, in an `explain` draw;
             the higher, the rarer are challengers that could not take over the block.
         siblings: whether the same location of members with the same tensor is tried first; with `explain`.
-        contexts: challengers use the location's `own` context, or one `fitted` to its block.
+        contexts: challengers use the location's `own` context, one `fitted` to its block by least squares, or
+            a fitted one `scaled` so that the block that it generates is as long as the incumbent's: a fit alone
+            shortens every block that a challenger does not wholly explain, which costs it the contest.
         alpha: probability of not choosing the incumbent, at the start of a generation; the number of
             challengers over that of alternatives makes all alike.
         final_alpha: what `alpha` falls to, geometrically, until the last generation; none keeps it.
@@ -75,7 +80,7 @@ class Evolution(Strict):
     draw: Literal["usage", "uniform", "explain"] = "usage"
     power: Rate = 1.0
     siblings: bool = False
-    contexts: Literal["own", "fitted"] = "own"
+    contexts: Literal["own", "fitted", "scaled"] = "own"
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
     final_alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
     epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-4
@@ -85,8 +90,8 @@ class Evolution(Strict):
     def _fits(self) -> Evolution:
         if self.start == "random" and self.hypermodules is None:
             raise ValueError("a random start needs 'hypermodules', how many there are to share")
-        if self.codes != "contexts" and self.contexts == "fitted":
-            raise ValueError(f"codes that are {self.codes} have no contexts, so none can be fitted")
+        if self.codes != "contexts" and self.contexts != "own":
+            raise ValueError(f"codes that are {self.codes} have no contexts, so none can be {self.contexts}")
         return self
 
 

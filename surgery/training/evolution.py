@@ -18,6 +18,7 @@ from surgery.alignment import (
     draw_new,
     draw_uniformly,
     fit_contexts,
+    scale_contexts,
 )
 from surgery.contest import Contest
 from surgery.dictionary import Bank
@@ -59,10 +60,12 @@ def contend(
     drawn, new = draw_new(drawn, settings.epsilon, capacity - bank.hypermodules, bank.hypermodules, generator)
     resized = [_grow(bank, new, generator)] if new else []
     contexts = None
-    if settings.contexts == "fitted":
+    if settings.contexts != "own":
         with torch.no_grad():
             blocks = bank.blocks()[chosen]
             contexts = fit_contexts(blocks, _hypermodules(bank), drawn)
+            if settings.contexts == "scaled":
+                contexts = scale_contexts(contexts, blocks, _hypermodules(bank), drawn)
     bank.contest = Contest(bank.psi, bank.hypermodules, chosen, drawn, bank.context, alpha, contexts)
     return resized
 

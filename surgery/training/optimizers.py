@@ -43,7 +43,7 @@ def make_optimizer(joint: JointModel, settings: Optimizer) -> torch.optim.Optimi
             "weight_decay": 0.0,
         },
         {"params": adapters, "role": "adapters", "weight_decay": decay},
-        {"params": [], "role": "soft", "weight_decay": 0.0, "lr": settings.soft_lr},
+        {"params": [], "role": "soft", "weight_decay": 0.0, "lr": settings.soft_lr, "eps": settings.soft_eps},
     ]
     return OPTIMIZERS[settings.name](groups, settings)
 

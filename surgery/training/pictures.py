@@ -1,10 +1,213 @@
-"""Pictures of a training run, from its log."""
+"""Pictures of a training run, from its log: losses, who uses the modules, which layers share, the alignment.
+
+# MUiR, Figs. 2, 3a and 3b
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surgery.drawing import GRID, INK, MUTED, PALETTE, new_figure, png, tidy
+from surgery.training.runlog import read_log
+
+Line = dict[str, Any]
+_MOST = 8  # subsets of members that are drawn one by one
 
 
 def draw_run(log: Path) -> dict[str, bytes]:
-    """PNG files by name."""
-    return {}
+    """PNG files by name; those for which the log holds nothing are left out.
+
+    Raises:
+        TrainingError: where there is no log.
+    """
+    lines = read_log(log)
+    start = next((line for line in lines if line["event"] == "start"), None)
+    generations = [line for line in lines if line["event"] == "generation"]
+    end = next((line for line in lines if line["event"] == "end"), None)
+    if start is None or not generations:
+        return {}
+    drawn = {name: draw(start, generations, end) for name, draw in PICTURES.items()}
+    return {name: content for name, content in drawn.items() if content is not None}
+
+
+def draw_losses(start: Line, generations: Sequence[Line], end: Line | None) -> bytes:
+    """Every task's training and validation loss, relative to its first, and the size of the dictionary."""
+    figure = new_figure(9.2, 3.6)
+    left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
+    steps = [line["generation"] + 1 for line in generations]
+    for task, colour in zip(start["tasks"], _colours(len(start["tasks"])), strict=True):
+        first = abs(generations[0]["losses"][task]) or 1.0
+        left.plot(
+            steps, [line["losses"][task] / first for line in generations], color=colour, lw=1.6, label=task
+        )
+        judged = [line for line in generations if task in line["validation"]]
+        if judged:
+            scale = abs(judged[0]["validation"][task]["loss"]) or 1.0
+            left.plot(
+                [line["generation"] + 1 for line in judged],
+                [line["validation"][task]["loss"] / scale for line in judged],
+                color=colour, lw=0.8, ls="--", marker="o", ms=2.5,
+            )  # fmt: skip
+    left.set_yscale("log")
+    if end is not None:
+        left.axvline(end["best"] + 1, color=MUTED, lw=0.8, ls=":")
+        left.text(
+            end["best"] + 1,
+            0.99,
+            " kept",
+            transform=left.get_xaxis_transform(),
+            fontsize=8,
+            color=MUTED,
+            va="top",
+        )
+    left.grid(axis="y", color=GRID, lw=0.8)
+    left.set_xlabel("generation")
+    left.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+    tidy(left, "Loss relative to the first (dashed: validation)")
+    share = [100 * line["share"] for line in generations]
+    right.plot(steps, share, color=INK, lw=1.6)
+    right.annotate(
+        f"{share[-1]:.0f}%", (steps[-1], share[-1]), (4, 0), textcoords="offset points", fontsize=8.5
+    )
+    right.set_ylim(0, max(110, *share))
+    right.set_xlabel("generation")
+    right.grid(axis="y", color=GRID, lw=0.8)
+    tidy(right, "Numbers in the dictionary, % of the sites'")
+    figure.tight_layout(pad=0.8, w_pad=2)
+    return png(figure)
+
+
+def draw_subsets(start: Line, generations: Sequence[Line], end: Line | None) -> bytes | None:
+    """How many hypermodules each subset of the members uses, generation by generation. # Fig. 3a"""
+    names = sorted(
+        {name for line in generations for name in line["subsets"]}, key=lambda n: (-n.count("+"), n)
+    )
+    names = [name for name in names if name]
+    if not names:
+        return None
+    counts = {name: np.array([line["subsets"].get(name, 0) for line in generations]) for name in names}
+    if len(names) > _MOST:
+        ranked = sorted(names, key=lambda name: -counts[name].max())
+        shown = [name for name in names if name in ranked[: _MOST - 1]]
+        counts["all others"] = sum(counts[name] for name in names if name not in shown)
+        names = [*shown, "all others"]
+    figure = new_figure(9.2, 3.8)
+    axes = figure.subplots()
+    steps = [line["generation"] + 1 for line in generations]
+    axes.stackplot(steps, [counts[name] for name in names], colors=_colours(len(names)), labels=names, lw=0)
+    axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
+    axes.set_xlabel("generation")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(
+        handles[::-1], [_words(label, start["members"]) for label in labels[::-1]], frameon=False, fontsize=8.5,
+        labelcolor=INK, loc="upper left", bbox_to_anchor=(1.07, 1),
+    )  # fmt: skip
+    size = axes.twinx()
+    size.plot(steps, [100 * line["share"] for line in generations], color=INK, lw=1.4)
+    size.set_ylim(0, 110)
+    size.set_ylabel("size, % of the sites' numbers (line)")
+    tidy(size)
+    tidy(axes, "Hypermodules by the members that use them")
+    figure.tight_layout(pad=0.8)
+    return png(figure)
+
+
+def draw_layers(start: Line, generations: Sequence[Line], end: Line | None) -> bytes | None:
+    """Which layers share hypermodules more and less than chance would have them. # Fig. 3b"""
+    overlap = [o for o in (end or {}).get("overlap", {}).values() if len(o["layers"]) > 1]
+    if not overlap:
+        return None
+    figure = new_figure(5.4 * len(overlap) + 0.6, 5.0)
+    for axes, each in zip(figure.subplots(1, len(overlap), squeeze=False)[0], overlap, strict=True):
+        observed, expected = np.array(each["observed"], float), np.array(each["expected"], float)
+        ratio = np.log2((observed + 0.5) / (expected + 0.5))
+        limit = max(1.0, float(np.abs(ratio).max()))
+        drawn = axes.imshow(ratio, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        members = [layer[0] for layer in each["layers"]]
+        starts = [k for k in range(len(members)) if k == 0 or members[k] != members[k - 1]]
+        middles = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(members)], strict=True)]
+        for place in starts[1:]:
+            axes.axhline(place - 0.5, color=INK, lw=0.8)
+            axes.axvline(place - 0.5, color=INK, lw=0.8)
+        axes.set_xticks(middles, [members[k] for k in starts])
+        axes.set_yticks(middles, [members[k] for k in starts], rotation=90, va="center")
+        bar = figure.colorbar(drawn, ax=axes, shrink=0.75, pad=0.03)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(labelsize=8, colors=MUTED, length=0)
+        bar.set_label("log2 of shared hypermodules against chance", fontsize=8.5, color=MUTED)
+        tidy(axes, f"Sharing between layers ({int(observed.diagonal().sum())} uses)")
+    figure.tight_layout(pad=0.8)
+    return png(figure)
+
+
+def draw_alignment(start: Line, generations: Sequence[Line], end: Line | None) -> bytes | None:
+    """The hypermodule of every location, generation by generation: what survives to the end is in colour. # Fig. 2"""
+    banks = [key for key in generations[0]["alignment"] if key in generations[-1]["alignment"]]
+    if not banks:
+        return None
+    figure = new_figure(9.2, 3.4 * len(banks))
+    for axes, key in zip(figure.subplots(len(banks), 1, squeeze=False)[:, 0], banks, strict=True):
+        strip = np.array([line["alignment"][key] for line in generations]).T
+        order = _by_layer(start["sites"], key, strip)
+        axes.imshow(
+            _painted(strip)[order], aspect="auto", interpolation="nearest",
+            extent=(generations[0]["generation"] + 0.5, generations[-1]["generation"] + 1.5, len(strip), 0),
+        )  # fmt: skip
+        axes.set_yticks([])
+        axes.set_ylabel(f"{len(strip)} locations")
+        axes.set_xlabel("generation")
+        kept = len(np.unique(strip[:, -1]))
+        tidy(axes, f"Which hypermodule generates which location; {kept} at the end")
+    figure.tight_layout(pad=0.8)
+    return png(figure, 256)
+
+
+PICTURES: dict[str, Callable[[Line, Sequence[Line], Line | None], bytes | None]] = {
+    "losses.png": draw_losses,
+    "modules.png": draw_subsets,
+    "layers.png": draw_layers,
+    "alignment.png": draw_alignment,
+}
+"""What is drawn of a run, by file name."""
+
+
+def _by_layer(sites: Sequence[Any], key: str, strip: Any) -> Any:
+    """Locations in the order of members, and within each layer those of one final hypermodule side by side."""
+    rank = np.zeros(len(strip), int)
+    for number, site in enumerate(site for site in sites if site[2] == key):
+        rank[site[3] : site[4]] = number
+    return np.lexsort((strip[:, -1], rank))
+
+
+def _painted(strip: Any) -> Any:
+    """Colours `[locations, generations, 3]`: by survivor, in greys by number for what went."""
+    survivors, counts = np.unique(strip[:, -1], return_counts=True)
+    ranked = survivors[np.argsort(-counts, kind="stable")]
+    grey = 0.93 - 0.22 * ((strip * 0.6180339887) % 1.0)
+    painted = np.repeat(grey[..., None], 3, axis=2)
+    if len(ranked) < 0.9 * len(strip):
+        for number, colour in zip(ranked, _colours(min(len(ranked), 40)), strict=False):
+            painted[strip == number] = colour
+    return painted
+
+
+def _colours(count: int) -> list[Any]:
+    """The palette, then colours between its own."""
+    from matplotlib.colors import hsv_to_rgb, to_rgb
+
+    more = [
+        hsv_to_rgb(((k * 0.6180339887) % 1, 0.45, 0.8 - 0.2 * (k % 2))) for k in range(count - len(PALETTE))
+    ]
+    return [*map(to_rgb, PALETTE[:count]), *more]
+
+
+def _words(subset: str, members: Sequence[str]) -> str:
+    """A subset's name, short where it has many members."""
+    parts = subset.split("+")
+    if len(parts) == len(members) > 1:
+        return f"all {len(members)}" if len(members) > 2 else "both"
+    return subset if len(subset) < 40 else f"{len(parts)} of {len(members)}"

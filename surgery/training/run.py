@@ -14,6 +14,7 @@ from typing import Any
 
 from surgery.errors import TrainingError
 from surgery.progress import task as progress_task
+from surgery.training.analysis import kinds_of_modules, layer_overlap
 from surgery.training.config import Training
 from surgery.training.report import TrainReport, dictionary_numbers
 from surgery.training.runlog import STRIP, RunLog, subsets
@@ -216,10 +217,17 @@ class Run:
             stopped=stopped,
             seconds=self.seconds,
         )
-        self.log.write("end", **report.document())
+        self.log.write("end", **report.document(), **self._analysis())
         if self.config.trackers:
             trainer.accelerator.end_training()
         return report
+
+    def _analysis(self) -> dict[str, Any]:
+        """Which layers share, and what sets shared hypermodules apart, in the state that was kept."""
+        joint = self.trainer.joint
+        shared = [key for key, bank in self.trainer.banks.items() if bank.hypermodules]
+        overlap = {key: layer_overlap(joint, key) for key in shared}
+        return {"overlap": overlap, "statistics": kinds_of_modules(joint)}
 
     def _describe(self) -> dict[str, Any]:
         """The log's first line: what is trained."""

@@ -67,6 +67,22 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def find_log(source: str | Path) -> Path:
+    """The log of an artifact, of a run's own folder, or of the run that is to become the artifact.
+
+    Raises:
+        TrainingError: where there is none.
+    """
+    folder = Path(source).expanduser()
+    places = [folder / "training" / NAME, folder / NAME, Path(f"{folder}.training") / NAME]
+    for path in [folder, *places] if folder.suffix == ".jsonl" else places:
+        if path.is_file():
+            return path
+    raise TrainingError(
+        f"{source} must be a folder that surgery train wrote or is writing, but there is no {NAME} in it."
+    )
+
+
 def subsets(joint: JointModel) -> dict[str, int]:
     """How many hypermodules each set of members uses, the members' names joined by `+`. # Fig. 3a"""
     found: dict[str, int] = {}

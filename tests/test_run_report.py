@@ -1,0 +1,139 @@
+"""What is told of a training run: sharing against chance, statistics, pictures, and the verb that draws them."""
+
+import io
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+import training_nets
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from surgery_cli.__main__ import app
+from typer.testing import CliRunner
+
+from surgery.errors import TrainingError
+from surgery.training.analysis import STATISTICS, kinds_of_modules, layer_overlap
+from surgery.training.config import Evolution
+from surgery.training.pictures import PICTURES, draw_run
+from surgery.training.runlog import find_log, read_log
+from surgery.training.starts import start
+from surgery.training.train import train
+
+
+def opened(psi=None, seed=0):
+    """Two small members with one bank, their alignment as it starts or as given."""
+    joint = training_nets.build()
+    start(joint, Evolution(), seed)
+    if psi is not None:
+        key = next(iter(joint.dictionary))
+        joint.dictionary[key].psi = torch.tensor(psi)
+    return joint
+
+
+def test_every_location_for_itself_shares_nothing_and_chance_knows():
+    joint = opened()
+    key = next(iter(joint.dictionary))
+    overlap = layer_overlap(joint, key)
+    observed, expected = np.array(overlap["observed"]), np.array(overlap["expected"])
+    sizes = [
+        p.grid.locations for m in joint.names for p in sorted(joint.plan.of(m), key=lambda p: p.site.order)
+    ]
+    assert [layer[0] for layer in overlap["layers"]] == ["a"] * (len(sizes) // 2) + ["b"] * (len(sizes) // 2)
+    assert (observed == np.diag(sizes)).all()
+    assert np.allclose(
+        expected, observed, atol=1e-3
+    )  # a hypermodule used once is in one layer, whoever deals
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31 - 1), st.integers(1, 6))
+def test_chance_is_the_mean_over_dealt_alignments(seed, hypermodules):
+    joint = opened()
+    key = next(iter(joint.dictionary))
+    bank = joint.dictionary[key]
+    generator = torch.Generator().manual_seed(seed)
+    psi = torch.randint(hypermodules, (bank.locations,), generator=generator)
+    bank.psi = psi
+    expected = np.array(layer_overlap(joint, key)["expected"])
+    total, deals = 0, 400
+    for _ in range(deals):
+        bank.psi = psi[torch.randperm(len(psi), generator=generator)]
+        total = total + np.array(layer_overlap(joint, key)["observed"], float)
+    assert np.abs(total / deals - expected).max() < 5 * 0.5 * hypermodules**0.5 / deals**0.5 + 1e-3
+
+
+def test_generic_and_specific_hypermodules_are_told_apart():
+    joint = opened()
+    key = next(iter(joint.dictionary))
+    bank = joint.dictionary[key]
+    owner = torch.zeros(bank.locations, dtype=torch.long)
+    for p in joint.plan.placements:
+        owner[p.start : p.stop] = joint.names.index(p.site.member)
+    # Hypermodules 0 and 1 are used by both members and made ten times as large, all others by one.
+    psi = torch.arange(bank.locations)
+    for number, (one, other) in enumerate(
+        zip((owner == 0).nonzero()[:2, 0], (owner == 1).nonzero()[:2, 0], strict=True)
+    ):
+        psi[one] = psi[other] = number
+    bank.psi = psi
+    with torch.no_grad():
+        bank.rows[: 2 * bank.context] *= 10
+    rows = {(r["tensor"], r["statistic"]): r for r in kinds_of_modules(joint)}
+    assert set(rows) == set(itertools.product("Hz", STATISTICS))
+    used = torch.unique(psi)
+    assert rows["H", "norm"]["counts"] == [2, len(used) - 2]
+    norms = bank.rows.detach().view(bank.hypermodules, -1).norm(dim=1)
+    assert rows["H", "norm"]["generic"] == pytest.approx(float(norms[:2].mean()), rel=1e-5)
+    assert rows["H", "norm"]["specific"] == pytest.approx(float(norms[used[used > 1]].mean()), rel=1e-5)
+    assert rows["H", "max"]["p"] < 0.05 < rows["z", "max"]["p"]  # contexts stayed as they were
+
+
+def test_without_two_kinds_there_are_no_statistics():
+    assert kinds_of_modules(opened()) == []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run with its log, and the artifact."""
+    folder = tmp_path_factory.mktemp("run")
+    joint = training_nets.build()
+    train(joint, training_nets.tasks(), training_nets.CONFIG, folder=folder, cpu=True)
+    return folder
+
+
+def pixels(content):
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).reshape(-1, 3)
+
+
+def test_every_picture_is_drawn_and_shows_something(run):
+    drawn = draw_run(find_log(run))
+    assert set(drawn) == set(PICTURES)
+    for content in drawn.values():
+        assert len(np.unique(pixels(content), axis=0)) > 8
+    assert drawn == draw_run(find_log(run)), "the same log gives the same bytes"
+
+
+def test_a_run_that_still_goes_on_is_drawn_as_far_as_it_is(run, tmp_path):
+    lines = [json.dumps(line) for line in read_log(find_log(run)) if line["event"] != "end"]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines[:3]) + '\n{"event": "gener')
+    assert set(draw_run(tmp_path / "log.jsonl")) == {"losses.png", "modules.png", "alignment.png"}
+    (tmp_path / "log.jsonl").write_text(lines[0] + "\n")
+    assert draw_run(tmp_path / "log.jsonl") == {}
+
+
+def test_the_verb_draws_and_tells(run, tmp_path):
+    found = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "pictures"), "--json"])
+    assert found.exit_code == 0, found.output
+    told = json.loads(found.stdout)
+    assert told["finished"] and told["generations"] == 6 and told["members"] == ["a", "b"]
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == sorted(PICTURES)
+    shown = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "pictures")])
+    assert "6 generations, finished" in shown.output and "layers.png" in shown.output
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(TrainingError, match=r"no log\.jsonl in it"):
+        find_log(tmp_path)
