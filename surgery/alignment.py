@@ -32,7 +32,9 @@ def draw_locations(locations: int, fraction: float, generator: torch.Generator) 
         generator: on the CPU, so that every process and device draws the same.
     """
     count = min(locations, max(1, round(fraction * locations)))
-    return torch.randperm(locations, generator=generator)[:count].sort().values
+    chosen = torch.zeros(locations, dtype=torch.bool)
+    chosen[torch.randperm(locations, generator=generator)[:count]] = True
+    return chosen.nonzero().squeeze(1)
 
 
 def draw_by_usage(psi: Tensor, count: int, challengers: int, generator: torch.Generator) -> Tensor:
@@ -108,8 +110,11 @@ def mass(candidates: Tensor, soft: Tensor) -> Tensor:
         soft: `[N, A]` soft weights.
     """
     probability = soft.softmax(1)
-    same = candidates.unsqueeze(1) == candidates.unsqueeze(2)
-    return (same * probability.unsqueeze(1)).sum(2)
+    columns = [  # one pass for each alternative: [N, A, A] would be written and read as a whole
+        torch.where(candidates == candidates[:, a : a + 1], probability, 0.0).sum(1)
+        for a in range(candidates.shape[1])
+    ]
+    return torch.stack(columns, 1)
 
 
 def decide(candidates: Tensor, soft: Tensor) -> Tensor:

@@ -121,6 +121,8 @@ class Bank(nn.Module):
         rounding of that sum; differences within the bound gamma_c * sum |z_j H_j| are rounding and are taken
         away.
         """
+        if not self.hypermodules and self.diagonals is None and self.origin is None:
+            return self.rows.detach()[self.psi].mul_(self.contexts[:, :1])  # no second copy of large banks
         blocks = generate(self.rows, *self.codes())
         single = self.psi >= self.hypermodules
         # One product, not a sum that starts from 0: a sum would turn -0.0 into 0.0.
@@ -187,7 +189,7 @@ def exact_bank(blocks: Tensor, block: tuple[int, int], context: int = 1) -> Bank
     Blocks equal up to a factor share a row too where the factor gives every value back bit for bit.
 
     Args:
-        blocks: `[L, m*n]`, float32 or float64.
+        blocks: `[L, m*n]`, float32 or float64; the bank takes it over where no two are equal.
         block: (m, n).
         context: c that later hypermodules will have.
     """
@@ -195,7 +197,7 @@ def exact_bank(blocks: Tensor, block: tuple[int, int], context: int = 1) -> Bank
     rows, psi = torch.unique(representative, return_inverse=True)
     contexts = blocks.new_zeros(len(blocks), context)
     contexts[:, 0] = factor
-    kept = blocks.clone() if len(rows) == len(blocks) else blocks[rows]
+    kept = blocks if len(rows) == len(blocks) else blocks[rows]
     return Bank(block, kept, psi, contexts, hypermodules=0)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 FRESH_MEMORY_BYTES = 32 * 2**20  # glibc's largest allocation that may use memory freed earlier (64-bit)
+LARGEST_KEPT = 2**30  # bytes; where blocks are larger, memory is scarcer than the time of its first touch
 REGIONS_KEPT = 4  # blocks and the rows' gradient, each with a spare
 
 _regions: list[
@@ -28,7 +29,7 @@ _lock = threading.Lock()
 
 
 def empty_kept(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised CPU tensor, in a kept region if one of its size is free.
+    """An uninitialised CPU tensor, in a kept region if one of its size is free; above 1 GiB never in one.
 
     Args:
         rows: number of rows.
@@ -44,7 +45,7 @@ def empty_kept(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """
     count = rows * columns
     size = count * dtype.itemsize
-    if not size or sys.platform == "win32":
+    if not size or size > LARGEST_KEPT or sys.platform == "win32":
         return torch.empty(rows, columns, dtype=dtype)
     with _lock:
         free = [memory for memory, user in _regions if user() is None and size <= len(memory) <= 2 * size]
