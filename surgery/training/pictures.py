@@ -139,9 +139,9 @@ def draw_layers(start: Line, generations: Sequence[Line], end: Line | None) -> b
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=8, colors=MUTED, length=0)
         bar.set_label("log2 of shared hypermodules against chance", fontsize=8.5, color=MUTED)
-        tidy(axes, f"Sharing between layers ({int(observed.diagonal().sum())} uses)")
+        tidy(axes, "Sharing between layers")
     figure.tight_layout(pad=0.8)
-    return png(figure)
+    return png(figure, 256)
 
 
 def draw_alignment(start: Line, generations: Sequence[Line], end: Line | None) -> bytes | None:
