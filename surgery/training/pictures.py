@@ -93,7 +93,7 @@ def draw_subsets(start: Line, generations: Sequence[Line], end: Line | None) -> 
     if len(names) > _MOST:
         ranked = sorted(names, key=lambda name: -counts[name].max())
         shown = [name for name in names if name in ranked[: _MOST - 1]]
-        counts["all others"] = sum(counts[name] for name in names if name not in shown)
+        counts["all others"] = np.sum([counts[name] for name in names if name not in shown], axis=0)
         names = [*shown, "all others"]
     figure = new_figure(9.2, 3.8)
     axes = figure.subplots()
