@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from surgery.inputs import ROUNDS, example_inputs, inputs_for_part
+from surgery.inputs.complaint import read
+from surgery.inputs.sample import Sample, TooLargeError
 from surgery.member import Origin
 
 ORIGIN = Origin("transformers", "m", "M")
@@ -86,9 +88,35 @@ def needs_tokens(model, pixels, features, ids, *rest):
     return pixels
 
 
+def needs_small_ids(model, pixels, features, ids, *rest):
+    if ids is None:
+        raise ValueError("You must specify input_ids")
+    return nn.Embedding(9, 2)(ids)
+
+
+def needs_equal_sides(model, pixels, features, *rest):
+    """The first proposal for a width that both inputs have is the wrong input: the search has to come back."""
+    if features is None:
+        raise ValueError("You have to specify input_features")
+    if pixels.shape[-1] != 32:
+        raise ValueError("nothing that a rule reads")
+    return features.flatten(0, 1)[:, :32] @ torch.zeros(48, 2) if features.shape[-1] != 48 else features
+
+
+def needs_windows(model, pixels, *rest):
+    return pixels.reshape(2, 3, 2, 40, 2, 40)
+
+
+def needs_taller(model, pixels, *rest):
+    height, width = pixels.shape[-2:]
+    if height < 100:
+        raise ValueError(f"Image size {height}x{width} is too small to be scaled")
+    return pixels
+
+
 BODIES = (
     needs_channels, needs_width, needs_norm, needs_rows, needs_pairs, needs_clips, needs_size, needs_no_cache,
-    needs_features, needs_something, needs_tokens,
+    needs_features, needs_something, needs_tokens, needs_small_ids, needs_equal_sides, needs_windows, needs_taller,
 )  # fmt: skip
 
 
@@ -106,7 +134,7 @@ def _without_dummies():
 
 @pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
 def test_what_an_error_asks_for_is_given(body):
-    model = Model(body, image_token_id=7)
+    model = Model(body, image_token_id=7, patch_size=20, num_mel_bins=32)
     inputs = example_inputs(model, ORIGIN)
     model(*inputs.args, **inputs.kwargs)
     assert inputs.source.endswith(", repaired")
@@ -117,6 +145,31 @@ def test_a_model_that_runs_at_once_is_run_once():
     calls = []
     inputs = example_inputs(Model(lambda *args: calls.append(args) or args[1]), ORIGIN)
     assert len(calls) == 1 and "repaired" not in inputs.source
+
+
+def test_a_complaint_names_what_was_none_and_the_table_that_was_too_small():
+    def forward(pixel_values=None, other=None):
+        return pixel_values.shape
+
+    with pytest.raises(AttributeError) as caught:
+        forward()
+    assert (
+        read(caught.value).empty == ("pixel_values",) and "pixel_values.shape" in read(caught.value).lines[-1]
+    )
+    with pytest.raises(IndexError) as caught:
+        nn.Embedding(9, 2)(torch.tensor([3, 12]))
+    assert read(caught.value).rows == 9
+
+
+def test_no_argument_takes_gigabytes():
+    sample = Sample(types.SimpleNamespace(to_dict=dict), torch.Generator(), torch.float32)
+    with pytest.raises(TooLargeError):
+        sample.normal(1 << 14, 1 << 14)
+
+    def shouts(model, pixels, *rest):
+        raise RuntimeError("shape '[-1, 3, 2, 90000, 90000]' is invalid for input of size 6144")
+
+    assert inputs_for_part(Model(shouts)) is None
 
 
 def test_repairs_come_to_an_end():

@@ -1,8 +1,9 @@
 """Example inputs: arguments of one small forward call, for tracing.
 
 What the user gives comes first. Without it, timm models state their input size, and for transformers models a
-short list of ways is tried until one forward pass works: the model's own dummy inputs, its main input, the
-required arguments of its forward, the arguments of its modalities, embeddings for ids, and a batch of one.
+short list of ways is tried until one forward pass works: text with all that a multimodal model reads beside it, the
+model's own dummy inputs, its main input, the required arguments of its forward, the arguments of its modalities,
+embeddings for ids, and a batch of one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from surgery.errors import LoadError
 from surgery.inputs.fields import known, make
 from surgery.inputs.repairs import outline, repairs
-from surgery.inputs.sample import Sample
+from surgery.inputs.sample import Sample, TooLargeError
 from surgery.member import Inputs, Origin
 from surgery.origins.base import one_line, quiet
 
@@ -232,7 +233,10 @@ def _main(module: Any) -> list[str]:
 def _fields(module: Any, seed: int, names: list[str], source: str, batch: int = 2) -> Inputs | None:
     """Values for those of `names` that forward accepts and that are known how to make."""
     sample = _sample(module, seed, batch)
-    values = {name: make(name, sample) for name in _accepted(module, dict.fromkeys(names)) if known(name)}
+    try:
+        values = {name: make(name, sample) for name in _accepted(module, dict.fromkeys(names)) if known(name)}
+    except TooLargeError:
+        return None
     return Inputs((), values, source) if values else None
 
 
@@ -261,9 +265,8 @@ def _until_it_works(module: Any, inputs: Inputs, seed: int, failures: list[str])
         if error is None:
             return inputs
         failures.append(f"{inputs.source}: {one_line(error, 120)}")
-        waiting += reversed(
-            _repaired(module, inputs, error, seed)
-        )  # what the last error asks for comes first
+        repaired = _repaired(module, inputs, error, seed)
+        waiting += reversed(repaired)  # what the last error asks for comes first
     return None
 
 
