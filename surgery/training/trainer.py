@@ -129,7 +129,7 @@ class Trainer:
                 loss = self.losses[task.name](output, batch)
             # Elsewhere this would wait for the device; there the generation's sums tell.
             if loss.device.type == "cpu" and not math.isfinite(loss.detach()):
-                raise TrainingError(self._not_finite({task.name: float(loss)}))
+                raise TrainingError(self._not_finite({task.name: float(loss.detach())}))
             self.accelerator.backward(loss * weight)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
             raise TrainingError(explain_failure(task, batch, error)) from error
