@@ -41,26 +41,20 @@ def report(
     against chance (layers.png), the alignment over time (alignment.png), and how generic hypermodules differ from
     specific ones. A run that still goes on can be looked at too.
     """
-    from surgery.training.pictures import draw_run
+    from surgery.training.pictures import write_pictures
     from surgery.training.runlog import find_log, read_log
 
     from . import console
 
     log = find_log(source)
-    folder = Path(out) if out else log.parent
     with console.working(quiet=quiet, json_wanted=json):
-        pictures = draw_run(log)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in pictures.items():
-            beside = folder / f".{name}.new"
-            beside.write_bytes(content)
-            beside.replace(folder / name)
+        pictures = write_pictures(log, Path(out) if out else log.parent)
     lines = read_log(log)
     summary = summarise(lines)
     if json:
-        console.emit({"log": str(log), "pictures": [str(folder / name) for name in pictures], **summary})
+        console.emit({"log": str(log), "pictures": [str(path) for path in pictures], **summary})
     elif not quiet:
-        print_summary(summary, [folder / name for name in pictures])
+        print_summary(summary, pictures)
 
 
 def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from surgery.errors import TrainingError
 from surgery.training.analysis import STATISTICS, kinds_of_modules, layer_overlap
 from surgery.training.config import Evolution
-from surgery.training.pictures import PICTURES, draw_run
+from surgery.training.pictures import PICTURES, draw_run, write_pictures
 from surgery.training.runlog import find_log, read_log
 from surgery.training.starts import start
 from surgery.training.train import train
@@ -137,3 +137,10 @@ def test_the_verb_draws_and_tells(run, tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(TrainingError, match=r"no log\.jsonl in it"):
         find_log(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(TrainingError, match="must be a folder that can be written"):
+        write_pictures(find_log(run), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "in the way"

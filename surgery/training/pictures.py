@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from surgery.drawing import GRID, INK, MUTED, PALETTE, new_figure, png, tidy
+from surgery.errors import TrainingError
 from surgery.training.runlog import read_log
 
 Line = dict[str, Any]
@@ -32,6 +33,25 @@ def draw_run(log: Path) -> dict[str, bytes]:
         return {}
     drawn = {name: draw(start, generations, end) for name, draw in PICTURES.items()}
     return {name: content for name, content in drawn.items() if content is not None}
+
+
+def write_pictures(log: Path, folder: Path) -> list[Path]:
+    """Draw a run's pictures into a folder, each written beside its place and moved there.
+
+    Raises:
+        TrainingError: where there is no log, or the folder cannot be written.
+    """
+    paths = []
+    for name, content in draw_run(log).items():
+        path, beside = folder / name, folder / f".{name}.new"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(content)
+            beside.replace(path)
+        except OSError as error:
+            raise TrainingError(f"{folder} must be a folder that can be written, but: {error}.") from error
+        paths.append(path)
+    return paths
 
 
 def draw_losses(start: Line, generations: Sequence[Line], end: Line | None) -> bytes:
