@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -222,3 +223,9 @@ def print_next(joint: JointModel, folder: Path) -> None:
     console.heading("Next")
     console.command(f"surgery verify {where}")
     console.command(f"surgery export {where} --member {name} --format plain --out {name}-plain")
+
+
+def score_cells(score: Mapping[str, Any] | None) -> list[str]:
+    """A task's loss and metric as a table shows them, from a score as JSON."""
+    metric = (score or {}).get("metric")
+    return ["-" if score is None else f"{score['loss']:.4g}", "-" if metric is None else f"{metric:.4g}"]

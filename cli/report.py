@@ -79,7 +79,7 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def print_summary(summary: dict[str, Any], pictures: list[Path]) -> None:
     """Tasks, modules by subset, statistics, and where the pictures are."""
-    from . import console
+    from . import console, outcome
 
     state = "finished" if summary["finished"] else "not finished"
     share = "" if summary["share"] is None else f", {summary['share']:.0%} of the sites' numbers"
@@ -88,12 +88,7 @@ def print_summary(summary: dict[str, Any], pictures: list[Path]) -> None:
     for name, loss in summary["losses"].items():
         cells = [name, f"{loss:.4g}"]
         for scores in (summary["validation"], summary["tests"]):
-            score = scores.get(name)
-            metric = (score or {}).get("metric")
-            cells += [
-                "-" if score is None else f"{score['loss']:.4g}",
-                "-" if metric is None else f"{metric:.4g}",
-            ]
+            cells += outcome.score_cells(scores.get(name))
         table.add_row(*cells)
     if summary["losses"]:
         console.out.print(table)

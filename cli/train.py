@@ -188,17 +188,13 @@ def run(
 
 def print_report(report: TrainReport, folder: Path) -> None:
     """Each task with what it reached, then the size."""
-    from . import console
+    from . import console, outcome
 
     table = console.table("task", ">validation loss", ">metric", ">test loss", ">metric")
     for name in dict.fromkeys([*report.scores, *report.tests]):
         cells = [name]
         for score in (report.scores.get(name), report.tests.get(name)):
-            metric = score.metric if score is not None else None
-            cells += [
-                "-" if score is None else f"{score.loss:.4g}",
-                "-" if metric is None else f"{metric:.4g}",
-            ]
+            cells += outcome.score_cells(None if score is None else score.document())
         table.add_row(*cells)
     if report.scores or report.tests:
         console.out.print(table)
