@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from surgery.contest import Contest
 from surgery.kernel import DENSE_CODE, TransposedIndex, generate, transpose
 
+_SAME_FINGERPRINT = 4  # different blocks of one fingerprint that `duplicates` tells apart
+
 
 class Bank(nn.Module):
     """Rows, alignment and contexts of all locations with one block shape.
@@ -218,19 +220,33 @@ def duplicates(blocks: Tensor) -> tuple[Tensor, Tensor]:
         return representative, factor
     scale, fingerprint = _fingerprints(blocks)
     bucket = torch.unique(fingerprint, dim=0, return_inverse=True)[1]
-    first = torch.full((int(bucket.max()) + 1,), count, device=blocks.device)
-    first.scatter_reduce_(0, bucket, representative, "amin")
-    leader = first[bucket]
-    ratio = torch.where(scale[leader] != 0, scale / scale[leader], torch.zeros_like(scale)).squeeze(1)
-    ratio = torch.where(
-        (scale == 0).squeeze(1) & (scale[leader] == 0).squeeze(1), torch.ones_like(ratio), ratio
-    )
-    same = torch.empty(count, dtype=torch.bool, device=blocks.device)
+    buckets = int(bucket.max()) + 1
+    left = representative.clone()
+    # Different blocks may share a coarse fingerprint; those that are not the first one's try the next.
+    for _ in range(_SAME_FINGERPRINT):
+        first = torch.full((buckets,), count, device=blocks.device)
+        first.scatter_reduce_(0, bucket[left], left, "amin")
+        leader = first[bucket[left]]
+        ratio = torch.where(scale[leader] != 0, scale[left] / scale[leader], torch.zeros_like(scale[left]))
+        both = ((scale[left] == 0) & (scale[leader] == 0)).squeeze(1)
+        ratio = torch.where(both, torch.ones_like(ratio.squeeze(1)), ratio.squeeze(1))
+        same = _equal_bits(blocks, leader, ratio, left)
+        representative[left[same]], factor[left[same]] = leader[same], ratio[same]
+        left = left[~same]
+        if not len(left):
+            break
+    return representative, factor
+
+
+def _equal_bits(blocks: Tensor, leader: Tensor, ratio: Tensor, blocks_of: Tensor) -> Tensor:
+    """Whether `ratio * blocks[leader]` is `blocks[blocks_of]` bit for bit: `[N]`."""
+    same = torch.empty(len(leader), dtype=torch.bool, device=blocks.device)
     bits = torch.int64 if blocks.dtype == torch.float64 else torch.int32
-    for part in torch.arange(count, device=blocks.device).split(1 << 14):
+    for part in torch.arange(len(leader), device=blocks.device).split(1 << 14):
         product = blocks[leader[part]] * ratio[part].unsqueeze(1)
-        same[part] = (product.view(bits) == blocks[part].view(bits)).all(1)  # bits: 0.0 is not -0.0
-    return torch.where(same, leader, representative), torch.where(same, ratio, factor)
+        found = blocks[blocks_of[part]]
+        same[part] = (product.view(bits) == found.view(bits)).all(1)  # bits: 0.0 is not -0.0
+    return same
 
 
 def _fingerprints(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,55 +265,3 @@ def _fingerprints(blocks: Tensor) -> tuple[Tensor, Tensor]:
         scales.append(scale)
         fingerprints.append(torch.cat([coarse, total], 1))
     return torch.cat(scales), torch.cat(fingerprints)
-
-
-def fixed_bank(bank: Bank) -> Bank:
-    """Every single row becomes a hypermodule of one basis block, as it is; coefficients are not trained. # c = 0
-
-    Args:
-        bank: without hypermodules, as `exact_bank` makes it.
-    """
-    if bank.hypermodules:
-        raise ValueError("only a bank of single rows can be opened")
-    rows, contexts = bank.rows.detach().clone(), bank.contexts.detach()[:, :1].clone()
-    opened = Bank(bank.block, rows, bank.psi.clone(), contexts, len(rows))
-    opened.contexts.requires_grad_(False)
-    opened.origin = bank.settled_blocks()
-    return opened
-
-
-def open_bank(bank: Bank, context: int, generator: torch.Generator, sigma: Tensor | None = None) -> Bank:
-    """The pessimistic start for training: each single row becomes a hypermodule of c basis blocks.
-
-    H_k starts as noise of deviation 1/sqrt(c) and contexts are constant with |z| = sigma, sigma the standard
-    deviation of the layer's weights, so that hypermodules of all layers are of one size; then
-    `H_k += outer(z, B - z.H_k) / |z|^2` makes every block what it was.
-
-    Args:
-        bank: without hypermodules, as `exact_bank` makes it.
-        context: c.
-        generator: on the CPU; decides the noise.
-        sigma: `[L]`, the deviation of the weights that each location belongs to; by default that of the bank.
-    """
-    if bank.hypermodules:
-        raise ValueError("only a bank of single rows can be opened")
-    rows = bank.rows.detach()
-    count, width = rows.shape
-    # About 0, as the noise is: one weight, or equal ones, have no deviation about their mean.
-    sigma = rows.square().mean().sqrt().expand(bank.locations) if sigma is None else sigma
-    sigma = torch.where(sigma > 0, sigma, torch.ones_like(sigma))
-    # A row that several locations use up to a factor takes the deviation of the one whose factor is 1.
-    lead = torch.empty(count, dtype=rows.dtype, device=rows.device)
-    lead[bank.psi] = sigma / bank.contexts.detach()[:, 0].abs().clamp_min(torch.finfo(rows.dtype).tiny)
-    plain = bank.contexts.detach()[:, 0] == 1
-    lead[bank.psi[plain]] = sigma[plain]
-    noise = torch.randn(count, context, width, generator=generator, dtype=rows.dtype).to(rows.device)
-    basis = noise / context**0.5
-    z = (lead / context**0.5).unsqueeze(1).expand(count, context)  # Eq. (7), sqrt(c) for c
-    for _ in range(2):  # the second pass takes away the first one's rounding
-        error = rows - torch.einsum("kc,kcd->kd", z, basis)
-        basis = basis + torch.einsum("kc,kd->kcd", z, error) / z.square().sum(1)[:, None, None]
-    contexts = z[bank.psi] * bank.contexts.detach()[:, :1]
-    opened = Bank(bank.block, basis.reshape(count * context, width), bank.psi.clone(), contexts, count)
-    opened.origin = bank.settled_blocks()
-    return opened

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from surgery.collapse import collapse
-from surgery.dictionary import Bank, Dictionary, exact_bank, fixed_bank, master_dtype, open_bank
+from surgery.dictionary import Bank, Dictionary, exact_bank, master_dtype
 from surgery.errors import PlanError
 from surgery.generation import Weights, generate_weights, move_dictionary, to_blocks
 from surgery.hooks import release, watch
 from surgery.member import Member, owners_of
+from surgery.opening import fixed_bank, open_bank, open_rest
 from surgery.plan import Placement, Plan, make_plan, plan_in_dtypes, torch_dtype
 from surgery.precision import Encoded
 from surgery.sites import discover
@@ -196,7 +197,7 @@ class JointModel(nn.Module):
         """Make every single row a trainable hypermodule of `context` basis blocks; outputs stay what they
         were.
 
-        Banks that have hypermodules stay as they are.
+        Hypermodules that there are already stay as they are, and so does their c.
 
         Args:
             context: c; by default what the plan says. With 0 the rows become hypermodules of one basis block as
@@ -205,10 +206,12 @@ class JointModel(nn.Module):
         """
         self._refuse_in_step("Opening the dictionary")
         generator = torch.Generator().manual_seed(seed)
-        single = [key for key in self.dictionary.banks if not self.dictionary[key].hypermodules]
-        for key in single:
+        for key in [key for key in self.dictionary if self.dictionary[key].singles]:
             bank, c = self.dictionary[key], self.plan.bank(key).context if context is None else context
-            opened = open_bank(bank, c, generator, self._deviations(key)) if c else fixed_bank(bank)
+            if bank.hypermodules:
+                opened = open_rest(bank, generator, self._deviations(key))
+            else:
+                opened = open_bank(bank, c, generator, self._deviations(key)) if c else fixed_bank(bank)
             self.dictionary.banks[key] = opened
         banks = tuple(replace(b, context=self.dictionary[b.key].context) for b in self.plan.banks)
         self.plan = replace(self.plan, banks=banks)

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.dictionary import Bank, codes, duplicates, exact_bank, open_bank
+from surgery.dictionary import Bank, codes, duplicates, exact_bank
+from surgery.opening import open_bank
 from surgery.settle import retire_rare
 
 

@@ -51,7 +51,7 @@ class Evolution(Strict):
     Attributes:
         start: `own`, every location its own hypermodule (the pessimistic start); `order`, the k-th location
             of each member shares (classical hard sharing by topological order); `random`, each location one
-            of `hypermodules` by chance; `given`, as it is in the joint model.
+            of `hypermodules` by chance; `given`, as it is in the joint model, where equal blocks share.
         codes: what a location has of its own: a trained `contexts` of c coefficients; `ones`, nothing, so that
             blocks are hypermodules of one basis block as they are (c = 0); `diagonals`, such a block plus a
             diagonal (parallel adapters).

@@ -172,16 +172,17 @@ def _replace(bank: Bank, rows: Tensor, source: Tensor, hypermodules: int) -> Res
 # Starts ---------------------------------------------------------------------------------------------------
 
 
-def regroup(bank: Bank, group: Tensor) -> None:
+def regroup(bank: Bank, group: Tensor, same: bool = False) -> None:
     """Give all locations with one group number one hypermodule: that of the first of them.
 
     Args:
         bank: with hypermodules only, not yet being optimised.
         group: `[L]`, any numbers.
+        same: whether every group has one hypermodule already, so that blocks stay what they are.
     """
     numbers = torch.unique(group.to(bank.psi.device), return_inverse=True)[1]
     count = int(numbers.max()) + 1
     first = torch.full((count,), bank.locations, device=bank.psi.device)
     first.scatter_reduce_(0, numbers, torch.arange(bank.locations, device=bank.psi.device), "amin")
     _take_rows(bank, bank.psi[first])
-    bank.psi, bank.origin = numbers, None
+    bank.psi, bank.origin = numbers, bank.origin if same else None

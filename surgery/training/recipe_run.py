@@ -18,6 +18,7 @@ from surgery.training.losses import loss_of
 from surgery.training.report import TrainReport
 from surgery.training.runlog import NAME as LOG
 from surgery.training.sources import check_trust, make_tasks
+from surgery.training.starts import take_over
 from surgery.training.streams import seeded
 from surgery.training.train import fast, train
 from surgery.training.validation import Score, evaluate
@@ -59,7 +60,8 @@ def train_recipe(
     Args:
         recipe: with a `train` section.
         prepared: its members, where they are loaded already.
-        joint: a joint model with the recipe's members to go on from, in place of joining them anew.
+        joint: a joint model with the recipe's members to go on from, in place of joining them anew; its
+            alignment is the start.
         resume: whether to go on with an interrupted run for the same `out`.
         fast_run: go through every phase in seconds, to see that all of it works.
         overwrite: whether `recipe.out` may be replaced.
@@ -79,6 +81,10 @@ def train_recipe(
         prepared = prepared or prepare_training(recipe, trust_remote_code)
         recipe = prepared.recipe
         joint = join(prepared.members, prepared.plan)
+    else:
+        assert recipe.train is not None
+        given = recipe.train.evolution.model_copy(update={"start": "given"})
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"evolution": given})})
     config, tasks = recipe.train, make_tasks(recipe, joint.members)
     assert config is not None
     if fast_run:
@@ -92,15 +98,16 @@ def train_recipe(
 
 
 def rejoin(folder: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> JointModel:
-    """The members of an artifact, joined anew by a recipe's parameters, to be trained further.
+    """The members of an artifact joined by a recipe's parameters, to be trained further.
 
-    They go on from the weights that they have; what is equal, up to a factor, is shared from the start.
+    They go on from the weights that they have, and from their hypermodules where the recipe's blocks are still those
+    of the artifact; tensors that are equal, up to a factor, are shared too.
     """
     check_trust(recipe, trust_remote_code)
     loaded = load(folder, trust_remote_code=trust_remote_code, run_factory=trust_remote_code)
     members = [replace(loaded.members[name], module=loaded.extract(name)) for name in loaded.names]
     plan = plan_members(recipe, members)[1]
-    return join(members, plan)
+    return take_over(join(members, plan), loaded)
 
 
 def evaluate_artifact(

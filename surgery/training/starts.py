@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from surgery.dictionary import Bank
 from surgery.errors import PlanError
 from surgery.joint import JointModel
 from surgery.training.config import Evolution
@@ -21,11 +22,17 @@ def start(joint: JointModel, settings: Evolution, seed: int) -> None:
         settings: of the evolution.
         seed: of new basis blocks, and of a random alignment.
     """
+    if settings.start == "given" and settings.codes == "diagonals":
+        raise PlanError(
+            "Codes that are diagonals cannot go on from a given alignment: collapse took them away."
+        )
     _open(joint, settings, seed)
     generator = torch.Generator().manual_seed(seed)
     for plan in joint.plan.banks:
         bank = joint.dictionary[plan.key]
-        if settings.start == "order":
+        if settings.start == "own":
+            regroup(bank, torch.arange(bank.locations), same=True)
+        elif settings.start == "order":
             regroup(bank, by_order(joint, plan.key))
         elif settings.start == "random":
             count = min(settings.hypermodules or bank.locations, bank.locations)
@@ -47,6 +54,43 @@ def _open(joint: JointModel, settings: Evolution, seed: int) -> None:
     if settings.codes == "diagonals":
         for key in joint.dictionary:
             joint.dictionary[key].add_diagonals()
+
+
+def take_over(joint: JointModel, loaded: JointModel) -> JointModel:
+    """Give a joint model the hypermodules of another one with the same members and weights.
+
+    An artifact keeps as plain tensors what was not worth generating, so its plan may hold fewer sites; these stay
+    single rows here. Sites in other blocks keep single rows too.
+
+    Args:
+        joint: as `join` made it; it is changed in place.
+        loaded: as `load` returned it.
+    """
+    places = {(p.site.member, p.site.name): p for p in loaded.plan.placements}
+    for key in joint.dictionary:
+        mine = [p for p in joint.plan.placements if p.bank == key]
+        pairs = [
+            (p, places[p.site.member, p.site.name]) for p in mine if (p.site.member, p.site.name) in places
+        ]
+        pairs = [(p, q) for p, q in pairs if q.grid == p.grid and q.bank == key]
+        source = loaded.dictionary[key] if pairs else None
+        if source is None or not source.hypermodules:
+            continue
+        bank, count, c = joint.dictionary[key], source.hypermodules, source.context
+        origin = torch.full((bank.locations,), -1, device=bank.psi.device)
+        for p, q in pairs:
+            origin[p.start : p.stop] = torch.arange(q.start, q.stop, device=origin.device)
+        shared = (origin >= 0) & (source.psi[origin.clamp_min(0)] < count)
+        used, single = torch.unique(bank.psi[~shared], return_inverse=True)
+        contexts = bank.contexts.detach().new_zeros(bank.locations, c)
+        contexts[:, :1] = bank.contexts.detach()[:, :1]
+        contexts[shared] = source.contexts.detach()[origin[shared]]
+        psi = torch.empty_like(bank.psi)
+        psi[shared], psi[~shared] = source.psi[origin[shared]], count + single
+        rows = torch.cat([source.rows.detach()[: count * c], bank.rows.detach()[used]])
+        joint.dictionary.banks[key] = Bank(bank.block, rows, psi, contexts, count)
+    joint.refresh()
+    return joint
 
 
 def by_order(joint: JointModel, key: str) -> Tensor:
