@@ -17,20 +17,12 @@ are kept in --folder and not run again.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from itertools import combinations
-from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.harness import make_header, make_parser, show, write_csv
+from benchmarks.harness import make_parser
+from benchmarks.recipe_runs import add_options, compare, members_of
 
 METHODS: dict[str, dict[str, Any]] = {
     "single": {"codes": "ones", "change": "none"},
@@ -56,161 +48,16 @@ def plan_runs(members: Sequence[str], methods: Sequence[str]) -> Iterator[tuple[
             yield method, tuple(members)
 
 
-def document_of(recipe: str, method: str, members: Sequence[str], seed: int, changes: Sequence[str]) -> dict:
-    """The recipe of one run."""
-    from surgery.recipe import override, read_document
-
-    document = override(read_document(recipe), [*changes, f"seed={seed}"])
-    document["models"] = [model for model in document["models"] if model["name"] in members]
-    evolution = document["train"].get("evolution", {}) | METHODS[method]
-    if evolution.get("codes", "contexts") != "contexts":
-        evolution.pop("contexts", None)
-    document["train"]["evolution"] = evolution
-    return document
-
-
-def place_of(folder: Path, method: str, document: Mapping[str, Any], fast: bool) -> Path:
-    """Where a run's report is kept: another recipe, or other settings, are another run."""
-    names = "+".join(model["name"] for model in document["models"])
-    content = json.dumps({"fast": fast, **document}, sort_keys=True)
-    digest = hashlib.sha256(content.encode()).hexdigest()[:10]
-    return folder / f"{method}-{names}-{document['seed']}-{digest}.json"
-
-
-def run_one(path: Path, document: Mapping[str, Any], fast: bool, threads: int) -> None:
-    """One run in a process of its own; its report goes to `path`."""
-    work = path.with_suffix(".yaml")
-    work.write_text(json.dumps(document), encoding="utf-8")  # JSON is YAML
-    command = [sys.executable, "-m", "benchmarks.crossmodal", "--run", str(work), "--threads", str(threads)]
-    done = subprocess.run(
-        command + ["--fast"] * fast,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-    )
-    if done.returncode:
-        raise SystemExit(f"{path.stem} failed:\n{done.stderr[-2000:]}")
-    path.write_text(done.stdout.splitlines()[-1], encoding="utf-8")
-    work.unlink()
-
-
-def run_here(work: Path, fast: bool, threads: int) -> None:
-    """The run itself: prints its report as one line of JSON."""
-    import torch
-
-    from surgery.recipe import Recipe
-    from surgery.training.recipe_run import train_recipe
-
-    torch.set_num_threads(threads)
-    document = json.loads(work.read_text(encoding="utf-8"))
-    _, report = train_recipe(Recipe.of(document), fast_run=fast, cpu=document.get("device") == "cpu")
-    print(json.dumps(report.document()))
-
-
-def error_of(score: Mapping[str, Any]) -> tuple[str, float]:
-    """What a task is judged by: the share of mistakes, 1 - r, or the perplexity of a language model."""
-    if score["metric"] is not None:
-        return "error", 1 - score["metric"]
-    return "perplexity", math.exp(score["loss"])
-
-
-def welch(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Two-sided p of Welch's t-test; None where one side has fewer than two values or neither varies."""
-    from scipy.stats import ttest_ind
-
-    if min(len(a), len(b)) < 2 or stdev(a) + stdev(b) == 0:
-        return None
-    return float(ttest_ind(a, b, equal_var=False).pvalue)
-
-
-def tabulate(
-    found: Mapping[tuple[str, tuple[str, ...]], Sequence[Mapping[str, Any]]],
-) -> list[dict[str, Any]]:
-    """One row for each method, set of members and task."""
-    single = {
-        name: [error_of(report["tests"][name])[1] for report in reports]
-        for (method, (name, *_)), reports in found.items()
-        if method == "single"
-    }
-    rows = []
-    for (method, members), reports in found.items():
-        for name in members:
-            errors = [error_of(report["tests"][name])[1] for report in reports]
-            p = None if method == "single" or name not in single else welch(errors, single[name])
-            rows.append(
-                {
-                    "method": method,
-                    "members": "+".join(members),
-                    "task": name,
-                    "measure": error_of(reports[0]["tests"][name])[0],
-                    "mean": mean(errors),
-                    "standard error": stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 else None,
-                    "p against single": p,
-                    "share of numbers": mean(r["numbers"][0] / max(r["numbers"][1], 1) for r in reports),
-                    "seeds": len(errors),
-                    "seconds": mean(report["seconds"] for report in reports),
-                }
-            )
-    return rows
-
-
-def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
-    for row in rows:
-        cells = [
-            "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-            for value in row.values()
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--recipe", default="crossmodal_small", help="name or file")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--members", nargs="+", help="of the recipe's; all by default")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument(
-        "--folder", type=Path, default=Path("crossmodal"), help="where finished runs are kept"
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each with --threads threads")
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--run", type=Path, help="one run's file: used by this script itself")
+    add_options(parser, "crossmodal")
     options = parser.parse_args(argv)
-    if options.run is not None:
-        run_here(options.run, options.fast, options.threads)
-        return
-    from surgery.recipe import read_document
-
-    members = options.members or [model["name"] for model in read_document(options.recipe)["models"]]
-    options.folder.mkdir(parents=True, exist_ok=True)
-    first = options.seed
-    seeds = range(first, first + (1 if options.fast else options.seeds))
-    runs = [(seed, *run) for seed in seeds for run in plan_runs(members, options.methods)]
-
-    def finish(run: tuple[int, str, tuple[str, ...]]) -> dict[str, Any]:
-        seed, method, chosen = run
-        document = document_of(options.recipe, method, chosen, seed, options.changes)
-        path = place_of(options.folder, method, document, options.fast)
-        if not path.exists():
-            run_one(path, document, options.fast, options.threads)
-            print(f"{path.stem} done", file=sys.stderr, flush=True)
-        return json.loads(path.read_text(encoding="utf-8"))
-
-    found: dict[tuple[str, tuple[str, ...]], list[Mapping[str, Any]]] = {}
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for (_, method, chosen), report in zip(runs, pool.map(finish, runs), strict=True):
-            found.setdefault((method, chosen), []).append(report)
-    rows = tabulate(found)
-    if options.csv:
-        write_csv(options.csv, rows)
-    if options.markdown:
-        options.markdown.write_text(to_markdown(rows), encoding="utf-8")
-    show(f"test errors of {options.recipe}", make_header("crossmodal", options, argv), rows, [], options.json)
+    members = options.members or members_of(options.recipe)
+    runs = list(plan_runs(members, options.methods))
+    compare("crossmodal", options, argv, options.recipe, METHODS, runs, "single")
 
 
 if __name__ == "__main__":
