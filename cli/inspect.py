@@ -95,7 +95,8 @@ def inspect(
     uses = uses_by_tensor(anatomy)
     if json:
         rows = [{**row, "uses": uses.get(row["name"], [])} for row in rows]
-        console.emit({**describe(member, anatomy), "totals": totals(anatomy), "tensors": rows})
+        found = {"totals": totals(anatomy), "stacks": stacks(anatomy), "tensors": rows}
+        console.emit({**describe(member, anatomy), **found})
         return
     shown = [row for row in rows if only or row["kind"] != "buffer"]
     _print_tensors(shown, uses if verbose else {})
@@ -104,6 +105,7 @@ def inspect(
             f"{len(rows) - len(shown)} buffers are not listed; --only skipped lists them.", style="dim"
         )
     _print_totals(member, anatomy)
+    _print_stacks(anatomy)
 
 
 def describe(member: Member, anatomy: Anatomy) -> dict[str, Any]:
@@ -144,6 +146,32 @@ def totals(anatomy: Anatomy) -> list[dict[str, Any]]:
         {"role": role, "kind": kind, "tensors": found, "parameters": parameters, "reason": reason}
         for (role, kind, reason), (found, parameters) in ordered
     ]
+
+
+def stacks(anatomy: Anatomy) -> list[dict[str, Any]]:
+    """Runs of layers of one structure, which --method templates can mix."""
+    return [
+        {
+            "path": run.path,
+            "layers": list(run.layers),
+            "tensors": len(run.parts),
+            "parameters_of_a_layer": run.parameters,
+        }
+        for run in anatomy.runs
+    ]
+
+
+def _print_stacks(anatomy: Anatomy) -> None:
+    from . import console
+
+    if not anatomy.runs:
+        return
+    console.heading("Stacks: layers of one structure, one after the other (--method templates)")
+    table = console.table("stack", ">layers", ">tensors of each", ">parameters of each")
+    for row in stacks(anatomy):
+        count = console.count(row["parameters_of_a_layer"])
+        table.add_row(row["path"], str(len(row["layers"])), str(row["tensors"]), count)
+    console.out.print(table)
 
 
 def _row(entry: Site | LeftAlone) -> dict[str, Any]:

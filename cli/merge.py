@@ -30,6 +30,7 @@ EXAMPLES = """
 surgery merge ./minilm timm:resnet18 --out joint
 surgery merge text=./minilm image=timm:resnet18=weights.safetensors --max-error 0 --out joint
 surgery merge a=./bert-a b=./bert-b --budget 0.4 --calibrate a=sentences.txt --out joint
+surgery merge ./bert --method templates --templates 4 --out shared
 surgery merge --config recipe.yaml --set parameters.budget=0.3 --dry-run
 """
 
@@ -74,6 +75,15 @@ def merge(
             help="Or: a bank of K hypermodules, the start for joint training.",
         ),
     ] = None,
+    templates: Annotated[
+        int | None,
+        typer.Option(
+            "--templates",
+            metavar="K",
+            rich_help_panel=TARGET,
+            help="Or: K templates for each stack of layers, with --method templates.",
+        ),
+    ] = None,
     calibrate: Annotated[
         list[str] | None,
         typer.Option(
@@ -87,9 +97,32 @@ def merge(
     method: Annotated[
         str | None,
         typer.Option(
-            "--method", metavar="NAME", rich_help_panel=DICTIONARY, help="hypermodules, the default."
+            "--method",
+            metavar="NAME",
+            rich_help_panel=DICTIONARY,
+            help="hypermodules, the default; or templates: repeated layers become mixtures of K of them, and the "
+            "target decides K.",
         ),
     ] = None,
+    mixture: Annotated[
+        str | None,
+        typer.Option(
+            "--mixture",
+            metavar="linear|softmax|one-hot",
+            rich_help_panel=DICTIONARY,
+            help="Of templates: any mixtures, the default; positive ones that sum to 1; or one template a layer, "
+            "so that layers are tied.",
+        ),
+    ] = None,
+    mix_norms: Annotated[
+        bool,
+        typer.Option(
+            "--mix-norms",
+            metavar=FLAG,
+            rich_help_panel=DICTIONARY,
+            help="Mix scale and shift of norms too; otherwise every layer keeps its own.",
+        ),
+    ] = False,
     block: Annotated[
         str | None,
         typer.Option(
@@ -172,8 +205,11 @@ def merge(
             "max_error": max_error,
             "budget": budget,
             "hypermodules": hypermodules,
+            "templates": templates,
             "block": block,
             "context": context,
+            "mixture": mixture,
+            "mix_norms": mix_norms or None,
         },
         "select": {"adapters": adapters, "sites": sites, "skip": skip},
     }

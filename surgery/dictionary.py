@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from surgery.contest import Contest
 from surgery.kernel import DENSE_CODE, TransposedIndex, generate, transpose
+from surgery.sharing.names import Mixing
 
 _SAME_FINGERPRINT = 4  # different blocks of one fingerprint that `duplicates` tells apart
 
@@ -36,6 +37,7 @@ class Bank(nn.Module):
         rows: parameter `[K*c + S, m*n]`.
         psi: int64 buffer `[L]`; below K a hypermodule, else single row `psi - K`.
         contexts: parameter `[L, c]`; a location on a single row uses column 0 as its factor, the rest is 0.
+        mixing: how `coefficients` follow from contexts: `linear`, as they are; `softmax`, of mixtures of templates.
         diagonals: parameter `[L, min(m, n)]`, added to the blocks' own diagonals, else None.
         contest: the alternatives that compete while training decides between them, else None.
     """
@@ -52,6 +54,7 @@ class Bank(nn.Module):
     ):
         super().__init__()
         self.block, self.context, self.hypermodules = block, contexts.shape[1], hypermodules
+        self.mixing: Mixing = "linear"
         if rows.shape[1] != block[0] * block[1] or psi.shape[0] != contexts.shape[0]:
             raise ValueError(
                 f"rows {tuple(rows.shape)}, psi {tuple(psi.shape)}, contexts {tuple(contexts.shape)} "
@@ -75,9 +78,14 @@ class Bank(nn.Module):
         """S, the number of single rows."""
         return self.rows.shape[0] - self.hypermodules * self.context
 
+    @property
+    def coefficients(self) -> Tensor:
+        """What locations multiply basis blocks with: `[L, c]`, differentiable."""
+        return self.contexts.softmax(1) if self.mixing == "softmax" else self.contexts
+
     def codes(self, start: int = 0, stop: int | None = None) -> tuple[Tensor, Tensor]:
         """`index [L', c]` and `coefficient [L', c]` of locations `start` to `stop`."""
-        return codes(self.psi[start:stop], self.contexts[start:stop], self.hypermodules)
+        return codes(self.psi[start:stop], self.coefficients[start:stop], self.hypermodules)
 
     def blocks(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Generate the blocks `[L', m*n]` of locations `start` to `stop`; differentiable, never under autocast."""

@@ -23,6 +23,7 @@ from surgery.errors import PlanError
 from surgery.generation import Weights, generate_weights, move_dictionary, to_blocks
 from surgery.hooks import release, watch
 from surgery.member import Member, owners_of
+from surgery.mixtures import Templates, open_stack
 from surgery.opening import fixed_bank, open_bank, open_rest
 from surgery.plan import Placement, Plan, make_plan, plan_in_dtypes, torch_dtype
 from surgery.precision import Encoded
@@ -193,7 +194,9 @@ class JointModel(nn.Module):
         reorder(module, self.state_keys[name])
         return module
 
-    def open(self, context: int | None = None, seed: int = 0) -> JointModel:
+    def open(
+        self, context: int | None = None, seed: int = 0, templates: Templates | None = None
+    ) -> JointModel:
         """Make every single row a trainable hypermodule of `context` basis blocks; outputs stay what they
         were.
 
@@ -203,9 +206,15 @@ class JointModel(nn.Module):
             context: c; by default what the plan says. With 0 the rows become hypermodules of one basis block as
                 they are, and coefficients stay 1.
             seed: of the new basis blocks.
+            templates: how the plan's stacks are opened; by default exactly, with a template for each distinct layer.
         """
         self._refuse_in_step("Opening the dictionary")
         generator = torch.Generator().manual_seed(seed)
+        for keys in self.plan.stacks.values():
+            stack = {key: self.dictionary[key] for key in keys}
+            if not any(bank.hypermodules for bank in stack.values()):
+                for key, bank in open_stack(stack, templates or Templates(), generator).items():
+                    self.dictionary.banks[key] = bank
         for key in [key for key in self.dictionary if self.dictionary[key].singles]:
             bank, c = self.dictionary[key], self.plan.bank(key).context if context is None else context
             if bank.hypermodules:

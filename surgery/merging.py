@@ -91,6 +91,8 @@ def merge(
             hypermodules=int(value) if name == "hypermodules" else None,
             block=recipe.parameters.block,
             context=recipe.parameters.context,
+            templates=int(value) if name == "templates" else None,
+            mixture=recipe.parameters.mixture,
             probes=prepared.probes or None,
             seed=recipe.seed,
             device=recipe.device,
@@ -172,18 +174,24 @@ def plan_members(recipe: Recipe, members: Sequence[Member]) -> tuple[list[Anatom
     """
     from surgery.plan import make_plan
     from surgery.sites import discover
+    from surgery.template_plan import plan_templates
 
     names = {member.name: list(member.module.state_dict()) for member in members}
     chosen: dict[str, Mapping[str, Any]] = {
         option: share_selectors(selectors, names, what=f"--{option}")
-        for option, selectors in recipe.select.model_dump().items()
+        for option, selectors in recipe.select.model_dump(exclude={"stacks"}).items()
     }
     anatomies = [
         discover(member, **_selectors(chosen, member.name)) for member in track(members, "Finding sites")
     ]
     block = recipe.parameters.block or starting_block(anatomies)
-    plan = make_plan(anatomies, block, recipe.parameters.context or 4)
-    return anatomies, plan
+    context = recipe.parameters.context or 4
+    if recipe.method == "templates":
+        norms, stacks = recipe.parameters.mix_norms, recipe.select.stacks
+        return anatomies, plan_templates(anatomies, block, context, mix_norms=norms, stacks=stacks)
+    if recipe.select.stacks:
+        raise PlanError("select.stacks needs method templates, which stacks are for.")
+    return anatomies, make_plan(anatomies, block, context)
 
 
 def _selectors(chosen: Mapping[str, Mapping[str, Any]], member: str) -> dict[str, Any]:

@@ -33,13 +33,18 @@ class Placement:
 
 @dataclass(frozen=True)
 class BankPlan:
-    """One bank: block shape, c, and how many locations draw on it."""
+    """One bank: block shape, c, and how many locations draw on it.
+
+    Where it holds one tensor of the templates of a stack, `stack` is that stack's name: a block is the whole tensor, a
+    location is a layer, and c is the number of templates.
+    """
 
     key: str
     block: tuple[int, int]
     context: int
     dtype: str
     locations: int
+    stack: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,12 @@ class Plan:
     def bank(self, key: str) -> BankPlan:
         """The bank with this key."""
         return next(bank for bank in self.banks if bank.key == key)
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        """Keys of the banks that hold the tensors of each stack's templates, by the stack's name."""
+        names = dict.fromkeys(bank.stack for bank in self.banks if bank.stack)
+        return {name: tuple(b.key for b in self.banks if b.stack == name) for name in names}
 
 
 def make_plan(anatomies: Sequence[Anatomy], block: tuple[int, int] = (16, 16), context: int = 4) -> Plan:

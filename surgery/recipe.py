@@ -18,10 +18,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from surgery.errors import PlanError
+from surgery.sharing.names import Mixing
 from surgery.training.config import Evolution, Optimizer, Stopping, Strict, Training
 
 MAX_ERROR = 0.05
-TARGETS = ("max_error", "budget", "hypermodules")
+TARGETS = ("max_error", "budget", "hypermodules", "templates")
 
 
 def parse_block(value: Any) -> Any:
@@ -73,14 +74,27 @@ class Model(Strict):
 class Parameters(Strict):
     """The target, and the shape of the dictionary; what is not given is chosen by the fit.
 
-    At most one of the three targets is given; with none, `max_error` is 0.05.
+    At most one of the four targets is given; with none, `max_error` is 0.05.
+
+    Attributes:
+        max_error: the smallest artifact whose members' outputs move by at most this much.
+        budget: the most exact artifact of this share of the members' bytes.
+        hypermodules: a bank of so many.
+        templates: so many for each stack; with method templates.
+        block: m x n.
+        context: c.
+        mixture: of templates: `linear`, positive ones that sum to 1 (`softmax`), or one template a layer (`one-hot`).
+        mix_norms: whether scale and shift of norms are mixed too; running statistics never are.
     """
 
     max_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     budget: Annotated[float, Field(gt=0, le=1)] | None = None
     hypermodules: Positive | None = None
+    templates: Positive | None = None
     block: Block | None = None
     context: Positive | None = None
+    mixture: Mixing = "linear"
+    mix_norms: bool = False
 
     @model_validator(mode="after")
     def _one_target(self) -> Parameters:
@@ -93,11 +107,15 @@ class Parameters(Strict):
 
 
 class Select(Strict):
-    """Which tensors are adapters, sites or skipped, beyond the defaults: exact names or `re:` patterns."""
+    """Which tensors are adapters, sites or skipped, beyond the defaults, and which stacks take templates.
+
+    Exact names, of stacks their paths such as `encoder.layer.*`, or `re:` patterns.
+    """
 
     adapters: tuple[str, ...] = ()
     sites: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
 
 
 class Recipe(Strict):
@@ -105,7 +123,8 @@ class Recipe(Strict):
 
     Attributes:
         models: the members.
-        method: of sharing.
+        method: of sharing: `hypermodules` for all blocks, or `templates` for stacks of layers and hypermodules
+            for the rest.
         parameters: target and dictionary.
         select: which tensors.
         calibrate: files with real inputs, each used for every member that it suits.
@@ -121,7 +140,7 @@ class Recipe(Strict):
     """
 
     models: tuple[Model, ...] = ()
-    method: Literal["hypermodules"] = "hypermodules"
+    method: Literal["hypermodules", "templates"] = "hypermodules"
     parameters: Parameters = Parameters()
     select: Select = Select()
     calibrate: tuple[str, ...] = ()
@@ -129,6 +148,15 @@ class Recipe(Strict):
     device: str = "auto"
     train: Training | None = None
     out: str | None = None
+
+    @model_validator(mode="after")
+    def _method_suits(self) -> Recipe:
+        own = {"templates": ("templates", "mix_norms"), "hypermodules": ("hypermodules",)}
+        for method, names in own.items():
+            given = [name for name in names if getattr(self.parameters, name)]
+            if given and self.method != method:
+                raise ValueError(f"parameters.{given[0]} needs method {method}, found method {self.method}")
+        return self
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Recipe:

@@ -39,14 +39,17 @@ def settle(joint: JointModel, keep: Collection[str] = ()) -> Settled:
         joint: any.
         keep: keys of banks that stay as they are.
     """
+    return settle_banks(joint.plan, {key: joint.dictionary[key] for key in joint.dictionary}, keep)
+
+
+@torch.no_grad()
+def settle_banks(plan: Plan, found: Mapping[str, Bank], keep: Collection[str] = ()) -> Settled:
+    """What `settle` does, of a plan and its banks by key."""
     banks: dict[str, Bank] = {}
     placements: list[Placement] = []
     plain: dict[tuple[str, str], Tensor] = {}
-    for bank_plan in joint.plan.banks:
-        before, mine = (
-            joint.dictionary[bank_plan.key],
-            [p for p in joint.plan.placements if p.bank == bank_plan.key],
-        )
+    for bank_plan in plan.banks:
+        before, mine = found[bank_plan.key], [p for p in plan.placements if p.bank == bank_plan.key]
         if bank_plan.key in keep:
             banks[bank_plan.key] = before
             placements += mine
@@ -59,14 +62,14 @@ def settle(joint: JointModel, keep: Collection[str] = ()) -> Settled:
         if left := [p for p in mine if p not in kept]:
             blocks = before.settled_blocks()
             plain |= {(p.site.member, p.site.name): to_weight(blocks[p.start : p.stop], p) for p in left}
-    order = {(p.site.member, p.site.name): i for i, p in enumerate(joint.plan.placements)}
+    order = {(p.site.member, p.site.name): i for i, p in enumerate(plan.placements)}
     placements.sort(key=lambda p: order[p.site.member, p.site.name])
     plans = tuple(
         replace(b, locations=banks[b.key].locations, context=banks[b.key].context)
-        for b in joint.plan.banks
+        for b in plan.banks
         if b.key in banks
     )
-    return Settled(replace(joint.plan, banks=plans, placements=tuple(placements)), banks, plain)
+    return Settled(replace(plan, banks=plans, placements=tuple(placements)), banks, plain)
 
 
 def retire_rare(bank: Bank) -> Bank:
@@ -97,7 +100,7 @@ def retire_rare(bank: Bank) -> Bank:
             blocks[single_rows],
         ]
     )
-    contexts = bank.contexts.detach().clone()
+    contexts = bank.coefficients.detach().clone()
     contexts[~shared] = 0
     contexts[~shared, 0] = factor
     new_psi = torch.empty_like(psi)
@@ -145,7 +148,7 @@ def _select(bank: Bank, placements: list[Placement]) -> tuple[Bank, list[Placeme
             single + bank.hypermodules * (c - 1),
         ]
     )
-    contexts = bank.contexts.detach()[chosen]
+    contexts = bank.coefficients.detach()[chosen]
     if not len(hyper):  # single rows need one column only
         contexts = contexts[:, :1]
     moved, start = [], 0

@@ -18,6 +18,7 @@ from surgery.errors import PlanError
 from surgery.inputs import inputs_for_part
 from surgery.member import Member, owners_of
 from surgery.selectors import matches
+from surgery.stacks import Run, find_runs
 from surgery.tracing import Bounds, Trace, Use, trace
 from surgery.tracing.ends import is_map
 from surgery.views import CanonicalView
@@ -75,6 +76,7 @@ class Anatomy:
         left_alone: everything else, in execution order.
         notes: on how it was traced.
         uses: every use of every parameter, in execution order.
+        runs: layers of one structure that are applied one after the other.
     """
 
     member: str
@@ -84,6 +86,7 @@ class Anatomy:
     left_alone: tuple[LeftAlone, ...]
     notes: tuple[str, ...] = ()
     uses: tuple[Use, ...] = ()
+    runs: tuple[Run, ...] = ()
 
 
 def discover(
@@ -144,6 +147,7 @@ def discover(
         tuple(sorted((p for p in parts if isinstance(p, LeftAlone)), key=lambda part: part.order)),
         found.notes,
         found.uses,
+        find_runs(member.name, parts, found),
     )
 
 

@@ -107,7 +107,7 @@ def plain_tensors(
 def bank_tensors(plan: BankPlan, bank: Bank) -> dict[str, Tensor]:
     """The parts of one bank by storage key."""
     k, c = bank.hypermodules, bank.context
-    rows, psi, contexts = bank.rows.detach(), bank.psi, bank.contexts.detach()
+    rows, psi, contexts = bank.rows.detach(), bank.psi, bank.coefficients.detach()
     shared = psi < k
     prefix = f"bank/{plan.key}/"
     parts: dict[str, Tensor] = {}

@@ -31,6 +31,7 @@ def plan_entries(plan: Plan) -> tuple[dict[str, Any], list[Any], dict[str, list[
             "context": bank.context,
             "dtype": bank.dtype,
             "locations": bank.locations,
+            **({"stack": bank.stack} if bank.stack else {}),
         }
         for bank in plan.banks
     }
@@ -57,7 +58,7 @@ def plan_of(manifest: Manifest) -> Plan:
         ArtifactError: where a view does not fit its tensor, or a placement reaches beyond its bank.
     """
     banks = tuple(
-        BankPlan(key, bank.block, bank.context, bank.dtype, bank.locations)
+        BankPlan(key, bank.block, bank.context, bank.dtype, bank.locations, bank.stack)
         for key, bank in manifest.banks.items()
     )
     views = [_view(number, entry) for number, entry in enumerate(manifest.views)]

@@ -82,13 +82,23 @@ class MemberEntry(_Entry):
 
 
 class BankEntry(_Entry):
-    """One bank of the dictionary; `encoded` names its parts that are not stored in their own dtype."""
+    """One bank of the dictionary.
+
+    Attributes:
+        block: m and n.
+        context: c.
+        dtype: of its members' tensors.
+        locations: L.
+        encoded: its parts that are not stored in their own dtype.
+        stack: the stack of layers whose templates it holds one tensor of.
+    """
 
     block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     context: Annotated[int, Field(ge=1)]
     dtype: str
     locations: Count
     encoded: tuple[EncodedGroup, ...] = ()
+    stack: str = ""
 
 
 class ViewEntry(_Entry):

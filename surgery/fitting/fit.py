@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,12 +20,14 @@ from surgery.errors import PlanError
 from surgery.fitting.fixed_bank import BankRequest, fixed_bank
 from surgery.fitting.report import FitReport, describe
 from surgery.fitting.search import Outcome, Request, Search, measure_errors
+from surgery.fitting.template_bank import TemplateFit, TemplateRequest
 from surgery.fitting.trial import Trial
 from surgery.joint import JointModel
 from surgery.member import Inputs, content_hash
 from surgery.plan import Plan
 from surgery.precision import NATIVE, stored_bytes
 from surgery.probes import probe_inputs
+from surgery.sharing.names import Mixing
 from surgery.slots import assign
 from surgery.storage import Stored, adopt, store, ties
 
@@ -37,6 +40,8 @@ def fit(
     hypermodules: int | None = None,
     block: tuple[int, int] | None = None,
     context: int | None = None,
+    templates: int | None = None,
+    mixture: Mixing = "linear",
     probes: Mapping[str, Sequence[Inputs]] | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -51,6 +56,9 @@ def fit(
         hypermodules: instead, a bank of exactly K hypermodules, the start for joint training.
         block: block shape of shared rows; whole matrices where not given (16x16 for a bank of K).
         context: c of a bank of K, 4 where not given.
+        templates: instead, K templates for each stack of a plan that `plan_templates` made. With such a plan an error
+            bound or a budget decides K, and sites outside stacks stay as they are.
+        mixture: of templates: `linear`, `softmax` or `one-hot`, where one-hot ties layers.
         probes: inputs to measure on, by member; seeded made-up ones where not given.
         seed: of everything random here.
         device: `auto`, `cpu`, `cuda`, ...
@@ -63,7 +71,10 @@ def fit(
         >>> joint.report.errors
         {'a': 0.0196, 'b': 0.0193}
     """
-    _check_request(joint, max_error, budget, hypermodules, block, probes)
+    _check_request(joint, max_error, budget, hypermodules, block, probes, templates)
+    bound = 0.05 if max_error is None else max_error
+    if joint.plan.stacks and bound > 0:
+        return _fit_lossy(joint, TemplateRequest(templates, bound, budget, mixture, seed), probes, device)
     if hypermodules is not None:
         bank = BankRequest(hypermodules, block or (16, 16), context or 4, seed)
         return _fit_lossy(joint, bank, probes, device)
@@ -75,13 +86,12 @@ def fit(
         errors = dict.fromkeys(joint.names, 0.0)
         report = _report("lossless", True, stored, originals, precision, errors, _hashes(joint))
         return adopt(joint, stored, report)
-    bound = 0.05 if max_error is None else max_error
     return _fit_lossy(joint, Request(bound, budget, block, seed), probes, device)
 
 
 def _fit_lossy(
     joint: JointModel,
-    request: Request | BankRequest,
+    request: Request | BankRequest | TemplateRequest,
     probes: Mapping[str, Sequence[Inputs]] | None,
     device: str,
 ) -> JointModel:
@@ -99,6 +109,8 @@ def _fit_lossy(
             trials[name] = Trial(member, originals[name], joint.owners[name], inputs, place)
         if isinstance(request, BankRequest):
             outcome = _bank_of_size(joint, before[0], trials, request)
+        elif isinstance(request, TemplateRequest):
+            outcome = _templates(joint, before[0], trials, request)
         else:
             outcome = Search(before[0], ties(joint), trials, request).run(request)
     except BaseException:
@@ -147,6 +159,26 @@ def _bank_of_size(
     return Outcome(target, stored, measure_errors(stored, trials), True, whole - stored.nbytes)
 
 
+def _templates(
+    joint: JointModel, plan: Plan, trials: Mapping[str, Trial], request: TemplateRequest
+) -> Outcome:
+    """Templates for stacks and everything else as it is: all that is saved is saved by sharing."""
+    originals = {name: trial.originals for name, trial in trials.items()}
+    found = TemplateFit(plan, originals, ties(joint), trials, request)
+
+    def measure(stored: Stored) -> np.ndarray:
+        return measure_errors(stored, trials)
+
+    if request.count is not None:
+        target, stored = f"{request.count} templates", found.of_count(request.count)
+    elif request.budget is not None:
+        target, stored = f"budget {request.budget:g}", found.within_budget(request.budget)
+    else:
+        stored, errors = found.within_error(request.max_error, measure)
+        return Outcome(f"max-error {request.max_error:g}", stored, errors, True, found.whole - stored.nbytes)
+    return Outcome(target, stored, measure(stored), True, found.whole - stored.nbytes)
+
+
 def _bytes_of(state: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
@@ -170,6 +202,7 @@ def _check_request(
     hypermodules: int | None,
     block: tuple[int, int] | None,
     probes: Mapping[str, Sequence[Inputs]] | None,
+    templates: int | None = None,
 ) -> None:
     given = [
         name
@@ -177,6 +210,7 @@ def _check_request(
             ("--max-error", max_error),
             ("--budget", budget),
             ("--hypermodules", hypermodules),
+            ("--templates", templates),
         )
         if value is not None
     ]
@@ -190,6 +224,12 @@ def _check_request(
         )
     if hypermodules is not None and hypermodules < 1:
         raise PlanError(f"--hypermodules must be at least 1, found {hypermodules}.")
+    if templates is not None and templates < 1:
+        raise PlanError(f"--templates must be at least 1, found {templates}.")
+    if templates is not None and not joint.plan.stacks:
+        raise PlanError("--templates needs --method templates: a plan that finds stacks of layers.")
+    if hypermodules is not None and joint.plan.stacks:
+        raise PlanError("--hypermodules needs --method hypermodules; stacks of layers take --templates.")
     if block is not None and min(block) < 1:
         raise PlanError(f"Block sides must be at least 1, found {block[0]}x{block[1]}.")
     if strangers := sorted({*(probes or {})} - {*joint.names}):

@@ -96,7 +96,7 @@ def _statistics(joint: JointModel, key: str) -> tuple[Tensor, Tensor]:
     rows = bank.rows.detach()[: bank.hypermodules * c].view(bank.hypermodules, -1).double().cpu()
     order = torch.argsort(bank.psi.cpu(), stable=True)
     uses = _counts(bank, torch.arange(bank.locations, device=bank.psi.device)).cpu()
-    contexts = bank.contexts.detach().double().cpu()[order]
+    contexts = bank.coefficients.detach().double().cpu()[order]
     numbers = []
     for module, of_module in zip(rows, contexts[: int(uses.sum())].split(uses.tolist()), strict=True):
         numbers.append(torch.stack([*_four(module), *_four(of_module.reshape(-1))]))
