@@ -12,6 +12,7 @@ probability by Welch's t-test that the difference to training alone is chance, a
     fitted     challengers by usage, their contexts fitted to the block
     explained  challengers by how much of the block they explain, siblings first, with fitted contexts
     scaled     the same, contexts scaled to the block's length
+    able       as explained, but only challengers that explain at least half of the block compete
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from benchmarks.harness import make_parser
 from benchmarks.recipe_runs import add_options, compare, members_of
 
-_OWN = {"start": "own", "change": "evolve"}
+_OWN = {"start": "own", "change": "evolve", "least": 0.0}
 _EXPLAIN = {**_OWN, "draw": "explain", "siblings": True}
 METHODS: dict[str, dict[str, Any]] = {
     "alone": {"start": "own", "codes": "ones", "change": "none"},
@@ -32,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fitted": {**_OWN, "draw": "usage", "contexts": "fitted"},
     "explained": {**_EXPLAIN, "contexts": "fitted"},
     "scaled": {**_EXPLAIN, "contexts": "scaled"},
+    "able": {**_EXPLAIN, "contexts": "fitted", "least": 0.5},
 }
 CASES = {
     "sentiment": tuple(METHODS),

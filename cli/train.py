@@ -200,9 +200,11 @@ def print_report(report: TrainReport, folder: Path) -> None:
         console.out.print(table)
     now, whole = report.numbers
     ended = "" if report.stopped == "done" else f" ({report.stopped})"
+    parts = [f"{sum(report.hypermodules.values())} hypermodules"] * bool(report.hypermodules)
+    parts += [f"{sum(report.templates.values())} templates"] * bool(report.templates)
     console.say(
         f"{report.generations} generations in {report.seconds:.0f} s{ended}; kept is generation {report.best + 1}. "
-        f"{sum(report.hypermodules.values())} hypermodules generate the sites: {console.count(now)} numbers for "
+        f"{' and '.join(parts) or 'Nothing shared'} for the sites: {console.count(now)} numbers for "
         f"{console.count(whole)} ({console.percent(now / max(whole, 1))})."
     )
     console.heading("Next")

@@ -44,3 +44,13 @@ def png(figure: Any, colours: int = 128) -> bytes:
     file = io.BytesIO()
     picture.quantize(colours, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
     return file.getvalue()
+
+
+def colours(count: int) -> list[Any]:
+    """The palette, then colours between its own."""
+    from matplotlib.colors import hsv_to_rgb, to_rgb
+
+    more = [
+        hsv_to_rgb(((k * 0.6180339887) % 1, 0.45, 0.8 - 0.2 * (k % 2))) for k in range(count - len(PALETTE))
+    ]
+    return [*map(to_rgb, PALETTE[:count]), *more]

@@ -19,7 +19,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 
 from surgery.errors import PlanError
 from surgery.sharing.names import Mixing
-from surgery.training.config import Evolution, Optimizer, Stopping, Strict, Training
+from surgery.training.config import Evolution, Optimizer, Stopping, Strict, TemplateSettings, Training
 
 MAX_ERROR = 0.05
 TARGETS = ("max_error", "budget", "hypermodules", "templates")
@@ -320,5 +320,6 @@ def _fields_at(path: list[str]) -> Iterable[str]:
         "train.optimizer": Optimizer,
         "train.evolution": Evolution,
         "train.stopping": Stopping,
+        "train.templates": TemplateSettings,
     }
     return parts[".".join(key for key in path if not key.isdecimal())].model_fields

@@ -138,6 +138,28 @@ def test_a_fitted_winner_leaves_its_context_to_the_location() -> None:
     assert torch.equal(bank.contexts, wanted)
 
 
+@pytest.mark.parametrize("challengers", [1, 3])
+def test_only_challengers_that_explain_enough_compete(challengers: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.eye(4).repeat(2, 1)  # hypermodules 0 and 4, 1 and 5, ... generate the same blocks
+    contexts = torch.ones(8, 1)
+    bank = Bank((2, 2), rows, torch.arange(8), contexts, 8)
+    settings = Evolution(fraction=1.0, challengers=challengers, draw="uniform", least=0.5, epsilon=0.0)
+    seen = 0
+    for _ in range(20):
+        contend(bank, settings, 0.5, 8, generator)
+        if bank.contest is None:
+            continue
+        candidates = bank.contest.candidates
+        assert bool((candidates % 4 == candidates[:, :1] % 4).all())
+        seen += len(candidates)
+        bank.contest = None
+    assert 20 < seen < 160
+    with_noise = Bank((2, 2), torch.eye(4), torch.arange(4), torch.ones(4, 1), 4)
+    contend(with_noise, settings.model_copy(update={"draw": "explain"}), 0.5, 4, generator)
+    assert with_noise.contest is None and conclude(with_noise) == ([], 0)
+
+
 def test_decisions_come_from_the_seed_alone() -> None:
     def evolve() -> tuple[Tensor, Tensor]:
         bank, generator = make_bank(), seeded(7)

@@ -123,5 +123,5 @@ def test_regularisers_are_least_at_a_signature(count, k, seed):
         for layer in range(count)
     )
     slow /= count * float(templates.square().sum(1).mean())
-    assert float(attraction(templates, soft)) == pytest.approx(slow, rel=1e-9, abs=1e-12)
-    assert float(attraction(templates, hard)) == pytest.approx(0, abs=1e-12)
+    assert float(attraction(templates @ templates.T, soft)) == pytest.approx(slow, rel=1e-9, abs=1e-12)
+    assert float(attraction(templates @ templates.T, hard)) == pytest.approx(0, abs=1e-12)

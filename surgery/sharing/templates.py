@@ -120,20 +120,18 @@ def entropy(mixtures: Tensor) -> Tensor:
     return each.mean() / torch.log(torch.tensor(float(count)))
 
 
-def attraction(templates: Tensor, mixtures: Tensor) -> Tensor:
+def attraction(gram: Tensor, mixtures: Tensor) -> Tensor:
     """How far layers are from the template that contributes most to them, relative to the templates' size.
 
     Unlike `entropy`, it moves templates too: each is drawn towards the weights to which it contributes most, so that
     hardening changes little. Mean over layers of `|W[l] - theta[argmax_k A[l, k]]|^2 / mean_k |theta[k]|^2`.
 
     Args:
-        templates: `[K, D]`.
+        gram: `[K, K]` inner products of the templates, those of their tensors added: K x K numbers in place of L x D.
         mixtures: `[L, K]`.
     """
-    size = templates.square().sum(1).mean().detach().clamp_min(torch.finfo(templates.dtype).tiny)
-    # |sum_k a_k theta_k - theta_j|^2 through the Gram matrix: K x K numbers in place of L x D.
-    gram = templates @ templates.T
-    rest = mixtures - torch.nn.functional.one_hot(mixtures.argmax(1), len(templates)).to(mixtures)
+    size = gram.diagonal().mean().detach().clamp_min(torch.finfo(gram.dtype).tiny)
+    rest = mixtures - torch.nn.functional.one_hot(mixtures.argmax(1), len(gram)).to(mixtures)
     return (rest @ gram * rest).sum(1).mean() / size
 
 

@@ -64,7 +64,8 @@ def kinds_of_modules(joint: JointModel) -> list[dict[str, Any]]:
         One entry for each tensor and statistic, with `generic`, `specific`, `p` and how many there are of each
         kind; empty where there are not two of each.
     """
-    found = [_statistics(joint, key) for key in joint.dictionary if joint.dictionary[key].hypermodules]
+    keys = [bank.key for bank in joint.plan.banks if not bank.stack]
+    found = [_statistics(joint, key) for key in keys if joint.dictionary[key].hypermodules]
     if not found:
         return []
     generic = torch.cat([shared for shared, _ in found])

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from surgery.sharing.names import Mixing
+
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -61,6 +63,8 @@ class Evolution(Strict):
         draw: challengers by `usage`, `uniform`ly, or by how much of a block they `explain`.
         power: exponent of the share of a block's energy that a hypermodule explains, in an `explain` draw;
             the higher, the rarer are challengers that could not take over the block.
+        least: share of a block's energy that a challenger must explain to compete at all: a pretrained block is not
+            disturbed by what could not take it over. From 0, anything, to 1.
         siblings: whether the same location of members with the same tensor is tried first; with `explain`.
         contexts: challengers use the location's `own` context, one `fitted` to its block by least squares, or
             a fitted one `scaled` so that the block that it generates is as long as the incumbent's: a fit alone
@@ -79,6 +83,7 @@ class Evolution(Strict):
     challengers: Positive = 1
     draw: Literal["usage", "uniform", "explain"] = "usage"
     power: Rate = 1.0
+    least: Annotated[float, Field(ge=0, le=1)] = 0.0
     siblings: bool = False
     contexts: Literal["own", "fitted", "scaled"] = "own"
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -93,6 +98,36 @@ class Evolution(Strict):
         if self.codes != "contexts" and self.contexts != "own":
             raise ValueError(f"codes that are {self.codes} have no contexts, so none can be {self.contexts}")
         return self
+
+
+class TemplateSettings(Strict):
+    """Templates of stacks, where the plan has them (Compositional models).
+
+    Attributes:
+        count: K; one for each distinct layer where it is None. In a recipe, `parameters.templates`.
+        mixing: `softmax`, `linear` or `one-hot`; one-hot ones are not trained. In a recipe, `parameters.mixture`.
+        start: templates and mixtures nearest to the layers' weights (`fit`); or the first layers as templates, with
+            mixtures by hand (`sequential`, `cyclic`, `progressive`, `random`) or alike (`uniform`): for
+            architectures from scratch.
+        sure: share of a layer's own template in softmax mixtures that start exactly or by hand.
+        learn: whether mixtures are trained.
+        freeze: whether templates stay as they are.
+        lr: learning rate of mixtures; that of everything else by default.
+        entropy: weight of the mixtures' mean entropy, relative to its greatest value, beside the tasks' losses.
+        attraction: weight of what draws templates towards the layers to which they contribute most.
+        harden: whether the final generations train with each layer on one template.
+    """
+
+    count: Positive | None = None
+    mixing: Mixing = "softmax"
+    start: Literal["fit", "sequential", "cyclic", "progressive", "random", "uniform"] = "fit"
+    sure: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    learn: bool = True
+    freeze: bool = False
+    lr: Rate | None = None
+    entropy: Annotated[float, Field(ge=0)] = 0.0
+    attraction: Annotated[float, Field(ge=0)] = 0.0
+    harden: bool = False
 
 
 class Stopping(Strict):
@@ -119,6 +154,7 @@ class Training(Strict):
         validate_every: generations between validations.
         optimizer: see `Optimizer`.
         evolution: see `Evolution`.
+        templates: see `TemplateSettings`.
         stopping: see `Stopping`.
         precision: mixed precision, as accelerate names it.
         compile: whether members are compiled.
@@ -135,12 +171,21 @@ class Training(Strict):
     validate_every: Positive = 1
     optimizer: Optimizer = Optimizer()
     evolution: Evolution = Evolution()
+    templates: TemplateSettings = TemplateSettings()
     stopping: Stopping = Stopping()
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
     checkpointing: bool = False
     trackers: tuple[str, ...] = ()
     save_seconds: Annotated[float, Field(ge=0)] = 30.0
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> Training:
+        if self.templates.harden and not self.final:
+            raise ValueError(
+                "templates.harden needs final generations, in which hardened templates are trained"
+            )
+        return self
 
     @property
     def total(self) -> int:
@@ -151,6 +196,10 @@ class Training(Strict):
         """Whether alternatives compete in a generation, counted from 0."""
         evolving = self.burn_in <= generation < self.burn_in + self.generations
         return evolving and self.evolution.change == "evolve"
+
+    def hardens(self, generation: int) -> bool:
+        """Whether templates are hardened before a generation."""
+        return self.templates.harden and generation == self.burn_in + self.generations
 
     def phase(self, generation: int) -> str:
         """`burn-in`, `evolution` or `final`."""

@@ -17,6 +17,7 @@ from surgery.alignment import (
     draw_locations,
     draw_new,
     draw_uniformly,
+    explained_pairs,
     fit_contexts,
     scale_contexts,
 )
@@ -44,6 +45,8 @@ def contend(
 ) -> list[Resized]:
     """Open a contest: draw locations and their challengers. # Alg. 2, lines 7 to 13
 
+    No contest is opened where challengers must explain more of the blocks than any of them does.
+
     Args:
         bank: with hypermodules only.
         settings: of the evolution.
@@ -57,6 +60,10 @@ def contend(
     """
     chosen = draw_locations(bank.locations, settings.fraction, generator).to(bank.psi.device)
     drawn = _draw(bank, settings, chosen, generator, siblings)
+    if settings.least > 0:
+        chosen, drawn = _able(bank, chosen, drawn, settings.least)
+        if not len(chosen):
+            return []
     drawn, new = draw_new(drawn, settings.epsilon, capacity - bank.hypermodules, bank.hypermodules, generator)
     resized = [_grow(bank, new, generator)] if new else []
     contexts = None
@@ -113,6 +120,19 @@ def carry(optimizer: torch.optim.Optimizer, resized: Resized) -> None:
             value[fresh] = 0
         moved[key] = value
     optimizer.state[resized.new] = moved
+
+
+@torch.no_grad()
+def _able(bank: Bank, chosen: Tensor, drawn: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """The locations for which a challenger explains enough, and their challengers `[N', lambda]`; those that explain
+    too little make room for the best."""
+    blocks, rows = bank.blocks()[chosen], _hypermodules(bank)
+    shares = [explained_pairs(blocks, rows[column]) for column in drawn.unbind(1)]
+    share = torch.stack(shares, 1)
+    best = drawn.gather(1, share.argmax(1, keepdim=True))
+    able = torch.where(share >= least, drawn, best)
+    kept = share.amax(1) >= least
+    return chosen[kept], able[kept]
 
 
 def _hypermodules(bank: Bank) -> Tensor:

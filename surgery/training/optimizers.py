@@ -25,22 +25,37 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def make_optimizer(joint: JointModel, settings: Optimizer) -> torch.optim.Optimizer:
+def make_optimizer(
+    joint: JointModel, settings: Optimizer, mixture_lr: float | None = None
+) -> torch.optim.Optimizer:
     """One optimizer for the whole joint model; its groups carry their `role`.
 
-    Roles are `rows`, `contexts`, `adapters` and `soft`, the last with a learning rate of its own and, between
-    contests, no parameters.
+    Roles are `rows`, `contexts`, `mixtures` of templates, `adapters` and `soft`, the last with a learning rate of its
+    own and, between contests, no parameters.
+
+    Args:
+        joint: opened for training.
+        settings: of the optimizer.
+        mixture_lr: learning rate of mixtures; as everything else by default.
     """
     banks = [joint.dictionary[key] for key in joint.dictionary]
+    blocks = [joint.dictionary[plan.key] for plan in joint.plan.banks if not plan.stack]
+    stacks = [joint.dictionary[keys[0]].contexts for keys in joint.plan.stacks.values()]
     adapters = [p for p in joint.bodies.parameters() if p.requires_grad]
     decay = settings.weight_decay
     groups: list[dict[str, Any]] = [
         {"params": [b.rows for b in banks if b.rows.requires_grad], "role": "rows", "weight_decay": decay},
         {
-            "params": [b.contexts for b in banks if b.contexts.requires_grad]
-            + [b.diagonals for b in banks if b.diagonals is not None],
+            "params": [b.contexts for b in blocks if b.contexts.requires_grad]
+            + [b.diagonals for b in blocks if b.diagonals is not None],
             "role": "contexts",
             "weight_decay": 0.0,
+        },
+        {
+            "params": [mixtures for mixtures in stacks if mixtures.requires_grad],
+            "role": "mixtures",
+            "weight_decay": 0.0,
+            "lr": mixture_lr or settings.lr,
         },
         {"params": adapters, "role": "adapters", "weight_decay": decay},
         {"params": [], "role": "soft", "weight_decay": 0.0, "lr": settings.soft_lr, "eps": settings.soft_eps},

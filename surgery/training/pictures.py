@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from surgery.drawing import GRID, INK, MUTED, PALETTE, new_figure, png, tidy
+from surgery.drawing import GRID, INK, MUTED, colours, new_figure, png, tidy
 from surgery.errors import TrainingError
+from surgery.training.mixture_pictures import draw_mixtures
 from surgery.training.runlog import read_log
 
 Line = dict[str, Any]
@@ -59,7 +60,7 @@ def draw_losses(start: Line, generations: Sequence[Line], end: Line | None) -> b
     figure = new_figure(9.2, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
     steps = [line["generation"] + 1 for line in generations]
-    for task, colour in zip(start["tasks"], _colours(len(start["tasks"])), strict=True):
+    for task, colour in zip(start["tasks"], colours(len(start["tasks"])), strict=True):
         first = abs(generations[0]["losses"][task]) or 1.0
         left.plot(
             steps, [line["losses"][task] / first for line in generations], color=colour, lw=1.6, label=task
@@ -118,7 +119,7 @@ def draw_subsets(start: Line, generations: Sequence[Line], end: Line | None) -> 
     figure = new_figure(9.2, 3.8)
     axes = figure.subplots()
     steps = [line["generation"] + 1 for line in generations]
-    axes.stackplot(steps, [counts[name] for name in names], colors=_colours(len(names)), labels=names, lw=0)
+    axes.stackplot(steps, [counts[name] for name in names], colors=colours(len(names)), labels=names, lw=0)
     axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
     axes.set_xlabel("generation")
     handles, labels = axes.get_legend_handles_labels()
@@ -191,6 +192,7 @@ PICTURES: dict[str, Callable[[Line, Sequence[Line], Line | None], bytes | None]]
     "modules.png": draw_subsets,
     "layers.png": draw_layers,
     "alignment.png": draw_alignment,
+    "mixtures.png": draw_mixtures,
 }
 """What is drawn of a run, by file name."""
 
@@ -210,19 +212,9 @@ def _painted(strip: Any) -> Any:
     grey = 0.93 - 0.22 * ((strip * 0.6180339887) % 1.0)
     painted = np.repeat(grey[..., None], 3, axis=2)
     if len(ranked) < 0.9 * len(strip):
-        for number, colour in zip(ranked, _colours(min(len(ranked), 40)), strict=False):
+        for number, colour in zip(ranked, colours(min(len(ranked), 40)), strict=False):
             painted[strip == number] = colour
     return painted
-
-
-def _colours(count: int) -> list[Any]:
-    """The palette, then colours between its own."""
-    from matplotlib.colors import hsv_to_rgb, to_rgb
-
-    more = [
-        hsv_to_rgb(((k * 0.6180339887) % 1, 0.45, 0.8 - 0.2 * (k % 2))) for k in range(count - len(PALETTE))
-    ]
-    return [*map(to_rgb, PALETTE[:count]), *more]
 
 
 def _words(subset: str, members: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from surgery.files import check_target
 from surgery.joint import JointModel, join
 from surgery.merging import Prepared, plan_members, prepare
 from surgery.recipe import Recipe
+from surgery.training.config import Training
 from surgery.training.losses import loss_of
 from surgery.training.report import TrainReport
 from surgery.training.runlog import NAME as LOG
@@ -85,8 +86,7 @@ def train_recipe(
         assert recipe.train is not None
         given = recipe.train.evolution.model_copy(update={"start": "given"})
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"evolution": given})})
-    config, tasks = recipe.train, make_tasks(recipe, joint.members)
-    assert config is not None
+    config, tasks = _with_templates(recipe), make_tasks(recipe, joint.members)
     if fast_run:
         config, tasks = fast(config, tasks)
     report = train(joint, tasks, config, folder=folder, resume=resume, seed=recipe.seed, cpu=cpu)
@@ -95,6 +95,16 @@ def train_recipe(
         save(joint, recipe.out, overwrite=overwrite, recipe=recipe.resolved(), extras=extras)
         shutil.rmtree(folder, ignore_errors=True)
     return joint, report
+
+
+def _with_templates(recipe: Recipe) -> Training:
+    """The settings of a recipe, with what its parameters say of templates."""
+    assert recipe.train is not None
+    if recipe.method != "templates":
+        return recipe.train
+    given = {"count": recipe.parameters.templates, "mixing": recipe.parameters.mixture}
+    templates = recipe.train.templates.model_copy(update=given)
+    return recipe.train.model_copy(update={"templates": templates})
 
 
 def rejoin(folder: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> JointModel:

@@ -22,6 +22,7 @@ class TrainReport:
         scores: by task, of the state that was kept, on validation data.
         tests: by task, of the state that was kept, on test data.
         hypermodules: by bank.
+        templates: by stack.
         numbers: in the dictionary now, and in the sites that it generates.
         stopped: why the run ended.
         seconds: in all, resumed runs together.
@@ -32,6 +33,7 @@ class TrainReport:
     scores: Mapping[str, Score] = field(default_factory=dict)
     tests: Mapping[str, Score] = field(default_factory=dict)
     hypermodules: Mapping[str, int] = field(default_factory=dict)
+    templates: Mapping[str, int] = field(default_factory=dict)
     numbers: tuple[int, int] = (0, 0)
     stopped: str = "done"
     seconds: float = 0.0
@@ -40,18 +42,27 @@ class TrainReport:
         """As JSON."""
         scores = {name: score.document() for name, score in self.scores.items()}
         tests = {name: score.document() for name, score in self.tests.items()}
-        return {**vars(self), "scores": scores, "tests": tests, "hypermodules": dict(self.hypermodules)}
+        sizes = {"hypermodules": dict(self.hypermodules), "templates": dict(self.templates)}
+        return {**vars(self), "scores": scores, "tests": tests, **sizes}
 
 
 def dictionary_numbers(joint: JointModel) -> tuple[int, int]:
     """Numbers in the dictionary after collapse, and in the sites that it generates.
 
     A hypermodule that fewer than c locations use counts as the blocks that it generates:
-    `(L - Lo)*c + K*c*m*n + Lo*m*n`. Coefficients that stay 1 do not count, diagonals do.
+    `(L - Lo)*c + K*c*m*n + Lo*m*n`. Coefficients that stay 1 do not count, diagonals do. Templates that are used count
+    as they are, where they are fewer than the layers, and mixtures that are trained once for all tensors of a stack.
     """
     now = whole = 0
-    for key in joint.dictionary:
-        bank = joint.dictionary[key]
+    for plan in joint.plan.banks:
+        bank = joint.dictionary[plan.key]
+        if plan.stack and bank.hypermodules:
+            used = int((bank.coefficients != 0).any(0).sum())
+            now += min(used, bank.locations) * bank.rows.shape[1]
+            whole += bank.locations * bank.rows.shape[1]
+            if plan.key == joint.plan.stacks[plan.stack][0] and bank.contexts.requires_grad:
+                now += bank.contexts.numel()
+            continue
         uses = torch.bincount(bank.psi, minlength=bank.hypermodules)
         own = bank.context if bank.contexts.requires_grad else 0
         own += 0 if bank.diagonals is None else bank.diagonals.shape[1]

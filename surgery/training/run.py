@@ -16,6 +16,7 @@ from surgery.errors import TrainingError
 from surgery.progress import task as progress_task
 from surgery.training.analysis import kinds_of_modules, layer_overlap
 from surgery.training.config import Training
+from surgery.training.mixing import describe_stacks, mixtures_of
 from surgery.training.report import TrainReport, dictionary_numbers
 from surgery.training.runlog import STRIP, RunLog, subsets
 from surgery.training.state import Tensors, read_state, restore, snapshot, write_state
@@ -77,11 +78,13 @@ class Run:
         trainer, config = self.trainer, self.config
         losses = trainer.losses_so_far()
         last = generation + 1 == config.total
+        if config.hardens(generation):  # what was better before is not what will be exported
+            self.best_score, self.kept, self.stale = float("inf"), None, 0
         scores: dict[str, Score] = {}
         if last or (generation + 1) % config.validate_every == 0:
             scores = evaluate(trainer.joint, trainer.tasks, trainer.losses, seed=self.seed)
             self._judge(generation, scores, losses)
-        sizes = {key: bank.hypermodules for key, bank in trainer.banks.items()}
+        sizes = {key: bank.hypermodules for key, bank in trainer.evolving.items()}
         now, whole = dictionary_numbers(trainer.joint)
         self.log.write(
             "generation",
@@ -95,6 +98,7 @@ class Run:
             moved=trainer.moved,
             subsets=subsets(trainer.joint),
             alignment=self._alignment(),
+            mixtures=mixtures_of(trainer.joint),
             best=self.best == generation,
             seconds=self.seconds,
         )
@@ -104,8 +108,9 @@ class Run:
             )
         mean = sum(trainer.weights[name] * value for name, value in losses.items())
         work.describe(
-            f"Generation {generation + 1}/{config.total}, loss {mean:.4g}, {sum(sizes.values())} hypermodules, "
-            f"{now / max(whole, 1):.0%} of the numbers, {trainer.moved:.0%} moved"
+            f"Generation {generation + 1}/{config.total}, loss {mean:.4g}, "
+            + (f"{sum(sizes.values())} hypermodules, {trainer.moved:.0%} moved, " if sizes else "")
+            + f"{now / max(whole, 1):.0%} of the numbers"
         )
         if last or time.monotonic() - self.saved >= config.save_seconds:
             self._save()
@@ -130,7 +135,7 @@ class Run:
         """The lifelong number of every location's hypermodule, of banks small enough to be looked at whole."""
         return {
             key: self.trainer.identity[key][bank.psi.cpu()].tolist()
-            for key, bank in self.trainer.banks.items()
+            for key, bank in self.trainer.evolving.items()
             if bank.locations <= STRIP
         }
 
@@ -212,7 +217,8 @@ class Run:
             best=best,
             scores=scores,
             tests=tests,
-            hypermodules={key: bank.hypermodules for key, bank in trainer.banks.items()},
+            hypermodules={key: bank.hypermodules for key, bank in trainer.evolving.items()},
+            templates={name: told["templates"] for name, told in describe_stacks(joint).items()},
             numbers=dictionary_numbers(joint),
             stopped=stopped,
             seconds=self.seconds,
@@ -225,7 +231,7 @@ class Run:
     def _analysis(self) -> dict[str, Any]:
         """Which layers share, and what sets shared hypermodules apart, in the state that was kept."""
         joint = self.trainer.joint
-        shared = [key for key, bank in self.trainer.banks.items() if bank.hypermodules]
+        shared = [key for key, bank in self.trainer.evolving.items() if bank.hypermodules]
         overlap = {key: layer_overlap(joint, key) for key in shared}
         return {"overlap": overlap, "statistics": kinds_of_modules(joint)}
 
@@ -239,7 +245,7 @@ class Run:
                 "locations": bank.locations,
                 "hypermodules": bank.hypermodules,
             }
-            for key, bank in self.trainer.banks.items()
+            for key, bank in self.trainer.evolving.items()
         }
         sites = [
             [p.site.member, p.site.name, p.bank, p.start, p.stop, p.site.order] for p in joint.plan.placements
@@ -256,6 +262,7 @@ class Run:
             "tasks": tasks,
             "banks": banks,
             "sites": sites,
+            "stacks": describe_stacks(joint),
             "numbers": dictionary_numbers(joint)[1],
             "config": self.config.model_dump(mode="json"),
             "seed": self.seed,

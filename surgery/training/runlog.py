@@ -86,7 +86,7 @@ def find_log(source: str | Path) -> Path:
 def subsets(joint: JointModel) -> dict[str, int]:
     """How many hypermodules each set of members uses, the members' names joined by `+`. # Fig. 3a"""
     found: dict[str, int] = {}
-    for key in joint.dictionary:
+    for key in (bank.key for bank in joint.plan.banks if not bank.stack):
         patterns, counts = torch.unique(users(joint, key), dim=0, return_counts=True)
         for pattern, count in zip(patterns.tolist(), counts.tolist(), strict=True):
             subset = "+".join(name for name, used in zip(joint.names, pattern, strict=True) if used)

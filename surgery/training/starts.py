@@ -10,25 +10,34 @@ from torch import Tensor
 from surgery.dictionary import Bank
 from surgery.errors import PlanError
 from surgery.joint import JointModel
-from surgery.training.config import Evolution
+from surgery.mixtures import Templates
+from surgery.training.config import Evolution, TemplateSettings
 from surgery.training.evolution import regroup
+from surgery.training.mixing import how_to_open, settle_parts
 
 
-def start(joint: JointModel, settings: Evolution, seed: int) -> None:
+def start(
+    joint: JointModel, settings: Evolution, seed: int, templates: TemplateSettings | None = None
+) -> None:
     """Open every bank for training and give it the alignment that `settings.start` names.
 
     Args:
         joint: as `join` made it, or loaded from an artifact.
         settings: of the evolution.
-        seed: of new basis blocks, and of a random alignment.
+        seed: of new basis blocks, and of a random alignment or signature.
+        templates: of the plan's stacks.
     """
+    templates = templates or TemplateSettings()
     if settings.start == "given" and settings.codes == "diagonals":
         raise PlanError(
             "Codes that are diagonals cannot go on from a given alignment: collapse took them away."
         )
-    _open(joint, settings, seed)
+    _open(joint, settings, seed, how_to_open(templates))
+    settle_parts(joint, templates)
     generator = torch.Generator().manual_seed(seed)
     for plan in joint.plan.banks:
+        if plan.stack:
+            continue
         bank = joint.dictionary[plan.key]
         if settings.start == "own":
             regroup(bank, torch.arange(bank.locations), same=True)
@@ -40,19 +49,20 @@ def start(joint: JointModel, settings: Evolution, seed: int) -> None:
     joint.refresh()
 
 
-def _open(joint: JointModel, settings: Evolution, seed: int) -> None:
+def _open(joint: JointModel, settings: Evolution, seed: int, templates: Templates) -> None:
     """Hypermodules for every bank, of c basis blocks or, where locations have no contexts, of one."""
     if settings.codes == "contexts":
-        joint.open(seed=seed)
+        joint.open(seed=seed, templates=templates)
         return
-    if opened := [key for key in joint.dictionary if joint.dictionary[key].hypermodules]:
+    blocks = [bank.key for bank in joint.plan.banks if not bank.stack]
+    if opened := [key for key in blocks if joint.dictionary[key].hypermodules]:
         raise PlanError(
             f"Codes that are {settings.codes} need members joined anew, but {', '.join(opened)} already has "
             "hypermodules with contexts: start from the members, or leave evolution.codes away."
         )
-    joint.open(context=0)
+    joint.open(context=0, seed=seed, templates=templates)
     if settings.codes == "diagonals":
-        for key in joint.dictionary:
+        for key in blocks:
             joint.dictionary[key].add_diagonals()
 
 
@@ -60,14 +70,15 @@ def take_over(joint: JointModel, loaded: JointModel) -> JointModel:
     """Give a joint model the hypermodules of another one with the same members and weights.
 
     An artifact keeps as plain tensors what was not worth generating, so its plan may hold fewer sites; these stay
-    single rows here. Sites in other blocks keep single rows too.
+    single rows here. Sites in other blocks keep single rows too, and so do stacks: their templates are found again by
+    fitting as many to what they generate.
 
     Args:
         joint: as `join` made it; it is changed in place.
         loaded: as `load` returned it.
     """
     places = {(p.site.member, p.site.name): p for p in loaded.plan.placements}
-    for key in joint.dictionary:
+    for key in (bank.key for bank in joint.plan.banks if not bank.stack):
         mine = [p for p in joint.plan.placements if p.bank == key]
         pairs = [
             (p, places[p.site.member, p.site.name]) for p in mine if (p.site.member, p.site.name) in places

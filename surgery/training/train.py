@@ -75,7 +75,7 @@ def train(
         project_dir=None if place is None else str(place),
     )
     set_seed(seed)
-    start(joint, settings.evolution, seed)
+    start(joint, settings.evolution, seed, settings.templates)
     _prepare_members(joint, settings)
     trainer = Trainer(joint, tasks, settings, seed, accelerator)
     trainer.optimizer = accelerator.prepare(trainer.optimizer)

@@ -21,6 +21,7 @@ from surgery.training.config import Training
 from surgery.training.evolution import Resized, carry, conclude, contend
 from surgery.training.explain import explain_failure
 from surgery.training.losses import loss_of
+from surgery.training.mixing import harden_stacks, penalty
 from surgery.training.optimizers import make_optimizer, make_scheduler
 from surgery.training.starts import siblings
 from surgery.training.state import (
@@ -60,8 +61,9 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         self.identity = {key: torch.arange(count) for key, count in self.capacity.items()}
         self.born = dict(self.capacity)
-        self.siblings = {key: siblings(joint, key) for key in self.banks}
-        self.optimizer = make_optimizer(joint, config.optimizer)
+        self.siblings = {key: siblings(joint, key) for key in self.evolving}
+        self.optimizer = make_optimizer(joint, config.optimizer, config.templates.lr)
+        self.hardened = False
         steps = config.total * config.steps
         self.scheduler = make_scheduler(self.optimizer, config.optimizer, steps)
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -79,6 +81,11 @@ class Trainer:
         return {key: self.joint.dictionary[key] for key in self.joint.dictionary}
 
     @property
+    def evolving(self) -> Mapping[str, Any]:
+        """The banks whose alignment can evolve: all but those of templates."""
+        return {plan.key: self.joint.dictionary[plan.key] for plan in self.joint.plan.banks if not plan.stack}
+
+    @property
     def done(self) -> bool:
         """Whether all generations are done."""
         return self.generation >= self.config.total
@@ -91,6 +98,8 @@ class Trainer:
         Raises:
             TrainingError: where a loss is not finite; nothing is stepped.
         """
+        if self.step == 0 and self.config.hardens(self.generation):
+            self.harden()
         if self.step == 0 and self.config.competes(self.generation):
             self.contend()
         self.train_step()
@@ -111,6 +120,8 @@ class Trainer:
                     loss = self._run(task, batch, share * self.weights[task.name] / accumulate)
                     part = loss.detach() * (share / accumulate)
                     parts[task.name] = parts[task.name] + part if task.name in parts else part
+        if (extra := penalty(self.joint, self.config.templates)) is not None:
+            self.accelerator.backward(extra)
         self._reduce()
         for name, value in parts.items():
             self.running[name] = self.running[name] + value if name in self.running else value
@@ -164,7 +175,7 @@ class Trainer:
     def contend(self) -> None:
         """Let alternatives compete for sampled locations of every bank."""
         alpha = self.config.alpha(self.generation)
-        for key, bank in self.banks.items():
+        for key, bank in self.evolving.items():
             resized = contend(
                 bank,
                 self.config.evolution,
@@ -174,12 +185,13 @@ class Trainer:
                 self.siblings[key],
             )
             self._follow(key, resized)
-            self._enter(bank.contest)
+            if bank.contest is not None:
+                self._enter(bank.contest)
 
     def conclude(self) -> None:
         """Decide every contest; unused hypermodules and their optimizer rows go."""
         changed, locations = 0, 0
-        for key, bank in self.banks.items():
+        for key, bank in self.evolving.items():
             contest = bank.contest
             if contest is None:
                 continue
@@ -189,7 +201,12 @@ class Trainer:
             changed, locations = changed + moved, locations + bank.locations
         self.moved = changed / locations if locations else 0.0
 
-    def _drop(self, parameters: Sequence[nn.Parameter | None]) -> None:
+    def harden(self) -> None:
+        """From here on every layer of a stack takes one template, and mixtures are trained no more."""
+        self._drop([before for before, _ in harden_stacks(self.joint)])
+        self.hardened = True
+
+    def _drop(self, parameters: Sequence[Tensor | None]) -> None:
         gone = {id(p) for p in parameters if p is not None}
         for group in self.optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in gone]
@@ -236,6 +253,7 @@ class Trainer:
             "generation": self.generation,
             "step": self.step,
             "moved": self.moved,
+            "hardened": self.hardened,
             "born": self.born,
             "optimizer": steps,
             "schedule": None if self.scheduler is None else self.scheduler.last_epoch,
@@ -256,6 +274,8 @@ class Trainer:
                 f"The checkpoint must be of the tasks {', '.join(self.streams)}, found "
                 f"{', '.join(document['streams'])}: choose another --out, or delete it."
             )
+        if document.get("hardened"):
+            self.harden()
         old = {key: (bank.rows, bank.contexts) for key, bank in self.banks.items()}
         restore(self.joint, _under(tensors, "model/"))
         self.generation, self.step, self.moved = document["generation"], document["step"], document["moved"]

@@ -1,0 +1,189 @@
+"""Training templates: mixtures learn, regularisers and hardening do what they say, and runs resume."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from nets import made
+from PIL import Image
+from pydantic import ValidationError
+from torch import nn
+
+import surgery
+from surgery.joint import join
+from surgery.sites import discover
+from surgery.template_plan import plan_templates
+from surgery.training.config import Evolution, TemplateSettings, Training
+from surgery.training.mixing import penalty, stacks_of
+from surgery.training.pictures import draw_run
+from surgery.training.report import dictionary_numbers
+from surgery.training.run import STATE, Interrupted
+from surgery.training.runlog import read_log
+from surgery.training.starts import start
+from surgery.training.streams import Batches
+from surgery.training.tasks import Task
+from surgery.training.train import train
+from surgery.training.trainer import Trainer
+
+CONFIG = {
+    "steps": 5, "burn_in": 1, "generations": 3, "final": 2, "save_seconds": 0,
+    "optimizer": {"lr": 0.02, "clip": 1.0, "schedule": "cosine"},
+    "evolution": {"challengers": 1, "alpha": 0.6},
+    "templates": {"count": 2, "start": "uniform", "lr": 0.3, "entropy": 0.1, "attraction": 0.1, "harden": True},
+}  # fmt: skip
+
+
+class Layer(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.into, self.norm, self.out = nn.Linear(width, 12), nn.LayerNorm(12), nn.Linear(12, width)
+
+    def forward(self, x):
+        return x + self.out(torch.tanh(self.norm(self.into(x))))
+
+
+def network(layers=4):
+    torch.manual_seed(0)
+    body = nn.Sequential(
+        nn.Linear(3, 8), *(Layer(8) for _ in range(layers)), nn.Linear(8, 16), nn.Linear(16, 2)
+    )
+    return made("net", body, torch.zeros(2, 3))
+
+
+def build(layers=4):
+    one = network(layers)
+    return join([one], plan_templates([discover(one)], (4, 4), 2))
+
+
+def task():
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(1))
+    y = ((x[:, 0] * x[:, 1] + x[:, 2]) > 0).long()
+    held = Batches(x[48:], y[48:], 16, shuffle=False)
+    return Task("signs", "net", Batches(x[:48], y[:48], 16), "cross_entropy", "accuracy", validation=held)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    joint = build()
+    return joint, train(joint, [task()], CONFIG, folder=folder, cpu=True), folder
+
+
+def test_mixtures_learn_harden_and_are_logged(unbroken):
+    joint, report, folder = unbroken
+    first, *lines, end = read_log(folder / "log.jsonl")
+    assert first["stacks"]["stack0"]["layers"] == [["net", f"{n}.into.weight"] for n in range(1, 5)]
+    history = np.array([line["mixtures"]["stack0"] for line in lines])
+    assert history.shape == (6, 4, 2)
+    assert np.abs(history[3] - history[0]).max() > 0.05  # they were trained
+    assert set(history[4].ravel()) == {0.0, 1.0} == set(history[5].ravel())
+    assert (history[4].argmax(1) == history[3].argmax(1)).all()
+    assert report.templates == {"stack0": 2} == end["templates"] and report.best >= 4
+    assert report.hypermodules["4x4-float32"] > 0  # what lies outside the stack evolves as ever
+    used = len(set(history[5].argmax(1)))
+    numbers, whole = dictionary_numbers(joint)
+    assert numbers < whole
+    stored = {key: bank for key, bank in joint.dictionary.banks.items() if key.startswith("stack")}
+    assert all(int((bank.coefficients != 0).any(0).sum()) == used for bank in stored.values())
+
+
+def test_templates_are_exported_as_what_was_trained(unbroken, tmp_path):
+    joint, _, _ = unbroken
+    surgery.save(joint, tmp_path / "joint")
+    loaded = surgery.load(tmp_path / "joint", modules={"net": network().module})
+    x = torch.randn(5, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded["net"](x), joint["net"](x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(joint.extract("net")(x), joint["net"](x), rtol=1e-4, atol=1e-5)
+
+
+def test_mixtures_are_drawn(unbroken):
+    content = draw_run(unbroken[2] / "log.jsonl")["mixtures.png"]
+    assert (
+        len(np.unique(np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).reshape(-1, 3), axis=0)) > 8
+    )
+
+
+@pytest.mark.parametrize("step", [3, 11, 20, 21, 27])
+def test_interrupted_at_any_step_and_resumed_it_ends_as_an_unbroken_run(
+    unbroken, tmp_path, monkeypatch, step
+):
+    plain, count = Trainer.train_step, [0]
+
+    def stop(self):
+        count[0] += 1
+        if count[0] == step:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+        plain(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", stop)
+        with pytest.raises(Interrupted):
+            train(build(), [task()], CONFIG, folder=tmp_path, cpu=True)
+    assert (tmp_path / STATE).exists()
+    joint = build()
+    report = train(joint, [task()], CONFIG, folder=tmp_path, cpu=True, resume=True)
+    expected, first, _ = unbroken
+    assert report.best == first.best
+    for key, tensor in expected.collapse("net").items():
+        assert torch.equal(joint.collapse("net")[key], tensor), key
+
+
+@pytest.mark.parametrize(
+    ("settings", "templates", "mixtures"),
+    [
+        ({}, True, True),
+        ({"learn": False}, True, False),
+        ({"freeze": True}, False, True),
+        ({"mixing": "one-hot", "start": "cyclic"}, True, False),
+    ],
+)
+def test_what_is_frozen_stays(settings, templates, mixtures):
+    joint = build()
+    config = {**CONFIG, "final": 0, "templates": {"count": 2, "start": "sequential", **settings}}
+    twin = build()
+    start(twin, Evolution(), 0, TemplateSettings(count=2, **{"start": "sequential", **settings}))
+    train(joint, [task()], {**config, "stopping": {"keep": "last"}}, cpu=True)
+    for name, banks in stacks_of(joint).items():
+        for key, bank in banks.items():
+            before = stacks_of(twin)[name][key]
+            assert torch.equal(bank.rows, before.rows) != templates
+            assert torch.equal(bank.contexts, before.contexts) != mixtures
+
+
+@pytest.mark.parametrize("start_by", ["uniform", "random", "sequential", "cyclic", "progressive", "fit"])
+def test_a_deeper_model_has_no_more_templates(start_by):
+    joint = build(layers=9)
+    start(joint, Evolution(), 0, TemplateSettings(count=2, start=start_by))
+    for banks in stacks_of(joint).values():
+        for bank in banks.values():
+            assert bank.rows.shape[0] == 2 and bank.locations == 9 and bank.mixing == "softmax"
+            torch.testing.assert_close(bank.coefficients.sum(1), torch.ones(9))
+
+
+def test_the_penalty_draws_mixtures_to_signatures_and_templates_together():
+    joint = build()
+    settings = TemplateSettings(count=2, start="random", entropy=1.0, attraction=1.0, sure=0.7)
+    start(joint, Evolution(), 0, settings)
+    (banks,) = stacks_of(joint).values()
+    first = next(iter(banks.values()))
+    before = first.coefficients.max(1).values.mean()
+    optimizer = torch.optim.SGD([first.contexts, *(bank.rows for bank in banks.values())], lr=0.5)
+    values = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        value = penalty(joint, settings)
+        value.backward()
+        optimizer.step()
+        values.append(float(value.detach()))
+    assert values[-1] < 0.5 * values[0] and bool(first.coefficients.max(1).values.mean() > before)
+    assert penalty(joint, TemplateSettings()) is None
+
+
+def test_settings_that_cannot_be_are_refused():
+    with pytest.raises(ValidationError, match="needs final generations"):
+        Training(final=0, templates=TemplateSettings(harden=True))
