@@ -22,7 +22,7 @@ from itertools import combinations
 from typing import Any
 
 from benchmarks.harness import make_parser
-from benchmarks.recipe_runs import add_options, compare, members_of
+from benchmarks.recipe_runs import add_options, compare, in_evolution, members_of
 
 METHODS: dict[str, dict[str, Any]] = {
     "single": {"codes": "ones", "change": "none"},
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     members = options.members or members_of(options.recipe)
     runs = list(plan_runs(members, options.methods))
-    compare("crossmodal", options, argv, options.recipe, METHODS, runs, "single")
+    compare("crossmodal", options, argv, options.recipe, in_evolution(METHODS), runs, "single")
 
 
 if __name__ == "__main__":

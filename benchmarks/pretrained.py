@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.harness import make_parser
-from benchmarks.recipe_runs import add_options, compare, members_of
+from benchmarks.recipe_runs import add_options, compare, in_evolution, members_of
 
 _OWN = {"start": "own", "change": "evolve", "least": 0.0}
 _EXPLAIN = {**_OWN, "draw": "explain", "siblings": True}
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     members = members_of(options.case)
     runs = [(method, members) for method in options.methods or CASES[options.case]]
-    compare("pretrained", options, argv, options.case, METHODS, runs, "alone")
+    compare("pretrained", options, argv, options.case, in_evolution(METHODS), runs, "alone")
 
 
 if __name__ == "__main__":

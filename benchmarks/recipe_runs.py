@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.harness import make_header, show, write_csv
 
 Changes = Mapping[str, Mapping[str, Any]]
-"""By method, what it changes in a recipe's `train.evolution`."""
+"""By method, what it changes in a recipe."""
 Runs = Sequence[tuple[str, tuple[str, ...]]]
 """A method with the members that it is tried on."""
 
@@ -37,18 +37,30 @@ def add_options(parser: argparse.ArgumentParser, folder: str) -> None:
 
 
 def document_of(
-    recipe: str, evolution: Mapping[str, Any], members: Sequence[str], seed: int, changes: Sequence[str]
+    recipe: str, method: Mapping[str, Any], members: Sequence[str], seed: int, changes: Sequence[str]
 ) -> dict[str, Any]:
-    """The recipe of one run."""
+    """The recipe of one run: some members, what the method changes, and then `changes`."""
     from surgery.recipe import override, read_document
 
-    document = override(read_document(recipe), [*changes, f"seed={seed}"])
+    document = read_document(recipe)
     document["models"] = [model for model in document["models"] if model["name"] in members]
-    evolution = document["train"].get("evolution", {}) | dict(evolution)
+    document = _merged(document, method)
+    evolution = document["train"].get("evolution", {})
     if evolution.get("codes", "contexts") != "contexts":
         evolution.pop("contexts", None)
-    document["train"]["evolution"] = evolution
-    return document
+    return override(document, [*changes, f"seed={seed}"])
+
+
+def _merged(document: Any, changes: Any) -> Any:
+    """Changes laid over a document, mapping by mapping."""
+    if not isinstance(document, dict) or not isinstance(changes, Mapping):
+        return changes
+    return {**document, **{key: _merged(document.get(key), value) for key, value in changes.items()}}
+
+
+def in_evolution(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Methods that change `train.evolution` alone."""
+    return {name: {"train": {"evolution": dict(changes)}} for name, changes in methods.items()}
 
 
 def place_of(folder: Path, method: str, document: Mapping[str, Any], fast: bool) -> Path:

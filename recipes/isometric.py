@@ -41,11 +41,11 @@ class Block(nn.Module):
 
 
 class Cnn(nn.Module):
-    """A stem that halves the picture's sides, isometric blocks, and a linear head on their mean."""
+    """A stem that makes pictures smaller by `stride`, isometric blocks, and a linear head on their mean."""
 
-    def __init__(self, layers: int, channels: int, expansion: int, classes: int, colours: int):
+    def __init__(self, layers: int, channels: int, expansion: int, classes: int, colours: int, stride: int):
         super().__init__()
-        self.stem = nn.Conv2d(colours, channels, 3, stride=2, padding=1)
+        self.stem = nn.Conv2d(colours, channels, 5, stride=stride, padding=2)
         self.blocks = nn.ModuleList(Block(channels, expansion) for _ in range(layers))
         self.head = nn.Linear(channels, classes)
 
@@ -64,9 +64,11 @@ def cnn(
     classes: int = 10,
     colours: int = 1,
     side: int = 28,
+    stride: int = 4,
 ) -> Made:
     """An isometric CNN and two blank pictures."""
-    return Cnn(layers, channels, expansion, classes, colours), (torch.zeros(2, colours, side, side),)
+    net = Cnn(layers, channels, expansion, classes, colours, stride)
+    return net, (torch.zeros(2, colours, side, side),)
 
 
 def vit(

@@ -69,6 +69,10 @@ def open_stack(
     else:
         mixtures = _by_hand(how, len(group), count, generator)
         combine = torch.eye(len(group), dtype=torch.float64)[:count]
+        # Mixing K independent weights makes them smaller: their deviation is made up for, so that layers begin as they
+        # were meant to. What is the same everywhere, such as zeros and ones, stays.
+        stretch = float(mixtures.square().sum(1).mean().rsqrt())
+        blocks = {key: each.mean() + (each - each.mean()) * stretch for key, each in blocks.items()}
     shared = _parameter(mixtures, how.mixing, next(iter(blocks.values())))
     return {key: _mixed(banks[key], blocks[key], combine, shared, how, exact) for key in banks}
 
