@@ -13,6 +13,7 @@ probability by Welch's t-test that the difference to training alone is chance, a
     explained  challengers by how much of the block they explain, siblings first, with fitted contexts
     scaled     the same, contexts scaled to the block's length
     able       as explained, but only challengers that explain at least half of the block compete
+    paper      as usage, with the paper's scale: contexts carry the deviations of layers, not rows
 """
 
 from __future__ import annotations
@@ -23,18 +24,19 @@ from typing import Any
 from benchmarks.harness import make_parser
 from benchmarks.recipe_runs import add_options, compare, in_evolution, members_of
 
-_OWN = {"start": "own", "change": "evolve", "least": 0.0}
+_OWN = {"start": "own", "change": "evolve", "least": 0.0, "scale": "rows"}
 _EXPLAIN = {**_OWN, "draw": "explain", "siblings": True}
 METHODS: dict[str, dict[str, Any]] = {
     "alone": {"start": "own", "codes": "ones", "change": "none"},
     "encoder": {"start": "given", "codes": "ones", "change": "none"},
-    "contexts": {"start": "given", "change": "none"},
+    "contexts": {"start": "given", "change": "none", "scale": "rows"},
     "usage": {**_OWN, "draw": "usage", "contexts": "own"},
     "fitted": {**_OWN, "draw": "usage", "contexts": "fitted"},
     "explained": {**_EXPLAIN, "contexts": "fitted"},
     "scaled": {**_EXPLAIN, "contexts": "scaled"},
     "able": {**_EXPLAIN, "contexts": "fitted", "least": 0.5},
 }
+METHODS["paper"] = {**METHODS["usage"], "scale": "contexts"}
 CASES = {
     "sentiment": tuple(METHODS),
     "cross_architecture": tuple(name for name in METHODS if name not in ("encoder", "contexts")),

@@ -206,6 +206,7 @@ class JointModel(nn.Module):
             context: c; by default what the plan says. With 0 the rows become hypermodules of one basis block as
                 they are, and coefficients stay 1.
             seed: of the new basis blocks.
+            scale: whether contexts or rows carry the deviations of layers; see `surgery.opening.open_bank`.
             templates: how the plan's stacks are opened; by default exactly, with a template for each distinct layer.
         """
         self._refuse_in_step("Opening the dictionary")
@@ -218,9 +219,11 @@ class JointModel(nn.Module):
         for key in [key for key in self.dictionary if self.dictionary[key].singles]:
             bank, c = self.dictionary[key], self.plan.bank(key).context if context is None else context
             if bank.hypermodules:
-                opened = open_rest(bank, generator, self._deviations(key))
+                opened = open_rest(bank, generator, self._deviations(key), scale)
             else:
-                opened = open_bank(bank, c, generator, self._deviations(key)) if c else fixed_bank(bank)
+                opened = (
+                    open_bank(bank, c, generator, self._deviations(key), scale) if c else fixed_bank(bank)
+                )
             self.dictionary.banks[key] = opened
         banks = tuple(replace(b, context=self.dictionary[b.key].context) for b in self.plan.banks)
         self.plan = replace(self.plan, banks=banks)

@@ -7,3 +7,6 @@ Mixing = Literal["linear", "softmax", "one-hot"]
 
 SIGNATURES = ("sequential", "cyclic", "progressive", "random")
 """One template for each layer, by hand."""
+
+Scale = Literal["contexts", "rows"]
+"""What carries the deviation of a layer's weights when its blocks become hypermodules."""

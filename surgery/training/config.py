@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from surgery.sharing.names import Mixing
+from surgery.sharing.names import Mixing, Scale
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -69,6 +69,9 @@ class Evolution(Strict):
         contexts: challengers use the location's `own` context, one `fitted` to its block by least squares, or
             a fitted one `scaled` so that the block that it generates is as long as the incumbent's: a fit alone
             shortens every block that a challenger does not wholly explain, which costs it the contest.
+        scale: what carries the deviation of a layer's weights: its `contexts`, as in the paper, so that a location
+            can use any hypermodule with the context it has; or `rows`, so that a learning rate means what it means
+            in plain training, for pretrained members. With `rows`, challengers should have contexts of their own.
         alpha: probability of not choosing the incumbent, at the start of a generation; the number of
             challengers over that of alternatives makes all alike.
         final_alpha: what `alpha` falls to, geometrically, until the last generation; none keeps it.
@@ -86,6 +89,7 @@ class Evolution(Strict):
     least: Annotated[float, Field(ge=0, le=1)] = 0.0
     siblings: bool = False
     contexts: Literal["own", "fitted", "scaled"] = "own"
+    scale: Scale = "contexts"
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
     final_alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
     epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-4

@@ -52,7 +52,7 @@ def start(
 def _open(joint: JointModel, settings: Evolution, seed: int, templates: Templates) -> None:
     """Hypermodules for every bank, of c basis blocks or, where locations have no contexts, of one."""
     if settings.codes == "contexts":
-        joint.open(seed=seed, templates=templates)
+        joint.open(seed=seed, templates=templates, scale=settings.scale)
         return
     blocks = [bank.key for bank in joint.plan.banks if not bank.stack]
     if opened := [key for key in blocks if joint.dictionary[key].hypermodules]:
