@@ -195,7 +195,11 @@ class JointModel(nn.Module):
         return module
 
     def open(
-        self, context: int | None = None, seed: int = 0, templates: Templates | None = None
+        self,
+        context: int | None = None,
+        seed: int = 0,
+        templates: Templates | None = None,
+        scale: Scale = "contexts",
     ) -> JointModel:
         """Make every single row a trainable hypermodule of `context` basis blocks; outputs stay what they
         were.
