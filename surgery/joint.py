@@ -27,6 +27,7 @@ from surgery.mixtures import Templates, open_stack
 from surgery.opening import fixed_bank, open_bank, open_rest
 from surgery.plan import Placement, Plan, make_plan, plan_in_dtypes, torch_dtype
 from surgery.precision import Encoded
+from surgery.sharing.names import Scale
 from surgery.sites import discover
 from surgery.slots import check_apart, forget_derived, locate, put_back, put_in, reorder, take_out
 

@@ -85,14 +85,31 @@ def test_codes_point_behind_the_hypermodules_for_single_rows():
     assert coefficient.tolist() == [[0.5, 0.25], [3.0, 0.0]]
 
 
+@pytest.mark.parametrize("scale", ["contexts", "rows"])
 @pytest.mark.parametrize("context", [1, 2, 4, 7])
-def test_opening_keeps_outputs_and_collapse_is_exact(context):
+def test_opening_keeps_outputs_and_collapse_is_exact(context, scale):
     blocks = blocks_with_repeats(0, 50, 16) * 0.05
     blocks[3] *= 1e-4  # a small block among larger ones: rounding must not reach it
-    bank = open_bank(exact_bank(blocks, (4, 4)), context, torch.Generator().manual_seed(0))
+    bank = open_bank(exact_bank(blocks, (4, 4)), context, torch.Generator().manual_seed(0), scale=scale)
     assert bank.hypermodules == len(bank.rows) // context
     torch.testing.assert_close(bank.blocks(), blocks, rtol=0, atol=1e-6 * float(blocks.abs().max()))
     assert torch.equal(bank.settled_blocks(), blocks)
+
+
+@pytest.mark.parametrize("context", [1, 4])
+def test_with_the_scale_in_rows_a_step_of_adam_moves_weights_as_in_plain_training(context):
+    blocks = torch.randn(40, 16, generator=torch.Generator().manual_seed(1)) * 0.02
+    target = torch.randn(40, 16, generator=torch.Generator().manual_seed(2)) * 0.02
+    moved = {}
+    for scale in ("contexts", "rows"):
+        bank = open_bank(exact_bank(blocks, (4, 4)), context, torch.Generator().manual_seed(0), scale=scale)
+        optimizer = torch.optim.Adam([bank.rows], lr=1e-4)
+        (bank.blocks() - target).square().sum().backward()
+        optimizer.step()
+        moved[scale] = float((bank.blocks() - blocks).abs().mean())
+    # |z| = 1: all c rows move by lr together, |z|_1 = sqrt(c).
+    assert moved["rows"] == pytest.approx(1e-4 * context**0.5, rel=0.01)
+    assert moved["contexts"] < 0.05 * moved["rows"]
 
 
 def test_collapse_keeps_what_was_trained():
