@@ -13,6 +13,7 @@ are kept in --folder and not run again.
     hard          the same with c = 0: classical hard sharing
     adapters      the same with a diagonal for each location: parallel adapters
     c0            evolution with c = 0
+    rows          evolution, rows carrying the deviations of layers, contexts of challengers scaled to the blocks
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hard": {"start": "order", "change": "none", "codes": "ones"},
     "adapters": {"start": "order", "change": "none", "codes": "diagonals"},
     "c0": {"codes": "ones"},
+    "rows": {"scale": "rows", "contexts": "scaled"},
 }
 ALONE = ("single", "intra")
 

@@ -106,7 +106,7 @@ def test_with_the_scale_in_rows_a_step_of_adam_moves_weights_as_in_plain_trainin
         optimizer = torch.optim.Adam([bank.rows], lr=1e-4)
         (bank.blocks() - target).square().sum().backward()
         optimizer.step()
-        moved[scale] = float((bank.blocks() - blocks).abs().mean())
+        moved[scale] = float((bank.blocks() - blocks).detach().abs().mean())
     # |z| = 1: all c rows move by lr together, |z|_1 = sqrt(c).
     assert moved["rows"] == pytest.approx(1e-4 * context**0.5, rel=0.01)
     assert moved["contexts"] < 0.05 * moved["rows"]
