@@ -97,6 +97,8 @@ class Bank(nn.Module):
         with torch.autocast(self.rows.device.type, enabled=False):
             if self.contest is not None:
                 return self.contest.blocks(self.rows, self.contexts, start, stop)
+            if self.hypermodules == 1 and not self.singles:  # templates: every location draws on all rows
+                return self.coefficients[start:stop] @ self.rows
             index, coefficient = self.codes(start, stop)
             if index.shape[0] * self.rows.shape[0] <= DENSE_CODE and index.shape[1] > 1:
                 dense = coefficient.new_zeros(index.shape[0], self.rows.shape[0])

@@ -22,6 +22,8 @@ def to_blocks(weight: Tensor, p: Placement) -> Tensor:
 
 def to_weight(blocks: Tensor, p: Placement) -> Tensor:
     """The exact inverse of `to_blocks`: a contiguous weight in the member's dtype; differentiable."""
+    if len(blocks) == 1 and p.site.view.flat:  # a template's tensor
+        return blocks.view(p.site.shape).to(torch_dtype(p.site.dtype))
     return p.site.view.to_tensor(untile(blocks, p.grid)).contiguous().to(torch_dtype(p.site.dtype))
 
 

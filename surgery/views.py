@@ -67,6 +67,12 @@ class CanonicalView:
         return rearrange(matrices, f"{right} -> {left}", **dict(self.sizes))
 
     @property
+    def flat(self) -> bool:
+        """Whether this is the tensor in one row, its numbers in the order in which they lie."""
+        left, right = self.pattern.split(" -> ")
+        return right == f"1 1 ({left})"
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """`(S, out, in)`."""
         sizes = dict(self.sizes)
