@@ -73,8 +73,34 @@ def open_stack(
         # were meant to. What is the same everywhere, such as zeros and ones, stays.
         stretch = float(mixtures.square().sum(1).mean().rsqrt())
         blocks = {key: each.mean() + (each - each.mean()) * stretch for key, each in blocks.items()}
-    shared = _parameter(mixtures, how.mixing, next(iter(blocks.values())))
-    return {key: _mixed(banks[key], blocks[key], combine, shared, how, exact) for key in banks}
+    rows = {key: (combine.to(each.device) @ each.double()).to(each.dtype) for key, each in blocks.items()}
+    if exact and how.mixing != "softmax":  # a template is a layer: bit for bit
+        first = combine.argmax(1)
+        rows = {key: each[first.to(each.device)].clone() for key, each in blocks.items()}
+    opened = mix_banks(banks, rows, mixtures, how.mixing)
+    if exact:
+        for key, bank in opened.items():
+            bank.origin = blocks[key]
+    return opened
+
+
+def mix_banks(
+    banks: Mapping[str, Bank], rows: Mapping[str, Tensor], mixtures: Tensor, mixing: Mixing
+) -> dict[str, Bank]:
+    """Banks of templates in place of banks with the same locations.
+
+    Args:
+        banks: by key, one location for every layer.
+        rows: by key, the templates `[K, D]`.
+        mixtures: `[L, K]`, of all of them.
+        mixing: which mixtures they are.
+    """
+    shared = _parameter(mixtures, mixing, next(iter(rows.values())))
+    opened = {}
+    for key, bank in banks.items():
+        opened[key] = Bank(bank.block, rows[key], torch.zeros_like(bank.psi), shared.detach(), 1)
+        opened[key].contexts, opened[key].mixing = shared, mixing
+    return opened
 
 
 def gram_of(blocks: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
@@ -147,15 +173,3 @@ def _parameter(mixtures: Tensor, mixing: Mixing, like: Tensor) -> nn.Parameter:
         values = mixtures.clamp_min(1e-12).log()
         values = values - values.mean(1, keepdim=True)
     return nn.Parameter(values.to(like), requires_grad=mixing != "one-hot")
-
-
-def _mixed(
-    bank: Bank, blocks: Tensor, combine: Tensor, shared: nn.Parameter, how: Templates, exact: bool
-) -> Bank:
-    rows = (combine.to(blocks.device) @ blocks.double()).to(blocks.dtype)
-    if exact and how.mixing != "softmax":  # a template is a layer: bit for bit
-        rows = blocks[combine.argmax(1).to(blocks.device)].clone()
-    opened = Bank(bank.block, rows, torch.zeros_like(bank.psi), shared.detach(), 1)
-    opened.contexts, opened.mixing = shared, how.mixing
-    opened.origin = blocks if exact else None
-    return opened

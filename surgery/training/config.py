@@ -120,6 +120,8 @@ class TemplateSettings(Strict):
         entropy: weight of the mixtures' mean entropy, relative to its greatest value, beside the tasks' losses.
         attraction: weight of what draws templates towards the layers to which they contribute most.
         harden: whether the final generations train with each layer on one template.
+        source: an artifact whose templates and mixtures are the start, for a new task (transfer).
+        like: the source's member to begin as; by default the one with which a short trial goes best.
     """
 
     count: Positive | None = None
@@ -132,6 +134,8 @@ class TemplateSettings(Strict):
     entropy: Annotated[float, Field(ge=0)] = 0.0
     attraction: Annotated[float, Field(ge=0)] = 0.0
     harden: bool = False
+    source: str | None = None
+    like: str | None = None
 
 
 class Stopping(Strict):
@@ -161,6 +165,8 @@ class Training(Strict):
         templates: see `TemplateSettings`.
         stopping: see `Stopping`.
         precision: mixed precision, as accelerate names it.
+        freeze: tensors that stay as they are, beside what is generated: exact names, or `re:` patterns, in all
+            members that have them, or after `MEMBER:` in one.
         compile: whether members are compiled.
         checkpointing: whether members that offer gradient checkpointing use it.
         trackers: accelerate's `log_with`, for example `tensorboard`.
@@ -178,6 +184,7 @@ class Training(Strict):
     templates: TemplateSettings = TemplateSettings()
     stopping: Stopping = Stopping()
     precision: Literal["no", "bf16", "fp16"] = "no"
+    freeze: tuple[str, ...] = ()
     compile: bool = False
     checkpointing: bool = False
     trackers: tuple[str, ...] = ()

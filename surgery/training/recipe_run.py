@@ -22,6 +22,7 @@ from surgery.training.sources import check_trust, make_tasks
 from surgery.training.starts import take_over
 from surgery.training.streams import seeded
 from surgery.training.train import fast, train
+from surgery.training.trial import begin_from_source
 from surgery.training.validation import Score, evaluate
 
 FOLDER = "training"
@@ -89,6 +90,8 @@ def train_recipe(
     config, tasks = _with_templates(recipe), make_tasks(recipe, joint.members)
     if fast_run:
         config, tasks = fast(config, tasks)
+    if config.templates.source is not None:
+        config = begin_from_source(joint, tasks, config, seed=recipe.seed, trust=trust_remote_code, cpu=cpu)
     report = train(joint, tasks, config, folder=folder, resume=resume, seed=recipe.seed, cpu=cpu)
     if recipe.out is not None and folder is not None and _is_main():
         extras = {f"{FOLDER}/{LOG}": (folder / LOG).read_bytes(), **_pictures(folder / LOG)}

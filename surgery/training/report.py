@@ -24,6 +24,7 @@ class TrainReport:
         hypermodules: by bank.
         templates: by stack.
         numbers: in the dictionary now, and in the sites that it generates.
+        trained: how many numbers training changed.
         stopped: why the run ended.
         seconds: in all, resumed runs together.
     """
@@ -35,6 +36,7 @@ class TrainReport:
     hypermodules: Mapping[str, int] = field(default_factory=dict)
     templates: Mapping[str, int] = field(default_factory=dict)
     numbers: tuple[int, int] = (0, 0)
+    trained: int = 0
     stopped: str = "done"
     seconds: float = 0.0
 

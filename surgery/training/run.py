@@ -21,6 +21,7 @@ from surgery.training.report import TrainReport, dictionary_numbers
 from surgery.training.runlog import STRIP, RunLog, subsets
 from surgery.training.state import Tensors, read_state, restore, snapshot, write_state
 from surgery.training.trainer import Trainer
+from surgery.training.transfer import trained_numbers
 from surgery.training.validation import Score, evaluate
 
 STATE, BEST = "state.safetensors", "best.safetensors"
@@ -220,6 +221,7 @@ class Run:
             hypermodules={key: bank.hypermodules for key, bank in trainer.evolving.items()},
             templates={name: told["templates"] for name, told in describe_stacks(joint).items()},
             numbers=dictionary_numbers(joint),
+            trained=trained_numbers(joint),
             stopped=stopped,
             seconds=self.seconds,
         )

@@ -10,12 +10,14 @@ from typing import Any
 
 from surgery.errors import PlanError
 from surgery.joint import JointModel
+from surgery.selectors import share_selectors
 from surgery.training.config import Training
 from surgery.training.report import TrainReport
 from surgery.training.run import STATE, Run
 from surgery.training.starts import start
 from surgery.training.tasks import Task
 from surgery.training.trainer import Trainer
+from surgery.training.transfer import freeze
 
 
 def train(
@@ -76,6 +78,8 @@ def train(
     )
     set_seed(seed)
     start(joint, settings.evolution, seed, settings.templates)
+    names = {name: [key for key, _ in joint[name].named_parameters()] for name in joint.names}
+    freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
     _prepare_members(joint, settings)
     trainer = Trainer(joint, tasks, settings, seed, accelerator)
     trainer.optimizer = accelerator.prepare(trainer.optimizer)

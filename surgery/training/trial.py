@@ -1,0 +1,80 @@
+"""Trial: which member of a source a new task should begin as, found by training each of them a little."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+
+from surgery.artifact import load
+from surgery.joint import JointModel
+from surgery.progress import track
+from surgery.training.config import Training
+from surgery.training.tasks import Task
+from surgery.training.train import train
+from surgery.training.transfer import States, candidates, states_of, transfer
+
+STEPS = 50  # of a trial, or a generation's, if that has fewer
+
+
+def begin_from_source(
+    joint: JointModel, tasks: Sequence[Task], config: Training, *, seed: int, trust: bool, cpu: bool
+) -> Training:
+    """Give a joint model the templates of `config.templates.source`, and the mixtures that suit its tasks best.
+
+    Args:
+        joint: as `join` made it.
+        tasks: of its members.
+        config: settings; with `like`, nothing is tried.
+        seed: of everything that is drawn at random.
+        trust: whether files named by the source may run.
+        cpu: whether trials stay on the CPU.
+
+    Returns:
+        The settings with `like` filled in.
+
+    Raises:
+        SurgeryError: where the source cannot be loaded or lacks the layers.
+    """
+    settings = config.templates
+    assert settings.source is not None
+    states = states_of(load(settings.source, trust_remote_code=trust, run_factory=trust))
+    names = candidates(joint, states)
+    like = settings.like or best_of(joint, tasks, config, states, names, seed=seed, cpu=cpu)
+    transfer(joint, states, like, settings, seed)
+    return config.model_copy(update={"templates": settings.model_copy(update={"like": like})})
+
+
+def best_of(
+    joint: JointModel,
+    tasks: Sequence[Task],
+    config: Training,
+    states: States,
+    names: Sequence[str],
+    *,
+    seed: int,
+    cpu: bool,
+) -> str:
+    """The name with which a short training ends at the lowest loss, on validation data where tasks have some."""
+    if len(names) == 1:
+        return names[0]
+    templates = config.templates.model_copy(update={"harden": False})
+    short = config.model_copy(
+        update={
+            "templates": templates,
+            "steps": min(STEPS, config.steps),
+            "burn_in": 0,
+            "generations": 1,
+            "final": 0,
+            "trackers": (),
+        }
+    )
+    losses = {}
+    for name in track(names, "Trying sources"):
+        twin = deepcopy(joint)
+        transfer(twin, states, name, templates, seed)
+        found = train(twin, tasks, short, seed=seed, cpu=cpu)
+        losses[name] = sum(
+            (found.scores[task.name].loss if task.name in found.scores else 0.0) * task.weight
+            for task in tasks
+        )
+    return min(losses, key=losses.__getitem__)

@@ -1,0 +1,123 @@
+"""Transfer: templates of a trained joint model serve a new task."""
+
+import pytest
+import torch
+from nets import made
+from test_template_training import network, task
+from torch import nn
+
+import surgery
+from surgery.errors import PlanError
+from surgery.joint import join
+from surgery.sites import discover
+from surgery.template_plan import plan_templates
+from surgery.training.config import TemplateSettings, Training
+from surgery.training.mixing import stacks_of
+from surgery.training.tasks import Task
+from surgery.training.train import train
+from surgery.training.transfer import candidates, states_of, trained_numbers, transfer
+from surgery.training.trial import begin_from_source, best_of
+
+MIXED = {"count": 3, "mixing": "softmax", "start": "random", "sure": 0.6}
+
+
+def joined(*members):
+    return join(members, plan_templates([discover(each) for each in members], (4, 4), 2))
+
+
+def source():
+    """Two members of one architecture, trained a little on templates that they share."""
+    members = []
+    for name, seed in (("one", 1), ("other", 2)):
+        member = network()
+        with torch.no_grad():
+            for p in member.module.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+        members.append(surgery.load_member(member.module, name=name, inputs=member.inputs.args))
+    joint = joined(*members)
+    data = task().data
+    tasks = [Task(name, name, data, "cross_entropy") for name in ("one", "other")]
+    config = {"steps": 4, "generations": 2, "final": 0, "templates": MIXED, "optimizer": {"lr": 0.02}}
+    train(joint, tasks, config, cpu=True)
+    return joint
+
+
+@pytest.fixture(scope="module")
+def states():
+    return states_of(source())
+
+
+@pytest.mark.parametrize("like", ["one", "other"])
+def test_a_new_member_begins_as_the_source_s(states, like):
+    joint = joined(network())
+    transfer(joint, states, like, TemplateSettings(count=3), seed=0)
+    state = joint.collapse("net")
+    for key, tensor in states[like].items():
+        torch.testing.assert_close(state[key], tensor, rtol=1e-4, atol=1e-5)
+    (banks,) = stacks_of(joint).values()
+    assert all(bank.rows.shape[0] == 3 and bank.locations == 4 for bank in banks.values())
+
+
+def test_a_head_of_another_shape_stays_new(states):
+    one = network()
+    one.module[6] = nn.Linear(16, 5)
+    head = one.module[6].weight.detach().clone()
+    joint = joined(one)
+    transfer(joint, states, "one", TemplateSettings(count=3), seed=0)
+    state = joint.collapse("net")
+    assert torch.equal(state["6.weight"], head)
+    torch.testing.assert_close(state["0.weight"], states["one"]["0.weight"])
+
+
+def test_only_mixtures_norms_and_head_are_trained(states):
+    joint = joined(network())
+    settings = TemplateSettings(count=3, freeze=True, lr=0.3)
+    transfer(joint, states, "one", settings, seed=0)
+    rows = {key: bank.rows.detach().clone() for b in stacks_of(joint).values() for key, bank in b.items()}
+    before = {key: tensor.clone() for key, tensor in joint.collapse("net").items()}
+    config = Training(
+        steps=4, generations=2, final=0, templates=settings, freeze=("re:0\\..*", "re:5\\..*"),
+        evolution={"codes": "ones", "change": "none"}, optimizer={"lr": 0.02}, stopping={"keep": "last"},
+    )  # fmt: skip
+    report = train(joint, [task()], config, cpu=True)
+    for banks in stacks_of(joint).values():
+        for key, bank in banks.items():
+            assert torch.equal(bank.rows, rows[key])
+    after = joint.collapse("net")
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert "1.into.weight" in changed and "1.norm.weight" in changed and "6.weight" in changed
+    assert not {"0.weight", "0.bias", "5.bias"} & changed
+    # 4 layers x 3 templates, 4 norms of 24, a head of 34, and the one site outside stacks.
+    assert report.trained == trained_numbers(joint) == 12 + 4 * 24 + 34 + 16 * 8
+
+
+def test_the_best_source_is_found_by_trying_each(states, tmp_path):
+    spoilt = {key: tensor * 0 if key.startswith("1.") else tensor for key, tensor in states["other"].items()}
+    spoilt |= {key: torch.full_like(tensor, 9.0) for key, tensor in spoilt.items() if key.startswith("0.")}
+    config = Training(steps=10, templates=TemplateSettings(count=3))
+    for order in (("one", "other"), ("other", "one")):
+        given = {name: {"one": states["one"], "other": spoilt}[name] for name in order}
+        joint = joined(network())
+        assert best_of(joint, [task()], config, given, order, seed=0, cpu=True) == "one"
+    folder = surgery.save(source(), tmp_path / "source")
+    joint = joined(network())
+    chosen = config.model_copy(
+        update={"templates": TemplateSettings(count=3, source=str(folder), like="other")}
+    )
+    with pytest.raises(Exception, match="modules="):  # live modules cannot be built from an artifact alone
+        begin_from_source(joint, [task()], chosen, seed=0, trust=False, cpu=True)
+
+
+def test_what_does_not_fit_is_refused(states):
+    other = made(
+        "net", nn.Sequential(nn.Linear(3, 8), *(nn.Linear(8, 8) for _ in range(3))), torch.zeros(2, 3)
+    )
+    with pytest.raises(PlanError, match="missing or of another shape"):
+        candidates(joined(other), states)
+    joint = joined(network())
+    with pytest.raises(PlanError, match="must be one of one, other"):
+        transfer(joint, states, "third", TemplateSettings(count=3), seed=0)
+    with pytest.raises(PlanError, match=r"parameters\.templates"):
+        transfer(joint, states, "one", TemplateSettings(), seed=0)
+    with pytest.raises(PlanError, match="'stem' matches none"):
+        train(joined(network()), [task()], {"freeze": ["stem"]}, cpu=True)
