@@ -205,7 +205,8 @@ def print_report(report: TrainReport, folder: Path) -> None:
     console.say(
         f"{report.generations} generations in {report.seconds:.0f} s{ended}; kept is generation {report.best + 1}. "
         f"{' and '.join(parts) or 'Nothing shared'} for the sites: {console.count(now)} numbers for "
-        f"{console.count(whole)} ({console.percent(now / max(whole, 1))})."
+        f"{console.count(whole)} ({console.percent(now / max(whole, 1))}). "
+        f"{console.count(report.trained)} numbers were trained."
     )
     console.heading("Next")
     console.command(f"surgery report {folder}")

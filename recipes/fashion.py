@@ -15,6 +15,7 @@ from surgery.training.streams import Batches
 
 from .packages import find_files
 from .parts import Prepared, first
+from .views import see
 
 MEAN, DEVIATION = 0.286, 0.353  # of the training pictures, in [0, 1]
 HELD = 5000  # of the training pictures, for validation
@@ -29,6 +30,7 @@ def fashion_mnist(
     test: int | None = None,
     side: int = 28,
     channels: int = 1,
+    view: str = "plain",
 ) -> dict[str, Any]:
     """Batches of pictures `[B, channels, side, side]` and classes `[B]`.
 
@@ -41,12 +43,15 @@ def fashion_mnist(
         test: how many of the 10,000 test pictures are used.
         side: to which pictures are enlarged.
         channels: 1, or 3 for nets that want colours.
+        view: how they are seen: `plain`, `rotated`, `inverted`, `shear`, `scale`, `shot`, or several joined by `+`.
 
     Raises:
         LoadError: where the files are missing or are not what they should be.
+        PlanError: for a view that is not known.
     """
     files = find_files("fashion-mnist", folder)
     pictures, classes, test_pictures, test_classes = (_read(path) for path in files)
+    see(torch.zeros(1, 1, 28, 28), view)
     held = min(HELD, len(pictures) // 10)
     rows = torch.arange(len(pictures))
     chosen = {
@@ -56,7 +61,7 @@ def fashion_mnist(
     }
 
     def prepare(small: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        made = (small.unsqueeze(1).float() / 255 - MEAN) / DEVIATION
+        made = (see(small.unsqueeze(1).float() / 255, view) - MEAN) / DEVIATION
         if side != 28:
             made = F.interpolate(made, (side, side), mode="bilinear", align_corners=False)
         return made.expand(-1, channels, -1, -1).contiguous(), target.long()

