@@ -13,6 +13,7 @@ import numpy as np
 from surgery.drawing import INK, MUTED, colours, new_figure, png, tidy
 
 Line = dict[str, Any]
+_TALLEST = 8.0  # inches of a stack
 _WRITTEN = 12  # layers and templates up to which shares are written into their fields
 
 
@@ -23,7 +24,7 @@ def draw_mixtures(start: Line, generations: Sequence[Line], end: Line | None) ->
     if not logged:
         return None
     stacks = start["stacks"]
-    heights = [max(1.6, 0.22 * len(stacks[name]["layers"])) for name in stacks]
+    heights = [min(max(1.6, 0.22 * len(stacks[name]["layers"])), _TALLEST) for name in stacks]
     figure = new_figure(9.2, 0.7 + sum(heights) + 0.55 * len(heights))
     rows = figure.subplots(len(stacks), 2, squeeze=False, height_ratios=heights)
     for (left, right), (name, told) in zip(rows, stacks.items(), strict=True):
@@ -42,7 +43,7 @@ def _over_time(axes: Any, history: Any, layers: Sequence[Sequence[str]], name: s
     palette = np.array(colours(history.shape[2]))
     least = 1 / history.shape[2]
     strength = np.clip((share - least) / max(1 - least, 1e-9), 0, 1)[..., None]
-    painted = (0.12 + 0.88 * strength) * palette[strongest] + (0.88 - 0.88 * strength)
+    painted = (0.25 + 0.75 * strength) * palette[strongest] + (0.75 - 0.75 * strength)
     extent = (0.5, len(history) + 0.5, len(layers) - 0.5, -0.5)
     axes.imshow(painted.transpose(1, 0, 2), aspect="auto", interpolation="nearest", extent=extent)
     members = [member for member, _ in layers]
@@ -59,7 +60,7 @@ def _over_time(axes: Any, history: Any, layers: Sequence[Sequence[str]], name: s
     else:
         axes.set_yticks(range(len(members)), [str(place + 1) for place in range(len(members))])
         axes.set_ylabel("layer")
-    tidy(axes, f"{name}: the template that contributes most to each layer")
+    tidy(axes, f"{name}: strongest template of each layer")
 
 
 def _at_the_end(axes: Any, mixtures: Any) -> None:
