@@ -1,9 +1,9 @@
 """Nine tasks on shared templates: what their mixtures have in common, and transfer to a tenth task.
 
 The recipe nine_tasks: three data sets in three augmentations, an isometric CNN for each, private mixtures of eight
-shared templates. First table: the correlation of two tasks' mixtures, layer by layer, where they share the augmentation, the
-data set, or neither; a layer's mean mixture over the tasks is taken away first, so that chance is -1/8. Second table: a
-tenth task of 1,000 pictures (inverted digits), test error:
+shared templates. First table: the correlation of two tasks' mixtures, layer by layer, where they share the
+augmentation, the data set, or neither; a layer's mean mixture over the tasks is taken away first, so that chance is
+-1/8. Second table: a tenth task of 1,000 pictures (inverted digits), test error:
 
     mixtures   the templates of the nine tasks frozen; mixtures, norms and head are trained, from the best source task's
     head       the same, and mixtures stay the source task's: norms and head are trained
