@@ -12,6 +12,7 @@ from . import console
 if TYPE_CHECKING:
     from surgery.joint import JointModel
     from surgery.merging import Prepared
+    from surgery.plan import BankPlan, Plan
 
 PRECISION = "fewer bits for each number: rounding, not sharing"
 SHARING = "what members or layers have in common, stored once"
@@ -26,7 +27,13 @@ def plan_json(prepared: Prepared) -> dict[str, Any]:
         "out": recipe.out,
         "members": member_rows(prepared),
         "banks": [
-            {"key": b.key, "block": list(b.block), "dtype": b.dtype, "locations": b.locations}
+            {
+                "key": b.key,
+                "block": list(b.block),
+                "dtype": b.dtype,
+                "locations": b.locations,
+                "stack": b.stack or None,
+            }
             for b in plan.banks
         ],
         "sites": [
@@ -93,15 +100,23 @@ def print_plan(prepared: Prepared, *, verbose: bool) -> None:
         )
     console.heading("Plan (a dry run: nothing is written)")
     console.out.print(table)
+    _print_stacks(plan)
     banks = console.table("bank", "block", "numbers", ">locations", ">size as it is")
     for bank in plan.banks:
-        size = bank.locations * bank.block[0] * bank.block[1] * bytes_of(bank.dtype)
-        banks.add_row(
-            bank.key, console.shape(bank.block), bank.dtype, f"{bank.locations:,}", console.size(size)
-        )
-    console.out.print(banks)
+        if not bank.stack:
+            banks.add_row(
+                bank.key,
+                console.shape(bank.block),
+                bank.dtype,
+                f"{bank.locations:,}",
+                console.size(_size(bank)),
+            )
+    if banks.row_count:
+        console.out.print(banks)
     name, value = recipe.target
     chosen = "as given" if recipe.parameters.block else "chosen by the fit where rows are shared"
+    if recipe.method == "templates":
+        chosen = f"outside stacks left as they are, mixtures {recipe.parameters.mixture}"
     real = [row["name"] for row in rows if row["real_inputs"]]
     console.say(f"Would be fitted: {name.replace('_', '-')} {value:g}, blocks {chosen}, seed {recipe.seed}.")
     console.say(
@@ -116,6 +131,31 @@ def print_plan(prepared: Prepared, *, verbose: bool) -> None:
             view = console.shape(p.site.view.shape)
             sites.add_row(p.site.member, p.site.name, p.site.kind, view, f"{p.grid.locations:,}")
         console.out.print(sites)
+
+
+def _print_stacks(plan: Plan) -> None:
+    """Stacks whose layers take templates, with what one template has."""
+    if not plan.stacks:
+        return
+    table = console.table("stack", ">layers", ">tensors of each", ">numbers of each", ">size as it is", "~of")
+    for name, keys in plan.stacks.items():
+        banks = [bank for bank in plan.banks if bank.key in keys]
+        layers = [p.site for p in plan.placements if p.bank == keys[0]]
+        members = ", ".join(dict.fromkeys(site.member for site in layers))
+        table.add_row(
+            name,
+            str(banks[0].locations),
+            str(len(banks)),
+            console.count(sum(bank.block[1] for bank in banks)),
+            console.size(sum(map(_size, banks))),
+            console.clipped(members),
+        )
+    console.out.print(table)
+
+
+def _size(bank: BankPlan) -> int:
+    """Bytes of all blocks of a bank."""
+    return bank.locations * bank.block[0] * bank.block[1] * bytes_of(bank.dtype)
 
 
 def bytes_of(dtype: str) -> int:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from surgery.recipe import Recipe
     from surgery.references import load_member
     from surgery.sites import Anatomy, LeftAlone, Site, discover
+    from surgery.template_plan import plan_templates
     from surgery.tracing import trace
     from surgery.training.report import TrainReport
     from surgery.training.tasks import Task
@@ -55,6 +56,7 @@ _HOMES = {
     "recipe": ("Recipe",),
     "references": ("load_member",),
     "sites": ("Anatomy", "LeftAlone", "Site", "discover"),
+    "template_plan": ("plan_templates",),
     "tracing": ("trace",),
     "training.report": ("TrainReport",),
     "training.tasks": ("Task",),
@@ -67,7 +69,7 @@ __all__ = [
     "Anatomy", "ArtifactError", "FitReport", "Inputs", "JointModel", "LeftAlone", "LoadError", "Member",
     "Origin", "OutputError", "Plan", "PlanError", "Recipe", "Site", "SurgeryError", "Task", "TraceError",
     "TrainReport", "TrainingError", "VerifyReport", "__version__", "discover", "export", "fit", "join", "load",
-    "load_member", "make_plan", "merge", "save", "trace", "train", "verify",
+    "load_member", "make_plan", "merge", "plan_templates", "save", "trace", "train", "verify",
 ]  # fmt: skip
 
 

@@ -123,7 +123,14 @@ def _contents(manifest: Mapping[str, Any]) -> str:
     lines = [
         f"- bank {key}: {bank['locations']:,} blocks of {bank['block'][0]}x{bank['block'][1]}"
         for key, bank in list(banks.items())[:ROWS]
+        if not bank.get("stack")
     ]
+    for name in dict.fromkeys(bank["stack"] for bank in banks.values() if bank.get("stack")):
+        own = [bank for bank in banks.values() if bank.get("stack") == name]
+        lines.append(
+            f"- {name}: {own[0]['locations']:,} layers from shared templates, {len(own)} tensors of each layer, "
+            f"{sum(bank['block'][1] for bank in own):,} numbers"
+        )
     return "## Contents\n\n" + "\n".join([*lines, f"- written with {versions}"])
 
 
