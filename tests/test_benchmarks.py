@@ -16,10 +16,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a benchmark of a name in its smallest form, and return what it prints with `--json`."""
+@pytest.fixture(autouse=True)
+def at_home(monkeypatch):
+    """Benchmarks are not installed: they are found from the root of the project."""
     monkeypatch.syspath_prepend(str(ROOT))
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a benchmark of a name in its smallest form, and return what it prints with `--json`."""
     threads = torch.get_num_threads()
 
     def run_benchmark(name, *arguments):
@@ -130,3 +135,63 @@ def test_joint_step_compares_joint_training_with_plain_models(run):
     document = run("joint_step")
     assert of(document, "step") == ["plain", "joint", "competing"]
     assert of(document, "ratio to plain")[0] == 1 and min(of(document, "ratio to plain")) > 0
+
+
+def test_template_step_compares_a_step_and_what_generating_costs(run):
+    document = run("template_step")
+    assert of(document, "step") == ["plain", "templates", "generating"] * 2
+    assert all(row["median ms"] > 0 for row in document["results"])
+
+
+def test_methods_change_a_recipe_and_nothing_else():
+    from benchmarks.recipe_runs import document_of, in_evolution
+
+    plain = document_of("crossmodal_small", {}, ["lenet", "lstm"], 3, [])
+    assert [model["name"] for model in plain["models"]] == ["lenet", "lstm"] and plain["seed"] == 3
+    methods = in_evolution({"hard": {"start": "order", "codes": "ones"}})
+    changed = document_of("crossmodal_small", methods["hard"], ["lenet", "lstm"], 3, ["train.steps=7"])
+    assert changed["train"]["evolution"] == {**plain["train"]["evolution"], "start": "order", "codes": "ones"}
+    assert changed["train"]["steps"] == 7 and changed["train"]["optimizer"] == plain["train"]["optimizer"]
+
+
+def test_tables_hold_means_errors_and_welch_s_p():
+    from scipy.stats import ttest_ind
+
+    from benchmarks.recipe_runs import tabulate, to_markdown
+
+    def report(*accuracies):
+        tests = {name: {"metric": a, "loss": 1.0} for name, a in zip("ab", accuracies, strict=True)}
+        return {"tests": tests, "numbers": [50, 100], "seconds": 1.0}
+
+    found = {
+        ("alone", ("a", "b")): [report(0.5, 0.7), report(0.6, 0.8), report(0.55, 0.7)],
+        ("joint", ("a", "b")): [report(0.8, 0.7), report(0.9, 0.8), report(0.82, 0.7)],
+    }
+    rows = tabulate(found, "alone")
+    joint = next(row for row in rows if (row["method"], row["task"]) == ("joint", "a"))
+    assert joint["mean"] == pytest.approx(0.16) and joint["share of numbers"] == 0.5
+    expected = ttest_ind([0.2, 0.1, 0.18], [0.5, 0.4, 0.45], equal_var=False).pvalue
+    assert joint["p against alone"] == pytest.approx(expected)
+    assert rows[0]["p against alone"] is None and to_markdown(rows).count("\n") == 6
+
+
+def test_correlations_of_mixtures_tell_data_from_augmentation():
+    from benchmarks.nine_tasks import correlations
+
+    names = [f"{data}_{view}" for data in "xyz" for view in "pqr"]
+    by_view = torch.eye(3).repeat(3, 1)  # tasks of one augmentation have one template
+    by_data = torch.eye(3).repeat_interleave(3, 0)
+    first, last = correlations(torch.stack([by_view, by_data], 1), names)
+    assert first["augmentation"] == pytest.approx(1) and first["data"] == pytest.approx(-0.5)
+    assert last["data"] == pytest.approx(1) and last["augmentation"] == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize("name", ["plain", "cyclic", "deepest", "hardened"])
+def test_signatures_are_recipes_that_can_be_read(name):
+    from benchmarks.recipe_runs import document_of
+    from benchmarks.signatures import methods_of
+    from surgery.recipe import Recipe
+
+    recipe = Recipe.of(document_of("isometric", methods_of("vit")[name], ["net"], 0, []))
+    assert recipe.models[0].model.startswith("surgery_recipes.isometric:vit?layers=")
+    assert recipe.train is not None and (recipe.parameters.templates is None) == (name == "plain")
