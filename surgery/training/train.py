@@ -76,6 +76,7 @@ def train(
         log_with=list(settings.trackers) or None,
         project_dir=None if place is None else str(place),
     )
+    _check_processes(accelerator)
     set_seed(seed)
     start(joint, settings.evolution, seed, settings.templates)
     names = {name: [key for key, _ in joint[name].named_parameters()] for name in joint.names}
@@ -144,6 +145,21 @@ def _check(joint: JointModel, tasks: Sequence[Task]) -> None:
         bad = ["there is no task"]
     if bad:
         raise PlanError(f"Training needs tasks that fit the joint model; found: {'; '.join(bad)}.")
+
+
+def _check_processes(accelerator: Any) -> None:
+    """Refuse ways of splitting a model over processes that generated weights cannot take.
+
+    Raises:
+        PlanError: naming the way that accelerate was told to take.
+    """
+    way = accelerator.distributed_type.value
+    if way in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
+        raise PlanError(
+            f"Joint training needs every process to hold all members, but accelerate is configured for {way}: weights "
+            "are generated from one dictionary before each step, which no process has whole then. Use plain "
+            "multi-processing (accelerate config, or accelerate launch --multi_gpu)."
+        )
 
 
 def _prepare_members(joint: JointModel, settings: Training) -> None:
