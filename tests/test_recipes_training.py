@@ -20,7 +20,7 @@ from surgery_recipes.splice import splice
 import surgery
 from surgery.errors import LoadError, PlanError
 from surgery.recipe import Recipe, override, read_document
-from surgery.training.recipe_run import train_recipe
+from surgery.training.recipe_run import rejoin, train_recipe
 from surgery.training.tasks import as_batch
 
 needs_weights = pytest.mark.skipif(
@@ -198,6 +198,14 @@ def test_transfer_goes_on_from_nine_tasks(folder, tmp_path):
         return Recipe.of(document)
 
     train_recipe(changed("nine_tasks"), fast_run=True, cpu=True)
+    still = ("train.optimizer.lr=1e-12", "train.templates.lr=1e-12", f"out={tmp_path / 'again'}")
+    again = changed("nine_tasks", *still)
+    before = rejoin(tmp_path / "nine_tasks", again, trust_remote_code=True)
+    expected = before.collapse("mnist_shear")
+    after, _ = train_recipe(again, joint=before, fast_run=True, cpu=True)
+    for key, tensor in after.collapse("mnist_shear").items():
+        if "running" not in key:  # eight templates give the 72 layers back that came from eight
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-5)
     source = f"train.templates.source={tmp_path / 'nine_tasks'}"
     recipe = changed("transfer", source, "train.templates.like=mnist_shear")
     joint, report = train_recipe(recipe, fast_run=True, cpu=True, trust_remote_code=True)

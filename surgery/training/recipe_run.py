@@ -84,9 +84,7 @@ def train_recipe(
         recipe = prepared.recipe
         joint = join(prepared.members, prepared.plan)
     else:
-        assert recipe.train is not None
-        given = recipe.train.evolution.model_copy(update={"start": "given"})
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"evolution": given})})
+        recipe = _going_on(recipe)
     config, tasks = _with_templates(recipe), make_tasks(recipe, joint.members)
     if fast_run:
         config, tasks = fast(config, tasks)
@@ -98,6 +96,17 @@ def train_recipe(
         save(joint, recipe.out, overwrite=overwrite, recipe=recipe.resolved(), extras=extras)
         shutil.rmtree(folder, ignore_errors=True)
     return joint, report
+
+
+def _going_on(recipe: Recipe) -> Recipe:
+    """The same recipe for members that are trained already: from their alignment, and templates fitted to them."""
+    assert recipe.train is not None
+    train = recipe.train
+    changes = {
+        "evolution": train.evolution.model_copy(update={"start": "given"}),
+        "templates": train.templates.model_copy(update={"start": "fit", "source": None}),
+    }
+    return recipe.model_copy(update={"train": train.model_copy(update=changes)})
 
 
 def _with_templates(recipe: Recipe) -> Training:
