@@ -23,7 +23,7 @@ from surgery.errors import PlanError
 from surgery.generation import Weights, generate_weights, move_dictionary, to_blocks
 from surgery.hooks import release, watch
 from surgery.member import Member, owners_of
-from surgery.mixtures import Templates, open_stack
+from surgery.mixtures import Templates, open_stack, run_lengths
 from surgery.opening import fixed_bank, open_bank, open_rest
 from surgery.plan import Placement, Plan, make_plan, plan_in_dtypes, torch_dtype
 from surgery.precision import Encoded
@@ -219,8 +219,9 @@ class JointModel(nn.Module):
         for keys in self.plan.stacks.values():
             stack = {key: self.dictionary[key] for key in keys}
             if not any(bank.hypermodules for bank in stack.values()):
-                for key, bank in open_stack(stack, templates or Templates(), generator).items():
-                    self.dictionary.banks[key] = bank
+                runs = run_lengths([p for p in self.plan.placements if p.bank == keys[0]])
+                opened = open_stack(stack, templates or Templates(), generator, runs=runs)
+                self.dictionary.banks.update(opened)
         for key in [key for key in self.dictionary if self.dictionary[key].singles]:
             bank, c = self.dictionary[key], self.plan.bank(key).context if context is None else context
             if bank.hypermodules:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from surgery.dictionary import Bank
+from surgery.plan import Placement
 from surgery.sharing.names import Mixing
 from surgery.sharing.templates import fit_mixtures, harden, signature, solve_templates
 
@@ -39,6 +42,7 @@ def open_stack(
     how: Templates,
     generator: torch.Generator,
     weights: Mapping[str, float] | None = None,
+    runs: Sequence[int] = (),
 ) -> dict[str, Bank]:
     """Templates and mixtures for the banks of one stack.
 
@@ -49,6 +53,7 @@ def open_stack(
         how: K, and which mixtures.
         generator: on the CPU; decides clusterings and random signatures.
         weights: by key, how much a squared error counts; by default relative to the tensor's own size.
+        runs: how many layers each member has, one after the other; a signature by hand is that of each run.
 
     Returns:
         Banks of one hypermodule whose K basis blocks are the templates; their contexts are one parameter.
@@ -67,7 +72,7 @@ def open_stack(
         gram = gram_of(blocks, weights)
         mixtures, combine = fit_mixtures(gram, count, how.mixing, generator)
     else:
-        mixtures = _by_hand(how, len(group), count, generator)
+        mixtures = torch.cat([_by_hand(how, n, count, generator) for n in runs or (len(group),)])
         combine = torch.eye(len(group), dtype=torch.float64)[:count]
         # Mixing K independent weights makes them smaller: their deviation is made up for, so that layers begin as they
         # were meant to. What is the same everywhere, such as zeros and ones, stays.
@@ -82,6 +87,15 @@ def open_stack(
         for key, bank in opened.items():
             bank.origin = blocks[key]
     return opened
+
+
+def run_lengths(placements: Sequence[Placement]) -> list[int]:
+    """How many layers each run has, from where one tensor of a stack's layers is placed: members and towers apart."""
+    ordered = sorted(placements, key=lambda p: p.start)
+    return [
+        len(list(run))
+        for _, run in groupby(ordered, lambda p: (p.site.member, re.sub(r"\d+", "*", p.site.name)))
+    ]
 
 
 def mix_banks(
@@ -163,7 +177,8 @@ def _sure(chosen: Tensor, count: int, how: Templates) -> Tensor:
 def _by_hand(how: Templates, layers: int, count: int, generator: torch.Generator) -> Tensor:
     if how.start == "uniform":
         return torch.full((layers, count), 1 / count, dtype=torch.float64)
-    return _sure(signature(how.start, layers, count, generator), count, how)
+    # A run of fewer layers than templates takes the first of them.
+    return _sure(signature(how.start, layers, min(count, layers), generator), count, how)
 
 
 def _parameter(mixtures: Tensor, mixing: Mixing, like: Tensor) -> nn.Parameter:

@@ -165,6 +165,18 @@ def test_a_deeper_model_has_no_more_templates(start_by):
             torch.testing.assert_close(bank.coefficients.sum(1), torch.ones(9))
 
 
+@pytest.mark.parametrize(("start_by", "one"), [("cyclic", [0, 1, 2, 0]), ("sequential", [0, 0, 1, 2])])
+def test_a_signature_is_that_of_each_member(start_by, one):
+    members = [network(), surgery.load_member(network().module, name="twin", inputs=torch.zeros(2, 3))]
+    with torch.no_grad():
+        members[1].module[1].into.weight.mul_(2)  # not the same layers
+    joint = join(members, plan_templates([discover(each) for each in members], (4, 4), 2))
+    start(joint, Evolution(), 0, TemplateSettings(count=3, start=start_by))
+    for banks in stacks_of(joint).values():
+        chosen = next(iter(banks.values())).coefficients.argmax(1).tolist()
+        assert chosen == one * 2
+
+
 def test_the_penalty_draws_mixtures_to_signatures_and_templates_together():
     joint = build()
     settings = TemplateSettings(count=2, start="random", entropy=1.0, attraction=1.0, sure=0.7)
