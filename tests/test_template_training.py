@@ -196,6 +196,24 @@ def test_the_penalty_draws_mixtures_to_signatures_and_templates_together():
     assert penalty(joint, TemplateSettings()) is None
 
 
+def test_distillation_is_from_the_member_as_it_was_given():
+    one = network()
+    x = torch.randn(32, 3, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        wanted = one.module(x)
+    joint = join([one], plan_templates([discover(one)], (4, 4), 2))
+    config = {
+        "steps": 100, "generations": 2, "final": 0, "templates": {"count": 2, "mixing": "linear"},
+        "evolution": {"codes": "ones", "change": "none"}, "optimizer": {"lr": 0.01},
+    }  # fmt: skip
+    distil = Task("distil", "net", [(x, None)], loss="distillation", validation=[(x, None)])
+    report = train(joint, [distil], config, cpu=True)
+    with torch.no_grad():
+        error = float((joint["net"](x) - wanted).square().mean() / wanted.square().mean())
+    assert report.scores["distil"].loss == pytest.approx(error, rel=1e-3)
+    assert 1e-6 < error < 0.2  # two templates are not four layers, but come near
+
+
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(ValidationError, match="needs final generations"):
         Training(final=0, templates=TemplateSettings(harden=True))

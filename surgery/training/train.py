@@ -16,7 +16,7 @@ from surgery.training.report import TrainReport
 from surgery.training.run import STATE, Run
 from surgery.training.starts import start
 from surgery.training.tasks import Task
-from surgery.training.trainer import Trainer
+from surgery.training.trainer import Trainer, losses_of
 from surgery.training.transfer import freeze
 
 
@@ -78,11 +78,13 @@ def train(
     )
     _check_processes(accelerator)
     set_seed(seed)
+    joint.to(accelerator.device)
+    losses = losses_of(joint, tasks)  # distillation is from the members as they were given
     start(joint, settings.evolution, seed, settings.templates)
     names = {name: [key for key, _ in joint[name].named_parameters()] for name in joint.names}
     freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
     _prepare_members(joint, settings)
-    trainer = Trainer(joint, tasks, settings, seed, accelerator)
+    trainer = Trainer(joint, tasks, settings, seed, accelerator, losses)
     trainer.optimizer = accelerator.prepare(trainer.optimizer)
     run = Run(trainer, settings, seed, place)
     if resume:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from surgery.training.state import (
     unpack_contest,
 )
 from surgery.training.streams import Stream
-from surgery.training.tasks import Batch, Task
+from surgery.training.tasks import Batch, Loss, Task
 
 
 class Trainer:
@@ -48,14 +49,17 @@ class Trainer:
     """
 
     def __init__(
-        self, joint: JointModel, tasks: Sequence[Task], config: Training, seed: int, accelerator: Any
+        self,
+        joint: JointModel,
+        tasks: Sequence[Task],
+        config: Training,
+        seed: int,
+        accelerator: Any,
+        losses: Mapping[str, Loss] | None = None,
     ):
         self.joint, self.tasks, self.config, self.accelerator = joint, tuple(tasks), config, accelerator
         self.generation, self.step, self.moved = 0, 0, 0.0
-        originals: dict[str, nn.Module] = {}
-        self.losses = {
-            task.name: loss_of(task.loss, lambda t=task: _original(joint, t, originals)) for task in tasks
-        }
+        self.losses = dict(losses or losses_of(joint, tasks))
         joint.to(accelerator.device)
         self.capacity = {key: bank.hypermodules for key, bank in self.banks.items()}
         self.generator = torch.Generator().manual_seed(seed)
@@ -338,8 +342,17 @@ def _plain(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _original(joint: JointModel, task: Task, made: dict[str, nn.Module]) -> nn.Module:
-    """A frozen copy of the task's member as it is now, one for all tasks of the member."""
-    if task.member not in made:
-        made[task.member] = joint.extract(task.member).eval().requires_grad_(False)
-    return made[task.member]
+def losses_of(joint: JointModel, tasks: Sequence[Task]) -> dict[str, Loss]:
+    """Every task's loss; what is distilled are the members as they are now, each copied once and frozen.
+
+    A start may change what members are, where templates are fewer than layers or blocks share by order, so this comes
+    before it.
+    """
+    made: dict[str, nn.Module] = {}
+
+    def original(member: str) -> nn.Module:
+        if member not in made:
+            made[member] = joint.extract(member).eval().requires_grad_(False)
+        return made[member]
+
+    return {task.name: loss_of(task.loss, partial(original, task.member)) for task in tasks}
