@@ -78,3 +78,8 @@ def make_scheduler(
 
     factors = [(lambda step: 1.0) if g["role"] == "soft" else factor for g in optimizer.param_groups]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+
+
+def plain(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's, or itself."""
+    return getattr(optimizer, "optimizer", optimizer)

@@ -15,6 +15,7 @@ from typing import Any
 from surgery.errors import TrainingError
 from surgery.progress import task as progress_task
 from surgery.training.analysis import kinds_of_modules, layer_overlap
+from surgery.training.checkpoint import pack, unpack
 from surgery.training.config import Training
 from surgery.training.mixing import describe_stacks, mixtures_of
 from surgery.training.report import TrainReport, dictionary_numbers
@@ -151,7 +152,7 @@ class Run:
         self.saved = time.monotonic()
         if self.folder is None:
             return
-        tensors, document = self.trainer.state()
+        tensors, document = pack(self.trainer)
         rank = self.trainer.accelerator.process_index
         if self.trainer.accelerator.is_main_process:
             if self.unsaved_best and self.kept is not None:
@@ -179,7 +180,7 @@ class Run:
         if rank and own.exists():
             more, other = read_state(own)
             tensors, document = {**tensors, **more}, {**document, **other}
-        self.trainer.load(tensors, document)
+        unpack(self.trainer, tensors, document)
         keep = document["keep"]
         self.best, self.best_score, self.stale = keep["best"], keep["score"], keep["stale"]
         self.first, self.before = dict(keep["first"]), document["seconds"]

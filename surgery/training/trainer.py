@@ -23,17 +23,8 @@ from surgery.training.evolution import Resized, carry, conclude, contend
 from surgery.training.explain import explain_failure
 from surgery.training.losses import loss_of
 from surgery.training.mixing import harden_stacks, penalty
-from surgery.training.optimizers import make_optimizer, make_scheduler
+from surgery.training.optimizers import make_optimizer, make_scheduler, plain
 from surgery.training.starts import siblings
-from surgery.training.state import (
-    Tensors,
-    model_tensors,
-    pack_contest,
-    random_state,
-    restore,
-    set_random_state,
-    unpack_contest,
-)
 from surgery.training.streams import Stream
 from surgery.training.tasks import Batch, Loss, Task
 
@@ -130,7 +121,7 @@ class Trainer:
         for name, value in parts.items():
             self.running[name] = self.running[name] + value if name in self.running else value
         if self.config.optimizer.clip is not None:
-            self.accelerator.clip_grad_norm_(self._parameters(), self.config.optimizer.clip)
+            self.accelerator.clip_grad_norm_(self.parameters(), self.config.optimizer.clip)
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -190,7 +181,7 @@ class Trainer:
             )
             self._follow(key, resized)
             if bank.contest is not None:
-                self._enter(bank.contest)
+                self.enter(bank.contest)
 
     def conclude(self) -> None:
         """Decide every contest; unused hypermodules and their optimizer rows go."""
@@ -216,9 +207,10 @@ class Trainer:
             group["params"] = [p for p in group["params"] if id(p) not in gone]
         for parameter in parameters:
             if parameter is not None:
-                _plain(self.optimizer).state.pop(parameter, None)
+                plain(self.optimizer).state.pop(parameter, None)
 
-    def _enter(self, contest: Contest) -> None:
+    def enter(self, contest: Contest) -> None:
+        """Let the optimizer train an open contest."""
         self._group("soft")["params"].append(contest.soft)
         if contest.contexts is not None:
             self._group("contexts")["params"].append(contest.contexts)
@@ -226,98 +218,20 @@ class Trainer:
     def _follow(self, key: str, resized: Sequence[Resized]) -> None:
         """Optimizer rows and lifelong numbers follow a bank's rows."""
         for each in resized:
-            carry(_plain(self.optimizer), each)
+            carry(plain(self.optimizer), each)
             source = each.source[:: self.banks[key].context].cpu() // self.banks[key].context
             known = self.identity[key][source.clamp_min(0)]
             fresh = source < 0
             known[fresh] = torch.arange(self.born[key], self.born[key] + int(fresh.sum()))
             self.identity[key], self.born[key] = known, self.born[key] + int(fresh.sum())
 
-    # -- state ---------------------------------------------------------------------------------------------
-
-    def state(self) -> tuple[Tensors, dict[str, Any]]:
-        """Everything that `load` needs to go on from here: tensors, and the rest as JSON."""
-        tensors = {f"model/{name}": tensor for name, tensor in model_tensors(self.joint).items()}
-        for key, bank in self.banks.items():
-            tensors |= {f"contest/{key}/{name}": t for name, t in pack_contest(bank.contest).items()}
-            tensors[f"identity/{key}"] = self.identity[key]
-        tensors |= {f"running/{name}": value for name, value in self.running.items()}
-        steps: dict[str, Any] = {}
-        for number, parameter in enumerate(self._parameters()):
-            for name, value in _plain(self.optimizer).state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer/{number}/{name}"] = value
-                elif value is not None:
-                    steps[f"{number}/{name}"] = value
-        random_tensors, random_rest = random_state()
-        tensors |= {f"random/{name}": value for name, value in random_tensors.items()}
-        tensors["random/evolution"] = self.generator.get_state()
-        scaler = self.accelerator.scaler
-        return tensors, {
-            "generation": self.generation,
-            "step": self.step,
-            "moved": self.moved,
-            "hardened": self.hardened,
-            "born": self.born,
-            "optimizer": steps,
-            "schedule": None if self.scheduler is None else self.scheduler.last_epoch,
-            "rates": [group["lr"] for group in self.optimizer.param_groups],
-            "streams": {name: stream.state() for name, stream in self.streams.items()},
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "random": random_rest,
-        }
-
-    def load(self, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
-        """Go on from a `state`.
-
-        Raises:
-            TrainingError: where it belongs to another joint model or other tasks.
-        """
-        if set(document["streams"]) != set(self.streams):
-            raise TrainingError(
-                f"The checkpoint must be of the tasks {', '.join(self.streams)}, found "
-                f"{', '.join(document['streams'])}: choose another --out, or delete it."
-            )
-        if document.get("hardened"):
-            self.harden()
-        old = {key: (bank.rows, bank.contexts) for key, bank in self.banks.items()}
-        restore(self.joint, _under(tensors, "model/"))
-        self.generation, self.step, self.moved = document["generation"], document["step"], document["moved"]
-        self.born = dict(document["born"])
-        for key, bank in self.banks.items():
-            for group in self.optimizer.param_groups:
-                group["params"] = [bank.rows if p is old[key][0] else p for p in group["params"]]
-            self.identity[key] = tensors[f"identity/{key}"].clone()
-            bank.contest = unpack_contest(bank, _under(tensors, f"contest/{key}/"))
-            if bank.contest is not None:
-                self._enter(bank.contest)
-        inner = _plain(self.optimizer)
-        for number, parameter in enumerate(self._parameters()):
-            found: dict[str, Any] = {
-                name: value.to(parameter.device if value.ndim else value.device, copy=True)
-                for name, value in _under(tensors, f"optimizer/{number}/").items()
-            }
-            found |= _under(document["optimizer"], f"{number}/")
-            if found:
-                inner.state[parameter] = found
-        for group, rate in zip(self.optimizer.param_groups, document["rates"], strict=True):
-            group["lr"] = rate
-        if self.scheduler is not None:
-            self.scheduler.last_epoch = document["schedule"]
-        if document["scaler"] is not None and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(document["scaler"])
-        self.running = {n: t.to(self.accelerator.device) for n, t in _under(tensors, "running/").items()}
-        for name, place in document["streams"].items():
-            self.streams[name].seek(**place)
-        self.generator.set_state(tensors["random/evolution"])
-        set_random_state(_under(tensors, "random/"), document["random"])
-
     # -- internals -----------------------------------------------------------------------------------------
 
     def _group(self, role: str) -> dict[str, Any]:
         return next(group for group in self.optimizer.param_groups if group["role"] == role)
 
-    def _parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained now, in the order of the optimizer's groups."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _place(self, tensor: Tensor) -> Tensor:
@@ -327,19 +241,11 @@ class Trainer:
         """Average gradients over the processes, all of them in one call."""
         if self.accelerator.num_processes == 1:
             return
-        gradients = [p.grad for p in self._parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
         flat = torch.cat([g.reshape(-1).float() for g in gradients])
         flat = self.accelerator.reduce(flat, "mean")
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
-
-
-def _under(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
-
-
-def _plain(optimizer: Any) -> torch.optim.Optimizer:
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def losses_of(joint: JointModel, tasks: Sequence[Task]) -> dict[str, Loss]:

@@ -1,0 +1,110 @@
+"""Checkpoint: all that a trainer needs to go on as if it had not been interrupted, taken apart and put together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from surgery.errors import TrainingError
+from surgery.training.optimizers import plain
+from surgery.training.state import (
+    Tensors,
+    model_tensors,
+    pack_contest,
+    random_state,
+    restore,
+    set_random_state,
+    unpack_contest,
+)
+
+if TYPE_CHECKING:
+    from surgery.training.trainer import Trainer
+
+
+def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
+    """Everything that `unpack` needs to go on from here: tensors, and the rest as JSON."""
+    tensors = {f"model/{name}": tensor for name, tensor in model_tensors(trainer.joint).items()}
+    for key, bank in trainer.banks.items():
+        tensors |= {f"contest/{key}/{name}": t for name, t in pack_contest(bank.contest).items()}
+        tensors[f"identity/{key}"] = trainer.identity[key]
+    tensors |= {f"running/{name}": value for name, value in trainer.running.items()}
+    steps: dict[str, Any] = {}
+    for number, parameter in enumerate(trainer.parameters()):
+        for name, value in plain(trainer.optimizer).state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{number}/{name}"] = value
+            elif value is not None:
+                steps[f"{number}/{name}"] = value
+    random_tensors, random_rest = random_state()
+    tensors |= {f"random/{name}": value for name, value in random_tensors.items()}
+    tensors["random/evolution"] = trainer.generator.get_state()
+    scaler = trainer.accelerator.scaler
+    return tensors, {
+        "generation": trainer.generation,
+        "step": trainer.step,
+        "moved": trainer.moved,
+        "hardened": trainer.hardened,
+        "born": trainer.born,
+        "optimizer": steps,
+        "schedule": None if trainer.scheduler is None else trainer.scheduler.last_epoch,
+        "rates": [group["lr"] for group in trainer.optimizer.param_groups],
+        "streams": {name: stream.state() for name, stream in trainer.streams.items()},
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "random": random_rest,
+    }
+
+
+def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+    """Go on from what `pack` returned.
+
+    Raises:
+        TrainingError: where it belongs to another joint model or other tasks.
+    """
+    if set(document["streams"]) != set(trainer.streams):
+        raise TrainingError(
+            f"The checkpoint must be of the tasks {', '.join(trainer.streams)}, found "
+            f"{', '.join(document['streams'])}: choose another --out, or delete it."
+        )
+    if document.get("hardened"):
+        trainer.harden()
+    old = {key: (bank.rows, bank.contexts) for key, bank in trainer.banks.items()}
+    restore(trainer.joint, _under(tensors, "model/"))
+    trainer.generation, trainer.step, trainer.moved = (
+        document["generation"],
+        document["step"],
+        document["moved"],
+    )
+    trainer.born = dict(document["born"])
+    for key, bank in trainer.banks.items():
+        for group in trainer.optimizer.param_groups:
+            group["params"] = [bank.rows if p is old[key][0] else p for p in group["params"]]
+        trainer.identity[key] = tensors[f"identity/{key}"].clone()
+        bank.contest = unpack_contest(bank, _under(tensors, f"contest/{key}/"))
+        if bank.contest is not None:
+            trainer.enter(bank.contest)
+    inner = plain(trainer.optimizer)
+    for number, parameter in enumerate(trainer.parameters()):
+        found: dict[str, Any] = {
+            name: value.to(parameter.device if value.ndim else value.device, copy=True)
+            for name, value in _under(tensors, f"optimizer/{number}/").items()
+        }
+        found |= _under(document["optimizer"], f"{number}/")
+        if found:
+            inner.state[parameter] = found
+    for group, rate in zip(trainer.optimizer.param_groups, document["rates"], strict=True):
+        group["lr"] = rate
+    if trainer.scheduler is not None:
+        trainer.scheduler.last_epoch = document["schedule"]
+    if document["scaler"] is not None and trainer.accelerator.scaler is not None:
+        trainer.accelerator.scaler.load_state_dict(document["scaler"])
+    trainer.running = {n: t.to(trainer.accelerator.device) for n, t in _under(tensors, "running/").items()}
+    for name, place in document["streams"].items():
+        trainer.streams[name].seek(**place)
+    trainer.generator.set_state(tensors["random/evolution"])
+    set_random_state(_under(tensors, "random/"), document["random"])
+
+
+def _under(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
