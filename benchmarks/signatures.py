@@ -7,8 +7,9 @@ cyclic signature is chance.
 
     plain         every layer has weights of its own: eight layers
     shallow       the same with as many layers as there are templates
-    learned       mixtures of four templates, trained
-    hardened      the same, each layer on one template in the last generations
+    learned       mixtures of four templates, trained; all layers begin alike
+    begun         the same, from mixtures that begin as the sequential signature, nine tenths sure
+    hardened      as learned, each layer on one template in the last generations
     sequential    1 1 2 2 3 3 4 4
     cyclic        1 2 3 4 1 2 3 4
     progressive   1 2 2 3 3 3 4 4 (later templates more often)
@@ -39,6 +40,7 @@ METHODS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
     "plain": (8, _PLAIN),
     "shallow": (TEMPLATES, _PLAIN),
     "learned": (8, _LEARNED),
+    "begun": (8, {"train": {"templates": {**_LEARNED["train"]["templates"], "start": "sequential"}}}),
     "hardened": (8, {"train": {"templates": {"entropy": 0.01, "harden": True}}}),
     "sequential": (8, _by_hand("sequential")),
     "cyclic": (8, _by_hand("cyclic")),
