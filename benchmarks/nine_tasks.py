@@ -34,7 +34,8 @@ TRANSFERS: Mapping[str, Sequence[str]] = {
 
 def train(name: str, out: Path, seed: int, fast: bool, changes: Sequence[str] = ()) -> Any:
     """One recipe from end to end; its joint model and its report."""
-    from surgery.recipe import Recipe, override, read_document
+    from surgery.documents import override, read_document
+    from surgery.recipe import Recipe
     from surgery.training.recipe_run import train_recipe
 
     document = override(read_document(name), [f"out={out}", f"seed={seed}", *changes])

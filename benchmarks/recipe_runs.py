@@ -40,7 +40,7 @@ def document_of(
     recipe: str, method: Mapping[str, Any], members: Sequence[str], seed: int, changes: Sequence[str]
 ) -> dict[str, Any]:
     """The recipe of one run: some members, what the method changes, and then `changes`."""
-    from surgery.recipe import override, read_document
+    from surgery.documents import override, read_document
 
     document = read_document(recipe)
     document["models"] = [model for model in document["models"] if model["name"] in members]
@@ -198,7 +198,7 @@ def compare(
 
 def members_of(recipe: str) -> tuple[str, ...]:
     """The names of a recipe's members."""
-    from surgery.recipe import read_document
+    from surgery.documents import read_document
 
     return tuple(model["name"] for model in read_document(recipe)["models"])
 

@@ -54,7 +54,7 @@ METHODS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
 
 def methods_of(case: str) -> dict[str, dict[str, Any]]:
     """What every method changes in the recipe."""
-    from surgery.recipe import read_document
+    from surgery.documents import read_document
 
     (model,) = read_document("isometric")["models"]
     return {

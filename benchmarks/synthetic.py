@@ -35,7 +35,8 @@ def run(setting: str, noisy: bool, seed: int, file: str | None) -> dict[str, Any
     torch.set_num_threads(1)
     from surgery_recipes.synthetic import problem
 
-    from surgery.recipe import Recipe, override, read_document
+    from surgery.documents import override, read_document
+    from surgery.recipe import Recipe
     from surgery.training.recipe_run import train_recipe
     from surgery.training.runlog import find_log, read_log
 

@@ -69,7 +69,8 @@ def demo(
 
 def demo_recipe(references: tuple[str, str], out: Path, max_error: float, seed: int) -> Recipe:
     """The installed recipe `demo`, with the weights where they are."""
-    from surgery.recipe import Recipe, read_document
+    from surgery.documents import read_document
+    from surgery.recipe import Recipe
 
     document = read_document("demo")
     for model, reference in zip(document["models"], references, strict=True):

@@ -224,7 +224,8 @@ def merge(
 
 def read_recipe(config: str | None, given: dict[str, Any], changes: list[str]) -> Recipe:
     """The recipe of a command line: a file, overridden by options, overridden by `--set`."""
-    from surgery.recipe import TARGETS, Recipe, override, read_document
+    from surgery.documents import override, read_document
+    from surgery.recipe import TARGETS, Recipe
 
     document = read_document(config) if config else {}
     for key, value in given.items():

@@ -15,7 +15,7 @@ app = typer.Typer(no_args_is_help=True, help="List, copy and check recipes.")
 @app.command("ls", epilog="[dim]Examples[/dim]\n  surgery recipes ls")
 def list_recipes(json: Json = False, debug: Debug = False) -> None:
     """List the installed recipes, each with its first line."""
-    from surgery.recipe import read_text, recipe_names
+    from surgery.documents import read_text, recipe_names
 
     from . import console
 
@@ -37,8 +37,8 @@ def copy_recipe(
     debug: Debug = False,
 ) -> None:
     """Copy an installed recipe, as a start for one of your own."""
+    from surgery.documents import read_text
     from surgery.errors import OutputError
-    from surgery.recipe import read_text
 
     from . import console
 
@@ -64,7 +64,8 @@ def check_recipe(
     debug: Debug = False,
 ) -> None:
     """Check a recipe's keys and values; nothing is loaded or run."""
-    from surgery.recipe import Recipe, read_document
+    from surgery.documents import read_document
+    from surgery.recipe import Recipe
 
     from . import console
 

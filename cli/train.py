@@ -122,7 +122,8 @@ def read_training(
     """The recipe, and the folder whose members go on, where the source is one."""
     import yaml
 
-    from surgery.recipe import Recipe, override, read_document
+    from surgery.documents import override, read_document
+    from surgery.recipe import Recipe
 
     folder = Path(source).expanduser()
     found = folder if folder.is_dir() else None

@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
+from surgery.documents import override, read_document, recipe_names
 from surgery.errors import PlanError
-from surgery.recipe import Recipe, override, read_document, recipe_names
+from surgery.recipe import Recipe
 from surgery.selectors import share_selectors
 
 TWO = {"models": [{"model": "a"}, {"model": "b", "name": "second"}]}

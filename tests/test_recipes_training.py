@@ -18,8 +18,9 @@ from surgery_recipes.sentiment import DOMAINS, sentiment
 from surgery_recipes.splice import splice
 
 import surgery
+from surgery.documents import override, read_document
 from surgery.errors import LoadError, PlanError
-from surgery.recipe import Recipe, override, read_document
+from surgery.recipe import Recipe
 from surgery.training.recipe_run import rejoin, train_recipe
 from surgery.training.tasks import as_batch
 

@@ -1,0 +1,109 @@
+"""Documents: recipes as they are read from YAML and changed key by key, before they are validated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from surgery.errors import PlanError
+
+
+def read_text(source: str | Path) -> str:
+    """The text of a YAML file, or of the recipe of that name that is installed with this package.
+
+    Raises:
+        PlanError: where there is no such file, or it cannot be read.
+    """
+    path = Path(source).expanduser()
+    shipped = files("surgery_recipes").joinpath(f"{source}.yaml")
+    found = path if path.is_file() else shipped if path.name == str(source) and shipped.is_file() else None
+    if found is None:
+        raise PlanError(
+            f"A recipe is a YAML file or one of {', '.join(recipe_names())}, but '{source}' is neither."
+        )
+    try:
+        return found.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(
+            f"The recipe {source} must be readable YAML: {' '.join(str(error).split())}."
+        ) from None
+
+
+def read_document(source: str | Path) -> dict[str, Any]:
+    """The document in a YAML file, or in the recipe of that name that is installed with this package.
+
+    Raises:
+        PlanError: where there is no such file, or it is no YAML mapping.
+    """
+    try:
+        document = yaml.safe_load(read_text(source))
+    except yaml.YAMLError as error:
+        raise PlanError(
+            f"The recipe {source} must be readable YAML: {' '.join(str(error).split())}."
+        ) from None
+    if not isinstance(document, dict):
+        raise PlanError(
+            f"The recipe {source} must be a YAML mapping with 'models', found {type(document).__name__}."
+        )
+    return document
+
+
+def recipe_names() -> list[str]:
+    """The recipes installed with this package."""
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in files("surgery_recipes").iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def override(document: Mapping[str, Any], changes: Iterable[str]) -> dict[str, Any]:
+    """Apply `path.to.key=value` changes to a document; values are YAML, list items are numbered from 0.
+
+    Raises:
+        PlanError: where a change is not of that form or its path leads nowhere.
+
+    Example:
+        >>> override({"parameters": {"budget": 0.5}}, ["parameters.budget=0.25", "seed=7"])
+        {'parameters': {'budget': 0.25}, 'seed': 7}
+    """
+    result = yaml.safe_load(yaml.safe_dump(dict(document))) or {}
+    for change in changes:
+        path, equals, text = change.partition("=")
+        keys = path.split(".")
+        if not equals or not all(keys):
+            raise PlanError(
+                f"A change is written KEY=VALUE, for example parameters.budget=0.5, found '{change}'."
+            )
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        place = result
+        for key in keys[:-1]:
+            place = _step(place, key, change)
+        if isinstance(place, list):
+            _step(place, keys[-1], change)
+            place[int(keys[-1])] = value
+        else:
+            place[keys[-1]] = value
+    return result
+
+
+def _step(place: Any, key: str, change: str) -> Any:
+    """One step down a document's path; mappings grow, lists do not."""
+    if isinstance(place, list):
+        if not key.isdecimal() or int(key) >= len(place):
+            raise PlanError(
+                f"The change '{change}' needs an item of a list of {len(place)}, found '{key}': "
+                "items are numbered from 0."
+            )
+        return place[int(key)]
+    inner = place.setdefault(key, {})
+    if not isinstance(inner, dict | list):
+        raise PlanError(f"The change '{change}' leads through '{key}', which is {inner!r} and holds no keys.")
+    return inner
