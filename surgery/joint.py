@@ -23,7 +23,7 @@ from surgery.errors import PlanError
 from surgery.generation import Weights, generate_weights, move_dictionary, to_blocks
 from surgery.hooks import release, watch
 from surgery.member import Member, owners_of
-from surgery.mixtures import Templates, open_stack, run_lengths
+from surgery.mixtures import Templates, has_templates, reopen_stack, run_lengths
 from surgery.opening import fixed_bank, open_bank, open_rest
 from surgery.plan import Placement, Plan, make_plan, plan_in_dtypes, torch_dtype
 from surgery.precision import Encoded
@@ -212,16 +212,16 @@ class JointModel(nn.Module):
                 they are, and coefficients stay 1.
             seed: of the new basis blocks.
             scale: whether contexts or rows carry the deviations of layers; see `surgery.opening.open_bank`.
-            templates: how the plan's stacks are opened; by default exactly, with a template for each distinct layer.
+            templates: how the plan's stacks are opened; by default with as many templates as an artifact had, or else
+                one for each distinct layer, so that nothing changes.
         """
         self._refuse_in_step("Opening the dictionary")
         generator = torch.Generator().manual_seed(seed)
         for keys in self.plan.stacks.values():
             stack = {key: self.dictionary[key] for key in keys}
-            if not any(bank.hypermodules for bank in stack.values()):
+            if not has_templates(stack):
                 runs = run_lengths([p for p in self.plan.placements if p.bank == keys[0]])
-                opened = open_stack(stack, templates or Templates(), generator, runs=runs)
-                self.dictionary.banks.update(opened)
+                self.dictionary.banks.update(reopen_stack(stack, templates, generator, runs))
         for key in [key for key in self.dictionary if self.dictionary[key].singles]:
             bank, c = self.dictionary[key], self.plan.bank(key).context if context is None else context
             if bank.hypermodules:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from surgery.dictionary import Bank
+from surgery.dictionary import Bank, exact_bank
 from surgery.plan import Placement
 from surgery.sharing.names import Mixing
 from surgery.sharing.templates import fit_mixtures, harden, signature, solve_templates
@@ -35,6 +35,37 @@ class Templates:
     mixing: Mixing = "softmax"
     start: str = "fit"
     sure: float = _SURE
+
+
+def has_templates(banks: Mapping[str, Bank]) -> bool:
+    """Whether the banks of a stack are open: templates with one parameter of mixtures for all of them."""
+    shared = {id(bank.contexts) for bank in banks.values()}
+    return len(shared) == 1 and all(bank.hypermodules == 1 for bank in banks.values())
+
+
+def reopen_stack(
+    banks: Mapping[str, Bank], how: Templates | None, generator: torch.Generator, runs: Sequence[int] = ()
+) -> dict[str, Bank]:
+    """`open_stack` for banks as they are joined, and for those that come from an artifact.
+
+    An artifact stores each tensor's templates in the form that is smallest, so templates that all tensors mix alike are
+    found again from what is generated: as many as there were, which gives every layer back.
+
+    Args:
+        banks: by key, one location for every layer.
+        how: as many templates as there were, in any mixtures, where it is None.
+        generator: as in `open_stack`.
+        runs: as in `open_stack`.
+    """
+    stored = [bank.context for bank in banks.values() if bank.hypermodules]
+    if stored:
+        how = how or Templates(mixing="linear")
+        how = replace(how, count=how.count or max(stored), start="fit")
+    plain = {
+        key: exact_bank(bank.settled_blocks(), bank.block) if bank.hypermodules else bank
+        for key, bank in banks.items()
+    }
+    return open_stack(plain, how or Templates(), generator, runs=runs)
 
 
 def open_stack(

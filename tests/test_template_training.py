@@ -12,6 +12,7 @@ from torch import nn
 
 import surgery
 from surgery.joint import join
+from surgery.mixtures import Templates
 from surgery.sites import discover
 from surgery.template_plan import plan_templates
 from surgery.training.config import Evolution, TemplateSettings, Training
@@ -35,24 +36,27 @@ CONFIG = {
 
 
 class Layer(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, hidden=12):
         super().__init__()
-        self.into, self.norm, self.out = nn.Linear(width, 12), nn.LayerNorm(12), nn.Linear(12, width)
+        self.into, self.norm, self.out = (
+            nn.Linear(width, hidden),
+            nn.LayerNorm(hidden),
+            nn.Linear(hidden, width),
+        )
 
     def forward(self, x):
         return x + self.out(torch.tanh(self.norm(self.into(x))))
 
 
-def network(layers=4):
+def network(layers=4, hidden=12):
     torch.manual_seed(0)
-    body = nn.Sequential(
-        nn.Linear(3, 8), *(Layer(8) for _ in range(layers)), nn.Linear(8, 16), nn.Linear(16, 2)
-    )
+    stack = (Layer(8, hidden) for _ in range(layers))
+    body = nn.Sequential(nn.Linear(3, 8), *stack, nn.Linear(8, 16), nn.Linear(16, 2))
     return made("net", body, torch.zeros(2, 3))
 
 
-def build(layers=4):
-    one = network(layers)
+def build(layers=4, hidden=12):
+    one = network(layers, hidden)
     return join([one], plan_templates([discover(one)], (4, 4), 2))
 
 
@@ -96,6 +100,33 @@ def test_templates_are_exported_as_what_was_trained(unbroken, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded["net"](x), joint["net"](x), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(joint.extract("net")(x), joint["net"](x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mixing", ["linear", "softmax"])
+def test_what_was_loaded_is_trained_on_as_templates(tmp_path, mixing):
+    joint = build(hidden=400).open(templates=Templates(2, mixing))  # large enough to be stored so
+    surgery.save(joint, tmp_path / "joint")
+    loaded = surgery.load(tmp_path / "joint", modules={"net": network(hidden=400).module})
+    x = torch.randn(5, 3)
+    with torch.no_grad():
+        expected = joint["net"](x)
+    loaded.open(templates=None if mixing == "linear" else Templates(2, mixing))
+    (banks,) = stacks_of(loaded).values()
+    assert len({id(bank.contexts) for bank in banks.values()}) == 1
+    assert all(bank.rows.shape[0] == 2 for bank in banks.values())
+    with torch.no_grad():
+        torch.testing.assert_close(loaded["net"](x), expected, rtol=1e-4, atol=1e-5)
+    before = loaded.collapse("net")
+    config = {
+        **CONFIG,
+        "final": 0,
+        "evolution": {"start": "given"},
+        "templates": {"count": 2, "mixing": mixing},
+    }
+    train(loaded, [task()], config, cpu=True)
+    after = loaded.collapse("net")
+    for part in ("into.weight", "out.weight"):
+        assert not torch.equal(after[f"2.{part}"], before[f"2.{part}"])
 
 
 def test_mixtures_are_drawn(unbroken):

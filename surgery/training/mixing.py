@@ -9,7 +9,7 @@ from torch import Tensor
 
 from surgery.dictionary import Bank
 from surgery.joint import JointModel
-from surgery.mixtures import Templates, harden_stack
+from surgery.mixtures import Templates, harden_stack, has_templates
 from surgery.sharing.templates import attraction, entropy
 from surgery.training.config import TemplateSettings
 
@@ -30,7 +30,7 @@ def settle_parts(joint: JointModel, settings: TemplateSettings) -> None:
 def stacks_of(joint: JointModel) -> dict[str, dict[str, Bank]]:
     """The banks of each stack that is open, by key."""
     found = {name: {key: joint.dictionary[key] for key in keys} for name, keys in joint.plan.stacks.items()}
-    return {name: banks for name, banks in found.items() if all(b.hypermodules for b in banks.values())}
+    return {name: banks for name, banks in found.items() if has_templates(banks)}
 
 
 def penalty(joint: JointModel, settings: TemplateSettings) -> Tensor | None:
