@@ -51,7 +51,7 @@ class TrainReport:
 def dictionary_numbers(joint: JointModel) -> tuple[int, int]:
     """Numbers in the dictionary after collapse, and in the sites that it generates.
 
-    A hypermodule that fewer than c locations use counts as the blocks that it generates:
+    A hypermodule that at most c locations use counts as the blocks that it generates:
     `(L - Lo)*c + K*c*m*n + Lo*m*n`. Coefficients that stay 1 do not count, diagonals do. Templates that are used count
     as they are, where they are fewer than the layers, and mixtures that are trained once for all tensors of a stack.
     """
@@ -68,7 +68,7 @@ def dictionary_numbers(joint: JointModel) -> tuple[int, int]:
         uses = torch.bincount(bank.psi, minlength=bank.hypermodules)
         own = bank.context if bank.contexts.requires_grad else 0
         own += 0 if bank.diagonals is None else bank.diagonals.shape[1]
-        rare = uses < max(bank.context, 2 if bank.diagonals is not None else 1)
+        rare = uses <= bank.context
         lonely = int(uses[rare].sum())
         width = bank.rows.shape[1]
         kept = int((~rare).sum())
