@@ -66,15 +66,12 @@ def correlations(mixtures: Any, names: Sequence[str]) -> list[dict[str, float]]:
 
 def run(seed: int, folder: Path, fast: bool) -> tuple[list[dict[str, float]], dict[str, Any]]:
     """One seed: the nine tasks, then the tenth in every way."""
-    import torch
-
     nine = folder / f"nine-{seed}"
     joint, report = train("nine_tasks", nine, seed, fast)
     key = joint.plan.stacks["stack0"][0]
     mixtures = (
         joint.dictionary[key].coefficients.detach().view(len(joint.names), -1, joint.dictionary[key].context)
     )
-    assert torch.is_tensor(mixtures)
     found = correlations(mixtures, joint.names)
     tenth: dict[str, Any] = {"nine": 1 - mean(score.metric for score in report.tests.values())}
     for way, changes in TRANSFERS.items():

@@ -103,23 +103,17 @@ def make_plan(anatomies: Sequence[Anatomy], block: tuple[int, int] = (16, 16), c
             f"A block of {m}x{n} is larger than every site; the largest is {largest.member}:"
             f"{largest.name} with {largest.view.shape[1]}x{largest.view.shape[2]}. Use a smaller --block."
         )
-    small = [
-        LeftAlone(
-            site.member,
-            site.name,
-            site.owners,
-            "skipped",
-            site.kind,
-            site.shape,
-            site.dtype,
-            f"smaller than a {m}x{n} block",
-            site.order,
-        )
-        for site in sites
-        if site not in fitting
-    ]
+    small = [too_small(site, block) for site in sites if site not in fitting]
     left_alone = [entry for anatomy in anatomies for entry in anatomy.left_alone]
     return place(names, ((site, block) for site in fitting), context, left_alone + small)
+
+
+def too_small(site: Site, block: tuple[int, int]) -> LeftAlone:
+    """A site that cannot fill a block, as left alone."""
+    reason = f"smaller than a {block[0]}x{block[1]} block"
+    return LeftAlone(
+        site.member, site.name, site.owners, "skipped", site.kind, site.shape, site.dtype, reason, site.order
+    )
 
 
 def place(

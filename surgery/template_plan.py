@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from surgery.blocks import BlockGrid
 from surgery.errors import PlanError
-from surgery.plan import BankPlan, Placement, Plan, make_plan
+from surgery.plan import BankPlan, Placement, Plan, make_plan, too_small
 from surgery.selectors import matches
 from surgery.sites import Anatomy, LeftAlone, Site
 from surgery.stacks import Run, Stack, pool_runs
@@ -110,12 +110,9 @@ def _plan_rest(anatomies: Sequence[Anatomy], block: tuple[int, int], context: in
     if any(out >= block[0] and into >= block[1] for _, out, into in shapes):
         return make_plan(anatomies, block, context)
     small = [
-        replace(anatomy, sites=(), left_alone=(*anatomy.left_alone, *map(_too_small, anatomy.sites)))
+        replace(
+            anatomy, sites=(), left_alone=(*anatomy.left_alone, *(too_small(s, block) for s in anatomy.sites))
+        )
         for anatomy in anatomies
     ]
     return make_plan(small, block, context)
-
-
-def _too_small(s: Site) -> LeftAlone:
-    reason = "smaller than a block"
-    return LeftAlone(s.member, s.name, s.owners, "skipped", s.kind, s.shape, s.dtype, reason, s.order)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 import surgery
+from surgery.errors import PlanError
 from surgery.joint import join
 from surgery.mixtures import Templates
 from surgery.sites import discover
@@ -248,3 +249,8 @@ def test_distillation_is_from_the_member_as_it_was_given():
 def test_settings_that_cannot_be_are_refused():
     with pytest.raises(ValidationError, match="needs final generations"):
         Training(final=0, templates=TemplateSettings(harden=True))
+    for wrong in ({"harden": True}, {"entropy": 0.1}, {"attraction": 0.1}):
+        with pytest.raises(PlanError, match="found linear ones"):
+            train(build(), [task()], {"templates": {"count": 2, "mixing": "linear", **wrong}}, cpu=True)
+    with pytest.raises(PlanError, match="codes to contexts or ones"):
+        start(build(), Evolution(start="given", codes="diagonals"), 0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from surgery.errors import PlanError
 from surgery.fitting.fixed_bank import BankRequest, fixed_bank
-from surgery.fitting.report import FitReport, describe
+from surgery.fitting.report import FitReport, bytes_of, describe
 from surgery.fitting.search import Outcome, Request, Search, measure_errors
 from surgery.fitting.template_bank import TemplateFit, TemplateRequest
 from surgery.fitting.trial import Trial
@@ -122,7 +122,7 @@ def _fit_lossy(
         joint.to(home)
         for part, training in modes:
             part.training = training
-    whole = sum(_bytes_of(state) for state in originals.values())
+    whole = sum(bytes_of(state) for state in originals.values())
     precision = whole - outcome.stored.nbytes - outcome.sharing
     errors = dict(zip(joint.names, map(float, outcome.errors), strict=True))
     measured = {"seed": request.seed, "given": sorted(given)}
@@ -142,7 +142,7 @@ def _report(
     hashes: Mapping[str, str],
     probes: Mapping[str, object] | None = None,
 ) -> FitReport:
-    sizes = {name: _bytes_of(state) for name, state in originals.items()}
+    sizes = {name: bytes_of(state) for name, state in originals.items()}
     saved = {"sharing": sum(sizes.values()) - stored.nbytes - precision, "precision": precision}
     detail = describe(stored, originals)
     return FitReport(target, met, sizes, stored.nbytes, saved, errors, hashes, probes or {}, detail)
@@ -154,7 +154,7 @@ def _bank_of_size(
     """A bank of K hypermodules and everything else as it is: all that is saved is saved by sharing."""
     originals = {name: trial.originals for name, trial in trials.items()}
     stored = fixed_bank(plan, originals, ties(joint), request)
-    whole = sum(_bytes_of(state) for state in originals.values())
+    whole = sum(bytes_of(state) for state in originals.values())
     target = f"{request.hypermodules} hypermodules"
     return Outcome(target, stored, measure_errors(stored, trials), True, whole - stored.nbytes)
 
@@ -177,10 +177,6 @@ def _templates(
         stored, errors = found.within_error(request.max_error, measure)
         return Outcome(f"max-error {request.max_error:g}", stored, errors, True, found.whole - stored.nbytes)
     return Outcome(target, stored, measure(stored), True, found.whole - stored.nbytes)
-
-
-def _bytes_of(state: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
 def _originals(joint: JointModel) -> dict[str, dict[str, Tensor]]:

@@ -11,11 +11,10 @@ from torch import Tensor
 from surgery.dictionary import Bank
 from surgery.errors import PlanError
 from surgery.generation import to_blocks
-from surgery.plan import BankPlan, Plan, place
+from surgery.plan import BankPlan, Plan, place, too_small
 from surgery.precision import NATIVE, encode
 from surgery.settle import retire_rare
 from surgery.sharing.subspaces import fit_subspaces
-from surgery.sites import LeftAlone
 from surgery.storage import Stored, bank_tensors, deduplicate
 
 
@@ -87,21 +86,7 @@ def _with_blocks(plan: Plan, request: BankRequest) -> Plan:
     m, n = request.block
     sites = [p.site for p in plan.placements]
     fitting = [site for site in sites if site.view.shape[1] >= m and site.view.shape[2] >= n]
-    small = [
-        LeftAlone(
-            s.member,
-            s.name,
-            s.owners,
-            "skipped",
-            s.kind,
-            s.shape,
-            s.dtype,
-            f"smaller than a {m}x{n} block",
-            s.order,
-        )
-        for s in sites
-        if s not in fitting
-    ]
+    small = [too_small(site, request.block) for site in sites if site not in fitting]
     return place(
         plan.members, ((site, request.block) for site in fitting), request.context, [*plan.left_alone, *small]
     )

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from surgery.storage import Stored
 
 
@@ -84,3 +86,8 @@ def describe(stored: Stored, originals: Mapping[str, Mapping[str, Any]]) -> tupl
                 how = f"shared copy, {encoded.precision}" if count > 1 else str(encoded.precision)
                 rows.append(TensorReport(member, name, how, encoded.nbytes // count, size))
     return tuple(rows)
+
+
+def bytes_of(state: Mapping[str, Tensor]) -> int:
+    """Bytes of tensors as they are."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())

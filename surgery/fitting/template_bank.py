@@ -13,6 +13,7 @@ from torch import Tensor
 from surgery import progress
 from surgery.dictionary import Bank, exact_bank
 from surgery.errors import PlanError
+from surgery.fitting.report import bytes_of
 from surgery.fitting.sensitivity import sensitivities
 from surgery.generation import to_blocks
 from surgery.mixtures import Templates, open_stack
@@ -70,7 +71,7 @@ class TemplateFit:
             blocks = torch.cat([to_blocks(originals[p.site.member][p.site.name], p) for p in mine])
             self.banks[bank.key] = exact_bank(blocks, bank.block)
         self.weights = _weights(self.plan, trials, request.seed)
-        self.whole = sum(_bytes_of(state) for state in originals.values())
+        self.whole = sum(bytes_of(state) for state in originals.values())
 
     def of_count(self, count: int) -> Stored:
         """At most `count` templates for each stack, where they are smaller than the layers."""
@@ -145,7 +146,3 @@ def _weights(plan: Plan, trials: Mapping[str, Trial], seed: int) -> dict[str, fl
         mine = [found.get((p.site.member, p.site.name), 0.0) for p in plan.placements if p.bank == bank.key]
         weights[bank.key] = sum(mine) / len(mine)
     return weights
-
-
-def _bytes_of(state: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())

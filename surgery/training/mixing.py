@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from surgery.dictionary import Bank
+from surgery.errors import PlanError
 from surgery.joint import JointModel
 from surgery.mixtures import Templates, harden_stack, has_templates
 from surgery.sharing.templates import attraction, entropy
@@ -20,7 +21,16 @@ def how_to_open(settings: TemplateSettings) -> Templates:
 
 
 def settle_parts(joint: JointModel, settings: TemplateSettings) -> None:
-    """Freeze what shall stay as it is: templates, or mixtures."""
+    """Freeze what shall stay as it is: templates, or mixtures.
+
+    Raises:
+        PlanError: where linear mixtures, whose shares are no probabilities, shall be hardened or have an entropy.
+    """
+    if settings.mixing == "linear" and (settings.harden or settings.entropy or settings.attraction):
+        raise PlanError(
+            "Hardening, entropy and attraction of templates need mixtures of positive shares, found linear ones: set "
+            "templates.mixing (in a recipe parameters.mixture) to softmax."
+        )
     for banks in stacks_of(joint).values():
         for bank in banks.values():
             bank.rows.requires_grad_(not settings.freeze)

@@ -30,7 +30,8 @@ def start(
     templates = templates or TemplateSettings()
     if settings.start == "given" and settings.codes == "diagonals":
         raise PlanError(
-            "Codes that are diagonals cannot go on from a given alignment: collapse took them away."
+            "Codes that are diagonals cannot go on from a given alignment, because collapse took them away: set "
+            "train.evolution.codes to contexts or ones."
         )
     _open(joint, settings, seed, how_to_open(templates))
     settle_parts(joint, templates)

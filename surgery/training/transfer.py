@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.dictionary import exact_bank
 from surgery.errors import PlanError
@@ -17,6 +17,7 @@ from surgery.generation import to_blocks
 from surgery.joint import JointModel
 from surgery.mixtures import gram_of, mix_banks
 from surgery.plan import Placement
+from surgery.selectors import matches
 from surgery.sharing.templates import fit_mixtures
 from surgery.slots import locate
 from surgery.training.config import TemplateSettings
@@ -137,22 +138,17 @@ def _stacked(joint: JointModel) -> list[Placement]:
     return [p for p in joint.plan.placements if p.bank in keys]
 
 
-def freeze(joint: JointModel, selectors: Mapping[str, Sequence[str]]) -> int:
-    """Let adapters stay as they are; how many numbers that are.
+def freeze(joint: JointModel, selectors: Mapping[str, Sequence[str]]) -> None:
+    """Let adapters stay as they are.
 
     Args:
         joint: any.
         selectors: by member, exact names or `re:` patterns of tensors that no stack and no bank generates.
     """
-    from surgery.selectors import matches
-
-    frozen = 0
     for name, chosen in selectors.items():
         for key, parameter in joint[name].named_parameters():
-            if isinstance(parameter, nn.Parameter) and any(matches(selector, key) for selector in chosen):
+            if any(matches(selector, key) for selector in chosen):
                 parameter.requires_grad_(False)
-                frozen += parameter.numel()
-    return frozen
 
 
 def trained_numbers(joint: JointModel) -> int:
