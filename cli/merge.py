@@ -123,6 +123,16 @@ def merge(
             help="Mix scale and shift of norms too; otherwise every layer keeps its own.",
         ),
     ] = False,
+    stacks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stacks",
+            metavar="SEL",
+            rich_help_panel=DICTIONARY,
+            help="Take templates for these stacks alone, by the paths that surgery inspect lists, such as "
+            "[cyan]encoder.layer.*[/cyan], or re: patterns; repeatable. The rest is shared as hypermodules are.",
+        ),
+    ] = None,
     block: Annotated[
         str | None,
         typer.Option(
@@ -211,7 +221,7 @@ def merge(
             "mixture": mixture,
             "mix_norms": mix_norms or None,
         },
-        "select": {"adapters": adapters, "sites": sites, "skip": skip},
+        "select": {"adapters": adapters, "sites": sites, "skip": skip, "stacks": stacks},
     }
     recipe = read_recipe(config, given, changes or [])
     if recipe.out is None and not dry_run:

@@ -190,7 +190,9 @@ def plan_members(recipe: Recipe, members: Sequence[Member]) -> tuple[list[Anatom
         norms, stacks = recipe.parameters.mix_norms, recipe.select.stacks
         return anatomies, plan_templates(anatomies, block, context, mix_norms=norms, stacks=stacks)
     if recipe.select.stacks:
-        raise PlanError("select.stacks needs method templates, which stacks are for.")
+        raise PlanError(
+            "Stacks (--stacks, select.stacks) are for templates: add --method templates, or leave them out."
+        )
     return anatomies, make_plan(anatomies, block, context)
 
 

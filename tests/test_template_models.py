@@ -255,3 +255,11 @@ def test_the_command_line_merges_inspects_verifies_and_exports(tmp_path, monkeyp
     assert code == 0, err
     code, out, err = command("merge", "own.py:net", "--templates", "2", "--out", "other")
     assert code != 0 and "needs method templates" in " ".join(err.split())
+    templates = ("--method", "templates", "--templates", "2", "--dry-run")
+    assert command("merge", "own.py:net", "--stacks", "*", *templates)[0] == 0
+    for options, words in (
+        (("--stacks", "body.*", *templates), "there are: *"),
+        (("--stacks", "*", "--dry-run"), "add --method templates"),
+    ):
+        code, out, err = command("merge", "own.py:net", *options)
+        assert code == 2 and words in " ".join(err.split())

@@ -116,16 +116,17 @@ class Trainer:
                     part = loss.detach() * (share / accumulate)
                     parts[task.name] = parts[task.name] + part if task.name in parts else part
         if (extra := penalty(self.joint, self.config.templates)) is not None:
-            self.accelerator.backward(extra)
+            self._backward(extra)
         self._reduce()
         for name, value in parts.items():
             self.running[name] = self.running[name] + value if name in self.running else value
         if self.config.optimizer.clip is not None:
             self.accelerator.clip_grad_norm_(self.parameters(), self.config.optimizer.clip)
-        self.optimizer.step()
+        optimizer = plain(self.optimizer) if self._direct else self.optimizer
+        optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
 
     def _run(self, task: Task, batch: Batch, weight: float) -> Tensor:
         """One task's forward and backward pass; its loss."""
@@ -136,7 +137,7 @@ class Trainer:
             # Elsewhere this would wait for the device; there the generation's sums tell.
             if loss.device.type == "cpu" and not math.isfinite(loss.detach()):
                 raise TrainingError(self._not_finite({task.name: float(loss.detach())}))
-            self.accelerator.backward(loss * weight)
+            self._backward(loss * weight)
         except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
             raise TrainingError(explain_failure(task, batch, error)) from error
         return loss
@@ -233,6 +234,20 @@ class Trainer:
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained now, in the order of the optimizer's groups."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def _direct(self) -> bool:
+        """Whether accelerate would only pass on: no scaled losses, no device that reduces by itself.
+
+        Its wrappers look for packages and signatures in every call, a tenth of a step of small members.
+        """
+        return self.accelerator.scaler is None and self.accelerator.device.type != "xla"
+
+    def _backward(self, loss: Tensor) -> None:
+        if self._direct:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss)
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.accelerator.device, non_blocking=True)

@@ -1,0 +1,204 @@
+"""MiniLM's six layers from fewer: layers as mixtures of K templates, or as K tied ones, against dropping layers.
+
+All are distilled on texts of the Brown corpus without labels, for the same number of steps: the student's sentence
+embedding learns to point where the original's does. At each K all keep the same numbers, K layers of six (mixtures
+themselves are a few dozen more); word embeddings are frozen. On texts that were not trained on:
+
+    distance    1 - cosine between the student's and the original's embedding, mean
+    order kept  Spearman correlation of the similarities of pairs of texts, the student's with the original's
+
+    mixtures    six layers, linear mixtures of K templates, begun by the best fit to the six
+    tied        six layers of which each takes one of K templates, begun by clustering the six
+    spread      six layers of which neighbours take one template: layers 1 1 2 2 3 3, begun from the first K layers
+    dropped     K of the six layers, evenly spaced, the first and the last among them
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.harness import make_header, make_parser, show
+
+LAYERS = 6
+WAYS = ("mixtures", "tied", "spread", "dropped")
+_WORDS, _TEST = 24, 512  # words of a text, texts that are tested on
+
+
+def texts(seed: int, count: int) -> tuple[list[str], list[str]]:
+    """`count` texts to train on and 512 of other documents to test on."""
+    import random
+
+    from surgery_recipes.brown import read_texts
+    from surgery_recipes.packages import find_files
+
+    documents = read_texts(find_files("brown", None)[0])
+    draw = random.Random(seed)
+    draw.shuffle(documents)
+    cut = len(documents) // 10
+
+    def pieces(of: Sequence[Sequence[str]], wanted: int) -> list[str]:
+        every = [
+            " ".join(words[at : at + _WORDS])
+            for words in ([word for word in each if word != "<eos>"] for each in of)
+            for at in range(0, len(words) - _WORDS + 1, _WORDS)
+        ]
+        return draw.sample(every, wanted)
+
+    return pieces(documents[cut:], count), pieces(documents[:cut], _TEST)
+
+
+def embedder(keep: Sequence[int] | None = None) -> Any:
+    """MiniLM, or some of its layers, as a module that gives sentence embeddings of length one."""
+    from surgery_recipes.pretrained import minilm_regressor
+    from torch import nn
+    from torch.nn.functional import normalize
+
+    class Embedder(nn.Module):
+        def __init__(self, encoder: nn.Module):
+            super().__init__()
+            self.encoder = encoder
+
+        def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+            hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+            return normalize((hidden * mask).sum(1) / mask.sum(1).clamp_min(1), dim=1)
+
+    regressor, inputs = minilm_regressor()
+    encoder: Any = regressor.get_submodule("encoder")
+    if keep is not None:
+        encoder.encoder.layer = nn.ModuleList([encoder.encoder.layer[number] for number in keep])
+        encoder.config.num_hidden_layers = len(keep)
+    return Embedder(encoder), inputs
+
+
+def distance(output: Any, batch: Any) -> Any:
+    """1 - cosine of embeddings of length one, mean over the batch."""
+    return 1 - (output * batch.target).sum(1).mean()
+
+
+def run(way: str, templates: int, seed: int, steps: int, batch: int) -> dict[str, Any]:
+    """One student, as it begins and distilled."""
+    import torch
+    from scipy.stats import spearmanr
+    from surgery_recipes.pretrained import minilm_folder
+
+    import surgery
+    from surgery.training.sources_text import load_tokenizer
+
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    teacher = embedder()[0].eval()
+    tokenizer = load_tokenizer(minilm_folder())
+
+    @torch.no_grad()
+    def batches(of: Sequence[str]) -> list[tuple[dict[str, Any], Any]]:
+        made = []
+        for at in range(0, len(of), batch):
+            found = tokenizer(
+                of[at : at + batch], padding=True, truncation=True, max_length=48, return_tensors="pt"
+            )
+            inputs = {key: found[key] for key in ("input_ids", "attention_mask")}
+            made.append((inputs, teacher(**inputs)))
+        return made
+
+    train, test = (batches(part) for part in texts(seed, steps * batch))
+    keep = torch.linspace(0, LAYERS - 1, templates).round().int().tolist() if way == "dropped" else None
+
+    def student() -> Any:
+        module, inputs = embedder(keep)
+        member = surgery.load_member(module, name="student", inputs=inputs)
+        return surgery.join([member], None if keep else surgery.plan_templates([surgery.discover(member)]))
+
+    task = surgery.Task("distilled", "student", train, distance)
+    config: dict[str, Any] = {
+        "steps": steps, "generations": 1, "final": 0, "freeze": ["re:.*embeddings.*"],
+        "optimizer": {"name": "adamw", "lr": 3e-4, "schedule": "linear", "warmup": steps // 10},
+        "evolution": {"codes": "ones", "change": "none", "start": "own"},
+        "stopping": {"keep": "last"},
+    }  # fmt: skip
+    if keep is None:
+        mixing = "linear" if way == "mixtures" else "one-hot"
+        start = "sequential" if way == "spread" else "fit"
+        config["templates"] = {"count": templates, "mixing": mixing, "start": start, "lr": 1e-3}
+
+    @torch.no_grad()
+    def figures(joint: Any) -> tuple[float, float]:
+        module = joint["student"].eval()
+        made = torch.cat([module(**inputs) for inputs, _ in test])
+        wanted = torch.cat([target for _, target in test])
+        pairs = torch.triu_indices(len(made), len(made), 1)
+        kept = spearmanr((made @ made.t())[*pairs], (wanted @ wanted.t())[*pairs]).statistic
+        return float(1 - (made * wanted).sum(1).mean()), float(kept)
+
+    begun, joint = student(), student()
+    still = {**config, "steps": 1, "optimizer": {"lr": 1e-12}}  # the start alone
+    surgery.train(begun, [task], still, seed=seed, cpu=True)
+    before = figures(begun)
+    report = surgery.train(joint, [task], config, seed=seed, cpu=True)
+    after = figures(joint)
+    return {
+        "way": way, "K": templates, "seed": seed, "seconds": report.seconds,
+        "distance before": before[0], "distance": after[0], "order kept before": before[1], "order kept": after[1],
+    }  # fmt: skip
+
+
+def tabulate(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over seeds, and standard errors of what is left after distillation."""
+    rows = []
+    for templates, way in sorted({(-r["K"], r["way"]) for r in found}):
+        mine = [r for r in found if (r["way"], r["K"]) == (way, -templates)]
+        row: dict[str, Any] = {"K": -templates, "way": way}
+        for name in ("distance before", "distance", "order kept before", "order kept", "seconds"):
+            row[name] = mean(r[name] for r in mine)
+        for name in ("distance", "order kept"):
+            spread = stdev(r[name] for r in mine) / len(mine) ** 0.5 if len(mine) > 1 else None
+            row[f"{name}, standard error"] = spread
+        rows.append({**row, "seeds": len(mine)})
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--templates", nargs="+", type=int, default=[4, 3, 2], metavar="K")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--kept", type=Path, default=Path("fewer_layers.jsonl"), help="where finished runs are kept"
+    )
+    options = parser.parse_args(argv)
+    steps = 2 if options.fast else options.steps
+    seeds = range(options.seed, options.seed + (1 if options.fast else options.seeds))
+    cells = [
+        (way, k, seed, steps, options.batch)
+        for seed, k, way in product(seeds, options.templates, options.ways)
+    ]
+    done: dict[str, Any] = {}
+    if options.kept.exists():
+        done = {key: result for key, result in map(json.loads, options.kept.read_text("utf-8").splitlines())}
+    left = [cell for cell in cells if str(cell) not in done]
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for cell, result in zip(left, pool.map(run, *zip(*left, strict=True)) if left else (), strict=True):
+            done[str(cell)] = result
+            with options.kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([str(cell), result]) + "\n")
+            print(f"{result['way']} of {result['K']}: {result['seconds']:.0f} s", file=sys.stderr, flush=True)
+    rows = tabulate([done[str(cell)] for cell in cells])
+    show("MiniLM from fewer layers", make_header("fewer_layers", options, argv), rows, [], options.json)
+
+
+if __name__ == "__main__":
+    main()
