@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,15 +35,10 @@ WAYS = ("mixtures", "tied", "spread", "dropped")
 _WORDS, _TEST = 24, 512  # words of a text, texts that are tested on
 
 
-def texts(seed: int, count: int) -> tuple[list[str], list[str]]:
-    """`count` texts to train on and 512 of other documents to test on."""
-    import random
-
-    from surgery_recipes.brown import read_texts
-    from surgery_recipes.packages import find_files
-
-    documents = read_texts(find_files("brown", None)[0])
+def texts(documents: Sequence[Sequence[str]], seed: int, count: int) -> tuple[list[str], list[str]]:
+    """`count` pieces of nine tenths of the documents to train on, and 512 of the others to test on."""
     draw = random.Random(seed)
+    documents = list(documents)
     draw.shuffle(documents)
     cut = len(documents) // 10
 
@@ -90,6 +86,8 @@ def run(way: str, templates: int, seed: int, steps: int, batch: int) -> dict[str
     """One student, as it begins and distilled."""
     import torch
     from scipy.stats import spearmanr
+    from surgery_recipes.brown import read_texts
+    from surgery_recipes.packages import find_files
     from surgery_recipes.pretrained import minilm_folder
 
     import surgery
@@ -111,7 +109,8 @@ def run(way: str, templates: int, seed: int, steps: int, batch: int) -> dict[str
             made.append((inputs, teacher(**inputs)))
         return made
 
-    train, test = (batches(part) for part in texts(seed, steps * batch))
+    documents = read_texts(find_files("brown", None)[0])
+    train, test = (batches(part) for part in texts(documents, seed, steps * batch))
     keep = torch.linspace(0, LAYERS - 1, templates).round().int().tolist() if way == "dropped" else None
 
     def student() -> Any:

@@ -195,3 +195,23 @@ def test_signatures_are_recipes_that_can_be_read(name):
     recipe = Recipe.of(document_of("isometric", methods_of("vit")[name], ["net"], 0, []))
     assert recipe.models[0].model.startswith("surgery_recipes.isometric:vit?layers=")
     assert recipe.train is not None and (recipe.parameters.templates is None) == (name == "plain")
+
+
+def test_students_are_tested_on_texts_of_other_documents():
+    from benchmarks.fewer_layers import texts
+
+    documents = [[f"{number}", *["word"] * 25, "<eos>"] * 100 for number in range(100)]
+    train, test = texts(documents, seed=1, count=600)
+    sources = [{word for text in part for word in text.split() if word != "word"} for part in (train, test)]
+    assert (len(train), len(test)) == (600, 512) and len(set(map(len, map(str.split, train + test)))) == 1
+    assert not sources[0] & sources[1] and "<eos>" not in sources[0] | sources[1]
+
+
+def test_distance_of_embeddings_is_one_less_cosine():
+    from types import SimpleNamespace
+
+    from benchmarks.fewer_layers import distance
+
+    one, other = torch.nn.functional.normalize(torch.randn(2, 5, 7), dim=2)
+    wanted = 1 - torch.nn.functional.cosine_similarity(one, other).mean()
+    assert torch.allclose(distance(one, SimpleNamespace(target=other)), wanted, atol=1e-6)
