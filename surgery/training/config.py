@@ -167,6 +167,8 @@ class Training(Strict):
         precision: mixed precision, as accelerate names it.
         freeze: tensors that stay as they are, beside what is generated: exact names, or `re:` patterns, in all
             members that have them, or after `MEMBER:` in one.
+        share: adapters (what is not generated: norms, biases) that members share, one parameter for all that have them in
+            one shape; as `freeze` names tensors.
         compile: whether members are compiled.
         checkpointing: whether members that offer gradient checkpointing use it.
         trackers: accelerate's `log_with`, for example `tensorboard`.
@@ -185,6 +187,7 @@ class Training(Strict):
     stopping: Stopping = Stopping()
     precision: Literal["no", "bf16", "fp16"] = "no"
     freeze: tuple[str, ...] = ()
+    share: tuple[str, ...] = ()
     compile: bool = False
     checkpointing: bool = False
     trackers: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from surgery.selectors import share_selectors
 from surgery.training.config import Training
 from surgery.training.report import TrainReport
 from surgery.training.run import STATE, Run
+from surgery.training.sharing_adapters import share_adapters
 from surgery.training.starts import start
 from surgery.training.tasks import Task
 from surgery.training.trainer import Trainer, losses_of
@@ -82,6 +83,7 @@ def train(
     losses = losses_of(joint, tasks)  # distillation is from the members as they were given
     start(joint, settings.evolution, seed, settings.templates)
     names = {name: [key for key, _ in joint[name].named_parameters()] for name in joint.names}
+    share_adapters(joint, share_selectors(settings.share, names, "train.share"))
     freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
     _prepare_members(joint, settings)
     trainer = Trainer(joint, tasks, settings, seed, accelerator, losses)
