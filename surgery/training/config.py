@@ -167,8 +167,8 @@ class Training(Strict):
         precision: mixed precision, as accelerate names it.
         freeze: tensors that stay as they are, beside what is generated: exact names, or `re:` patterns, in all
             members that have them, or after `MEMBER:` in one.
-        share: adapters (what is not generated: norms, biases) that members share, one parameter for all that have them in
-            one shape; as `freeze` names tensors.
+        share: adapters (what is not generated: norms, biases) that are one parameter for all members that have them in
+            one shape; named as for `freeze`.
         compile: whether members are compiled.
         checkpointing: whether members that offer gradient checkpointing use it.
         trackers: accelerate's `log_with`, for example `tensorboard`.
