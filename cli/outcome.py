@@ -267,5 +267,14 @@ def print_next(joint: JointModel, folder: Path) -> None:
 
 def score_cells(score: Mapping[str, Any] | None) -> list[str]:
     """A task's loss and metric as a table shows them, from a score as JSON."""
-    metric = (score or {}).get("metric")
-    return ["-" if score is None else f"{score['loss']:.4g}", "-" if metric is None else f"{metric:.4g}"]
+    found = [(score or {}).get(name) for name in ("loss", "metric")]
+    return ["-" if value is None else f"{value:.4g}" for value in found]
+
+
+def adapted_words(adapted: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What was adapted, a sentence for each task, from a report as JSON."""
+    return [
+        f"{name} adapted by {' and '.join(told['by'])}, without labels: the features that reach '{told['part']}', to "
+        f"those of {told['examples']} examples of {told.get('source', 'the source')}."
+        for name, told in adapted.items()
+    ]

@@ -70,6 +70,9 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "losses": last.get("losses", {}),
         "validation": (end or last).get("scores", last.get("validation", {})),
         "tests": (end or {}).get("tests", {}),
+        "adapted": {
+            name: told["adapted"] for name, told in start.get("tasks", {}).items() if told.get("adapted")
+        },
         "hypermodules": (end or last).get("hypermodules", {}),
         "subsets": last.get("subsets", {}),
         "share": last.get("share"),
@@ -92,6 +95,8 @@ def print_summary(summary: dict[str, Any], pictures: list[Path]) -> None:
         table.add_row(*cells)
     if summary["losses"]:
         console.out.print(table)
+    for sentence in outcome.adapted_words(summary["adapted"]):
+        console.say(sentence)
     if any(summary["subsets"].values()):
         table = console.table("used by", ">hypermodules")
         for name, count in summary["subsets"].items():

@@ -199,6 +199,8 @@ def print_report(report: TrainReport, folder: Path) -> None:
         table.add_row(*cells)
     if report.scores or report.tests:
         console.out.print(table)
+    for sentence in outcome.adapted_words(report.adapted):
+        console.say(sentence)
     now, whole = report.numbers
     ended = "" if report.stopped == "done" else f" ({report.stopped})"
     parts = [f"{sum(report.hypermodules.values())} hypermodules"] * bool(report.hypermodules)

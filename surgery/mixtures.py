@@ -96,7 +96,7 @@ def open_stack(
     count = most if how.count is None else min(how.count, most)
     if exact:
         first = torch.full((most,), len(group)).scatter_reduce_(0, group, torch.arange(len(group)), "amin")
-        chosen = _sure(torch.arange(most), most, how)
+        chosen = sure_mixtures(torch.arange(most), most, how)
         mixtures, combine = chosen[group], torch.zeros(most, len(group), dtype=torch.float64)
         combine[:, first] = solve_templates(chosen)
     elif how.start == "fit":
@@ -197,7 +197,7 @@ def _distinct(banks: Mapping[str, Bank]) -> Tensor:
     return torch.tensor([number.setdefault(each, len(number)) for each in group.tolist()])
 
 
-def _sure(chosen: Tensor, count: int, how: Templates) -> Tensor:
+def sure_mixtures(chosen: Tensor, count: int, how: Templates) -> Tensor:
     """Mixtures in which each layer takes its chosen template, in a softmax one almost alone."""
     one = nn.functional.one_hot(chosen, count).double()
     if how.mixing != "softmax" or count == 1:
@@ -209,7 +209,7 @@ def _by_hand(how: Templates, layers: int, count: int, generator: torch.Generator
     if how.start == "uniform":
         return torch.full((layers, count), 1 / count, dtype=torch.float64)
     # A run of fewer layers than templates takes the first of them.
-    return _sure(signature(how.start, layers, min(count, layers), generator), count, how)
+    return sure_mixtures(signature(how.start, layers, min(count, layers), generator), count, how)
 
 
 def _parameter(mixtures: Tensor, mixing: Mixing, like: Tensor) -> nn.Parameter:

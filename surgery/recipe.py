@@ -17,7 +17,15 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 
 from surgery.errors import PlanError
 from surgery.sharing.names import Mixing
-from surgery.training.config import Evolution, Optimizer, Stopping, Strict, TemplateSettings, Training
+from surgery.training.config import (
+    Adaptation,
+    Evolution,
+    Optimizer,
+    Stopping,
+    Strict,
+    TemplateSettings,
+    Training,
+)
 
 MAX_ERROR = 0.05
 TARGETS = ("max_error", "budget", "hypermodules", "templates")
@@ -47,6 +55,8 @@ class TaskSpec(Strict):
         options: arguments of that function, or of the reader of that kind of file.
         batch: examples in a batch.
         loss: a name, or names with their weights.
+        labels: whether training sees targets; validation and test keep theirs.
+        adaptation: what a loss that adapts without labels compares with.
         metric: a name.
         weight: of its loss among the tasks' losses.
     """
@@ -56,6 +66,8 @@ class TaskSpec(Strict):
     options: dict[str, Any] = Field(default_factory=dict)
     batch: Positive = 32
     loss: str | dict[str, float] = "cross_entropy"
+    labels: bool = True
+    adaptation: Adaptation | None = None
     metric: str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
 
@@ -215,6 +227,7 @@ def _fields_at(path: list[str]) -> Iterable[str]:
         "": Recipe,
         "models": Model,
         "models.tasks": TaskSpec,
+        "models.tasks.adaptation": Adaptation,
         "parameters": Parameters,
         "select": Select,
         "train": Training,

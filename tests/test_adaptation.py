@@ -10,7 +10,8 @@ from surgery.errors import PlanError
 from surgery.joint import join
 from surgery.sites import discover
 from surgery.template_plan import plan_templates
-from surgery.training.adaptation import Adversary, Moments, features_of
+from surgery.training.adaptation import Adversary, Moments
+from surgery.training.features import features_of
 from surgery.training.streams import Batches
 from surgery.training.tasks import Batch, Task
 from surgery.training.train import train

@@ -18,6 +18,7 @@ from surgery.training.state import (
     set_random_state,
     unpack_contest,
 )
+from surgery.training.stateful import pack_loss, unpack_loss
 
 if TYPE_CHECKING:
     from surgery.training.trainer import Trainer
@@ -37,6 +38,9 @@ def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
                 tensors[f"optimizer/{number}/{name}"] = value
             elif value is not None:
                 steps[f"{number}/{name}"] = value
+    for number, task in enumerate(trainer.tasks):
+        state = pack_loss(trainer.losses[task.name])
+        tensors |= {f"loss/{number}/{name}": tensor for name, tensor in state.items()}
     random_tensors, random_rest = random_state()
     tensors |= {f"random/{name}": value for name, value in random_tensors.items()}
     tensors["random/evolution"] = trainer.generator.get_state()
@@ -100,6 +104,8 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
     if document["scaler"] is not None and trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(document["scaler"])
     trainer.running = {n: t.to(trainer.accelerator.device) for n, t in _under(tensors, "running/").items()}
+    for number, task in enumerate(trainer.tasks):
+        unpack_loss(trainer.losses[task.name], _under(tensors, f"loss/{number}/"), task.name)
     for name, place in document["streams"].items():
         trainer.streams[name].seek(**place)
     trainer.generator.set_state(tensors["random/evolution"])

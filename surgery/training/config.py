@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -58,6 +58,8 @@ class Evolution(Strict):
             blocks are hypermodules of one basis block as they are (c = 0); `diagonals`, such a block plus a
             diagonal (parallel adapters).
         change: whether the alignment evolves, is drawn anew by chance, or stays.
+        freeze: whether hypermodules stay as they are, so that nothing but stacks and adapters is trained; with `change`
+            none and `codes` ones.
         fraction: p, of the locations that are sampled for a generation.
         challengers: lambda.
         draw: challengers by `usage`, `uniform`ly, or by how much of a block they `explain`.
@@ -82,6 +84,7 @@ class Evolution(Strict):
     start: Literal["own", "order", "random", "given"] = "own"
     codes: Literal["contexts", "ones", "diagonals"] = "contexts"
     change: Literal["evolve", "random", "none"] = "evolve"
+    freeze: bool = False
     fraction: Share = 0.5
     challengers: Positive = 1
     draw: Literal["usage", "uniform", "explain"] = "usage"
@@ -99,6 +102,10 @@ class Evolution(Strict):
     def _fits(self) -> Evolution:
         if self.start == "random" and self.hypermodules is None:
             raise ValueError("a random start needs 'hypermodules', how many there are to share")
+        if self.freeze and (self.change != "none" or self.codes != "ones"):
+            raise ValueError(
+                f"hypermodules that freeze need change none and codes ones, found {self.change} and {self.codes}"
+            )
         if self.codes != "contexts" and self.contexts != "own":
             raise ValueError(f"codes that are {self.codes} have no contexts, so none can be {self.contexts}")
         return self
@@ -120,7 +127,8 @@ class TemplateSettings(Strict):
         entropy: weight of the mixtures' mean entropy, relative to its greatest value, beside the tasks' losses.
         attraction: weight of what draws templates towards the layers to which they contribute most.
         harden: whether the final generations train with each layer on one template.
-        source: an artifact whose templates and mixtures are the start, for a new task (transfer).
+        source: an artifact whose templates and mixtures are the start, for a new task (transfer) or for another domain
+            (adaptation).
         like: the source's member to begin as; by default the one with which a short trial goes best.
     """
 
@@ -136,6 +144,27 @@ class TemplateSettings(Strict):
     harden: bool = False
     source: str | None = None
     like: str | None = None
+
+
+class Adaptation(Strict):
+    """What a task without labels adapts to: features of the member that templates came from, on the data that it knows.
+
+    They are computed once, at the start, by the member of `train.templates.source` that `train.templates.like` names.
+
+    Attributes:
+        part: features are what reaches this part of the members, for example `head`.
+        data: of the source; named as a task's.
+        options: of these data.
+        batch: examples in a batch of them; as the task's by default.
+        settings: of the way of adaptation, such as `width` and `lr` of an adversary's discriminator or the `orders` of
+            moments.
+    """
+
+    part: str
+    data: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    batch: Positive | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
 
 
 class Stopping(Strict):

@@ -12,15 +12,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from surgery.errors import PlanError
+from surgery.training.adaptation import WAYS, adapt_by
+from surgery.training.features import SourceFeatures
+from surgery.training.processes import average
+from surgery.training.stateful import Sum
 from surgery.training.tasks import Batch, Loss, prediction_of
 
 DISTILLATION = "distillation"
+Wanted = str | Mapping[str, float] | Loss
 
 
 def cross_entropy(output: Any, batch: Batch) -> Tensor:
     """Cross-entropy of class scores `[..., C]` with class numbers `[...]`; targets of -100 do not count."""
     scores = prediction_of(output)
-    return F.cross_entropy(scores.flatten(0, -2).float(), batch.target.flatten(), ignore_index=-100)
+    return F.cross_entropy(scores.flatten(0, -2).float(), _target(batch).flatten(), ignore_index=-100)
 
 
 def language_modelling(output: Any, batch: Batch) -> Tensor:
@@ -36,13 +41,18 @@ def language_modelling(output: Any, batch: Batch) -> Tensor:
 def mse(output: Any, batch: Batch) -> Tensor:
     """Mean squared error."""
     prediction = prediction_of(output)
-    return F.mse_loss(prediction.float(), batch.target.float().view(prediction.shape))
+    return F.mse_loss(prediction.float(), _target(batch).float().view(prediction.shape))
 
 
 def binary_cross_entropy(output: Any, batch: Batch) -> Tensor:
     """Binary cross-entropy of scores, each of them a yes or no of its own."""
     scores = prediction_of(output)
-    return F.binary_cross_entropy_with_logits(scores.float(), batch.target.float().view(scores.shape))
+    return F.binary_cross_entropy_with_logits(scores.float(), _target(batch).float().view(scores.shape))
+
+
+def statistics(output: Any, batch: Batch) -> Tensor:
+    """Nothing to learn: only running statistics of batch norms follow the data (AdaBN, Li et al. 2016)."""
+    return prediction_of(output).float().sum() * 0
 
 
 LOSSES: dict[str, Loss] = {
@@ -50,7 +60,9 @@ LOSSES: dict[str, Loss] = {
     "language_modelling": language_modelling,
     "mse": mse,
     "binary_cross_entropy": binary_cross_entropy,
+    "statistics": statistics,
 }
+TARGETED = ("cross_entropy", "mse", "binary_cross_entropy")  # those that cannot do without targets
 
 
 def distillation(original: nn.Module) -> Loss:
@@ -64,22 +76,30 @@ def distillation(original: nn.Module) -> Loss:
         with torch.no_grad():
             wanted = _floats(original(*batch.args, **batch.kwargs))
         found = _floats(output)
-        energies = _mean_over_processes(torch.stack([b.float().square().mean() for b in wanted]))
+        energies = torch.stack([b.float().square().mean() for b in wanted])
+        average([energies])  # a scale must be the same in all processes
         distances = [(a.float() - b.float()).square().mean() for a, b in zip(found, wanted, strict=True)]
         return (torch.stack(distances) / energies.clamp_min(1e-12)).mean()
 
     return loss
 
 
-def loss_of(wanted: str | Mapping[str, float] | Loss, original: Callable[[], nn.Module]) -> Loss:
+def loss_of(
+    wanted: Wanted,
+    original: Callable[[], nn.Module],
+    adapted: nn.Module | None = None,
+    source: SourceFeatures | None = None,
+) -> Loss:
     """A task's loss as one function.
 
     Args:
         wanted: a name, names with their weights, or the function itself.
         original: makes the frozen copy of the member, where distillation asks for it.
+        adapted: the member as it is trained, where a way of adaptation asks for it.
+        source: what that compares it with.
 
     Raises:
-        PlanError: for a name that is not known.
+        PlanError: for a name that is not known, or where there is no source to adapt to.
 
     Example:
         >>> loss_of({"mse": 2.0}, nn.Identity)(torch.ones(1, 1), Batch(target=torch.zeros(1, 1)))
@@ -87,34 +107,45 @@ def loss_of(wanted: str | Mapping[str, float] | Loss, original: Callable[[], nn.
     """
     if callable(wanted):
         return wanted
-    terms = {wanted: 1.0} if isinstance(wanted, str) else dict(wanted)
-    parts: list[tuple[float, Loss]] = []
-    for name, weight in terms.items():
+    terms: dict[str, tuple[float, Loss]] = {}
+    for name, weight in _terms(wanted).items():
         if name == DISTILLATION:
-            parts.append((weight, distillation(original())))
+            loss = distillation(original())
         elif name in LOSSES:
-            parts.append((weight, LOSSES[name]))
+            loss = LOSSES[name]
+        elif name in WAYS:
+            loss = adapt_by(name, adapted if adapted is not None else original(), source)
         else:
-            known = [*LOSSES, DISTILLATION]
+            known = [*LOSSES, DISTILLATION, *WAYS]
             near = difflib.get_close_matches(name, known, n=1)
             advice = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
             raise PlanError(f"There is no loss '{name}', {advice}")
-    if len(parts) == 1 and parts[0][0] == 1.0:
-        return parts[0][1]
-    return lambda output, batch: torch.stack([w * part(output, batch) for w, part in parts]).sum()
+        terms[name] = weight, loss
+    if len(terms) == 1 and (only := next(iter(terms.values())))[0] == 1.0:
+        return only[1]
+    return Sum(terms)
 
 
-def needs_original(wanted: str | Mapping[str, float] | Loss) -> bool:
-    """Whether a loss compares with the member as it was."""
-    return not callable(wanted) and DISTILLATION in ({wanted} if isinstance(wanted, str) else wanted)
+def adapts_by(wanted: Wanted) -> dict[str, float]:
+    """The ways of adaptation among a loss's names, with their weights: these compare with a source."""
+    return {} if callable(wanted) else {n: w for n, w in _terms(wanted).items() if n in WAYS}
 
 
-def _mean_over_processes(values: Tensor) -> Tensor:
-    """What the processes that share a batch have in the mean: a scale must be the same in all of them."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(values)
-        values /= torch.distributed.get_world_size()
-    return values
+def needs_targets(wanted: Wanted) -> bool:
+    """Whether a loss has a name that compares with targets."""
+    return not callable(wanted) and any(name in TARGETED for name in _terms(wanted))
+
+
+def _terms(wanted: str | Mapping[str, float]) -> dict[str, float]:
+    return {wanted: 1.0} if isinstance(wanted, str) else dict(wanted)
+
+
+def _target(batch: Batch) -> Any:
+    if batch.target is None:
+        raise ValueError(
+            "this loss compares with targets, but the data give none: give them, or take a loss that needs none"
+        )
+    return batch.target
 
 
 def _floats(output: Any) -> list[Tensor]:

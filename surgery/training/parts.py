@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.errors import PlanError
+from surgery.training.tasks import Batch, as_batch
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,41 @@ class Parts:
     train: Iterable[Any]
     validation: Iterable[Any] | None = None
     test: Iterable[Any] | None = None
+
+
+class Unlabelled:
+    """Batches without their targets: those of another domain, of which only inputs are known.
+
+    Args:
+        data: batches, as a task takes them.
+    """
+
+    def __init__(self, data: Iterable[Any]):
+        self.data = data
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch, where the data have one."""
+        if hasattr(self.data, "set_epoch"):
+            self.data.set_epoch(epoch)  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for raw in self.data:
+            yield replace(as_batch(raw), target=None)
+
+
+class First:
+    """The first batches of some data.
+
+    Args:
+        data: batches.
+        batches: how many.
+    """
+
+    def __init__(self, data: Iterable[Any], batches: int = 2):
+        self.data, self.batches = data, batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.data), self.batches)
 
 
 def split_rows(count: int, options: Mapping[str, Any], seed: int) -> dict[str, Tensor]:

@@ -15,14 +15,15 @@ from surgery.joint import JointModel, join
 from surgery.merging import Prepared, plan_members, prepare
 from surgery.recipe import Recipe
 from surgery.training.config import Training
-from surgery.training.losses import loss_of
+from surgery.training.domains import adapting, with_sources
+from surgery.training.losses import adapts_by, loss_of
 from surgery.training.report import TrainReport
 from surgery.training.runlog import NAME as LOG
 from surgery.training.sources import check_trust, make_tasks
 from surgery.training.starts import take_over
 from surgery.training.streams import seeded
 from surgery.training.train import fast, train
-from surgery.training.trial import begin_from_source
+from surgery.training.trial import begin_from_source, load_source
 from surgery.training.validation import Score, evaluate
 
 FOLDER = "training"
@@ -74,6 +75,9 @@ def train_recipe(
         SurgeryError: for bad input, or where training cannot go on.
     """
     assert recipe.train is not None
+    source = (
+        recipe.train.templates.source
+    )  # features of the one that was adapted from count when going on, too
     if recipe.out is not None:
         check_target(Path(recipe.out), overwrite=overwrite)
     folder = None if recipe.out is None else run_folder(recipe.out)
@@ -88,8 +92,11 @@ def train_recipe(
     config, tasks = _with_templates(recipe), make_tasks(recipe, joint.members)
     if fast_run:
         config, tasks = fast(config, tasks)
-    if config.templates.source is not None:
-        config = begin_from_source(joint, tasks, config, seed=recipe.seed, trust=trust_remote_code, cpu=cpu)
+    if source is not None and (config.templates.source is not None or adapting(tasks)):
+        given = load_source(source, trust_remote_code)
+        if config.templates.source is not None:
+            config = begin_from_source(joint, tasks, config, given, seed=recipe.seed, cpu=cpu)
+        tasks = with_sources(recipe, tasks, given, source, config.templates.like, 2 if fast_run else None)
     report = train(joint, tasks, config, folder=folder, resume=resume, seed=recipe.seed, cpu=cpu)
     if recipe.out is not None and folder is not None and _is_main():
         extras = {f"{FOLDER}/{LOG}": (folder / LOG).read_bytes(), **_pictures(folder / LOG)}
@@ -142,6 +149,8 @@ def evaluate_artifact(
 ) -> dict[str, Score]:
     """Measure the members of an artifact on the tasks that its recipe names.
 
+    Of a task that adapted to a domain the metric is measured, on the labels that it did not learn from.
+
     Args:
         source: the artifact.
         members: those to be measured; all by default.
@@ -167,7 +176,9 @@ def evaluate_artifact(
     scores: dict[str, Score] = {}
     for task in make_tasks(recipe, joint.members):
         held = getattr(task, part) or task.validation or task.data
-        losses = {task.name: loss_of(task.loss, lambda t=task: joint.extract(t.member).eval())}
+        losses = {}
+        if not adapts_by(task.loss):  # an artifact holds nothing of the source that a member was adapted to
+            losses[task.name] = loss_of(task.loss, lambda t=task: joint.extract(t.member).eval())
         scores |= evaluate(joint, [replace(task, test=held)], losses, "test", recipe.seed)
     return scores
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from surgery.joint import JointModel
+from surgery.training.losses import adapts_by
+from surgery.training.tasks import Task
 from surgery.training.validation import Score
 
 
@@ -25,6 +27,7 @@ class TrainReport:
         templates: by stack.
         numbers: in the dictionary now, and in the sites that it generates.
         trained: how many numbers training changed.
+        adapted: by task that adapted to another domain, by which losses and to what; see `adapted_of`.
         stopped: why the run ended.
         seconds: in all, resumed runs together.
     """
@@ -37,6 +40,7 @@ class TrainReport:
     templates: Mapping[str, int] = field(default_factory=dict)
     numbers: tuple[int, int] = (0, 0)
     trained: int = 0
+    adapted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     stopped: str = "done"
     seconds: float = 0.0
 
@@ -46,6 +50,12 @@ class TrainReport:
         tests = {name: score.document() for name, score in self.tests.items()}
         sizes = {"hypermodules": dict(self.hypermodules), "templates": dict(self.templates)}
         return {**vars(self), "scores": scores, "tests": tests, **sizes}
+
+
+def adapted_of(task: Task) -> dict[str, Any] | None:
+    """How a task adapts, as JSON: losses with weights, and where the features come from; None where it does not."""
+    ways = adapts_by(task.loss)
+    return {"by": ways, **task.source.document()} if ways and task.source is not None else None
 
 
 def dictionary_numbers(joint: JointModel) -> tuple[int, int]:

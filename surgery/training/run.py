@@ -18,9 +18,10 @@ from surgery.training.analysis import kinds_of_modules, layer_overlap
 from surgery.training.checkpoint import pack, unpack
 from surgery.training.config import Training
 from surgery.training.mixing import describe_stacks, mixtures_of
-from surgery.training.report import TrainReport, dictionary_numbers
+from surgery.training.report import TrainReport, adapted_of, dictionary_numbers
 from surgery.training.runlog import STRIP, RunLog, subsets
 from surgery.training.state import Tensors, read_state, restore, snapshot, write_state
+from surgery.training.tasks import Task
 from surgery.training.trainer import Trainer
 from surgery.training.transfer import trained_numbers
 from surgery.training.validation import Score, evaluate
@@ -119,10 +120,8 @@ class Run:
 
     def _judge(self, generation: int, scores: Mapping[str, Score], losses: Mapping[str, float]) -> None:
         """Whether this state is the best so far: the tasks' validation losses, relative to their first ones."""
-        found = {
-            task.name: scores[task.name].loss if task.name in scores else losses[task.name]
-            for task in self.trainer.tasks
-        }
+        measured = {name: score.loss for name, score in scores.items() if score.loss is not None}
+        found = {task.name: measured.get(task.name, losses[task.name]) for task in self.trainer.tasks}
         for name, value in found.items():
             self.first.setdefault(name, max(abs(value), 1e-12))
         score = sum(self.trainer.weights[name] * value / self.first[name] for name, value in found.items())
@@ -160,8 +159,8 @@ class Run:
             keep = {"best": self.best, "score": self.best_score, "stale": self.stale, "first": self.first}
             document = {**document, "keep": keep, "plan": self.fingerprint, "seconds": self.seconds}
             write_state(self.folder / STATE, tensors, document)
-        else:  # every process has its own random state; all else is equal in all
-            own = {name: tensor for name, tensor in tensors.items() if name.startswith("random/")}
+        else:  # every process has its own random state and sums of losses; all else is equal in all
+            own = {name: t for name, t in tensors.items() if name.startswith(("random/", "running/"))}
             write_state(self.folder / f"rank{rank}.safetensors", own, {"random": document["random"]})
         self.unsaved_best = False
 
@@ -196,7 +195,7 @@ class Run:
             "placements": [
                 (p.site.member, p.site.name, p.bank, str(p.grid), p.start) for p in joint.plan.placements
             ],
-            "tasks": [(task.name, task.member) for task in self.trainer.tasks],
+            "tasks": [(task.name, task.member, *_told(task)) for task in self.trainer.tasks],
             "config": self.config.model_dump(mode="json", exclude={"save_seconds", "trackers"}),
             "seed": self.seed,
         }
@@ -223,6 +222,7 @@ class Run:
             templates={name: told["templates"] for name, told in describe_stacks(joint).items()},
             numbers=dictionary_numbers(joint),
             trained=trained_numbers(joint),
+            adapted={task.name: told for task in trainer.tasks if (told := adapted_of(task)) is not None},
             stopped=stopped,
             seconds=self.seconds,
         )
@@ -257,6 +257,7 @@ class Run:
             task.name: {
                 "member": task.member,
                 "metric": task.metric if isinstance(task.metric, str) else None,
+                "adapted": adapted_of(task),
             }
             for task in self.trainer.tasks
         }
@@ -291,6 +292,11 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _told(task: Task) -> tuple[Any, Any]:
+    """A task's loss, where it has a name, and what it is compared with: the state of one loss is none of another."""
+    return None if callable(task.loss) else task.loss, adapted_of(task)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

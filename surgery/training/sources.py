@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from surgery.member import Member
 from surgery.origins.base import one_line
 from surgery.origins.factory import OWN, find_function
 from surgery.recipe import Recipe, TaskSpec
-from surgery.training.parts import Parts, split_rows
+from surgery.training.parts import Parts, Unlabelled, split_rows
 from surgery.training.sources_hub import PREFIX, from_datasets
 from surgery.training.sources_text import TEXT_ENDINGS, from_text
 from surgery.training.streams import Batches
@@ -36,26 +36,24 @@ def make_tasks(recipe: Recipe, members: Mapping[str, Member]) -> list[Task]:
         PlanError: where a recipe names no task.
     """
     tasks: list[Task] = []
-    for model in recipe.models:
-        assert model.name is not None  # `prepare` names every member
-        for number, spec in enumerate(model.tasks):
-            name = spec.name or (model.name if len(model.tasks) == 1 else f"{model.name}-{number + 1}")
-            parts = load_data(spec, members[model.name], recipe.seed)
-            tasks.append(
-                Task(
-                    name,
-                    model.name,
-                    parts.train,
-                    spec.loss,
-                    spec.metric,
-                    parts.validation,
-                    parts.test,
-                    spec.weight,
-                )
-            )
+    for name, member, spec in named_specs(recipe):
+        parts = load_data(spec, members[member], recipe.seed)
+        data = parts.train if spec.labels else Unlabelled(parts.train)
+        tasks.append(
+            Task(name, member, data, spec.loss, spec.metric, parts.validation, parts.test, spec.weight)
+        )
     if not tasks:
         raise PlanError("A training recipe needs tasks: give at least one of its models a list 'tasks'.")
     return tasks
+
+
+def named_specs(recipe: Recipe) -> Iterator[tuple[str, str, TaskSpec]]:
+    """The name of every task of a recipe, the member that it trains, and what the recipe says of it."""
+    for model in recipe.models:
+        assert model.name is not None  # `prepare` names every member
+        for number, spec in enumerate(model.tasks):
+            alone = len(model.tasks) == 1
+            yield spec.name or (model.name if alone else f"{model.name}-{number + 1}"), model.name, spec
 
 
 def load_data(spec: TaskSpec, member: Member, seed: int) -> Parts:
@@ -79,8 +77,9 @@ def check_trust(recipe: Recipe, trusted: bool) -> None:
     Raises:
         LoadError: naming them.
     """
-    named = [spec.data for model in recipe.models for spec in model.tasks if _is_function(spec.data)]
-    strangers = [name for name in named if not name.startswith(OWN)]
+    specs = [spec for model in recipe.models for spec in model.tasks]
+    named = [spec.data for spec in specs] + [spec.adaptation.data for spec in specs if spec.adaptation]
+    strangers = [name for name in named if _is_function(name) and not name.startswith(OWN)]
     if strangers and not trusted:
         raise LoadError(
             f"The recipe that came with this artifact runs {', '.join(strangers)}: read it, then pass "

@@ -47,6 +47,7 @@ def start(
         elif settings.start == "random":
             count = min(settings.hypermodules or bank.locations, bank.locations)
             regroup(bank, torch.randint(count, (bank.locations,), generator=generator))
+        bank.rows.requires_grad_(not settings.freeze)
     joint.refresh()
 
 

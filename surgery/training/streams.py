@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.errors import PlanError
-from surgery.training.tasks import Batch, as_batch
+from surgery.training.tasks import Batch, Place, as_batch
 
 _EPOCHS = 1 << 20  # more than any run has; keeps the seeds of two tasks apart
 
@@ -152,4 +153,5 @@ def share(batch: Batch, rank: int, world: int) -> tuple[Batch, float]:
     def cut(tensor: Tensor) -> Tensor:
         return tensor[begin:end] if tensor.ndim and len(tensor) == size else tensor
 
-    return batch.map(cut), (end - begin) * world / size
+    weight = (end - begin) * world / size
+    return replace(batch.map(cut), place=Place(begin, size, weight)), weight

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from surgery.errors import PlanError
 
+if TYPE_CHECKING:
+    from surgery.training.features import SourceFeatures
+
 TARGETS = ("labels", "label", "target", "targets")
 
 Loss = Callable[[Any, "Batch"], Tensor]
+"""Of a member's output and the batch; it may have a state of its own (see `surgery.training.stateful`)."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the examples of this process lie in a batch that several processes share.
+
+    Attributes:
+        begin: the first of them.
+        whole: how many the batch has in all.
+        weight: of their mean in the mean of all.
+    """
+
+    begin: int
+    whole: int
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -24,11 +43,13 @@ class Batch:
         args: positional arguments.
         kwargs: keyword arguments.
         target: what the loss compares with, or None.
+        place: in the batch that several processes share; None where each has all of it.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     target: Any = None
+    place: Place | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with every tensor changed."""
@@ -101,6 +122,7 @@ class Task:
         validation: data for choosing the checkpoint; without any, the training loss chooses.
         test: data that nothing is chosen by.
         weight: of its loss among the tasks' losses.
+        source: features of another domain, which losses of adaptation compare with.
     """
 
     name: str
@@ -111,6 +133,7 @@ class Task:
     validation: Iterable[Any] | None = None
     test: Iterable[Any] | None = None
     weight: float = 1.0
+    source: SourceFeatures | None = None
 
 
 def prediction_of(output: Any) -> Tensor:

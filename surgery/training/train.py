@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ from surgery.errors import PlanError
 from surgery.joint import JointModel
 from surgery.selectors import share_selectors
 from surgery.training.config import Training
+from surgery.training.parts import First
 from surgery.training.report import TrainReport
 from surgery.training.run import STATE, Run
 from surgery.training.sharing_adapters import share_adapters
 from surgery.training.starts import start
 from surgery.training.tasks import Task
-from surgery.training.trainer import Trainer, losses_of
+from surgery.training.trainer import Trainer, made_losses
 from surgery.training.transfer import freeze
 
 
@@ -80,22 +80,22 @@ def train(
     _check_processes(accelerator)
     set_seed(seed)
     joint.to(accelerator.device)
-    losses = losses_of(joint, tasks)  # distillation is from the members as they were given
-    start(joint, settings.evolution, seed, settings.templates)
-    names = {name: [key for key, _ in joint[name].named_parameters()] for name in joint.names}
-    share_adapters(joint, share_selectors(settings.share, names, "train.share"))
-    freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
-    _prepare_members(joint, settings)
-    trainer = Trainer(joint, tasks, settings, seed, accelerator, losses)
-    trainer.optimizer = accelerator.prepare(trainer.optimizer)
-    run = Run(trainer, settings, seed, place)
-    if resume:
-        run.resume()
-    elif place is not None and (place / STATE).exists() and accelerator.is_main_process:
-        raise PlanError(
-            f"{place} holds the state of a training run: go on with it (resume), or choose another folder."
-        )
-    return run.to_the_end()
+    with made_losses(joint, tasks) as losses:  # distillation is from the members as they were given
+        start(joint, settings.evolution, seed, settings.templates)
+        names = {name: [key for key, _ in joint[name].named_parameters()] for name in joint.names}
+        share_adapters(joint, share_selectors(settings.share, names, "train.share"))
+        freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
+        _prepare_members(joint, settings)
+        trainer = Trainer(joint, tasks, settings, seed, accelerator, losses)
+        trainer.optimizer = accelerator.prepare(trainer.optimizer)
+        run = Run(trainer, settings, seed, place)
+        if resume:
+            run.resume()
+        elif place is not None and (place / STATE).exists() and accelerator.is_main_process:
+            raise PlanError(
+                f"{place} holds the state of a training run: go on with it (resume), or choose another folder."
+            )
+        return run.to_the_end()
 
 
 def fast(config: Training, tasks: Sequence[Task], batches: int = 2) -> tuple[Training, list[Task]]:
@@ -111,23 +111,13 @@ def fast(config: Training, tasks: Sequence[Task], batches: int = 2) -> tuple[Tra
     few = [
         replace(
             task,
-            data=_First(task.data, batches),
-            validation=None if task.validation is None else _First(task.validation, batches),
-            test=None if task.test is None else _First(task.test, batches),
+            data=First(task.data, batches),
+            validation=None if task.validation is None else First(task.validation, batches),
+            test=None if task.test is None else First(task.test, batches),
         )
         for task in tasks
     ]
     return short, few
-
-
-class _First:
-    """The first batches of some data."""
-
-    def __init__(self, data: Any, batches: int):
-        self.data, self.batches = data, batches
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.data), self.batches)
 
 
 def _check(joint: JointModel, tasks: Sequence[Task]) -> None:

@@ -8,7 +8,8 @@ the CPU and from parameters that are equal in all processes, so every process ta
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,9 @@ from surgery.training.explain import explain_failure
 from surgery.training.losses import loss_of
 from surgery.training.mixing import harden_stacks, penalty
 from surgery.training.optimizers import make_optimizer, make_scheduler, plain
+from surgery.training.processes import average_statistics
 from surgery.training.starts import siblings
+from surgery.training.stateful import close_loss
 from surgery.training.streams import Stream
 from surgery.training.tasks import Batch, Loss, Task
 
@@ -253,7 +256,7 @@ class Trainer:
         return tensor.to(self.accelerator.device, non_blocking=True)
 
     def _reduce(self) -> None:
-        """Average gradients over the processes, all of them in one call."""
+        """Average gradients over the processes, all of them in one call, and running statistics."""
         if self.accelerator.num_processes == 1:
             return
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
@@ -261,6 +264,7 @@ class Trainer:
         flat = self.accelerator.reduce(flat, "mean")
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+        average_statistics(self.joint.bodies)
 
 
 def losses_of(joint: JointModel, tasks: Sequence[Task]) -> dict[str, Loss]:
@@ -276,4 +280,19 @@ def losses_of(joint: JointModel, tasks: Sequence[Task]) -> dict[str, Loss]:
             made[member] = joint.extract(member).eval().requires_grad_(False)
         return made[member]
 
-    return {task.name: loss_of(task.loss, partial(original, task.member)) for task in tasks}
+    return {
+        task.name: loss_of(task.loss, partial(original, task.member), joint[task.member], task.source)
+        for task in tasks
+    }
+
+
+@contextmanager
+def made_losses(joint: JointModel, tasks: Sequence[Task]) -> Iterator[dict[str, Loss]]:
+    """`losses_of`, and afterwards members as they were: losses that were made here let go of them."""
+    losses = losses_of(joint, tasks)
+    try:
+        yield losses
+    finally:
+        for task in tasks:
+            if not callable(task.loss):
+                close_loss(losses[task.name])

@@ -15,12 +15,13 @@ from surgery.dictionary import exact_bank
 from surgery.errors import PlanError
 from surgery.generation import to_blocks
 from surgery.joint import JointModel
-from surgery.mixtures import gram_of, mix_banks
+from surgery.mixtures import gram_of, mix_banks, sure_mixtures
 from surgery.plan import Placement
 from surgery.selectors import matches
-from surgery.sharing.templates import fit_mixtures
+from surgery.sharing.templates import fit_mixtures, solve_templates
 from surgery.slots import locate
 from surgery.training.config import TemplateSettings
+from surgery.training.mixing import how_to_open
 
 States = Mapping[str, Mapping[str, Tensor]]
 """State dicts of the source's members, by name."""
@@ -59,7 +60,8 @@ def transfer(joint: JointModel, states: States, like: str, settings: TemplateSet
     """Open the stacks of a joint model with a source's templates, every member with the mixtures of `like`.
 
     Templates are found from what the source's members generate, K of them: where these were trained with as many, they
-    are given back exactly, if perhaps as other corners of the same simplex.
+    are given back exactly, if perhaps as other corners of the same simplex; where layers are no more than K, each layer
+    is sure of a template of its own, as after `open`.
 
     Args:
         joint: as `join` made it, of the plan of `plan_templates`.
@@ -109,7 +111,11 @@ def _open(
     }
     count = min(settings.count or depth, len(names) * depth)
     generator = torch.Generator().manual_seed(seed)
-    mixtures, combine = fit_mixtures(gram_of(blocks), count, settings.mixing, generator)
+    if count == len(names) * depth:
+        mixtures = sure_mixtures(torch.arange(count), count, how_to_open(settings))
+        combine = solve_templates(mixtures)
+    else:
+        mixtures, combine = fit_mixtures(gram_of(blocks), count, settings.mixing, generator)
     first = names.index(like) * depth
     order = {p.site.name: first + place for place, p in enumerate(own[keys[0]])}
     chosen = mixtures[[order[p.site.name] for p in placed[keys[0]]]]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
+from pathlib import Path
 
 from surgery.artifact import load
+from surgery.errors import LoadError, PlanError
 from surgery.joint import JointModel
 from surgery.progress import track
 from surgery.training.config import Training
+from surgery.training.domains import adapting
 from surgery.training.tasks import Task
 from surgery.training.train import train
 from surgery.training.transfer import States, candidates, states_of, transfer
@@ -16,29 +19,57 @@ from surgery.training.transfer import States, candidates, states_of, transfer
 STEPS = 50  # of a trial, or a generation's, if that has fewer
 
 
+def load_source(folder: str, trust: bool) -> JointModel:
+    """The artifact that a run begins from, or adapts from.
+
+    Args:
+        folder: of the artifact.
+        trust: whether files that it names may run.
+
+    Raises:
+        SurgeryError: where it cannot be loaded.
+    """
+    if not Path(folder).expanduser().is_dir():
+        raise LoadError(
+            f"The source {folder} does not exist: name a folder that surgery train wrote, "
+            "--set train.templates.source=DIR."
+        )
+    return load(folder, trust_remote_code=trust, run_factory=trust)
+
+
 def begin_from_source(
-    joint: JointModel, tasks: Sequence[Task], config: Training, *, seed: int, trust: bool, cpu: bool
+    joint: JointModel,
+    tasks: Sequence[Task],
+    config: Training,
+    source: JointModel,
+    *,
+    seed: int,
+    cpu: bool,
 ) -> Training:
-    """Give a joint model the templates of `config.templates.source`, and the mixtures that suit its tasks best.
+    """Give a joint model the templates of a source, and the mixtures that suit its tasks best.
 
     Args:
         joint: as `join` made it.
         tasks: of its members.
         config: settings; with `like`, nothing is tried.
+        source: as `load_source` returns it.
         seed: of everything that is drawn at random.
-        trust: whether files named by the source may run.
         cpu: whether trials stay on the CPU.
 
     Returns:
         The settings with `like` filled in.
 
     Raises:
-        SurgeryError: where the source cannot be loaded or lacks the layers.
+        PlanError: where the source lacks the layers, or a task that adapts could begin as several of its members, since
+            without labels trials tell nothing.
     """
-    settings = config.templates
-    assert settings.source is not None
-    states = states_of(load(settings.source, trust_remote_code=trust, run_factory=trust))
+    settings, states = config.templates, states_of(source)
     names = candidates(joint, states)
+    if settings.like is None and len(names) > 1 and (adapted := adapting(tasks)):
+        raise PlanError(
+            f"Task {', '.join(adapted)} adapts without labels, so no trial can tell which member of the source to "
+            f"begin as: name it in train.templates.like, one of {', '.join(names)}."
+        )
     like = settings.like or best_of(joint, tasks, config, states, names, seed=seed, cpu=cpu)
     transfer(joint, states, like, settings, seed)
     return config.model_copy(update={"templates": settings.model_copy(update={"like": like})})
@@ -73,8 +104,6 @@ def best_of(
         twin = deepcopy(joint)
         transfer(twin, states, name, templates, seed)
         found = train(twin, tasks, short, seed=seed, cpu=cpu)
-        losses[name] = sum(
-            (found.scores[task.name].loss if task.name in found.scores else 0.0) * task.weight
-            for task in tasks
-        )
+        reached = {task: score.loss or 0.0 for task, score in found.scores.items()}
+        losses[name] = sum(reached.get(task.name, 0.0) * task.weight for task in tasks)
     return min(losses, key=losses.__getitem__)

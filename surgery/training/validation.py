@@ -11,6 +11,7 @@ from torch import Tensor
 
 from surgery.errors import PlanError
 from surgery.joint import JointModel
+from surgery.training.losses import needs_targets
 from surgery.training.metrics import Meter
 from surgery.training.streams import seeded
 from surgery.training.tasks import Loss, Task, as_batch
@@ -21,12 +22,13 @@ class Score:
     """What one task reached.
 
     Attributes:
-        loss: mean over the examples.
+        loss: mean over the examples; None where it cannot be told: without targets that it compares with, or, of an
+            artifact, without the source that a member was adapted to.
         metric: None where the task has none.
         examples: how many were seen.
     """
 
-    loss: float
+    loss: float | None
     metric: float | None
     examples: int
 
@@ -48,7 +50,7 @@ def evaluate(
     Args:
         joint: its mode is put back as it was.
         tasks: to be measured.
-        losses: by task name.
+        losses: by task name; of a task without one, the metric is measured alone.
         part: `validation`, `test` or `data`.
         seed: of whatever the data draw at random.
 
@@ -59,28 +61,29 @@ def evaluate(
     joint.bodies.eval()
     try:
         chosen = [(task, getattr(task, part)) for task in tasks if getattr(task, part) is not None]
-        return {task.name: _evaluate(joint, task, data, losses[task.name], seed) for task, data in chosen}
+        return {task.name: _evaluate(joint, task, data, losses.get(task.name), seed) for task, data in chosen}
     finally:
         for module, training in modes:
             module.training = training
 
 
-def _evaluate(joint: JointModel, task: Task, data: Iterable[Any], loss: Loss, seed: int) -> Score:
+def _evaluate(joint: JointModel, task: Task, data: Iterable[Any], loss: Loss | None, seed: int) -> Score:
     module, meter = joint[task.member], Meter(task.metric)
     device = next((p.device for p in joint.parameters()), torch.device("cpu"))
-    total: Tensor | float = 0.0
+    total: Tensor | None = None
     examples = 0
     with seeded(seed):
         for raw in data:
             batch = as_batch(raw).map(lambda tensor: tensor.to(device))
             output = module(*batch.args, **batch.kwargs)
             size = max(batch.size, 1)
-            if batch.target is not None or not isinstance(task.loss, str) or task.loss == "distillation":
-                total = total + loss(output, batch).float() * size
+            if loss is not None and (batch.target is not None or not needs_targets(task.loss)):
+                found = loss(output, batch).float() * size
+                total = found if total is None else total + found
             meter.update(output, batch)
             examples += size
     if not examples:
         raise PlanError(
             f"The data that task '{task.name}' is evaluated on are empty: give at least one batch."
         )
-    return Score(float(total) / examples, meter.value(), examples)
+    return Score(None if total is None else float(total) / examples, meter.value(), examples)
