@@ -1,5 +1,7 @@
 """Transfer: templates of a trained joint model serve a new task."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from nets import made
@@ -7,7 +9,7 @@ from test_template_training import network, task
 from torch import nn
 
 import surgery
-from surgery.errors import PlanError
+from surgery.errors import LoadError, PlanError
 from surgery.joint import join
 from surgery.sites import discover
 from surgery.template_plan import plan_templates
@@ -16,7 +18,7 @@ from surgery.training.mixing import stacks_of
 from surgery.training.tasks import Task
 from surgery.training.train import train
 from surgery.training.transfer import candidates, states_of, trained_numbers, transfer
-from surgery.training.trial import begin_from_source, best_of
+from surgery.training.trial import begin_from_source, best_of, load_source
 
 MIXED = {"count": 3, "mixing": "softmax", "start": "random", "sure": 0.6}
 
@@ -100,12 +102,37 @@ def test_the_best_source_is_found_by_trying_each(states, tmp_path):
         joint = joined(network())
         assert best_of(joint, [task()], config, given, order, seed=0, cpu=True) == "one"
     folder = surgery.save(source(), tmp_path / "source")
-    joint = joined(network())
-    chosen = config.model_copy(
-        update={"templates": TemplateSettings(count=3, source=str(folder), like="other")}
-    )
     with pytest.raises(Exception, match="modules="):  # live modules cannot be built from an artifact alone
-        begin_from_source(joint, [task()], chosen, seed=0, trust=False, cpu=True)
+        load_source(str(folder), trust=False)
+    with pytest.raises(LoadError, match=r"source .*nowhere does not exist"):
+        load_source(str(tmp_path / "nowhere"), trust=False)
+
+
+def test_a_task_that_adapts_is_not_tried(states):
+    given, joint = source(), joined(network())
+    adapting = [replace(task(), loss="moments")]
+    config = Training(steps=4, templates=TemplateSettings(count=3))
+    with pytest.raises(
+        PlanError, match=r"Task signs adapts without labels.*templates\.like, one of one, other"
+    ):
+        begin_from_source(joint, adapting, config, given, seed=0, cpu=True)
+    named = config.model_copy(update={"templates": TemplateSettings(count=3, like="other")})
+    assert begin_from_source(joint, adapting, named, given, seed=0, cpu=True).templates.like == "other"
+    with pytest.raises(PlanError, match="must be one of one, other, found 'third'"):
+        third = config.model_copy(update={"templates": TemplateSettings(count=3, like="third")})
+        begin_from_source(joint, adapting, third, given, seed=0, cpu=True)
+
+
+def test_as_many_templates_as_layers_are_the_layers(states):
+    joint = joined(network())
+    settings = TemplateSettings(count=8, sure=0.8)  # two members of four layers
+    transfer(joint, states, "other", settings, seed=0)
+    (banks,) = stacks_of(joint).values()
+    mixtures = next(iter(banks.values())).coefficients
+    assert mixtures.argmax(1).tolist() == [4, 5, 6, 7]
+    torch.testing.assert_close(mixtures.max(1).values, torch.full((4,), 0.8))
+    for key, tensor in joint.collapse("net").items():
+        torch.testing.assert_close(states["other"][key], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused(states):

@@ -1,4 +1,4 @@
-"""Domains: what tasks of a recipe that adapt without labels are compared with: their source on the data that it knows."""
+"""Domains: what tasks that adapt without labels are compared with: their source on the data that it knows."""
 
 from __future__ import annotations
 

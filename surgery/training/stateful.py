@@ -1,8 +1,8 @@
 """Losses with a state of their own, which training changes: it is part of a run's state, as the members' weights are.
 
 A loss is any function of a member's output and the batch. One that learns or counts, as a discriminator does, says so
-like PyTorch's modules and optimizers: `state_dict` gives its tensors by name and `load_state_dict` takes them back. Then
-a run that was interrupted goes on to the same result; `nn.Module`s as losses do so without more. What a loss needs but
+like PyTorch's modules and optimizers: `state_dict` gives its tensors by name, `load_state_dict` takes them back. Then a
+run that was interrupted goes on to the same result; `nn.Module`s as losses do so without more. What a loss needs but
 does not change, such as features of a source, is no state: it is made again.
 """
 

@@ -16,8 +16,9 @@ from surgery.training.report import TrainReport
 from surgery.training.run import STATE, Run
 from surgery.training.sharing_adapters import share_adapters
 from surgery.training.starts import start
+from surgery.training.task_losses import made_losses
 from surgery.training.tasks import Task
-from surgery.training.trainer import Trainer, made_losses
+from surgery.training.trainer import Trainer
 from surgery.training.transfer import freeze
 
 

@@ -8,9 +8,7 @@ the CPU and from parameters that are equal in all processes, so every process ta
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +20,12 @@ from surgery.joint import JointModel
 from surgery.training.config import Training
 from surgery.training.evolution import Resized, carry, conclude, contend
 from surgery.training.explain import explain_failure
-from surgery.training.losses import loss_of
 from surgery.training.mixing import harden_stacks, penalty
 from surgery.training.optimizers import make_optimizer, make_scheduler, plain
 from surgery.training.processes import average_statistics
 from surgery.training.starts import siblings
-from surgery.training.stateful import close_loss
 from surgery.training.streams import Stream
+from surgery.training.task_losses import losses_of
 from surgery.training.tasks import Batch, Loss, Task
 
 
@@ -265,34 +262,3 @@ class Trainer:
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
         average_statistics(self.joint.bodies)
-
-
-def losses_of(joint: JointModel, tasks: Sequence[Task]) -> dict[str, Loss]:
-    """Every task's loss; what is distilled are the members as they are now, each copied once and frozen.
-
-    A start may change what members are, where templates are fewer than layers or blocks share by order, so this comes
-    before it.
-    """
-    made: dict[str, nn.Module] = {}
-
-    def original(member: str) -> nn.Module:
-        if member not in made:
-            made[member] = joint.extract(member).eval().requires_grad_(False)
-        return made[member]
-
-    return {
-        task.name: loss_of(task.loss, partial(original, task.member), joint[task.member], task.source)
-        for task in tasks
-    }
-
-
-@contextmanager
-def made_losses(joint: JointModel, tasks: Sequence[Task]) -> Iterator[dict[str, Loss]]:
-    """`losses_of`, and afterwards members as they were: losses that were made here let go of them."""
-    losses = losses_of(joint, tasks)
-    try:
-        yield losses
-    finally:
-        for task in tasks:
-            if not callable(task.loss):
-                close_loss(losses[task.name])

@@ -1,0 +1,45 @@
+"""The losses of all tasks of a run: made from members as they were given, and taken off them at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+
+from surgery.joint import JointModel
+from surgery.training.losses import loss_of
+from surgery.training.stateful import close_loss
+from surgery.training.tasks import Loss, Task
+
+
+def losses_of(joint: JointModel, tasks: Sequence[Task]) -> dict[str, Loss]:
+    """Every task's loss; what is distilled are the members as they are now, each copied once and frozen.
+
+    A start may change what members are, where templates are fewer than layers or blocks share by order, so this comes
+    before it.
+    """
+    made: dict[str, nn.Module] = {}
+
+    def original(member: str) -> nn.Module:
+        if member not in made:
+            made[member] = joint.extract(member).eval().requires_grad_(False)
+        return made[member]
+
+    return {
+        task.name: loss_of(task.loss, partial(original, task.member), joint[task.member], task.source)
+        for task in tasks
+    }
+
+
+@contextmanager
+def made_losses(joint: JointModel, tasks: Sequence[Task]) -> Iterator[dict[str, Loss]]:
+    """`losses_of`, and afterwards members as they were: losses that were made here let go of them."""
+    losses = losses_of(joint, tasks)
+    try:
+        yield losses
+    finally:
+        for task in tasks:
+            if not callable(task.loss):
+                close_loss(losses[task.name])
