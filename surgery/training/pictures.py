@@ -65,7 +65,7 @@ def draw_losses(start: Line, generations: Sequence[Line], end: Line | None) -> b
         left.plot(
             steps, [line["losses"][task] / first for line in generations], color=colour, lw=1.6, label=task
         )
-        judged = [line for line in generations if task in line["validation"]]
+        judged = [g for g in generations if g["validation"].get(task, {}).get("loss") is not None]
         if judged:
             scale = abs(judged[0]["validation"][task]["loss"]) or 1.0
             left.plot(
@@ -73,7 +73,8 @@ def draw_losses(start: Line, generations: Sequence[Line], end: Line | None) -> b
                 [line["validation"][task]["loss"] / scale for line in judged],
                 color=colour, lw=0.8, ls="--", marker="o", ms=2.5,
             )  # fmt: skip
-    left.set_yscale("log")
+    if any(value > 0 for line in generations for value in line["losses"].values()):
+        left.set_yscale("log")
     if end is not None:
         left.axvline(end["best"] + 1, color=MUTED, lw=0.8, ls=":")
         left.text(
