@@ -5,6 +5,8 @@ config, starts, evolution         the alignment a run begins with, and one gener
 optimizers, trainer               one step, one generation
 mixing, mixture_pictures          templates while they are trained
 sharing_adapters                  what members have in common beside blocks
-transfer, trial, adaptation       a new task, or another domain, from templates that are there
+transfer, trial                   a new task from templates that are there
+adaptation, features, domains     another domain from them, without labels
+stateful, processes               what losses may have: a state of their own, means over all processes
 train, run, state, runlog         from the start to the end: judged, logged, saved, resumed
 """
