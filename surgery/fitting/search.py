@@ -16,8 +16,9 @@ from surgery.errors import PlanError
 from surgery.fitting.allocation import Choice, Table, finest, within_bytes, within_errors
 from surgery.fitting.assembly import Assembler, weights_of
 from surgery.fitting.groups import make_groups, make_scene
+from surgery.fitting.template_groups import TemplateOptions
 from surgery.fitting.trial import Trial
-from surgery.fitting.units import PART_BYTES, tabulate
+from surgery.fitting.units import PART_BYTES, barred, tabulate
 from surgery.plan import Plan
 from surgery.storage import Stored
 
@@ -36,6 +37,7 @@ class Request:
     budget: float | None
     block: tuple[int, int] | None
     seed: int
+    templates: TemplateOptions
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,12 @@ class Search:
     """Choices for some members, tried by running them."""
 
     def __init__(self, plan: Plan, ties: Mapping, trials: Mapping[str, Trial], request: Request):
-        sites = [p.site for p in plan.placements]
-        groups = make_groups(make_scene(trials, sites, request.block, request.seed))
-        self.table, units, arrangements = tabulate(groups, list(trials))
+        groups = make_groups(make_scene(trials, plan, request.block, request.seed), request.templates)
+        table, units, arrangements = tabulate(groups, list(trials))
+        self.apart = _apart(table)
+        self.table = replace(table, fixed=np.where(barred(groups), np.inf, table.fixed))
+        self.fewer = any(group.shared for group in groups)  # templates than layers, whatever it costs
+        self.templates = request.templates.count
         self.assembler, self.trials = Assembler(plan, ties, units, arrangements), trials
         originals = [tensor for trial in trials.values() for tensor in trial.originals.values()]
         self.whole = sum(tensor.numel() * tensor.element_size() for tensor in originals)
@@ -103,6 +108,7 @@ class Search:
             found, target = self.within_budget(request.budget), f"budget {request.budget:g}"
         else:
             found, target = self.within_error(request.max_error), f"max-error {request.max_error:g}"
+        target += f" with {self.templates} templates" if self.templates else ""
         met = request.budget is not None or bool((found.errors <= request.max_error).all())
         return Outcome(target, found.stored, found.errors, met, self.saved_by_sharing(found))
 
@@ -121,6 +127,7 @@ class Search:
         members = self.table.weight.shape[1]
         coupled = bool(((self.table.weight > 0).sum(1) > 1).any())
         best: Attempt | None = None
+        spare = self.most_exact(bound) if self.fewer else None
         seen: list[np.ndarray] = []  # log of predicted over measured squared error, by round
         scales, goal = Scales.start(members), np.full(members, bound**2)
         with progress.task("Fitting to the error bound", ROUNDS) as task:
@@ -137,7 +144,24 @@ class Search:
                 if number:
                     scales = scales.after(np.full(members, met) if coupled else held)
                 goal = scales.now * bound**2 * np.exp(np.mean(seen, 0))
-        return best or self.attempt(self.lossless())  # predictions led nowhere
+        # Predictions led nowhere: every tensor as it is.
+        return best or spare or self.attempt(finest(self.apart))
+
+    def most_exact(self, bound: float) -> Attempt:
+        """The given number of templates at the members' precision.
+
+        Raises:
+            PlanError: where even that moves outputs by more than `bound`.
+        """
+        found = self.attempt(finest(self.table))
+        over = {name: e for name, e in zip(self.trials, found.errors, strict=True) if not e <= bound}
+        if over:
+            raise PlanError(
+                f"An error of {bound:g} cannot be met with {self.templates} templates for each stack: with all their "
+                f"bits they move the output of {', '.join(f'{name} by {e:.3g}' for name, e in over.items())}. Use "
+                "more --templates, a larger --max-error, or leave out --templates, so that the error decides how many."
+            )
+        return found
 
     def within_budget(self, budget: float) -> Attempt:
         """The attempt of least predicted error within a fraction of the members' bytes."""
@@ -152,19 +176,17 @@ class Search:
             stored = self.assembler.assemble(choice)
         if choice.nbytes > limit or stored.nbytes > budget * self.whole:
             least = max(stored.nbytes, choice.nbytes - self.headers) / self.whole
+            given = f" with {self.templates} templates for each stack" if self.templates else ""
+            fewer = ", or fewer --templates" if self.templates and self.templates > 1 else ""
             raise PlanError(
-                f"A budget of {budget:g} cannot be met: the smallest artifact of these members takes "
-                f"{least:.3f} of their bytes; use --budget {np.ceil(least * 100 + 0.1) / 100:.2f} or more."
+                f"A budget of {budget:g} cannot be met{given}: the smallest artifact of these members takes "
+                f"{least:.3f} of their bytes; use --budget {np.ceil(least * 100 + 0.1) / 100:.2f} or more{fewer}."
             )
         return self.attempt(choice)
 
-    def lossless(self) -> Choice:
-        """Every tensor apart and as it is: always there, and always exact."""
-        return finest(_apart(self.table))
-
     def saved_by_sharing(self, found: Attempt) -> int:
         """What the same predicted errors would cost more without shared rows, and copies left out."""
-        apart = within_errors(_apart(self.table), (found.choice.error * (1 + 1e-9)).tolist())
+        apart = within_errors(self.apart, (found.choice.error * (1 + 1e-9)).tolist())
         copies = sum(found.stored.tensors[first].nbytes for first in found.stored.aliases.values())
         return max(0, round(apart.nbytes - found.choice.nbytes)) + copies
 
