@@ -72,7 +72,8 @@ class Model(Strict):
 class Parameters(Strict):
     """The target, and the shape of the dictionary; what is not given is chosen by the fit.
 
-    At most one of the four targets is given, or `templates` with `max_error` or `budget`; with none, `max_error` is 0.05.
+    At most one of the four targets is given, or `templates` with `max_error` or `budget`; with none, `max_error` is
+    0.05.
 
     Attributes:
         max_error: the smallest artifact whose members' outputs move by at most this much.

@@ -29,9 +29,11 @@ from surgery.fitting.units import Arrangement, Group, SharedRows, Unit, measure
 from surgery.precision import NATIVE
 from surgery.settle import index_dtype
 from surgery.sharing.names import Mixing
+from surgery.sharing.siblings import components
 from surgery.sharing.templates import fit_mixtures
 
 EVERY = 8  # up to so many templates, every number of them is tried
+RELATED = 0.2  # least cosine of two layers of a family; two that are less alike save 0.015 bits a number
 STEP = 1.25  # beyond, each is so many times the one before it
 BANK_BYTES = 400.0  # a bank's entry in the manifest
 
@@ -63,24 +65,25 @@ def stack_group(
     """
     most = int(distinct_layers([each.weights for each in tensors]).max()) + 1
     run = max(Counter(site.member for site in tensors[0].sites).values())
-    counts = candidates(most, run) if options.count is None else [min(options.count, most)]
-    if options.mixing != "linear":  # as many as layers: they are templates themselves, which is `apart`
-        counts = [count for count in counts if count < most]
+    counts = candidates(most, run) if options.count is None else [options.count]
+    counts = [count for count in counts if count < most]  # otherwise layers are templates themselves: `apart`
+    fits = [fit_templates(tensors, count, options.mixing, seed) for count in counts]
+    if options.mixing == "linear" and (options.count is None or not counts):
+        fits += families(tensors)
     droppable = options.mixing == "linear" and options.count is None
     measured: dict[tuple, Unit] = {}
     arrangements = [apart]
-    with progress.task("Measuring templates", len(counts)) as task:
-        for count in counts:
-            mixtures, combine = fit_templates(tensors, count, options.mixing, seed)
+    with progress.task("Measuring templates", len(fits)) as task:
+        for mixtures, combine in fits:
             arrangements.append(
                 _from_templates(tensors, mixtures, combine, options.mixing, droppable, measured)
             )
             task.advance()
-    return Group(tuple(arrangements), shared=options.count is not None and options.count < most)
+    return Group(tuple(arrangements), shared=bool(counts) and options.count is not None)
 
 
 def candidates(most: int, run: int) -> list[int]:
-    """Numbers of templates worth trying for so many distinct layers, in runs of at most `run`.
+    """Numbers of templates worth trying for so many distinct layers, in runs of at most `run`, these included.
 
     Example:
         >>> candidates(24, 6)
@@ -107,6 +110,27 @@ def fit_templates(
     scale = layer_scales(tensors)
     mixtures, combine = fit_mixtures(gram * scale * scale.unsqueeze(1), count, mixing, generator)
     return mixtures / scale.unsqueeze(1), combine * scale
+
+
+def families(tensors: Sequence[StackTensor]) -> list[tuple[Tensor, Tensor]]:
+    """Mixtures `[L, L]` and templates `[L, L]` that are the principal directions of each family of layers by itself.
+
+    These are as many templates as layers, and lose nothing; what layers of a family have in common is in the first
+    templates, with most of the energy, and the later ones are small. Directions of all layers together would be no
+    better, and an error in one would reach layers that have nothing to do with one another. Nothing where no two layers
+    are of a family.
+    """
+    scale = layer_scales(tensors)
+    gram = total_gram(tensors) * scale * scale.unsqueeze(1)
+    size = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
+    found = components(gram.abs() > RELATED * size * size.unsqueeze(1))
+    if len(found) == len(gram):
+        return []
+    directions = torch.zeros_like(gram)
+    for family in found:
+        own = gram[family][:, family]
+        directions[torch.tensor(family).unsqueeze(1), family] = torch.linalg.eigh(own)[1].flip(1)
+    return [(directions / scale.unsqueeze(1), directions.T * scale)]
 
 
 def _from_templates(
