@@ -106,7 +106,9 @@ def fit_templates(
     """
     gram, generator = total_gram(tensors), torch.Generator().manual_seed(seed)
     if mixing != "linear":
-        return fit_mixtures(gram, count, mixing, generator)
+        mixtures, combine = fit_mixtures(gram, count, mixing, generator)
+        used = mixtures.any(0)  # a cluster may be empty
+        return mixtures[:, used], combine[used]
     scale = layer_scales(tensors)
     mixtures, combine = fit_mixtures(gram * scale * scale.unsqueeze(1), count, mixing, generator)
     return mixtures / scale.unsqueeze(1), combine * scale
