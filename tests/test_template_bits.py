@@ -55,7 +55,7 @@ def whole(joint):
 
 
 @given(st.integers(0, 999), st.sampled_from(MIXING), st.sampled_from([0.02, 0.5]), st.booleans())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_predicted_errors_are_those_of_the_weights_that_members_get(seed, mixing, noise, exact):
     members = family(2, noise, width=16, depth=3)
     plan = plan_templates([discover(each) for each in members], (8, 8))
@@ -240,9 +240,7 @@ def test_artifacts_load_run_save_again_and_give_single_members(mixing, tmp_path)
     assert_same_bits(single.collapse("s1"), joint.collapse("s1"))
     if mixing == "one-hot":
         first, second = (loaded[name][2][0].weight for name in ("base", "s1"))
-        assert first.data_ptr() == second.data_ptr()  # one tensor for a layer of the whole family
-        parts = [key for key in store(loaded).tensors if ".0-weight" in key or "single." in key]
-        assert parts
+        assert torch.equal(first, second) and any("single." in key for key in store(loaded).tensors)
 
         def forget(manifest):
             bank = next(bank for bank in manifest["banks"].values() if bank.get("encoded"))
@@ -255,6 +253,15 @@ def test_artifacts_load_run_save_again_and_give_single_members(mixing, tmp_path)
             surgery.load(tmp_path / "two", modules=modules)
     joint.open()
     assert all(bank.hypermodules for bank in joint.dictionary.banks.values())
+
+
+def test_a_signature_with_bits_loads_as_tied_layers(tmp_path):
+    joint = fitted([chain()], templates=2, budget=0.3, mixture="one-hot")
+    surgery.save(joint, tmp_path / "joint")
+    loaded = surgery.load(tmp_path / "joint", modules={"base": chain().module})
+    places = [loaded["base"][layer][0].weight.data_ptr() for layer in (1, 2, 3)]
+    assert len(set(places)) == 2 and joint.report.saved["sharing"] >= 0
+    assert loaded.plan.bank("stack0-0-weight").stack == "stack0"
 
 
 class Undifferentiable(nn.Module):
