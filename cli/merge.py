@@ -30,7 +30,8 @@ EXAMPLES = """
 surgery merge ./minilm timm:resnet18 --out joint
 surgery merge text=./minilm image=timm:resnet18=weights.safetensors --max-error 0 --out joint
 surgery merge a=./bert-a b=./bert-b --budget 0.4 --calibrate a=sentences.txt --out joint
-surgery merge ./bert --method templates --templates 4 --out shared
+surgery merge a=./bert-a b=./bert-b --method templates --max-error 0.05 --out shared
+surgery merge ./bert --method templates --templates 4 --out start
 surgery merge --config recipe.yaml --set parameters.budget=0.3 --dry-run
 """
 
@@ -81,7 +82,8 @@ def merge(
             "--templates",
             metavar="K",
             rich_help_panel=TARGET,
-            help="Or: K templates for each stack of layers, with --method templates.",
+            help="Or: K templates for each stack of layers, with --method templates, at the members' precision; "
+            "with --max-error or --budget, K templates in as many bits as these ask for.",
         ),
     ] = None,
     calibrate: Annotated[
@@ -101,7 +103,7 @@ def merge(
             metavar="NAME",
             rich_help_panel=DICTIONARY,
             help="hypermodules, the default; or templates: repeated layers become mixtures of K of them, and the "
-            "target decides K.",
+            "target decides K and the bits of every tensor together.",
         ),
     ] = None,
     mixture: Annotated[

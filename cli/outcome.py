@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PRECISION = "fewer bits for each number: rounding, not sharing"
 SHARING = "what members or layers have in common, stored once"
+KEPT_APART = "as many templates as layers: fewer do not pay here"
 NO_SHARING = "nothing that these members have in common pays for its index"
 
 
@@ -115,10 +116,17 @@ def print_plan(prepared: Prepared, *, verbose: bool) -> None:
         console.out.print(banks)
     name, value = recipe.target
     chosen = "as given" if recipe.parameters.block else "chosen by the fit where rows are shared"
+    words = f"{name.replace('_', '-')} {value:g}"
     if recipe.method == "templates":
-        chosen = f"outside stacks left as they are, mixtures {recipe.parameters.mixture}"
+        chosen = f"{chosen}, mixtures {recipe.parameters.mixture}"
+        if name == "templates":
+            chosen = f"outside stacks left as they are, mixtures {recipe.parameters.mixture}"
+        elif recipe.parameters.templates:
+            words += f" with {recipe.parameters.templates} templates for each stack"
+        else:
+            words += ", which decides the number of templates too"
     real = [row["name"] for row in rows if row["real_inputs"]]
-    console.say(f"Would be fitted: {name.replace('_', '-')} {value:g}, blocks {chosen}, seed {recipe.seed}.")
+    console.say(f"Would be fitted: {words}, blocks {chosen}, seed {recipe.seed}.")
     console.say(
         f"Errors would be measured on {'real inputs for ' + ', '.join(real) if real else 'made-up inputs'}."
     )
@@ -228,6 +236,7 @@ def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
         inputs = "the real inputs given"
     console.say(f"Target {report.target}: {'met' if report.met else 'NOT met'}, measured on {inputs}.")
     print_means(joint)
+    _print_templates(joint)
     if verbose:
         rows = console.table("member", "tensor", "~stored as", ">before", ">after")
         for each in report.detail:
@@ -235,6 +244,17 @@ def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
                 each.member, each.name, each.how, console.size(each.original), console.size(each.nbytes)
             )
         console.out.print(rows)
+
+
+def _print_templates(joint: JointModel) -> None:
+    """How many templates each stack's layers come from, and what these take."""
+    table = console.table("stack", ">layers", ">templates", ">before", ">after", "~")
+    for name, stack in joint.report.stacks.items():
+        note = KEPT_APART if stack.templates == stack.layers else ""
+        sizes = console.size(stack.original), console.size(stack.nbytes)
+        table.add_row(name, str(stack.layers), str(stack.templates), *sizes, note)
+    if table.row_count:
+        console.out.print(table)
 
 
 def print_means(joint: JointModel) -> None:

@@ -91,7 +91,7 @@ def merge(
             hypermodules=int(value) if name == "hypermodules" else None,
             block=recipe.parameters.block,
             context=recipe.parameters.context,
-            templates=int(value) if name == "templates" else None,
+            templates=recipe.parameters.templates,
             mixture=recipe.parameters.mixture,
             probes=prepared.probes or None,
             seed=recipe.seed,

@@ -84,13 +84,15 @@ class Model(Strict):
 class Parameters(Strict):
     """The target, and the shape of the dictionary; what is not given is chosen by the fit.
 
-    At most one of the four targets is given; with none, `max_error` is 0.05.
+    At most one of the four targets is given, or `templates` with `max_error` or `budget`; with none, `max_error` is
+    0.05.
 
     Attributes:
         max_error: the smallest artifact whose members' outputs move by at most this much.
         budget: the most exact artifact of this share of the members' bytes.
         hypermodules: a bank of so many.
-        templates: so many for each stack; with method templates.
+        templates: so many for each stack, with method templates: at the members' precision, or in the precisions that
+            `max_error` or `budget` asks for.
         block: m x n.
         context: c.
         mixture: of templates: `linear`, positive ones that sum to 1 (`softmax`), or one template a layer (`one-hot`).
@@ -109,9 +111,11 @@ class Parameters(Strict):
     @model_validator(mode="after")
     def _one_target(self) -> Parameters:
         given = [name for name in TARGETS if getattr(self, name) is not None]
-        if len(given) > 1:
+        joined = len(given) == 2 and self.templates is not None and self.hypermodules is None
+        if len(given) > 1 and not joined:
             raise ValueError(
-                f"only one of {', '.join(TARGETS)} can be the target, found {' and '.join(given)}"
+                f"only one of {', '.join(TARGETS)} can be the target, or templates with max_error or budget, "
+                f"found {' and '.join(given)}"
             )
         return self
 
@@ -182,7 +186,7 @@ class Recipe(Strict):
 
     @property
     def target(self) -> tuple[str, float]:
-        """Name and value of the one target."""
+        """Name and value of the target; of templates where nothing else is given."""
         for name in TARGETS:
             if (value := getattr(self.parameters, name)) is not None:
                 return name, value

@@ -3,7 +3,7 @@
 Keys are `plain/<member>/<name>` for tensors that a member owns and `bank/<key>/<part>` for the dictionary:
 
     rows.<j>  [K, m*n]  basis block j of every hypermodule; each j may have its own precision
-    single    [S, m*n]  single rows
+    single    [S, m*n]  single rows; or, where each may have its own precision, single.<s> [1, m*n]
     psi       [L]       alignment, in the smallest integer type that holds it
     contexts  [L', c]   of the locations on hypermodules
     factor    [L'']     of the locations on single rows; absent where all are 1
@@ -15,7 +15,7 @@ loaded gives the same bytes; a tensor that changed is encoded anew with the same
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,7 @@ def store(joint: JointModel) -> Stored:
     settled = settle(joint, keep)
     live = plain_tensors(joint, settled.plan, settled.plain)
     for plan in settled.plan.banks:
-        live.update(bank_tensors(plan, settled.banks[plan.key]))
+        live.update(bank_tensors(plan, settled.banks[plan.key], _row_by_row(plan.key, keep, joint)))
     known = {key: each for key, each in joint.encoded.items() if key[0] == "p" or key.split("/")[1] in keep}
     tensors = {key: _encode_as_before(tensor, known.get(key)) for key, tensor in live.items()}
     return deduplicate(Stored(settled.plan, tensors, ties=ties(joint)))
@@ -78,12 +78,17 @@ def _has_stored_form(plan: BankPlan, joint: JointModel) -> bool:
     before = {key: each for key, each in joint.encoded.items() if key.startswith(prefix)}
     if not before:
         return False
-    live = bank_tensors(plan, joint.dictionary[plan.key])
+    live = bank_tensors(plan, joint.dictionary[plan.key], f"{prefix}single.0" in before)
     same = {key: each.shape for key, each in before.items()} == {
         key: tuple(t.shape) for key, t in live.items()
     }
     psi = f"{prefix}psi"
     return same and torch.equal(decode(before[psi]).long(), live[psi].cpu().long())
+
+
+def _row_by_row(key: str, keep: Collection[str], joint: JointModel) -> bool:
+    """Whether a bank that keeps its form has single rows that are stored one by one."""
+    return key in keep and f"bank/{key}/single.0" in joint.encoded
 
 
 def plain_tensors(
@@ -104,8 +109,8 @@ def plain_tensors(
     return tensors
 
 
-def bank_tensors(plan: BankPlan, bank: Bank) -> dict[str, Tensor]:
-    """The parts of one bank by storage key."""
+def bank_tensors(plan: BankPlan, bank: Bank, row_by_row: bool = False) -> dict[str, Tensor]:
+    """The parts of one bank by storage key; single rows as one tensor, or each as its own."""
     k, c = bank.hypermodules, bank.context
     rows, psi, contexts = bank.rows.detach(), bank.psi, bank.coefficients.detach()
     shared = psi < k
@@ -115,7 +120,11 @@ def bank_tensors(plan: BankPlan, bank: Bank) -> dict[str, Tensor]:
         parts.update({f"{prefix}rows.{j}": rows[: k * c].view(k, c, -1)[:, j].contiguous() for j in range(c)})
         parts[f"{prefix}contexts"] = contexts[shared].contiguous()
     if bank.singles:
-        parts[f"{prefix}single"] = rows[k * c :].to(torch_dtype(plan.dtype))
+        single = rows[k * c :].to(torch_dtype(plan.dtype))
+        if row_by_row:
+            parts.update({f"{prefix}single.{s}": single[s : s + 1] for s in range(len(single))})
+        else:
+            parts[f"{prefix}single"] = single
         if bool((contexts[~shared, 0] != 1).any()):
             parts[f"{prefix}factor"] = contexts[~shared, 0].contiguous()
     parts[f"{prefix}psi"] = psi.to(index_dtype(k + bank.singles))
@@ -135,10 +144,23 @@ def build_bank(plan: BankPlan, tensors: Mapping[str, Encoded]) -> Bank:
     contexts = torch.zeros(len(psi), c, dtype=master, device=psi.device)
     if k:
         contexts[shared] = parts["contexts"].to(master)
-    if "single" in parts:
-        rows.append(parts["single"].to(master))
+    single = parts_of_singles(parts)
+    if single:
+        rows += [parts[part].to(master) for part in single]
         contexts[~shared, 0] = parts["factor"].to(master) if "factor" in parts else 1
     return Bank(plan.block, torch.cat(rows), psi, contexts, k)
+
+
+def parts_of_singles(parts: Collection[str]) -> list[str]:
+    """The names of the parts of a bank that hold its single rows, in their order.
+
+    Example:
+        >>> parts_of_singles(["single.1", "psi", "single.0"])
+        ['single.0', 'single.1']
+    """
+    if "single" in parts:
+        return ["single"]
+    return [f"single.{s}" for s in range(sum(part.startswith("single.") for part in parts))]
 
 
 def deduplicate(stored: Stored) -> Stored:

@@ -196,12 +196,12 @@ def test_error_and_budget_decide_the_number_of_templates(mixing):
     members = [plain_copy(base), sibling(base, "s", 0.01, 1)]
     bounded = fit(joined(*members), max_error=0.2, mixture=mixing)
     assert bounded.report.met and max(bounded.report.errors.values()) <= 0.2
-    assert bounded.report.saved["sharing"] > 0.3 * whole  # siblings share
+    assert bounded.report.stored_bytes < 0.4 * whole and bounded.report.saved["sharing"] > 0  # siblings share
     small = fit(
         joined(*(plain_copy(m) for m in [base, sibling(base, "s", 0.01, 1)])), budget=0.6, mixture=mixing
     )
     assert store(small).nbytes <= 0.6 * 2 * whole
-    with pytest.raises(PlanError, match="cannot be met with templates"):
+    with pytest.raises(PlanError, match="cannot be met: the smallest"):
         fit(joined(plain_copy(base)), budget=0.01, mixture=mixing)
 
 
@@ -223,7 +223,8 @@ def test_what_cannot_be_is_refused():
     blocks = join([plain_copy(one)], make_plan([discover(one)], (8, 8)))
     for options, words in (
         ({"templates": 2}, "needs --method templates"),
-        ({"templates": 2, "budget": 0.5}, "only one of them"),
+        ({"templates": 2, "budget": 0.5}, "needs --method templates"),
+        ({"templates": 2, "hypermodules": 3}, "only one of them"),
         ({"templates": 0}, "at least 1"),
     ):
         with pytest.raises(PlanError, match=words):

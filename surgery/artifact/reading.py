@@ -21,7 +21,7 @@ from surgery.artifact.trim import restrict
 from surgery.files import sha256_of
 from surgery.plan import BankPlan
 from surgery.precision import NATIVE, Encoded, decode, part_layout
-from surgery.storage import Stored
+from surgery.storage import Stored, parts_of_singles
 
 
 def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Stored:
@@ -164,11 +164,13 @@ def _wrong_bank(bank: BankPlan, stored: Stored) -> list[str]:
             f"{parts['psi'].shape if 'psi' in parts else 'none'}"
         ]
     psi = decode(parts["psi"]).long()
-    singles = parts["single"].shape[0] if "single" in parts else 0
+    single = parts_of_singles(parts)
+    apart = single != ["single"]  # each row by itself
+    singles = len(single) if apart else parts["single"].shape[0] if parts["single"].shape else 0
     shared = int((psi < count).sum())
     need: dict[str, tuple[int, ...]] = {f"rows.{j}": (count, width) for j in range(c if rows else 0)}
     need |= {"contexts": (shared, c)} if rows else {}
-    need |= {"single": (singles, width)} if singles else {}
+    need |= {part: (1 if apart else singles, width) for part in single} if singles else {}
     need |= {"factor": (bank.locations - shared,)} if "factor" in parts else {}
     bad = [
         f"bank {bank.key} must have {part} of {shape}, but has "

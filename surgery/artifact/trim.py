@@ -157,7 +157,10 @@ def _restrict_bank(
     of_hyper, of_single = number[chosen[shared[chosen]]], number[chosen[~shared[chosen]]]
     taken: dict[str, Encoded] = {}
     for part, encoded in parts.items():
-        if part == "psi":
+        if part.startswith("single."):  # one row: kept under the number that it has among those left
+            place = (single == int(part.partition(".")[2])).nonzero()
+            taken |= {f"{prefix}single.{int(s)}": encoded for s in place}
+        elif part == "psi":
             taken[prefix + part] = _native(compact.to(index_dtype(len(used))))
         elif part == "factor":
             taken[prefix + part] = _native(decode(encoded)[of_single])

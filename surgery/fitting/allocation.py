@@ -28,7 +28,7 @@ class Table:
         weight: `[U, M]` relative squared output error per squared error, by member.
         arrangement: `[U]` number of the arrangement that a unit belongs to.
         group: `[A]` number of the group that an arrangement belongs to.
-        fixed: `[A]` bytes of an arrangement besides its units.
+        fixed: `[A]` bytes of an arrangement besides its units; inf where it cannot be taken.
     """
 
     size: np.ndarray
@@ -116,6 +116,7 @@ def finest(table: Table) -> Choice:
     option = np.lexsort((table.size, error), axis=1)[:, 0]
     units = np.arange(len(option))
     total = np.bincount(table.arrangement, error[units, option], len(table.fixed))
+    total = np.where(np.isfinite(table.fixed), total, np.inf)  # what cannot be taken
     nbytes = table.fixed + np.bincount(table.arrangement, table.size[units, option], len(table.fixed))
     return _revalued(table, Choice(option, _first_of_each(table.group, total, nbytes), 0.0, np.zeros(0)))
 

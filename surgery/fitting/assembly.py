@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from surgery.fitting.allocation import Choice
-from surgery.fitting.units import Arrangement, Unit
+from surgery.fitting.units import Arrangement, SharedRows, Unit
 from surgery.generation import to_weight
 from surgery.plan import BankPlan, Placement, Plan
 from surgery.precision import NATIVE, Encoded, Precision, decode, encode
@@ -30,7 +30,7 @@ class Assembler:
     arrangements: Sequence[Arrangement]
 
     def __post_init__(self) -> None:
-        self._encoded: dict[tuple[int, str], tuple[Precision, Encoded]] = {}
+        self._encoded: dict[tuple[int, str], tuple[Precision, Encoded]] = {}  # by unit and storage key
 
     def assemble(self, choice: Choice) -> Stored:
         """The stored joint model of a choice."""
@@ -39,53 +39,57 @@ class Assembler:
         position = 0
         for number, arrangement in enumerate(self.arrangements):
             picks = [
-                (position + i, unit, unit.options[choice.option[position + i]])
-                for i, unit in enumerate(arrangement.units)
+                (unit, unit.options[choice.option[position + i]]) for i, unit in enumerate(arrangement.units)
             ]
             position += len(arrangement.units)
             if not choice.taken[number]:
                 continue
-            if arrangement.siblings is None:
-                for u, unit, precision in picks:
+            if not arrangement.banks:
+                for unit, precision in picks:
                     assert precision is not None
-                    tensors.update(
-                        {key: self._encode(u, key, t, precision) for key, t in unit.tensors.items()}
-                    )
-            else:
-                bank, placed, parts = self._bank(arrangement, picks, len(banks))
+                    tensors.update({key: self._encode(unit, key, precision) for key in unit.tensors})
+            for shared in arrangement.banks:
+                count = shared.contexts.shape[2]
+                bank, placed, parts = self._bank(shared, picks[:count], len(banks))
+                picks = picks[count:]
                 banks.append(bank)
                 placements += placed
                 tensors.update(parts)
         return deduplicate(Stored(self._plan(banks, placements), tensors, ties=self.ties))
 
     def _bank(
-        self, arrangement: Arrangement, picks: Sequence[tuple[int, Unit, Precision | None]], number: int
+        self, shared: SharedRows, picks: Sequence[tuple[Unit, Precision | None]], number: int
     ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
-        """Siblings as a bank of one hypermodule for each location, of as many rows as were kept."""
-        siblings = arrangement.siblings
-        assert siblings is not None
-        grid, sites = siblings.grid, siblings.sites
-        kept = [j for j, (_, _, precision) in enumerate(picks) if precision is not None]
-        key = f"{grid.m}x{grid.n}-{sites[0].dtype}-{number}"
-        plan = BankPlan(key, (grid.m, grid.n), len(kept), sites[0].dtype, len(sites) * grid.locations)
+        """Sites as a bank: a hypermodule for each location, of the rows that were kept, or rows as they are."""
+        grid, sites = shared.grid, shared.sites
+        kept = [j for j, (_, precision) in enumerate(picks) if precision is not None]
+        key = shared.key or f"{grid.m}x{grid.n}-{sites[0].dtype}-{number}"
+        context = 1 if shared.hard else len(kept)
+        plan = BankPlan(
+            key, (grid.m, grid.n), context, sites[0].dtype, len(sites) * grid.locations, shared.stack
+        )
+        name = "single" if shared.hard else "rows"
         parts: dict[str, Encoded] = {}
         for new, j in enumerate(kept):
-            u, unit, precision = picks[j]
+            unit, precision = picks[j]
             assert precision is not None
-            parts[f"bank/{key}/rows.{new}"] = self._encode(
-                u, f"rows.{j}", unit.tensors[f"rows.{j}"], precision
-            )
-        contexts = siblings.contexts[:, :, kept].flatten(0, 1).contiguous()
-        psi = torch.arange(grid.locations).repeat(len(sites)).to(index_dtype(grid.locations))
-        parts[f"bank/{key}/contexts"] = encode(contexts, NATIVE)
-        parts[f"bank/{key}/psi"] = encode(psi, NATIVE)
+            (own,) = unit.tensors
+            parts[f"bank/{key}/{name}.{new}"] = self._encode(unit, own, precision)
+        contexts = shared.contexts[:, :, kept].flatten(0, 1).contiguous()
+        psi = torch.arange(grid.locations).repeat(len(sites))
+        if shared.hard:
+            psi = contexts.argmax(1).cpu()
+        else:
+            parts[f"bank/{key}/contexts"] = encode(contexts, NATIVE)
+        count = len(kept) if shared.hard else grid.locations
+        parts[f"bank/{key}/psi"] = encode(psi.to(index_dtype(count)), NATIVE)
         placed = [Placement(site, key, grid, i * grid.locations) for i, site in enumerate(sites)]
         return plan, placed, parts
 
-    def _encode(self, unit: int, key: str, tensor: Tensor, precision: Precision) -> Encoded:
-        known = self._encoded.get((unit, key))
+    def _encode(self, unit: Unit, key: str, precision: Precision) -> Encoded:
+        known = self._encoded.get((id(unit), key))
         if known is None or known[0] != precision:
-            known = self._encoded[unit, key] = (precision, encode(tensor, precision))
+            known = self._encoded[id(unit), key] = (precision, encode(unit.tensors[key], precision))
         return known[1]
 
     def _plan(self, banks: Sequence[BankPlan], placements: Sequence[Placement]) -> Plan:

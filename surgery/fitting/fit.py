@@ -12,15 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from surgery.errors import PlanError
 from surgery.fitting.fixed_bank import BankRequest, fixed_bank
-from surgery.fitting.report import FitReport, bytes_of, describe
+from surgery.fitting.report import FitReport, StackReport, bytes_of, describe, describe_stacks
 from surgery.fitting.search import Outcome, Request, Search, measure_errors
-from surgery.fitting.template_bank import TemplateFit, TemplateRequest
+from surgery.fitting.template_bank import TemplateRequest, template_bank
+from surgery.fitting.template_groups import TemplateOptions
 from surgery.fitting.trial import Trial
 from surgery.joint import JointModel
 from surgery.member import Inputs, content_hash
@@ -56,15 +56,17 @@ def fit(
         hypermodules: instead, a bank of exactly K hypermodules, the start for joint training.
         block: block shape of shared rows; whole matrices where not given (16x16 for a bank of K).
         context: c of a bank of K, 4 where not given.
-        templates: instead, K templates for each stack of a plan that `plan_templates` made. With such a plan an error
-            bound or a budget decides K, and sites outside stacks stay as they are.
+        templates: instead, K templates for each stack of a plan that `plan_templates` made, at the members'
+            precision. With such a plan an error bound or a budget decides K and all precisions together; given with
+            one of them, K stays and precisions follow.
         mixture: of templates: `linear`, `softmax` or `one-hot`, where one-hot ties layers.
         probes: inputs to measure on, by member; seeded made-up ones where not given.
         seed: of everything random here.
         device: `auto`, `cpu`, `cuda`, ...
 
     Raises:
-        PlanError: several targets at once, a target out of range, a budget that cannot be met.
+        PlanError: several targets at once, a target out of range, a budget that cannot be met, or an error that
+            cannot be met with so many templates.
 
     Example:
         >>> joint = surgery.fit(surgery.join(members), max_error=0.02)
@@ -73,20 +75,24 @@ def fit(
     """
     _check_request(joint, max_error, budget, hypermodules, block, probes, templates)
     bound = 0.05 if max_error is None else max_error
-    if joint.plan.stacks and bound > 0:
-        return _fit_lossy(joint, TemplateRequest(templates, bound, budget, mixture, seed), probes, device)
+    if templates is not None and max_error is None and budget is None:
+        return _fit_lossy(joint, TemplateRequest(templates, mixture, seed), probes, device)
     if hypermodules is not None:
         bank = BankRequest(hypermodules, block or (16, 16), context or 4, seed)
         return _fit_lossy(joint, bank, probes, device)
-    if max_error == 0:
+    if max_error == 0 and templates is None:
         stored, originals = store(joint), _originals(joint)
         precision = sum(
             stored_bytes(each.shape, each.dtype, NATIVE) - each.nbytes for each in stored.tensors.values()
         )
         errors = dict.fromkeys(joint.names, 0.0)
-        report = _report("lossless", True, stored, originals, precision, errors, _hashes(joint))
+        stacks = describe_stacks(joint.plan, stored, originals)
+        report = _report(
+            "lossless", True, stored, originals, precision, errors, _hashes(joint), stacks=stacks
+        )
         return adopt(joint, stored, report)
-    return _fit_lossy(joint, Request(bound, budget, block, seed), probes, device)
+    options = TemplateOptions(templates, mixture)
+    return _fit_lossy(joint, Request(bound, budget, block, seed, options), probes, device)
 
 
 def _fit_lossy(
@@ -110,7 +116,7 @@ def _fit_lossy(
         if isinstance(request, BankRequest):
             outcome = _bank_of_size(joint, before[0], trials, request)
         elif isinstance(request, TemplateRequest):
-            outcome = _templates(joint, before[0], trials, request)
+            outcome = _templates_of_number(joint, before[0], trials, request)
         else:
             outcome = Search(before[0], ties(joint), trials, request).run(request)
     except BaseException:
@@ -126,8 +132,9 @@ def _fit_lossy(
     precision = whole - outcome.stored.nbytes - outcome.sharing
     errors = dict(zip(joint.names, map(float, outcome.errors), strict=True))
     measured = {"seed": request.seed, "given": sorted(given)}
+    stacks = describe_stacks(before[0], outcome.stored, originals)
     report = _report(
-        outcome.target, outcome.met, outcome.stored, originals, precision, errors, hashes, measured
+        outcome.target, outcome.met, outcome.stored, originals, precision, errors, hashes, measured, stacks
     )
     return adopt(joint, outcome.stored, report)
 
@@ -141,11 +148,14 @@ def _report(
     errors: Mapping[str, float],
     hashes: Mapping[str, str],
     probes: Mapping[str, object] | None = None,
+    stacks: Mapping[str, StackReport] | None = None,
 ) -> FitReport:
     sizes = {name: bytes_of(state) for name, state in originals.items()}
     saved = {"sharing": sum(sizes.values()) - stored.nbytes - precision, "precision": precision}
     detail = describe(stored, originals)
-    return FitReport(target, met, sizes, stored.nbytes, saved, errors, hashes, probes or {}, detail)
+    return FitReport(
+        target, met, sizes, stored.nbytes, saved, errors, hashes, probes or {}, detail, stacks or {}
+    )
 
 
 def _bank_of_size(
@@ -159,24 +169,15 @@ def _bank_of_size(
     return Outcome(target, stored, measure_errors(stored, trials), True, whole - stored.nbytes)
 
 
-def _templates(
+def _templates_of_number(
     joint: JointModel, plan: Plan, trials: Mapping[str, Trial], request: TemplateRequest
 ) -> Outcome:
-    """Templates for stacks and everything else as it is: all that is saved is saved by sharing."""
+    """K templates for stacks and everything else as it is: all that is saved is saved by sharing."""
     originals = {name: trial.originals for name, trial in trials.items()}
-    found = TemplateFit(plan, originals, ties(joint), trials, request)
-
-    def measure(stored: Stored) -> np.ndarray:
-        return measure_errors(stored, trials)
-
-    if request.count is not None:
-        target, stored = f"{request.count} templates", found.of_count(request.count)
-    elif request.budget is not None:
-        target, stored = f"budget {request.budget:g}", found.within_budget(request.budget)
-    else:
-        stored, errors = found.within_error(request.max_error, measure)
-        return Outcome(f"max-error {request.max_error:g}", stored, errors, True, found.whole - stored.nbytes)
-    return Outcome(target, stored, measure(stored), True, found.whole - stored.nbytes)
+    stored = template_bank(plan, originals, ties(joint), trials, request)
+    whole = sum(bytes_of(state) for state in originals.values())
+    target = f"{request.count} templates"
+    return Outcome(target, stored, measure_errors(stored, trials), True, whole - stored.nbytes)
 
 
 def _originals(joint: JointModel) -> dict[str, dict[str, Tensor]]:
@@ -210,8 +211,14 @@ def _check_request(
         )
         if value is not None
     ]
-    if len(given) > 1:
-        raise PlanError(f"One target is needed, found {' and '.join(given)}; give only one of them.")
+    joined = (
+        len(given) == 2 and templates is not None and hypermodules is None
+    )  # K given, precisions by the target
+    if len(given) > 1 and not joined:
+        raise PlanError(
+            f"One target is needed, found {' and '.join(given)}; give only one of them, or --templates with "
+            "--max-error or --budget."
+        )
     if max_error is not None and not (math.isfinite(max_error) and max_error >= 0):
         raise PlanError(f"--max-error must be 0 or more, found {max_error}; 0 is lossless, 0.05 the default.")
     if budget is not None and not 0 < budget <= 1:

@@ -1,4 +1,4 @@
-"""Groups: every tensor of every member as something to decide on, alone or as rows shared by siblings."""
+"""Groups: every tensor of every member to decide on, alone, as rows that siblings share, or from templates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch import Tensor
 from surgery import progress
 from surgery.blocks import BlockGrid, tile
 from surgery.dictionary import master_dtype
-from surgery.fitting.sensitivity import sensitivities
+from surgery.fitting.sensitivity import measured_sensitivities, sensitivities
+from surgery.fitting.stack_layers import read_stack
+from surgery.fitting.template_groups import TemplateOptions, stack_group
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import (
     GROUP,
@@ -21,11 +23,12 @@ from surgery.fitting.units import (
     VECTORS,
     Arrangement,
     Group,
-    Siblings,
+    SharedRows,
     Unit,
     measure,
     unit_bytes,
 )
+from surgery.plan import Plan
 from surgery.precision import BFLOAT16, NATIVE, decode, encode
 from surgery.settle import index_dtype
 from surgery.sharing.siblings import principal_rows, sibling_groups
@@ -36,42 +39,60 @@ Key = tuple[str, str]  # member, tensor name
 
 @dataclass(frozen=True)
 class Scene:
-    """What is being fitted: members that run, their sites, and how sensitive they are to each tensor."""
+    """What is being fitted: members that run, where their tensors go, and how sensitive they are to each.
+
+    Attributes:
+        trials: by member.
+        plan: with stacks or without.
+        sites: outside stacks.
+        stacked: every tensor of the stacks' layers.
+        sensitivity: relative squared output error per squared error.
+        block: shape of blocks outside stacks, where it is given.
+        seed: of everything random.
+    """
 
     trials: Mapping[str, Trial]
+    plan: Plan
     sites: Mapping[Key, Site]
+    stacked: frozenset[Key]
     sensitivity: Mapping[Key, float]
     block: tuple[int, int] | None
     seed: int
 
 
-def make_scene(
-    trials: Mapping[str, Trial], sites: Sequence[Site], block: tuple[int, int] | None, seed: int
-) -> Scene:
+def make_scene(trials: Mapping[str, Trial], plan: Plan, block: tuple[int, int] | None, seed: int) -> Scene:
     """Estimate sensitivities of all members."""
-    found = {
-        (name, tensor): value
-        for name, trial in trials.items()
-        for tensor, value in sensitivities(trial, seed).items()
-    }
-    return Scene(trials, {(s.member, s.name): s for s in sites}, found, block, seed)
+    in_stacks = {key for keys in plan.stacks.values() for key in keys}
+    sites = {(p.site.member, p.site.name): p.site for p in plan.placements if p.bank not in in_stacks}
+    stacked = frozenset((p.site.member, p.site.name) for p in plan.placements if p.bank in in_stacks)
+    found: dict[Key, float] = {}
+    for name, trial in trials.items():
+        mine = sensitivities(trial, seed)
+        if missing := [key for member, key in sorted(stacked) if member == name and key not in mine]:
+            mine |= measured_sensitivities(trial, missing)
+        found |= {(name, tensor): value for tensor, value in mine.items()}
+    return Scene(trials, plan, sites, stacked, found, block, seed)
 
 
-def make_groups(scene: Scene) -> list[Group]:
-    """Everything that has to be stored, each tensor in one group."""
+def make_groups(scene: Scene, templates: TemplateOptions) -> list[Group]:
+    """Everything that has to be stored, each tensor in one group.
+
+    Args:
+        scene: as `make_scene` makes it.
+        templates: which ones the plan's stacks may take.
+    """
     originals = {(name, key): t for name, trial in scene.trials.items() for key, t in trial.originals.items()}
     insensitive = {
         key for key in originals if key not in scene.sensitivity and originals[key].is_floating_point()
     }
-    equal = _equal_tensors({key: t for key, t in originals.items() if key not in insensitive})
+    loose = {key: t for key, t in originals.items() if key not in insensitive | scene.stacked}
+    equal = _equal_tensors(loose)
     siblings = _siblings(scene, {key: originals[key] for key in scene.sites if key not in insensitive}, equal)
     groups: list[Group] = []
     with progress.task("Measuring precisions", len(originals)) as task:
         alone: dict[Key, Unit] = {}
         for keys in equal:
-            tensor = originals[keys[0]]
-            tensors = {_plain_key(key): tensor for key in keys}
-            alone[keys[0]] = measure(tensors, _weights(scene, keys))
+            alone[keys[0]] = _alone(scene, keys, originals)
             task.advance(len(keys))
         for keys in siblings:
             apart = Arrangement(tuple(alone.pop(key) for key in keys))
@@ -83,7 +104,21 @@ def make_groups(scene: Scene) -> list[Group]:
             }
             groups += [Group((Arrangement((_bundle(trial, mine),)),))] if mine else []
             task.advance(len(mine))
-    return groups
+    return [*groups, *(_of_stack(scene, name, originals, templates) for name in scene.plan.stacks)]
+
+
+def _of_stack(scene: Scene, name: str, originals: Mapping[Key, Tensor], templates: TemplateOptions) -> Group:
+    """The layers of a stack; a tensor elsewhere that equals one of theirs is decided on by itself."""
+    tensors = read_stack(scene.plan, name, originals, scene.sensitivity)
+    mine = {(site.member, site.name): originals[site.member, site.name] for t in tensors for site in t.sites}
+    apart = Arrangement(tuple(_alone(scene, keys, originals) for keys in _equal_tensors(mine)))
+    return stack_group(tensors, apart, templates, scene.seed)
+
+
+def _alone(scene: Scene, keys: Sequence[Key], originals: Mapping[Key, Tensor]) -> Unit:
+    """Equal tensors by themselves."""
+    tensor = originals[keys[0]]
+    return measure({_plain_key(key): tensor for key in keys}, _weights(scene, keys))
 
 
 def _equal_tensors(tensors: Mapping[Key, Tensor]) -> list[list[Key]]:
@@ -131,7 +166,8 @@ def _shared(scene: Scene, sites: Sequence[Site], originals: Mapping[Key, Tensor]
         units.append(measure({f"rows.{j}": rows[j]}, dict(weight), droppable=j > 0))
     index_bytes = len(sites) * grid.locations * index_dtype(grid.locations).itemsize
     fixed = contexts.numel() * contexts.element_size() + index_bytes + 400.0
-    return Arrangement(tuple(units), fixed, Siblings(tuple(sites), grid, contexts))
+    bank = SharedRows(tuple(sites), grid, contexts)
+    return Arrangement(tuple(units), fixed, (bank,))
 
 
 def _bundle(trial: Trial, tensors: Mapping[str, Tensor]) -> Unit:

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from surgery.storage import Stored
+from surgery.fitting.stack_layers import distinct_layers
+from surgery.plan import Plan
+from surgery.storage import Stored, parts_of_singles
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,23 @@ class TensorReport:
 
 
 @dataclass(frozen=True)
+class StackReport:
+    """How the layers of a stack are stored.
+
+    Attributes:
+        layers: how many there are.
+        templates: K; as many as distinct layers where each keeps its own numbers.
+        original: bytes that the layers had.
+        nbytes: bytes that they have.
+    """
+
+    layers: int
+    templates: int
+    original: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class FitReport:
     """The outcome of a fit.
 
@@ -45,6 +64,7 @@ class FitReport:
         hashes: content hash of each member's state dict before the fit, to know its origin by.
         probes: the seed of made-up probe inputs and which members had real ones.
         detail: every tensor.
+        stacks: of a plan with templates, by name.
     """
 
     target: str
@@ -56,10 +76,12 @@ class FitReport:
     hashes: Mapping[str, str] = field(default_factory=dict)
     probes: Mapping[str, Any] = field(default_factory=dict)
     detail: tuple[TensorReport, ...] = ()
+    stacks: Mapping[str, StackReport] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain JSON values, the detail left out."""
-        return {key: value for key, value in asdict(self).items() if key != "detail"}
+        """All of it as plain JSON values, the detail left out, and stacks where there are none."""
+        found = {key: value for key, value in asdict(self).items() if key != "detail"}
+        return found if self.stacks else {key: value for key, value in found.items() if key != "stacks"}
 
 
 def describe(stored: Stored, originals: Mapping[str, Mapping[str, Any]]) -> tuple[TensorReport, ...]:
@@ -86,6 +108,40 @@ def describe(stored: Stored, originals: Mapping[str, Mapping[str, Any]]) -> tupl
                 how = f"shared copy, {encoded.precision}" if count > 1 else str(encoded.precision)
                 rows.append(TensorReport(member, name, how, encoded.nbytes // count, size))
     return tuple(rows)
+
+
+def describe_stacks(
+    plan: Plan, stored: Stored, originals: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, StackReport]:
+    """How the layers of each stack of a plan are stored.
+
+    Args:
+        plan: as it was before the fit.
+        stored: what the fit made.
+        originals: by member.
+    """
+    size = {(row.member, row.name): row for row in describe(stored, originals)}
+    found = {}
+    for name, keys in plan.stacks.items():
+        layers = {
+            key: sorted((p for p in plan.placements if p.bank == key), key=lambda p: p.start) for key in keys
+        }
+        rows = [size[p.site.member, p.site.name] for placed in layers.values() for p in placed]
+        counts = [_templates_in(stored, bank.key) for bank in stored.plan.banks if bank.stack == name]
+        if not counts:
+            tensors = [[originals[p.site.member][p.site.name] for p in placed] for placed in layers.values()]
+            counts = [int(distinct_layers(tensors).max()) + 1]
+        total = sum(row.original for row in rows), sum(row.nbytes for row in rows)
+        found[name] = StackReport(len(layers[keys[0]]), max(counts), *total)
+    return found
+
+
+def _templates_in(stored: Stored, key: str) -> int:
+    """How many templates a stored bank has a tensor of."""
+    prefix = f"bank/{key}/"
+    parts = {each.removeprefix(prefix): t for each, t in stored.tensors.items() if each.startswith(prefix)}
+    rows = sum(part.startswith("rows.") for part in parts)
+    return rows or sum(parts[part].shape[0] for part in parts_of_singles(parts))
 
 
 def bytes_of(state: Mapping[str, Tensor]) -> int:

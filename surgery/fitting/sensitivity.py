@@ -10,16 +10,19 @@ weight error.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from surgery import progress
 from surgery.fitting.trial import Trial
+from surgery.precision import Precision, decode, encode
 from surgery.probes import tensors_in
 from surgery.slots import locate
 
+COARSE = Precision(4, 64)  # how tensors are rounded where derivatives say nothing
+LEAST = 1e-8  # relative squared output error that leaving all of such tensors out counts as, at least
 SAMPLES = 2  # for each probe batch; the mean over a tensor averages thousands of entries more
 
 
@@ -57,6 +60,27 @@ def sensitivities(trial: Trial, seed: int, samples: int = SAMPLES) -> dict[str, 
             p.requires_grad_(False)
     # One that overflowed is as good as none: the tensor's errors are then measured.
     return {name: power / samples for name, power in total.items() if 0 < power < math.inf}
+
+
+def measured_sensitivities(trial: Trial, names: Sequence[str]) -> dict[str, float]:
+    """What `sensitivities` estimates, measured by rounding, for tensors that no gradient reaches: one number for all.
+
+    Args:
+        trial: the member with its original weights.
+        names: of floating-point tensors, rounded together.
+    """
+    own = {name: trial.originals[name] for name in names}
+    coarse = {name: decode(encode(tensor, COARSE)) for name, tensor in own.items()}
+    trial.wear(coarse)
+    moved = trial.error() ** 2
+    trial.wear(own)
+    change = sum(float((coarse[name] - own[name]).double().square().sum()) for name in names)
+    energy = sum(float(tensor.double().square().sum()) for tensor in own.values())
+    least = (
+        LEAST / energy if energy > 0 else 1.0
+    )  # an exact form is better than another, however little it bears
+    found = moved / change if change > 0 and math.isfinite(moved) else 1.0 / energy if energy > 0 else 1.0
+    return dict.fromkeys(names, max(found, least))
 
 
 def _one_sample(

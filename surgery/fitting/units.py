@@ -16,6 +16,7 @@ from surgery.sites import Site
 
 GROUP = 64  # values to one scale
 SAMPLE = 1 << 18  # values on which the error of a precision is measured
+ROW_SAMPLE = 1 << 16  # of a tensor that is one row, in whole groups
 PART_BYTES = 160  # a stored part's entry in a file's header and in the manifest, rounded up
 MATRICES = tuple(Precision(bits, GROUP) for bits in (12, 10, 8, 7, 6, 5, 4, 3, 2))
 VECTORS = (Precision(12, GROUP), Precision(8, GROUP))
@@ -26,7 +27,7 @@ class Unit:
     """Tensors that get the same option; equal tensors are one object and are stored once.
 
     Attributes:
-        tensors: what is to be stored, by storage key.
+        tensors: what is to be stored, by storage key; nothing where the unit only carries an error.
         weight: by member, relative squared output error per squared error.
         options: precisions, or None for leaving the tensor out.
         nbytes: bytes of each option.
@@ -41,28 +42,53 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Siblings:
-    """Sites as shared rows: contexts `[N, L, N]` and the grid that cuts each site into L blocks."""
+class SharedRows:
+    """Sites that are sums of rows which they share: a bank whose L hypermodules have c basis blocks, one unit for each.
+
+    Attributes:
+        sites: N of one shape.
+        grid: cuts each of them into L blocks.
+        contexts: `[N, L, c]`.
+        key: of the bank; by default it is named by its blocks.
+        stack: the stack of layers whose templates these rows are, for one of its tensors.
+        hard: whether every context is one 1 among zeros, so that a block is a row as it is.
+    """
 
     sites: tuple[Site, ...]
     grid: BlockGrid
     contexts: Tensor
+    key: str = ""
+    stack: str = ""
+    hard: bool = False
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """One way of storing a group of tensors: its units, and its bytes besides them."""
+    """One way of storing a group of tensors.
+
+    Attributes:
+        units: of all banks, basis block by basis block; without banks, of plain tensors. Units after the banks' only
+            carry an error.
+        fixed: bytes besides the units.
+        banks: what is shared.
+    """
 
     units: tuple[Unit, ...]
     fixed: float = 0.0
-    siblings: Siblings | None = None
+    banks: tuple[SharedRows, ...] = ()
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that are decided on together, and the arrangements to choose from."""
+    """Tensors that are decided on together.
+
+    Attributes:
+        arrangements: to choose from; the first shares nothing.
+        shared: whether the first cannot be taken, and is there only to measure by it what sharing saves.
+    """
 
     arrangements: tuple[Arrangement, ...] = field(default_factory=tuple)
+    shared: bool = False
 
 
 def measure(tensors: Mapping[str, Tensor], weight: Mapping[str, float], *, droppable: bool = False) -> Unit:
@@ -93,19 +119,26 @@ def ladder(tensor: Tensor) -> tuple[Precision, ...]:
 
 
 def squared_error(tensor: Tensor, precision: Precision) -> float:
-    """`|decode(encode(tensor)) - tensor|^2`, for a large tensor estimated from rows spread over it."""
+    """`|decode(encode(tensor)) - tensor|^2`, for a large tensor estimated from rows or groups spread over it."""
     if precision == NATIVE:
         return 0.0
-    sample = tensor
-    if tensor.ndim > 1 and tensor.numel() > SAMPLE:
-        rows = max(1, SAMPLE // (tensor.numel() // len(tensor)))
+    count, sample, limit = tensor.numel(), tensor, SAMPLE
+    if (
+        tensor.ndim > 1 and len(tensor) == 1 and count > ROW_SAMPLE
+    ):  # the groups of one row are as good as rows
+        tensor, limit = tensor.reshape(-1)[: count // GROUP * GROUP].view(-1, GROUP), ROW_SAMPLE
+    if tensor.ndim > 1 and tensor.numel() > limit:
+        rows = max(1, limit // (tensor.numel() // len(tensor)))
         sample = tensor[torch.linspace(0, len(tensor) - 1, rows, device=tensor.device).long()]
     error = (decode(encode(sample, precision)).float() - sample.float()).square().sum(dtype=torch.float64)
-    return float(error) * tensor.numel() / sample.numel()
+    return float(error) * count / sample.numel()
 
 
 def tabulate(groups: Sequence[Group], members: Sequence[str]) -> tuple[Table, list[Unit], list[Arrangement]]:
-    """All units as arrays for the allocation; units and arrangements come in the order of their numbers."""
+    """All units as arrays for the allocation; units and arrangements come in the order of their numbers.
+
+    What cannot be taken is in the table too; `barred` tells which arrangements these are.
+    """
     arrangements = [a for group in groups for a in group.arrangements]
     units = [unit for a in arrangements for unit in a.units]
     width = max((len(unit.options) for unit in units), default=1)
@@ -123,3 +156,10 @@ def tabulate(groups: Sequence[Group], members: Sequence[str]) -> tuple[Table, li
         fixed=np.array([a.fixed for a in arrangements]),
     )
     return table, units, arrangements
+
+
+def barred(groups: Sequence[Group]) -> np.ndarray:
+    """Which arrangements are there only to be compared with: `[A]`."""
+    return np.array(
+        [group.shared and not i for group in groups for i in range(len(group.arrangements))], bool
+    )

@@ -35,14 +35,22 @@ def sibling_groups(tensors: Sequence[Tensor], seed: int) -> list[list[int]]:
     sample = torch.nn.functional.normalize(sample, dim=1)
     # Few entries resemble one another by chance: ask for six standard deviations as well.
     alike = (sample @ sample.T).abs() > max(RESEMBLANCE, 6 / len(picked) ** 0.5)
-    label = torch.arange(len(tensors))
+    return [group for group in components(alike) if len(group) > 1]
+
+
+def components(alike: Tensor) -> list[list[int]]:
+    """Numbers that are connected, directly or through others, in a symmetric relation `[N, N]`.
+
+    Example:
+        >>> components(torch.tensor([[1, 0, 1], [0, 1, 0], [1, 0, 1]]) > 0)
+        [[0, 2], [1]]
+    """
+    label = torch.arange(len(alike))
     while True:
-        lowest = torch.where(alike, label.unsqueeze(0), len(tensors)).amin(1).minimum(label)
+        lowest = torch.where(alike, label.unsqueeze(0), len(alike)).amin(1).minimum(label)
         if torch.equal(lowest, label):
-            break
+            return [torch.nonzero(label == each).flatten().tolist() for each in label.unique()]
         label = lowest
-    groups = [torch.nonzero(label == each).flatten().tolist() for each in label.unique()]
-    return [group for group in groups if len(group) > 1]
 
 
 def principal_rows(blocks: Tensor, sensitivity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
