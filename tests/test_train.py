@@ -146,7 +146,7 @@ def test_two_processes_give_the_result_of_one_also_when_killed(tmp_path):
     finished(one)
     two = run_program(tmp_path / "two", tmp_path / "o2", dropout=0.0, processes=2, slow=True)
     for _ in range(2400):
-        if (tmp_path / "two" / "rank1.safetensors").exists() and (tmp_path / "two" / STATE).exists():
+        if (tmp_path / "two" / STATE).exists():
             break
         time.sleep(0.05)
     two.send_signal(signal.SIGKILL)
@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_stops_names_the_task_and_keeps_the_last_good_
             yield x, torch.full((32, 1), value)
 
     bad = [Task("poisoned", "b", Poisoned(), "mse")]
-    with pytest.raises(TrainingError, match=r"task poisoned must be finite, found nan in generation 1"):
+    with pytest.raises(TrainingError, match=r"task poisoned must be finite, found nan in generation 2"):
         train(build(), bad, CONFIG, folder=tmp_path, cpu=True)
     tensors, document = read_state(tmp_path / STATE)
     assert document["generation"] == 1

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.errors import PlanError
+from surgery.errors import PlanError, SurgeryError, TrainingError
 from surgery.joint import JointModel
+from surgery.training.explain import explain_failure
 from surgery.training.metrics import Meter
 from surgery.training.streams import seeded
 from surgery.training.tasks import Loss, Task, as_batch
@@ -54,6 +55,7 @@ def evaluate(
 
     Raises:
         PlanError: where a task's data yield nothing.
+        TrainingError: where a member, loss or metric cannot take them.
     """
     modes = [(module, module.training) for module in joint.bodies.modules()]
     joint.bodies.eval()
@@ -73,11 +75,16 @@ def _evaluate(joint: JointModel, task: Task, data: Iterable[Any], loss: Loss, se
     with seeded(seed):
         for raw in data:
             batch = as_batch(raw).map(lambda tensor: tensor.to(device))
-            output = module(*batch.args, **batch.kwargs)
             size = max(batch.size, 1)
-            if batch.target is not None or not isinstance(task.loss, str) or task.loss == "distillation":
-                total = total + loss(output, batch).float() * size
-            meter.update(output, batch)
+            try:
+                output = module(*batch.args, **batch.kwargs)
+                if batch.target is not None or not isinstance(task.loss, str) or task.loss == "distillation":
+                    total = total + loss(output, batch).float() * size
+                meter.update(output, batch)
+            except SurgeryError:
+                raise
+            except Exception as error:  # of the member, a loss or a metric of the user's own
+                raise TrainingError(explain_failure(task, batch, error, "held-out data")) from error
             examples += size
     if not examples:
         raise PlanError(
