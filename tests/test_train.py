@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,14 @@ def test_two_processes_give_the_result_of_one_also_when_killed(tmp_path):
         )  # sums in another order, 42 steps of Adam
 
 
+def test_an_alignment_by_chance_is_drawn_anew_in_each_generation(tmp_path):
+    config = {**CONFIG, "evolution": {"change": "random"}}
+    train(build(), tasks(), config, folder=tmp_path, cpu=True)
+    generations = [line for line in read_log(tmp_path / "log.jsonl") if line["event"] == "generation"]
+    drawn = [line["alignment"]["8x8-float32"] for line in generations]
+    assert [one != other for one, other in pairwise(drawn)] == [True] * 4 + [False]
+
+
 # What is refused ------------------------------------------------------------------------------------------
 
 
@@ -214,7 +223,7 @@ def test_tasks_that_cannot_be_trained_are_refused(broken, said):
 
 def test_data_that_end_early_are_named():
     once = iter([(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))] * 3)
-    with pytest.raises(PlanError, match=r"'t' must yield batches in every epoch, but epoch 1 had none"):
+    with pytest.raises(PlanError, match=r"'t' must yield batches in every epoch, but epoch 2 had none"):
         train(build(), [Task("t", "a", once)], CONFIG, cpu=True)
 
 

@@ -19,7 +19,7 @@ from surgery.contest import Contest
 from surgery.errors import SurgeryError, TrainingError
 from surgery.joint import JointModel
 from surgery.training.config import Training
-from surgery.training.evolution import Resized, carry, conclude, contend
+from surgery.training.evolution import Resized, carry, conclude, contend, inherit, redraw
 from surgery.training.explain import explain_failure
 from surgery.training.losses import loss_of
 from surgery.training.mixing import harden_stacks, penalty
@@ -97,6 +97,8 @@ class Trainer:
             self.harden()
         if self.step == 0 and self.config.competes(self.generation):
             self.contend()
+        if self.step == 0 and self.config.redraws(self.generation):
+            self.redraw()
         self.train_step()
         self.step += 1
         if self.step == self.config.steps:
@@ -206,16 +208,25 @@ class Trainer:
 
     def conclude(self) -> None:
         """Decide every contest; unused hypermodules and their optimizer rows go."""
+        if self.config.redraws(self.generation):
+            return
         changed, locations = 0, 0
         for key, bank in self.evolving.items():
             contest = bank.contest
             if contest is None:
                 continue
+            inherit(plain(self.optimizer), bank)
             resized, moved = conclude(bank)
             self._drop([contest.soft, contest.contexts])
             self._follow(key, resized)
             changed, locations = changed + moved, locations + bank.locations
         self.moved = changed / locations if locations else 0.0
+
+    def redraw(self) -> None:
+        """A new alignment by chance, to compare evolution with."""
+        banks = self.evolving.values()
+        changed = sum(redraw(bank, self.config.evolution, self.generator) for bank in banks)
+        self.moved = changed / max(sum(bank.locations for bank in banks), 1)
 
     def harden(self) -> None:
         """From here on every layer of a stack takes one template, and mixtures are trained no more."""
