@@ -220,8 +220,10 @@ def test_a_context_that_a_challenger_brought_brings_its_history() -> None:
 
     expected = moments(bank.contest.contexts)[:, :, 0]
     set_winner(bank, 1)
+    won = bank.contest.winners()[0]  # all but those whose challenger is the incumbent
+    assert len(won) > LOCATIONS // 2
     inherit(optimizer, bank)
-    torch.testing.assert_close(moments(bank.contexts), expected)
+    torch.testing.assert_close(moments(bank.contexts)[:, won], expected[:, won], rtol=1e-4, atol=1e-4)
 
 
 def test_incumbents_keep_their_history_where_challengers_lose() -> None:
