@@ -82,7 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
         if end.code == INTERRUPTED:  # typer ends an interrupted verb without a word
             from . import console
 
-            print(f"surgery: interrupted; {console.interrupted}.", file=sys.stderr)
+            if console.FIRST:
+                print(f"surgery: interrupted; {console.interrupted}.", file=sys.stderr)
         raise
 
 

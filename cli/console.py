@@ -23,6 +23,8 @@ from surgery.progress import reporting
 
 PATIENCE = 2.0  # seconds of work before progress is shown
 
+FIRST = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
+
 WIDE = 160  # columns where the output is no terminal
 
 interrupted = "nothing was left half-written"  # what the last line says after Ctrl-C
@@ -132,7 +134,7 @@ def _finite(value: Any) -> Any:
 @contextlib.contextmanager
 def working(*, quiet: bool = False, json_wanted: bool = False) -> Iterator[None]:
     """Run library work: progress on stderr, and nothing but ours on stdout when JSON is wanted."""
-    reporter = None if quiet or not err.is_terminal else TerminalReporter(err)
+    reporter = None if quiet or not err.is_terminal or not FIRST else TerminalReporter(err)
     stdout = contextlib.redirect_stdout(sys.stderr) if json_wanted else contextlib.nullcontext()
     with stdout, reporting(reporter):
         try:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 surgery recipes ls
-surgery train synthetic_noisy --out runs/noisy
+surgery train synthetic --out runs/noisy
 surgery train recipe.yaml --out joint --set train.optimizer.lr=3e-4 --set train.generations=40
 surgery train recipe.yaml --out joint --fast-dev-run
 surgery train recipe.yaml --out joint --resume auto
@@ -110,6 +110,8 @@ def train(
     )
     from . import console
 
+    if not console.FIRST:
+        return
     if json:
         console.emit({"out": recipe.out, **report.document()})
     elif not quiet:

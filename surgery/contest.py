@@ -114,6 +114,13 @@ class Contest(nn.Module):
         return self._transposed
 
     @torch.no_grad()
+    def winners(self) -> tuple[Tensor, Tensor]:
+        """Locations that take a challenger with a context of its own, and that challenger's column: `[W]` each."""
+        winner = decide(self.candidates, self.soft)
+        won = (winner > 0) & (self.contexts is not None)
+        return self.chosen[won], winner[won] - 1
+
+    @torch.no_grad()
     def decide(self, psi: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
         """The alignment and the contexts after this contest: `psi [L]`, `contexts [L, c]`."""
         winner = decide(self.candidates, self.soft)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from surgery.dictionary import Bank
 from surgery.training.config import Evolution
-from surgery.training.evolution import carry, conclude, contend, prune, regroup
+from surgery.training.evolution import carry, conclude, contend, inherit, prune, redraw, regroup
 
 LOCATIONS, CONTEXT, WIDTH = 24, 2, 5
 
@@ -199,6 +199,52 @@ def test_adam_s_rows_follow_their_hypermodules() -> None:
     for key, value in history.items():
         assert torch.equal(optimizer.state[bank.rows][key].view(-1, CONTEXT, WIDTH), value[kept])
     assert optimizer.state[bank.rows]["step"] == step
+
+
+def test_a_context_that_a_challenger_brought_brings_its_history() -> None:
+    bank = make_bank()
+    optimizer = stepped(bank)
+    contend(bank, Evolution(fraction=1.0, contexts="fitted", draw="uniform"), 0.5, LOCATIONS, seeded(0))
+    assert bank.contest is not None and bank.contest.contexts is not None
+    optimizer.add_param_group({"params": [bank.contest.contexts]})
+    for step in range(3):
+        bank.contest.contexts.grad = torch.randn(bank.contest.contexts.shape, generator=seeded(step))
+        bank.contexts.grad = torch.randn(bank.contexts.shape, generator=seeded(9))
+        optimizer.step()
+
+    def moments(parameter: torch.Tensor) -> Tensor:
+        state = optimizer.state[parameter]
+        return torch.stack([
+            state[name] / (1 - beta ** state["step"]) for name, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999))
+        ])  # fmt: skip
+
+    expected = moments(bank.contest.contexts)[:, :, 0]
+    set_winner(bank, 1)
+    won = bank.contest.winners()[0]  # all but those whose challenger is the incumbent
+    assert len(won) > LOCATIONS // 2
+    inherit(optimizer, bank)
+    torch.testing.assert_close(moments(bank.contexts)[:, won], expected[:, won], rtol=1e-4, atol=1e-4)
+
+
+def test_incumbents_keep_their_history_where_challengers_lose() -> None:
+    bank = make_bank()
+    optimizer = stepped(bank)
+    contend(bank, Evolution(fraction=1.0, contexts="fitted", draw="uniform"), 0.5, LOCATIONS, seeded(0))
+    assert bank.contest is not None and bank.contest.contexts is not None
+    optimizer.add_param_group({"params": [bank.contest.contexts]})
+    bank.contest.contexts.grad = torch.ones_like(bank.contest.contexts)
+    optimizer.step()
+    before = optimizer.state[bank.contexts]["exp_avg"].clone()
+    set_winner(bank, 0)
+    inherit(optimizer, bank)
+    assert torch.equal(optimizer.state[bank.contexts]["exp_avg"], before)
+
+
+def test_an_alignment_by_chance_changes_in_every_generation_and_keeps_its_hypermodules() -> None:
+    bank = make_bank()
+    moved = [redraw(bank, Evolution(change="random"), seeded(seed)) for seed in range(3)]
+    assert all(LOCATIONS // 4 < count <= LOCATIONS // 2 for count in moved)
+    assert bank.hypermodules == LOCATIONS and bank.psi.max() < LOCATIONS
 
 
 def test_new_rows_start_without_history() -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,7 @@ def test_two_processes_give_the_result_of_one_also_when_killed(tmp_path):
     finished(one)
     two = run_program(tmp_path / "two", tmp_path / "o2", dropout=0.0, processes=2, slow=True)
     for _ in range(2400):
-        if (tmp_path / "two" / "rank1.safetensors").exists() and (tmp_path / "two" / STATE).exists():
+        if (tmp_path / "two" / STATE).exists():
             break
         time.sleep(0.05)
     two.send_signal(signal.SIGKILL)
@@ -162,6 +163,14 @@ def test_two_processes_give_the_result_of_one_also_when_killed(tmp_path):
         torch.testing.assert_close(
             first[key], tensor, rtol=1e-3, atol=1e-5
         )  # sums in another order, 42 steps of Adam
+
+
+def test_an_alignment_by_chance_is_drawn_anew_in_each_generation(tmp_path):
+    config = {**CONFIG, "evolution": {"change": "random"}}
+    train(build(), tasks(), config, folder=tmp_path, cpu=True)
+    generations = [line for line in read_log(tmp_path / "log.jsonl") if line["event"] == "generation"]
+    drawn = [line["alignment"]["8x8-float32"] for line in generations]
+    assert [one != other for one, other in pairwise(drawn)] == [True] * 4 + [False]
 
 
 # What is refused ------------------------------------------------------------------------------------------
@@ -181,7 +190,7 @@ def test_a_loss_that_is_not_finite_stops_names_the_task_and_keeps_the_last_good_
             yield x, torch.full((32, 1), value)
 
     bad = [Task("poisoned", "b", Poisoned(), "mse")]
-    with pytest.raises(TrainingError, match=r"task poisoned must be finite, found nan in generation 1"):
+    with pytest.raises(TrainingError, match=r"task poisoned must be finite, found nan in generation 2"):
         train(build(), bad, CONFIG, folder=tmp_path, cpu=True)
     tensors, document = read_state(tmp_path / STATE)
     assert document["generation"] == 1
@@ -214,7 +223,7 @@ def test_tasks_that_cannot_be_trained_are_refused(broken, said):
 
 def test_data_that_end_early_are_named():
     once = iter([(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long))] * 3)
-    with pytest.raises(PlanError, match=r"'t' must yield batches in every epoch, but epoch 1 had none"):
+    with pytest.raises(PlanError, match=r"'t' must yield batches in every epoch, but epoch 2 had none"):
         train(build(), [Task("t", "a", once)], CONFIG, cpu=True)
 
 

@@ -30,7 +30,6 @@ def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
     for key, bank in trainer.banks.items():
         tensors |= {f"contest/{key}/{name}": t for name, t in pack_contest(bank.contest).items()}
         tensors[f"identity/{key}"] = trainer.identity[key]
-    tensors |= {f"running/{name}": value for name, value in trainer.running.items()}
     steps: dict[str, Any] = {}
     for number, parameter in enumerate(trainer.parameters()):
         for name, value in plain(trainer.optimizer).state.get(parameter, {}).items():
@@ -41,10 +40,17 @@ def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
     for number, task in enumerate(trainer.tasks):
         state = pack_loss(trainer.losses[task.name])
         tensors |= {f"loss/{number}/{name}": tensor for name, tensor in state.items()}
-    random_tensors, random_rest = random_state()
-    tensors |= {f"random/{name}": value for name, value in random_tensors.items()}
+    # Every process has its own random state; all else is equal in all.
+    accelerator, states, running = trainer.accelerator, [random_state()], trainer.running
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        states, running = gather_object(states), accelerator.reduce(running, "mean")
+    tensors |= {f"running/{name}": value for name, value in running.items()}
+    for rank, (random_tensors, _) in enumerate(states):
+        tensors |= {f"random/{rank}/{name}": value for name, value in random_tensors.items()}
     tensors["random/evolution"] = trainer.generator.get_state()
-    scaler = trainer.accelerator.scaler
+    scaler = accelerator.scaler
     return tensors, {
         "generation": trainer.generation,
         "step": trainer.step,
@@ -53,10 +59,9 @@ def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
         "born": trainer.born,
         "optimizer": steps,
         "schedule": None if trainer.scheduler is None else trainer.scheduler.last_epoch,
-        "rates": [group["lr"] for group in trainer.optimizer.param_groups],
         "streams": {name: stream.state() for name, stream in trainer.streams.items()},
         "scaler": None if scaler is None else scaler.state_dict(),
-        "random": random_rest,
+        "random": [rest for _, rest in states],
     }
 
 
@@ -97,10 +102,11 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
         found |= _under(document["optimizer"], f"{number}/")
         if found:
             inner.state[parameter] = found
-    for group, rate in zip(trainer.optimizer.param_groups, document["rates"], strict=True):
-        group["lr"] = rate
     if trainer.scheduler is not None:
         trainer.scheduler.last_epoch = document["schedule"]
+        steps = zip(inner.param_groups, trainer.scheduler.base_lrs, trainer.scheduler.lr_lambdas, strict=True)
+        for group, rate, factor in steps:
+            group["lr"] = rate * factor(document["schedule"])
     if document["scaler"] is not None and trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(document["scaler"])
     trainer.running = {n: t.to(trainer.accelerator.device) for n, t in _under(tensors, "running/").items()}
@@ -109,7 +115,9 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
     for name, place in document["streams"].items():
         trainer.streams[name].seek(**place)
     trainer.generator.set_state(tensors["random/evolution"])
-    set_random_state(_under(tensors, "random/"), document["random"])
+    rank = trainer.accelerator.process_index
+    rank = rank if rank < len(document["random"]) else 0  # there may be more processes now
+    set_random_state(_under(tensors, f"random/{rank}/"), document["random"][rank])
 
 
 def _under(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -57,7 +57,8 @@ class Evolution(Strict):
         codes: what a location has of its own: a trained `contexts` of c coefficients; `ones`, nothing, so that
             blocks are hypermodules of one basis block as they are (c = 0); `diagonals`, such a block plus a
             diagonal (parallel adapters).
-        change: whether the alignment evolves, is drawn anew by chance, or stays.
+        change: whether the alignment evolves (`evolve`); is drawn anew by chance for the sampled locations of every
+            generation (`random`), for comparison; or stays (`none`).
         freeze: whether hypermodules stay as they are, so that nothing but stacks and adapters is trained; with `change`
             none and `codes` ones.
         fraction: p, of the locations that are sampled for a generation.
@@ -237,8 +238,11 @@ class Training(Strict):
 
     def competes(self, generation: int) -> bool:
         """Whether alternatives compete in a generation, counted from 0."""
-        evolving = self.burn_in <= generation < self.burn_in + self.generations
-        return evolving and self.evolution.change == "evolve"
+        return self.phase(generation) == "evolution" and self.evolution.change == "evolve"
+
+    def redraws(self, generation: int) -> bool:
+        """Whether the alignment is drawn anew before a generation."""
+        return self.phase(generation) == "evolution" and self.evolution.change == "random"
 
     def hardens(self, generation: int) -> bool:
         """Whether templates are hardened before a generation."""

@@ -96,6 +96,20 @@ def conclude(bank: Bank) -> tuple[list[Resized], int]:
     return prune(bank), moved
 
 
+def redraw(bank: Bank, settings: Evolution, generator: torch.Generator) -> int:
+    """Sampled locations take any hypermodule by chance, whatever it is worth; how many changed theirs.
+
+    Nothing is removed: a hypermodule that nobody uses now may be drawn again.
+    """
+    chosen = draw_locations(bank.locations, settings.fraction, generator).to(bank.psi.device)
+    every = torch.arange(bank.hypermodules, device=bank.psi.device)
+    psi = bank.psi.clone()
+    psi[chosen] = draw_uniformly(every, len(chosen), 1, generator).squeeze(1)
+    moved = int((psi != bank.psi).sum())
+    bank.psi = psi
+    return moved
+
+
 def prune(bank: Bank) -> list[Resized]:
     """Remove the hypermodules that no location uses."""
     used, compact = torch.unique(bank.psi, return_inverse=True)
@@ -120,6 +134,28 @@ def carry(optimizer: torch.optim.Optimizer, resized: Resized) -> None:
             value[fresh] = 0
         moved[key] = value
     optimizer.state[resized.new] = moved
+
+
+@torch.no_grad()
+def inherit(optimizer: torch.optim.Optimizer, bank: Bank) -> None:
+    """Optimizer rows of contexts that challengers brought follow these into the bank, before its contest is concluded.
+
+    Adam's moments are of the steps that were taken, fewer than the bank's, so their corrections for that are exchanged.
+    """
+    contest = bank.contest
+    source = None if contest is None or contest.contexts is None else optimizer.state.get(contest.contexts)
+    target = optimizer.state.get(bank.contexts)
+    if contest is None or not source or not target:
+        return
+    places, columns = contest.winners()
+    rivals = torch.searchsorted(contest.chosen, places)
+    betas = next((g["betas"] for g in optimizer.param_groups if "betas" in g), (0.0, 0.0))
+    for key, beta in (("exp_avg", betas[0]), ("exp_avg_sq", betas[1]), ("momentum_buffer", 0.0)):
+        if isinstance(source.get(key), Tensor) and isinstance(target.get(key), Tensor):
+            factor = 1.0
+            if beta:
+                factor = (1 - beta ** float(target["step"])) / (1 - beta ** float(source["step"]))
+            target[key][places] = source[key][rivals, columns] * factor
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from surgery.training.tasks import Batch, Task
 _MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
-def explain_failure(task: Task, batch: Batch, error: Exception) -> str:
+def explain_failure(task: Task, batch: Batch, error: Exception, data: str = "data") -> str:
     """Name the task, its member and the shapes that it was given, and what can be done."""
     said = " ".join(str(error).split())[:300]
     if isinstance(error, torch.OutOfMemoryError) or any(word in said for word in _MEMORY):
@@ -22,8 +22,10 @@ def explain_failure(task: Task, batch: Batch, error: Exception) -> str:
         )
     target = batch.target
     wanted = f", target {list(target.shape)}" if isinstance(target, Tensor) else ""
+    if target is None:
+        wanted = ", without a target,"
     return (
-        f"Member '{task.member}' and the loss of task '{task.name}' must run on its data, but a batch with inputs "
+        f"Member '{task.member}' and the loss of task '{task.name}' must run on its {data}, but a batch with inputs "
         f"{_shapes(batch)}{wanted} failed with {type(error).__name__}: {said}"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -81,7 +82,7 @@ def train_recipe(
     if recipe.out is not None:
         check_target(Path(recipe.out), overwrite=overwrite)
     folder = None if recipe.out is None else run_folder(recipe.out)
-    if folder is not None and overwrite and not resume:
+    if folder is not None and overwrite and not resume and int(os.environ.get("RANK", 0)) == 0:
         shutil.rmtree(folder, ignore_errors=True)
     if joint is None:
         prepared = prepared or prepare_training(recipe, trust_remote_code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from surgery.errors import TrainingError
 from surgery.progress import task as progress_task
@@ -45,6 +49,7 @@ class Run:
         self.kept: Tensors | None = None
         self.unsaved_best = False
         self.before, self.began, self.saved = 0.0, time.monotonic(), time.monotonic()
+        self._answer: Tensor | None = None
 
     def to_the_end(self) -> TrainReport:
         """Train until all generations are done, nothing gets better, or somebody interrupts.
@@ -54,11 +59,16 @@ class Run:
         """
         trainer, config = self.trainer, self.config
         if trainer.generation == 0 and trainer.step == 0:
+            self.log.begin()
             self.log.write("start", **self._describe())
         if config.trackers:
             trainer.accelerator.init_trackers("surgery", config=_flat(config.model_dump()))
         stopped = "done"
-        with _stop_signals() as asked, progress_task("Training", config.total * config.steps) as work:
+        with (
+            _stop_signals() as asked,
+            progress_task("Training", config.total * config.steps) as work,
+            self._kept(),
+        ):
             work.advance(trainer.generation * config.steps + trainer.step)
             trainer.joint.bodies.train()
             while not trainer.done:
@@ -70,10 +80,35 @@ class Run:
                     if config.stopping.patience is not None and self.stale >= config.stopping.patience:
                         stopped = f"no better validation in {self.stale}"
                         break
-                if asked:
+                if self._agreed(bool(asked)):
+                    trainer.check()
                     self._save()
+                    trainer.accelerator.wait_for_everyone()
                     raise Interrupted
         return self._finish(stopped)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Errors say where the last good state is."""
+        try:
+            yield
+        except TrainingError as error:
+            if self.folder is None or not (self.folder / STATE).exists():
+                raise
+            raise TrainingError(
+                f"{error} The last good state is kept in {self.folder}: go on from it with resume (--resume auto); "
+                "learning rates and clipping may change."
+            ) from error
+
+    def _agreed(self, asked: bool) -> bool:
+        """Whether any process is asked to stop, told to all so that all save one step; of several the answer is
+        that of the step before, for which none waits."""
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return asked
+        before = self._answer
+        self._answer = accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum")
+        return before is not None and bool(before.item() > 0)
 
     # -- after a generation --------------------------------------------------------------------------------
 
@@ -115,7 +150,7 @@ class Run:
             + (f"{sum(sizes.values())} hypermodules, {trainer.moved:.0%} moved, " if sizes else "")
             + f"{now / max(whole, 1):.0%} of the numbers"
         )
-        if last or time.monotonic() - self.saved >= config.save_seconds:
+        if last or self._due():
             self._save()
 
     def _judge(self, generation: int, scores: Mapping[str, Score], losses: Mapping[str, float]) -> None:
@@ -123,6 +158,12 @@ class Run:
         measured = {name: score.loss for name, score in scores.items() if score.loss is not None}
         found = {task.name: measured.get(task.name, losses[task.name]) for task in self.trainer.tasks}
         for name, value in found.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"The loss of task '{name}' on held-out data must be finite, found {value} after generation "
+                    f"{generation + 1}: look at these data, lower the learning rate, or clip gradients "
+                    "(train.optimizer.clip)."
+                )
             self.first.setdefault(name, max(abs(value), 1e-12))
         score = sum(self.trainer.weights[name] * value / self.first[name] for name, value in found.items())
         if score < self.best_score:
@@ -142,6 +183,14 @@ class Run:
 
     # -- saving --------------------------------------------------------------------------------------------
 
+    def _due(self) -> bool:
+        """Whether it is time to save, by the first process's clock."""
+        accelerator = self.trainer.accelerator
+        due = accelerator.is_main_process and time.monotonic() - self.saved >= self.config.save_seconds
+        if accelerator.num_processes == 1:
+            return due
+        return bool(accelerator.reduce(torch.tensor(float(due), device=accelerator.device), "sum") > 0)
+
     @property
     def seconds(self) -> float:
         """Since the run began, before it was resumed too."""
@@ -152,16 +201,12 @@ class Run:
         if self.folder is None:
             return
         tensors, document = pack(self.trainer)
-        rank = self.trainer.accelerator.process_index
         if self.trainer.accelerator.is_main_process:
             if self.unsaved_best and self.kept is not None:
                 write_state(self.folder / BEST, self.kept, {"generation": self.best})
             keep = {"best": self.best, "score": self.best_score, "stale": self.stale, "first": self.first}
-            document = {**document, "keep": keep, "plan": self.fingerprint, "seconds": self.seconds}
+            document = {**document, "keep": keep, "plan": self.plan, "seconds": self.seconds}
             write_state(self.folder / STATE, tensors, document)
-        else:  # every process has its own random state and sums of losses; all else is equal in all
-            own = {name: t for name, t in tensors.items() if name.startswith(("random/", "running/"))}
-            write_state(self.folder / f"rank{rank}.safetensors", own, {"random": document["random"]})
         self.unsaved_best = False
 
     def resume(self) -> None:
@@ -169,16 +214,21 @@ class Run:
         if self.folder is None or not (self.folder / STATE).exists():
             return
         tensors, document = read_state(self.folder / STATE)
-        if document.get("plan") != self.fingerprint:
+        told = document.get("plan")
+        if told != self.plan:
+            before = _flat(told) if isinstance(told, dict) else {}
+            changed = [
+                f"{name} was {before.get(name)} and is {value}"
+                if name != "blocks"
+                else "members or blocks are others"
+                for name, value in _flat(self.plan).items()
+                if value != before.get(name)
+            ]
             raise TrainingError(
                 f"The checkpoint in {self.folder} must be of the same members, tasks, settings and seed, but it "
-                "belongs to another plan: choose another --out, or delete it."
+                f"belongs to another plan ({'; '.join(changed)}): run with what it was begun with, choose another "
+                "--out, or delete it."
             )
-        rank = self.trainer.accelerator.process_index
-        own = self.folder / f"rank{rank}.safetensors"
-        if rank and own.exists():
-            more, other = read_state(own)
-            tensors, document = {**tensors, **more}, {**document, **other}
         unpack(self.trainer, tensors, document)
         keep = document["keep"]
         self.best, self.best_score, self.stale = keep["best"], keep["score"], keep["stale"]
@@ -188,18 +238,23 @@ class Run:
         self.log.cut(self.trainer.generation)
 
     @property
-    def fingerprint(self) -> str:
-        """Of all that a state must agree with: where blocks lie, tasks, settings and seed."""
-        joint = self.trainer.joint
-        parts = {
-            "placements": [
-                (p.site.member, p.site.name, p.bank, str(p.grid), p.start) for p in joint.plan.placements
-            ],
-            "tasks": [(task.name, task.member, *_told(task)) for task in self.trainer.tasks],
-            "config": self.config.model_dump(mode="json", exclude={"save_seconds", "trackers"}),
+    def plan(self) -> dict[str, Any]:
+        """All that a state must agree with: where blocks lie, tasks, settings and seed.
+
+        Learning rates and clipping may change, for a run whose loss was no longer finite.
+        """
+        placements = [
+            (p.site.member, p.site.name, p.bank, str(p.grid), p.start)
+            for p in self.trainer.joint.plan.placements
+        ]
+        free = {"save_seconds": True, "trackers": True, "optimizer": {"lr", "soft_lr", "clip"}}
+        return {
+            "blocks": hashlib.sha256(json.dumps(placements).encode()).hexdigest(),
+            "tasks": ", ".join(f"{task.name} of {task.member}" for task in self.trainer.tasks),
+            "losses": [_told(task) for task in self.trainer.tasks],
             "seed": self.seed,
+            "train": self.config.model_dump(mode="json", exclude=free),
         }
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     # -- the end -------------------------------------------------------------------------------------------
 
@@ -294,9 +349,9 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _told(task: Task) -> tuple[Any, Any]:
+def _told(task: Task) -> list[Any]:
     """A task's loss, where it has a name, and what it is compared with: the state of one loss is none of another."""
-    return None if callable(task.loss) else task.loss, adapted_of(task)
+    return [None if callable(task.loss) else task.loss, adapted_of(task)]
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

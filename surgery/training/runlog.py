@@ -25,6 +25,11 @@ class RunLog:
     def __init__(self, folder: Path | None):
         self.path = None if folder is None else folder / NAME
 
+    def begin(self) -> None:
+        """Take away what an earlier run wrote that ended before it saved a state."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
     def write(self, event: str, **fields: Any) -> None:
         """Append a line."""
         if self.path is not None:

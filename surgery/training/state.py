@@ -25,7 +25,7 @@ from surgery.errors import TrainingError
 from surgery.joint import JointModel
 from surgery.slots import locate
 
-VERSION = 1
+VERSION = 2
 Tensors = dict[str, Tensor]
 
 

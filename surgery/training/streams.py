@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.errors import PlanError
+from surgery.errors import PlanError, TrainingError
+from surgery.origins.base import one_line
 from surgery.training.tasks import Batch, Place, as_batch
 
 _EPOCHS = 1 << 20  # more than any run has; keeps the seeds of two tasks apart
@@ -102,11 +103,15 @@ class Stream:
             raw = self._pull()
             if raw is None:
                 raise PlanError(
-                    f"The data of task '{self.name}' must yield batches in every epoch, but epoch {self.epoch} "
+                    f"The data of task '{self.name}' must yield batches in every epoch, but epoch {self.epoch + 1} "
                     "had none: give a list, a DataLoader or another object that can be iterated over again."
                 )
         self.position += 1
-        return share(as_batch(raw), self.rank, self.world)
+        try:
+            batch = as_batch(raw)
+        except PlanError as error:
+            raise PlanError(f"Task '{self.name}': {error}") from error
+        return share(batch, self.rank, self.world)
 
     def state(self) -> dict[str, int]:
         """Where the stream is."""
@@ -119,6 +124,15 @@ class Stream:
             self.position += 1
 
     def _pull(self) -> Any:
+        try:
+            return self._read()
+        except Exception as error:  # of a data set of the user's own
+            raise TrainingError(
+                f"The data of task '{self.name}' must yield batches, but batch {self.position + 1} of epoch "
+                f"{self.epoch + 1} raised {one_line(error)}"
+            ) from error
+
+    def _read(self) -> Any:
         if self._iterator is not None:
             return next(self._iterator, None)
         if hasattr(self.data, "set_epoch"):

@@ -102,8 +102,9 @@ def as_batch(raw: Any) -> Batch:
         return Batch(tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,), {}, target)
     if isinstance(raw, (tuple, list)) and len(raw) == 1:
         return as_batch(raw[0])
+    several = f" of {len(raw)}" if isinstance(raw, (tuple, list)) else ""
     raise PlanError(
-        f"A task's data must yield (inputs, target) pairs, dicts or tensors, found {type(raw).__name__}."
+        f"A task's data must yield (inputs, target) pairs, dicts or tensors, found a {type(raw).__name__}{several}."
     )
 
 

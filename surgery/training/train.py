@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from surgery.errors import PlanError
 from surgery.joint import JointModel
@@ -73,7 +76,7 @@ def train(
         raise PlanError("Trackers write to a folder: give train(..., folder=...).")
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
-        cpu=cpu,
+        cpu=cpu or _launched_without_accelerator(),
         mixed_precision=None if settings.precision == "no" else settings.precision,  # None: as launched
         log_with=list(settings.trackers) or None,
         project_dir=None if place is None else str(place),
@@ -94,7 +97,8 @@ def train(
             run.resume()
         elif place is not None and (place / STATE).exists() and accelerator.is_main_process:
             raise PlanError(
-                f"{place} holds the state of a training run: go on with it (resume), or choose another folder."
+                f"{place} holds the state of a training run: go on with it (resume=True, on the command line "
+                "--resume auto), or choose another folder."
             )
         return run.to_the_end()
 
@@ -140,6 +144,11 @@ def _check(joint: JointModel, tasks: Sequence[Task]) -> None:
         bad = ["there is no task"]
     if bad:
         raise PlanError(f"Training needs tasks that fit the joint model; found: {'; '.join(bad)}.")
+
+
+def _launched_without_accelerator() -> bool:
+    """Whether several processes were started where there is no accelerator: accelerate would not join them unasked."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
 
 
 def _check_processes(accelerator: Any) -> None:

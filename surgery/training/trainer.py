@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery.contest import Contest
-from surgery.errors import TrainingError
+from surgery.errors import SurgeryError, TrainingError
 from surgery.joint import JointModel
 from surgery.training.config import Training
-from surgery.training.evolution import Resized, carry, conclude, contend
+from surgery.training.evolution import Resized, carry, conclude, contend, inherit, redraw
 from surgery.training.explain import explain_failure
 from surgery.training.mixing import harden_stacks, penalty
 from surgery.training.optimizers import make_optimizer, make_scheduler, plain
@@ -97,6 +97,8 @@ class Trainer:
             self.harden()
         if self.step == 0 and self.config.competes(self.generation):
             self.contend()
+        if self.step == 0 and self.config.redraws(self.generation):
+            self.redraw()
         self.train_step()
         self.step += 1
         if self.step == self.config.steps:
@@ -118,8 +120,7 @@ class Trainer:
         if (extra := penalty(self.joint, self.config.templates)) is not None:
             self._backward(extra)
         self._reduce()
-        for name, value in parts.items():
-            self.running[name] = self.running[name] + value if name in self.running else value
+        self._add(parts)
         if self.config.optimizer.clip is not None:
             self.accelerator.clip_grad_norm_(self.parameters(), self.config.optimizer.clip)
         optimizer = plain(self.optimizer) if self._direct else self.optimizer
@@ -134,23 +135,45 @@ class Trainer:
             with self.accelerator.autocast():
                 output = self.joint[task.member](*batch.args, **batch.kwargs)
                 loss = self.losses[task.name](output, batch)
-            # Elsewhere this would wait for the device; there the generation's sums tell.
-            if loss.device.type == "cpu" and not math.isfinite(loss.detach()):
+            # Elsewhere this would wait for the device, or other processes for this one; the generation's sums tell.
+            prompt = loss.device.type == "cpu" and self.accelerator.num_processes == 1
+            if prompt and not math.isfinite(loss.detach()):
                 raise TrainingError(self._not_finite({task.name: float(loss.detach())}))
             self._backward(loss * weight)
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        except SurgeryError:
+            raise
+        except Exception as error:  # of the member or of a loss of the user's own
             raise TrainingError(explain_failure(task, batch, error)) from error
         return loss
+
+    def _add(self, parts: Mapping[str, Tensor]) -> None:
+        """Add a step's losses to the generation's; after one that is not finite none, so that it names its task."""
+        before = self.running
+        if not before:
+            self.running = dict(parts)
+            return
+        good = torch.stack(list(before.values())).sum().isfinite()
+        self.running = {name: before[name] + torch.where(good, value, 0) for name, value in parts.items()}
 
     def _not_finite(self, losses: Mapping[str, float]) -> str:
         return (
             f"The loss of task {', '.join(losses)} must be finite, found "
-            f"{', '.join(map(str, losses.values()))} in generation {self.generation}: lower the learning rate, "
+            f"{', '.join(map(str, losses.values()))} in generation {self.generation + 1}: lower the learning rate, "
             "clip gradients (train.optimizer.clip), or look at its data."
         )
 
     def losses_so_far(self) -> dict[str, float]:
         """Each task's mean loss over the steps since the last call.
+
+        Raises:
+            TrainingError: naming the tasks whose loss is not finite.
+        """
+        found = self.check()
+        self.running.clear()
+        return found
+
+    def check(self) -> dict[str, float]:
+        """The same, and the steps go on counting.
 
         Raises:
             TrainingError: naming the tasks whose loss is not finite.
@@ -161,7 +184,6 @@ class Trainer:
         if names:
             sums = self.accelerator.reduce(sums, "mean")
         found = {name: float(value) / steps for name, value in zip(names, sums.tolist(), strict=True)}
-        self.running.clear()
         if bad := {name: value for name, value in found.items() if not math.isfinite(value)}:
             raise TrainingError(self._not_finite(bad))
         return found
@@ -186,16 +208,25 @@ class Trainer:
 
     def conclude(self) -> None:
         """Decide every contest; unused hypermodules and their optimizer rows go."""
+        if self.config.redraws(self.generation):
+            return
         changed, locations = 0, 0
         for key, bank in self.evolving.items():
             contest = bank.contest
             if contest is None:
                 continue
+            inherit(plain(self.optimizer), bank)
             resized, moved = conclude(bank)
             self._drop([contest.soft, contest.contexts])
             self._follow(key, resized)
             changed, locations = changed + moved, locations + bank.locations
         self.moved = changed / locations if locations else 0.0
+
+    def redraw(self) -> None:
+        """A new alignment by chance, to compare evolution with."""
+        banks = self.evolving.values()
+        changed = sum(redraw(bank, self.config.evolution, self.generator) for bank in banks)
+        self.moved = changed / max(sum(bank.locations for bank in banks), 1)
 
     def harden(self) -> None:
         """From here on every layer of a stack takes one template, and mixtures are trained no more."""

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.errors import PlanError
+from surgery.errors import PlanError, SurgeryError, TrainingError
 from surgery.joint import JointModel
+from surgery.training.explain import explain_failure
 from surgery.training.losses import needs_targets
 from surgery.training.metrics import Meter
 from surgery.training.streams import seeded
@@ -56,6 +57,7 @@ def evaluate(
 
     Raises:
         PlanError: where a task's data yield nothing.
+        TrainingError: where a member, loss or metric cannot take them.
     """
     modes = [(module, module.training) for module in joint.bodies.modules()]
     joint.bodies.eval()
@@ -75,12 +77,17 @@ def _evaluate(joint: JointModel, task: Task, data: Iterable[Any], loss: Loss | N
     with seeded(seed):
         for raw in data:
             batch = as_batch(raw).map(lambda tensor: tensor.to(device))
-            output = module(*batch.args, **batch.kwargs)
             size = max(batch.size, 1)
-            if loss is not None and (batch.target is not None or not needs_targets(task.loss)):
-                found = loss(output, batch).float() * size
-                total = found if total is None else total + found
-            meter.update(output, batch)
+            try:
+                output = module(*batch.args, **batch.kwargs)
+                if loss is not None and (batch.target is not None or not needs_targets(task.loss)):
+                    found = loss(output, batch).float() * size
+                    total = found if total is None else total + found
+                meter.update(output, batch)
+            except SurgeryError:
+                raise
+            except Exception as error:  # of the member, a loss or a metric of the user's own
+                raise TrainingError(explain_failure(task, batch, error, "held-out data")) from error
             examples += size
     if not examples:
         raise PlanError(

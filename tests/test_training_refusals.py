@@ -1,0 +1,103 @@
+"""What a run refuses while it trains: data, losses and settings that do not fit, each said with what to do."""
+
+import signal
+
+import pytest
+import torch
+from training_nets import CONFIG, build, tasks
+
+from surgery.errors import PlanError, TrainingError
+from surgery.training.run import STATE, Interrupted
+from surgery.training.runlog import read_log
+from surgery.training.tasks import Task
+from surgery.training.train import train
+from surgery.training.trainer import Trainer
+
+SHORT = {"steps": 2, "generations": 2, "save_seconds": 0}
+X, LABEL = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(8, dtype=torch.long)
+GOOD = [(X, LABEL)]
+
+
+class Raising:
+    """Data whose second batch cannot be read."""
+
+    def __iter__(self):
+        yield X, LABEL
+        raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (Raising(), r"data of task 'classes'.*batch 2 of epoch 1 raised OSError: the disk is gone"),
+        ([X], r"task 'classes'.*\[8, 4\], without a target,.*AttributeError"),
+        ([(X, LABEL, 3)], r"Task 'classes'.*found a tuple of 3"),
+    ],
+)
+def test_data_that_cannot_be_used_are_an_error_that_names_their_task(data, said):
+    with pytest.raises((TrainingError, PlanError), match=said):
+        train(build(), [Task("classes", "a", data)], SHORT, cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        ([(torch.zeros(3, 5), LABEL[:3])], r"'classes'.*held-out data.*\[3, 5\].*mat1 and mat2"),
+        (
+            [(X * float("nan"), LABEL)],
+            r"'classes' on held-out data must be finite, found nan after generation 1",
+        ),
+    ],
+)
+def test_held_out_data_that_do_not_fit_are_named(held, said):
+    with pytest.raises(TrainingError, match=said):
+        train(build(), [Task("classes", "a", GOOD, validation=held)], SHORT, cpu=True)
+
+
+def test_of_several_tasks_the_first_whose_loss_is_not_finite_is_named():
+    """Where a loss is not looked at in each step, the others' are not finite soon either."""
+    trainer = Trainer.__new__(Trainer)
+    trainer.running = {}
+    good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
+    for one, other in ((good, good), (good, bad), (bad, bad)):
+        trainer._add({"one": one, "other": other})
+    assert trainer.running["one"] == 2 and trainer.running["other"].isnan()
+
+
+def interrupted(folder, monkeypatch, config):
+    """The state of a run that was stopped in its first step."""
+    plain = Trainer.train_step
+
+    def stop(self):
+        signal.raise_signal(signal.SIGINT)
+        plain(self)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Trainer, "train_step", stop)
+        train(build(), tasks(), config, folder=folder, cpu=True)
+
+
+def test_a_state_of_other_settings_is_refused_with_what_differs(tmp_path, monkeypatch):
+    interrupted(tmp_path, monkeypatch, CONFIG)
+    with pytest.raises(
+        TrainingError, match=r"\(train\.steps was 7 and is 9; train\.generations was 4 and is 2\)"
+    ):
+        other = {**CONFIG, "steps": 9, "generations": 2}
+        train(build(), tasks(), other, folder=tmp_path, resume=True, cpu=True)
+
+
+def test_learning_rates_may_change_where_a_run_goes_on(tmp_path, monkeypatch):
+    interrupted(tmp_path, monkeypatch, CONFIG)
+    slower = {**CONFIG, "optimizer": {**CONFIG["optimizer"], "lr": 1e-30, "soft_lr": 1e-30}}
+    joint = build()
+    before = joint.collapse()["a"]["3.weight"].clone()
+    assert train(joint, tasks(), slower, folder=tmp_path, resume=True, cpu=True).generations == 6
+    torch.testing.assert_close(joint.collapse()["a"]["3.weight"], before, rtol=0.1, atol=0.05)
+
+
+def test_a_run_that_failed_before_its_first_state_leaves_nothing_in_the_next_ones_log(tmp_path):
+    with pytest.raises(TrainingError):
+        train(build(), [Task("classes", "a", Raising())], SHORT, folder=tmp_path, cpu=True)
+    assert not (tmp_path / STATE).exists()
+    train(build(), [Task("classes", "a", GOOD)], SHORT, folder=tmp_path, cpu=True)
+    assert [line["event"] for line in read_log(tmp_path / "log.jsonl")].count("start") == 1
