@@ -69,7 +69,7 @@ class Run:
                     if config.stopping.patience is not None and self.stale >= config.stopping.patience:
                         stopped = f"no better validation in {self.stale}"
                         break
-                if asked:
+                if trainer.processes.agree(bool(asked)):
                     self._save()
                     raise Interrupted
         return self._finish(stopped)
@@ -114,7 +114,7 @@ class Run:
             + (f"{sum(sizes.values())} hypermodules, {trainer.moved:.0%} moved, " if sizes else "")
             + f"{now / max(whole, 1):.0%} of the numbers"
         )
-        if last or time.monotonic() - self.saved >= config.save_seconds:
+        if trainer.processes.agree(last or time.monotonic() - self.saved >= config.save_seconds):
             self._save()
 
     def _judge(self, generation: int, scores: Mapping[str, Score], losses: Mapping[str, float]) -> None:
@@ -126,7 +126,7 @@ class Run:
         for name, value in found.items():
             self.first.setdefault(name, max(abs(value), 1e-12))
         score = sum(self.trainer.weights[name] * value / self.first[name] for name, value in found.items())
-        if score < self.best_score:
+        if self.trainer.processes.agree(score < self.best_score):
             self.best_score, self.best, self.stale = score, generation, 0
             if self.config.stopping.keep == "best":
                 self.kept, self.unsaved_best = snapshot(self.trainer.joint), True
@@ -153,10 +153,13 @@ class Run:
         if self.folder is None:
             return
         tensors, document = pack(self.trainer)
+        kept = None
+        if self.unsaved_best and self.kept is not None:
+            kept = self.trainer.processes.whole(self.kept)
         rank = self.trainer.accelerator.process_index
         if self.trainer.accelerator.is_main_process:
-            if self.unsaved_best and self.kept is not None:
-                write_state(self.folder / BEST, self.kept, {"generation": self.best})
+            if kept is not None:
+                write_state(self.folder / BEST, kept, {"generation": self.best})
             keep = {"best": self.best, "score": self.best_score, "stale": self.stale, "first": self.first}
             document = {**document, "keep": keep, "plan": self.fingerprint, "seconds": self.seconds}
             write_state(self.folder / STATE, tensors, document)
@@ -185,7 +188,7 @@ class Run:
         self.best, self.best_score, self.stale = keep["best"], keep["score"], keep["stale"]
         self.first, self.before = dict(keep["first"]), document["seconds"]
         if (self.folder / BEST).exists():
-            self.kept = read_state(self.folder / BEST)[0]
+            self.kept = self.trainer.processes.own(read_state(self.folder / BEST)[0])
         self.log.cut(self.trainer.generation)
 
     @property
@@ -214,6 +217,7 @@ class Run:
         joint.refresh()
         scores = evaluate(joint, trainer.tasks, trainer.losses, seed=self.seed)
         tests = evaluate(joint, trainer.tasks, trainer.losses, "test", self.seed)
+        joint = trainer.joint = trainer.processes.gathered(joint)
         report = TrainReport(
             generations=trainer.generation,
             best=best,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from surgery.errors import PlanError
 from surgery.joint import JointModel
 from surgery.selectors import share_selectors
 from surgery.training.config import Training
+from surgery.training.fsdp import check_members, read_sharding, wants_checkpointing
 from surgery.training.report import TrainReport
 from surgery.training.run import STATE, Run
+from surgery.training.sharded import ShardedModel
+from surgery.training.sharded_processes import ShardedProcesses
 from surgery.training.sharing_adapters import share_adapters
 from surgery.training.starts import start
 from surgery.training.tasks import Task
@@ -77,17 +81,27 @@ def train(
         log_with=list(settings.trackers) or None,
         project_dir=None if place is None else str(place),
     )
-    _check_processes(accelerator)
+    sharding = read_sharding(accelerator, settings)
     set_seed(seed)
-    joint.to(accelerator.device)
-    losses = losses_of(joint, tasks)  # distillation is from the members as they were given
+    if sharding is None:
+        joint.to(accelerator.device)
+        losses = losses_of(joint, tasks)  # distillation is from the members as they were given
+    else:
+        check_members(joint, sharding)
+        joint.to("cpu")  # a device has no room for all of it
+        losses = losses_of(joint, tasks, partial(sharding.apply, "original"))
     start(joint, settings.evolution, seed, settings.templates)
     names = {name: [key for key, _ in joint[name].named_parameters()] for name in joint.names}
     share_adapters(joint, share_selectors(settings.share, names, "train.share"))
     freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
     _prepare_members(joint, settings)
-    trainer = Trainer(joint, tasks, settings, seed, accelerator, losses)
-    trainer.optimizer = accelerator.prepare(trainer.optimizer)
+    if sharding is None:
+        trainer = Trainer(joint, tasks, settings, seed, accelerator, losses)
+        trainer.optimizer = accelerator.prepare(trainer.optimizer)
+    else:
+        model = ShardedModel(joint, sharding)
+        processes = ShardedProcesses(accelerator, model)
+        trainer = Trainer(model, tasks, settings, seed, accelerator, losses, processes)
     run = Run(trainer, settings, seed, place)
     if resume:
         run.resume()
@@ -151,25 +165,10 @@ def _check(joint: JointModel, tasks: Sequence[Task]) -> None:
         raise PlanError(f"Training needs tasks that fit the joint model; found: {'; '.join(bad)}.")
 
 
-def _check_processes(accelerator: Any) -> None:
-    """Refuse ways of splitting a model over processes that generated weights cannot take.
-
-    Raises:
-        PlanError: naming the way that accelerate was told to take.
-    """
-    way = accelerator.distributed_type.value
-    if way in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
-        raise PlanError(
-            f"Joint training needs every process to hold all members, but accelerate is configured for {way}: weights "
-            "are generated from one dictionary before each step, which no process has whole then. Use plain "
-            "multi-processing (accelerate config, or accelerate launch --multi_gpu)."
-        )
-
-
 def _prepare_members(joint: JointModel, settings: Training) -> None:
     for name in joint.names:
         module = joint[name]
-        if settings.checkpointing:
+        if settings.checkpointing or wants_checkpointing():
             enable = getattr(module, "gradient_checkpointing_enable", None) or getattr(
                 module, "set_grad_checkpointing", None
             )

@@ -8,7 +8,7 @@ the CPU and from parameters that are equal in all processes, so every process ta
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from surgery.training.explain import explain_failure
 from surgery.training.losses import loss_of
 from surgery.training.mixing import harden_stacks, penalty
 from surgery.training.optimizers import make_optimizer, make_scheduler, plain
+from surgery.training.processes import Processes
 from surgery.training.starts import siblings
 from surgery.training.streams import Stream
 from surgery.training.tasks import Batch, Loss, Task
@@ -47,7 +48,9 @@ class Trainer:
         seed: int,
         accelerator: Any,
         losses: Mapping[str, Loss] | None = None,
+        processes: Processes | None = None,
     ):
+        self.processes = processes or Processes(accelerator)
         self.joint, self.tasks, self.config, self.accelerator = joint, tuple(tasks), config, accelerator
         self.generation, self.step, self.moved = 0, 0, 0.0
         self.losses = dict(losses or losses_of(joint, tasks))
@@ -117,11 +120,11 @@ class Trainer:
                     parts[task.name] = parts[task.name] + part if task.name in parts else part
         if (extra := penalty(self.joint, self.config.templates)) is not None:
             self._backward(extra)
-        self._reduce()
+        self.processes.reduce(self.parameters())
         for name, value in parts.items():
             self.running[name] = self.running[name] + value if name in self.running else value
         if self.config.optimizer.clip is not None:
-            self.accelerator.clip_grad_norm_(self.parameters(), self.config.optimizer.clip)
+            self.processes.clip(self.parameters(), self.config.optimizer.clip)
         optimizer = plain(self.optimizer) if self._direct else self.optimizer
         optimizer.step()
         if self.scheduler is not None:
@@ -252,28 +255,27 @@ class Trainer:
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.accelerator.device, non_blocking=True)
 
-    def _reduce(self) -> None:
-        """Average gradients over the processes, all of them in one call."""
-        if self.accelerator.num_processes == 1:
-            return
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        flat = torch.cat([g.reshape(-1).float() for g in gradients])
-        flat = self.accelerator.reduce(flat, "mean")
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
 
-
-def losses_of(joint: JointModel, tasks: Sequence[Task]) -> dict[str, Loss]:
+def losses_of(
+    joint: JointModel, tasks: Sequence[Task], place: Callable[[nn.Module], nn.Module] | None = None
+) -> dict[str, Loss]:
     """Every task's loss; what is distilled are the members as they are now, each copied once and frozen.
 
     A start may change what members are, where templates are fewer than layers or blocks share by order, so this comes
     before it.
+
+    Args:
+        joint: before its start.
+        tasks: to be trained.
+        place: what puts such a copy where it is to run.
     """
     made: dict[str, nn.Module] = {}
 
     def original(member: str) -> nn.Module:
         if member not in made:
             made[member] = joint.extract(member).eval().requires_grad_(False)
+            if place is not None:
+                made[member] = place(made[member])
         return made[member]
 
     return {task.name: loss_of(task.loss, partial(original, task.member)) for task in tasks}
