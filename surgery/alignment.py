@@ -153,7 +153,7 @@ def fit_contexts(
     used, place = torch.unique(hypermodules, return_inverse=True)
     basis = rows[used]
     gram = _sum(basis @ basis.mT, total)  # [U, c, c]
-    scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(rows.dtype).tiny)
+    scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(1e-30)  # invertible where all is 0
     gram = gram + torch.diag_embed((ridge * scale)[:, None].expand(gram.shape[:2]))
     inverse = torch.linalg.inv(gram)
     step = max(1, _CHUNK // max(1, place.shape[1] * basis[0].numel()))
@@ -319,7 +319,7 @@ def draw_by_explanation(
         share = explained_pairs(pairs, known, total).view(first.shape).pow(power).clamp_min(1e-12)
         weight = torch.cat([share.masked_fill(first < 0, 0.0), weight], 1)
         names = torch.cat([first.clamp_min(0), names], 1)
-    total = weight.cumsum(1)
-    level = torch.rand(len(blocks), challengers, generator=generator).to(weight) * total[:, -1:]
-    picked = torch.searchsorted(total, level, right=True).clamp_max(names.shape[1] - 1)
+    sums = weight.cumsum(1)
+    level = torch.rand(len(blocks), challengers, generator=generator).to(weight) * sums[:, -1:]
+    picked = torch.searchsorted(sums, level, right=True).clamp_max(names.shape[1] - 1)
     return names.gather(1, picked)

@@ -93,9 +93,7 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
     inner = plain(trainer.optimizer)
     for number, parameter in enumerate(trainer.parameters()):
         found: dict[str, Any] = {
-            name: processes.own_state(parameter, value).to(
-                parameter.device if value.ndim else value.device, copy=True
-            )
+            name: processes.own_state(parameter, value).to(parameter.device, copy=True)
             for name, value in _under(tensors, f"optimizer/{number}/").items()
         }
         found |= _under(document["optimizer"], f"{number}/")

@@ -156,7 +156,7 @@ def _draw(
         return draw_uniformly(every, count, challengers, generator)
     first = None
     if siblings is not None and settings.siblings:
-        places = siblings[chosen]
+        places = siblings.to(chosen.device)[chosen]
         first = torch.where(places >= 0, bank.psi[places.clamp_min(0)], -1)
     with torch.no_grad():
         blocks = bank.blocks()[chosen]

@@ -56,22 +56,25 @@ class Sharding:
         Raises:
             PlanError: where PyTorch cannot shard the module.
         """
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         kept = {*whole, *uncut(module)}
         for parameter in kept:
             parameter.data = parameter.data.to(self.device)
         learns = any(p.requires_grad for p in module.parameters())
+        # Gradients of members in half precision are added up in full.
+        half = any(p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
+        common: dict[str, Any] = {
+            "mesh": self.mesh,
+            "ignored_params": kept,
+            "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None),
+        }
         try:
             for unit in self.units(module):
                 if not set(unit.parameters()) <= kept:
-                    fully_shard(
-                        unit, mesh=self.mesh, reshard_after_forward=self.reshard, ignored_params=set(kept)
-                    )
+                    fully_shard(unit, reshard_after_forward=self.reshard, **common)
             # What is left is needed again as soon as the backward pass begins; a frozen module has none.
-            fully_shard(
-                module, mesh=self.mesh, reshard_after_forward=None if learns else True, ignored_params=kept
-            )
+            fully_shard(module, reshard_after_forward=None if learns else True, **common)
         except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
             raise PlanError(
                 f"Under FSDP every member's layers must be such that PyTorch's fully_shard takes them, but for "

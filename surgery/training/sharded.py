@@ -14,16 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from math import isclose
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from surgery.columns import Columns
 from surgery.dictionary import Bank
 from surgery.errors import PlanError
 from surgery.generation import Weights, to_blocks, to_weight
-from surgery.hooks import Enter, release
+from surgery.hooks import Enter, Leave, release
 from surgery.joint import JointModel
 from surgery.plan import Placement
 from surgery.slots import locate, put_back, put_in, reorder
@@ -90,6 +92,7 @@ class ShardedModel(JointModel):
             self.sharding.apply(name, module, shared & set(module.parameters()))
             # Before FSDP's own hook gathers weights, they must be what the dictionary says.
             module.register_forward_pre_hook(Enter(self, name, ""), prepend=True)
+            module.register_forward_hook(Leave(self, name, ""), always_call=True)
         self._sites = {
             (p.site.member, p.site.name): getattr(*locate(self[p.site.member], p.site.owners[0]))
             for p in self.plan.placements
@@ -143,6 +146,11 @@ class ShardedModel(JointModel):
             self.refresh()
         return True
 
+    def leave(self, name: str, path: str) -> None:
+        """After a member ran outside of a step: give up what its forward pass gathered."""
+        if not self._in_step:
+            _reshard(self[name])
+
     @contextmanager
     def step(self) -> Iterator[Weights]:
         """As in `JointModel`; afterwards all gradients are those of the mean over the processes."""
@@ -155,6 +163,7 @@ class ShardedModel(JointModel):
         finally:
             self._in_step = False
             self._filled.clear()
+            _reshard(self.bodies)
 
     def _generate(self) -> dict[str, Any]:
         """Fill all sites; of each bank the edge of the graph at which its blocks' gradients enter."""
@@ -263,16 +272,26 @@ class ShardedModel(JointModel):
         return self  # it is on its device, and of the dtypes that it was made of
 
 
+def _reshard(module: nn.Module) -> None:
+    """Leave every process with its own part alone: without a backward pass FSDP keeps a root's weights gathered, and
+    what is gathered does not follow the dictionary.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 def _check_alike(joint: JointModel) -> None:
     """Refuse processes that did not load the same weights.
 
     Raises:
         PlanError: saying what may have kept them from it.
     """
-    sums = [joint.dictionary[key].rows.detach().double().sum() for key in joint.dictionary]
+    sizes = [torch.linalg.vector_norm(p.detach(), 1, dtype=torch.float64) for p in joint.parameters()]
     found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, [float(value) for value in sums])
-    if any(repr(each) != repr(found[0]) for each in found):
+    torch.distributed.all_gather_object(found, [float(size) for size in sizes])
+    # Machines may sum in another order.
+    if any(not isclose(a, b, rel_tol=1e-6) for each in found for a, b in zip(each, found[0], strict=True)):
         raise PlanError(
             "Under FSDP every process must load all members' weights, but they differ: set "
             "--fsdp_cpu_ram_efficient_loading false, or load members before training starts its processes."

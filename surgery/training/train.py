@@ -16,8 +16,6 @@ from surgery.training.config import Training
 from surgery.training.fsdp import check_members, read_sharding, wants_checkpointing
 from surgery.training.report import TrainReport
 from surgery.training.run import STATE, Run
-from surgery.training.sharded import ShardedModel
-from surgery.training.sharded_processes import ShardedProcesses
 from surgery.training.sharing_adapters import share_adapters
 from surgery.training.starts import start
 from surgery.training.tasks import Task
@@ -99,6 +97,9 @@ def train(
         trainer = Trainer(joint, tasks, settings, seed, accelerator, losses)
         trainer.optimizer = accelerator.prepare(trainer.optimizer)
     else:
+        from surgery.training.sharded import ShardedModel
+        from surgery.training.sharded_processes import ShardedProcesses
+
         model = ShardedModel(joint, sharding)
         processes = ShardedProcesses(accelerator, model)
         trainer = Trainer(model, tasks, settings, seed, accelerator, losses, processes)
