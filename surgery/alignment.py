@@ -10,12 +10,17 @@ nothing of a block that already does something, so it could only prune.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 POOL = 256  # hypermodules among which the best explanation of a block is looked for, unless asked otherwise
 _CHUNK = 1 << 24  # numbers in one intermediate result
+_DEPENDENT = 1e-5  # a basis block that is so much shorter without what others span adds nothing
+
+Total = Callable[[Tensor], Tensor]
+"""Adds up, where processes hold columns of blocks and rows, what each found in its own; None where one holds all."""
 
 
 def usage(psi: Tensor, hypermodules: int) -> Tensor:
@@ -130,7 +135,9 @@ def decide(candidates: Tensor, soft: Tensor) -> Tensor:
 # Pretrained weights -----------------------------------------------------------------------------------
 
 
-def fit_contexts(blocks: Tensor, rows: Tensor, hypermodules: Tensor, ridge: float = 1e-6) -> Tensor:
+def fit_contexts(
+    blocks: Tensor, rows: Tensor, hypermodules: Tensor, ridge: float = 1e-6, total: Total | None = None
+) -> Tensor:
     """Contexts with which hypermodules come nearest to blocks, by least squares.
 
     Args:
@@ -138,25 +145,28 @@ def fit_contexts(blocks: Tensor, rows: Tensor, hypermodules: Tensor, ridge: floa
         rows: `[K, c, d]`.
         hypermodules: `[N, A]`, for each block the alternatives to fit.
         ridge: relative to the largest basis block, so that dependent ones do no harm.
+        total: see `Total`.
 
     Returns:
         `[N, A, c]`.
     """
     used, place = torch.unique(hypermodules, return_inverse=True)
     basis = rows[used]
-    gram = basis @ basis.mT  # [U, c, c]
-    scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(torch.finfo(rows.dtype).tiny)
+    gram = _sum(basis @ basis.mT, total)  # [U, c, c]
+    scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1).clamp_min(1e-30)  # invertible where all is 0
     gram = gram + torch.diag_embed((ridge * scale)[:, None].expand(gram.shape[:2]))
     inverse = torch.linalg.inv(gram)
     step = max(1, _CHUNK // max(1, place.shape[1] * basis[0].numel()))
     parts = []
     for block, where in zip(blocks.split(step), place.split(step), strict=True):
-        products = torch.einsum("nacd,nd->nac", basis[where], block)
+        products = _sum(torch.einsum("nacd,nd->nac", basis[where], block), total)
         parts.append(torch.einsum("nace,nae->nac", inverse[where], products))
     return torch.cat(parts)
 
 
-def scale_contexts(contexts: Tensor, blocks: Tensor, rows: Tensor, hypermodules: Tensor) -> Tensor:
+def scale_contexts(
+    contexts: Tensor, blocks: Tensor, rows: Tensor, hypermodules: Tensor, total: Total | None = None
+) -> Tensor:
     """Contexts in their own directions, so long that each generated block has the norm of its original.
 
     Args:
@@ -164,6 +174,7 @@ def scale_contexts(contexts: Tensor, blocks: Tensor, rows: Tensor, hypermodules:
         blocks: `[N, d]`.
         rows: `[K, c, d]`.
         hypermodules: `[N, A]`.
+        total: see `Total`.
 
     Returns:
         `[N, A, c]`; unchanged where a context generates nothing.
@@ -177,22 +188,25 @@ def scale_contexts(contexts: Tensor, blocks: Tensor, rows: Tensor, hypermodules:
     parts = []
     for some in zip(contexts.split(step), blocks.split(step), hypermodules.split(step), strict=True):
         context, block, where = some
-        size = torch.einsum("nac,nacd->nad", context, rows[where]).norm(dim=2)
-        ratio = block.norm(dim=1, keepdim=True) / size
+        size = _norm(torch.einsum("nac,nacd->nad", context, rows[where]), total)
+        ratio = _norm(block, total).unsqueeze(1) / size
         parts.append(context * torch.where(size > 0, ratio, torch.ones_like(ratio)).unsqueeze(2))
     return torch.cat(parts)
 
 
-def explained(blocks: Tensor, rows: Tensor) -> Tensor:
+def explained(blocks: Tensor, rows: Tensor, total: Total | None = None) -> Tensor:
     """The share of each block's energy that each hypermodule explains with its best context.
 
     Args:
         blocks: `[N, d]`.
         rows: `[P, c, d]`.
+        total: see `Total`.
 
     Returns:
         `[N, P]`, between 0 and 1; 0 for a block that is 0.
     """
+    if total is not None:
+        return _explained_in_parts(blocks.float(), rows.float(), total)
     basis = _orthonormal(rows)
     pool, _, c = basis.shape
     flat = basis.permute(1, 0, 2).reshape(blocks.shape[1], pool * c)
@@ -202,8 +216,14 @@ def explained(blocks: Tensor, rows: Tensor) -> Tensor:
     return torch.where(energy > 0, torch.cat(parts) / energy.clamp_min(1e-38), torch.zeros_like(energy))
 
 
-def explained_pairs(blocks: Tensor, rows: Tensor) -> Tensor:
+def explained_pairs(blocks: Tensor, rows: Tensor, total: Total | None = None) -> Tensor:
     """Like `explained`, each block with one hypermodule of its own: `[N, d]`, `[N, c, d]` -> `[N]`."""
+    if total is not None:
+        blocks, rows = blocks.float(), rows.float()
+        products = total(torch.einsum("ncd,nd->nc", rows, blocks)).double()
+        found = torch.einsum("ncr,nc->nr", _whitening(rows, total), products).square().sum(1).float()
+        energy = total(blocks.square().sum(1))
+        return torch.where(energy > 0, found / energy.clamp_min(1e-38), torch.zeros_like(energy))
     basis = _orthonormal(rows)
     energy = blocks.float().square().sum(1)
     found = torch.einsum("ndc,nd->nc", basis, blocks.float()).square().sum(1)
@@ -215,8 +235,39 @@ def _orthonormal(rows: Tensor) -> Tensor:
     rows = rows.float()
     basis, triangle = torch.linalg.qr(rows.mT)
     new = triangle.diagonal(dim1=-2, dim2=-1).abs()
-    least = 1e-5 * rows.norm(dim=-1).amax(-1, keepdim=True)
+    least = _DEPENDENT * rows.norm(dim=-1).amax(-1, keepdim=True)
     return basis * (new > least).unsqueeze(-2)
+
+
+def _explained_in_parts(blocks: Tensor, rows: Tensor, total: Total) -> Tensor:
+    """`explained` from sums over columns alone: products of blocks with rows, and of rows with one another."""
+    pool, c, _ = rows.shape
+    whitening = _whitening(rows, total)
+    step = max(1, _CHUNK // (pool * c))
+    parts = []
+    for some in blocks.split(step):
+        products = total(some @ rows.flatten(0, 1).T).view(-1, pool, c).double()
+        parts.append(torch.einsum("pcr,npc->npr", whitening, products).square().sum(2).float())
+    energy = total(blocks.square().sum(1)).unsqueeze(1)
+    return torch.where(energy > 0, torch.cat(parts) / energy.clamp_min(1e-38), torch.zeros_like(energy))
+
+
+def _whitening(rows: Tensor, total: Total) -> Tensor:
+    """What makes an orthonormal basis of each hypermodule's rows, 0 for directions that add nothing: `[P, c, c]`."""
+    step = max(1, _CHUNK // max(1, rows[0].numel()))
+    gram = total(torch.cat([part @ part.mT for part in (some.double() for some in rows.split(step))]))
+    size, axes = torch.linalg.eigh(gram)
+    able = size > _DEPENDENT**2 * gram.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    return axes * torch.where(able, size.clamp_min(1e-300).rsqrt(), 0.0).unsqueeze(-2)
+
+
+def _sum(values: Tensor, total: Total | None) -> Tensor:
+    return values if total is None else total(values)
+
+
+def _norm(vectors: Tensor, total: Total | None) -> Tensor:
+    """Of the last axis."""
+    return vectors.norm(dim=-1) if total is None else total(vectors.square().sum(-1)).sqrt()
 
 
 def draw_by_explanation(
@@ -229,6 +280,7 @@ def draw_by_explanation(
     pool: int = POOL,
     power: float = 1.0,
     own: Tensor | None = None,
+    total: Total | None = None,
 ) -> Tensor:
     """Challengers with `P(H_k) ~ usage_k * explained(B_l, H_k)`: widely used, and able to do what the block does.
 
@@ -246,6 +298,7 @@ def draw_by_explanation(
         pool: how many locations' hypermodules are looked at for all, drawn uniformly; all where L is no more.
         power: exponent of the share that is explained.
         own: `[N]` the locations whose blocks these are; without it, a location's own use counts too.
+        total: see `Total`.
 
     Returns:
         `[N, lambda]`, with repetition.
@@ -256,17 +309,17 @@ def draw_by_explanation(
     chosen = psi[users]
     known, place = torch.unique(chosen, return_inverse=True)
     # A block of zeros is explained by nothing and by everything alike.
-    weight = explained(blocks, rows[known])[:, place].pow(power).clamp_min(1e-12)
+    weight = explained(blocks, rows[known], total)[:, place].pow(power).clamp_min(1e-12)
     if own is not None:
         weight = weight.masked_fill(users == own.unsqueeze(1), 0.0)
     names = chosen.expand(len(blocks), -1)
     if first is not None and first.shape[1]:
         known = rows[first.clamp_min(0)].flatten(0, 1)  # [N*F, c, d]
         pairs = blocks.repeat_interleave(first.shape[1], 0)
-        share = explained_pairs(pairs, known).view(first.shape).pow(power).clamp_min(1e-12)
+        share = explained_pairs(pairs, known, total).view(first.shape).pow(power).clamp_min(1e-12)
         weight = torch.cat([share.masked_fill(first < 0, 0.0), weight], 1)
         names = torch.cat([first.clamp_min(0), names], 1)
-    total = weight.cumsum(1)
-    level = torch.rand(len(blocks), challengers, generator=generator).to(weight) * total[:, -1:]
-    picked = torch.searchsorted(total, level, right=True).clamp_max(names.shape[1] - 1)
+    sums = weight.cumsum(1)
+    level = torch.rand(len(blocks), challengers, generator=generator).to(weight) * sums[:, -1:]
+    picked = torch.searchsorted(sums, level, right=True).clamp_max(names.shape[1] - 1)
     return names.gather(1, picked)

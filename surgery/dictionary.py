@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from surgery.columns import Columns
 from surgery.contest import Contest
 from surgery.kernel import DENSE_CODE, TransposedIndex, generate, transpose
 from surgery.sharing.names import Mixing
@@ -40,6 +41,7 @@ class Bank(nn.Module):
         mixing: how `coefficients` follow from contexts: `linear`, as they are; `softmax`, of mixtures of templates.
         diagonals: parameter `[L, min(m, n)]`, added to the blocks' own diagonals, else None.
         contest: the alternatives that compete while training decides between them, else None.
+        columns: which columns of its rows and blocks this process holds, where several share them, else None.
     """
 
     rows: nn.Parameter
@@ -55,6 +57,7 @@ class Bank(nn.Module):
         super().__init__()
         self.block, self.context, self.hypermodules = block, contexts.shape[1], hypermodules
         self.mixing: Mixing = "linear"
+        self.columns: Columns | None = None
         if rows.shape[1] != block[0] * block[1] or psi.shape[0] != contexts.shape[0]:
             raise ValueError(
                 f"rows {tuple(rows.shape)}, psi {tuple(psi.shape)}, contexts {tuple(contexts.shape)} "
@@ -77,6 +80,11 @@ class Bank(nn.Module):
     def singles(self) -> int:
         """S, the number of single rows."""
         return self.rows.shape[0] - self.hypermodules * self.context
+
+    @property
+    def width(self) -> int:
+        """Numbers in a block, those among them that other processes hold: m*n."""
+        return self.block[0] * self.block[1]
 
     @property
     def coefficients(self) -> Tensor:
@@ -114,6 +122,9 @@ class Bank(nn.Module):
     def _on_diagonals(self, blocks: Tensor, diagonals: Tensor) -> Tensor:
         m, n = self.block
         places = torch.arange(min(m, n), device=blocks.device) * (n + 1)
+        if self.columns is not None:
+            own = (places >= self.columns.first) & (places < self.columns.first + self.columns.held)
+            places, diagonals = places[own] - self.columns.first, diagonals[:, own]
         return blocks.index_add(1, places, diagonals)
 
     def _transposed(self, index: Tensor) -> TransposedIndex | None:

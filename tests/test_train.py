@@ -313,16 +313,6 @@ def test_training_a_member_moves_it_towards_its_original_by_distillation():
 # Streams ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED"])
-def test_ways_of_splitting_a_model_are_refused(way, monkeypatch):
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedType
-
-    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: DistributedType[way]))
-    with pytest.raises(PlanError, match=f"configured for {way}.*--multi_gpu"):
-        train(build(), tasks(), CONFIG, cpu=True)
-
-
 def test_a_stream_goes_on_where_it_was():
     data = Batches(torch.arange(10.0), None, 3, seed=5)
     stream = Stream("t", data, seed=1)

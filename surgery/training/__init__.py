@@ -7,6 +7,7 @@ mixing, mixture_pictures          templates while they are trained
 sharing_adapters                  what members have in common beside blocks
 transfer, trial                   a new task from templates that are there
 adaptation, features, domains     another domain from them, without labels
-stateful, processes               what losses may have: a state of their own, means over all processes
+stateful, shared_batches          what losses may have: a state of their own, means over all processes
+processes, sharded, fsdp, shards  several processes that each hold everything, or a part
 train, run, state, runlog         from the start to the end: judged, logged, saved, resumed
 """

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from surgery.errors import PlanError
 from surgery.training.features import SourceFeatures, Tap
-from surgery.training.processes import average, over_batch
+from surgery.training.shared_batches import average, over_batch
 from surgery.training.tasks import Batch, Loss
 
 

@@ -25,8 +25,13 @@ if TYPE_CHECKING:
 
 
 def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
-    """Everything that `unpack` needs to go on from here: tensors, and the rest as JSON."""
-    tensors = {f"model/{name}": tensor for name, tensor in model_tensors(trainer.joint).items()}
+    """Everything that `unpack` needs to go on from here: tensors, and the rest as JSON.
+
+    Where processes hold parts, all of them call it, and the main one gets the tensors whole.
+    """
+    processes = trainer.processes
+    model = processes.whole(model_tensors(trainer.joint))
+    tensors = {f"model/{name}": tensor for name, tensor in model.items()}
     for key, bank in trainer.banks.items():
         tensors |= {f"contest/{key}/{name}": t for name, t in pack_contest(bank.contest).items()}
         tensors[f"identity/{key}"] = trainer.identity[key]
@@ -34,7 +39,7 @@ def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
     for number, parameter in enumerate(trainer.parameters()):
         for name, value in plain(trainer.optimizer).state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer/{number}/{name}"] = value
+                tensors[f"optimizer/{number}/{name}"] = processes.whole_state(parameter, value)
             elif value is not None:
                 steps[f"{number}/{name}"] = value
     for number, task in enumerate(trainer.tasks):
@@ -79,7 +84,8 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
     if document.get("hardened"):
         trainer.harden()
     old = {key: (bank.rows, bank.contexts) for key, bank in trainer.banks.items()}
-    restore(trainer.joint, _under(tensors, "model/"))
+    processes = trainer.processes
+    restore(trainer.joint, processes.own(_under(tensors, "model/")))
     trainer.generation, trainer.step, trainer.moved = (
         document["generation"],
         document["step"],
@@ -96,7 +102,7 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
     inner = plain(trainer.optimizer)
     for number, parameter in enumerate(trainer.parameters()):
         found: dict[str, Any] = {
-            name: value.to(parameter.device if value.ndim else value.device, copy=True)
+            name: processes.own_state(parameter, value).to(parameter.device, copy=True)
             for name, value in _under(tensors, f"optimizer/{number}/").items()
         }
         found |= _under(document["optimizer"], f"{number}/")

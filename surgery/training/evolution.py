@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.alignment import (
+    Total,
     draw_by_explanation,
     draw_by_usage,
     draw_locations,
@@ -70,9 +71,9 @@ def contend(
     if settings.contexts != "own":
         with torch.no_grad():
             blocks = bank.blocks()[chosen]
-            contexts = fit_contexts(blocks, _hypermodules(bank), drawn)
+            contexts = fit_contexts(blocks, _hypermodules(bank), drawn, total=_total(bank))
             if settings.contexts == "scaled":
-                contexts = scale_contexts(contexts, blocks, _hypermodules(bank), drawn)
+                contexts = scale_contexts(contexts, blocks, _hypermodules(bank), drawn, _total(bank))
     bank.contest = Contest(bank.psi, bank.hypermodules, chosen, drawn, bank.context, alpha, contexts)
     return resized
 
@@ -163,7 +164,7 @@ def _able(bank: Bank, chosen: Tensor, drawn: Tensor, least: float) -> tuple[Tens
     """The locations for which a challenger explains enough, and their challengers `[N', lambda]`; those that explain
     too little make room for the best."""
     blocks, rows = bank.blocks()[chosen], _hypermodules(bank)
-    shares = [explained_pairs(blocks, rows[column]) for column in drawn.unbind(1)]
+    shares = [explained_pairs(blocks, rows[column], _total(bank)) for column in drawn.unbind(1)]
     share = torch.stack(shares, 1)
     best = drawn.gather(1, share.argmax(1, keepdim=True))
     able = torch.where(share >= least, drawn, best)
@@ -173,6 +174,10 @@ def _able(bank: Bank, chosen: Tensor, drawn: Tensor, least: float) -> tuple[Tens
 
 def _hypermodules(bank: Bank) -> Tensor:
     return bank.rows.detach().view(bank.hypermodules, bank.context, -1)
+
+
+def _total(bank: Bank) -> Total | None:
+    return None if bank.columns is None else bank.columns.total
 
 
 def _draw(
@@ -187,7 +192,7 @@ def _draw(
         return draw_uniformly(every, count, challengers, generator)
     first = None
     if siblings is not None and settings.siblings:
-        places = siblings[chosen]
+        places = siblings.to(chosen.device)[chosen]
         first = torch.where(places >= 0, bank.psi[places.clamp_min(0)], -1)
     with torch.no_grad():
         blocks = bank.blocks()[chosen]
@@ -200,14 +205,20 @@ def _draw(
             first,
             power=settings.power,
             own=chosen,
+            total=_total(bank),
         )
 
 
 def _grow(bank: Bank, new: int, generator: torch.Generator) -> Resized:
     """Append new hypermodules of deviation 1/sqrt(c), times what rows have grown to since."""
     old, c = bank.rows, bank.context
-    noise = torch.randn(new * c, old.shape[1], generator=generator, dtype=old.dtype).to(old.device)
-    rows = torch.cat([old.detach(), noise * old.detach().square().mean().sqrt()])
+    noise = torch.randn(new * c, bank.width, generator=generator, dtype=old.dtype)
+    if bank.columns is None:
+        size = old.detach().square().mean().sqrt()
+    else:
+        noise = bank.columns.cut(noise)
+        size = (bank.columns.total(old.detach().square().sum()) / (len(old) * bank.width)).sqrt()
+    rows = torch.cat([old.detach(), noise.to(old.device) * size])
     source = torch.cat([torch.arange(len(old)), torch.full((new * c,), -1)]).to(old.device)
     return _replace(bank, rows, source, bank.hypermodules + new)
 

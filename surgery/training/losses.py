@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from surgery.errors import PlanError
 from surgery.training.adaptation import WAYS, adapt_by
 from surgery.training.features import SourceFeatures
-from surgery.training.processes import average
+from surgery.training.shared_batches import average
 from surgery.training.stateful import Sum
 from surgery.training.tasks import Batch, Loss, prediction_of
 

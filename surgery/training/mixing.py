@@ -56,10 +56,18 @@ def penalty(joint: JointModel, settings: TemplateSettings) -> Tensor | None:
         mixtures = first.coefficients
         term = settings.entropy * entropy(mixtures)
         if settings.attraction:
-            grams = [bank.rows @ bank.rows.T for bank in banks.values()]
+            grams = [_gram(bank) for bank in banks.values()]
             term = term + settings.attraction * attraction(torch.stack(grams).sum(0), mixtures)
         terms.append(term)
     return torch.stack(terms).mean() if terms else None
+
+
+def _gram(bank: Bank) -> Tensor:
+    """Products of templates with one another `[K, K]`; each process goes back into the columns that it holds."""
+    gram = bank.rows @ bank.rows.T
+    if bank.columns is None:
+        return gram
+    return gram + (bank.columns.total(gram.detach().clone()) - gram.detach())
 
 
 def harden_stacks(joint: JointModel) -> list[tuple[Tensor, Tensor]]:
@@ -92,6 +100,6 @@ def describe_stacks(joint: JointModel) -> dict[str, Any]:
         told[name] = {
             "layers": [[p.site.member, p.site.name] for p in placed],
             "templates": bank.context,
-            "numbers": sum(b.rows.shape[1] for b in banks.values()),
+            "numbers": sum(b.width for b in banks.values()),
         }
     return told

@@ -41,7 +41,7 @@ def make_optimizer(
     banks = [joint.dictionary[key] for key in joint.dictionary]
     blocks = [joint.dictionary[plan.key] for plan in joint.plan.banks if not plan.stack]
     stacks = [joint.dictionary[keys[0]].contexts for keys in joint.plan.stacks.values()]
-    adapters = [p for p in joint.bodies.parameters() if p.requires_grad]
+    adapters = joint.adapters()
     decay = settings.weight_decay
     groups: list[dict[str, Any]] = [
         {"params": [b.rows for b in banks if b.rows.requires_grad], "role": "rows", "weight_decay": decay},

@@ -1,63 +1,69 @@
-"""Processes that share a batch: what a loss needs to compute over all of it what one process would.
+"""Processes: what those that train one joint model together owe one another.
 
-Every process sees its own part of a batch, and its gradients count by the part's share (see `streams.share`). A loss
-that is no mean over examples, of moments say, takes the mean over the whole batch from here.
+By default every process holds all of it, and only gradients are averaged. `surgery.training.sharded` has processes of
+which each holds a part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery.training.tasks import Batch
+from surgery.joint import JointModel
+from surgery.training.state import Tensors
 
 
-def processes() -> int:
-    """How many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return 1
-
-
-def average(tensors: Iterable[Tensor], weight: float = 1.0) -> None:
-    """Give tensors, in place, their mean over the processes, all of them in one call.
+class Processes:
+    """One process, or several that hold everything.
 
     Args:
-        tensors: floating point, the same ones in every process.
-        weight: of this process; weights have the mean 1.
+        accelerator: whose processes these are.
     """
-    found = list(tensors)
-    if processes() == 1 or not found:
-        return
-    flat = torch.cat([tensor.reshape(-1).float() for tensor in found]) * weight
-    torch.distributed.all_reduce(flat)
-    flat /= processes()
-    for tensor, part in zip(found, flat.split([tensor.numel() for tensor in found]), strict=True):
-        tensor.copy_(part.view_as(tensor))
 
+    def __init__(self, accelerator: Any):
+        self.accelerator = accelerator
 
-def over_batch(mean: Tensor, batch: Batch) -> Tensor:
-    """The mean over a batch, from that over this process's part; gradients flow through the part alone.
+    # -- a step ----------------------------------------------------------------------------------------------
 
-    The trainer weights them by the part's share and averages over the processes, which makes them those of the whole.
+    def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average gradients over the processes, all of them in one call."""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.reshape(-1).float() for g in gradients])
+        flat = self.accelerator.reduce(flat, "mean")
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
-    Args:
-        mean: over the examples of this process's part, of any shape.
-        batch: the part.
-    """
-    if batch.place is None or processes() == 1:
-        return mean
-    whole = mean.detach().clone()
-    average([whole], batch.place.weight)
-    return mean + (whole - mean.detach())
+    def clip(self, parameters: Sequence[nn.Parameter], norm: float) -> None:
+        """Scale all gradients together so that their norm is at most `norm`."""
+        self.accelerator.clip_grad_norm_(parameters, norm)
 
+    def agree(self, mine: bool) -> bool:
+        """Whether what only one process may have noticed shall be done by all, where they need one another for it."""
+        return mine
 
-@torch.no_grad()
-def average_statistics(module: nn.Module) -> None:
-    """Let all processes have one set of running statistics: the mean of what each has seen in its parts."""
-    if processes() > 1:
-        norms = [norm for norm in module.modules() if norm.training and hasattr(norm, "running_mean")]
-        found = [getattr(norm, name, None) for norm in norms for name in ("running_mean", "running_var")]
-        average(each for each in found if isinstance(each, Tensor))
+    # -- what is kept ----------------------------------------------------------------------------------------
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """Named tensors as `model_tensors` has them, put together from all processes; in the main one, on the CPU."""
+        return dict(tensors)
+
+    def own(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """What this process holds of tensors that are whole: the inverse of `whole`."""
+        return dict(tensors)
+
+    def whole_state(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """What an optimizer keeps for a parameter, put together as in `whole`."""
+        return value
+
+    def own_state(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """The inverse of `whole_state`."""
+        return value
+
+    def gathered(self, joint: JointModel) -> JointModel:
+        """The joint model as everybody knows it, once training is over."""
+        return joint

@@ -70,8 +70,8 @@ def dictionary_numbers(joint: JointModel) -> tuple[int, int]:
         bank = joint.dictionary[plan.key]
         if plan.stack and bank.hypermodules:
             used = int((bank.coefficients != 0).any(0).sum())
-            now += min(used, bank.locations) * bank.rows.shape[1]
-            whole += bank.locations * bank.rows.shape[1]
+            now += min(used, bank.locations) * bank.width
+            whole += bank.locations * bank.width
             if plan.key == joint.plan.stacks[plan.stack][0] and bank.contexts.requires_grad:
                 now += bank.contexts.numel()
             continue
@@ -80,7 +80,7 @@ def dictionary_numbers(joint: JointModel) -> tuple[int, int]:
         own += 0 if bank.diagonals is None else bank.diagonals.shape[1]
         rare = uses <= bank.context
         lonely = int(uses[rare].sum())
-        width = bank.rows.shape[1]
+        width = bank.width
         kept = int((~rare).sum())
         now += (bank.locations - lonely) * own + kept * bank.context * width + lonely * width
         whole += bank.locations * width

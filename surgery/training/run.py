@@ -166,7 +166,7 @@ class Run:
                 )
             self.first.setdefault(name, max(abs(value), 1e-12))
         score = sum(self.trainer.weights[name] * value / self.first[name] for name, value in found.items())
-        if score < self.best_score:
+        if self.trainer.processes.agree(score < self.best_score):
             self.best_score, self.best, self.stale = score, generation, 0
             if self.config.stopping.keep == "best":
                 self.kept, self.unsaved_best = snapshot(self.trainer.joint), True
@@ -201,9 +201,12 @@ class Run:
         if self.folder is None:
             return
         tensors, document = pack(self.trainer)
+        kept = None
+        if self.unsaved_best and self.kept is not None:
+            kept = self.trainer.processes.whole(self.kept)
         if self.trainer.accelerator.is_main_process:
-            if self.unsaved_best and self.kept is not None:
-                write_state(self.folder / BEST, self.kept, {"generation": self.best})
+            if kept is not None:
+                write_state(self.folder / BEST, kept, {"generation": self.best})
             keep = {"best": self.best, "score": self.best_score, "stale": self.stale, "first": self.first}
             document = {**document, "keep": keep, "plan": self.plan, "seconds": self.seconds}
             write_state(self.folder / STATE, tensors, document)
@@ -234,7 +237,7 @@ class Run:
         self.best, self.best_score, self.stale = keep["best"], keep["score"], keep["stale"]
         self.first, self.before = dict(keep["first"]), document["seconds"]
         if (self.folder / BEST).exists():
-            self.kept = read_state(self.folder / BEST)[0]
+            self.kept = self.trainer.processes.own(read_state(self.folder / BEST)[0])
         self.log.cut(self.trainer.generation)
 
     @property
@@ -268,6 +271,7 @@ class Run:
         joint.refresh()
         scores = evaluate(joint, trainer.tasks, trainer.losses, seed=self.seed)
         tests = evaluate(joint, trainer.tasks, trainer.losses, "test", self.seed)
+        joint = trainer.joint = trainer.processes.gathered(joint)
         report = TrainReport(
             generations=trainer.generation,
             best=best,

@@ -30,7 +30,10 @@ Tensors = dict[str, Tensor]
 
 
 def model_tensors(joint: JointModel) -> Tensors:
-    """Everything of a joint model that training changes, contests left out; the tensors are its own."""
+    """Everything of a joint model that training changes, contests left out; the tensors are its own.
+
+    Of what several processes hold in parts, each gets its part.
+    """
     found: Tensors = {}
     for key in joint.dictionary:
         bank = joint.dictionary[key]
@@ -39,8 +42,13 @@ def model_tensors(joint: JointModel) -> Tensors:
         generated = {owner for p in joint.plan.of(name) for owner in p.site.owners}
         for first in joint.owners[name]:
             if first not in generated:
-                found[f"member/{name}/{first}"] = getattr(*locate(joint[name], first)).detach()
+                found[f"member/{name}/{first}"] = own_part(getattr(*locate(joint[name], first)).detach())
     return found
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; all of it but for those that `fully_shard` made parts of."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def snapshot(joint: JointModel) -> Tensors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from surgery.errors import PlanError
 from surgery.joint import JointModel
 from surgery.selectors import share_selectors
 from surgery.training.config import Training
+from surgery.training.fsdp import check_members, read_sharding, wants_checkpointing
 from surgery.training.parts import First
 from surgery.training.report import TrainReport
 from surgery.training.run import STATE, Run
@@ -81,17 +83,32 @@ def train(
         log_with=list(settings.trackers) or None,
         project_dir=None if place is None else str(place),
     )
-    _check_processes(accelerator)
+    sharding = read_sharding(accelerator, settings)
     set_seed(seed)
-    joint.to(accelerator.device)
-    with made_losses(joint, tasks) as losses:  # distillation is from the members as they were given
+    place_original = None
+    if sharding is None:
+        joint.to(accelerator.device)
+    else:
+        check_members(joint, sharding)
+        joint.to("cpu")  # a device has no room for all of it
+        place_original = partial(sharding.apply, "original")
+    # Distillation is from the members as they were given.
+    with made_losses(joint, tasks, place_original) as losses:
         start(joint, settings.evolution, seed, settings.templates)
         names = {name: [key for key, _ in joint[name].named_parameters()] for name in joint.names}
         share_adapters(joint, share_selectors(settings.share, names, "train.share"))
         freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
         _prepare_members(joint, settings)
-        trainer = Trainer(joint, tasks, settings, seed, accelerator, losses)
-        trainer.optimizer = accelerator.prepare(trainer.optimizer)
+        if sharding is None:
+            trainer = Trainer(joint, tasks, settings, seed, accelerator, losses)
+            trainer.optimizer = accelerator.prepare(trainer.optimizer)
+        else:
+            from surgery.training.sharded import ShardedModel
+            from surgery.training.sharded_processes import ShardedProcesses
+
+            model = ShardedModel(joint, sharding)
+            processes = ShardedProcesses(accelerator, model)
+            trainer = Trainer(model, tasks, settings, seed, accelerator, losses, processes)
         run = Run(trainer, settings, seed, place)
         if resume:
             run.resume()
@@ -151,25 +168,10 @@ def _launched_without_accelerator() -> bool:
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
 
 
-def _check_processes(accelerator: Any) -> None:
-    """Refuse ways of splitting a model over processes that generated weights cannot take.
-
-    Raises:
-        PlanError: naming the way that accelerate was told to take.
-    """
-    way = accelerator.distributed_type.value
-    if way in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP"):
-        raise PlanError(
-            f"Joint training needs every process to hold all members, but accelerate is configured for {way}: weights "
-            "are generated from one dictionary before each step, which no process has whole then. Use plain "
-            "multi-processing (accelerate config, or accelerate launch --multi_gpu)."
-        )
-
-
 def _prepare_members(joint: JointModel, settings: Training) -> None:
     for name in joint.names:
         module = joint[name]
-        if settings.checkpointing:
+        if settings.checkpointing or wants_checkpointing():
             enable = getattr(module, "gradient_checkpointing_enable", None) or getattr(
                 module, "set_grad_checkpointing", None
             )

@@ -22,7 +22,8 @@ from surgery.training.evolution import Resized, carry, conclude, contend, inheri
 from surgery.training.explain import explain_failure
 from surgery.training.mixing import harden_stacks, penalty
 from surgery.training.optimizers import make_optimizer, make_scheduler, plain
-from surgery.training.processes import average_statistics
+from surgery.training.processes import Processes
+from surgery.training.shared_batches import average_statistics
 from surgery.training.starts import siblings
 from surgery.training.streams import Stream
 from surgery.training.task_losses import losses_of
@@ -47,7 +48,9 @@ class Trainer:
         seed: int,
         accelerator: Any,
         losses: Mapping[str, Loss] | None = None,
+        processes: Processes | None = None,
     ):
+        self.processes = processes or Processes(accelerator)
         self.joint, self.tasks, self.config, self.accelerator = joint, tuple(tasks), config, accelerator
         self.generation, self.step, self.moved = 0, 0, 0.0
         self.losses = dict(losses or losses_of(joint, tasks))
@@ -119,10 +122,11 @@ class Trainer:
                     parts[task.name] = parts[task.name] + part if task.name in parts else part
         if (extra := penalty(self.joint, self.config.templates)) is not None:
             self._backward(extra)
-        self._reduce()
+        self.processes.reduce(self.parameters())
+        average_statistics(self.joint.bodies)
         self._add(parts)
         if self.config.optimizer.clip is not None:
-            self.accelerator.clip_grad_norm_(self.parameters(), self.config.optimizer.clip)
+            self.processes.clip(self.parameters(), self.config.optimizer.clip)
         optimizer = plain(self.optimizer) if self._direct else self.optimizer
         optimizer.step()
         if self.scheduler is not None:
@@ -282,14 +286,3 @@ class Trainer:
 
     def _place(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.accelerator.device, non_blocking=True)
-
-    def _reduce(self) -> None:
-        """Average gradients over the processes, all of them in one call, and running statistics."""
-        if self.accelerator.num_processes == 1:
-            return
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        flat = torch.cat([g.reshape(-1).float() for g in gradients])
-        flat = self.accelerator.reduce(flat, "mean")
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-        average_statistics(self.joint.bodies)

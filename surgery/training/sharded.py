@@ -1,0 +1,298 @@
+"""Sharded: joint training in which each process holds a part of everything that is large.
+
+Of every bank a process holds some columns of all rows, with their gradients and optimizer state: a bank is cut, and
+all that changes it stays what it was (`surgery.columns`). Members are PyTorch's FSDP modules. Before a step each
+process generates its columns of all blocks; site by site these are gathered, made a weight, and each keeps its chunk.
+Forward and backward passes gather weights layer by layer, as FSDP does. Afterwards each site's gradient is gathered in
+its turn, and each process takes the columns that go back through its part of the dictionary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from math import isclose
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from surgery.columns import Columns
+from surgery.dictionary import Bank
+from surgery.errors import PlanError
+from surgery.generation import Weights, to_blocks, to_weight
+from surgery.hooks import Enter, Leave, release
+from surgery.joint import JointModel
+from surgery.plan import Placement
+from surgery.slots import locate, put_back, put_in, reorder
+from surgery.training.fsdp import Sharding
+from surgery.training.shards import ChunkPart, ColumnPart, Part
+from surgery.training.state import own_part
+
+
+class ShardedModel(JointModel):
+    """A joint model for the time of its training, cut over processes that all make it alike.
+
+    Args:
+        joint: opened, on the CPU. Its dictionary is cut and its slots are emptied until `give_back`.
+        sharding: how members are cut.
+
+    Attributes:
+        parts: how each tensor that is held in parts is cut, by its name in `model_tensors`.
+    """
+
+    def __init__(self, joint: JointModel, sharding: Sharding):
+        nn.Module.__init__(self)
+        self._given = (joint,)  # a tuple: it is not part of this module
+        self.sharding, self.plan, self.dictionary = sharding, joint.plan, joint.dictionary
+        self.owners, self.state_keys = joint.owners, joint.state_keys
+        self.encoded, self.report = joint.encoded, joint.report
+        self._filled, self._inside, self._in_step = {}, {}, False
+        self._trainable = joint._trainable
+        _check_alike(joint)
+        copies = self._copy_members()
+        self.members = {name: replace(m, module=copies[name]) for name, m in joint.members.items()}
+        self.bodies = nn.ModuleList(copies.values())
+        self.parts: dict[str, Part] = {}
+        self._shard_members()
+        self._origins: dict[str, Tensor] = {}
+        for key in self.dictionary:
+            self._cut(key, self.dictionary[key])
+        self.dictionary._apply(lambda tensor: tensor.to(sharding.device))
+
+    # -- cutting -------------------------------------------------------------------------------------------
+
+    def _copy_members(self) -> dict[str, nn.Module]:
+        """Copies with a parameter for every slot; the given members keep none of the slots' memory."""
+        joint, memo = self._given[0], {}
+        for p in self.plan.placements:
+            slot = getattr(*locate(joint[p.site.member], p.site.owners[0]))
+            memo[id(slot)] = slot  # not copied
+        copies = {name: deepcopy(joint[name], memo) for name in joint.names}
+        for name, copy in copies.items():
+            release(copy)
+            for p in self.plan.of(name):
+                weight = getattr(*locate(copy, p.site.owners[0]))
+                learns = any(x.requires_grad for x in self.dictionary[p.bank].parameters(recurse=False))
+                put_back(copy, p.site.owners, weight, learns and self._trainable[name, p.site.name])
+                put_in(joint[name], p.site.owners, torch.empty_like(weight, device="meta"))
+            reorder(copy, self.state_keys[name])
+        return copies
+
+    def _shard_members(self) -> None:
+        """Make the copies FSDP modules; adapters that members share stay whole in every process."""
+        users = Counter(id(p) for name in self.names for p in self[name].parameters())
+        shared = {p for p in self.bodies.parameters() if users[id(p)] > 1}
+        for name in self.names:
+            module = self[name]
+            self.sharding.apply(name, module, shared & set(module.parameters()))
+            # Before FSDP's own hook gathers weights, they must be what the dictionary says.
+            module.register_forward_pre_hook(Enter(self, name, ""), prepend=True)
+            module.register_forward_hook(Leave(self, name, ""), always_call=True)
+        self._sites = {
+            (p.site.member, p.site.name): getattr(*locate(self[p.site.member], p.site.owners[0]))
+            for p in self.plan.placements
+        }
+        self._adapters: list[tuple[nn.Parameter, nn.Parameter]] = []
+        given, index = self._given[0], dict(enumerate(self.names))
+        for path, parameter in given.bodies.named_parameters():
+            number, _, name = path.partition(".")
+            own = getattr(*locate(self[index[int(number)]], name))
+            if isinstance(own, nn.Parameter) and own_part(own) is not own:
+                self.parts[f"member/{index[int(number)]}/{name}"] = self._chunks(own.shape)
+            if parameter.requires_grad:
+                # Optimizers get plain tensors: parts of one group need not be of one kind, and steps are faster.
+                local = own if own_part(own) is own else nn.Parameter(own_part(own).detach())
+                self._adapters.append((own, local))
+
+    def _cut(self, key: str, bank: Bank) -> None:
+        columns = Columns(bank.width, self.sharding.rank, self.sharding.world)
+        part = self.parts[f"bank/{key}/rows"] = ColumnPart(columns)
+        bank.columns = columns
+        bank.rows = nn.Parameter(part.own(bank.rows.detach()), requires_grad=bank.rows.requires_grad)
+        if bank.origin is not None:  # not needed until the end: it stays on the CPU
+            self._origins[key], bank.origin = part.own(bank.origin), None
+
+    def _chunks(self, shape: torch.Size) -> ChunkPart:
+        return ChunkPart(shape, self.sharding.rank, self.sharding.world)
+
+    # -- generating ------------------------------------------------------------------------------------------
+
+    def adapters(self) -> list[nn.Parameter]:
+        """What this process holds of the adapters that are trained, as plain tensors."""
+        return [local for _, local in self._adapters]
+
+    def part_of(self, adapter: nn.Parameter) -> Part | None:
+        """How one of these is cut."""
+        for parameter, local in self._adapters:
+            if local is adapter and local is not parameter:
+                return self._chunks(parameter.shape)
+        return None
+
+    def refresh(self, members: Any = None) -> None:
+        """Give every process its chunks of the weights that the dictionary generates now; all of them call it."""
+        self._refuse_in_step("Filling the slots")
+        with torch.inference_mode(False), torch.no_grad():
+            self._generate()
+        self._filled[""] = self._versions()
+
+    def enter(self, name: str, path: str) -> bool:
+        """Before a member runs outside of a step: make its weights what the dictionary says."""
+        if not self._in_step and self._filled.get("") != self._versions():
+            self.refresh()
+        return True
+
+    def leave(self, name: str, path: str) -> None:
+        """After a member ran outside of a step: give up what its forward pass gathered."""
+        if not self._in_step:
+            _reshard(self[name])
+
+    @contextmanager
+    def step(self) -> Iterator[Weights]:
+        """As in `JointModel`; afterwards all gradients are those of the mean over the processes."""
+        self._refuse_in_step("Another step")
+        edges = self._generate()
+        self._in_step = True
+        try:
+            yield {}
+            self._go_back(edges)
+        finally:
+            self._in_step = False
+            self._filled.clear()
+            _reshard(self.bodies)
+
+    def _generate(self) -> dict[str, Any]:
+        """Fill all sites; of each bank the edge of the graph at which its blocks' gradients enter."""
+        for module in self.bodies.modules():
+            if hasattr(
+                module, "reshard"
+            ):  # what a forward pass without a backward pass has left gathered is old
+                module.reshard()  # type: ignore[operator]
+        edges: dict[str, Any] = {}
+        for key, placements in self._placed().items():
+            blocks = self.dictionary[key].blocks()
+            if blocks.requires_grad:
+                edges[key] = torch.autograd.graph.get_gradient_edge(blocks)
+            blocks = blocks.detach()
+            for p in placements:
+                self._fill_site(p, blocks[p.start : p.stop])
+        return edges
+
+    @torch.no_grad()
+    def _fill_site(self, p: Placement, own: Tensor) -> None:
+        columns = self.dictionary[p.bank].columns
+        assert columns is not None
+        weight, site = to_weight(columns.gather(own), p), self._sites[p.site.member, p.site.name]
+        if (local := own_part(site)) is not site:
+            first = self._chunks(site.shape).rows * self.sharding.rank
+            weight = weight[first : first + len(local)]
+        local.detach().copy_(weight)
+
+    def _go_back(self, edges: dict[str, Any]) -> None:
+        """Carry the sites' gradients into rows and codes, and give all parameters the mean of the processes."""
+        for key, placements in self._placed().items():
+            bank, gradient = self.dictionary[key], None
+            columns = bank.columns
+            assert columns is not None
+            for p in placements:
+                site = self._sites[p.site.member, p.site.name]
+                if site.grad is None:
+                    continue
+                if gradient is None:
+                    gradient = bank.rows.new_zeros(bank.locations, columns.held)
+                gradient[p.start : p.stop] = columns.cut(to_blocks(self._whole_gradient(site), p))
+                site.grad = None
+            if gradient is not None and key in edges:
+                torch.autograd.backward([edges[key]], [gradient])
+        # A process knows of a code's gradient what its own columns say: the whole is the sum.
+        rows = {id(self.dictionary[key].rows) for key in self.dictionary}
+        self._total(
+            [p.grad for p in self.dictionary.parameters() if p.grad is not None and id(p) not in rows]
+        )
+        whole = []
+        for parameter, local in self._adapters:
+            if local is not parameter:
+                local.grad = None if parameter.grad is None else own_part(parameter.grad)
+                parameter.grad = None
+            elif parameter.grad is not None:
+                whole.append(parameter.grad.div_(self.sharding.world))
+        self._total(whole)
+
+    def _whole_gradient(self, site: nn.Parameter) -> Tensor:
+        gradient: Any = site.grad
+        if own_part(gradient) is not gradient:
+            return gradient.full_tensor()
+        self._total([gradient.div_(self.sharding.world)])
+        return gradient
+
+    @staticmethod
+    @torch.no_grad()
+    def _total(tensors: list[Tensor]) -> None:
+        """Add up tensors over the processes, in place, in one call."""
+        if not tensors:
+            return
+        dtype = torch.float64 if any(each.dtype == torch.float64 for each in tensors) else torch.float32
+        flat = torch.cat([each.reshape(-1).to(dtype) for each in tensors])
+        torch.distributed.all_reduce(flat)
+        for each, part in zip(tensors, flat.split([each.numel() for each in tensors]), strict=True):
+            each.copy_(part.view_as(each))
+
+    def _placed(self) -> dict[str, list[Placement]]:
+        return {key: [p for p in self.plan.placements if p.bank == key] for key in self.dictionary}
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def give_back(self) -> JointModel:
+        """The joint model that this was made of, with what was learnt, whole in every process and on the CPU."""
+        joint, device = self._given[0], self.sharding.device
+        for key in self.dictionary:
+            bank, part = self.dictionary[key], self.parts[f"bank/{key}/rows"]
+            bank.rows = nn.Parameter(part.whole(bank.rows.detach(), device, True), bank.rows.requires_grad)
+            if key in self._origins and bank.mixing != "one-hot":  # a hardened stack has another origin
+                bank.origin = part.whole(self._origins[key], device, True)
+            bank.columns = None
+        self.dictionary._apply(lambda tensor: tensor.cpu())
+        for name in self.names:
+            generated = {owner for p in self.plan.of(name) for owner in p.site.owners}
+            for first in (first for first in self.owners[name] if first not in generated):
+                own = own_part(getattr(*locate(self[name], first)).detach())
+                part = self.parts.get(f"member/{name}/{first}")
+                given = getattr(*locate(joint[name], first))
+                given.copy_(own if part is None else part.whole(own, device, True))
+        joint.bodies.eval()
+        joint.refresh()
+        return joint
+
+    def _apply(self, fn: Any, recurse: bool = True) -> JointModel:
+        return self  # it is on its device, and of the dtypes that it was made of
+
+
+def _reshard(module: nn.Module) -> None:
+    """Leave every process with its own part alone: without a backward pass FSDP keeps a root's weights gathered, and
+    what is gathered does not follow the dictionary.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def _check_alike(joint: JointModel) -> None:
+    """Refuse processes that did not load the same weights.
+
+    Raises:
+        PlanError: saying what may have kept them from it.
+    """
+    sizes = [torch.linalg.vector_norm(p.detach(), 1, dtype=torch.float64) for p in joint.parameters()]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, [float(size) for size in sizes])
+    # Machines may sum in another order.
+    if any(not isclose(a, b, rel_tol=1e-6) for each in found for a, b in zip(each, found[0], strict=True)):
+        raise PlanError(
+            "Under FSDP every process must load all members' weights, but they differ: set "
+            "--fsdp_cpu_ram_efficient_loading false, or load members before training starts its processes."
+        )
