@@ -18,6 +18,7 @@ from surgery.training.analysis import kinds_of_modules, layer_overlap
 from surgery.training.checkpoint import pack, unpack
 from surgery.training.config import Training
 from surgery.training.mixing import describe_stacks, mixtures_of
+from surgery.training.processes import any_says
 from surgery.training.report import TrainReport, adapted_of, dictionary_numbers
 from surgery.training.runlog import STRIP, RunLog, subsets
 from surgery.training.state import Tensors, read_state, restore, snapshot, write_state
@@ -115,7 +116,8 @@ class Run:
             + (f"{sum(sizes.values())} hypermodules, {trainer.moved:.0%} moved, " if sizes else "")
             + f"{now / max(whole, 1):.0%} of the numbers"
         )
-        if last or time.monotonic() - self.saved >= config.save_seconds:
+        due = last or time.monotonic() - self.saved >= config.save_seconds
+        if any_says(due, trainer.accelerator.device):  # files of all processes are of one generation
             self._save()
 
     def _judge(self, generation: int, scores: Mapping[str, Score], losses: Mapping[str, float]) -> None:
