@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from surgery.errors import PlanError, TrainingError
+from surgery.training.adaptation import Adversary
 from surgery.training.run import STATE, Interrupted
 from surgery.training.runlog import read_log
 from surgery.training.state import read_state
@@ -175,3 +176,18 @@ def test_a_source_is_needed_and_must_be_as_wide_and_targets_where_a_loss_wants_t
         train(twins(), [wide], CONFIG, cpu=True)
     with pytest.raises(TrainingError, match=r"task 'adapt'.*compares with targets, but the data give none"):
         train(twins(), [Task("adapt", "target", [torch.zeros(4, 6)])], CONFIG, cpu=True)
+
+
+def test_a_discriminator_is_exact_in_mixed_precision():
+    joint, seen = twins(), []
+
+    def spy(output, batch):
+        loss = adversary(output, batch)
+        seen.append((loss.dtype, {p.dtype for p in adversary.discriminator.parameters()}))
+        return loss
+
+    known = task(joint, "adversary")
+    adversary = Adversary(joint["target"], "5", known.source.features)
+    train(joint, [Task("adapt", "target", known.data, loss=spy)], {**CONFIG, "precision": "bf16"}, cpu=True)
+    assert len(seen) == 18 and set(map(repr, seen)) == {repr((torch.float32, {torch.float32}))}
+    assert float(adversary.optimizer.state[adversary.discriminator[0].weight]["step"]) == 18

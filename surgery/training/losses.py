@@ -33,7 +33,9 @@ def language_modelling(output: Any, batch: Batch) -> Tensor:
 
     The target, or without one `input_ids`, holds the tokens `[B, T]`.
     """
-    tokens = batch.target if batch.target is not None else batch.kwargs["input_ids"]
+    tokens = (
+        batch.kwargs["input_ids"] if batch.target is None and "input_ids" in batch.kwargs else _target(batch)
+    )
     scores = prediction_of(output)[:, :-1]
     return F.cross_entropy(scores.flatten(0, -2).float(), tokens[:, 1:].flatten(), ignore_index=-100)
 

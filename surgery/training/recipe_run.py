@@ -76,9 +76,7 @@ def train_recipe(
         SurgeryError: for bad input, or where training cannot go on.
     """
     assert recipe.train is not None
-    source = (
-        recipe.train.templates.source
-    )  # features of the one that was adapted from count when going on, too
+    source = recipe.train.templates.source
     if recipe.out is not None:
         check_target(Path(recipe.out), overwrite=overwrite)
     folder = None if recipe.out is None else run_folder(recipe.out)
@@ -95,9 +93,10 @@ def train_recipe(
         config, tasks = fast(config, tasks)
     if source is not None and (config.templates.source is not None or adapting(tasks)):
         given = load_source(source, trust_remote_code)
-        if config.templates.source is not None:
+        if config.templates.source is not None:  # not where an artifact that began from it goes on
             config = begin_from_source(joint, tasks, config, given, seed=recipe.seed, cpu=cpu)
         tasks = with_sources(recipe, tasks, given, source, config.templates.like, 2 if fast_run else None)
+        del given  # as large as the members
     report = train(joint, tasks, config, folder=folder, resume=resume, seed=recipe.seed, cpu=cpu)
     if recipe.out is not None and folder is not None and _is_main():
         extras = {f"{FOLDER}/{LOG}": (folder / LOG).read_bytes(), **_pictures(folder / LOG)}
