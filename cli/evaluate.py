@@ -50,7 +50,7 @@ def evaluate(
     """Measure members on their tasks: loss and metric, from the folder alone."""
     from surgery.training.recipe_run import evaluate_artifact
 
-    from . import console
+    from . import console, outcome
 
     if part not in ("test", "validation", "data"):
         raise typer.BadParameter(f"must be test, validation or data, not {part}", param_hint="--part")
@@ -63,6 +63,5 @@ def evaluate(
     elif not quiet:
         table = console.table("task", ">loss", ">metric", ">examples")
         for name, score in scores.items():
-            metric = "-" if score.metric is None else f"{score.metric:.4g}"
-            table.add_row(name, f"{score.loss:.4g}", metric, str(score.examples))
+            table.add_row(name, *outcome.score_cells(score.document()), str(score.examples))
         console.out.print(table)

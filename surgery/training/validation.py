@@ -25,11 +25,13 @@ class Score:
         loss: mean over the examples.
         metric: None where the task has none.
         examples: how many were seen.
+        measure: the metric's name.
     """
 
     loss: float
     metric: float | None
     examples: int
+    measure: str | None = None
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -90,4 +92,4 @@ def _evaluate(joint: JointModel, task: Task, data: Iterable[Any], loss: Loss, se
         raise PlanError(
             f"The data that task '{task.name}' is evaluated on are empty: give at least one batch."
         )
-    return Score(float(total) / examples, meter.value(), examples)
+    return Score(float(total) / examples, meter.value(), examples, meter.name)
