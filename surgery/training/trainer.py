@@ -104,7 +104,7 @@ class Trainer:
         except torch.OutOfMemoryError as error:  # a member's own pass is explained where it runs
             raise TrainingError(
                 "Memory ran out in the dictionary or the optimizer, not in a member: take a smaller "
-                "parameters.context, fewer train.evolution.challengers or a smaller fraction, or train fewer members together."
+                "parameters.context, fewer train.evolution.challengers, or fewer members together."
             ) from error
         self.step += 1
         if self.step == self.config.steps:
