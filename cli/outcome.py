@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from surgery.joint import JointModel
     from surgery.merging import Prepared
     from surgery.plan import BankPlan, Plan
+    from surgery.recipe import Recipe
 
 PRECISION = "fewer bits for each number: rounding, not sharing"
 SHARING = "what members or layers have in common, stored once"
@@ -114,6 +115,24 @@ def print_plan(prepared: Prepared, *, verbose: bool) -> None:
             )
     if banks.row_count:
         console.out.print(banks)
+    if recipe.train is None:
+        _say_fit(prepared, rows)
+    else:
+        _say_training(recipe)
+    console.say(
+        f"Output folder {recipe.out}: can be written." if recipe.out else "No output folder was given."
+    )
+    if verbose:
+        sites = console.table("member", "site", "kind", "~stack x out x in", ">locations")
+        for p in plan.placements:
+            view = console.shape(p.site.view.shape)
+            sites.add_row(p.site.member, p.site.name, p.site.kind, view, f"{p.grid.locations:,}")
+        console.out.print(sites)
+
+
+def _say_fit(prepared: Prepared, rows: list[dict[str, Any]]) -> None:
+    """The target of a merge, and what errors would be measured on."""
+    recipe = prepared.recipe
     name, value = recipe.target
     chosen = "as given" if recipe.parameters.block else "chosen by the fit where rows are shared"
     words = f"{name.replace('_', '-')} {value:g}"
@@ -130,15 +149,30 @@ def print_plan(prepared: Prepared, *, verbose: bool) -> None:
     console.say(
         f"Errors would be measured on {'real inputs for ' + ', '.join(real) if real else 'made-up inputs'}."
     )
+
+
+def _say_training(recipe: Recipe) -> None:
+    """The tasks of a training run, and how long it would be."""
+    assert recipe.train is not None
+    table = console.table("task of", "~data", ">batch", "loss", "metric", ">weight")
+    for model in recipe.models:
+        for task in model.tasks:
+            loss = (
+                task.loss
+                if isinstance(task.loss, str)
+                else " + ".join(f"{w:g} {n}" for n, w in task.loss.items())
+            )
+            cells = (model.name or "", console.clipped(task.data), str(task.batch), loss)
+            table.add_row(*cells, task.metric or "-", f"{task.weight:g}")
+    if table.row_count:
+        console.out.print(table)
+    train, parameters = recipe.train, recipe.parameters
+    block = "chosen for the members" if parameters.block is None else console.shape(parameters.block)
     console.say(
-        f"Output folder {recipe.out}: can be written." if recipe.out else "No output folder was given."
+        f"Would be trained: {train.total} generations ({train.burn_in} burn-in, {train.generations} evolution, "
+        f"{train.final} final) of {train.steps} steps, {train.optimizer.name} at {train.optimizer.lr:g}, blocks "
+        f"{block}, seed {recipe.seed}."
     )
-    if verbose:
-        sites = console.table("member", "site", "kind", "~stack x out x in", ">locations")
-        for p in plan.placements:
-            view = console.shape(p.site.view.shape)
-            sites.add_row(p.site.member, p.site.name, p.site.kind, view, f"{p.grid.locations:,}")
-        console.out.print(sites)
 
 
 def _print_stacks(plan: Plan) -> None:
@@ -215,7 +249,8 @@ def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
     report = joint.report
     before, weights = sum(report.original_bytes.values()), report.stored_bytes
     disk = disk_bytes(folder)
-    console.heading(f"{folder}: {len(joint.names)} members, {console.size(disk)} on disk")
+    members = "1 member" if len(joint.names) == 1 else f"{len(joint.names)} members"
+    console.heading(f"{folder}: {members}, {console.size(disk)} on disk")
     console.say(
         f"Weights {console.size(weights)}, {console.percent(weights / before)} of the {console.size(before)} "
         f"that they take apart; tokenizers, configurations and records {console.size(disk - weights)}."
@@ -287,8 +322,12 @@ def print_next(joint: JointModel, folder: Path) -> None:
 
 def score_cells(score: Mapping[str, Any] | None) -> list[str]:
     """A task's loss and metric as a table shows them, from a score as JSON."""
-    found = [(score or {}).get(name) for name in ("loss", "metric")]
-    return ["-" if value is None else f"{value:.4g}" for value in found]
+    found = score or {}
+    loss, metric, name = (found.get(key) for key in ("loss", "metric", "measure"))
+    return [
+        "-" if loss is None else f"{loss:.4g}",
+        "-" if metric is None else f"{metric:.4g} {name or ''}".strip(),
+    ]
 
 
 def adapted_words(adapted: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -74,5 +74,6 @@ def check_recipe(
         console.emit(recipe.resolved())
         return
     verb = "merge --config" if recipe.train is None else "train"
-    console.say(f"{file} is a valid recipe of {len(recipe.models)} models.")
+    count = len(recipe.models)
+    console.say(f"{file} is a valid recipe of {count} {'model' if count == 1 else 'models'}.")
     console.command(f"surgery {verb} {file} --out DIR")

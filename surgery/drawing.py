@@ -32,6 +32,14 @@ def tidy(axes: Any, title: str = "") -> None:
         axes.set_title(title, loc="left", fontsize=10.5, color=INK, pad=8)
 
 
+def label_generations(axes: Any) -> None:
+    """An axis of generations, which are whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("generation")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
 def png(figure: Any, colours: int = 128) -> bytes:
     """The figure as a PNG with a palette of `colours`: flat areas and edges of text need no more."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

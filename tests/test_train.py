@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import training_nets
@@ -171,6 +173,24 @@ def test_an_alignment_by_chance_is_drawn_anew_in_each_generation(tmp_path):
     generations = [line for line in read_log(tmp_path / "log.jsonl") if line["event"] == "generation"]
     drawn = [line["alignment"]["8x8-float32"] for line in generations]
     assert [one != other for one, other in pairwise(drawn)] == [True] * 4 + [False]
+
+
+class Shuffled:
+    """Data that draw their order from Python's and NumPy's global generators."""
+
+    def __iter__(self):
+        order = np.random.permutation(4).tolist()
+        random.shuffle(order)
+        yield from (torch.full((2, 4), float(place)) for place in order)
+
+
+def test_data_with_an_order_of_their_own_go_on_where_they_were():
+    stream = Stream("t", Shuffled(), seed=3)
+    order = [next(stream)[0].args[0][0, 0].item() for _ in range(24)]
+    random.seed(99)
+    again = Stream("t", Shuffled(), seed=3)
+    again.seek(epoch=2, position=1)
+    assert [next(again)[0].args[0][0, 0].item() for _ in range(15)] == order[9:]
 
 
 # What is refused ------------------------------------------------------------------------------------------

@@ -101,3 +101,12 @@ def test_a_run_that_failed_before_its_first_state_leaves_nothing_in_the_next_one
     assert not (tmp_path / STATE).exists()
     train(build(), [Task("classes", "a", GOOD)], SHORT, folder=tmp_path, cpu=True)
     assert [line["event"] for line in read_log(tmp_path / "log.jsonl")].count("start") == 1
+
+
+def test_memory_that_runs_out_outside_members_is_explained(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.optim.Adam, "step", full)
+    with pytest.raises(TrainingError, match=r"dictionary or the optimizer.*parameters\.context"):
+        train(build(), [Task("classes", "a", GOOD)], SHORT, cpu=True)

@@ -52,8 +52,8 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
     """
     if not request.run_factory and not origin.reference.startswith(OWN):
         raise LoadError(
-            f"building '{origin.reference}' again runs that Python file: pass run_factory=True if you "
-            "trust it"
+            f"building '{origin.reference}' again runs that Python file: read it, then pass "
+            "--trust-remote-code, in Python run_factory=True"
         )
     return drop_weights(_make(*split_options(origin.reference))[0])
 

@@ -120,6 +120,13 @@ class Meter:
         assert self.metric is not None
         self.metric.update(prediction, target)
 
+    @property
+    def name(self) -> str | None:
+        """The metric's name, None where there is none."""
+        return (
+            self.wanted if self.wanted is None or isinstance(self.wanted, str) else type(self.wanted).__name__
+        )
+
     def value(self) -> float | None:
         """The metric over all batches; None where there is none."""
         if self.wanted is None or self.metric is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.drawing import INK, MUTED, colours, new_figure, png, tidy
+from surgery.drawing import INK, MUTED, colours, label_generations, new_figure, png, tidy
 
 Line = dict[str, Any]
 _TALLEST = 8.0  # inches of a stack
@@ -31,7 +31,7 @@ def draw_mixtures(start: Line, generations: Sequence[Line], end: Line | None) ->
         history = np.array([line["mixtures"][name] for line in logged])  # [generations, layers, K]
         _over_time(left, history, told["layers"], name)
         _at_the_end(right, history[-1])
-    rows[-1][0].set_xlabel("generation")
+    label_generations(rows[-1][0])
     rows[-1][1].set_xlabel("template")
     figure.tight_layout(pad=0.8, w_pad=2)
     return png(figure, 256)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.drawing import GRID, INK, MUTED, colours, new_figure, png, tidy
+from surgery.drawing import GRID, INK, MUTED, colours, label_generations, new_figure, png, tidy
 from surgery.errors import TrainingError
 from surgery.training.mixture_pictures import draw_mixtures
 from surgery.training.runlog import read_log
@@ -57,6 +57,12 @@ def write_pictures(log: Path, folder: Path) -> list[Path]:
 
 def draw_losses(start: Line, generations: Sequence[Line], end: Line | None) -> bytes:
     """Every task's training and validation loss, relative to its first, and the size of the dictionary."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:.3g}" if super().__call__(x, pos) else ""
+
     figure = new_figure(9.2, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
     steps = [line["generation"] + 1 for line in generations]
@@ -75,6 +81,9 @@ def draw_losses(start: Line, generations: Sequence[Line], end: Line | None) -> b
             )  # fmt: skip
     if any(value > 0 for line in generations for value in line["losses"].values()):
         left.set_yscale("log")
+        left.yaxis.set_major_formatter(Plain())
+        left.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
+        left.tick_params(axis="y", which="minor", colors=MUTED, labelsize=8.5, length=0)
     if end is not None:
         left.axvline(end["best"] + 1, color=MUTED, lw=0.8, ls=":")
         left.text(
@@ -87,7 +96,7 @@ def draw_losses(start: Line, generations: Sequence[Line], end: Line | None) -> b
             va="top",
         )
     left.grid(axis="y", color=GRID, lw=0.8)
-    left.set_xlabel("generation")
+    label_generations(left)
     left.legend(frameon=False, fontsize=8.5, labelcolor=INK)
     tidy(left, "Loss relative to the first (dashed: validation)")
     share = [100 * line["share"] for line in generations]
@@ -96,9 +105,9 @@ def draw_losses(start: Line, generations: Sequence[Line], end: Line | None) -> b
         f"{share[-1]:.0f}%", (steps[-1], share[-1]), (4, 0), textcoords="offset points", fontsize=8.5
     )
     right.set_ylim(0, max(110, *share))
-    right.set_xlabel("generation")
+    label_generations(right)
     right.grid(axis="y", color=GRID, lw=0.8)
-    tidy(right, "Numbers in the dictionary, % of the sites'")
+    tidy(right, "Size, % of the sites' numbers")
     figure.tight_layout(pad=0.8, w_pad=2)
     return png(figure)
 
@@ -122,7 +131,7 @@ def draw_subsets(start: Line, generations: Sequence[Line], end: Line | None) -> 
     steps = [line["generation"] + 1 for line in generations]
     axes.stackplot(steps, [counts[name] for name in names], colors=colours(len(names)), labels=names, lw=0)
     axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
-    axes.set_xlabel("generation")
+    label_generations(axes)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
         handles[::-1], [_words(label, start["members"]) for label in labels[::-1]], frameon=False, fontsize=8.5,
@@ -181,7 +190,7 @@ def draw_alignment(start: Line, generations: Sequence[Line], end: Line | None) -
         )  # fmt: skip
         axes.set_yticks([])
         axes.set_ylabel(f"{len(strip)} locations")
-        axes.set_xlabel("generation")
+        label_generations(axes)
         kept = len(np.unique(strip[:, -1]))
         tidy(axes, f"Which hypermodule generates which location; {kept} at the end")
     figure.tight_layout(pad=0.8)

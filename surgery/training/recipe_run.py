@@ -6,15 +6,19 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from surgery.artifact import load, save
-from surgery.errors import PlanError
+from surgery.errors import LoadError, PlanError, SurgeryError
 from surgery.files import check_target
 from surgery.joint import JointModel, join
 from surgery.merging import Prepared, plan_members, prepare
 from surgery.recipe import Recipe
+from surgery.references import load_member
 from surgery.training.config import Training
 from surgery.training.domains import adapting, with_sources
 from surgery.training.losses import adapts_by, loss_of
@@ -23,6 +27,7 @@ from surgery.training.runlog import NAME as LOG
 from surgery.training.sources import check_trust, make_tasks
 from surgery.training.starts import take_over
 from surgery.training.streams import seeded
+from surgery.training.tasks import Task
 from surgery.training.train import fast, train
 from surgery.training.trial import begin_from_source, load_source
 from surgery.training.validation import Score, evaluate
@@ -178,9 +183,27 @@ def evaluate_artifact(
         held = getattr(task, part) or task.validation or task.data
         losses = {}
         if not adapts_by(task.loss):  # an artifact holds nothing of the source that a member was adapted to
-            losses[task.name] = loss_of(task.loss, lambda t=task: joint.extract(t.member).eval())
+            losses[task.name] = loss_of(task.loss, partial(_original, recipe, task, trust_remote_code))
         scores |= evaluate(joint, [replace(task, test=held)], losses, "test", recipe.seed)
     return scores
+
+
+def _original(recipe: Recipe, task: Task, trust: bool) -> nn.Module:
+    """The member that a task distils, from where the recipe says that it came from: the artifact has it as trained.
+
+    Raises:
+        LoadError: where it is no longer there.
+    """
+    model = next(model for model in recipe.models if model.name == task.member)
+    try:
+        with seeded(recipe.seed):
+            member = load_member(model.model, name=model.name, seed=recipe.seed, trust_remote_code=trust)
+    except SurgeryError as error:
+        raise LoadError(
+            f"The loss of task '{task.name}' compares with member '{task.member}' as it was before, but this cannot be "
+            f"loaded again: {error}"
+        ) from error
+    return member.module.eval().requires_grad_(False)
 
 
 def recipe_of(joint: JointModel) -> Recipe:

@@ -141,9 +141,17 @@ class Run:
             seconds=self.seconds,
         )
         if config.trackers:
-            trainer.accelerator.log(
-                {f"loss/{n}": v for n, v in losses.items()} | {"share": now / whole}, generation
-            )
+            told = {f"loss/{name}": value for name, value in losses.items()}
+            for name, score in scores.items():
+                told[f"validation/{name}"] = score.loss
+                if score.metric is not None:
+                    told[f"{score.measure}/{name}"] = score.metric
+            sized = {
+                "share": now / max(whole, 1),
+                "hypermodules": sum(sizes.values()),
+                "moved": trainer.moved,
+            }
+            trainer.accelerator.log(told | sized, generation)
         mean = sum(trainer.weights[name] * value for name, value in losses.items())
         work.describe(
             f"Generation {generation + 1}/{config.total}, loss {mean:.4g}, "

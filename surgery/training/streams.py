@@ -6,11 +6,14 @@ one would.
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,8 +140,13 @@ class Stream:
             return next(self._iterator, None)
         if hasattr(self.data, "set_epoch"):
             self.data.set_epoch(self.epoch)  # type: ignore[attr-defined]
-        # A DataLoader draws its order from the global generator when it is asked for the first batch.
-        with seeded(self.seed * _EPOCHS + self.epoch):
+        # A DataLoader draws its order from the global generator when it is asked for the first batch; other data may
+        # use Python's or NumPy's.
+        seed = self.seed * _EPOCHS + self.epoch
+        with (
+            seeded(seed),
+            contextlib.nullcontext() if isinstance(self.data, Batches) else _seeded_others(seed),
+        ):
             self._iterator = iter(self.data)
             return next(self._iterator, None)
 
@@ -152,6 +160,19 @@ def seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         torch.default_generator.set_state(before)
+
+
+@contextmanager
+def _seeded_others(seed: int) -> Iterator[None]:
+    """Python's and NumPy's global generators at `seed`, and afterwards where they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def share(batch: Batch, rank: int, world: int) -> tuple[Batch, float]:

@@ -116,7 +116,7 @@ class Task:
         name: unique among the tasks.
         member: name of the member that it trains; several tasks may train one.
         data: anything that can be iterated over again and again and yields batches, for example a
-            `DataLoader`.
+            `DataLoader`; where several processes train, their examples lie along the first axis.
         loss: a function of the member's output and the `Batch`, or a name or a mapping of names to weights
             (see `surgery.training.losses`).
         metric: a name (see `surgery.training.metrics`), a torchmetrics metric, or None for the loss alone.

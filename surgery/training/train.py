@@ -76,6 +76,7 @@ def train(
     place = None if folder is None else Path(folder).expanduser()
     if settings.trackers and place is None:
         raise PlanError("Trackers write to a folder: give train(..., folder=...).")
+    _check_trackers(settings.trackers)
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
         cpu=cpu or _launched_without_accelerator(),
@@ -166,6 +167,26 @@ def _check(joint: JointModel, tasks: Sequence[Task]) -> None:
 def _launched_without_accelerator() -> bool:
     """Whether several processes were started where there is no accelerator: accelerate would not join them unasked."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that accelerate would leave out without a word.
+
+    Raises:
+        PlanError: naming them.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    available = [str(getattr(each, "value", each)) for each in get_available_trackers()]
+    known = [str(getattr(each, "value", each)) for each in LOGGER_TYPE_TO_CLASS]
+    if bad := [name for name in names if name not in [*available, "all"]]:
+        missing = [name for name in bad if name in known]
+        advice = (
+            f"install {' and '.join(missing)}" if missing == bad else f"accelerate knows {', '.join(known)}"
+        )
+        raise PlanError(
+            f"train.trackers must be installed, but {', '.join(bad)} cannot be imported: {advice}."
+        )
 
 
 def _prepare_members(joint: JointModel, settings: Training) -> None:

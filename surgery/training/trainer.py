@@ -102,7 +102,13 @@ class Trainer:
             self.contend()
         if self.step == 0 and self.config.redraws(self.generation):
             self.redraw()
-        self.train_step()
+        try:
+            self.train_step()
+        except torch.OutOfMemoryError as error:  # a member's own pass is explained where it runs
+            raise TrainingError(
+                "Memory ran out in the dictionary or the optimizer, not in a member: take a smaller "
+                "parameters.context, fewer train.evolution.challengers, or fewer members together."
+            ) from error
         self.step += 1
         if self.step == self.config.steps:
             self.conclude()

@@ -27,11 +27,13 @@ class Score:
             artifact, without the source that a member was adapted to.
         metric: None where the task has none.
         examples: how many were seen.
+        measure: the metric's name.
     """
 
     loss: float | None
     metric: float | None
     examples: int
+    measure: str | None = None
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
@@ -93,4 +95,5 @@ def _evaluate(joint: JointModel, task: Task, data: Iterable[Any], loss: Loss | N
         raise PlanError(
             f"The data that task '{task.name}' is evaluated on are empty: give at least one batch."
         )
-    return Score(None if total is None else float(total) / examples, meter.value(), examples)
+    mean = None if total is None else float(total) / examples
+    return Score(mean, meter.value(), examples, meter.name)
