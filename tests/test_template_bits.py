@@ -264,6 +264,18 @@ def test_a_signature_with_bits_loads_as_tied_layers(tmp_path):
     assert loaded.plan.bank("stack0-0-weight").stack == "stack0"
 
 
+def test_one_member_of_several_takes_its_own_templates_along(tmp_path):
+    def members():
+        return [chain(width=48), sibling(chain(width=48), "other", 5.0, 1)]
+
+    joint = fitted(members(), templates=5, budget=0.3, mixture="one-hot")
+    surgery.save(joint, tmp_path / "joint")
+    for each in members():
+        alone = surgery.load(tmp_path / "joint", members=[each.name], modules={each.name: each.module})
+        assert_same_bits(alone.collapse(each.name), joint.collapse(each.name))
+        assert 2 <= len([k for k in store(alone).tensors if k.startswith("bank/stack0-0-weight/single.")]) <= 3
+
+
 class Undifferentiable(nn.Module):
     def __init__(self):
         super().__init__()
