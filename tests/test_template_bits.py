@@ -273,7 +273,9 @@ def test_one_member_of_several_takes_its_own_templates_along(tmp_path):
     for each in members():
         alone = surgery.load(tmp_path / "joint", members=[each.name], modules={each.name: each.module})
         assert_same_bits(alone.collapse(each.name), joint.collapse(each.name))
-        assert 2 <= len([k for k in store(alone).tensors if k.startswith("bank/stack0-0-weight/single.")]) <= 3
+        assert (
+            2 <= len([k for k in store(alone).tensors if k.startswith("bank/stack0-0-weight/single.")]) <= 3
+        )
 
 
 class Undifferentiable(nn.Module):
