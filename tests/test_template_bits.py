@@ -144,10 +144,12 @@ def test_unrelated_layers_stay_apart_and_cost_what_they_cost_without_templates()
     assert one.stacks["stack0"].templates == one.stacks["stack0"].layers == 3
 
 
-def test_equal_layers_count_once():
+@pytest.mark.parametrize("mixing", ["linear", "one-hot"])
+def test_equal_layers_count_once(mixing):
     twins = [chain(name="one"), chain(name="two")]
-    report = fitted(twins, max_error=0.05).report
+    report = fitted(twins, max_error=0.05, mixture=mixing).report
     alone = fitted([chain()], max_error=0.05).report
+    assert report.saved["sharing"] == pytest.approx(alone.stored_bytes, rel=0.2)  # the second twin
     assert report.stored_bytes < 1.2 * alone.stored_bytes
     assert report.stacks["stack0"].templates <= 3 < report.stacks["stack0"].layers
 

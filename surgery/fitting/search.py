@@ -70,6 +70,7 @@ class Search:
         self.table = replace(table, fixed=np.where(barred(groups), np.inf, table.fixed))
         mixed = np.array([any(bank.stack for bank in a.banks) for a in arrangements], bool)
         self.mixed = mixed
+        self.copies = np.array([max(0, len(unit.tensors) - 1) for unit in units])  # left out of each unit
         self.unmixed = replace(self.table, fixed=np.where(mixed, np.inf, self.table.fixed))
         self.fewer = any(group.shared for group in groups)  # templates than layers, whatever it costs
         self.templates = request.templates.count
@@ -207,9 +208,16 @@ class Search:
 
     def saved_by_sharing(self, found: Attempt) -> int:
         """What the same predicted errors would cost more without shared rows, and copies left out."""
-        apart = within_errors(self.apart, (found.choice.error * (1 + 1e-9)).tolist())
+        apart, table = within_errors(self.apart, (found.choice.error * (1 + 1e-9)).tolist()), self.table
         copies = sum(found.stored.tensors[first].nbytes for first in found.stored.aliases.values())
-        return max(0, round(apart.nbytes - found.choice.nbytes)) + copies
+        # Equal tensors of layers that come from templates are no copies any more, but apart they would be.
+        mixed = np.isin(table.group[table.arrangement], table.group[found.choice.taken & self.mixed])
+        size = table.size[np.arange(len(table.size)), apart.option]
+        copies += round(float((size * self.copies)[mixed & apart.taken[table.arrangement]].sum()))
+        saved = max(0, round(apart.nbytes - found.choice.nbytes)) + copies
+        return max(
+            0, min(saved, self.whole - found.stored.nbytes)
+        )  # names and headers are no bytes of tensors
 
 
 def measure_errors(stored: Stored, trials: Mapping[str, Trial]) -> np.ndarray:
