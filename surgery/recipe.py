@@ -111,8 +111,8 @@ class Parameters(Strict):
     @model_validator(mode="after")
     def _one_target(self) -> Parameters:
         given = [name for name in TARGETS if getattr(self, name) is not None]
-        joined = len(given) == 2 and self.templates is not None and self.hypermodules is None
-        if len(given) > 1 and not joined:
+        # With templates given, an error or a budget decides their precisions.
+        if len(given) > (1 if self.templates is None or self.hypermodules is not None else 2):
             raise ValueError(
                 f"only one of {', '.join(TARGETS)} can be the target, or templates with max_error or budget, "
                 f"found {' and '.join(given)}"

@@ -186,6 +186,15 @@ def test_correlations_of_mixtures_tell_data_from_augmentation():
     assert last["data"] == pytest.approx(1) and last["augmentation"] == pytest.approx(-0.5)
 
 
+def test_templates_with_bits_are_compared_within_one_error(run):
+    document = run(
+        "template_bits", "--siblings", "2", "--alone", "0", "--methods", "hypermodules", "templates, linear"
+    )
+    assert of(document, "method") == ["hypermodules", "templates, linear"]
+    assert all(error <= 0.05 for error in of(document, "largest error"))
+    assert of(document, "templates")[1].endswith("of 6")
+
+
 @pytest.mark.parametrize("name", ["plain", "cyclic", "deepest", "hardened"])
 def test_signatures_are_recipes_that_can_be_read(name):
     from benchmarks.recipe_runs import document_of

@@ -144,10 +144,12 @@ def test_unrelated_layers_stay_apart_and_cost_what_they_cost_without_templates()
     assert one.stacks["stack0"].templates == one.stacks["stack0"].layers == 3
 
 
-def test_equal_layers_count_once():
+@pytest.mark.parametrize("mixing", ["linear", "one-hot"])
+def test_equal_layers_count_once(mixing):
     twins = [chain(name="one"), chain(name="two")]
-    report = fitted(twins, max_error=0.05).report
+    report = fitted(twins, max_error=0.05, mixture=mixing).report
     alone = fitted([chain()], max_error=0.05).report
+    assert report.saved["sharing"] == pytest.approx(alone.stored_bytes, rel=0.2)  # the second twin
     assert report.stored_bytes < 1.2 * alone.stored_bytes
     assert report.stacks["stack0"].templates <= 3 < report.stacks["stack0"].layers
 
@@ -262,6 +264,20 @@ def test_a_signature_with_bits_loads_as_tied_layers(tmp_path):
     places = [loaded["base"][layer][0].weight.data_ptr() for layer in (1, 2, 3)]
     assert len(set(places)) == 2 and joint.report.saved["sharing"] >= 0
     assert loaded.plan.bank("stack0-0-weight").stack == "stack0"
+
+
+def test_one_member_of_several_takes_its_own_templates_along(tmp_path):
+    def members():
+        return [chain(width=48), sibling(chain(width=48), "other", 5.0, 1)]
+
+    joint = fitted(members(), templates=5, budget=0.3, mixture="one-hot")
+    surgery.save(joint, tmp_path / "joint")
+    for each in members():
+        alone = surgery.load(tmp_path / "joint", members=[each.name], modules={each.name: each.module})
+        assert_same_bits(alone.collapse(each.name), joint.collapse(each.name))
+        assert (
+            2 <= len([k for k in store(alone).tensors if k.startswith("bank/stack0-0-weight/single.")]) <= 3
+        )
 
 
 class Undifferentiable(nn.Module):

@@ -211,10 +211,8 @@ def _check_request(
         )
         if value is not None
     ]
-    joined = (
-        len(given) == 2 and templates is not None and hypermodules is None
-    )  # K given, precisions by the target
-    if len(given) > 1 and not joined:
+    # With K templates given, an error or a budget decides their precisions.
+    if len(given) > (1 if templates is None or hypermodules is not None else 2):
         raise PlanError(
             f"One target is needed, found {' and '.join(given)}; give only one of them, or --templates with "
             "--max-error or --budget."

@@ -70,9 +70,11 @@ class Search:
         self.table = replace(table, fixed=np.where(barred(groups), np.inf, table.fixed))
         mixed = np.array([any(bank.stack for bank in a.banks) for a in arrangements], bool)
         self.mixed = mixed
+        self.copies = np.array([max(0, len(unit.tensors) - 1) for unit in units])  # left out of each unit
         self.unmixed = replace(self.table, fixed=np.where(mixed, np.inf, self.table.fixed))
         self.fewer = any(group.shared for group in groups)  # templates than layers, whatever it costs
         self.templates = request.templates.count
+        self.given = f"{self.templates} template{'s' if self.templates != 1 else ''}"
         self.assembler, self.trials = Assembler(plan, ties, units, arrangements), trials
         originals = [tensor for trial in trials.values() for tensor in trial.originals.values()]
         self.whole = sum(tensor.numel() * tensor.element_size() for tensor in originals)
@@ -88,7 +90,7 @@ class Search:
             found, target = self.within_budget(request.budget), f"budget {request.budget:g}"
         else:
             found, target = self.within_error(request.max_error), f"max-error {request.max_error:g}"
-        target += f" with {self.templates} templates" if self.templates else ""
+        target += f" with {self.given}" if self.templates else ""
         met = request.budget is not None or bool((found.errors <= request.max_error).all())
         return Outcome(target, found.stored, found.errors, met, self.saved_by_sharing(found))
 
@@ -163,9 +165,9 @@ class Search:
         over = {name: e for name, e in zip(self.trials, found.errors, strict=True) if not e <= bound}
         if over:
             raise PlanError(
-                f"An error of {bound:g} cannot be met with {self.templates} templates for each stack: with all their "
-                f"bits they move the output of {', '.join(f'{name} by {e:.3g}' for name, e in over.items())}. Use "
-                "more --templates, a larger --max-error, or leave out --templates, so that the error decides how many."
+                f"An error of {bound:g} cannot be met with {self.given} for each stack: in the members' precision the "
+                f"output of {', '.join(f'{name} moves by {e:.3g}' for name, e in over.items())}. Use more --templates, "
+                "a larger --max-error, or leave out --templates, so that the error decides how many."
             )
         return found
 
@@ -181,7 +183,7 @@ class Search:
         found = self.attempt(choice)
         if choice.nbytes > limit or found.stored.nbytes > budget * self.whole:
             least = max(found.stored.nbytes, choice.nbytes - self.headers) / self.whole
-            given = f" with {self.templates} templates for each stack" if self.templates else ""
+            given = f" with {self.given} for each stack" if self.templates else ""
             fewer = ", or fewer --templates" if self.templates and self.templates > 1 else ""
             raise PlanError(
                 f"A budget of {budget:g} cannot be met{given}: the smallest artifact of these members takes "
@@ -207,9 +209,16 @@ class Search:
 
     def saved_by_sharing(self, found: Attempt) -> int:
         """What the same predicted errors would cost more without shared rows, and copies left out."""
-        apart = within_errors(self.apart, (found.choice.error * (1 + 1e-9)).tolist())
+        apart, table = within_errors(self.apart, (found.choice.error * (1 + 1e-9)).tolist()), self.table
         copies = sum(found.stored.tensors[first].nbytes for first in found.stored.aliases.values())
-        return max(0, round(apart.nbytes - found.choice.nbytes)) + copies
+        # Equal tensors of layers that come from templates are no copies any more, but apart they would be.
+        mixed = np.isin(table.group[table.arrangement], table.group[found.choice.taken & self.mixed])
+        size = table.size[np.arange(len(table.size)), apart.option]
+        copies += round(float((size * self.copies)[mixed & apart.taken[table.arrangement]].sum()))
+        saved = max(0, round(apart.nbytes - found.choice.nbytes)) + copies
+        return max(
+            0, min(saved, self.whole - found.stored.nbytes)
+        )  # names and headers are no bytes of tensors
 
 
 def measure_errors(stored: Stored, trials: Mapping[str, Trial]) -> np.ndarray:
