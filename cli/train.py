@@ -20,6 +20,7 @@ surgery train recipe.yaml --out joint --set train.optimizer.lr=3e-4 --set train.
 surgery train recipe.yaml --out joint --fast-dev-run
 surgery train recipe.yaml --out joint --resume auto
 accelerate launch -m surgery_cli train recipe.yaml --out joint
+accelerate launch --use_fsdp --fsdp_version 2 -m surgery_cli train recipe.yaml --out joint
 """
 RESUME = ("auto", "never")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -46,7 +45,9 @@ class Columns:
     def cut(self, tensor: Tensor) -> Tensor:
         """A process's own columns of `[N, m*n]`: `[N, held]`, in memory of their own."""
         own = tensor[:, self.first : self.first + self.held]
-        return F.pad(own, (0, self.held - own.shape[1])).contiguous().clone()
+        found = tensor.new_zeros(len(tensor), self.held)
+        found[:, : own.shape[1]] = own
+        return found
 
     def gather(self, own: Tensor) -> Tensor:
         """All columns `[N, m*n]` from what every process holds of them, `[N, held]`; all processes call it."""

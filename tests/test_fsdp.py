@@ -23,6 +23,7 @@ from surgery.training.fsdp import Sharding, read_sharding, uncut
 from surgery.training.run import STATE
 from surgery.training.runlog import read_log
 from surgery.training.shards import ChunkPart
+from surgery.training.train import train
 
 PROGRAM = Path(fsdp_nets.__file__)
 
@@ -40,7 +41,7 @@ def launch(out, *flags, **arguments):
 
 def finished(process):
     said = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, said[-3000:]
+    assert process.returncode == 0, said[-8000:]
 
 
 def told(out, rank=0):
@@ -131,7 +132,6 @@ def processes(way="MULTI_CPU", count=2, precision="no", **more):
         (processes("DEEPSPEED"), {}, {}, r"DEEPSPEED splits members .*--multi_gpu.*--use_fsdp --fsdp_version 2"),
         (processes("MEGATRON_LM"), {}, {}, "MEGATRON_LM splits members"),
         (processes("TP"), {}, {}, "TP splits members"),
-        (processes(), {"FSDP_VERSION": "1"}, {}, "add --fsdp_version 2"),
         (processes(), {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "set --fsdp_offload_params false"),
         (processes(precision="fp16"), {}, {}, "use --mixed_precision bf16"),
         (processes(), {}, {"compile": True}, "set train.compile=false"),
@@ -146,6 +146,16 @@ def test_what_training_cannot_take_is_refused_with_what_to_do(
         monkeypatch.setenv(name, value)
     with pytest.raises(PlanError, match=f"Joint training cannot take.*{said}"):
         read_sharding(accelerator, Training.model_validate(config))
+
+
+@pytest.mark.parametrize("version", ["1", None])
+def test_the_first_version_of_fsdp_is_refused(monkeypatch, version):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.delenv("FSDP_VERSION", raising=False)
+    if version:
+        monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(PlanError, match="add --fsdp_version 2"):
+        train(fsdp_nets.build(), fsdp_nets.tasks(), cpu=True)
 
 
 def test_one_process_has_nothing_to_shard(monkeypatch):

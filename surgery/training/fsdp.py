@@ -10,6 +10,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from math import isclose
 from typing import Any
 
 import torch
@@ -97,6 +98,20 @@ class Sharding:
         return [m for m in reversed(found) if m is not module and m in apart and _callable(m)]
 
 
+def check_launch() -> None:
+    """Look at what `accelerate launch` says before accelerate acts on it: some of that needs an accelerator.
+
+    Raises:
+        PlanError: for FSDP of version 1.
+    """
+    if _asked() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise PlanError(
+            "Joint training needs FSDP of version 2, but accelerate is configured for version 1, which flattens the "
+            "parameters that generated weights have to be told apart by: add --fsdp_version 2 (fsdp_version: 2 in its "
+            "configuration)."
+        )
+
+
 def read_sharding(accelerator: Any, settings: Training) -> Sharding | None:
     """How accelerate was told to shard; None where every process shall hold everything.
 
@@ -104,7 +119,7 @@ def read_sharding(accelerator: Any, settings: Training) -> Sharding | None:
         PlanError: for ways of splitting a model that training cannot take.
     """
     way = accelerator.distributed_type.value
-    asked = way == "FSDP" or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    asked = way == "FSDP" or _asked()
     plugin = getattr(accelerator.state, "fsdp_plugin", None) if asked else None
     if asked and plugin is None:
         from accelerate import FullyShardedDataParallelPlugin
@@ -151,6 +166,23 @@ def check_members(joint: JointModel, sharding: Sharding) -> None:
         )
 
 
+def check_alike(joint: JointModel) -> None:
+    """Refuse processes that did not load the same weights.
+
+    Raises:
+        PlanError: saying what may have kept them from it.
+    """
+    sizes = [torch.linalg.vector_norm(p.detach(), 1, dtype=torch.float64) for p in joint.parameters()]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, [float(size) for size in sizes])
+    # Machines may sum in another order.
+    if any(not isclose(a, b, rel_tol=1e-6) for each in found for a, b in zip(each, found[0], strict=True)):
+        raise PlanError(
+            "Under FSDP every process must load all members' weights, but they differ: set "
+            "--fsdp_cpu_ram_efficient_loading false, or load members before training starts its processes."
+        )
+
+
 def uncut(module: nn.Module) -> set[nn.Parameter]:
     """The parameters that every process has to keep: single numbers, and whatever is not of the dtype of most."""
     sizes: Counter[torch.dtype] = Counter()
@@ -159,6 +191,10 @@ def uncut(module: nn.Module) -> set[nn.Parameter]:
             sizes[parameter.dtype] += parameter.numel()
     most = sizes.most_common(1)[0][0] if sizes else None
     return {p for p in module.parameters() if p.dtype != most or not p.ndim or not p.numel()}
+
+
+def _asked() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def _refusals(accelerator: Any, settings: Training, plugin: Any) -> list[str]:
@@ -177,11 +213,7 @@ def _refusals(accelerator: Any, settings: Training, plugin: Any) -> list[str]:
         bad.append("of its parallelism_config only dp_shard is supported; leave the other sizes at 1")
     if plugin is None:
         return bad
-    if plugin.fsdp_version != 2:
-        bad.append(
-            "FSDP of version 1 flattens parameters, and generated weights have to be told apart; add --fsdp_version 2"
-        )
-    elif "CPUOffload" in type(plugin.cpu_offload).__name__:
+    if "CPUOffload" in type(plugin.cpu_offload).__name__:
         bad.append("rows and their gradients stay on the device; set --fsdp_offload_params false")
     if plugin.ignored_modules:
         bad.append("every module of a member is sharded; leave fsdp_ignored_modules away")

@@ -14,23 +14,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from math import isclose
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from surgery.columns import Columns
 from surgery.dictionary import Bank
-from surgery.errors import PlanError
 from surgery.generation import Weights, to_blocks, to_weight
 from surgery.hooks import Enter, Leave, release
 from surgery.joint import JointModel
 from surgery.plan import Placement
 from surgery.slots import locate, put_back, put_in, reorder
 from surgery.training.fsdp import Sharding
-from surgery.training.shards import ChunkPart, ColumnPart, Part
+from surgery.training.shards import ChunkPart, ColumnPart, Part, add_up, reshard
 from surgery.training.state import own_part
 
 
@@ -43,6 +40,7 @@ class ShardedModel(JointModel):
 
     Attributes:
         parts: how each tensor that is held in parts is cut, by its name in `model_tensors`.
+        chunks: how each adapter that is held in parts is cut, by the identity of what the optimizer gets of it.
     """
 
     def __init__(self, joint: JointModel, sharding: Sharding):
@@ -53,12 +51,12 @@ class ShardedModel(JointModel):
         self.encoded, self.report = joint.encoded, joint.report
         self._filled, self._inside, self._in_step = {}, {}, False
         self._trainable = joint._trainable
-        _check_alike(joint)
         copies = self._copy_members()
         self.members = {name: replace(m, module=copies[name]) for name, m in joint.members.items()}
         self.bodies = nn.ModuleList(copies.values())
         self.parts: dict[str, Part] = {}
         self._shard_members()
+        self._placed = {key: [p for p in self.plan.placements if p.bank == key] for key in self.dictionary}
         self._origins: dict[str, Tensor] = {}
         for key in self.dictionary:
             self._cut(key, self.dictionary[key])
@@ -97,17 +95,22 @@ class ShardedModel(JointModel):
             (p.site.member, p.site.name): getattr(*locate(self[p.site.member], p.site.owners[0]))
             for p in self.plan.placements
         }
+        for name in self.names:
+            for first in self.owners[name]:
+                own = getattr(*locate(self[name], first))
+                if own_part(own) is not own:
+                    self.parts[f"member/{name}/{first}"] = self._chunks(own.shape)
         self._adapters: list[tuple[nn.Parameter, nn.Parameter]] = []
-        given, index = self._given[0], dict(enumerate(self.names))
-        for path, parameter in given.bodies.named_parameters():
+        self.chunks: dict[int, Part] = {}
+        for path, given in self._given[0].bodies.named_parameters():
             number, _, name = path.partition(".")
-            own = getattr(*locate(self[index[int(number)]], name))
-            if isinstance(own, nn.Parameter) and own_part(own) is not own:
-                self.parts[f"member/{index[int(number)]}/{name}"] = self._chunks(own.shape)
-            if parameter.requires_grad:
-                # Optimizers get plain tensors: parts of one group need not be of one kind, and steps are faster.
-                local = own if own_part(own) is own else nn.Parameter(own_part(own).detach())
+            own = getattr(*locate(self[self.names[int(number)]], name))
+            # Optimizers get plain tensors: parts of one group need not be of one kind, and steps are faster.
+            local = own if own_part(own) is own else nn.Parameter(own_part(own).detach())
+            if given.requires_grad:
                 self._adapters.append((own, local))
+            if local is not own:
+                self.chunks[id(local)] = self._chunks(own.shape)
 
     def _cut(self, key: str, bank: Bank) -> None:
         columns = Columns(bank.width, self.sharding.rank, self.sharding.world)
@@ -126,13 +129,6 @@ class ShardedModel(JointModel):
         """What this process holds of the adapters that are trained, as plain tensors."""
         return [local for _, local in self._adapters]
 
-    def part_of(self, adapter: nn.Parameter) -> Part | None:
-        """How one of these is cut."""
-        for parameter, local in self._adapters:
-            if local is adapter and local is not parameter:
-                return self._chunks(parameter.shape)
-        return None
-
     def refresh(self, members: Any = None) -> None:
         """Give every process its chunks of the weights that the dictionary generates now; all of them call it."""
         self._refuse_in_step("Filling the slots")
@@ -149,7 +145,7 @@ class ShardedModel(JointModel):
     def leave(self, name: str, path: str) -> None:
         """After a member ran outside of a step: give up what its forward pass gathered."""
         if not self._in_step:
-            _reshard(self[name])
+            reshard(self[name])
 
     @contextmanager
     def step(self) -> Iterator[Weights]:
@@ -163,17 +159,12 @@ class ShardedModel(JointModel):
         finally:
             self._in_step = False
             self._filled.clear()
-            _reshard(self.bodies)
+            reshard(self.bodies)
 
     def _generate(self) -> dict[str, Any]:
         """Fill all sites; of each bank the edge of the graph at which its blocks' gradients enter."""
-        for module in self.bodies.modules():
-            if hasattr(
-                module, "reshard"
-            ):  # what a forward pass without a backward pass has left gathered is old
-                module.reshard()  # type: ignore[operator]
         edges: dict[str, Any] = {}
-        for key, placements in self._placed().items():
+        for key, placements in self._placed.items():
             blocks = self.dictionary[key].blocks()
             if blocks.requires_grad:
                 edges[key] = torch.autograd.graph.get_gradient_edge(blocks)
@@ -194,7 +185,7 @@ class ShardedModel(JointModel):
 
     def _go_back(self, edges: dict[str, Any]) -> None:
         """Carry the sites' gradients into rows and codes, and give all parameters the mean of the processes."""
-        for key, placements in self._placed().items():
+        for key, placements in self._placed.items():
             bank, gradient = self.dictionary[key], None
             columns = bank.columns
             assert columns is not None
@@ -210,9 +201,7 @@ class ShardedModel(JointModel):
                 torch.autograd.backward([edges[key]], [gradient])
         # A process knows of a code's gradient what its own columns say: the whole is the sum.
         rows = {id(self.dictionary[key].rows) for key in self.dictionary}
-        self._total(
-            [p.grad for p in self.dictionary.parameters() if p.grad is not None and id(p) not in rows]
-        )
+        add_up([p.grad for p in self.dictionary.parameters() if p.grad is not None and id(p) not in rows])
         whole = []
         for parameter, local in self._adapters:
             if local is not parameter:
@@ -220,29 +209,14 @@ class ShardedModel(JointModel):
                 parameter.grad = None
             elif parameter.grad is not None:
                 whole.append(parameter.grad.div_(self.sharding.world))
-        self._total(whole)
+        add_up(whole)
 
     def _whole_gradient(self, site: nn.Parameter) -> Tensor:
         gradient: Any = site.grad
         if own_part(gradient) is not gradient:
             return gradient.full_tensor()
-        self._total([gradient.div_(self.sharding.world)])
+        add_up([gradient.div_(self.sharding.world)])
         return gradient
-
-    @staticmethod
-    @torch.no_grad()
-    def _total(tensors: list[Tensor]) -> None:
-        """Add up tensors over the processes, in place, in one call."""
-        if not tensors:
-            return
-        dtype = torch.float64 if any(each.dtype == torch.float64 for each in tensors) else torch.float32
-        flat = torch.cat([each.reshape(-1).to(dtype) for each in tensors])
-        torch.distributed.all_reduce(flat)
-        for each, part in zip(tensors, flat.split([each.numel() for each in tensors]), strict=True):
-            each.copy_(part.view_as(each))
-
-    def _placed(self) -> dict[str, list[Placement]]:
-        return {key: [p for p in self.plan.placements if p.bank == key] for key in self.dictionary}
 
     # -- the end -----------------------------------------------------------------------------------------------
 
@@ -270,29 +244,3 @@ class ShardedModel(JointModel):
 
     def _apply(self, fn: Any, recurse: bool = True) -> JointModel:
         return self  # it is on its device, and of the dtypes that it was made of
-
-
-def _reshard(module: nn.Module) -> None:
-    """Leave every process with its own part alone: without a backward pass FSDP keeps a root's weights gathered, and
-    what is gathered does not follow the dictionary.
-    """
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
-
-
-def _check_alike(joint: JointModel) -> None:
-    """Refuse processes that did not load the same weights.
-
-    Raises:
-        PlanError: saying what may have kept them from it.
-    """
-    sizes = [torch.linalg.vector_norm(p.detach(), 1, dtype=torch.float64) for p in joint.parameters()]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, [float(size) for size in sizes])
-    # Machines may sum in another order.
-    if any(not isclose(a, b, rel_tol=1e-6) for each in found for a, b in zip(each, found[0], strict=True)):
-        raise PlanError(
-            "Under FSDP every process must load all members' weights, but they differ: set "
-            "--fsdp_cpu_ram_efficient_loading false, or load members before training starts its processes."
-        )

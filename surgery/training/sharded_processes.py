@@ -85,4 +85,4 @@ class ShardedProcesses(Processes):
         for key in self.model.dictionary:
             if self.model.dictionary[key].rows is parameter:
                 return self.model.parts[f"bank/{key}/rows"]
-        return self.model.part_of(parameter)
+        return self.model.chunks.get(id(parameter))

@@ -6,12 +6,14 @@ Two kinds of parts: columns of a bank's rows (`surgery.columns.Columns`), and ch
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from surgery.columns import Columns, gather_flat
 
@@ -81,3 +83,24 @@ def collect(own: Tensor, rank: int, world: int, device: torch.device, everywhere
         if wanted:
             found[:, start : start + len(piece)] = parts.cpu()
     return found
+
+
+@torch.no_grad()
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Give tensors their sum over the processes, in place, in one call; all processes call it."""
+    if not tensors:
+        return
+    dtype = torch.float64 if any(each.dtype == torch.float64 for each in tensors) else torch.float32
+    flat = torch.cat([each.reshape(-1).to(dtype) for each in tensors])
+    torch.distributed.all_reduce(flat)
+    for each, part in zip(tensors, flat.split([each.numel() for each in tensors]), strict=True):
+        each.copy_(part.view_as(each))
+
+
+def reshard(module: nn.Module) -> None:
+    """Leave every process with its own part alone: without a backward pass FSDP keeps a root's weights gathered, and
+    what is gathered does not follow the dictionary.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

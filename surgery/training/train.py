@@ -15,7 +15,7 @@ from surgery.errors import PlanError
 from surgery.joint import JointModel
 from surgery.selectors import share_selectors
 from surgery.training.config import Training
-from surgery.training.fsdp import check_members, read_sharding, wants_checkpointing
+from surgery.training.fsdp import check_alike, check_launch, check_members, read_sharding, wants_checkpointing
 from surgery.training.parts import First
 from surgery.training.report import TrainReport
 from surgery.training.run import STATE, Run
@@ -39,7 +39,9 @@ def train(
 ) -> TrainReport:
     """Train all members on their tasks while the alignment of their blocks to hypermodules evolves.
 
-    Runs as it is on one device, and under `accelerate launch` in as many processes as that starts.
+    Runs as it is on one device, and under `accelerate launch` in as many processes as that starts. With `--use_fsdp
+    --fsdp_version 2` each of these holds its share of the dictionary and of the members; at the end every process has
+    the joint model whole again, on the CPU. After an exception it has not: go on from the state in `folder`.
 
     Args:
         joint: as `join` made it, or loaded; it is trained in place and left on a hard alignment.
@@ -54,7 +56,7 @@ def train(
         What was reached.
 
     Raises:
-        PlanError: for tasks that do not fit the joint model.
+        PlanError: for tasks that do not fit the joint model, and ways of splitting it that training cannot take.
         TrainingError: where training cannot go on; the last good state stays in `folder`.
         Interrupted: on Ctrl-C, after the state was saved.
 
@@ -77,6 +79,7 @@ def train(
     if settings.trackers and place is None:
         raise PlanError("Trackers write to a folder: give train(..., folder=...).")
     _check_trackers(settings.trackers)
+    check_launch()
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
         cpu=cpu or _launched_without_accelerator(),
@@ -107,6 +110,7 @@ def train(
             from surgery.training.sharded import ShardedModel
             from surgery.training.sharded_processes import ShardedProcesses
 
+            check_alike(joint)
             model = ShardedModel(joint, sharding)
             processes = ShardedProcesses(accelerator, model)
             trainer = Trainer(model, tasks, settings, seed, accelerator, losses, processes)
