@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import isclose
 from typing import Any
@@ -19,6 +19,8 @@ from torch import nn
 from surgery.errors import PlanError
 from surgery.joint import JointModel
 from surgery.training.config import Training
+from surgery.training.losses import adapts_by
+from surgery.training.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,19 @@ def check_members(joint: JointModel, sharding: Sharding) -> None:
         raise PlanError(
             f"Every --fsdp_transformer_layer_cls_to_wrap must be the class of a layer of some member, but "
             f"{', '.join(lost)} is not: correct it, or leave it away, and the layers that a member repeats are taken."
+        )
+
+
+def check_losses(tasks: Sequence[Task]) -> None:
+    """Refuse losses that look inside a member: while it is cut, a copy of it runs.
+
+    Raises:
+        PlanError: naming the tasks.
+    """
+    if adapting := [task.name for task in tasks if adapts_by(task.loss)]:
+        raise PlanError(
+            f"Under FSDP a loss must need nothing but outputs, but {', '.join(adapting)} compares features inside a "
+            "member: adapt it in one process, or in several without --use_fsdp."
         )
 
 

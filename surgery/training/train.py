@@ -15,14 +15,22 @@ from surgery.errors import PlanError
 from surgery.joint import JointModel
 from surgery.selectors import share_selectors
 from surgery.training.config import Training
-from surgery.training.fsdp import check_alike, check_launch, check_members, read_sharding, wants_checkpointing
+from surgery.training.fsdp import (
+    Sharding,
+    check_alike,
+    check_launch,
+    check_losses,
+    check_members,
+    read_sharding,
+    wants_checkpointing,
+)
 from surgery.training.parts import First
 from surgery.training.report import TrainReport
 from surgery.training.run import STATE, Run
 from surgery.training.sharing_adapters import share_adapters
 from surgery.training.starts import start
 from surgery.training.task_losses import made_losses
-from surgery.training.tasks import Task
+from surgery.training.tasks import Loss, Task
 from surgery.training.trainer import Trainer
 from surgery.training.transfer import freeze
 
@@ -94,6 +102,7 @@ def train(
         joint.to(accelerator.device)
     else:
         check_members(joint, sharding)
+        check_losses(tasks)
         joint.to("cpu")  # a device has no room for all of it
         place_original = partial(sharding.apply, "original")
     # Distillation is from the members as they were given.
@@ -103,18 +112,8 @@ def train(
         share_adapters(joint, share_selectors(settings.share, names, "train.share"))
         freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
         _prepare_members(joint, settings)
-        if sharding is None:
-            trainer = Trainer(joint, tasks, settings, seed, accelerator, losses)
-            trainer.optimizer = accelerator.prepare(trainer.optimizer)
-        else:
-            from surgery.training.sharded import ShardedModel
-            from surgery.training.sharded_processes import ShardedProcesses
-
-            check_alike(joint)
-            model = ShardedModel(joint, sharding)
-            processes = ShardedProcesses(accelerator, model)
-            trainer = Trainer(model, tasks, settings, seed, accelerator, losses, processes)
-        run = Run(trainer, settings, seed, place)
+        make = _trainer if sharding is None else partial(_sharded_trainer, sharding)
+        run = Run(make(joint, tasks, settings, seed, accelerator, losses), settings, seed, place)
         if resume:
             run.resume()
         elif place is not None and (place / STATE).exists() and accelerator.is_main_process:
@@ -191,6 +190,31 @@ def _check_trackers(names: Sequence[str]) -> None:
         raise PlanError(
             f"train.trackers must be installed, but {', '.join(bad)} cannot be imported: {advice}."
         )
+
+
+def _trainer(joint: JointModel, *arguments: Any) -> Trainer:
+    """One of processes that each hold everything; arguments are those of `Trainer`."""
+    trainer = Trainer(joint, *arguments)
+    trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer)
+    return trainer
+
+
+def _sharded_trainer(
+    sharding: Sharding,
+    joint: JointModel,
+    tasks: Sequence[Task],
+    settings: Training,
+    seed: int,
+    accelerator: Any,
+    losses: Mapping[str, Loss],
+) -> Trainer:
+    """One of processes that each hold a part of the joint model."""
+    from surgery.training.sharded import ShardedModel
+    from surgery.training.sharded_processes import ShardedProcesses
+
+    check_alike(joint)
+    model = ShardedModel(joint, sharding)
+    return Trainer(model, tasks, settings, seed, accelerator, losses, ShardedProcesses(accelerator, model))
 
 
 def _prepare_members(joint: JointModel, settings: Training) -> None:
