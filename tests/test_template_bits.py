@@ -280,6 +280,12 @@ def test_one_member_of_several_takes_its_own_templates_along(tmp_path):
         )
 
 
+def test_layers_that_became_plain_are_templates_of_their_own():
+    members = [chain(width=48), sibling(chain(width=48), "other", 5.0, 1)]
+    report = fitted(members, templates=4, mixture="one-hot").report
+    assert report.stacks["stack0"].templates == 4 and report.stacks["stack0"].layers == 6
+
+
 class Undifferentiable(nn.Module):
     def __init__(self):
         super().__init__()

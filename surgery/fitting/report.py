@@ -127,7 +127,12 @@ def describe_stacks(
             key: sorted((p for p in plan.placements if p.bank == key), key=lambda p: p.start) for key in keys
         }
         rows = [size[p.site.member, p.site.name] for placed in layers.values() for p in placed]
-        counts = [_templates_in(stored, bank.key) for bank in stored.plan.banks if bank.stack == name]
+        # A layer that no other draws on may have become plain: it is a template of its own.
+        counts = [
+            _templates_in(stored, bank.key) + len(layers[bank.key]) - bank.locations
+            for bank in stored.plan.banks
+            if bank.stack == name
+        ]
         if not counts:
             tensors = [[originals[p.site.member][p.site.name] for p in placed] for placed in layers.values()]
             counts = [int(distinct_layers(tensors).max()) + 1]
