@@ -13,7 +13,7 @@ from surgery.errors import PlanError
 from surgery.joint import JointModel
 from surgery.selectors import share_selectors
 from surgery.training.config import Training
-from surgery.training.fsdp import check_alike, check_launch, check_members, read_sharding, wants_checkpointing
+from surgery.training.fsdp import check_launch, check_members, read_sharding, wants_checkpointing
 from surgery.training.report import TrainReport
 from surgery.training.run import STATE, Run
 from surgery.training.sharing_adapters import share_adapters
@@ -101,7 +101,7 @@ def train(
         trainer.optimizer = accelerator.prepare(trainer.optimizer)
     else:
         from surgery.training.sharded import ShardedModel
-        from surgery.training.sharded_processes import ShardedProcesses
+        from surgery.training.sharded_processes import ShardedProcesses, check_alike
 
         check_alike(joint)
         model = ShardedModel(joint, sharding)
