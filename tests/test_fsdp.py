@@ -1,8 +1,11 @@
 """FSDP: two processes of which each holds a part give the result of one, also when killed; what is refused."""
 
+import contextlib
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,9 +31,18 @@ from surgery.training.train import train
 PROGRAM = Path(fsdp_nets.__file__)
 
 
+def free_port():
+    """Below the range from which systems give ports to whoever asks, so that nobody takes it until it is used."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 30000)
+        with socket.socket() as tried, contextlib.suppress(OSError):
+            tried.bind(("localhost", port))
+            return port
+
+
 def launch(out, *flags, **arguments):
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--main_process_port", "0", "--dynamo_backend", "no"]
+    command += ["--num_machines", "1", "--main_process_port", str(free_port()), "--dynamo_backend", "no"]
     command += ["--mixed_precision", "no", "--use_fsdp", *(flags or ("--fsdp_version", "2"))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(

@@ -10,7 +10,6 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from math import isclose
 from typing import Any
 
 import torch
@@ -178,23 +177,6 @@ def check_losses(tasks: Sequence[Task]) -> None:
         raise PlanError(
             f"Under FSDP a loss must need nothing but outputs, but {', '.join(adapting)} compares features inside a "
             "member: adapt it in one process, or in several without --use_fsdp."
-        )
-
-
-def check_alike(joint: JointModel) -> None:
-    """Refuse processes that did not load the same weights.
-
-    Raises:
-        PlanError: saying what may have kept them from it.
-    """
-    sizes = [torch.linalg.vector_norm(p.detach(), 1, dtype=torch.float64) for p in joint.parameters()]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, [float(size) for size in sizes])
-    # Machines may sum in another order.
-    if any(not isclose(a, b, rel_tol=1e-6) for each in found for a, b in zip(each, found[0], strict=True)):
-        raise PlanError(
-            "Under FSDP every process must load all members' weights, but they differ: set "
-            "--fsdp_cpu_ram_efficient_loading false, or load members before training starts its processes."
         )
 
 

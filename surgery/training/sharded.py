@@ -57,7 +57,7 @@ class ShardedModel(JointModel):
         self.parts: dict[str, Part] = {}
         self._shard_members()
         self._placed = {key: [p for p in self.plan.placements if p.bank == key] for key in self.dictionary}
-        self._origins: dict[str, Tensor] = {}
+        self._origins: dict[str, tuple[str, Tensor]] = {}
         for key in self.dictionary:
             self._cut(key, self.dictionary[key])
         self.dictionary._apply(lambda tensor: tensor.to(sharding.device))
@@ -118,7 +118,7 @@ class ShardedModel(JointModel):
         bank.columns = columns
         bank.rows = nn.Parameter(part.own(bank.rows.detach()), requires_grad=bank.rows.requires_grad)
         if bank.origin is not None:  # not needed until the end: it stays on the CPU
-            self._origins[key], bank.origin = part.own(bank.origin), None
+            self._origins[key], bank.origin = (bank.mixing, part.own(bank.origin)), None
 
     def _chunks(self, shape: torch.Size) -> ChunkPart:
         return ChunkPart(shape, self.sharding.rank, self.sharding.world)
@@ -227,8 +227,9 @@ class ShardedModel(JointModel):
         for key in self.dictionary:
             bank, part = self.dictionary[key], self.parts[f"bank/{key}/rows"]
             bank.rows = nn.Parameter(part.whole(bank.rows.detach(), device, True), bank.rows.requires_grad)
-            if key in self._origins and bank.mixing != "one-hot":  # a hardened stack has another origin
-                bank.origin = part.whole(self._origins[key], device, True)
+            mixing, origin = self._origins.get(key, ("", None))
+            if origin is not None and mixing == bank.mixing:  # hardening forgets it
+                bank.origin = part.whole(origin, device, True)
             bank.columns = None
         self.dictionary._apply(lambda tensor: tensor.cpu())
         for name in self.names:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isclose
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from surgery.errors import PlanError
 from surgery.joint import JointModel
 from surgery.training.processes import Processes
 from surgery.training.sharded import ShardedModel
@@ -86,3 +88,20 @@ class ShardedProcesses(Processes):
             if self.model.dictionary[key].rows is parameter:
                 return self.model.parts[f"bank/{key}/rows"]
         return self.model.chunks.get(id(parameter))
+
+
+def check_alike(joint: JointModel) -> None:
+    """Refuse processes that did not load the same weights.
+
+    Raises:
+        PlanError: saying what may have kept them from it.
+    """
+    sizes = [torch.linalg.vector_norm(p.detach(), 1, dtype=torch.float64) for p in joint.parameters()]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, [float(size) for size in sizes])
+    # Machines may sum in another order.
+    if any(not isclose(a, b, rel_tol=1e-6) for each in found for a, b in zip(each, found[0], strict=True)):
+        raise PlanError(
+            "Under FSDP every process must load all members' weights, but they differ: set "
+            "--fsdp_cpu_ram_efficient_loading false, or load members before training starts its processes."
+        )

@@ -17,7 +17,6 @@ from surgery.selectors import share_selectors
 from surgery.training.config import Training
 from surgery.training.fsdp import (
     Sharding,
-    check_alike,
     check_launch,
     check_losses,
     check_members,
@@ -210,7 +209,7 @@ def _sharded_trainer(
 ) -> Trainer:
     """One of processes that each hold a part of the joint model."""
     from surgery.training.sharded import ShardedModel
-    from surgery.training.sharded_processes import ShardedProcesses
+    from surgery.training.sharded_processes import ShardedProcesses, check_alike
 
     check_alike(joint)
     model = ShardedModel(joint, sharding)
