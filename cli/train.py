@@ -163,8 +163,8 @@ def run(
     json: bool,
 ) -> TrainReport:
     """The training itself; where it is interrupted, the last line on the screen says how to go on."""
+    from surgery.training.interruptions import Interrupted
     from surgery.training.recipe_run import run_folder, train_recipe
-    from surgery.training.run import Interrupted
 
     from . import console
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from surgery.errors import PlanError, TrainingError
 from surgery.training.adaptation import Adversary
-from surgery.training.run import STATE, Interrupted
+from surgery.training.interruptions import Interrupted
+from surgery.training.run import STATE
 from surgery.training.runlog import read_log
 from surgery.training.state import read_state
 from surgery.training.stateful import Sum, pack_loss, unpack_loss

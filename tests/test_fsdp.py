@@ -106,7 +106,7 @@ def test_killed_and_resumed_it_ends_as_an_unbroken_run_in_two_processes_and_in_o
     out, folder = tmp_path / "two", tmp_path / "run"
     process = launch(out, folder=str(folder), slow=0.15)
     for _ in range(2400):
-        if (folder / "rank1.safetensors").exists() and len(read_log(folder / "log.jsonl")) >= 3:
+        if (folder / STATE).exists() and len(read_log(folder / "log.jsonl")) >= 3:
             break
         time.sleep(0.05)
     time.sleep(0.2)  # somewhere within a generation

@@ -9,7 +9,8 @@ from training_nets import CONFIG, tasks
 
 import surgery
 from surgery.errors import PlanError
-from surgery.training.run import STATE, Interrupted
+from surgery.training.interruptions import Interrupted
+from surgery.training.run import STATE
 from surgery.training.sharing_adapters import share_adapters
 from surgery.training.train import train
 from surgery.training.trainer import Trainer

@@ -13,8 +13,9 @@ from safetensors import safe_open
 
 import surgery
 from surgery.recipe import Recipe
+from surgery.training.interruptions import Interrupted
 from surgery.training.recipe_run import rejoin, train_recipe
-from surgery.training.run import STATE, Interrupted
+from surgery.training.run import STATE
 from surgery.training.trainer import Trainer
 
 NAMES, KEYS = ("one", "two", "three"), ("blocks.0.norm1.weight", "blocks.1.norm2.bias", "pos_embed")

@@ -17,10 +17,11 @@ from surgery.mixtures import Templates
 from surgery.sites import discover
 from surgery.template_plan import plan_templates
 from surgery.training.config import Evolution, TemplateSettings, Training
+from surgery.training.interruptions import Interrupted
 from surgery.training.mixing import penalty, stacks_of
 from surgery.training.pictures import draw_run
 from surgery.training.report import dictionary_numbers
-from surgery.training.run import STATE, Interrupted
+from surgery.training.run import STATE
 from surgery.training.runlog import read_log
 from surgery.training.starts import start
 from surgery.training.streams import Batches

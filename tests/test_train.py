@@ -19,7 +19,8 @@ from torch import nn
 from training_nets import CONFIG, build, tasks
 
 from surgery.errors import PlanError, TrainingError
-from surgery.training.run import BEST, STATE, Interrupted
+from surgery.training.interruptions import Interrupted
+from surgery.training.run import BEST, STATE
 from surgery.training.runlog import read_log
 from surgery.training.state import read_state, write_state
 from surgery.training.streams import Batches, Stream, share

@@ -7,7 +7,8 @@ import torch
 from training_nets import CONFIG, build, tasks
 
 from surgery.errors import PlanError, TrainingError
-from surgery.training.run import STATE, Interrupted
+from surgery.training.interruptions import Interrupted
+from surgery.training.run import STATE
 from surgery.training.runlog import read_log
 from surgery.training.tasks import Task
 from surgery.training.train import train

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import signal
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,11 +17,14 @@ from surgery.progress import task as progress_task
 from surgery.training.analysis import kinds_of_modules, layer_overlap
 from surgery.training.checkpoint import pack, unpack
 from surgery.training.config import Training
+from surgery.training.describing import describe_run
+from surgery.training.interruptions import Interrupted, stop_signals
 from surgery.training.mixing import describe_stacks, mixtures_of
 from surgery.training.report import TrainReport, adapted_of, dictionary_numbers
+from surgery.training.run_plan import differences, flat, make_plan
 from surgery.training.runlog import STRIP, RunLog, subsets
 from surgery.training.state import Tensors, read_state, restore, snapshot, write_state
-from surgery.training.tasks import Task
+from surgery.training.trackers import tracked
 from surgery.training.trainer import Trainer
 from surgery.training.transfer import trained_numbers
 from surgery.training.validation import Score, evaluate
@@ -33,15 +32,12 @@ from surgery.training.validation import Score, evaluate
 STATE, BEST = "state.safetensors", "best.safetensors"
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop; where it has a folder, its state is saved there."""
-
-
 class Run:
     """One call of `train`: the trainer, and what is kept of it."""
 
     def __init__(self, trainer: Trainer, config: Training, seed: int, folder: Path | None):
         self.trainer, self.config, self.seed, self.folder = trainer, config, seed, folder
+        self.plan = make_plan(trainer.joint, trainer.tasks, config, seed)
         main = trainer.accelerator.is_main_process
         self.log = RunLog(folder if main else None)
         self.first: dict[str, float] = {}  # the tasks' first validation losses: their scale
@@ -60,12 +56,12 @@ class Run:
         trainer, config = self.trainer, self.config
         if trainer.generation == 0 and trainer.step == 0:
             self.log.begin()
-            self.log.write("start", **self._describe())
+            self.log.write("start", **describe_run(trainer, config, self.seed))
         if config.trackers:
-            trainer.accelerator.init_trackers("surgery", config=_flat(config.model_dump()))
+            trainer.accelerator.init_trackers("surgery", config=flat(config.model_dump()))
         stopped = "done"
         with (
-            _stop_signals() as asked,
+            stop_signals() as asked,
             progress_task("Training", config.total * config.steps) as work,
             self._kept(),
         ):
@@ -141,17 +137,12 @@ class Run:
             seconds=self.seconds,
         )
         if config.trackers:
-            told = {f"loss/{name}": value for name, value in losses.items()}
-            for name, score in scores.items():
-                told[f"validation/{name}"] = score.loss
-                if score.metric is not None:
-                    told[f"{score.measure}/{name}"] = score.metric
             sized = {
                 "share": now / max(whole, 1),
                 "hypermodules": sum(sizes.values()),
                 "moved": trainer.moved,
             }
-            trainer.accelerator.log(told | sized, generation)
+            trainer.accelerator.log(tracked(losses, scores, **sized), generation)
         mean = sum(trainer.weights[name] * value for name, value in losses.items())
         work.describe(
             f"Generation {generation + 1}/{config.total}, loss {mean:.4g}, "
@@ -225,20 +216,11 @@ class Run:
         if self.folder is None or not (self.folder / STATE).exists():
             return
         tensors, document = read_state(self.folder / STATE)
-        told = document.get("plan")
-        if told != self.plan:
-            before = _flat(told) if isinstance(told, dict) else {}
-            changed = [
-                f"{name} was {before.get(name)} and is {value}"
-                if name != "blocks"
-                else "members or blocks are others"
-                for name, value in _flat(self.plan).items()
-                if value != before.get(name)
-            ]
+        if changed := differences(self.plan, document.get("plan")):
             raise TrainingError(
                 f"The checkpoint in {self.folder} must be of the same members, tasks, settings and seed, but it "
-                f"belongs to another plan ({'; '.join(changed)}): run with what it was begun with, choose another "
-                "--out, or delete it."
+                f"belongs to another plan ({changed}): run with what it was begun with, choose another --out, or "
+                "delete it."
             )
         unpack(self.trainer, tensors, document)
         keep = document["keep"]
@@ -247,25 +229,6 @@ class Run:
         if (self.folder / BEST).exists():
             self.kept = self.trainer.processes.own(read_state(self.folder / BEST)[0])
         self.log.cut(self.trainer.generation)
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        """All that a state must agree with: where blocks lie, tasks, settings and seed.
-
-        Learning rates and clipping may change, for a run whose loss was no longer finite.
-        """
-        placements = [
-            (p.site.member, p.site.name, p.bank, str(p.grid), p.start)
-            for p in self.trainer.joint.plan.placements
-        ]
-        free = {"save_seconds": True, "trackers": True, "optimizer": {"lr", "soft_lr", "clip"}}
-        return {
-            "blocks": hashlib.sha256(json.dumps(placements).encode()).hexdigest(),
-            "tasks": ", ".join(f"{task.name} of {task.member}" for task in self.trainer.tasks),
-            "losses": [_told(task) for task in self.trainer.tasks],
-            "seed": self.seed,
-            "train": self.config.model_dump(mode="json", exclude=free),
-        }
 
     # -- the end -------------------------------------------------------------------------------------------
 
@@ -304,74 +267,3 @@ class Run:
         shared = [key for key, bank in self.trainer.evolving.items() if bank.hypermodules]
         overlap = {key: layer_overlap(joint, key) for key in shared}
         return {"overlap": overlap, "statistics": kinds_of_modules(joint)}
-
-    def _describe(self) -> dict[str, Any]:
-        """The log's first line: what is trained."""
-        joint = self.trainer.joint
-        banks = {
-            key: {
-                "block": list(bank.block),
-                "context": bank.context,
-                "locations": bank.locations,
-                "hypermodules": bank.hypermodules,
-            }
-            for key, bank in self.trainer.evolving.items()
-        }
-        sites = [
-            [p.site.member, p.site.name, p.bank, p.start, p.stop, p.site.order] for p in joint.plan.placements
-        ]
-        tasks = {
-            task.name: {
-                "member": task.member,
-                "metric": task.metric if isinstance(task.metric, str) else None,
-                "adapted": adapted_of(task),
-            }
-            for task in self.trainer.tasks
-        }
-        return {
-            "members": list(joint.names),
-            "tasks": tasks,
-            "banks": banks,
-            "sites": sites,
-            "stacks": describe_stacks(joint),
-            "numbers": dictionary_numbers(joint)[1],
-            "config": self.config.model_dump(mode="json"),
-            "seed": self.seed,
-        }
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Gathers interrupts instead of raising them, so that a step is finished first; a second one raises."""
-    asked: list[int] = []
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, which alone receives signals
-        before = {}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _told(task: Task) -> list[Any]:
-    """A task's loss, where it has a name, and what it is compared with: the state of one loss is none of another."""
-    return [None if callable(task.loss) else task.loss, adapted_of(task)]
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as trackers take them."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
-    return flat

@@ -30,6 +30,7 @@ from surgery.training.sharing_adapters import share_adapters
 from surgery.training.starts import start
 from surgery.training.task_losses import made_losses
 from surgery.training.tasks import Loss, Task
+from surgery.training.trackers import check_trackers
 from surgery.training.trainer import Trainer
 from surgery.training.transfer import freeze
 
@@ -85,7 +86,7 @@ def train(
     place = None if folder is None else Path(folder).expanduser()
     if settings.trackers and place is None:
         raise PlanError("Trackers write to a folder: give train(..., folder=...).")
-    _check_trackers(settings.trackers)
+    check_trackers(settings.trackers)
     check_launch()
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
@@ -169,26 +170,6 @@ def _check(joint: JointModel, tasks: Sequence[Task]) -> None:
 def _launched_without_accelerator() -> bool:
     """Whether several processes were started where there is no accelerator: accelerate would not join them unasked."""
     return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that accelerate would leave out without a word.
-
-    Raises:
-        PlanError: naming them.
-    """
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    available = [str(getattr(each, "value", each)) for each in get_available_trackers()]
-    known = [str(getattr(each, "value", each)) for each in LOGGER_TYPE_TO_CLASS]
-    if bad := [name for name in names if name not in [*available, "all"]]:
-        missing = [name for name in bad if name in known]
-        advice = (
-            f"install {' and '.join(missing)}" if missing == bad else f"accelerate knows {', '.join(known)}"
-        )
-        raise PlanError(
-            f"train.trackers must be installed, but {', '.join(bad)} cannot be imported: {advice}."
-        )
 
 
 def _trainer(joint: JointModel, *arguments: Any) -> Trainer:

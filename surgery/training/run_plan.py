@@ -1,0 +1,67 @@
+"""Run plan: what a saved state and the run that goes on from it must agree in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from surgery.joint import JointModel
+from surgery.training.config import Training
+from surgery.training.report import adapted_of
+from surgery.training.tasks import Task
+
+
+def make_plan(joint: JointModel, tasks: Sequence[Task], config: Training, seed: int) -> dict[str, Any]:
+    """All that a state must agree with: where blocks lie, tasks, settings and seed.
+
+    Learning rates and clipping may change, for a run whose loss was no longer finite.
+    """
+    placements = [(p.site.member, p.site.name, p.bank, str(p.grid), p.start) for p in joint.plan.placements]
+    free = {"save_seconds": True, "trackers": True, "optimizer": {"lr", "soft_lr", "clip"}}
+    return {
+        "blocks": hashlib.sha256(json.dumps(placements).encode()).hexdigest(),
+        "tasks": ", ".join(f"{task.name} of {task.member}" for task in tasks),
+        "losses": [_told(task) for task in tasks],
+        "seed": seed,
+        "train": config.model_dump(mode="json", exclude=free),
+    }
+
+
+def differences(plan: Mapping[str, Any], before: object) -> str:
+    """In what a plan differs from the one that a state was saved with; empty where in nothing.
+
+    Example:
+        >>> differences({"seed": 1, "train": {"steps": 5}}, {"seed": 0, "train": {"steps": 5}})
+        'seed was 0 and is 1'
+    """
+    if before == plan:
+        return ""
+    old = flat(before) if isinstance(before, Mapping) else {}
+    return "; ".join(
+        "members or blocks are others" if name == "blocks" else f"{name} was {old.get(name)} and is {value}"
+        for name, value in flat(plan).items()
+        if value != old.get(name)
+    )
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names.
+
+    Example:
+        >>> flat({"steps": 5, "optimizer": {"lr": 0.1}})
+        {'steps': 5, 'optimizer.lr': 0.1}
+    """
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return found
+
+
+def _told(task: Task) -> list[Any]:
+    """A task's loss, where it has a name, and what it is compared with: the state of one loss is none of another."""
+    return [None if callable(task.loss) else task.loss, adapted_of(task)]
