@@ -257,8 +257,8 @@ class Run:
             seconds=self.seconds,
         )
         self.log.write("end", **report.document(), **self._analysis())
-        if self.config.trackers:
-            trainer.accelerator.end_training()
+        for tracker in trainer.accelerator.trackers:  # `end_training` would part the processes too
+            tracker.finish()
         return report
 
     def _analysis(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -88,6 +89,7 @@ def train(
         raise PlanError("Trackers write to a folder: give train(..., folder=...).")
     check_trackers(settings.trackers)
     check_launch()
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     accelerator = Accelerator(
         cpu=cpu or _launched_without_accelerator(),
@@ -95,6 +97,8 @@ def train(
         log_with=list(settings.trackers) or None,
         project_dir=None if place is None else str(place),
     )
+    if accelerator.num_processes > 1 and not joined:
+        atexit.register(_part)
     sharding = read_sharding(accelerator, settings)
     set_seed(seed)
     place_original = None
@@ -165,6 +169,12 @@ def _check(joint: JointModel, tasks: Sequence[Task]) -> None:
         bad = ["there is no task"]
     if bad:
         raise PlanError(f"Training needs tasks that fit the joint model; found: {'; '.join(bad)}.")
+
+
+def _part() -> None:
+    """Leave the other processes: threads of a group that is still joined can abort a process as it ends."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _launched_without_accelerator() -> bool:
