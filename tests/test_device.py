@@ -1,0 +1,124 @@
+"""On an accelerator: training in every precision, going on, templates, adaptation, the fit, and back to the CPU."""
+
+import signal
+
+import adaptation_nets
+import pytest
+import test_template_training as stacked
+import torch
+from nets import family, originals
+from test_fit import outside_error
+from training_nets import CONFIG, build, net, tasks
+
+import surgery
+from surgery.fitting.fit import fit
+from surgery.joint import join
+from surgery.probes import probe_inputs
+from surgery.training.interruptions import Interrupted
+from surgery.training.train import train
+from surgery.training.trainer import Trainer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+ONE_PHASE = {"burn_in": 0, "generations": 0, "final": 1}
+
+
+def stopping(step):
+    """A training step that asks for a stop once."""
+    plain, count = Trainer.train_step, [0]
+
+    def interrupt(self):
+        count[0] += 1
+        if count[0] == step:
+            signal.raise_signal(signal.SIGINT)
+        plain(self)
+
+    return interrupt
+
+
+def assert_finite(joint):
+    assert all(t.isfinite().all() for state in joint.collapse().values() for t in state.values())
+
+
+def test_first_losses_are_those_of_the_cpu():
+    """Later ones are not: a choice between alternatives turns rounding into another alignment."""
+    losses = []
+    for cpu in (True, False):
+        joint = build(0.0)
+        report = train(joint, tasks(), {**CONFIG, **ONE_PHASE, "steps": 3}, cpu=cpu)
+        assert {p.device.type for p in joint.parameters()} == {"cpu" if cpu else "cuda"}
+        losses.append([score.loss for score in report.scores.values()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_training_learns_and_its_artifact_runs_on_the_cpu(precision, tmp_path):
+    start, joint = build(), build()
+    begun = train(start, tasks(), {**CONFIG, **ONE_PHASE, "steps": 1, "optimizer": {"lr": 1e-12}})
+    report = train(joint, tasks(), {**CONFIG, "steps": 40, "precision": precision}, folder=tmp_path / "run")
+    assert all(score.loss < begun.scores[name].loss for name, score in report.scores.items())
+    assert_finite(joint)
+    out = surgery.save(joint, tmp_path / "artifact")
+    for device in ("cpu", "cuda"):
+        loaded = surgery.load(out, modules={"a": net(2), "b": net(1)}, device=device)
+        assert {p.device.type for p in loaded.parameters()} == {device}
+        for name, state in joint.collapse().items():
+            for key, tensor in loaded.collapse()[name].items():
+                torch.testing.assert_close(tensor.cpu(), state[key].cpu(), rtol=1e-5, atol=1e-6)
+
+
+def test_compiled_members_train():
+    joint = build()
+    train(joint, tasks(), {**CONFIG, "compile": True})
+    assert_finite(joint)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("step", [3, 12, 30])
+def test_interrupted_and_resumed_it_ends_as_an_unbroken_run(tmp_path, monkeypatch, step, precision):
+    settings, whole, joint = {**CONFIG, "precision": precision}, build(), build()
+    report = train(whole, tasks(), settings)
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(Trainer, "train_step", stopping(step))
+        train(build(), tasks(), settings, folder=tmp_path)
+    again = train(joint, tasks(), settings, folder=tmp_path, resume=True)
+    assert again.hypermodules == report.hypermodules
+    for name, state in whole.collapse().items():
+        for key, tensor in joint.collapse()[name].items():
+            torch.testing.assert_close(tensor, state[key], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_templates_train(precision):
+    joint = stacked.build()
+    report = train(joint, [stacked.task()], {**stacked.CONFIG, "precision": precision})
+    assert report.templates == {"stack0": 2}
+    assert_finite(joint)
+
+
+def test_adaptation_runs_and_goes_on(tmp_path, monkeypatch):
+    def run(**more):
+        joint = adaptation_nets.twins("batch")
+        task = adaptation_nets.task(joint, {"moments": 1.0, "adversary": 0.5})
+        train(joint, [task], adaptation_nets.CONFIG, **more)
+        return joint.collapse("target")
+
+    whole = run()
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(Trainer, "train_step", stopping(7))
+        run(folder=tmp_path)
+    found = run(folder=tmp_path, resume=True)
+    for key, tensor in whole.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_fit_on_the_device_keeps_its_bound_on_the_cpu():
+    members = family("mlp", 3)
+    before = originals(members)
+    joint = fit(join(members), max_error=0.1, device="cuda")
+    joint.to("cpu").bodies.eval()
+    for one in members:
+        probes = probe_inputs(one)
+        assert (
+            outside_error(before[one.name], joint[one.name], probes) <= 0.1 * 1.01
+        )  # rounding of the device
