@@ -136,18 +136,19 @@ def build_bank(plan: BankPlan, tensors: Mapping[str, Encoded]) -> Bank:
     prefix = f"bank/{plan.key}/"
     parts = {key.removeprefix(prefix): decode(tensors[key]) for key in tensors if key.startswith(prefix)}
     master = master_dtype(torch_dtype(plan.dtype))
-    psi = parts["psi"].long()
     bases = [parts[f"rows.{j}"].to(master) for j in range(sum(part.startswith("rows.") for part in parts))]
+    singles = [parts[part].to(master) for part in parts_of_singles(parts)]
+    rows = ([torch.stack(bases, 1).flatten(0, 1)] if bases else []) + singles
+    # A fit on a device measures with rows that lie there; small tensors may lie on the CPU.
+    device = rows[0].device
+    psi = parts["psi"].long().to(device)
     k, c = (len(bases[0]), len(bases)) if bases else (0, 1)
-    rows = [torch.stack(bases, 1).flatten(0, 1)] if bases else []
     shared = psi < k
-    contexts = torch.zeros(len(psi), c, dtype=master, device=psi.device)
+    contexts = torch.zeros(len(psi), c, dtype=master, device=device)
     if k:
-        contexts[shared] = parts["contexts"].to(master)
-    single = parts_of_singles(parts)
-    if single:
-        rows += [parts[part].to(master) for part in single]
-        contexts[~shared, 0] = parts["factor"].to(master) if "factor" in parts else 1
+        contexts[shared] = parts["contexts"].to(device, master)
+    if singles:
+        contexts[~shared, 0] = parts["factor"].to(device, master) if "factor" in parts else 1
     return Bank(plan.block, torch.cat(rows), psi, contexts, k)
 
 

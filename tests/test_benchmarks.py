@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -132,6 +133,7 @@ def test_baselines_of_one_number_more_are_closer(run):
 
 
 def test_joint_step_compares_joint_training_with_plain_models(run):
+    AcceleratorState._reset_state(reset_partial_state=True)  # of trainings in other tests
     document = run("joint_step")
     assert of(document, "step") == ["plain", "joint", "competing"]
     assert of(document, "ratio to plain")[0] == 1 and min(of(document, "ratio to plain")) > 0

@@ -90,7 +90,8 @@ def train(
     check_trackers(settings.trackers)
     check_launch()
     joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
+    # An earlier run in this process may have had another precision, or stayed on the CPU.
+    AcceleratorState._reset_state(reset_partial_state=not joined)
     accelerator = Accelerator(
         cpu=cpu or _launched_without_accelerator(),
         mixed_precision=None if settings.precision == "no" else settings.precision,  # None: as launched
