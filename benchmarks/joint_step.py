@@ -163,16 +163,27 @@ def prepare(size: Sequence[int], options: Any) -> tuple[list[surgery.Member], di
     return members, make_batches(size, words, options.seed, options.device)
 
 
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = tuple(int(part) for part in text.split("/"))
+    if len(sizes) != 3:
+        raise ValueError(f"three batch sizes are needed, as in 16/2/16; found {text}")
+    return sizes
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--untied", action="store_true", help="an output layer of its own for the LSTM")
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument(
+        "--batch", action="append", type=_sizes, metavar="A/B/C", help="of the three members; repeat for more"
+    )
+    parser.add_argument("--no-peak", action="store_true", help="leave the peak memory unmeasured")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     results, verdicts = [], []
-    for size in ((2, 1, 2),) if options.fast else BATCHES:
+    for size in ((2, 1, 2),) if options.fast else options.batch or BATCHES:
         made = make_competitors(*prepare(size, options), options)
         rounds = 1 if options.fast else options.rounds
         times = take_turns({name: make() for name, make in made.items()}, rounds, 2, options.device)
@@ -186,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "fastest ms": timing.fastest * 1e3,
                     "slowest ms": timing.slowest * 1e3,
                     "ratio to plain": timing.median / times["plain"].median,
-                    "peak MB": None if options.fast else peak_memory(name, size, options),
+                    "peak MB": None if options.fast or options.no_peak else peak_memory(name, size, options),
                 }
             )
         if size in LIMITS:

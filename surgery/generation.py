@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from surgery.blocks import tile, untile
+from surgery import memory
+from surgery.arrangement import read_tensor, write_tensor
+from surgery.blocks import tile
 from surgery.dictionary import Bank, Dictionary, master_dtype
 from surgery.plan import Placement, torch_dtype
 
@@ -21,26 +25,104 @@ def to_blocks(weight: Tensor, p: Placement) -> Tensor:
 
 
 def to_weight(blocks: Tensor, p: Placement) -> Tensor:
-    """The exact inverse of `to_blocks`: a contiguous weight in the member's dtype; differentiable."""
-    if len(blocks) == 1 and p.site.view.flat:  # a template's tensor
+    """The exact inverse of `to_blocks`: a contiguous weight in the member's dtype."""
+    if _whole(p):
         return blocks.view(p.site.shape).to(torch_dtype(p.site.dtype))
-    return p.site.view.to_tensor(untile(blocks, p.grid)).contiguous().to(torch_dtype(p.site.dtype))
+    return read_tensor(blocks.contiguous(), p.site.view, p.grid, torch_dtype(p.site.dtype))
 
 
 def generate_weights(dictionary: Dictionary, placements: Sequence[Placement]) -> Weights:
-    """The weights of all `placements`; differentiable."""
+    """The weights of all `placements`; differentiable once."""
     weights: Weights = {}
-    for key in dict.fromkeys(p.bank for p in placements):
-        mine = [p for p in placements if p.bank == key]
-        if not torch.is_grad_enabled() and _has_tied_layers(dictionary[key], mine):
-            weights |= _tied_weights(dictionary[key], mine)
-            continue
-        for run in _runs(mine):
-            blocks = dictionary[key].blocks(run[0].start, run[-1].stop)
-            # One split: slicing once per site would make each slice's backward fill a full-size gradient.
-            for p, part in zip(run, blocks.split([p.grid.locations for p in run]), strict=True):
-                weights[p.site.member, p.site.name] = to_weight(part, p)
+    by_bank: dict[str, list[Placement]] = {}
+    for p in placements:
+        by_bank.setdefault(p.bank, []).append(p)
+    for keys in _together(dictionary, by_bank):
+        banks = [dictionary[key] for key in keys]
+        mine = sorted((p for key in keys for p in by_bank[key]), key=lambda p: p.start)
+        if len(keys) > 1:
+            # Rows of all tensors side by side: a whole stack is one product.
+            made = banks[0].coefficients @ torch.cat([bank.rows for bank in banks], 1)
+            weights |= _cut(made, mine)
+        elif not torch.is_grad_enabled() and _has_tied_layers(banks[0], mine):
+            weights |= _tied_weights(banks[0], mine)
+        else:
+            for run in _runs(mine):
+                weights |= _cut(banks[0].blocks(run[0].start, run[-1].stop), run)
     return weights
+
+
+def _together(dictionary: Dictionary, by_bank: Mapping[str, Sequence[Placement]]) -> list[list[str]]:
+    """Keys of banks that are generated in one go: on a device, where many small products cost more than their
+    arithmetic, those of the templates of one stack, if all of it is wanted."""
+    groups: dict[object, list[str]] = {}
+    for key, mine in by_bank.items():
+        bank = dictionary[key]
+        mixed = (
+            bank.hypermodules == 1 and not bank.singles and bank.contest is None and bank.diagonals is None
+        )
+        whole = len(mine) == bank.locations and bank.columns is None
+        together = mixed and whole and bank.rows.device.type != "cpu"
+        groups.setdefault(id(bank.contexts) if together else key, []).append(key)
+    return list(groups.values())
+
+
+def _cut(blocks: Tensor, placements: Sequence[Placement]) -> Weights:
+    """Blocks of sites that follow one another as their weights."""
+    names = [(p.site.member, p.site.name) for p in placements]
+    return dict(zip(names, _Cut.apply(blocks, placements), strict=True))
+
+
+class _Cut(torch.autograd.Function):
+    """One node for all sites: gradients go to their places in one tensor, where splitting, turning and joining them
+    again would take a node and a copy each."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Tensor, placements: Sequence[Placement]) -> tuple[Tensor, ...]:
+        ctx.placements, ctx.shape, ctx.dtype, ctx.device = (
+            placements,
+            blocks.shape,
+            blocks.dtype,
+            blocks.device,
+        )
+        ctx.set_materialize_grads(False)
+        parts = zip(placements, _parts(blocks, placements), strict=True)
+        return tuple(to_weight(part, p) for p, part in parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
+        blocks = _empty(ctx.shape, ctx.dtype, ctx.device)
+        if all(
+            gradient is not None and _whole(p) for p, gradient in zip(ctx.placements, gradients, strict=True)
+        ):
+            torch.cat([g.reshape(-1) for g in gradients if g is not None], out=blocks.view(-1))
+            return blocks, None
+        for p, part, gradient in zip(ctx.placements, _parts(blocks, ctx.placements), gradients, strict=True):
+            if gradient is None:
+                part.zero_()
+            else:
+                write_tensor(gradient, p.site.view, p.grid, part)
+        return blocks, None
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for all blocks' gradients."""
+    if device.type == "cpu" and shape.numel() * dtype.itemsize > memory.FRESH_MEMORY_BYTES:
+        return memory.empty_kept(shape[0], shape[1], dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _whole(p: Placement) -> bool:
+    """Whether the one block of a site is its weight as it lies: a template's tensor."""
+    return p.grid.locations == 1 and p.site.view.flat
+
+
+def _parts(blocks: Tensor, placements: Sequence[Placement]) -> list[Tensor]:
+    """The part `[L, m*n]` of each placement in contiguous blocks: views."""
+    sizes = [p.grid.locations * p.grid.m * p.grid.n for p in placements]
+    parts = blocks.reshape(-1).split(sizes)
+    return [part.view(p.grid.locations, -1) for p, part in zip(placements, parts, strict=True)]
 
 
 def _has_tied_layers(bank: Bank, placements: Sequence[Placement]) -> bool:

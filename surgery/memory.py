@@ -20,7 +20,7 @@ from torch import Tensor
 
 FRESH_MEMORY_BYTES = 32 * 2**20  # glibc's largest allocation that may use memory freed earlier (64-bit)
 LARGEST_KEPT = 2**30  # bytes; where blocks are larger, memory is scarcer than the time of its first touch
-REGIONS_KEPT = 4  # blocks and the rows' gradient, each with a spare
+REGIONS_KEPT = 6  # blocks, their gradient and the rows' gradient, each with a spare
 
 _regions: list[
     tuple[mmap.mmap, weakref.ref[memoryview]]

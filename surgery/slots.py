@@ -87,6 +87,8 @@ def forget_derived(module: nn.Module) -> None:
     submodule's mode is put back as it was.
     """
     modes = [(each, each.training) for each in module.modules()]
+    if all(training for _, training in modes):
+        return
     module.train()
     for each, training in modes:
         each.training = training

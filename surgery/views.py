@@ -42,7 +42,7 @@ class CanonicalView:
         Raises:
             ValueError: where the pattern does not fit the shape.
         """
-        left = _axes(pattern.split("->")[0])
+        left = axes_of(pattern.split("->")[0])
         if len(left) != len(shape):
             raise ValueError(
                 f"pattern '{pattern}' has {len(left)} axes, the tensor's shape is {tuple(shape)}"
@@ -77,12 +77,12 @@ class CanonicalView:
         """`(S, out, in)`."""
         sizes = dict(self.sizes)
         stack, out, into = (
-            math.prod(sizes[n] for n in names) for names in _axes(self.pattern.split("->")[1])
+            math.prod(sizes[n] for n in names) for names in axes_of(self.pattern.split("->")[1])
         )
         return stack, out, into
 
 
-def _axes(side: str) -> list[tuple[str, ...]]:
+def axes_of(side: str) -> list[tuple[str, ...]]:
     """The axes of one side of a pattern, each as the names that make it up (none for `1`)."""
     axes: list[tuple[str, ...]] = []
     group: list[str] | None = None

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgery.arrangement import read_tensor, write_tensor
 from surgery.blocks import BlockGrid, tile, untile
 from surgery.layers.axes import conv_axes, conv_transpose_axes, gate_axes, linear_axes, right_axes
 from surgery.tracing.layout import Layout, canonical_view
@@ -51,6 +52,23 @@ def test_view_and_blocks_are_undone_exactly(weight, m, n):
     back = untile(blocks, grid)
     assert torch.equal(back, matrices)
     assert torch.equal(view.to_tensor(back), tensor)
+
+
+@settings(max_examples=300, deadline=None)
+@given(weights(), SIZE, SIZE, DTYPE)
+def test_one_copy_is_view_and_tiling(weight, m, n, dtype):
+    tensor, view = weight
+    grid = BlockGrid(*view.shape, m, n)
+    blocks = tile(view.to_matrices(tensor), grid).contiguous()
+    found = torch.full_like(blocks, float("nan"), dtype=dtype)
+    write_tensor(tensor, view, grid, found)
+    assert torch.equal(found, blocks.to(dtype))
+    back = read_tensor(blocks, view, grid, dtype)
+    assert back.is_contiguous() and torch.equal(back, tensor.to(dtype))
+    turned = torch.empty(tensor.shape[::-1], dtype=tensor.dtype).permute(*range(tensor.ndim)[::-1])
+    turned.copy_(tensor)  # a gradient may lie in memory in any order
+    write_tensor(turned, view, grid, found.fill_(float("nan")))
+    assert torch.equal(found, blocks.to(dtype))
 
 
 @pytest.mark.parametrize("m, n", [(1, 7), (5, 1), (16, 16), (1, 1), (3, 4)])
