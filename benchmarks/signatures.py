@@ -15,7 +15,9 @@ cyclic signature is chance.
     progressive   1 2 2 3 3 3 4 4 (later templates more often)
     random        by the seed
     deeper        16 layers, mixtures of four templates
+    deeper-begun  the same, from the sequential signature
     deepest       32 layers, mixtures of four templates
+    deepest-begun the same, from the sequential signature
     deeper-cyclic 16 layers, 1 2 3 4 1 2 3 4 ...
 """
 
@@ -36,18 +38,21 @@ def _by_hand(kind: str) -> dict[str, Any]:
 
 _PLAIN = {"parameters": {"templates": None, "mixture": "one-hot"}, "train": {"templates": {"harden": False}}}
 _LEARNED = {"train": {"templates": {"entropy": 0.0, "harden": False}}}
+_BEGUN = {"train": {"templates": {**_LEARNED["train"]["templates"], "start": "sequential"}}}
 METHODS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
     "plain": (8, _PLAIN),
     "shallow": (TEMPLATES, _PLAIN),
     "learned": (8, _LEARNED),
-    "begun": (8, {"train": {"templates": {**_LEARNED["train"]["templates"], "start": "sequential"}}}),
+    "begun": (8, _BEGUN),
     "hardened": (8, {"train": {"templates": {"entropy": 0.01, "harden": True}}}),
     "sequential": (8, _by_hand("sequential")),
     "cyclic": (8, _by_hand("cyclic")),
     "progressive": (8, _by_hand("progressive")),
     "random": (8, _by_hand("random")),
     "deeper": (16, _LEARNED),
+    "deeper-begun": (16, _BEGUN),
     "deepest": (32, _LEARNED),
+    "deepest-begun": (32, _BEGUN),
     "deeper-cyclic": (16, _by_hand("cyclic")),
 }
 
