@@ -45,10 +45,9 @@ def template_step(joint: JointModel, batch: tuple[Tensor, Tensor], optimizer: to
     optimizer.zero_grad()
 
 
-def generate_only(joint: JointModel) -> None:
+def generate_only(joint: JointModel, gradients: Sequence[Tensor]) -> None:
     """All weights of the stack, and gradients of all of them back to templates and mixtures."""
-    weights = joint.generate()
-    torch.autograd.backward(list(weights.values()), [torch.ones_like(weight) for weight in weights.values()])
+    torch.autograd.backward(list(joint.generate().values()), gradients)
     joint.zero_grad()
 
 
@@ -70,12 +69,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         member = surgery.load_member(net, name="net", inputs=inputs)
         joint = surgery.join([member], plan_templates([discover(member)]))
         joint.open(templates=Templates(TEMPLATES, start="uniform")).to(options.device).train()
+        gradients = [torch.ones_like(weight) for weight in joint.generate().values()]
         competitors = {
             "plain": partial(plain_step, plain, batch, torch.optim.Adam(plain.parameters(), fused=True)),
             "templates": partial(
                 template_step, joint, batch, torch.optim.Adam(joint.parameters(), fused=True)
             ),
-            "generating": partial(generate_only, joint),
+            "generating": partial(generate_only, joint, gradients),
         }
         times = take_turns(competitors, rounds, 2, options.device)
         for kind, timing in times.items():

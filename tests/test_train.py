@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 import training_nets
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 from training_nets import CONFIG, build, tasks
 
 from surgery.errors import PlanError, TrainingError
+from surgery.training.config import Training
 from surgery.training.interruptions import Interrupted
 from surgery.training.run import BEST, STATE
 from surgery.training.runlog import read_log
@@ -362,3 +364,7 @@ def test_members_stay_what_they_are():
     joint = build()
     train(joint, tasks(), CONFIG, cpu=True)
     assert isinstance(joint["a"], nn.Sequential) and not joint["a"].training
+
+
+def test_an_unquoted_no_is_a_precision():
+    assert Training.model_validate(yaml.safe_load("precision: no")).precision == "no"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from surgery.sharing.names import Mixing, Scale
 
@@ -222,6 +222,11 @@ class Training(Strict):
     checkpointing: bool = False
     trackers: tuple[str, ...] = ()
     save_seconds: Annotated[float, Field(ge=0)] = 30.0
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: object) -> object:
+        return "no" if value is False else value  # what YAML makes of an unquoted `no`
 
     @model_validator(mode="after")
     def _has_an_end(self) -> Training:
