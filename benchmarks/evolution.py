@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from benchmarks.harness import judge, make_header, make_parser, show
-from surgery.alignment import draw_by_explanation, draw_by_usage, draw_locations, draw_new
+from surgery.alignment import draw_by_usage, draw_locations, draw_new
 from surgery.contest import Contest
 from surgery.dictionary import Bank
+from surgery.explanation import draw_by_explanation
 from surgery.training.evolution import prune
 
 LIMIT = 50.0  # ms, for draw and decide

@@ -12,21 +12,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery import alignment
+from surgery import alignment, explanation
 from surgery.alignment import (
     decide,
-    draw_by_explanation,
     draw_by_usage,
     draw_locations,
     draw_new,
     draw_uniformly,
+    mass,
+    starting_weight,
+    usage,
+)
+from surgery.explanation import (
+    draw_by_explanation,
     explained,
     explained_pairs,
     fit_contexts,
-    mass,
     scale_contexts,
-    starting_weight,
-    usage,
 )
 
 SIGMAS = 5  # of a standard normal: a right sampler is refused once in 1.7 million draws of a seed
@@ -257,6 +259,30 @@ def test_siblings_are_drawn_where_the_pool_explains_nothing() -> None:
     assert (drawn[1] != 3).all()
 
 
+def test_what_explains_too_little_is_drawn_only_where_nothing_explains_enough() -> None:
+    rows = torch.eye(3).unsqueeze(1)
+    blocks = torch.tensor([[3.0, 2.0, 0.0], [1.0, 1.0, 1.0]])  # shares 9/13, 4/13, 0; and a third each
+    psi, generator = torch.tensor([0, 1, 1, 1, 2]), seeded(0)
+    drawn = draw_by_explanation(blocks, rows, psi, 3000, generator, least=0.5)
+    assert (drawn[0] == 0).all()
+    assert_frequencies(torch.bincount(drawn[1], minlength=3), torch.tensor([0.2, 0.6, 0.2]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 4), st.integers(4, 40), st.integers(0, 999))
+def test_both_orthonormal_bases_span_the_same(c: int, d: int, seed: int) -> None:
+    rows = torch.randn(6, c, d, generator=seeded(seed))
+    rows[0] = 0
+    rows[1, -1] = rows[1, 0] * 3  # adds nothing where c > 1
+    rows[2] *= 1e-6
+    rows[3] *= 1e6
+    one, other = (f(rows) for f in (explanation._orthonormal, explanation._gram_schmidt))
+    for basis in (one, other):
+        size = basis.square().sum(1)
+        assert ((size - 1).abs() < 1e-5).logical_or(size == 0).all()
+    assert torch.allclose(one @ one.mT, other @ other.mT, atol=1e-4)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_device_changes_no_draw() -> None:
     psi = torch.randint(50, (300,), generator=seeded(0))
@@ -271,4 +297,4 @@ def test_the_device_changes_no_draw() -> None:
 
 
 def test_examples_in_the_docstrings() -> None:
-    assert doctest.testmod(alignment).failed == 0
+    assert doctest.testmod(alignment).failed == 0 == doctest.testmod(explanation).failed

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from surgery.alignment import explained, explained_pairs, fit_contexts, scale_contexts
 from surgery.columns import Columns
 from surgery.errors import PlanError
+from surgery.explanation import explained, explained_pairs, fit_contexts, scale_contexts
 from surgery.training.config import Training
 from surgery.training.fsdp import Sharding, read_sharding, uncut
 from surgery.training.run import STATE

@@ -11,19 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surgery.alignment import (
+from surgery.alignment import draw_by_usage, draw_locations, draw_new, draw_uniformly
+from surgery.contest import Contest
+from surgery.dictionary import Bank
+from surgery.explanation import (
     Total,
     draw_by_explanation,
-    draw_by_usage,
-    draw_locations,
-    draw_new,
-    draw_uniformly,
     explained_pairs,
     fit_contexts,
     scale_contexts,
 )
-from surgery.contest import Contest
-from surgery.dictionary import Bank
 from surgery.training.config import Evolution
 
 
@@ -205,6 +202,7 @@ def _draw(
             first,
             power=settings.power,
             own=chosen,
+            least=settings.least,
             total=_total(bank),
         )
 
