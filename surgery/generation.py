@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from surgery import memory
-from surgery.arrangement import read_tensor, write_tensor
+from surgery.block_map import read_tensor, write_tensor
 from surgery.blocks import tile
 from surgery.dictionary import Bank, Dictionary, master_dtype
 from surgery.plan import Placement, torch_dtype

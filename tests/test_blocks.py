@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.arrangement import read_tensor, write_tensor
+from surgery.block_map import read_tensor, write_tensor
 from surgery.blocks import BlockGrid, tile, untile
 from surgery.layers.axes import conv_axes, conv_transpose_axes, gate_axes, linear_axes, right_axes
 from surgery.tracing.layout import Layout, canonical_view

@@ -38,15 +38,6 @@ def average(tensors: Iterable[Tensor], weight: float = 1.0) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def any_says(flag: bool, device: torch.device) -> bool:
-    """Whether any process says so, the same answer in all: what goes by each one's clock must be decided together."""
-    if processes() == 1:
-        return flag
-    said = torch.tensor(float(flag), device=device)
-    torch.distributed.all_reduce(said)
-    return bool(said > 0)
-
-
 def over_batch(mean: Tensor, batch: Batch) -> Tensor:
     """The mean over a batch, from that over this process's part; gradients flow through the part alone.
 

@@ -1,4 +1,4 @@
-"""Arrangement: between a site's blocks and its weight in one copy, whatever the view and the tiling.
+"""Block map: between a site's blocks and its weight in one copy, whatever the view and the tiling.
 
 View and tiling are two permutations, one after the other, and edges that blocks do not fill take a third copy. Every
 training step goes this way with every site, so here it is one copy: each number moves from its place in the blocks to
@@ -20,7 +20,7 @@ from surgery.views import CanonicalView, axes_of
 
 
 @dataclass(frozen=True)
-class Arrangement:
+class BlockMap:
     """How the numbers of `[L, m*n]` blocks lie in a weight whose out and in are axes of its own.
 
     Attributes:
@@ -76,11 +76,11 @@ class Arrangement:
 
 
 @lru_cache(maxsize=1 << 14)
-def arrange(view: CanonicalView, grid: BlockGrid) -> Arrangement | None:
-    """The arrangement of a weight of this view in this grid; None where out or in are several axes of the weight.
+def block_map(view: CanonicalView, grid: BlockGrid) -> BlockMap | None:
+    """The map of a weight of this view in this grid; None where out or in are several axes of the weight.
 
     Example:
-        >>> arrange(CanonicalView.of("o i -> 1 o i", (4, 6)), BlockGrid(1, 4, 6, 2, 3)).order
+        >>> block_map(CanonicalView.of("o i -> 1 o i", (4, 6)), BlockGrid(1, 4, 6, 2, 3)).order
         (0, 2, 1, 3)
     """
     left, (stack, out, into) = (axes_of(side) for side in view.pattern.split("->"))
@@ -93,7 +93,7 @@ def arrange(view: CanonicalView, grid: BlockGrid) -> Arrangement | None:
     order += [
         axis for axis in range(first + 4) if axis not in order
     ]  # of length 1: no axis of the weight has it
-    return Arrangement(
+    return BlockMap(
         grid,
         (*(sizes[name] for name in stack), *grid.tiles, grid.m, grid.n),
         tuple(order),
@@ -106,17 +106,17 @@ def arrange(view: CanonicalView, grid: BlockGrid) -> Arrangement | None:
 
 def read_tensor(blocks: Tensor, view: CanonicalView, grid: BlockGrid, dtype: torch.dtype) -> Tensor:
     """Contiguous `blocks [L, m*n]` as the contiguous tensor that they were cut from, in `dtype`."""
-    arrangement = arrange(view, grid)
-    if arrangement is not None:
-        return arrangement.read(blocks, dtype)
+    found = block_map(view, grid)
+    if found is not None:
+        return found.read(blocks, dtype)
     return view.to_tensor(untile(blocks, grid)).contiguous().to(dtype)
 
 
 def write_tensor(tensor: Tensor, view: CanonicalView, grid: BlockGrid, blocks: Tensor) -> None:
     """Cut a tensor into contiguous `blocks [L, m*n]`, in their dtype."""
-    arrangement = arrange(view, grid)
-    if arrangement is not None:
-        arrangement.write(tensor, blocks)
+    found = block_map(view, grid)
+    if found is not None:
+        found.write(tensor, blocks)
     else:
         blocks.copy_(tile(view.to_matrices(tensor), grid))
 
