@@ -122,3 +122,17 @@ def test_a_fit_on_the_device_keeps_its_bound_on_the_cpu():
         assert (
             outside_error(before[one.name], joint[one.name], probes) <= 0.1 * 1.01
         )  # rounding of the device
+
+
+@pytest.mark.parametrize("asked", [{"templates": 2}, {"max_error": 0.2}, {"max_error": 2.0, "templates": 2}])
+def test_templates_are_fitted_on_the_device_as_on_the_cpu(asked):
+    found = [fit(stacked.build(hidden=400), **asked, device=device) for device in ("cpu", "cuda")]
+    errors = [joint.report.errors["net"] for joint in found]
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
+    sizes = [joint.report.stored_bytes for joint in found]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
+
+
+def test_a_bank_of_hypermodules_is_fitted_on_the_device():
+    joint = fit(join(family("mlp", 2)), hypermodules=6, device="cuda")
+    assert_finite(joint)
