@@ -53,18 +53,22 @@ def generate_weights(dictionary: Dictionary, placements: Sequence[Placement]) ->
 
 
 def _together(dictionary: Dictionary, by_bank: Mapping[str, Sequence[Placement]]) -> list[list[str]]:
-    """Keys of banks that are generated in one go: on a device, where many small products cost more than their
-    arithmetic, those of the templates of one stack, if all of it is wanted."""
+    """Keys of banks that are generated in one go: on a device those of the templates of one stack, if all of it is
+    wanted."""
     groups: dict[object, list[str]] = {}
     for key, mine in by_bank.items():
         bank = dictionary[key]
-        mixed = (
-            bank.hypermodules == 1 and not bank.singles and bank.contest is None and bank.diagonals is None
-        )
-        whole = len(mine) == bank.locations and bank.columns is None
-        together = mixed and whole and bank.rows.device.type != "cpu"
-        groups.setdefault(id(bank.contexts) if together else key, []).append(key)
+        mixed = bank.hypermodules == 1 and not bank.singles and bank.contest is None
+        own = bank.diagonals is not None or bank.columns is not None
+        joined = mixed and not own and len(mine) == bank.locations and _joins(bank.rows.device)
+        group = (id(bank.contexts), bank.rows.dtype) if joined else key
+        groups.setdefault(group, []).append(key)
     return list(groups.values())
+
+
+def _joins(device: torch.device) -> bool:
+    """Whether several small products cost more than putting their factors side by side: the CPU starts nothing."""
+    return device.type != "cpu"
 
 
 def _cut(blocks: Tensor, placements: Sequence[Placement]) -> Weights:
@@ -79,12 +83,7 @@ class _Cut(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, blocks: Tensor, placements: Sequence[Placement]) -> tuple[Tensor, ...]:
-        ctx.placements, ctx.shape, ctx.dtype, ctx.device = (
-            placements,
-            blocks.shape,
-            blocks.dtype,
-            blocks.device,
-        )
+        ctx.placements, ctx.made = placements, (blocks.shape, blocks.dtype, blocks.device)
         ctx.set_materialize_grads(False)
         parts = zip(placements, _parts(blocks, placements), strict=True)
         return tuple(to_weight(part, p) for p, part in parts)
@@ -92,11 +91,10 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
-        blocks = _empty(ctx.shape, ctx.dtype, ctx.device)
-        if all(
-            gradient is not None and _whole(p) for p, gradient in zip(ctx.placements, gradients, strict=True)
-        ):
-            torch.cat([g.reshape(-1) for g in gradients if g is not None], out=blocks.view(-1))
+        blocks = _empty(*ctx.made)
+        reached = [gradient for gradient in gradients if gradient is not None]
+        if len(reached) == len(gradients) and all(map(_whole, ctx.placements)):
+            torch.cat([gradient.reshape(-1) for gradient in reached], out=blocks.view(-1))
             return blocks, None
         for p, part, gradient in zip(ctx.placements, _parts(blocks, ctx.placements), gradients, strict=True):
             if gradient is None:

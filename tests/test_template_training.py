@@ -11,6 +11,8 @@ from pydantic import ValidationError
 from torch import nn
 
 import surgery
+from surgery import generation
+from surgery.dictionary import Bank
 from surgery.errors import PlanError
 from surgery.joint import join
 from surgery.mixtures import Templates
@@ -255,3 +257,33 @@ def test_settings_that_cannot_be_are_refused():
             train(build(), [task()], {"templates": {"count": 2, "mixing": "linear", **wrong}}, cpu=True)
     with pytest.raises(PlanError, match="codes to contexts or ones"):
         start(build(), Evolution(start="given", codes="diagonals"), 0)
+
+
+@pytest.mark.parametrize("mixing", ["softmax", "linear"])
+def test_a_stack_in_one_product_is_what_its_tensors_are_one_by_one(mixing, monkeypatch):
+    """As devices do it, with every gradient, also where some weights have none."""
+    joint = build().open(templates=Templates(3, mixing, start="uniform"))
+    unused = ("net", "2.into.weight")
+
+    def generated():
+        weights = joint.generate()
+        assert unused in weights
+        used = {key: weight for key, weight in weights.items() if key != unused}
+        sum((weight.sin() * (n + 1)).sum() for n, (_, weight) in enumerate(sorted(used.items()))).backward()
+        gradients = {name: p.grad.clone() for name, p in joint.named_parameters() if p.grad is not None}
+        joint.zero_grad()
+        return weights, gradients
+
+    one_by_one = generated()
+    monkeypatch.setattr(generation, "_joins", lambda device: True)
+    plain = Bank.blocks
+
+    def blocks(self, *args):
+        assert self.mixing == "linear" and self.context != 3, "templates are not asked for tensor by tensor"
+        return plain(self, *args)
+
+    monkeypatch.setattr(Bank, "blocks", blocks)
+    for found, wanted in zip(generated(), one_by_one, strict=True):
+        assert found.keys() == wanted.keys()
+        for key, tensor in wanted.items():
+            torch.testing.assert_close(found[key], tensor)
