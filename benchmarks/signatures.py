@@ -37,14 +37,14 @@ def _by_hand(kind: str) -> dict[str, Any]:
 
 
 _PLAIN = {"parameters": {"templates": None, "mixture": "one-hot"}, "train": {"templates": {"harden": False}}}
-_LEARNED = {"train": {"templates": {"entropy": 0.0, "harden": False}}}
+_LEARNED = {"train": {"templates": {"start": "uniform", "entropy": 0.0, "harden": False}}}
 _BEGUN = {"train": {"templates": {**_LEARNED["train"]["templates"], "start": "sequential"}}}
 METHODS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
     "plain": (8, _PLAIN),
     "shallow": (TEMPLATES, _PLAIN),
     "learned": (8, _LEARNED),
     "begun": (8, _BEGUN),
-    "hardened": (8, {"train": {"templates": {"entropy": 0.01, "harden": True}}}),
+    "hardened": (8, {"train": {"templates": {"start": "uniform", "entropy": 0.01, "harden": True}}}),
     "sequential": (8, _by_hand("sequential")),
     "cyclic": (8, _by_hand("cyclic")),
     "progressive": (8, _by_hand("progressive")),
