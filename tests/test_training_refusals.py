@@ -55,8 +55,9 @@ def test_held_out_data_that_do_not_fit_are_named(held, said):
         train(build(), [Task("classes", "a", GOOD, validation=held)], SHORT, cpu=True)
 
 
-def test_of_several_tasks_the_first_whose_loss_is_not_finite_is_named():
+def test_of_several_tasks_the_first_whose_loss_is_not_finite_is_named(monkeypatch):
     """Where a loss is not looked at in each step, the others' are not finite soon either."""
+    monkeypatch.setattr(Trainer, "_prompt", False)
     trainer = Trainer.__new__(Trainer)
     trainer.running = {}
     good, bad = torch.tensor(1.0), torch.tensor(float("nan"))

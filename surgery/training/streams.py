@@ -180,8 +180,7 @@ def share(batch: Batch, rank: int, world: int) -> tuple[Batch, float]:
 
     A batch with fewer examples than processes is left whole in each.
     """
-    size = batch.size
-    if world == 1 or size < world:
+    if world == 1 or (size := batch.size) < world:
         return batch, 1.0
     begin, end = size * rank // world, size * (rank + 1) // world
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -57,12 +57,15 @@ class Batch:
         def leaf(value: Any) -> Any:
             return change(value) if isinstance(value, Tensor) else value
 
-        return replace(
-            self,
-            args=tree_map(leaf, self.args),
-            kwargs=tree_map(leaf, dict(self.kwargs)),
-            target=tree_map(leaf, self.target),
-        )
+        def mapped(value: Any) -> Any:
+            if value is None or isinstance(
+                value, Tensor
+            ):  # a walk through a tree costs more than a small step's layer
+                return leaf(value)
+            return tree_map(leaf, value)
+
+        args, kwargs = tuple(map(mapped, self.args)), {key: mapped(each) for key, each in self.kwargs.items()}
+        return Batch(args, kwargs, mapped(self.target), self.place)
 
     @property
     def size(self) -> int:

@@ -145,9 +145,7 @@ class Trainer:
             with self.accelerator.autocast():
                 output = self.joint[task.member](*batch.args, **batch.kwargs)
                 loss = self.losses[task.name](output, batch)
-            # Elsewhere this would wait for the device, or other processes for this one; the generation's sums tell.
-            prompt = loss.device.type == "cpu" and self.accelerator.num_processes == 1
-            if prompt and not math.isfinite(loss.detach()):
+            if self._prompt and not math.isfinite(loss.detach()):
                 raise TrainingError(self._not_finite({task.name: float(loss.detach())}))
             self._backward(loss * weight)
         except SurgeryError:
@@ -159,8 +157,8 @@ class Trainer:
     def _add(self, parts: Mapping[str, Tensor]) -> None:
         """Add a step's losses to the generation's; after one that is not finite none, so that it names its task."""
         before = self.running
-        if not before:
-            self.running = dict(parts)
+        if not before or self._prompt:
+            self.running = {name: before[name] + value if before else value for name, value in parts.items()}
             return
         good = torch.stack(list(before.values())).sum().isfinite()
         self.running = {name: before[name] + torch.where(good, value, 0) for name, value in parts.items()}
@@ -283,6 +281,14 @@ class Trainer:
         Its wrappers look for packages and signatures in every call, a tenth of a step of small members.
         """
         return self.accelerator.scaler is None and self.accelerator.device.type != "xla"
+
+    @property
+    def _prompt(self) -> bool:
+        """Whether each loss is looked at as it is made.
+
+        Elsewhere that would wait for the device, or other processes for this one, so the generation's sums tell.
+        """
+        return self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
 
     def _backward(self, loss: Tensor) -> None:
         if self._direct:
