@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -137,12 +138,13 @@ class Trainer:
         optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters():  # as `zero_grad` does, which tells the profiler first
+            parameter.grad = None
 
     def _run(self, task: Task, batch: Batch, weight: float) -> Tensor:
         """One task's forward and backward pass; its loss."""
         try:
-            with self.accelerator.autocast():
+            with nullcontext() if self.accelerator.mixed_precision == "no" else self.accelerator.autocast():
                 output = self.joint[task.member](*batch.args, **batch.kwargs)
                 loss = self.losses[task.name](output, batch)
             if self._prompt and not math.isfinite(loss.detach()):
