@@ -258,15 +258,15 @@ def preview(
     """A dry run: everything up to the plan, and whether the target could be written."""
     from surgery.merging import check, prepare
 
-    from . import console, outcome
+    from . import console, planned
 
     with console.working(quiet=quiet, json_wanted=json):
         check(recipe, overwrite=overwrite)
         prepared = prepare(recipe, trust_remote_code=trust_remote_code)
     if json:
-        console.emit(outcome.plan_json(prepared))
+        console.emit(planned.plan_json(prepared))
     elif not quiet:
-        outcome.print_plan(prepared, verbose=verbose)
+        planned.print_plan(prepared, verbose=verbose)
 
 
 def run(

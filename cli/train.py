@@ -140,14 +140,14 @@ def preview(recipe: Recipe, trust_remote_code: bool, *, json: bool, quiet: bool)
     """A dry run: members loaded and planned."""
     from surgery.training.recipe_run import prepare_training
 
-    from . import console, outcome
+    from . import console, planned
 
     with console.working(quiet=quiet, json_wanted=json):
         prepared = prepare_training(recipe, trust_remote_code)
     if json:
-        console.emit(outcome.plan_json(prepared))
+        console.emit(planned.plan_json(prepared))
     elif not quiet:
-        outcome.print_plan(prepared, verbose=False)
+        planned.print_plan(prepared, verbose=False)
 
 
 def run(

@@ -1,6 +1,7 @@
 """What a run refuses while it trains: data, losses and settings that do not fit, each said with what to do."""
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from surgery.errors import PlanError, TrainingError
 from surgery.training.interruptions import Interrupted
 from surgery.training.run import STATE
 from surgery.training.runlog import read_log
+from surgery.training.running_losses import RunningLosses
 from surgery.training.tasks import Task
 from surgery.training.train import train
 from surgery.training.trainer import Trainer
@@ -55,15 +57,13 @@ def test_held_out_data_that_do_not_fit_are_named(held, said):
         train(build(), [Task("classes", "a", GOOD, validation=held)], SHORT, cpu=True)
 
 
-def test_of_several_tasks_the_first_whose_loss_is_not_finite_is_named(monkeypatch):
+def test_of_several_tasks_the_first_whose_loss_is_not_finite_is_named():
     """Where a loss is not looked at in each step, the others' are not finite soon either."""
-    monkeypatch.setattr(Trainer, "_prompt", False)
-    trainer = Trainer.__new__(Trainer)
-    trainer.running = {}
+    running = RunningLosses(SimpleNamespace(device=torch.device("cpu"), num_processes=2))
     good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
     for one, other in ((good, good), (good, bad), (bad, bad)):
-        trainer._add({"one": one, "other": other})
-    assert trainer.running["one"] == 2 and trainer.running["other"].isnan()
+        running.add({"one": one, "other": other})
+    assert running.sums["one"] == 2 and running.sums["other"].isnan()
 
 
 def interrupted(folder, monkeypatch, config):

@@ -46,7 +46,7 @@ def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
         state = pack_loss(trainer.losses[task.name])
         tensors |= {f"loss/{number}/{name}": tensor for name, tensor in state.items()}
     # Every process has its own random state; all else is equal in all.
-    accelerator, states, running = trainer.accelerator, [random_state()], trainer.running
+    accelerator, states, running = trainer.accelerator, [random_state()], trainer.running.sums
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
@@ -115,7 +115,8 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
             group["lr"] = rate * factor(document["schedule"])
     if document["scaler"] is not None and trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(document["scaler"])
-    trainer.running = {n: t.to(trainer.accelerator.device) for n, t in _under(tensors, "running/").items()}
+    device = trainer.accelerator.device
+    trainer.running.sums = {n: t.to(device) for n, t in _under(tensors, "running/").items()}
     for number, task in enumerate(trainer.tasks):
         unpack_loss(trainer.losses[task.name], _under(tensors, f"loss/{number}/"), task.name)
     for name, place in document["streams"].items():

@@ -7,7 +7,6 @@ the CPU and from parameters that are equal in all processes, so every process ta
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -24,6 +23,7 @@ from surgery.training.explain import explain_failure
 from surgery.training.mixing import harden_stacks, penalty
 from surgery.training.optimizers import make_optimizer, make_scheduler, plain
 from surgery.training.processes import Processes
+from surgery.training.running_losses import RunningLosses
 from surgery.training.shared_batches import average_statistics
 from surgery.training.starts import siblings
 from surgery.training.streams import Stream
@@ -70,7 +70,7 @@ class Trainer:
             task.name: Stream(task.name, task.data, seed + number, rank, world)
             for number, task in enumerate(tasks)
         }
-        self.running: dict[str, Tensor] = {}
+        self.running = RunningLosses(accelerator)
         total = sum(task.weight for task in tasks)
         self.weights = {task.name: task.weight / total for task in tasks}
 
@@ -131,7 +131,7 @@ class Trainer:
             self._backward(extra)
         self.processes.reduce(self.parameters())
         average_statistics(self.joint.bodies)
-        self._add(parts)
+        self.running.add(parts)
         if self.config.optimizer.clip is not None:
             self.processes.clip(self.parameters(), self.config.optimizer.clip)
         optimizer = plain(self.optimizer) if self._direct else self.optimizer
@@ -147,30 +147,13 @@ class Trainer:
             with nullcontext() if self.accelerator.mixed_precision == "no" else self.accelerator.autocast():
                 output = self.joint[task.member](*batch.args, **batch.kwargs)
                 loss = self.losses[task.name](output, batch)
-            if self._prompt and not math.isfinite(loss.detach()):
-                raise TrainingError(self._not_finite({task.name: float(loss.detach())}))
+            self.running.look(task.name, loss, self.generation)
             self._backward(loss * weight)
         except SurgeryError:
             raise
         except Exception as error:  # of the member or of a loss of the user's own
             raise TrainingError(explain_failure(task, batch, error)) from error
         return loss
-
-    def _add(self, parts: Mapping[str, Tensor]) -> None:
-        """Add a step's losses to the generation's; after one that is not finite none, so that it names its task."""
-        before = self.running
-        if not before or self._prompt:
-            self.running = {name: before[name] + value if before else value for name, value in parts.items()}
-            return
-        good = torch.stack(list(before.values())).sum().isfinite()
-        self.running = {name: before[name] + torch.where(good, value, 0) for name, value in parts.items()}
-
-    def _not_finite(self, losses: Mapping[str, float]) -> str:
-        return (
-            f"The loss of task {', '.join(losses)} must be finite, found "
-            f"{', '.join(map(str, losses.values()))} in generation {self.generation + 1}: lower the learning rate, "
-            "clip gradients (train.optimizer.clip), or look at its data."
-        )
 
     def losses_so_far(self) -> dict[str, float]:
         """Each task's mean loss over the steps since the last call.
@@ -179,7 +162,7 @@ class Trainer:
             TrainingError: naming the tasks whose loss is not finite.
         """
         found = self.check()
-        self.running.clear()
+        self.running.sums = {}
         return found
 
     def check(self) -> dict[str, float]:
@@ -188,15 +171,7 @@ class Trainer:
         Raises:
             TrainingError: naming the tasks whose loss is not finite.
         """
-        steps = self.step or self.config.steps
-        names = list(self.running)
-        sums = torch.stack([self.running[name].float() for name in names]) if names else torch.zeros(0)
-        if names:
-            sums = self.accelerator.reduce(sums, "mean")
-        found = {name: float(value) / steps for name, value in zip(names, sums.tolist(), strict=True)}
-        if bad := {name: value for name, value in found.items() if not math.isfinite(value)}:
-            raise TrainingError(self._not_finite(bad))
-        return found
+        return self.running.means(self.step or self.config.steps, self.generation)
 
     # -- one generation ------------------------------------------------------------------------------------
 
@@ -283,14 +258,6 @@ class Trainer:
         Its wrappers look for packages and signatures in every call, a tenth of a step of small members.
         """
         return self.accelerator.scaler is None and self.accelerator.device.type != "xla"
-
-    @property
-    def _prompt(self) -> bool:
-        """Whether each loss is looked at as it is made.
-
-        Elsewhere that would wait for the device, or other processes for this one, so the generation's sums tell.
-        """
-        return self.accelerator.device.type == "cpu" and self.accelerator.num_processes == 1
 
     def _backward(self, loss: Tensor) -> None:
         if self._direct:

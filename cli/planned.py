@@ -1,0 +1,198 @@
+"""What `--dry-run` shows: the plan of a merge, or of a training run, before anything is changed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from . import console
+
+if TYPE_CHECKING:
+    from surgery.merging import Prepared
+    from surgery.plan import BankPlan, Plan
+    from surgery.recipe import Recipe
+
+
+def plan_json(prepared: Prepared) -> dict[str, Any]:
+    """A plan as plain JSON values."""
+    plan, recipe = prepared.plan, prepared.recipe
+    return {
+        "recipe": recipe.resolved(),
+        "out": recipe.out,
+        "members": member_rows(prepared),
+        "banks": [
+            {
+                "key": b.key,
+                "block": list(b.block),
+                "dtype": b.dtype,
+                "locations": b.locations,
+                "stack": b.stack or None,
+            }
+            for b in plan.banks
+        ],
+        "sites": [
+            {
+                "member": p.site.member,
+                "name": p.site.name,
+                "kind": p.site.kind,
+                "shape": list(p.site.shape),
+                "stack_out_in": list(p.site.view.shape),
+                "bank": p.bank,
+                "locations": p.grid.locations,
+            }
+            for p in plan.placements
+        ],
+        "left_alone": [
+            {"member": each.member, "name": each.name, "role": each.role, "reason": each.reason}
+            for each in plan.left_alone
+        ],
+    }
+
+
+def member_rows(prepared: Prepared) -> list[dict[str, Any]]:
+    """For each member its size, and how much of it is sites."""
+    from surgery.member import owners_of
+
+    rows = []
+    for member in prepared.members:
+        state = member.module.state_dict()
+        tensors = [state[first] for first in owners_of(member.module)]
+        placed = prepared.plan.of(member.name)
+        rows.append(
+            {
+                "name": member.name,
+                "reference": member.origin.reference,
+                "architecture": member.origin.architecture,
+                "parameters": sum(tensor.numel() for tensor in tensors),
+                "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+                "sites": len(placed),
+                "site_parameters": sum(state[p.site.name].numel() for p in placed),
+                "locations": sum(p.grid.locations for p in placed),
+                "tensors_left_alone": sum(each.member == member.name for each in prepared.plan.left_alone),
+                "real_inputs": member.name in prepared.probes,
+            }
+        )
+    return rows
+
+
+def print_plan(prepared: Prepared, *, verbose: bool) -> None:
+    """What would be done."""
+    recipe, plan = prepared.recipe, prepared.plan
+    rows = member_rows(prepared)
+    table = console.table(
+        "member", ">parameters", ">size", ">sites", ">in sites", ">locations", "~architecture"
+    )
+    for row in rows:
+        table.add_row(
+            row["name"],
+            console.count(row["parameters"]),
+            console.size(row["bytes"]),
+            str(row["sites"]),
+            console.percent(row["site_parameters"] / (row["parameters"] or 1)),
+            f"{row['locations']:,}",
+            console.clipped(row["architecture"]),
+        )
+    console.heading("Plan (a dry run: nothing is written)")
+    console.out.print(table)
+    _print_stacks(plan)
+    banks = console.table("bank", "block", "numbers", ">locations", ">size as it is")
+    for bank in plan.banks:
+        if not bank.stack:
+            banks.add_row(
+                bank.key,
+                console.shape(bank.block),
+                bank.dtype,
+                f"{bank.locations:,}",
+                console.size(_size(bank)),
+            )
+    if banks.row_count:
+        console.out.print(banks)
+    if recipe.train is None:
+        _say_fit(prepared, rows)
+    else:
+        _say_training(recipe)
+    console.say(
+        f"Output folder {recipe.out}: can be written." if recipe.out else "No output folder was given."
+    )
+    if verbose:
+        sites = console.table("member", "site", "kind", "~stack x out x in", ">locations")
+        for p in plan.placements:
+            view = console.shape(p.site.view.shape)
+            sites.add_row(p.site.member, p.site.name, p.site.kind, view, f"{p.grid.locations:,}")
+        console.out.print(sites)
+
+
+def _say_fit(prepared: Prepared, rows: list[dict[str, Any]]) -> None:
+    """The target of a merge, and what errors would be measured on."""
+    recipe = prepared.recipe
+    name, value = recipe.target
+    chosen = "as given" if recipe.parameters.block else "chosen by the fit where rows are shared"
+    words = f"{name.replace('_', '-')} {value:g}"
+    if recipe.method == "templates":
+        chosen = f"{chosen}, mixtures {recipe.parameters.mixture}"
+        if name == "templates":
+            chosen = f"outside stacks left as they are, mixtures {recipe.parameters.mixture}"
+        elif recipe.parameters.templates:
+            words += f" with {recipe.parameters.templates} templates for each stack"
+        else:
+            words += ", which decides the number of templates too"
+    real = [row["name"] for row in rows if row["real_inputs"]]
+    console.say(f"Would be fitted: {words}, blocks {chosen}, seed {recipe.seed}.")
+    console.say(
+        f"Errors would be measured on {'real inputs for ' + ', '.join(real) if real else 'made-up inputs'}."
+    )
+
+
+def _say_training(recipe: Recipe) -> None:
+    """The tasks of a training run, and how long it would be."""
+    assert recipe.train is not None
+    table = console.table("task of", "~data", ">batch", "loss", "metric", ">weight")
+    for model in recipe.models:
+        for task in model.tasks:
+            loss = (
+                task.loss
+                if isinstance(task.loss, str)
+                else " + ".join(f"{w:g} {n}" for n, w in task.loss.items())
+            )
+            cells = (model.name or "", console.clipped(task.data), str(task.batch), loss)
+            table.add_row(*cells, task.metric or "-", f"{task.weight:g}")
+    if table.row_count:
+        console.out.print(table)
+    train, parameters = recipe.train, recipe.parameters
+    block = "chosen for the members" if parameters.block is None else console.shape(parameters.block)
+    console.say(
+        f"Would be trained: {train.total} generations ({train.burn_in} burn-in, {train.generations} evolution, "
+        f"{train.final} final) of {train.steps} steps, {train.optimizer.name} at {train.optimizer.lr:g}, blocks "
+        f"{block}, seed {recipe.seed}."
+    )
+
+
+def _print_stacks(plan: Plan) -> None:
+    """Stacks whose layers take templates, with what one template has."""
+    if not plan.stacks:
+        return
+    table = console.table("stack", ">layers", ">tensors of each", ">numbers of each", ">size as it is", "~of")
+    for name, keys in plan.stacks.items():
+        banks = [bank for bank in plan.banks if bank.key in keys]
+        layers = [p.site for p in plan.placements if p.bank == keys[0]]
+        members = ", ".join(dict.fromkeys(site.member for site in layers))
+        table.add_row(
+            name,
+            str(banks[0].locations),
+            str(len(banks)),
+            console.count(sum(bank.block[1] for bank in banks)),
+            console.size(sum(map(_size, banks))),
+            console.clipped(members),
+        )
+    console.out.print(table)
+
+
+def _size(bank: BankPlan) -> int:
+    """Bytes of all blocks of a bank."""
+    return bank.locations * bank.block[0] * bank.block[1] * bytes_of(bank.dtype)
+
+
+def bytes_of(dtype: str) -> int:
+    """Bytes of one number."""
+    from surgery.plan import torch_dtype
+
+    return torch_dtype(dtype).itemsize
