@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.dictionary import Bank
 from surgery.training.config import Evolution
@@ -201,14 +201,20 @@ def test_adam_s_rows_follow_their_hypermodules() -> None:
     assert optimizer.state[bank.rows]["step"] == step
 
 
-def test_a_context_that_a_challenger_brought_brings_its_history() -> None:
+def contested() -> tuple[Bank, torch.optim.Optimizer, nn.Parameter]:
+    """A bank with a history, an open contest everywhere, and the contexts that challengers bring."""
     bank = make_bank()
     optimizer = stepped(bank)
     contend(bank, Evolution(fraction=1.0, contexts="fitted", draw="uniform"), 0.5, LOCATIONS, seeded(0))
     assert bank.contest is not None and bank.contest.contexts is not None
     optimizer.add_param_group({"params": [bank.contest.contexts]})
+    return bank, optimizer, bank.contest.contexts
+
+
+def test_a_context_that_a_challenger_brought_brings_its_history() -> None:
+    bank, optimizer, rivals = contested()
     for step in range(3):
-        bank.contest.contexts.grad = torch.randn(bank.contest.contexts.shape, generator=seeded(step))
+        rivals.grad = torch.randn(rivals.shape, generator=seeded(step))
         bank.contexts.grad = torch.randn(bank.contexts.shape, generator=seeded(9))
         optimizer.step()
 
@@ -218,8 +224,9 @@ def test_a_context_that_a_challenger_brought_brings_its_history() -> None:
             state[name] / (1 - beta ** state["step"]) for name, beta in (("exp_avg", 0.9), ("exp_avg_sq", 0.999))
         ])  # fmt: skip
 
-    expected = moments(bank.contest.contexts)[:, :, 0]
+    expected = moments(rivals)[:, :, 0]
     set_winner(bank, 1)
+    assert bank.contest is not None
     won = bank.contest.winners()[0]  # all but those whose challenger is the incumbent
     assert len(won) > LOCATIONS // 2
     inherit(optimizer, bank)
@@ -227,12 +234,8 @@ def test_a_context_that_a_challenger_brought_brings_its_history() -> None:
 
 
 def test_incumbents_keep_their_history_where_challengers_lose() -> None:
-    bank = make_bank()
-    optimizer = stepped(bank)
-    contend(bank, Evolution(fraction=1.0, contexts="fitted", draw="uniform"), 0.5, LOCATIONS, seeded(0))
-    assert bank.contest is not None and bank.contest.contexts is not None
-    optimizer.add_param_group({"params": [bank.contest.contexts]})
-    bank.contest.contexts.grad = torch.ones_like(bank.contest.contexts)
+    bank, optimizer, rivals = contested()
+    rivals.grad = torch.ones_like(rivals)
     optimizer.step()
     before = optimizer.state[bank.contexts]["exp_avg"].clone()
     set_winner(bank, 0)

@@ -10,4 +10,7 @@ adaptation, features, domains     another domain from them, without labels
 stateful, shared_batches          what losses may have: a state of their own, means over all processes
 processes, sharded, fsdp, shards  several processes that each hold everything, or a part
 train, run, state, runlog         from the start to the end: judged, logged, saved, resumed
+run_plan, interruptions           what a state must agree with to go on, and being asked to stop
+running_losses, trackers          what losses come to, and who else is told
+describing                        the log's first line
 """
