@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.generation import to_weight
+from surgery.memory import compact
 from surgery.slots import locate
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def collapse(joint: JointModel, name: str) -> dict[str, Tensor]:
-    """The ordinary state dict of one member.
+    """The ordinary state dict of one member, no tensor a view of a larger storage.
 
     Weights of hypermodules that training did not move come back bit for bit; tied names map to one tensor.
 
@@ -37,11 +38,11 @@ def collapse(joint: JointModel, name: str) -> dict[str, Tensor]:
         blocks = joint.dictionary[key].settled_blocks()
         for p in placements:
             if p.bank == key:
-                state[p.site.name] = to_weight(blocks[p.start : p.stop], p)
+                state[p.site.name] = compact(to_weight(blocks[p.start : p.stop], p))
     for first in owners:
         if first not in state:
             holder, attribute = locate(module, first)
-            state[first] = getattr(holder, attribute).detach()
+            state[first] = compact(getattr(holder, attribute).detach())
     for first, names in owners.items():
         state.update({each: state[first] for each in names})
     return {key: state[key] for key in joint.state_keys[name] if key in state}

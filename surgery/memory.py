@@ -74,6 +74,27 @@ def empty_large(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     return torch.frombuffer(_map(size), dtype=dtype, count=count).view(shape)
 
 
+def compact(tensor: Tensor) -> Tensor:
+    """The tensor itself where its storage holds nothing else, a copy where it is a view of something larger.
+
+    Files of tensors and `deepcopy` take whole storages, so what is handed on should hold no more than itself.
+
+    Args:
+        tensor: of any shape and dtype.
+
+    Returns:
+        equal values, the storage exactly `numel * itemsize` bytes.
+
+    Example:
+        >>> row = torch.zeros(3, 4)[1]
+        >>> row.untyped_storage().nbytes(), compact(row).untyped_storage().nbytes()
+        (48, 16)
+    """
+    if tensor.device.type == "meta" or tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone()
+
+
 def release_kept() -> None:
     """Give the kept regions back to the operating system: each at once, or when its last tensor ends.
 

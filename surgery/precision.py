@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surgery.memory import empty_large
+from surgery.memory import compact, empty_large
 
 CHUNK = 1 << 20  # values handled at once while encoding: bounds the memory of the scale search
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,), 10: (8, 2), 12: (8, 4)}
@@ -104,12 +104,12 @@ def encode(tensor: Tensor, precision: Precision) -> Encoded:
 
 
 def decode(encoded: Encoded) -> Tensor:
-    """The tensor that `encoded` stands for, in its dtype and shape."""
+    """The tensor that `encoded` stands for, in its dtype and shape, in a storage that holds nothing else."""
     parts, bits = encoded.parts, encoded.precision.bits
     if bits == 0:
-        return parts[""]
+        return compact(parts[""])
     if bits == 16:
-        return parts["bf16"].to(encoded.dtype)
+        return compact(parts["bf16"].to(encoded.dtype))
     width = _width(encoded.shape, encoded.precision.group)
     scale = parts["scale"].float().unsqueeze(1)
     values = empty_large((scale.shape[0], width), encoded.dtype, scale.device)
@@ -127,7 +127,8 @@ def decode(encoded: Encoded) -> Tensor:
         real = signed.view(-1, width).to(torch.float32).mul_(scale[start : start + step])
         out.copy_(real.clamp_(-65504.0, 65504.0) if encoded.dtype == torch.float16 else real)
     first, rest = _matrix(encoded.shape)
-    return values.view(first, -1)[:, :rest].contiguous().view(encoded.shape)
+    # A single row stays contiguous without its padding: it is a view that only a copy makes shorter.
+    return compact(values.view(first, -1)[:, :rest]).contiguous().view(encoded.shape)
 
 
 def part_layout(

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgery.memory import compact
 from surgery.precision import BFLOAT16, NATIVE, PLANES, Precision, decode, encode, stored_bytes
 
 shapes = st.lists(st.integers(1, 40), min_size=1, max_size=4).filter(lambda s: torch.Size(s).numel() < 20_000)
@@ -81,3 +82,28 @@ def test_names_are_read_back(text):
 def test_unknown_names_are_refused(text):
     with pytest.raises(ValueError, match=r"precision|invalid literal"):
         Precision.parse(text)
+
+
+any_shape = st.lists(st.integers(0, 40), max_size=4).filter(lambda s: torch.Size(s).numel() < 20_000)
+any_dtype = st.sampled_from(
+    [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64]
+)
+
+
+@given(any_shape, precisions, any_dtype, st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_a_decoded_tensor_owns_exactly_its_memory(shape, precision, dtype, view):
+    x = torch.ones([2, *shape] if view else shape).to(dtype)
+    encoded = encode(x[1] if view else x, precision)
+    y = decode(encoded)
+    assert y.untyped_storage().nbytes() == y.nbytes
+    if dtype == torch.float32 and encoded.precision.bits in (0, 16):
+        assert torch.equal(y, torch.ones(shape))
+
+
+def test_a_tensor_handed_on_owns_exactly_its_memory():
+    x = torch.arange(24.0).view(4, 6)
+    assert compact(x) is x and compact(x.t()).data_ptr() == x.data_ptr()
+    for view in (x[1], x[:, ::2], x[:2], torch.ones(1).expand(5), x[:0]):
+        own = compact(view)
+        assert own.untyped_storage().nbytes() == own.nbytes and torch.equal(own, view)

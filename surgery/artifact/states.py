@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from surgery.blocks import untile
 from surgery.dictionary import Bank
+from surgery.memory import compact
 from surgery.plan import Placement, torch_dtype
 from surgery.precision import decode
 from surgery.storage import Stored, build_bank
@@ -60,7 +61,7 @@ def weight_of(p: Placement, bank: Bank) -> Tensor:
             blocks = blocks + coefficient[:, j : j + 1] * bank.rows[index[:, j]]
         parts.append(blocks)
     weight = p.site.view.to_tensor(untile(torch.cat(parts), p.grid))
-    return weight.contiguous().to(torch_dtype(p.site.dtype))
+    return compact(weight.contiguous().to(torch_dtype(p.site.dtype)))
 
 
 def hollow(state: Mapping[str, Tensor]) -> nn.Module:

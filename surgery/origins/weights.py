@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import LoadError
+from surgery.memory import compact
 from surgery.origins.base import one_line, shorten
 
 
@@ -133,7 +134,7 @@ def save_weights(module: nn.Module, directory: Path) -> None:
     state = {}
     for name, tensor in module.state_dict().items():
         key = tensor.untyped_storage().data_ptr()
-        state[name] = tensor.clone() if key in seen else tensor
+        state[name] = tensor.clone() if key in seen else compact(tensor)
         seen.add(key)
     directory.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(state, directory)
