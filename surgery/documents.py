@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from surgery.errors import PlanError
+from surgery.untrusted import RECIPE_BYTES, UnreadableError, parse_yaml, read_regular, shown
 
 
 def read_text(source: str | Path) -> str:
@@ -19,18 +20,18 @@ def read_text(source: str | Path) -> str:
         PlanError: where there is no such file, or it cannot be read.
     """
     path = Path(source).expanduser()
-    shipped = files("surgery_recipes").joinpath(f"{source}.yaml")
-    found = path if path.is_file() else shipped if path.name == str(source) and shipped.is_file() else None
-    if found is None:
-        raise PlanError(
-            f"A recipe is a YAML file or one of {', '.join(recipe_names())}, but '{source}' is neither."
-        )
+    if not os.path.lexists(path) or (path.is_dir() and str(source) in recipe_names()):
+        if str(source) not in recipe_names():
+            raise PlanError(
+                f"A recipe is a YAML file or one of {', '.join(recipe_names())}, but '{source}' is neither."
+            )
+        return files("surgery_recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     try:
-        return found.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(
-            f"The recipe {source} must be readable YAML: {' '.join(str(error).split())}."
-        ) from None
+        return read_regular(path, RECIPE_BYTES).decode()
+    except UnreadableError as error:
+        raise PlanError(f"The recipe {source} {error}.") from None
+    except UnicodeDecodeError as error:
+        raise PlanError(f"The recipe {source} must be UTF-8, but is not at byte {error.start:,}.") from None
 
 
 def read_document(source: str | Path) -> dict[str, Any]:
@@ -40,11 +41,9 @@ def read_document(source: str | Path) -> dict[str, Any]:
         PlanError: where there is no such file, or it is no YAML mapping.
     """
     try:
-        document = yaml.safe_load(read_text(source))
-    except yaml.YAMLError as error:
-        raise PlanError(
-            f"The recipe {source} must be readable YAML: {' '.join(str(error).split())}."
-        ) from None
+        document = parse_yaml(read_text(source))
+    except UnreadableError as error:
+        raise PlanError(f"The recipe {source} {error}.") from None
     if not isinstance(document, dict):
         raise PlanError(
             f"The recipe {source} must be a YAML mapping with 'models', found {type(document).__name__}."
@@ -71,7 +70,7 @@ def override(document: Mapping[str, Any], changes: Iterable[str]) -> dict[str, A
         >>> override({"parameters": {"budget": 0.5}}, ["parameters.budget=0.25", "seed=7"])
         {'parameters': {'budget': 0.25}, 'seed': 7}
     """
-    result = yaml.safe_load(yaml.safe_dump(dict(document))) or {}
+    result = deepcopy(dict(document))
     for change in changes:
         path, equals, text = change.partition("=")
         keys = path.split(".")
@@ -80,8 +79,8 @@ def override(document: Mapping[str, Any], changes: Iterable[str]) -> dict[str, A
                 f"A change is written KEY=VALUE, for example parameters.budget=0.5, found '{change}'."
             )
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
+            value = parse_yaml(text)
+        except UnreadableError:
             value = text
         place = result
         for key in keys[:-1]:
@@ -105,5 +104,7 @@ def _step(place: Any, key: str, change: str) -> Any:
         return place[int(key)]
     inner = place.setdefault(key, {})
     if not isinstance(inner, dict | list):
-        raise PlanError(f"The change '{change}' leads through '{key}', which is {inner!r} and holds no keys.")
+        raise PlanError(
+            f"The change '{change}' leads through '{key}', which is {shown(inner)} and holds no keys."
+        )
     return inner

@@ -4,9 +4,17 @@ The command line prints the sentence alone and exits with code 2; anything that 
 fault of this package and keeps its traceback.
 """
 
+LONGEST = 4000  # characters of an error: it is read on a screen
+
 
 class SurgeryError(Exception):
-    """Base of every error that bad input, and not a fault of this package, causes."""
+    """Base of every error that bad input, and not a fault of this package, causes.
+
+    A message that would fill screens, as one that quotes a hostile file might, loses its middle.
+    """
+
+    def __init__(self, *arguments: object):
+        super().__init__(*(_within(each) if isinstance(each, str) else each for each in arguments))
 
 
 class LoadError(SurgeryError):
@@ -31,3 +39,12 @@ class OutputError(SurgeryError):
 
 class TrainingError(SurgeryError):
     """Training cannot go on: a loss is not finite, memory ran out, or a checkpoint belongs to another run."""
+
+
+def _within(text: str) -> str:
+    if len(text) <= LONGEST:
+        return text
+    end = LONGEST // 4
+    start = LONGEST - end - 60  # room for the words in between
+    left_out = f" ... ({len(text) - start - end:,} characters are left out) ... "
+    return f"{text[:start]}{left_out}{text[-end:]}"

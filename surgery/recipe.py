@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from surgery.errors import PlanError
+from surgery.quantities import Context, NotNegative, Positive, Rate, Seed, Share
 from surgery.sharing.names import Mixing
 from surgery.training.config import (
     Adaptation,
@@ -26,8 +27,10 @@ from surgery.training.config import (
     TemplateSettings,
     Training,
 )
+from surgery.untrusted import shown, shown_text
 
 MAX_ERROR = 0.05
+MOST_ERRORS = 20  # that one message names
 TARGETS = ("max_error", "budget", "hypermodules", "templates")
 
 
@@ -36,12 +39,11 @@ def parse_block(value: Any) -> Any:
     if isinstance(value, str):
         sides = value.lower().split("x")
         if len(sides) != 2 or not all(side.strip().isdecimal() for side in sides):
-            raise ValueError(f"a block is written MxN, for example 16x16, not '{value}'")
+            raise ValueError(f"a block is written MxN, for example 16x16, not {shown(value)}")
         return tuple(int(side) for side in sides)
     return value
 
 
-Positive = Annotated[int, Field(ge=1)]
 Block = Annotated[tuple[Positive, Positive], BeforeValidator(parse_block)]
 
 
@@ -69,7 +71,7 @@ class TaskSpec(Strict):
     labels: bool = True
     adaptation: Adaptation | None = None
     metric: str | None = None
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Rate = 1.0
 
 
 class Model(Strict):
@@ -99,12 +101,12 @@ class Parameters(Strict):
         mix_norms: whether scale and shift of norms are mixed too; running statistics never are.
     """
 
-    max_error: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    budget: Annotated[float, Field(gt=0, le=1)] | None = None
+    max_error: NotNegative | None = None
+    budget: Share | None = None
     hypermodules: Positive | None = None
-    templates: Positive | None = None
+    templates: Context | None = None
     block: Block | None = None
-    context: Positive | None = None
+    context: Context | None = None
     mixture: Mixing = "linear"
     mix_norms: bool = False
 
@@ -158,7 +160,7 @@ class Recipe(Strict):
     parameters: Parameters = Parameters()
     select: Select = Select()
     calibrate: tuple[str, ...] = ()
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     device: str = "auto"
     train: Training | None = None
     out: str | None = None
@@ -182,7 +184,10 @@ class Recipe(Strict):
         try:
             return cls.model_validate(dict(document))
         except ValidationError as error:
-            raise PlanError(f"The recipe is not valid: {'; '.join(map(_explain, error.errors()))}.") from None
+            found = error.errors(include_url=False, include_context=False)
+            more = f"; and {len(found) - MOST_ERRORS} more" if len(found) > MOST_ERRORS else ""
+            broken = "; ".join(map(_explain, found[:MOST_ERRORS]))
+            raise PlanError(f"The recipe is not valid: {broken}{more}.") from None
 
     @property
     def target(self) -> tuple[str, float]:
@@ -212,7 +217,7 @@ class Recipe(Strict):
 
 def _explain(error: Any) -> str:
     """One validation error in words; an unknown key is answered with the nearest known ones."""
-    path = [str(part) for part in error["loc"]]
+    path = [shown_text(str(part), 60) for part in error["loc"]]
     where = ".".join(path)
     if error["type"] == "extra_forbidden":
         known = list(_fields_at(path[:-1]))
@@ -220,8 +225,8 @@ def _explain(error: Any) -> str:
         advice = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
         return f"'{where}' is not a known key, {advice}"
     message = error["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    found = "" if error["type"] in ("missing", "value_error") else f", found {error['input']!r}"
+    message = shown_text(message[:1].lower() + message[1:], 400)
+    found = "" if error["type"] in ("missing", "value_error") else f", found {shown(error['input'])}"
     return f"{where}: {message}{found}" if where else message
 
 
@@ -240,4 +245,5 @@ def _fields_at(path: list[str]) -> Iterable[str]:
         "train.stopping": Stopping,
         "train.templates": TemplateSettings,
     }
-    return parts[".".join(key for key in path if not key.isdecimal())].model_fields
+    place = ".".join(key for key in path if not key.isdecimal())
+    return parts[place].model_fields if place in parts else ()

@@ -6,12 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from surgery.quantities import Context, Count, NotNegative, Positive, Rate, Share
 from surgery.sharing.names import Mixing, Scale
-
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Strict(BaseModel):
@@ -40,7 +36,7 @@ class Optimizer(Strict):
     lr: Rate = 1e-3
     soft_lr: Rate = 0.1
     soft_eps: Rate = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NotNegative = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     clip: Rate | None = None
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -133,15 +129,15 @@ class TemplateSettings(Strict):
         like: the source's member to begin as; by default the one with which a short trial goes best.
     """
 
-    count: Positive | None = None
+    count: Context | None = None
     mixing: Mixing = "softmax"
     start: Literal["fit", "sequential", "cyclic", "progressive", "random", "uniform"] = "fit"
     sure: Annotated[float, Field(gt=0, lt=1)] = 0.9
     learn: bool = True
     freeze: bool = False
     lr: Rate | None = None
-    entropy: Annotated[float, Field(ge=0)] = 0.0
-    attraction: Annotated[float, Field(ge=0)] = 0.0
+    entropy: NotNegative = 0.0
+    attraction: NotNegative = 0.0
     harden: bool = False
     source: str | None = None
     like: str | None = None
@@ -221,7 +217,7 @@ class Training(Strict):
     compile: bool = False
     checkpointing: bool = False
     trackers: tuple[str, ...] = ()
-    save_seconds: Annotated[float, Field(ge=0)] = 30.0
+    save_seconds: NotNegative = 30.0
 
     @field_validator("precision", mode="before")
     @classmethod

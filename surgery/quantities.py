@@ -1,0 +1,31 @@
+"""Quantities: the numbers that documents may hold, each within what a real model could need.
+
+A bound is no opinion of how large a model should be: it is where a number stops to be one, an overflow in a library,
+or a loop without end.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+Count = Annotated[int, Field(ge=0, le=1 << 53)]
+"""Elements, bytes, locations, axes: what JSON holds exactly in every language."""
+
+Positive = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
+"""Steps, batches, generations, sides of a block."""
+
+Context = Annotated[int, Field(ge=1, le=1 << 16)]
+"""Basis blocks of a hypermodule, templates of a stack; each is a tensor of its own."""
+
+Seed = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
+"""What PyTorch, NumPy and Python all take."""
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+Share = Annotated[float, Field(gt=0, le=1)]
