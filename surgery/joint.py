@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.collapse import collapse
+from surgery.copies import duplicate
 from surgery.dictionary import Bank, Dictionary, exact_bank, master_dtype
 from surgery.errors import PlanError
 from surgery.generation import Weights, generate_weights, move_dictionary, to_blocks
@@ -192,7 +193,7 @@ class JointModel(nn.Module):
         """A copy of one member with ordinary parameters that depends on nothing here."""
         self.clear()
         state = self.collapse(name)
-        module = deepcopy(self[name])
+        module = duplicate(self[name])
         release(module)
         for p in self.plan.of(name):
             put_back(module, p.site.owners, state[p.site.name].clone(), self._trainable[name, p.site.name])

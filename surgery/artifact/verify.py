@@ -8,7 +8,6 @@ rebuilt member's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from surgery.artifact.manifest import NAME, Manifest, checksum_holds, read_manif
 from surgery.artifact.reading import read_stored, wrong_hashes
 from surgery.artifact.recorded import inputs_of, origin_of, small_files
 from surgery.artifact.states import build_banks, state_of
+from surgery.copies import duplicate
 from surgery.errors import SurgeryError
 from surgery.joint import JointModel
 from surgery.member import Inputs, Member, Origin, content_hash
@@ -198,7 +198,7 @@ def _load_member(
     kind = origin_of(manifest, name).kind
     if (kind == "module" and origin is None) or (kind == "factory" and not run):
         return None, None
-    modules = {name: deepcopy(origin.module)} if origin is not None and kind == "module" else None
+    modules = {name: duplicate(origin.module)} if origin is not None and kind == "module" else None
     try:
         return load(folder, modules=modules, members=[name], trust_remote_code=trust, run_factory=run), None
     except SurgeryError as error:

@@ -8,15 +8,14 @@ writes to them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from surgery.copies import copy_with
 from surgery.member import Inputs, owners_of
 
 
@@ -42,27 +41,9 @@ def copy_module(module: nn.Module, make: Callable[[Tensor], Tensor]) -> tuple[nn
         return made[id(tensor)]
 
     tensors = [*module.parameters(), *module.buffers()]
-    memo: dict[int, Any] = {id(tensor): once(tensor) for tensor in tensors}
-    with _CopyTensors(once):
-        try:
-            twin = copy.deepcopy(module, dict(memo))
-        except Exception:
-            twin = copy.deepcopy(module, memo | _shared_attributes(module, memo))
+    twin = copy_with(module, lambda tensor, _: once(tensor), {id(tensor): once(tensor) for tensor in tensors})
     known = canonical_names(module)
     return twin.eval(), {id(twin): known.get(key, "") for key, twin in made.items()}
-
-
-def _shared_attributes(module: nn.Module, memo: Mapping[int, Any]) -> dict[int, Any]:
-    """Attributes that cannot be copied, such as locks and open files, by `id`: the copy shares them."""
-    shared: dict[int, Any] = {}
-    inner = {"_parameters", "_buffers", "_modules"}
-    for part in module.modules():
-        for value in (value for key, value in vars(part).items() if key not in inner):
-            try:
-                copy.deepcopy(value, dict(memo))
-            except Exception:
-                shared[id(value)] = value
-    return shared
 
 
 def to_meta(tensor: Tensor) -> Tensor:
@@ -88,16 +69,3 @@ def map_inputs(inputs: Inputs, make: Callable[[Tensor], Tensor]) -> tuple[tuple[
     return tuple(tree_map(replace, inputs.args)), {
         key: tree_map(replace, value) for key, value in kwargs.items()
     }
-
-
-class _CopyTensors(TorchFunctionMode):
-    """While a module is copied, has tensors copied by a function of ours, wherever they are held."""
-
-    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.make = make
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__deepcopy__:
-            return self.make(args[0])
-        return func(*args, **(kwargs or {}))

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.columns import Columns
+from surgery.copies import duplicate
 from surgery.dictionary import Bank
 from surgery.generation import Weights, to_blocks, to_weight
 from surgery.hooks import Enter, Leave, release
@@ -70,7 +70,7 @@ class ShardedModel(JointModel):
         for p in self.plan.placements:
             slot = getattr(*locate(joint[p.site.member], p.site.owners[0]))
             memo[id(slot)] = slot  # not copied
-        copies = {name: deepcopy(joint[name], memo) for name in joint.names}
+        copies = {name: duplicate(joint[name], memo) for name in joint.names}
         for name, copy in copies.items():
             release(copy)
             for p in self.plan.of(name):
