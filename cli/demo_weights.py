@@ -58,13 +58,13 @@ def prepare_weights(folder: Path) -> tuple[str, str]:
     """
     from safetensors.torch import save_file
 
-    from surgery.files import new_folder
+    from surgery.folders import new_folder
     from surgery.origins.weights import read_weights
 
     minilm = known_file(*MINILM, MINILM_SHA256)
     checkpoint = known_file(*EFFICIENTNET, EFFICIENTNET_SHA256)
     state = to_timm_names(read_weights(checkpoint))
-    with new_folder(folder, overwrite=True, replace_same_names=True) as new:
+    with new_folder(folder, overwrite=True) as new:
         _link(minilm.parent, new / TEXT)
         save_file(state, new / IMAGE)
     return str(folder / TEXT), f"timm:tf_efficientnet_lite0={folder / IMAGE}"

@@ -41,12 +41,10 @@ def export(
     if format not in ("plain", "compressed"):
         raise typer.BadParameter(f"must be plain or compressed, not '{format}'", param_hint="--format")
     from surgery.artifact.export import export as write
-    from surgery.files import check_target
     from surgery.progress import task
 
     from . import console, outcome
 
-    check_target(out, overwrite=overwrite)
     with console.working(quiet=quiet, json_wanted=json), task(f"Exporting {member}"):
         chosen = "compressed" if format == "compressed" else "plain"
         write(folder, member, out, format=chosen, overwrite=overwrite, trust_remote_code=trust_remote_code)

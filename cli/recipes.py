@@ -39,19 +39,14 @@ def copy_recipe(
     """Copy an installed recipe, as a start for one of your own."""
     from surgery.documents import read_text
     from surgery.errors import OutputError
+    from surgery.files import put
 
     from . import console
 
     text = read_text(name)
     if file.exists() and not overwrite:
         raise OutputError(f"{file} exists: choose another name, or pass --overwrite.")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_name(f".{file.name}.new")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(file)
-    except OSError as error:
-        raise OutputError(f"{file} cannot be written: {error.strerror or error}.") from error
+    put(file, text.encode())
     console.say(f"{name} is now {file}.")
 
 

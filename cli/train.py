@@ -117,6 +117,7 @@ def train(
         console.emit({"out": recipe.out, **report.document()})
     elif not quiet:
         print_report(report, Path(recipe.out or ""))
+        print_left(Path(recipe.out or ""))
 
 
 def read_training(
@@ -188,6 +189,19 @@ def run(
             kept = run_folder(recipe.out or "")
             console.interrupted = f"the state is in {kept}, go on with --resume auto"
             raise
+
+
+def print_left(folder: Path) -> None:
+    """What is still in the run's folder now that it is done: files that training did not write, and trackers' ones."""
+    from surgery.files import files_below
+    from surgery.training.recipe_run import run_folder
+
+    from . import console
+
+    left = files_below(run_folder(folder)) if run_folder(folder).is_dir() else []
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        console.say(f"{run_folder(folder)} keeps {', '.join(left[:3])}{more}.", style="dim")
 
 
 def print_report(report: TrainReport, folder: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import LoadError, PlanError
-from surgery.files import check_target
+from surgery.folders import check_target
 from surgery.progress import task, track
 from surgery.recipe import Recipe
 from surgery.selectors import share_selectors

@@ -12,7 +12,7 @@ import torch
 from artifacts import contents, pair, seeded, stack
 
 import surgery
-from surgery import files
+from surgery import folders as files
 from surgery.artifact import save, writing
 from surgery.errors import OutputError
 

@@ -14,7 +14,8 @@ from PIL import Image
 from surgery_cli.__main__ import app
 from typer.testing import CliRunner
 
-from surgery.errors import TrainingError
+from surgery.errors import OutputError, TrainingError
+from surgery.records import RECORD
 from surgery.training.analysis import STATISTICS, kinds_of_modules, layer_overlap
 from surgery.training.config import Evolution
 from surgery.training.pictures import PICTURES, draw_run, write_pictures
@@ -129,9 +130,7 @@ def test_the_verb_draws_and_tells(run, tmp_path):
     assert found.exit_code == 0, found.output
     told = json.loads(found.stdout)
     assert told["finished"] and told["generations"] == 6 and told["members"] == ["a", "b"]
-    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == sorted(
-        set(PICTURES) - {"mixtures.png"}
-    )
+    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {*PICTURES, RECORD} - {"mixtures.png"}
     shown = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "pictures")])
     assert "6 generations, finished" in shown.output and "layers.png" in shown.output
 
@@ -143,6 +142,6 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(run, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(TrainingError, match="must be a folder that can be written"):
+    with pytest.raises(OutputError, match="could not be written"):
         write_pictures(find_log(run), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "in the way"

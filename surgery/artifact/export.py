@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from surgery.artifact.manifest import listed_files, read_manifest
+from surgery.artifact.manifest import read_manifest
 from surgery.artifact.reading import read_stored
 from surgery.artifact.recorded import origin_of, read_member
 from surgery.artifact.reports import report_of, restrict_report
 from surgery.artifact.states import hollow, state_of
 from surgery.artifact.trim import on_cpu, restrict
 from surgery.artifact.writing import write
+from surgery.claims import claim
 from surgery.errors import PlanError
-from surgery.files import new_folder
+from surgery.folders import check_target, new_folder
 from surgery.joint import JointModel
 from surgery.member import Member
 from surgery.storage import Stored, store
@@ -61,10 +62,13 @@ def export(
         raise PlanError(
             f"The format of an export is plain or compressed, found '{format}'; give one of these."
         )
-    if format == "plain":
-        return _export_plain(source, member, out, overwrite, trust_remote_code)
-    stored, described, report = _one(source, member)
-    return write(stored, [described], report, out, overwrite, None)
+    read = () if isinstance(source, JointModel) else (Path(source),)
+    check_target(out, overwrite=overwrite, inputs=read)
+    with claim(out):
+        if format == "plain":
+            return _export_plain(source, member, out, overwrite, trust_remote_code)
+        stored, described, report = _one(source, member)
+        return write(stored, [described], report, out, overwrite, None)
 
 
 def _export_plain(
@@ -78,9 +82,7 @@ def _export_plain(
     else:
         described, module = _read_plain(source, member, trust)
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
-    with new_folder(
-        out, overwrite=overwrite, need=size, owned=listed_files, replace_same_names=True
-    ) as folder:
+    with new_folder(out, overwrite=overwrite, need=size) as folder:
         write_plain(module, described.origin, described.files, folder)
     return Path(out).expanduser().resolve()
 

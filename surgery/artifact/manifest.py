@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from surgery.errors import ArtifactError
+from surgery.records import MANIFEST
 
-NAME = "manifest.json"
+NAME = MANIFEST
 VERSION = 1
 _CHECKSUM = re.compile(r',\n "checksum": "([0-9a-f]{64})"\n}\n\Z')
 
@@ -176,15 +177,6 @@ def checksum_holds(folder: Path) -> bool:
     text = (folder / NAME).read_text(encoding="utf-8", errors="replace")
     match = _CHECKSUM.search(text)
     return match is not None and hashlib.sha256(text[: match.start()].encode()).hexdigest() == match.group(1)
-
-
-def listed_files(folder: Path) -> set[str]:
-    """The files that belong to the artifact in `folder`; nothing where there is no readable manifest."""
-    try:
-        found = json.loads((folder / NAME).read_bytes())
-        return {NAME, *found["files"]} if found["format"] == "surgery" else set()
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
 
 
 def is_safe(relative: str) -> bool:

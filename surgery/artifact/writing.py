@@ -13,7 +13,7 @@ from typing import Any
 
 from surgery.artifact.card import PICTURE, make_card
 from surgery.artifact.layout import encoded_entries, parts_of, plan_entries
-from surgery.artifact.manifest import NAME, VERSION, is_safe, listed_files, manifest_bytes
+from surgery.artifact.manifest import NAME, VERSION, is_safe, manifest_bytes
 from surgery.artifact.picture import draw_sharing
 from surgery.artifact.recorded import DICTIONARY, WEIGHTS
 from surgery.artifact.shares import count_shares
@@ -23,7 +23,8 @@ from surgery.artifact.tensorfiles import plain_file_bytes, read_header, write_te
 from surgery.artifact.trim import on_cpu, thrift
 from surgery.dictionary import Bank
 from surgery.errors import OutputError
-from surgery.files import files_below, new_folder, sha256_of
+from surgery.files import files_below, sha256_of
+from surgery.folders import new_folder
 from surgery.member import Member, content_hash
 from surgery.precision import Encoded
 from surgery.storage import Stored
@@ -54,7 +55,7 @@ def write(
         + ALLOWANCE
         + sum(map(len, extras.values()))
     )
-    with new_folder(out, overwrite=overwrite, need=room, owned=listed_files) as folder:
+    with new_folder(out, overwrite=overwrite, need=room, record=False) as folder:
         for stem, tensors in _by_file(stored).items():
             write_tensors((folder / stem).parent, Path(stem).name, parts_of(tensors), max_shard_size)
         for name, files in own.items():

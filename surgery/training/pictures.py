@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from surgery.drawing import GRID, INK, MUTED, colours, label_generations, new_figure, png, tidy
-from surgery.errors import TrainingError
+from surgery.records import artifact_files, check_free, write_owned
 from surgery.training.mixture_pictures import draw_mixtures
 from surgery.training.runlog import read_log
 
@@ -37,22 +37,21 @@ def draw_run(log: Path) -> dict[str, bytes]:
 
 
 def write_pictures(log: Path, folder: Path) -> list[Path]:
-    """Draw a run's pictures into a folder, each written beside its place and moved there.
+    """Draw a run's pictures into a folder; those that an artifact has already stay as its manifest lists them.
 
     Raises:
-        TrainingError: where there is no log, or the folder cannot be written.
+        TrainingError: where there is no log.
+        OutputError: where the folder cannot be written, or holds pictures of these names that are somebody else's.
     """
-    paths = []
-    for name, content in draw_run(log).items():
-        path, beside = folder / name, folder / f".{name}.new"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(content)
-            beside.replace(path)
-        except OSError as error:
-            raise TrainingError(f"{folder} must be a folder that can be written, but: {error}.") from error
-        paths.append(path)
-    return paths
+    kept = {
+        Path(name).name for name in artifact_files(folder.parent) if Path(name).parent.name == folder.name
+    }
+    drawn = draw_run(log)
+    check_free(folder, tuple(name for name in drawn if name not in kept))
+    return [
+        folder / name if name in kept else write_owned(folder, name, content)
+        for name, content in drawn.items()
+    ]
 
 
 def draw_losses(start: Line, generations: Sequence[Line], end: Line | None) -> bytes:

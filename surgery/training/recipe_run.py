@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,10 +12,11 @@ from torch import nn
 
 from surgery.artifact import load, save
 from surgery.errors import LoadError, PlanError, SurgeryError
-from surgery.files import check_target
+from surgery.folders import check_target
 from surgery.joint import JointModel, join
 from surgery.merging import Prepared, plan_members, prepare
 from surgery.recipe import Recipe
+from surgery.records import remove_owned
 from surgery.references import load_member
 from surgery.training.config import Training
 from surgery.training.domains import adapting, with_sources
@@ -85,8 +84,6 @@ def train_recipe(
     if recipe.out is not None:
         check_target(Path(recipe.out), overwrite=overwrite)
     folder = None if recipe.out is None else run_folder(recipe.out)
-    if folder is not None and overwrite and not resume and int(os.environ.get("RANK", 0)) == 0:
-        shutil.rmtree(folder, ignore_errors=True)
     if joint is None:
         prepared = prepared or prepare_training(recipe, trust_remote_code)
         recipe = prepared.recipe
@@ -102,11 +99,13 @@ def train_recipe(
             config = begin_from_source(joint, tasks, config, given, seed=recipe.seed, cpu=cpu)
         tasks = with_sources(recipe, tasks, given, source, config.templates.like, 2 if fast_run else None)
         del given  # as large as the members
+    if folder is not None and overwrite and not resume and _is_main():
+        remove_owned(folder)  # an earlier run's, now that nothing else can go wrong
     report = train(joint, tasks, config, folder=folder, resume=resume, seed=recipe.seed, cpu=cpu)
     if recipe.out is not None and folder is not None and _is_main():
         extras = {f"{FOLDER}/{LOG}": (folder / LOG).read_bytes(), **_pictures(folder / LOG)}
         save(joint, recipe.out, overwrite=overwrite, recipe=recipe.resolved(), extras=extras)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_owned(folder)
     return joint, report
 
 

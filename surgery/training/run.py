@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.errors import TrainingError
+from surgery.errors import PlanError, TrainingError
 from surgery.progress import task as progress_task
+from surgery.records import check_free, note, read_record
 from surgery.training.analysis import kinds_of_modules, layer_overlap
 from surgery.training.checkpoint import pack, unpack
 from surgery.training.config import Training
@@ -22,6 +23,7 @@ from surgery.training.interruptions import Interrupted, stop_signals
 from surgery.training.mixing import describe_stacks, mixtures_of
 from surgery.training.report import TrainReport, adapted_of, dictionary_numbers
 from surgery.training.run_plan import differences, flat, make_plan
+from surgery.training.runlog import NAME as LOG
 from surgery.training.runlog import STRIP, RunLog, subsets
 from surgery.training.state import Tensors, read_state, restore, snapshot, write_state
 from surgery.training.trackers import tracked
@@ -30,6 +32,27 @@ from surgery.training.transfer import trained_numbers
 from surgery.training.validation import Score, evaluate
 
 STATE, BEST = "state.safetensors", "best.safetensors"
+FILES = tuple(name for each in (LOG, STATE, BEST) for name in (each, f".{each}.new"))
+"""What a run writes into its folder; trackers have folders of their own in it, which stay."""
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Whether a run may begin, or go on, in a folder.
+
+    Raises:
+        PlanError: where it holds the state of a run that shall not go on.
+        OutputError: where it holds files of somebody else's under the names of a run's.
+    """
+    if (folder / STATE).exists():
+        if not resume:
+            raise PlanError(
+                f"{folder} holds the state of a training run: go on with it (resume=True, on the command line "
+                "--resume auto), or choose another folder."
+            )
+        if STATE not in read_record(folder):
+            read_state(folder / STATE)  # that it can be read says whose it is: older runs have no record
+    else:
+        check_free(folder, FILES)
 
 
 class Run:
@@ -55,6 +78,8 @@ class Run:
         """
         trainer, config = self.trainer, self.config
         if trainer.generation == 0 and trainer.step == 0:
+            if self.log.path is not None:
+                note(self.log.path.parent, *FILES)
             self.log.begin()
             self.log.write("start", **describe_run(trainer, config, self.seed))
         if config.trackers:
@@ -226,6 +251,8 @@ class Run:
         keep = document["keep"]
         self.best, self.best_score, self.stale = keep["best"], keep["score"], keep["stale"]
         self.first, self.before = dict(keep["first"]), document["seconds"]
+        if self.trainer.accelerator.is_main_process:
+            note(self.folder, *FILES)
         if (self.folder / BEST).exists():
             self.kept = self.trainer.processes.own(read_state(self.folder / BEST)[0])
         self.log.cut(self.trainer.generation)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from surgery.claims import claim_of_first
 from surgery.errors import PlanError
 from surgery.joint import JointModel
 from surgery.selectors import share_selectors
@@ -26,7 +27,7 @@ from surgery.training.fsdp import (
 )
 from surgery.training.parts import First
 from surgery.training.report import TrainReport
-from surgery.training.run import STATE, Run
+from surgery.training.run import Run, check_folder
 from surgery.training.sharing_adapters import share_adapters
 from surgery.training.starts import start
 from surgery.training.task_losses import made_losses
@@ -78,13 +79,27 @@ def train(
         >>> report.generations
         3
     """
+    settings = config if isinstance(config, Training) else Training.model_validate(dict(config or {}))
+    _check(joint, tasks)
+    place = None if folder is None else Path(folder).expanduser()
+    with claim_of_first(place):
+        return _train(joint, tasks, settings, place, resume, seed, cpu)
+
+
+def _train(
+    joint: JointModel,
+    tasks: Sequence[Task],
+    settings: Training,
+    place: Path | None,
+    resume: bool,
+    seed: int,
+    cpu: bool,
+) -> TrainReport:
+    """`train`, with its folder held by this process."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
-    settings = config if isinstance(config, Training) else Training.model_validate(dict(config or {}))
-    _check(joint, tasks)
-    place = None if folder is None else Path(folder).expanduser()
     if settings.trackers and place is None:
         raise PlanError("Trackers write to a folder: give train(..., folder=...).")
     check_trackers(settings.trackers)
@@ -100,6 +115,8 @@ def train(
     )
     if accelerator.num_processes > 1 and not joined:
         atexit.register(_part)
+    if place is not None and accelerator.is_main_process:
+        check_folder(place, resume)
     sharding = read_sharding(accelerator, settings)
     set_seed(seed)
     place_original = None
@@ -121,11 +138,6 @@ def train(
         run = Run(make(joint, tasks, settings, seed, accelerator, losses), settings, seed, place)
         if resume:
             run.resume()
-        elif place is not None and (place / STATE).exists() and accelerator.is_main_process:
-            raise PlanError(
-                f"{place} holds the state of a training run: go on with it (resume=True, on the command line "
-                "--resume auto), or choose another folder."
-            )
         return run.to_the_end()
 
 
