@@ -13,21 +13,25 @@ Each kind lives in its own file in `surgery.origins`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from surgery.errors import LoadError
-from surgery.inputs import as_inputs, example_inputs
+from surgery.inputs import as_inputs, example_inputs, forward_error
 from surgery.member import Inputs, Member, Origin
 from surgery.origins import KINDS, kind_for, origin_kind
 from surgery.origins.base import Loaded, Request
+from surgery.origins.dtypes import mixed, widen
 from surgery.origins.module import live_module
 from surgery.origins.weights import check_finite
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_FROM_FILES = ("timm", "transformers")  # kinds whose tensors have the dtypes of a file
 
 
 def parse_reference(reference: str) -> tuple[str | None, str]:
@@ -73,7 +77,9 @@ def load_member(
         allow_nonfinite: whether NaN and infinite weights are accepted.
 
     Returns:
-        the member in eval mode, with its weights in the dtype in which they are stored.
+        the member in eval mode, every tensor in the dtype in which its file holds it, whatever the configuration says.
+        Where the class cannot compute with a file's several dtypes, or with float8, all are held in the narrowest one
+        that has every value, with a warning; modules that transformers keeps in float32 are in float32.
 
     Raises:
         LoadError: saying what was required, what was found and what to do.
@@ -95,11 +101,28 @@ def load_member(
     loaded.module.eval()
     if not allow_nonfinite:
         check_finite(loaded.module, chosen)
-    if inputs is not None:
-        examples = as_inputs(inputs)
-    else:
-        examples = loaded.inputs or example_inputs(loaded.module, loaded.origin, seed=seed)
+    given = loaded.inputs if inputs is None else as_inputs(inputs)
+    if isinstance(reference, str) and loaded.origin.kind in _FROM_FILES and mixed(loaded.module):
+        loaded = _that_computes(loaded, given, chosen, seed)
+    examples = given or example_inputs(loaded.module, loaded.origin, seed=seed)
     return Member(chosen, loaded.module, examples, loaded.origin, loaded.files)
+
+
+def _that_computes(loaded: Loaded, given: Inputs | None, name: str, seed: int) -> Loaded:
+    """A model of several dtypes as it is where its class computes with them; else in one, with a warning."""
+    try:
+        inputs = given or example_inputs(loaded.module, loaded.origin, seed=seed)
+        error = forward_error(loaded.module, inputs)
+    except LoadError as failure:
+        error = failure
+    if error is None:
+        return loaded
+    warnings.warn(widen(loaded.module, name), stacklevel=3)
+    if loaded.origin.kind != "transformers":
+        return loaded
+    dtype = str(next(t.dtype for t in loaded.module.state_dict().values() if t.is_floating_point()))
+    options = {**loaded.origin.options, "dtype": dtype.removeprefix("torch.")}
+    return replace(loaded, origin=replace(loaded.origin, options=options))
 
 
 def build_architecture(

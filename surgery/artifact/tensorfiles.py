@@ -130,6 +130,13 @@ _ADVICE = "copy the artifact again, or write it anew"
 def _short(dtype: torch.dtype) -> str:
     """safetensors' name of a dtype."""
     name = str(dtype).removeprefix("torch.")
+    if name.startswith("float8_"):
+        return (
+            name.removesuffix("fn")
+            .removesuffix("nu" if "e8m0" in name else "")
+            .replace("float8", "F8")
+            .upper()
+        )
     letters = {"float": "F", "bfloat": "BF", "int": "I", "uint": "U", "complex": "C"}
     kind = name.rstrip("0123456789")
     return letters[kind] + name[len(kind) :] if kind in letters else name.upper()

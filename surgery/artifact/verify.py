@@ -162,7 +162,7 @@ def _check(
         return MemberCheck(name, not reasons, tuple(reasons), rebuilt, where, recorded_error=recorded)
     original = origin.module.state_dict()
     where, changed = _compare_hash(manifest, name, original, found)
-    reasons += changed
+    reasons += changed + _compare_dtypes(original, state)
     error = None
     if joint is not None:
         probes = probe_inputs(origin, seed=_seed(manifest))
@@ -217,6 +217,16 @@ def _compare_hash(
     return "changed", [
         f"its origin must have the content hash {recorded[:12]}…, but has {found[:12]}…: it changed"
     ]
+
+
+def _compare_dtypes(original: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    other = [
+        f"{name} ({original[name].dtype} for {tensor.dtype})".replace("torch.", "")
+        for name, tensor in state.items()
+        if isinstance(original.get(name), Tensor) and original[name].dtype != tensor.dtype
+    ]
+    few = f"{', '.join(other[:3])}{f' and {len(other) - 3} more' if len(other) > 3 else ''}"
+    return [f"its origin must have tensors of the same dtypes, but has {few}"] if other else []
 
 
 def _compare_error(manifest: Manifest, name: str, error: float, recorded: float | None) -> list[str]:

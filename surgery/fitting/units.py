@@ -112,7 +112,7 @@ def unit_bytes(tensors: Mapping[str, Tensor], precision: Precision) -> float:
 
 def ladder(tensor: Tensor) -> tuple[Precision, ...]:
     """Precisions worth trying for a tensor, the finest first."""
-    if not tensor.is_floating_point() or tensor.numel() < 16:
+    if not tensor.is_floating_point() or tensor.numel() < 16 or tensor.element_size() == 1:
         return (NATIVE,)
     grouped = MATRICES if tensor.ndim > 1 and tensor.numel() >= GROUP else VECTORS
     return (NATIVE, *((BFLOAT16,) if tensor.element_size() > 2 else ()), *grouped)

@@ -53,8 +53,9 @@ def load(reference: str, request: Request) -> Loaded:
     state = read_weights(path)
     module = _create(name, options)
     advice = f"Give weights of timm's '{name}', or the options they were made with, such as ?num_classes=10."
-    check_fit(module, state, f"{path} as weights of timm:{name}", advice)
-    return _loaded(load_exactly(module, state), reference, name, options)
+    what = f"{path} as weights of timm:{name}"
+    check_fit(module, state, what, advice)
+    return _loaded(load_exactly(module, state, what), reference, name, options)
 
 
 def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Module:
@@ -148,8 +149,9 @@ def _load_folder(reference: str, folder: Path) -> Loaded:
     name = str(config["architecture"])
     module = _create(name, {}, f"local-dir:{folder}")
     advice = "config.json and the weights must belong together."
-    check_fit(module, state, f"{path} as weights of timm's '{name}'", advice)
-    load_exactly(module, state).eval()
+    what = f"{path} as weights of timm's '{name}'"
+    check_fit(module, state, what, advice)
+    load_exactly(module, state, what).eval()
     files = {"config.json": (folder / "config.json").read_bytes()}
     return Loaded(module, Origin("timm", reference, name, None, dict(config.get("model_args") or {})), files)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from surgery.errors import LoadError
@@ -24,7 +25,9 @@ from surgery.origins.base import (
     split_options,
     write_files,
 )
+from surgery.origins.dtypes import widest
 from surgery.origins.empty import build_empty
+from surgery.origins.transformers_dtypes import FileDtypes
 from surgery.origins.weights import check_safetensors, raise_misfit
 
 FILES = (
@@ -65,10 +68,12 @@ def load(reference: str, request: Request) -> Loaded:
     with quiet():
         config = _read_config(where, revision, request, reference)
         kind = model_class(config, options.get("class"), where, revision, request)
-        module, extra = _load_weights(kind, where, revision, request, str(options.get("unused", "")))
+        module, extra, dtype = _load_in_file_dtypes(
+            kind, config, where, revision, request, str(options.get("unused", ""))
+        )
         commit = getattr(config, "_commit_hash", None)
         files = read_small_files(folder if local else _snapshot(where, commit or revision), FILES)
-    made = {"dtype": str(module.dtype).removeprefix("torch."), **extra}
+    made = {"dtype": str(dtype).removeprefix("torch."), **extra}
     origin = Origin("transformers", reference, type(module).__name__, commit, made)
     return Loaded(module.eval(), origin, files)
 
@@ -79,8 +84,6 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
     Raises:
         LoadError: where the configuration or the class is not known to this transformers.
     """
-    import torch
-
     if "config.json" not in files:
         raise LoadError(f"building '{origin.reference}' again needs its config.json, which the files lack")
     with tempfile.TemporaryDirectory() as folder, quiet():
@@ -126,7 +129,19 @@ def save_plain(module: Any, origin: Origin, files: Mapping[str, bytes], director
     """Write what `from_pretrained(directory)` reads, tokenizer and preprocessor files included."""
     with quiet():
         module.save_pretrained(directory)
+    _state_dtype(module, directory / "config.json")
     write_files(files, directory, keep=("config.json",))
+
+
+def _state_dtype(module: nn.Module, path: Path) -> None:
+    """Have a configuration name the dtype that holds what was written: whoever loads it casts all tensors to that."""
+    dtype = widest(t.dtype for t in module.state_dict().values() if isinstance(t, torch.Tensor))
+    config = json.loads(path.read_text(encoding="utf-8"))
+    named = str(dtype).removeprefix("torch.")
+    if dtype is not None and config.get("dtype", named) != named:
+        path.write_text(
+            json.dumps({**config, "dtype": named}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
 
 def model_class(config: Any, wanted: str | None, where: str, revision: str | None, request: Request) -> Any:
@@ -168,18 +183,35 @@ def model_class(config: Any, wanted: str | None, where: str, revision: str | Non
     return found[0] if isinstance(found, (tuple, list)) else found
 
 
+def _load_in_file_dtypes(
+    kind: Any, config: Any, where: str, revision: str | None, request: Request, unused: str
+) -> tuple[Any, dict[str, Any], torch.dtype]:
+    """The module with every tensor in its place and in its file's dtype, options, and the dtype to build it in."""
+    if Path(where).is_dir():
+        dtypes = FileDtypes.of(kind, config, Path(where))
+        module, extra = _load_weights(kind, where, revision, request, unused, dtypes.common or "auto")
+    else:  # transformers chooses and fetches the files, of which only headers are read again
+        module, extra = _load_weights(kind, where, revision, request, unused, "auto")
+        commit = getattr(config, "_commit_hash", None)
+        dtypes = FileDtypes.of(kind, config, _snapshot(where, commit or revision))
+        if dtypes.common not in (None, module.config.dtype):
+            module, extra = _load_weights(kind, where, revision, request, unused, dtypes.common or "auto")
+    dtypes.put(module, where)
+    return module, extra, dtypes.common or module.dtype
+
+
 def _load_weights(
-    kind: Any, where: str, revision: str | None, request: Request, unused: str
+    kind: Any, where: str, revision: str | None, request: Request, unused: str, dtype: torch.dtype | str
 ) -> tuple[Any, dict[str, Any]]:
-    """The module with every tensor in its place, and the options that were needed for it."""
-    module, info = _from_pretrained(kind, where, revision, request, {})
+    """The module with every tensor in its place, cast to `dtype`, and the options that were needed for it."""
     extra: dict[str, Any] = {}
+    module, info = _from_pretrained(kind, where, revision, request, dtype, extra)
     missing = sorted(info["missing_keys"])
     optional = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
     if optional and missing and all(name.startswith("pooler.") for name in missing):
         # An encoder that was saved without its pooler is complete without one: invent no weights for it.
         extra["add_pooling_layer"] = False
-        module, info = _from_pretrained(kind, where, revision, request, extra)
+        module, info = _from_pretrained(kind, where, revision, request, dtype, extra)
     unexpected = sorted(info["unexpected_keys"])
     if unused == "drop" and unexpected:
         extra["dropped"], unexpected = unexpected, []
@@ -195,14 +227,19 @@ def _load_weights(
 
 
 def _from_pretrained(
-    kind: Any, where: str, revision: str | None, request: Request, extra: dict[str, Any]
+    kind: Any,
+    where: str,
+    revision: str | None,
+    request: Request,
+    dtype: torch.dtype | str,
+    extra: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
     """The module, and what transformers says about tensors that did not fit."""
     try:
         return kind.from_pretrained(
             where,
             revision=revision,
-            dtype="auto",
+            dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that all of them are named in one error
             trust_remote_code=request.trust_remote_code,

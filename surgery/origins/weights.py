@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from surgery.errors import LoadError
 from surgery.memory import compact
 from surgery.origins.base import one_line, shorten
+from surgery.origins.dtypes import put_dtypes, refuse_other_kinds, widest
 
 
 def check_safetensors(path: Path) -> None:
@@ -88,11 +89,30 @@ def raise_misfit(what: str, missing: list, unexpected: list, mismatched: list, a
         raise LoadError(f"{what}: tensors that do not fit: {'; '.join(parts)}. {advice}")
 
 
-def load_exactly(module: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    """Load `state` strictly; where its floating-point tensors share one dtype, the module takes it."""
-    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
-    if len(dtypes) == 1:
-        module.to(dtypes.pop())
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> nn.Module:
+    """Load `state` strictly, every tensor in the dtype that it has there.
+
+    Raises:
+        LoadError: where tensors are of another kind than the module's, or one tensor of the module has two values.
+    """
+    own = module.state_dict(keep_vars=True)
+    dtypes = {name: tensor.dtype for name, tensor in state.items()}
+    refuse_other_kinds(what, dtypes, {name: t for name, t in own.items() if isinstance(t, Tensor)})
+    tied: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        tied.setdefault(id(tensor), []).append(name)
+    if torn := [
+        " and ".join(names)
+        for names in tied.values()
+        if any(not torch.equal(state[names[0]], state[name]) for name in names[1:])
+    ]:
+        raise LoadError(
+            f"{what}: names that are one tensor in the model must have one value, but differ in the file: "
+            f"{shorten(torn)}. Give the options that leave them apart, or a file in which they agree"
+        )
+    if (common := widest(dtypes.values())) is not None:
+        module.to(common)  # what is in no state dict follows
+    put_dtypes(module, dtypes)
     module.load_state_dict(dict(state), strict=True)
     return module
 
