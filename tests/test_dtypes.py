@@ -281,3 +281,24 @@ def test_bytes_of_plain_files_know_every_dtype():
         state = {"a": torch.zeros(3, 5).to(dtype)}
         entries = [(name, t.dtype, tuple(t.shape)) for name, t in state.items()]
         assert plain_file_bytes(entries) == len(to_bytes(state)), dtype
+
+
+def test_float8_with_scales_is_said_and_its_export_is_not_called_quantised(tmp_path: Path):
+    folder = save_tiny("llama", tmp_path / "m")
+    stored = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        stored[name] = tensor.mul(8).to(EIGHT) if "proj.weight" in name else tensor.to(HALF)
+        if "proj.weight" in name:
+            stored[f"{name}_scale_inv"] = torch.full([-(-size // 16) for size in tensor.shape], 1 / 8)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    how = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic"}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "dtype": "bfloat16", "quantization_config": how})
+    )
+    with pytest.warns(UserWarning, match=r"7 tensors are stored as float8_e4m3fn .* held as bfloat16"):
+        member = load_member(str(folder), name="m")
+    out = save(surgery.join([member], block=(8, 8)), tmp_path / "joint")
+    plain = export(out, "m", tmp_path / "plain")
+    assert "quantization_config" not in json.loads((plain / "config.json").read_text())
+    as_in_file(load_member(str(plain), name="m").module, plain)

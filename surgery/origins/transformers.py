@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from surgery.origins.base import (
 )
 from surgery.origins.dtypes import widest
 from surgery.origins.empty import build_empty
-from surgery.origins.transformers_dtypes import FileDtypes
+from surgery.origins.transformers_dtypes import FileDtypes, decoded_float8
 from surgery.origins.weights import check_safetensors, raise_misfit
 
 FILES = (
@@ -73,6 +74,8 @@ def load(reference: str, request: Request) -> Loaded:
         )
         commit = getattr(config, "_commit_hash", None)
         files = read_small_files(folder if local else _snapshot(where, commit or revision), FILES)
+    if (note := decoded_float8(config, folder, module)) is not None:
+        warnings.warn(f"{reference}: {note}", stacklevel=3)
     made = {"dtype": str(dtype).removeprefix("torch."), **extra}
     origin = Origin("transformers", reference, type(module).__name__, commit, made)
     return Loaded(module.eval(), origin, files)
@@ -129,19 +132,21 @@ def save_plain(module: Any, origin: Origin, files: Mapping[str, bytes], director
     """Write what `from_pretrained(directory)` reads, tokenizer and preprocessor files included."""
     with quiet():
         module.save_pretrained(directory)
-    _state_dtype(module, directory / "config.json")
+    _state_what_is_written(module, directory / "config.json")
     write_files(files, directory, keep=("config.json",))
 
 
-def _state_dtype(module: nn.Module, path: Path) -> None:
-    """Have a configuration name the dtype that holds what was written: whoever loads it casts all tensors to that."""
-    dtype = widest(t.dtype for t in module.state_dict().values() if isinstance(t, torch.Tensor))
-    config = json.loads(path.read_text(encoding="utf-8"))
-    named = str(dtype).removeprefix("torch.")
-    if dtype is not None and config.get("dtype", named) != named:
-        path.write_text(
-            json.dumps({**config, "dtype": named}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+def _state_what_is_written(module: nn.Module, path: Path) -> None:
+    """Have a configuration name what was written: a dtype that holds it, and no quantisation where there is none."""
+    state = [t for t in module.state_dict().values() if isinstance(t, torch.Tensor)]
+    before = json.loads(path.read_text(encoding="utf-8"))
+    config = dict(before)
+    if (dtype := widest(tensor.dtype for tensor in state)) is not None:  # all tensors will be cast to it
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    if all(tensor.dtype.itemsize > 1 or tensor.dtype == torch.bool for tensor in state):
+        config.pop("quantization_config", None)
+    if config != before:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def model_class(config: Any, wanted: str | None, where: str, revision: str | None, request: Request) -> Any:

@@ -76,6 +76,23 @@ class FileDtypes:
         put_dtypes(module, self.tensors)
 
 
+def decoded_float8(config: Any, folder: Path, module: nn.Module) -> str | None:
+    """A sentence where a quantised folder's float8 tensors became others while transformers loaded them."""
+    if getattr(config, "quantization_config", None) is None or not folder.is_dir():
+        return None
+    small = {n: dtype for n, (dtype, _) in stored_dtypes(folder).items() if dtype.itemsize == 1}
+    small = {name: dtype for name, dtype in small.items() if dtype.is_floating_point}
+    state = [t for t in module.state_dict().values() if isinstance(t, Tensor) and t.is_floating_point()]
+    if not small or any(tensor.dtype.itemsize == 1 for tensor in state):
+        return None
+    names = " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in small.values()}))
+    held = str(widest(tensor.dtype for tensor in state)).removeprefix("torch.")
+    return (
+        f"{len(small)} tensors are stored as {names} with scales ({shorten(small, 3)}); transformers multiplied them "
+        f"out, and they are held as {held}"
+    )
+
+
 def _by_tag(
     kind: Any, config: Any, stored: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> tuple[dict[str, torch.dtype], dict[str, Tensor]]:
