@@ -12,11 +12,16 @@ import shutil
 from pathlib import Path
 
 from surgery.errors import OutputError
+from surgery.untrusted import open_regular
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    """SHA-256 of a regular file's bytes, in hexadecimal.
+
+    Raises:
+        UnreadableError: where there is no regular file.
+    """
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

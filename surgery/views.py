@@ -9,10 +9,19 @@ stored in an artifact, and read backwards to undo the view exactly.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from einops import rearrange
 from torch import Tensor
+
+from surgery.untrusted import shown
+
+_LONGEST = 400  # characters of a pattern: the longest layer has some ten axes
+_SIDE = re.compile(
+    r"(?:1|[a-z]\w*|\((?: ?[a-z]\w*)* ?\))(?: (?:1|[a-z]\w*|\((?: ?[a-z]\w*)* ?\)))*", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,33 @@ class CanonicalView:
             if unknown:
                 sizes[unknown[0]] = length // rest
         return cls(pattern, tuple(sorted(sizes.items())))
+
+    @classmethod
+    def bind(cls, pattern: str, shape: tuple[int, ...], known: Mapping[str, int]) -> CanonicalView:
+        """`of`, for a pattern that somebody else may have written.
+
+        Raises:
+            ValueError: where it is no pattern to a stack of matrices, or does not fit the shape.
+        """
+        sides = pattern.split("->")
+        if (
+            len(pattern) > _LONGEST
+            or len(sides) != 2
+            or not all(_SIDE.fullmatch(side.strip()) for side in sides)
+        ):
+            raise ValueError(f"{shown(pattern)} is no pattern")
+        left, right = (axes_of(side) for side in sides)
+        names, used = ([name for axis in side for name in axis] for side in (left, right))
+        if (
+            len(right) != 3
+            or sorted(names) != sorted(used)
+            or len({*names}) < len(names)
+            or {*known} - {*names}
+        ):
+            raise ValueError(
+                f"{shown(pattern)} with {shown(dict(known))} is no pattern to a stack of matrices"
+            )
+        return cls.of(pattern, shape, **known)
 
     def to_matrices(self, tensor: Tensor) -> Tensor:
         """`tensor` as `[S, out, in]`, same dtype."""

@@ -134,7 +134,7 @@ def set_encoded(manifest: dict) -> None:
     (lambda m: m["members"]["two"]["placements"].pop(), "1 missing: 4.weight"),
     (lambda m: m["members"]["one"].update(ties={"0.bias": ["0.bias", "9.bias"]}), "1 unexpected: 9.bias"),
     (lambda m: m["members"]["one"].update(same={"2.weight": "plain/two/none"}), "plain/two/none is stored"),
-    (lambda m: m["members"]["one"].update(inputs=[1]), "inputs of member 'one' must be a sketch"),
+    (lambda m: m["members"]["one"].update(inputs=[1]), "members.one.inputs: example inputs must be a sketch"),
     (lambda m: m["banks"]["8x8-float32"].update(locations=5), "but reach to"),
     (lambda m: m["banks"]["8x8-float32"].update(block=[8, 4]), "8x8-float32"),
     (set_encoded, "must hold 0.weight:q4 as torch.uint8"),

@@ -12,6 +12,7 @@ at most 64 KiB larger than its members' own files, whatever they are.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from surgery.joint import JointModel
 from surgery.member import Member
 from surgery.slots import locate
 from surgery.storage import revive, store
+from surgery.untrusted import RECIPE_BYTES, UnreadableError, as_mapping, parse_yaml, read_regular
 
 
 def save(
@@ -154,14 +156,13 @@ def _chosen(manifest: Manifest, members: Sequence[str] | None) -> list[str]:
 
 
 def _read_recipe(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
-    import yaml
-
-    if "recipe.yaml" not in manifest.files:
+    entry = manifest.files.get("recipe.yaml")
+    if entry is None:
         return None
     try:
-        return yaml.safe_load((folder / "recipe.yaml").read_bytes())
-    except (OSError, yaml.YAMLError) as error:
-        raise ArtifactError(
-            f"{folder / 'recipe.yaml'} must be readable YAML, but reading it says "
-            f"'{' '.join(str(error).split())}'; copy the artifact again."
-        ) from error
+        data = read_regular(folder / "recipe.yaml", RECIPE_BYTES)
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise UnreadableError("is not the file that was recorded")
+        return dict(as_mapping(parse_yaml(data.decode())))
+    except (UnreadableError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{folder / 'recipe.yaml'} {error}; copy the artifact again.") from None

@@ -17,6 +17,7 @@ from surgery.errors import ArtifactError
 from surgery.plan import BankPlan, Placement, Plan
 from surgery.precision import Encoded, Precision
 from surgery.sites import Site
+from surgery.untrusted import shown, shown_text
 from surgery.views import CanonicalView
 
 Form = tuple[Precision, torch.dtype, tuple[int, ...]]
@@ -57,6 +58,8 @@ def plan_of(manifest: Manifest) -> Plan:
     Raises:
         ArtifactError: where a view does not fit its tensor, or a placement reaches beyond its bank.
     """
+    for key, bank in manifest.banks.items():
+        _dtype_of(bank.dtype, f"bank {key}")
     banks = tuple(
         BankPlan(key, bank.block, bank.context, bank.dtype, bank.locations, bank.stack)
         for key, bank in manifest.banks.items()
@@ -102,13 +105,13 @@ def encoded_forms(groups: Iterable[EncodedGroup], where: str) -> dict[str, Form]
     forms: dict[str, Form] = {}
     for precision, dtype, shape, names in groups:
         try:
-            form = Precision.parse(precision), getattr(torch, dtype), shape
-            if not isinstance(form[1], torch.dtype) or not form[1].is_floating_point or not form[0].bits:
-                raise ValueError(f"'{precision}' of '{dtype}'")
-        except (ValueError, AttributeError) as error:
+            form = Precision.parse(precision), _dtype_of(dtype, where), shape
+            if not form[1].is_floating_point or not form[0].bits or 0 in shape:
+                raise ValueError(f"{shown(precision)} of {shown(dtype)}, of shape {shown(shape)}")
+        except ValueError as error:
             raise ArtifactError(
                 f"{where} must be stored in a known precision and dtype, but the manifest says "
-                f"{error}; copy the artifact again."
+                f"{shown_text(str(error))}; copy the artifact again."
             ) from error
         forms.update(dict.fromkeys(names, form))
     return forms
@@ -136,10 +139,20 @@ def parts_of(encoded: Mapping[str, Encoded]) -> dict[str, torch.Tensor]:
     return parts
 
 
+def _dtype_of(name: str, where: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ArtifactError(
+            f"{where} must have a dtype that torch has, but has {shown(name)}; copy the artifact again."
+        )
+    return dtype
+
+
 def _view(number: int, entry: ViewEntry) -> CanonicalView:
     try:
-        return CanonicalView.of(entry.pattern, entry.shape, **entry.sizes)
-    except (ValueError, ZeroDivisionError) as error:
+        return CanonicalView.bind(entry.pattern, entry.shape, entry.sizes)
+    except ValueError as error:
         raise ArtifactError(
-            f"View {number} of the manifest must fit its tensor, but {error}; copy the artifact again."
+            f"View {number} of the manifest must fit its tensor, but {shown_text(str(error))}; copy the "
+            "artifact again."
         ) from error

@@ -8,23 +8,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from surgery.artifact.sketch import check_sketch
 from surgery.errors import ArtifactError
+from surgery.quantities import Context, Count, Finite, Positive
 from surgery.records import MANIFEST
+from surgery.untrusted import (
+    DOCUMENT_BYTES,
+    UnreadableError,
+    as_mapping,
+    broken_rules,
+    parse_json,
+    read_regular,
+    shown,
+    shown_text,
+)
 
 NAME = MANIFEST
 VERSION = 1
+LONGEST_PATH = 1024  # bytes of a path inside an artifact; each part has at most 255 in most file systems
 _CHECKSUM = re.compile(r',\n "checksum": "([0-9a-f]{64})"\n}\n\Z')
 
-Count = Annotated[int, Field(ge=0)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-MemberName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]
+MemberName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=200)]
+Order = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
 EncodedGroup = tuple[str, str, tuple[Count, ...], tuple[str, ...]]
 """Precision, dtype, shape, and the names of all tensors stored so."""
 
@@ -71,7 +85,7 @@ class MemberEntry(_Entry):
     """
 
     origin: OriginEntry | None = None
-    inputs: Any = None
+    inputs: Annotated[Any, AfterValidator(check_sketch)] = None
     like: MemberName | None = None
     hash: Digest | None = None
     bytes: Count | None = None
@@ -79,7 +93,7 @@ class MemberEntry(_Entry):
     encoded: tuple[EncodedGroup, ...] = ()
     same: dict[str, str] = {}
     borrowed: dict[str, MemberName] = {}
-    placements: tuple[tuple[str, Count, int] | tuple[str, Count, int, Count], ...] = ()
+    placements: tuple[tuple[str, Count, Order] | tuple[str, Count, Order, Count], ...] = ()
 
 
 class BankEntry(_Entry):
@@ -94,8 +108,8 @@ class BankEntry(_Entry):
         stack: the stack of layers whose templates it holds one tensor of.
     """
 
-    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
-    context: Annotated[int, Field(ge=1)]
+    block: tuple[Positive, Positive]
+    context: Context
     dtype: str
     locations: Count
     encoded: tuple[EncodedGroup, ...] = ()
@@ -112,17 +126,56 @@ class ViewEntry(_Entry):
     sizes: dict[str, Count] = {}
 
 
+class ProbesEntry(_Entry):
+    """The seed of made-up probe inputs, and the members that had real ones."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    seed: Count | None = None
+    given: tuple[str, ...] | None = None
+
+
+class ReportEntry(_Entry):
+    """What a fit met, as `surgery.fitting.report.FitReport`; NaN and infinities are None, and more may be said."""
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    target: str | None = None
+    met: bool | None = None
+    original_bytes: dict[str, Count] | None = None
+    stored_bytes: Count | None = None
+    saved: dict[str, Order] | None = None
+    errors: dict[str, Finite | None] | None = None
+    hashes: dict[str, Digest] | None = None
+    probes: ProbesEntry | None = None
+    stacks: dict[str, dict[str, Count]] | None = None
+
+
+def check_report(report: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A report as it is, where all that is known of reports is of its type.
+
+    Raises:
+        ValueError: where it is not.
+    """
+    if report is not None:
+        try:
+            ReportEntry.model_validate_json(json.dumps(report))  # of JSON, where a tuple is a list
+        except ValidationError as error:
+            raise ValueError("; ".join(broken_rules(error))) from None
+    return report
+
+
 class Manifest(_Entry):
     """All of `manifest.json`."""
 
     format: Literal["surgery"]
     version: int
     versions: dict[str, str] = {}
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1)] | None = None
     members: dict[MemberName, MemberEntry]
     banks: dict[str, BankEntry] = {}
     views: tuple[ViewEntry, ...] = ()
-    report: dict[str, Any] | None = None
+    report: Annotated[dict[str, Any] | None, AfterValidator(check_report)] = None
     files: dict[str, FileEntry]
     checksum: Digest
 
@@ -142,31 +195,32 @@ def read_manifest(folder: Path) -> Manifest:
             are named.
     """
     path = folder / NAME
-    if not path.is_file():
+    if not os.path.lexists(path):
         what = "does not exist" if not folder.exists() else "has none"
         raise ArtifactError(
             f"An artifact is a folder with a {NAME}, but {folder} {what}; give a folder that "
             "`surgery merge` wrote."
         )
-    text = path.read_bytes()
     try:
-        found = json.loads(text)
-        version = found["version"] if found["format"] == "surgery" else None
-    except (ValueError, KeyError, TypeError) as error:
+        text = read_regular(path, DOCUMENT_BYTES)
+        found = as_mapping(parse_json(text))
+    except UnreadableError as error:
+        raise ArtifactError(f"{path} {error}; copy the artifact again.") from None
+    version = found.get("version")
+    if found.get("format") != "surgery" or version is None:
         raise ArtifactError(
-            f"{path} must be the JSON manifest of an artifact, but reading it says "
-            f"'{type(error).__name__}: {error}'; copy the artifact again."
-        ) from error
+            f"{path} must be the manifest of an artifact, but it does not say 'format: surgery' and its version; "
+            "give a folder that surgery wrote."
+        )
     if version != VERSION:
         raise ArtifactError(
-            f"{path} must be of version {VERSION}, but is of version {version}; install the "
+            f"{path} must be of version {VERSION}, but is of version {shown(version)}; install the "
             "model-surgery that wrote it."
         )
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
-        broken = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ArtifactError(_broken(path, broken)) from error
+        raise ArtifactError(_broken(path, broken_rules(error))) from None
     if broken := list(_contradictions(manifest, folder)):
         raise ArtifactError(_broken(path, broken))
     return manifest
@@ -174,7 +228,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 def checksum_holds(folder: Path) -> bool:
     """Whether the manifest's text is the one that was written."""
-    text = (folder / NAME).read_text(encoding="utf-8", errors="replace")
+    try:
+        text = read_regular(folder / NAME, DOCUMENT_BYTES).decode(errors="replace")
+    except UnreadableError:
+        return False
     match = _CHECKSUM.search(text)
     return match is not None and hashlib.sha256(text[: match.start()].encode()).hexdigest() == match.group(1)
 
@@ -189,6 +246,7 @@ def is_safe(relative: str) -> bool:
     parts = PurePosixPath(relative).parts
     return (
         bool(parts)
+        and len(relative.encode(errors="replace")) <= LONGEST_PATH
         and not (set(relative) & {"\\", ":", "\0"})
         and ".." not in parts
         and not relative.startswith("/")
@@ -202,9 +260,9 @@ def _contradictions(manifest: Manifest, folder: Path) -> Iterator[str]:
     homes = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)
     for name in manifest.files:
         if not is_safe(name):
-            yield f"the path '{name}' must be relative and stay inside the folder"
-        elif not any((folder / name).resolve().is_relative_to(home) for home in homes):
-            yield f"the path '{name}' is a link that leads out of the folder, to {(folder / name).resolve()}"
+            yield f"the path '{shown_text(name)}' must be relative, short, and stay inside the folder"
+        elif not any((place := _resolved(folder / name)).is_relative_to(home) for home in homes):
+            yield f"the path '{name}' is a link that leads out of the folder, to {place}"
     for number, view in enumerate(manifest.views):
         if view.bank not in manifest.banks:
             yield f"view {number} names the bank '{view.bank}', which does not exist"
@@ -212,12 +270,27 @@ def _contradictions(manifest: Manifest, folder: Path) -> Iterator[str]:
         described = manifest.members.get(member.like) if member.like else member
         if described is None or described.origin is None:
             yield f"{name}: its origin must be given, or that of the member that it is like"
+        for key in member.same.values():
+            if (
+                not key.startswith("plain/")
+                or key.count("/") < 2
+                or key.split("/")[1] not in manifest.members
+            ):
+                yield f"{name}: its tensors must be stored under the keys of members, not {shown(key)}"
         for placement in member.placements:
             if placement[1] >= len(manifest.views):
-                yield f"{name}: {placement[0]} has view {placement[1]} of {len(manifest.views)}"
+                yield f"{name}: {shown_text(placement[0])} has view {placement[1]} of {len(manifest.views)}"
         for file, lender in member.borrowed.items():
             if not is_safe(file) or f"members/{lender}/{file}" not in manifest.files:
-                yield f"{name}: its file '{file}' is borrowed from '{lender}', which has none"
+                yield f"{name}: its file '{shown_text(file)}' is borrowed from '{lender}', which has none"
+
+
+def _resolved(path: Path) -> Path:
+    """Where a path leads; one that leads nowhere, as a link to itself, is left as it is: opening it says why."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # which of them depends on the version of Python
+        return path.parent.resolve() / path.name
 
 
 def _broken(path: Path, broken: list[str]) -> str:

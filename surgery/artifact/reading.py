@@ -6,6 +6,7 @@ left to `surgery.artifact.verify`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,10 @@ from surgery.files import sha256_of
 from surgery.plan import BankPlan
 from surgery.precision import NATIVE, Encoded, decode, part_layout
 from surgery.storage import Stored, parts_of_singles
+from surgery.untrusted import UnreadableError, regular_size, shown_text
+
+INDICES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+"""What an alignment is stored in."""
 
 
 def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Stored:
@@ -60,6 +65,7 @@ def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Sto
         raise_damaged(folder, [f"{key} is stored for several, but no file holds it" for key in lost])
     for bank in plan.banks:
         raise_damaged(folder, _wrong_bank(bank, stored))
+    raise_damaged(folder, _wrong_ties(stored, members))
     if list(members) == list(manifest.members):
         return stored
     return restrict(stored, members)
@@ -70,12 +76,16 @@ def wrong_hashes(folder: Path, manifest: Manifest) -> dict[str, str]:
     wrong: dict[str, str] = {}
     for path, entry in manifest.files.items():
         file = folder / path
-        if not file.is_file():
+        if not os.path.lexists(file):
             wrong[path] = "is missing"
-        elif file.stat().st_size != entry.bytes:
-            wrong[path] = f"must have {entry.bytes:,} bytes, but has {file.stat().st_size:,}"
-        elif (found := sha256_of(file)) != entry.sha256:
-            wrong[path] = f"must have the SHA-256 {entry.sha256[:12]}…, but has {found[:12]}…"
+            continue
+        try:
+            if (size := regular_size(file)) != entry.bytes:
+                wrong[path] = f"must have {entry.bytes:,} bytes, but has {size:,}"
+            elif (found := sha256_of(file)) != entry.sha256:
+                wrong[path] = f"must have the SHA-256 {entry.sha256[:12]}…, but has {found[:12]}…"
+        except UnreadableError as error:
+            wrong[path] = str(error)
     return wrong
 
 
@@ -119,9 +129,15 @@ def _wrong_files(folder: Path, manifest: Manifest, paths: Iterable[str]) -> list
     bad = []
     for path in paths:
         entry, file = manifest.files[path], folder / path
-        if not file.is_file():
+        if not os.path.lexists(file):
             bad.append(f"{path} is missing")
-        elif (size := file.stat().st_size) != entry.bytes:
+            continue
+        try:
+            size = regular_size(file)
+        except UnreadableError as error:
+            bad.append(f"{path} {error}")
+            continue
+        if size != entry.bytes:
             bad.append(f"{path} must have {entry.bytes:,} bytes, but has {size:,}")
         elif read_header(file).digest != entry.header:
             bad.append(f"{path} must hold the tensors that the manifest says, but its header is another one")
@@ -151,6 +167,18 @@ def _assemble(
     return named, bad
 
 
+def _wrong_ties(stored: Stored, members: Iterable[str]) -> list[str]:
+    """Tied names whose first owner is stored nowhere."""
+    held = {*stored.tensors, *stored.aliases}
+    placed = {(p.site.member, p.site.name) for p in stored.plan.placements}
+    return [
+        f"{name} must hold {shown_text(first)}, to which others are tied, but holds none"
+        for name in members
+        for first in stored.ties.get(name, {})
+        if f"plain/{name}/{first}" not in held and (name, first) not in placed
+    ]
+
+
 def _wrong_bank(bank: BankPlan, stored: Stored) -> list[str]:
     """What cannot be true of a bank's tensors."""
     prefix = f"bank/{bank.key}/"
@@ -158,7 +186,7 @@ def _wrong_bank(bank: BankPlan, stored: Stored) -> list[str]:
     width, c = bank.block[0] * bank.block[1], bank.context
     rows = [part for part in parts if part.startswith("rows.")]
     count = parts[rows[0]].shape[0] if rows and parts[rows[0]].shape else 0
-    if "psi" not in parts or parts["psi"].shape != (bank.locations,) or parts["psi"].dtype.is_floating_point:
+    if "psi" not in parts or parts["psi"].shape != (bank.locations,) or parts["psi"].dtype not in INDICES:
         return [
             f"bank {bank.key} must have an alignment of {bank.locations:,} whole numbers, but has "
             f"{parts['psi'].shape if 'psi' in parts else 'none'}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from surgery.artifact.sketch import draw
 from surgery.errors import ArtifactError
 from surgery.member import Inputs, Member, Origin
 from surgery.storage import Stored
+from surgery.untrusted import UnreadableError, read_regular, shown_text
 
+LARGEST_SMALL = 1 << 28  # bytes of a tokenizer or a configuration
 DICTIONARY, WEIGHTS = "dictionary", "weights"
 TENSOR_FILE = re.compile(rf"(.*/)?({DICTIONARY}|{WEIGHTS})(-\d{{5}}-of-\d{{5}})?\.safetensors")
 INDEX_FILE = re.compile(rf"(.*/)?({DICTIONARY}|{WEIGHTS})\.safetensors\.index\.json")
@@ -73,12 +76,13 @@ def read_small_files(folder: Path, manifest: Manifest, member: str) -> dict[str,
     found: dict[str, bytes] = {}
     bad: list[str] = []
     for file, path in small_files(manifest, member).items():
-        if (folder / path).is_file():
-            found[file] = (folder / path).read_bytes()
-            if hashlib.sha256(found[file]).hexdigest() != manifest.files[path].sha256:
-                bad.append(f"{path} is not the file that was recorded")
-        else:
-            bad.append(f"{path} is missing")
+        try:
+            found[file] = read_regular(folder / path, LARGEST_SMALL)
+        except UnreadableError as error:
+            bad.append(f"{path} {error}" if os.path.lexists(folder / path) else f"{path} is missing")
+            continue
+        if hashlib.sha256(found[file]).hexdigest() != manifest.files[path].sha256:
+            bad.append(f"{path} is not the file that was recorded")
     raise_damaged(folder, bad)
     return found
 
@@ -126,7 +130,9 @@ def check_fit(stored: Stored, member: str, module: nn.Module) -> None:
 
 
 def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return ", ".join(shown_text(name) for name in names[:8]) + (
+        f" and {len(names) - 8} more" if len(names) > 8 else ""
+    )
 
 
 def raise_damaged(folder: Path, bad: Sequence[str]) -> None:

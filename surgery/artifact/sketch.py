@@ -6,6 +6,7 @@ are drawn anew from a fixed seed, and many whole numbers become copies of the fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor
 
 from surgery.member import Inputs
+from surgery.tensorheader import MOST_AXES
+from surgery.untrusted import shown
 
 _FEW = 64  # whole numbers that are kept one by one
+MOST_ELEMENTS = 1 << 27  # of all example inputs of a member together: half a GiB in float32
 
 
 def sketch(inputs: Inputs) -> Any:
@@ -36,17 +40,73 @@ def draw(sketched: Any) -> Inputs:
     """Example inputs from their sketch; `sketch(draw(s)) == s`.
 
     Raises:
-        ValueError: where it is no sketch.
+        ValueError: where it is no sketch, or too large to be drawn.
     """
     if sketched is None:
         return Inputs(source="none recorded")
+    check_sketch(sketched)
     try:
         generator = torch.Generator().manual_seed(0)
         args = tuple(_draw(value, generator) for value in sketched.get("args", ()))
         kwargs = {name: _draw(value, generator) for name, value in sketched.get("kwargs", {}).items()}
-    except (AttributeError, KeyError, TypeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{sketched!r} is no sketch of example inputs") from error
+    except (AttributeError, KeyError, TypeError, RuntimeError, OverflowError, StopIteration) as error:
+        raise ValueError(f"{shown(sketched)} is no sketch of example inputs") from error
     return Inputs(args, kwargs, "recorded shapes")
+
+
+def check_sketch(sketched: Any) -> Any:
+    """A sketch as it is, where it is one and what it stands for is of a size that can be drawn.
+
+    Raises:
+        ValueError: where it is none, or claims more elements than example inputs have.
+
+    Example:
+        >>> check_sketch({"args": [{"float32": [60000, 20000]}]})
+        Traceback (most recent call last):
+        ValueError: example inputs must have at most 134,217,728 elements, but these claim 1,200,000,000
+    """
+    if sketched is None:
+        return None
+    known = isinstance(sketched, dict) and sketched and not {*sketched} - {"args", "kwargs"}
+    args, kwargs = (sketched.get("args", []), sketched.get("kwargs", {})) if known else (None, None)
+    if not isinstance(args, list) or not isinstance(kwargs, dict):
+        raise ValueError(f"example inputs must be a sketch of args and kwargs, but are {shown(sketched)}")
+    claimed = sum(_elements(value) for value in (*args, *kwargs.values()))
+    if claimed > MOST_ELEMENTS:
+        raise ValueError(
+            f"example inputs must have at most {MOST_ELEMENTS:,} elements, but these claim {claimed:,}"
+        )
+    return sketched
+
+
+def _elements(value: Any) -> int:
+    """How many elements the tensors of a sketched value have."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return 0
+    if isinstance(value, list):
+        return sum(map(_elements, value))
+    if isinstance(value, dict) and isinstance(inner := value.get("of"), dict) and len(value) == 1:
+        return sum(map(_elements, inner.values()))
+    names = [name for name in value if name != "is"] if isinstance(value, dict) else []
+    dtype = getattr(torch, names[0], None) if len(names) == 1 else None
+    shape = value[names[0]] if isinstance(dtype, torch.dtype) else None
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MOST_AXES
+        or not all(type(n) is int and 0 <= n <= MOST_ELEMENTS for n in shape)
+    ):
+        raise ValueError(
+            f"a tensor among example inputs must be sketched as {{dtype: shape}}, found {shown(value)}"
+        )
+    numbers = value.get("is", 0)
+    given = numbers if isinstance(numbers, list) else [numbers]
+    if not all(isinstance(n, int) and abs(n) < 1 << 64 for n in given):
+        raise ValueError(
+            f"values of a tensor among example inputs must be whole numbers, found {shown(numbers)}"
+        )
+    if isinstance(numbers, list) and len(numbers) != math.prod(shape):
+        raise ValueError(f"a tensor of shape {shown(shape)} among example inputs has {len(numbers)} values")
+    return math.prod(shape)
 
 
 def _sketch(value: Any) -> Any:
@@ -72,12 +132,12 @@ def _draw(value: Any, generator: torch.Generator) -> Any:
         return value
     if "of" in value:
         return {name: _draw(each, generator) for name, each in value["of"].items()}
-    (name, shape), *rest = value.items()
+    name, shape = next(item for item in value.items() if item[0] != "is")
     dtype = getattr(torch, name)
     if dtype.is_floating_point or dtype.is_complex:
         drawn = torch.float32 if dtype.is_floating_point else dtype
         return torch.randn(shape, generator=generator, dtype=drawn).to(dtype)
-    numbers = dict(rest).get("is", 0)
+    numbers = value.get("is", 0)
     if isinstance(numbers, list):
         return torch.tensor(numbers, dtype=dtype).view(shape)
     return torch.full(shape, numbers, dtype=dtype)

@@ -6,27 +6,16 @@ it should hold and what it does.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.errors import ArtifactError
-
-_LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
-
-
-@dataclass(frozen=True)
-class Header:
-    """A safetensors file's header: dtype and shape of each tensor by name, and a digest of its bytes."""
-
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    digest: str
+from surgery.tensorheader import Header, parse_header
+from surgery.untrusted import UnreadableError, shown_text
 
 
 def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], max_shard_size: int | str) -> None:
@@ -63,30 +52,10 @@ def read_header(path: Path) -> Header:
     Raises:
         ArtifactError: where the file is shorter or longer than its header says, or the header makes no sense.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _LARGEST_HEADER):
-            raise ArtifactError(
-                f"{path} must begin with a header that fits into the file, but states {length:,} bytes "
-                f"of header in a file of {size:,}; {_ADVICE}"
-            )
-        raw = file.read(length)
     try:
-        entries: dict[str, Any] = json.loads(raw)
-        entries.pop("__metadata__", None)
-        tensors = {name: (str(e["dtype"]), tuple(int(n) for n in e["shape"])) for name, e in entries.items()}
-        end = max((int(e["data_offsets"][1]) for e in entries.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        raise ArtifactError(
-            f"{path} must begin with a safetensors header, but it cannot be read "
-            f"({type(error).__name__}); {_ADVICE}"
-        ) from error
-    if end + length + 8 != size:
-        raise ArtifactError(
-            f"{path} must have {end + length + 8:,} bytes by its header, but has {size:,}; {_ADVICE}"
-        )
-    return Header(tensors, hashlib.sha256(raw).hexdigest()[:16])
+        return parse_header(path)
+    except UnreadableError as error:
+        raise ArtifactError(f"{path} {error}; {_ADVICE}") from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -100,10 +69,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ArtifactError(
             f"{path} must be a whole safetensors file, but reading it says "
-            f"'{' '.join(str(error).split())}'; {_ADVICE}"
+            f"'{shown_text(' '.join(str(error).split()))}'; {_ADVICE}"
         ) from error
 
 
