@@ -9,7 +9,6 @@ changed since it was recorded belongs to whoever changed it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from surgery.errors import OutputError
 from surgery.files import failure, files_below, put, sha256_of
+from surgery.untrusted import DOCUMENT_BYTES, UnreadableError, parse_json, read_regular
 
 RECORD, MANIFEST = ".surgery-files", "manifest.json"
 _CHANGING = "-"  # in place of a hash
@@ -149,8 +149,8 @@ def remove_owned(folder: Path) -> list[str]:
 def read_record(folder: Path) -> dict[str, str]:
     """Names and hashes in the record of a folder, the last line of a name in force; nothing where there is none."""
     try:
-        lines = (folder / RECORD).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_regular(folder / RECORD, DOCUMENT_BYTES).decode().splitlines()
+    except (UnreadableError, UnicodeDecodeError):
         return {}
     pairs = (line.partition("  ") for line in lines)
     return {name: digest for digest, _, name in pairs if _stays_inside(name)}
@@ -164,14 +164,14 @@ def artifact_files(folder: Path) -> set[str]:
 def _read_manifest(folder: Path) -> Mapping[str, str]:
     """Hashes by name of the files of the artifact in `folder`, tensors without; nothing where it is no artifact."""
     try:
-        found: Any = json.loads((folder / MANIFEST).read_bytes())
+        found: Any = parse_json(read_regular(folder / MANIFEST, DOCUMENT_BYTES))
         files = found["files"].items() if found["format"] == "surgery" else ()
         return {
             name: _CHANGING if name.endswith(".safetensors") else str(entry["sha256"])
             for name, entry in files
             if _stays_inside(name)
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (UnreadableError, KeyError, TypeError, AttributeError):
         return {}
 
 
