@@ -154,7 +154,7 @@ def _say_training(recipe: Recipe) -> None:
                 else " + ".join(f"{w:g} {n}" for n, w in task.loss.items())
             )
             cells = (model.name or "", console.clipped(task.data), str(task.batch), loss)
-            table.add_row(*cells, task.metric or "-", f"{task.weight:g}")
+            table.add_row(*cells, _metric(task.metric), f"{task.weight:g}")
     if table.row_count:
         console.out.print(table)
     train, parameters = recipe.train, recipe.parameters
@@ -164,6 +164,12 @@ def _say_training(recipe: Recipe) -> None:
         f"{train.final} final) of {train.steps} steps, {train.optimizer.name} at {train.optimizer.lr:g}, blocks "
         f"{block}, seed {recipe.seed}."
     )
+
+
+def _metric(wanted: str | dict[str, Any] | None) -> str:
+    from surgery.training.metrics import measure_of
+
+    return "-" if wanted is None else measure_of(wanted).title
 
 
 def _print_stacks(plan: Plan) -> None:

@@ -58,13 +58,15 @@ def check_recipe(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check a recipe's keys and values; nothing is loaded or run."""
+    """Check a recipe's keys, values and names, by the rules of train; no model or data are loaded, no code is run."""
     from surgery.documents import read_document
     from surgery.recipe import Recipe
+    from surgery.training.checking import check_document
 
     from . import console
 
-    recipe = Recipe.of(read_document(file))
+    document = read_document(file)
+    recipe = Recipe.of(document) if document.get("train") is None else check_document(document)
     if json:
         console.emit(recipe.resolved())
         return

@@ -127,24 +127,27 @@ def read_training(
     import yaml
 
     from surgery.documents import override, read_document
-    from surgery.recipe import Recipe
+    from surgery.training.checking import check_document
 
     folder = Path(source).expanduser()
     found = folder if folder.is_dir() else None
     document = read_document(folder / "recipe.yaml" if found else source)
     document |= {key: value for key, value in (("out", out), ("seed", seed)) if value is not None}
     document.setdefault("train", yaml.safe_load("{}"))
-    return Recipe.of(override(document, changes)), found
+    return check_document(override(document, changes), going_on=found is not None), found
 
 
 def preview(recipe: Recipe, trust_remote_code: bool, *, json: bool, quiet: bool) -> None:
-    """A dry run: members loaded and planned."""
-    from surgery.training.recipe_run import prepare_training
+    """A dry run: members loaded and planned, and the tasks' first batches tried."""
+    from surgery.training.checking import check_source
+    from surgery.training.recipe_run import prepare_training, try_tasks
 
     from . import console, planned
 
     with console.working(quiet=quiet, json_wanted=json):
+        check_source(recipe)
         prepared = prepare_training(recipe, trust_remote_code)
+        try_tasks(prepared)
     if json:
         console.emit(planned.plan_json(prepared))
     elif not quiet:

@@ -8,25 +8,17 @@ may run) is not part of what an artifact records.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from surgery.errors import PlanError
 from surgery.quantities import Context, NotNegative, Positive, Rate, Seed, Share
+from surgery.settings import Strict, problems_of
 from surgery.sharing.names import Mixing
-from surgery.training.config import (
-    Adaptation,
-    Evolution,
-    Optimizer,
-    Stopping,
-    Strict,
-    TemplateSettings,
-    Training,
-)
+from surgery.training.config import Adaptation, Training
 from surgery.untrusted import shown, shown_text
 
 MAX_ERROR = 0.05
@@ -59,7 +51,7 @@ class TaskSpec(Strict):
         loss: a name, or names with their weights.
         labels: whether training sees targets; validation and test keep theirs.
         adaptation: what a loss that adapts without labels compares with.
-        metric: a name.
+        metric: a name, or one name with its arguments, such as `{f1: {average: macro}}`.
         weight: of its loss among the tasks' losses.
     """
 
@@ -70,7 +62,7 @@ class TaskSpec(Strict):
     loss: str | dict[str, float] = "cross_entropy"
     labels: bool = True
     adaptation: Adaptation | None = None
-    metric: str | None = None
+    metric: str | dict[str, dict[str, Any]] | None = None
     weight: Rate = 1.0
 
 
@@ -175,19 +167,26 @@ class Recipe(Strict):
         return self
 
     @classmethod
-    def of(cls, document: Mapping[str, Any]) -> Recipe:
+    def of(cls, document: Mapping[str, Any], also: Sequence[str] = ()) -> Recipe:
         """Validate a document.
+
+        Args:
+            document: as YAML reads it.
+            also: what is wrong with it besides, found elsewhere.
 
         Raises:
             PlanError: naming every key and value that is wrong, in one error.
         """
+        wrong, found = list(also), None
         try:
-            return cls.model_validate(dict(document))
+            found = cls.model_validate(dict(document))
         except ValidationError as error:
-            found = error.errors(include_url=False, include_context=False)
-            more = f"; and {len(found) - MOST_ERRORS} more" if len(found) > MOST_ERRORS else ""
-            broken = "; ".join(map(_explain, found[:MOST_ERRORS]))
-            raise PlanError(f"The recipe is not valid: {broken}{more}.") from None
+            wrong = [*problems_of(error, cls), *wrong]
+        if found is None or wrong:
+            more = f"; and {len(wrong) - MOST_ERRORS} more" if len(wrong) > MOST_ERRORS else ""
+            broken = "; ".join(shown_text(each, 500) for each in wrong[:MOST_ERRORS])
+            raise PlanError(f"The recipe is not valid: {broken}{more}.")
+        return found
 
     @property
     def target(self) -> tuple[str, float]:
@@ -213,37 +212,3 @@ class Recipe(Strict):
     def to_yaml(self) -> str:
         """`resolved` as YAML that `read_recipe` reads."""
         return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
-
-
-def _explain(error: Any) -> str:
-    """One validation error in words; an unknown key is answered with the nearest known ones."""
-    path = [shown_text(str(part), 60) for part in error["loc"]]
-    where = ".".join(path)
-    if error["type"] == "extra_forbidden":
-        known = list(_fields_at(path[:-1]))
-        near = difflib.get_close_matches(path[-1], known, n=1)
-        advice = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
-        return f"'{where}' is not a known key, {advice}"
-    message = error["msg"].removeprefix("Value error, ")
-    message = shown_text(message[:1].lower() + message[1:], 400)
-    found = "" if error["type"] in ("missing", "value_error") else f", found {shown(error['input'])}"
-    return f"{where}: {message}{found}" if where else message
-
-
-def _fields_at(path: list[str]) -> Iterable[str]:
-    """The keys that a recipe knows at a place; numbers stand for items of lists."""
-    parts: dict[str, type[BaseModel]] = {
-        "": Recipe,
-        "models": Model,
-        "models.tasks": TaskSpec,
-        "models.tasks.adaptation": Adaptation,
-        "parameters": Parameters,
-        "select": Select,
-        "train": Training,
-        "train.optimizer": Optimizer,
-        "train.evolution": Evolution,
-        "train.stopping": Stopping,
-        "train.templates": TemplateSettings,
-    }
-    place = ".".join(key for key in path if not key.isdecimal())
-    return parts[place].model_fields if place in parts else ()

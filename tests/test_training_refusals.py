@@ -45,7 +45,7 @@ def test_data_that_cannot_be_used_are_an_error_that_names_their_task(data, said)
 @pytest.mark.parametrize(
     ("held", "said"),
     [
-        ([(torch.zeros(3, 5), LABEL[:3])], r"'classes'.*held-out data.*\[3, 5\].*mat1 and mat2"),
+        ([(torch.zeros(3, 5), LABEL[:3])], r"'classes'.*validation data.*\[3, 5\].*mat1 and mat2"),
         (
             [(X * float("nan"), LABEL)],
             r"'classes' on held-out data must be finite, found nan after generation 1",

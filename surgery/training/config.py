@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from surgery.quantities import Context, Count, NotNegative, Positive, Rate, Share
+from surgery.settings import Strict
 from surgery.sharing.names import Mixing, Scale
-
-
-class Strict(BaseModel):
-    """A part of a recipe: unknown keys are errors, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Optimizer(Strict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from surgery.training.config import Training
+from surgery.training.metrics import Meter
 from surgery.training.mixing import describe_stacks
 from surgery.training.report import adapted_of, dictionary_numbers
 
@@ -30,7 +31,7 @@ def describe_run(trainer: Trainer, config: Training, seed: int) -> dict[str, Any
     tasks = {
         task.name: {
             "member": task.member,
-            "metric": task.metric if isinstance(task.metric, str) else None,
+            "metric": Meter(task.metric).name,
             "adapted": adapted_of(task),
         }
         for task in trainer.tasks

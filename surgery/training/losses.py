@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from surgery.errors import PlanError
+from surgery.settings import advice_on
 from surgery.training.adaptation import WAYS, adapt_by
 from surgery.training.features import SourceFeatures
 from surgery.training.shared_batches import average
@@ -118,14 +119,38 @@ def loss_of(
         elif name in WAYS:
             loss = adapt_by(name, adapted if adapted is not None else original(), source)
         else:
-            known = [*LOSSES, DISTILLATION, *WAYS]
-            near = difflib.get_close_matches(name, known, n=1)
-            advice = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
-            raise PlanError(f"There is no loss '{name}', {advice}")
+            raise PlanError(_unknown(name))
         terms[name] = weight, loss
     if len(terms) == 1 and (only := next(iter(terms.values())))[0] == 1.0:
         return only[1]
     return Sum(terms)
+
+
+def loss_problems(wanted: Any) -> list[str]:
+    """What is wrong with a task's loss: no function, names that are not known, weights that are no finite numbers.
+
+    Example:
+        >>> loss_problems({"mse": 1.0, "mae": 0.5})
+        ["There is no loss 'mae', did you mean 'mse'?"]
+    """
+    if callable(wanted):
+        return []
+    if not isinstance(wanted, str | Mapping) or not wanted:
+        return [f"a loss is a name, names with their weights, or a function, found {wanted!r}"]
+    terms = _terms(wanted)
+    wrong = [_unknown(name) for name in terms if name not in (*LOSSES, DISTILLATION, *WAYS)]
+    weights = {name: weight for name, weight in terms.items() if not _is_finite(weight)}
+    return wrong + [
+        f"the weight of loss {n} must be a finite number, found {w!r}" for n, w in weights.items()
+    ]
+
+
+def _unknown(name: str) -> str:
+    return f"There is no loss '{name}', {advice_on(name, [*LOSSES, DISTILLATION, *WAYS])}"
+
+
+def _is_finite(weight: Any) -> bool:
+    return isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
 
 
 def adapts_by(wanted: Wanted) -> dict[str, float]:

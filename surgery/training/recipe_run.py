@@ -18,9 +18,11 @@ from surgery.merging import Prepared, plan_members, prepare
 from surgery.recipe import Recipe
 from surgery.records import remove_owned
 from surgery.references import load_member
+from surgery.training.checking import check_recipe, check_source
 from surgery.training.config import Training
 from surgery.training.domains import adapting, with_sources
 from surgery.training.losses import adapts_by, loss_of
+from surgery.training.rehearsal import rehearse_members
 from surgery.training.report import TrainReport
 from surgery.training.runlog import NAME as LOG
 from surgery.training.sources import check_trust, make_tasks
@@ -44,12 +46,21 @@ def prepare_training(recipe: Recipe, trust_remote_code: bool = False) -> Prepare
     """Load and plan a training recipe's members; architectures from scratch get weights by the recipe's seed.
 
     Raises:
-        PlanError: where the recipe has no `train` section.
+        PlanError: where the recipe has no `train` section, or names what cannot be had.
     """
-    if recipe.train is None:
-        raise PlanError("A training recipe needs a section 'train', if only 'train: {}'.")
+    check_recipe(recipe)
     with seeded(recipe.seed):
         return prepare(recipe, trust_remote_code=trust_remote_code)
+
+
+def try_tasks(prepared: Prepared) -> None:
+    """Read the data of a recipe's tasks and try a batch of each with its member, as a run does before its first step.
+
+    Raises:
+        SurgeryError: for data that cannot be read, or do not suit member, loss or metric.
+    """
+    tasks = make_tasks(prepared.recipe, {member.name: member for member in prepared.members})
+    rehearse_members({member.name: member.module for member in prepared.members}, tasks, prepared.recipe.seed)
 
 
 def train_recipe(
@@ -79,8 +90,11 @@ def train_recipe(
     Raises:
         SurgeryError: for bad input, or where training cannot go on.
     """
+    check_recipe(recipe, going_on=joint is not None)
     assert recipe.train is not None
     source = recipe.train.templates.source
+    if joint is None:
+        check_source(recipe)
     if recipe.out is not None:
         check_target(Path(recipe.out), overwrite=overwrite)
     folder = None if recipe.out is None else run_folder(recipe.out)

@@ -65,9 +65,14 @@ def load_data(spec: TaskSpec, member: Member, seed: int) -> Parts:
     for claims, read in SOURCES:
         if claims(spec.data):
             return read(spec, member, seed)
-    raise LoadError(
+    raise LoadError(no_source(spec.data))
+
+
+def no_source(data: str) -> str:
+    """What to say to data that no source claims."""
+    return (
         f"A task's data must be a function as package.module:function or file.py:function, {PREFIX}NAME for Hugging "
-        f"Face datasets, or a file that ends in {', '.join((*ENDINGS, *TEXT_ENDINGS))}, found '{spec.data}'."
+        f"Face datasets, or a file that ends in {', '.join((*ENDINGS, *TEXT_ENDINGS))}, found '{data}'."
     )
 
 
@@ -79,7 +84,7 @@ def check_trust(recipe: Recipe, trusted: bool) -> None:
     """
     specs = [spec for model in recipe.models for spec in model.tasks]
     named = [spec.data for spec in specs] + [spec.adaptation.data for spec in specs if spec.adaptation]
-    strangers = [name for name in named if _is_function(name) and not name.startswith(OWN)]
+    strangers = [name for name in named if is_function(name) and not name.startswith(OWN)]
     if strangers and not trusted:
         raise LoadError(
             f"The recipe that came with this artifact runs {', '.join(strangers)}: read it, then pass "
@@ -158,7 +163,8 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _is_function(data: str) -> bool:
+def is_function(data: str) -> bool:
+    """Whether a task's data are a function's."""
     return not data.startswith(PREFIX) and bool(_FUNCTION.fullmatch(data))
 
 
@@ -169,7 +175,7 @@ def _ends(*endings: str) -> Callable[[str], bool]:
 ENDINGS = (".npz", ".safetensors")
 SOURCES: list[tuple[Callable[[str], bool], Callable[[TaskSpec, Member, int], Parts]]] = [
     (lambda data: data.startswith(PREFIX), from_datasets),
-    (_is_function, from_function),
+    (is_function, from_function),
     (_ends(*ENDINGS), from_tensors),
     (_ends(*TEXT_ENDINGS), from_text),
 ]

@@ -145,7 +145,7 @@ class Stream:
         seed = self.seed * _EPOCHS + self.epoch
         with (
             seeded(seed),
-            contextlib.nullcontext() if isinstance(self.data, Batches) else _seeded_others(seed),
+            contextlib.nullcontext() if isinstance(self.data, Batches) else seeded_others(seed),
         ):
             self._iterator = iter(self.data)
             return next(self._iterator, None)
@@ -163,7 +163,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded_others(seed: int) -> Iterator[None]:
+def seeded_others(seed: int) -> Iterator[None]:
     """Python's and NumPy's global generators at `seed`, and afterwards where they were."""
     python, numpy = random.getstate(), np.random.get_state()
     random.seed(seed)

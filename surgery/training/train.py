@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from surgery.claims import claim_of_first
-from surgery.errors import PlanError
 from surgery.joint import JointModel
 from surgery.selectors import share_selectors
+from surgery.training.checking import check_run
 from surgery.training.config import Training
 from surgery.training.fsdp import (
     Sharding,
@@ -26,13 +26,13 @@ from surgery.training.fsdp import (
     wants_checkpointing,
 )
 from surgery.training.parts import First
+from surgery.training.rehearsal import rehearse
 from surgery.training.report import TrainReport
 from surgery.training.run import Run, check_folder
 from surgery.training.sharing_adapters import share_adapters
 from surgery.training.starts import start
 from surgery.training.task_losses import made_losses
 from surgery.training.tasks import Loss, Task
-from surgery.training.trackers import check_trackers
 from surgery.training.trainer import Trainer
 from surgery.training.transfer import freeze
 
@@ -66,7 +66,8 @@ def train(
         What was reached.
 
     Raises:
-        PlanError: for tasks that do not fit the joint model, and ways of splitting it that training cannot take.
+        PlanError: for settings and tasks that do not fit the joint model, all in one error, and for ways of splitting
+            it that training cannot take.
         TrainingError: where training cannot go on; the last good state stays in `folder`.
         Interrupted: on Ctrl-C, after the state was saved.
 
@@ -79,8 +80,7 @@ def train(
         >>> report.generations
         3
     """
-    settings = config if isinstance(config, Training) else Training.model_validate(dict(config or {}))
-    _check(joint, tasks)
+    settings = check_run(joint, tasks, config, folder)
     place = None if folder is None else Path(folder).expanduser()
     with claim_of_first(place):
         return _train(joint, tasks, settings, place, resume, seed, cpu)
@@ -100,9 +100,6 @@ def _train(
     from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
-    if settings.trackers and place is None:
-        raise PlanError("Trackers write to a folder: give train(..., folder=...).")
-    check_trackers(settings.trackers)
     check_launch()
     joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     # An earlier run in this process may have had another precision, or stayed on the CPU.
@@ -129,6 +126,8 @@ def _train(
         place_original = partial(sharding.apply, "original")
     # Distillation is from the members as they were given.
     with made_losses(joint, tasks, place_original) as losses:
+        # Under FSDP an original that is distilled is elsewhere than the members are until they are cut.
+        rehearse(joint, tasks, losses if sharding is None else {}, seed)
         start(joint, settings.evolution, seed, settings.templates)
         names = {name: [key for key, _ in joint[name].named_parameters()] for name in joint.names}
         share_adapters(joint, share_selectors(settings.share, names, "train.share"))
@@ -161,27 +160,6 @@ def fast(config: Training, tasks: Sequence[Task], batches: int = 2) -> tuple[Tra
         for task in tasks
     ]
     return short, few
-
-
-def _check(joint: JointModel, tasks: Sequence[Task]) -> None:
-    """Raise one error that names everything wrong with the tasks."""
-    names = [task.name for task in tasks]
-    bad = [
-        f"task '{name}' is given more than once" for name in sorted({n for n in names if names.count(n) > 1})
-    ]
-    bad += [
-        f"task '{task.name}' trains member '{task.member}', but the members are {', '.join(joint.names)}"
-        for task in tasks
-        if task.member not in joint.names
-    ]
-    bad += [f"task '{task.name}' has no data" for task in tasks if task.data is None]
-    bad += [
-        f"task '{task.name}' has weight {task.weight}, not above 0" for task in tasks if not task.weight > 0
-    ]
-    if not tasks:
-        bad = ["there is no task"]
-    if bad:
-        raise PlanError(f"Training needs tasks that fit the joint model; found: {'; '.join(bad)}.")
 
 
 def _part() -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from pathlib import Path
 
 from surgery.artifact import load
-from surgery.errors import LoadError, PlanError
+from surgery.errors import PlanError
 from surgery.joint import JointModel
 from surgery.progress import track
 from surgery.training.config import Training
@@ -29,11 +28,6 @@ def load_source(folder: str, trust: bool) -> JointModel:
     Raises:
         SurgeryError: where it cannot be loaded.
     """
-    if not Path(folder).expanduser().is_dir():
-        raise LoadError(
-            f"The source {folder} does not exist: name a folder that surgery train wrote, "
-            "--set train.templates.source=DIR."
-        )
     return load(folder, trust_remote_code=trust, run_factory=trust)
 
 

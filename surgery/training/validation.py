@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.errors import PlanError, SurgeryError, TrainingError
 from surgery.joint import JointModel
+from surgery.origins.base import one_line
 from surgery.training.explain import explain_failure
 from surgery.training.losses import needs_targets
 from surgery.training.metrics import Meter
 from surgery.training.streams import seeded
-from surgery.training.tasks import Loss, Task, as_batch
+from surgery.training.tasks import Batch, Loss, Task, as_batch
 
 
 @dataclass(frozen=True)
@@ -77,23 +78,62 @@ def _evaluate(joint: JointModel, task: Task, data: Iterable[Any], loss: Loss | N
     total: Tensor | None = None
     examples = 0
     with seeded(seed):
-        for raw in data:
+        for raw in batches_of(task, data):
             batch = as_batch(raw).map(lambda tensor: tensor.to(device))
             size = max(batch.size, 1)
-            try:
-                output = module(*batch.args, **batch.kwargs)
-                if loss is not None and (batch.target is not None or not needs_targets(task.loss)):
-                    found = loss(output, batch).float() * size
-                    total = found if total is None else total + found
-                meter.update(output, batch)
-            except SurgeryError:
-                raise
-            except Exception as error:  # of the member, a loss or a metric of the user's own
-                raise TrainingError(explain_failure(task, batch, error, "held-out data")) from error
+            found = measured(module, task, batch, loss, meter)
+            if found is not None:
+                total = found * size if total is None else total + found * size
             examples += size
     if not examples:
         raise PlanError(
             f"The data that task '{task.name}' is evaluated on are empty: give at least one batch."
         )
     mean = None if total is None else float(total) / examples
-    return Score(mean, meter.value(), examples, meter.name)
+    try:
+        value = meter.value()
+    except SurgeryError:
+        raise
+    except Exception as error:  # of a metric that these data are too few for
+        raise TrainingError(
+            f"Metric '{meter.name}' of task '{task.name}' must be computed from {examples} examples, but says "
+            f"{one_line(error)}"
+        ) from error
+    return Score(mean, value, examples, meter.name)
+
+
+def batches_of(task: Task, data: Iterable[Any], what: str = "held-out data") -> Iterator[Any]:
+    """What data yield.
+
+    Raises:
+        TrainingError: where they raise something.
+    """
+    try:
+        yield from data
+    except SurgeryError:
+        raise
+    except Exception as error:  # of a data set of the user's own
+        raise TrainingError(
+            f"The {what} of task '{task.name}' must yield batches, but raised {one_line(error)}"
+        ) from error
+
+
+def measured(
+    module: nn.Module, task: Task, batch: Batch, loss: Loss | None, meter: Meter, data: str = "held-out data"
+) -> Tensor | None:
+    """The loss of one batch, where there is one and it can be told, and the meter updated.
+
+    Raises:
+        TrainingError: where the member, the loss or the metric cannot take the batch.
+    """
+    try:
+        output = module(*batch.args, **batch.kwargs)
+        found = None
+        if loss is not None and (batch.target is not None or not needs_targets(task.loss)):
+            found = loss(output, batch).float()
+        meter.update(output, batch)
+    except SurgeryError:
+        raise
+    except Exception as error:  # of the member, a loss or a metric of the user's own
+        raise TrainingError(explain_failure(task, batch, error, data)) from error
+    return found
