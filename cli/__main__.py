@@ -76,7 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     except SurgeryError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        print(f"surgery: {error}", file=sys.stderr)
+        flag = f" (--{error.setting.replace('_', '-')})" if error.setting else ""
+        print(f"surgery: {error}{flag}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer ends an interrupted verb without a word

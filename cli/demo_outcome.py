@@ -103,7 +103,7 @@ def measure(recipe: Recipe, inputs: Path, *, overwrite: bool) -> Outcome:
         again = load(folder)
         reloaded = outputs({name: again[name] for name in again.names}, real)
         work.describe("Verifying")
-        verified = verify(folder)
+        verified = verify(folder, origins=True)
     embeddings = [embed(found[text], real[text]) for found in (before, after)]
     classes = [top1(found[image]).tolist() for found in (before, after)]
     return Outcome(

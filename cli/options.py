@@ -42,7 +42,7 @@ TrustRemoteCode = Annotated[
         "--trust-remote-code",
         metavar=FLAG,
         rich_help_panel=RUN,
-        help="Let Python files that come with a model run. Read them first.",
+        help="Let Python code run that a model or a folder brings or names. Read it first.",
     ),
 ]
 Overwrite = Annotated[

@@ -127,7 +127,7 @@ def print_next(joint: JointModel, folder: Path) -> None:
     """The commands that are likely to come next."""
     name, where = joint.names[0], shlex.quote(str(folder))
     console.heading("Next")
-    console.command(f"surgery verify {where}")
+    console.command(f"surgery verify {where} --origins")
     console.command(f"surgery export {where} --member {name} --format plain --out {name}-plain")
 
 

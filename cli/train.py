@@ -177,7 +177,7 @@ def run(
         if folder is not None:
             from surgery.training.recipe_run import rejoin
 
-            joint = rejoin(folder, recipe, trust)
+            joint = rejoin(folder, recipe, trust_remote_code=trust)
         try:
             return train_recipe(
                 recipe,
@@ -185,6 +185,7 @@ def run(
                 resume=resume,
                 fast_run=fast,
                 overwrite=overwrite,
+                own=folder is None,
                 trust_remote_code=trust,
                 cpu=cpu,
             )[1]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 surgery verify joint
-surgery verify joint --no-origins --json
+surgery verify joint --origins --json
 """
 
 
@@ -27,16 +27,7 @@ def verify(
             metavar=FLAG,
             show_default=False,
             rich_help_panel=RUN,
-            help="Compare members with the models they came from, where these can be reached (default).",
-        ),
-    ] = True,
-    run_factory: Annotated[
-        bool,
-        typer.Option(
-            "--run-factory",
-            metavar=FLAG,
-            rich_help_panel=RUN,
-            help="Let a member's own module.py:factory run again.",
+            help="Compare members with the models they came from: opens the folders, files and hub ids that DIR names.",
         ),
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -44,9 +35,10 @@ def verify(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Rebuild each member of a folder, and compare it with its origin and the recorded hashes.
+    """Rebuild each member of a folder, and compare it with the recorded hashes and, where asked, with its origin.
 
-    Ends with exit code 1 where something does not match. An origin that cannot be reached is no mismatch.
+    Ends with exit code 1 where something does not match. An origin that cannot be reached is no mismatch. Without
+    [cyan]--origins[/cyan] nothing outside of the folder is opened.
     """
     from surgery.artifact.verify import verify as check
     from surgery.progress import task
@@ -54,7 +46,7 @@ def verify(
     from . import console
 
     with console.working(quiet=quiet, json_wanted=json), task("Verifying"):
-        report = check(folder, origins=origins, trust_remote_code=trust_remote_code, run_factory=run_factory)
+        report = check(folder, origins=origins, trust_remote_code=trust_remote_code)
     if json:
         console.emit(report.to_json())
     elif not quiet:

@@ -1,2 +1,15 @@
-"""Recipes that are installed with surgery: each YAML file here is a complete merge, for `surgery merge
---config NAME`."""
+"""Recipes that are installed with surgery: each YAML file here is complete, for `surgery merge --config NAME` or
+`surgery train NAME`; the Python files hold the networks and the data that they name."""
+
+SHIPPED = frozenset(
+    f"surgery_recipes.{name}"
+    for name in (
+        "brown:brown", "fashion:fashion_mnist", "isometric:cnn", "isometric:vit", "mnist:mnist", "nets:deepbind",
+        "nets:lenet", "nets:word_model", "pretrained:efficientnet", "pretrained:minilm_regressor",
+        "sentiment:sentiment", "splice:splice", "synthetic:data", "synthetic:grouped", "synthetic:regressions",
+    )
+)  # fmt: skip
+"""Functions that an artifact may name without the user's consent: they read nothing but data of known digests."""
+
+PLACES = frozenset({"file", "folder"})
+"""Options of these functions that name a file or folder of the user's own."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import (
     ArtifactError,
+    ConsentError,
     LoadError,
     OutputError,
     PlanError,
@@ -66,7 +67,7 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Anatomy", "ArtifactError", "FitReport", "Inputs", "JointModel", "LeftAlone", "LoadError", "Member",
+    "Anatomy", "ArtifactError", "ConsentError", "FitReport", "Inputs", "JointModel", "LeftAlone", "LoadError", "Member",
     "Origin", "OutputError", "Plan", "PlanError", "Recipe", "Site", "SurgeryError", "Task", "TraceError",
     "TrainReport", "TrainingError", "VerifyReport", "__version__", "discover", "export", "fit", "join", "load",
     "load_member", "make_plan", "merge", "plan_templates", "save", "trace", "train", "verify",

@@ -78,7 +78,7 @@ def _texts(member: Member, path: Path) -> list[Inputs]:
     with tempfile.TemporaryDirectory() as folder, quiet():
         write_files(member.files, Path(folder))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:
             raise LoadError(f"the tokenizer of '{member.name}' cannot be read: {one_line(error)}") from error
         if tokenizer.pad_token is None:
@@ -139,7 +139,7 @@ def _picture_transform(member: Member) -> Any:
         with tempfile.TemporaryDirectory() as folder, quiet():
             write_files(member.files, Path(folder))
             try:
-                processor = AutoImageProcessor.from_pretrained(folder)
+                processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
             except Exception as error:
                 raise LoadError(
                     f"the image processor of '{member.name}' cannot be read: {one_line(error)}"

@@ -11,7 +11,12 @@ class SurgeryError(Exception):
     """Base of every error that bad input, and not a fault of this package, causes.
 
     A message that would fill screens, as one that quotes a hostile file might, loses its middle.
+
+    Attributes:
+        setting: the setting that the message asks to change, if it is one alone; the command line names its flag.
     """
+
+    setting: str | None = None
 
     def __init__(self, *arguments: object):
         super().__init__(*(_within(each) if isinstance(each, str) else each for each in arguments))
@@ -19,6 +24,12 @@ class SurgeryError(Exception):
 
 class LoadError(SurgeryError):
     """A reference names no model, or its files cannot be read or do not fit the architecture."""
+
+
+class ConsentError(LoadError):
+    """Code or a file that an artifact or a checkpoint names would be used without the user's consent."""
+
+    setting = "trust_remote_code"
 
 
 class TraceError(SurgeryError):

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from surgery_recipes import SHIPPED
 from torch import Tensor, nn
 
 from surgery.errors import LoadError
@@ -29,6 +30,7 @@ from surgery.origins.base import Loaded, Request
 from surgery.origins.dtypes import mixed, widen
 from surgery.origins.module import live_module
 from surgery.origins.weights import check_finite
+from surgery.permission import Permission
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _FROM_FILES = ("timm", "transformers")  # kinds whose tensors have the dtypes of a file
@@ -94,18 +96,11 @@ def load_member(
         typed, loaded = None, _adopt(reference)
     else:
         typed, rest = parse_reference(reference)
-        loaded = kind_for(rest).load(rest, Request(trust_remote_code=trust_remote_code))
+        loaded = kind_for(rest).load(rest, Request(Permission.of_user(trust_remote_code)))
     chosen = name or typed or default_name(loaded.origin)
     if not _NAME.fullmatch(chosen):
         raise LoadError(f"a member's name holds letters, digits, '_', '-' and '.'; '{chosen}' does not")
-    loaded.module.eval()
-    if not allow_nonfinite:
-        check_finite(loaded.module, chosen)
-    given = loaded.inputs if inputs is None else as_inputs(inputs)
-    if isinstance(reference, str) and loaded.origin.kind in _FROM_FILES and mixed(loaded.module):
-        loaded = _that_computes(loaded, given, chosen, seed)
-    examples = given or example_inputs(loaded.module, loaded.origin, seed=seed)
-    return Member(chosen, loaded.module, examples, loaded.origin, loaded.files)
+    return _member(chosen, loaded, inputs, seed, allow_nonfinite, live=isinstance(reference, nn.Module))
 
 
 def _that_computes(loaded: Loaded, given: Inputs | None, name: str, seed: int) -> Loaded:
@@ -129,25 +124,50 @@ def build_architecture(
     origin: Origin,
     files: Mapping[str, bytes],
     *,
-    trust_remote_code: bool = False,
-    run_factory: bool = False,
+    permission: Permission = Permission.NONE,
 ) -> nn.Module:
     """The module that `origin` describes, again, without weights: parameters on meta, buffers real.
 
     Args:
-        origin: of the member.
+        origin: of the member; it is read as its kind says, whatever its reference looks like.
         files: the member's small files by relative path.
-        trust_remote_code: whether Python files that come with a transformers model may run.
-        run_factory: whether the user's own `module.py:factory` may run.
+        permission: of the text that the origin was read from.
 
     Returns:
         the module in eval mode, its parameters tied the way its class ties them. Fill it with
         `load_state_dict(..., assign=True)`.
 
     Raises:
-        LoadError: where the architecture cannot be built, or running its code was not allowed.
+        ConsentError: where building it runs code that the permission does not cover.
+        LoadError: where the architecture cannot be built.
     """
-    return origin_kind(origin.kind).build(origin, files, Request(trust_remote_code, run_factory)).eval()
+    return origin_kind(origin.kind).build(origin, files, Request(permission)).eval()
+
+
+def ships(origin: Origin) -> bool:
+    """Whether a member came from a function that ships with this package, so that nothing outside is needed for it."""
+    return origin.kind == "factory" and origin.reference.partition("?")[0] in SHIPPED
+
+
+def load_origin(origin: Origin, *, name: str, permission: Permission, seed: int = 0) -> Member:
+    """The member that an artifact's origin describes, with its weights, from where it came.
+
+    The reference is read as the origin's kind says: a text from an artifact does not choose how it is read.
+
+    Args:
+        origin: as it was recorded.
+        name: of the member.
+        permission: of the text that the origin was read from.
+        seed: of made-up example inputs.
+
+    Raises:
+        ConsentError: where loading it runs code that the permission does not cover.
+        LoadError: where it is a live module, or its reference cannot be read or is no reference of that kind.
+    """
+    handler = origin_kind(origin.kind)
+    if not handler.claims(origin.reference):
+        raise LoadError(f"'{origin.reference}' is no reference of kind {origin.kind}")
+    return _member(name, handler.load(origin.reference, Request(permission)), None, seed, False)
 
 
 def write_plain(module: nn.Module, origin: Origin, files: Mapping[str, bytes], directory: str | Path) -> None:
@@ -173,6 +193,20 @@ def default_name(origin: Origin) -> str:
         text = text.rpartition(":")[2]
     base = Path(text.partition("@")[0]).name or Path(text).resolve().name
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", base).strip("-.") or "member"
+
+
+def _member(
+    name: str, loaded: Loaded, inputs: Any, seed: int, allow_nonfinite: bool, live: bool = False
+) -> Member:
+    """What a reference turned into, as a member in eval mode with example inputs."""
+    loaded.module.eval()
+    if not allow_nonfinite:
+        check_finite(loaded.module, name)
+    given = loaded.inputs if inputs is None else as_inputs(inputs)
+    if not live and loaded.origin.kind in _FROM_FILES and mixed(loaded.module):
+        loaded = _that_computes(loaded, given, name, seed)
+    examples = given or example_inputs(loaded.module, loaded.origin, seed=seed)
+    return Member(name, loaded.module, examples, loaded.origin, loaded.files)
 
 
 def _adopt(module: nn.Module) -> Loaded:

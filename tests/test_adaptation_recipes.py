@@ -12,11 +12,12 @@ from typer.testing import CliRunner
 
 import surgery
 from surgery.documents import override, read_document
-from surgery.errors import LoadError, PlanError
+from surgery.errors import ConsentError, LoadError, PlanError
+from surgery.permission import Permission
 from surgery.recipe import Recipe
 from surgery.training.parts import Unlabelled
 from surgery.training.recipe_run import evaluate_artifact, rejoin, train_recipe
-from surgery.training.sources import check_trust, make_tasks
+from surgery.training.sources import check_sources, make_tasks
 from surgery.training.tasks import as_batch
 
 DATA, OPTIONS = "models.0.tasks.0.data", "models.0.tasks.0.options"
@@ -80,7 +81,7 @@ def test_mixtures_alone_adapt_and_are_measured_with_labels(folder, digits, tmp_p
     assert (told is None) == (way == "statistics")
     if told is not None:
         assert (told["part"], told["examples"], told["source"]) == ("head", 32, str(digits))
-    score = evaluate_artifact(tmp_path / "adapted")["digits"]
+    score = evaluate_artifact(tmp_path / "adapted", trust_remote_code=True)["digits"]
     assert score.metric is not None and score.examples == 40  # a fifth of them, not the first batches alone
     assert score.loss == (
         0 if way == "statistics" else None
@@ -98,23 +99,23 @@ def test_the_verbs_say_what_was_adapted(folder, digits, tmp_path):
     assert "64 numbers were trained" in words
     told = " ".join(runner.invoke(app, ["report", out]).output.split())
     assert "adapted by moments, without labels" in told
-    told = json.loads(runner.invoke(app, ["evaluate", out, "--json"]).output)
+    told = json.loads(runner.invoke(app, ["evaluate", out, "--trust-remote-code", "--json"]).output)
     assert told["digits"]["loss"] is None and 0 <= told["digits"]["metric"] <= 1
-    assert " - " in runner.invoke(app, ["evaluate", out]).output
+    assert " - " in runner.invoke(app, ["evaluate", out, "--trust-remote-code"]).output
 
 
 def test_an_adapted_artifact_goes_on_adapting(folder, digits, tmp_path):
     changes = [f"train.templates.source={digits}", f"{LOSS}=adversary"]
     run("adaptation", folder, *changes, f"out={tmp_path / 'one'}")
     again = recipe("adaptation", folder, *changes, f"out={tmp_path / 'two'}", f"{OPTIONS}.view=scale")
-    joint = rejoin(tmp_path / "one", again)
+    joint = rejoin(tmp_path / "one", again, own=True)
     _, report = train_recipe(again, joint=joint, fast_run=True, cpu=True)
     assert report.trained == 64 and report.adapted["digits"]["source"] == str(digits)
 
 
 def test_training_sees_no_labels_and_the_other_parts_do(folder):
     made = recipe("adaptation", folder)
-    (task,) = make_tasks(made, {"digits": None})
+    (task,) = make_tasks(made, {"digits": None}, Permission.OWN)
     assert all(batch.target is None and batch.size for batch in task.data)
     assert all(as_batch(raw).target is not None for raw in [*task.validation, *task.test])
     plain = mnist(batch=16, folder=str(folder), seed=3)["train"]
@@ -163,7 +164,7 @@ def wide():
     return [(torch.zeros(4, 1, 32, 32), torch.zeros(4))]
 
 
-def test_functions_of_the_source_s_data_are_strangers_too(folder):
-    strange = recipe("adaptation", folder, f"{ADAPTATION}.data=mine.py:digits")
-    with pytest.raises(LoadError, match=r"runs mine\.py:digits"):
-        check_trust(strange, trusted=False)
+def test_functions_of_the_source_s_data_need_consent_too(folder):
+    other = recipe("adaptation", folder, f"{ADAPTATION}.data=mine.py:digits")
+    with pytest.raises(ConsentError, match=r"uses .*mine\.py:digits"):
+        check_sources(other, Permission.NONE)

@@ -44,7 +44,7 @@ def test_distillation_is_evaluated_against_the_member_as_it_was(recipe, tmp_path
     found = evaluate_artifact("out", trust_remote_code=True, part="validation")["net"]
     assert found.loss == pytest.approx(report.scores["net"].loss, rel=1e-5)
     assert (found.metric, found.measure) == (report.scores["net"].metric, "accuracy")
-    loaded = surgery.load("out", trust_remote_code=True, run_factory=True)
+    loaded = surgery.load("out", trust_remote_code=True)
     assert loaded.names == ("net",)
 
 
@@ -55,7 +55,7 @@ def test_without_the_original_evaluation_says_what_is_missing(recipe, tmp_path, 
     def gone(*arguments, **options):
         raise LoadError("there is nothing")
 
-    monkeypatch.setattr("surgery.training.recipe_run.load_member", gone)
+    monkeypatch.setattr("surgery.training.recipe_run.load_origin", gone)
     with pytest.raises(LoadError, match=r"task 'net'.*'net' as it was before.*there is nothing"):
         evaluate_artifact("out", trust_remote_code=True)
 

@@ -81,7 +81,7 @@ def test_an_artifact_of_two_libraries(joint, out: Path, tmp_path: Path):
     )
     assert same(states(loaded), states(joint))
     assert contents(save(loaded, tmp_path / "again")) == contents(out)
-    report = verify(out)
+    report = verify(out, origins=True)
     assert report.ok
     assert [(c.origin, c.weight_difference, c.error) for c in report.members] == [("same", 0.0, 0.0)] * 2
 
@@ -89,11 +89,11 @@ def test_an_artifact_of_two_libraries(joint, out: Path, tmp_path: Path):
 def test_verify_says_what_cannot_be_compared(joint, out: Path, text: Path, tmp_path: Path):
     moved = text.rename(text.with_name("elsewhere"))
     try:
-        report = verify(out)
+        report = verify(out, origins=True)
         assert report.ok and report.members[0].origin.startswith("not reached: ")
     finally:
         moved.rename(text)
-    assert {check.origin for check in verify(out, origins=False).members} == {"not asked for"}
+    assert {check.origin for check in verify(out).members} == {"not asked for"}
     json.dumps(report.to_json())
 
 
@@ -106,7 +106,7 @@ def test_verify_compares_with_a_changed_origin(out: Path, text: Path):
     tensors["bert.embeddings.LayerNorm.bias"] += 0.5
     save_file(tensors, path, {"format": "pt"})
     try:
-        check = verify(out).members[0]
+        check = verify(out, origins=True).members[0]
         assert check.weight_difference == 0.5 and check.error is not None and check.error > 1e-3
         assert check.origin == "found" and check.rebuilt
     finally:

@@ -210,7 +210,7 @@ def test_transfer_goes_on_from_nine_tasks(folder, tmp_path):
     source = f"train.templates.source={tmp_path / 'nine_tasks'}"
     recipe = changed("transfer", source, "train.templates.like=mnist_shear")
     joint, report = train_recipe(recipe, fast_run=True, cpu=True, trust_remote_code=True)
-    given = surgery.load(tmp_path / "nine_tasks", trust_remote_code=True, run_factory=True)
+    given = surgery.load(tmp_path / "nine_tasks", trust_remote_code=True)
     stem = given.collapse("mnist_shear")["stem.weight"]
     assert torch.equal(joint.collapse("inverted")["stem.weight"], stem)
     assert report.templates == {"stack0": 8}

@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_transformers import save_tiny, tiny
 
-from surgery.errors import LoadError
+from surgery.errors import ConsentError, LoadError
 from surgery.member import content_hash
+from surgery.permission import Permission
 from surgery.references import build_architecture, load_member
 
 
@@ -149,15 +150,15 @@ def test_remote_code_runs_only_on_purpose(folders, tmp_path):
         "class HouseConfig(BertConfig):\n    model_type = 'house-made'\n"
         "class HouseModel(BertModel):\n    config_class = HouseConfig\n"
     )
-    with pytest.raises(LoadError, match="--trust-remote-code"):
+    with pytest.raises(ConsentError, match="trust_remote_code"):
         load_member(str(folder))
     assert not (tmp_path / "ran").exists()
     member = load_member(str(folder), trust_remote_code=True)
     assert (tmp_path / "ran").exists()
     assert not any(name.endswith(".py") for name in member.files)
-    again = build_architecture(member.origin, member.files, trust_remote_code=True)
+    again = build_architecture(member.origin, member.files, permission=Permission.ALL)
     assert list(again.state_dict()) == list(member.module.state_dict())
-    with pytest.raises(LoadError, match="--trust-remote-code"):
+    with pytest.raises(ConsentError, match="trust_remote_code"):
         build_architecture(member.origin, member.files)
 
 

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from tiny_transformers import TINY, save_tiny, tiny
 from torch import nn
 
-from surgery.errors import LoadError
+from surgery.errors import ConsentError, LoadError
 from surgery.member import owners_of
 from surgery.origins.empty import build_empty, empty_parameters
+from surgery.permission import Permission
 from surgery.probes import outputs_of, relative_error
 from surgery.references import build_architecture, load_member, parse_reference, write_plain
 
@@ -111,7 +112,7 @@ def test_no_reference(text):
 
 def check_laws(member, tmp_path, reload):
     """Rebuild and plain export give the member back, bit for bit."""
-    again = build_architecture(member.origin, member.files, run_factory=True)
+    again = build_architecture(member.origin, member.files, permission=Permission.ALL)
     assert all(parameter.is_meta for parameter in again.parameters())
     assert not again.training
     assert not any(buffer.is_meta for buffer in again.buffers())
@@ -199,7 +200,7 @@ def test_factory(factory, tmp_path):
         return net
 
     check_laws(member, tmp_path, reload)
-    with pytest.raises(LoadError, match="run_factory=True"):
+    with pytest.raises(ConsentError, match="trust_remote_code"):
         build_architecture(member.origin, member.files)
     assert load_member(f"x={factory}:bare", inputs=torch.zeros(1, 2, dtype=torch.long)).name == "x"
 

@@ -2,15 +2,17 @@
 
 import csv
 import json
+import re
 
 import pytest
 import torch
 from torch import nn
 
 import surgery
-from surgery.errors import LoadError, PlanError
+from surgery.errors import ConsentError, LoadError, PlanError
+from surgery.permission import Permission
 from surgery.recipe import Recipe, TaskSpec
-from surgery.training.sources import check_trust, load_data
+from surgery.training.sources import check_sources, load_data
 from surgery.training.sources_text import load_tokenizer
 from surgery.training.tasks import as_batch
 
@@ -66,7 +68,7 @@ def spec(data, **options):
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
 def test_texts_are_tokenised_by_the_members_own_tokenizer(member, tmp_path, ending):
     data = write(tmp_path / f"texts.{ending}", [1, 0, 0, 1])
-    parts = load_data(spec(data), member, 0)
+    parts = load_data(spec(data), member, 0, Permission.OWN)
     assert parts.validation is None and parts.test is None
     wanted = {
         tuple(load_tokenizer(member)(t)["input_ids"]): label
@@ -85,7 +87,9 @@ def test_texts_are_tokenised_by_the_members_own_tokenizer(member, tmp_path, endi
 
 def test_columns_lengths_and_parts_are_options(member, tmp_path):
     data = write(tmp_path / "texts.csv", [0.5, -1.5, 2, 1], "score")
-    parts = load_data(spec(data, target="score", length=3, validation=1, test=0.25), member, 0)
+    parts = load_data(
+        spec(data, target="score", length=3, validation=1, test=0.25), member, 0, Permission.OWN
+    )
     found = [as_batch(raw) for part in (parts.train, parts.validation, parts.test) for raw in part]
     assert sum(batch.size for batch in found) == 4
     assert all(
@@ -95,7 +99,7 @@ def test_columns_lengths_and_parts_are_options(member, tmp_path):
 
 def test_without_a_target_the_tokens_are_it(member, tmp_path):
     data = write(tmp_path / "texts.csv", [0, 0, 0, 0])
-    for raw in load_data(spec(data, target=None), member, 0).train:
+    for raw in load_data(spec(data, target=None), member, 0, Permission.OWN).train:
         batch = as_batch(raw)
         mask = batch.kwargs["attention_mask"].bool()
         assert torch.equal(batch.target[mask], batch.kwargs["input_ids"][mask])
@@ -105,21 +109,21 @@ def test_without_a_target_the_tokens_are_it(member, tmp_path):
 def test_what_is_wrong_with_a_file_is_said(member, bare, tokenizer_folder, tmp_path):
     data = write(tmp_path / "texts.csv", [0, 1, 1, 0])
     with pytest.raises(LoadError, match=r"lack rating.*text, label"):
-        load_data(spec(data, target="rating"), member, 0)
+        load_data(spec(data, target="rating"), member, 0, Permission.OWN)
     with pytest.raises(LoadError, match="'bare' has none"):
-        load_data(spec(data), bare, 0)
-    assert load_data(spec(data, tokenizer=str(tokenizer_folder)), bare, 0).train
+        load_data(spec(data), bare, 0, Permission.OWN)
+    assert load_data(spec(data, tokenizer=str(tokenizer_folder)), bare, 0, Permission.OWN).train
     with pytest.raises(PlanError, match="found colour"):
-        load_data(spec(data, colour="red"), member, 0)
+        load_data(spec(data, colour="red"), member, 0, Permission.OWN)
     with pytest.raises(LoadError, match="does not exist"):
-        load_data(spec(str(tmp_path / "none.csv")), member, 0)
+        load_data(spec(str(tmp_path / "none.csv")), member, 0, Permission.OWN)
     with pytest.raises(LoadError, match="must hold numbers"):
-        load_data(spec(data, target="text"), member, 0)
+        load_data(spec(data, target="text"), member, 0, Permission.OWN)
     (tmp_path / "bad.jsonl").write_text("{", encoding="utf-8")
     with pytest.raises(LoadError, match="cannot be read"):
-        load_data(spec(str(tmp_path / "bad.jsonl")), member, 0)
+        load_data(spec(str(tmp_path / "bad.jsonl")), member, 0, Permission.OWN)
     with pytest.raises(LoadError, match="datasets:NAME"):
-        load_data(spec("somewhere"), member, 0)
+        load_data(spec("somewhere"), member, 0, Permission.OWN)
 
 
 def test_datasets_is_an_optional_extra(member, monkeypatch):
@@ -128,7 +132,7 @@ def test_datasets_is_an_optional_extra(member, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "datasets" else find(name))
     with pytest.raises(LoadError, match=r"model-surgery\[datasets\]"):
-        load_data(spec("datasets:imdb"), member, 0)
+        load_data(spec("datasets:imdb"), member, 0, Permission.OWN)
 
 
 def test_datasets_in_a_folder(member, bare, tmp_path):
@@ -136,18 +140,33 @@ def test_datasets_in_a_folder(member, bare, tmp_path):
     rows = datasets.Dataset.from_dict({"text": TEXTS, "label": [1, 0, 0, 1], "numbers": [[1.0, 2.0]] * 4})
     datasets.DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "texts")
     data = f"datasets:{tmp_path / 'texts'}"
-    parts = load_data(spec(data, validation=1), member, 0)
+    parts = load_data(spec(data, validation=1), member, 0, Permission.OWN)
     sizes = [sum(as_batch(raw).size for raw in part) for part in (parts.train, parts.validation, parts.test)]
     assert sizes == [3, 1, 1]
-    parts = load_data(spec(data, inputs="numbers"), bare, 0)
+    parts = load_data(spec(data, inputs="numbers"), bare, 0, Permission.OWN)
     assert as_batch(next(iter(parts.train))).args[0].shape == (2, 2)
     with pytest.raises(LoadError, match="lacks rating"):
-        load_data(spec(data, target="rating"), member, 0)
+        load_data(spec(data, target="rating"), member, 0, Permission.OWN)
 
 
-def test_datasets_run_no_function_of_a_recipe_from_elsewhere():
-    model = {"model": "timm:resnet18", "tasks": [{"data": "datasets:user/name"}]}
-    check_trust(Recipe.of({"models": [model], "train": {}}), trusted=False)
-    model = {"model": "timm:resnet18", "tasks": [{"data": "evil.module:function"}]}
-    with pytest.raises(LoadError, match=r"evil\.module:function"):
-        check_trust(Recipe.of({"models": [model], "train": {}}), trusted=False)
+SOURCES = ("evil.module:function", "evil.py:function", "surgery_recipes.zoo/evil.py:function", "datasets:user/name",
+           "surgery_recipes.fetch:fetch", "~/secret.npz", "texts.csv")  # fmt: skip
+
+
+@pytest.mark.parametrize("data", SOURCES)
+def test_a_recipe_from_elsewhere_names_what_ships_with_the_package_alone(data):
+    def recipe(**task):
+        return Recipe.of({"models": [{"model": "timm:resnet18", "tasks": [task]}], "train": {}})
+
+    shipped = "surgery_recipes.mnist:mnist"
+    check_sources(recipe(data=shipped), Permission.NONE)
+    for wrong in (
+        recipe(data=data),
+        recipe(data=shipped, options={"folder": data}),
+        recipe(data=shipped, adaptation={"part": "stem", "data": data}),
+    ):
+        with pytest.raises(ConsentError, match=re.escape(data)):
+            check_sources(wrong, Permission.NONE)
+        check_sources(wrong, Permission.OWN)
+    with pytest.raises(ConsentError):
+        load_data(spec(data), None, 0, Permission.NONE)

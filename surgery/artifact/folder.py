@@ -27,6 +27,7 @@ from surgery.artifact.writing import write
 from surgery.errors import ArtifactError
 from surgery.joint import JointModel
 from surgery.member import Member
+from surgery.permission import Permission
 from surgery.slots import locate
 from surgery.storage import revive, store
 from surgery.untrusted import RECIPE_BYTES, UnreadableError, as_mapping, parse_yaml, read_regular
@@ -74,7 +75,6 @@ def load(
     modules: Mapping[str, nn.Module] | None = None,
     members: Sequence[str] | None = None,
     trust_remote_code: bool = False,
-    run_factory: bool = False,
     device: str = "cpu",
 ) -> JointModel:
     """Read an artifact.
@@ -84,8 +84,8 @@ def load(
         modules: architectures by member, for members that were live modules; they become part of the joint
             model.
         members: names to read, all by default.
-        trust_remote_code: whether Python files that come with a transformers model may run.
-        run_factory: whether the user's own `module.py:factory` may run.
+        trust_remote_code: whether Python code that the artifact names may run: factories, and files that came
+            with a transformers model.
         device: where the weights go.
 
     Returns:
@@ -93,7 +93,8 @@ def load(
 
     Raises:
         ArtifactError: where files are missing or damaged, or do not match the manifest or the architecture.
-        LoadError: where an architecture cannot be built, or running its code was not allowed.
+        ConsentError: where a member needs Python code that may not run; `modules` is the way without.
+        LoadError: where an architecture cannot be built.
 
     Example:
         >>> joint = surgery.load("joint")
@@ -103,11 +104,12 @@ def load(
     folder = Path(directory).expanduser()
     manifest = read_manifest(folder)
     names = _chosen(manifest, members)
+    permission = Permission.of_artifact(trust_remote_code)
     stored = read_stored(folder, manifest, names)
     found = []
     for name in names:
         files = read_small_files(folder, manifest, name)
-        module = (modules or {}).get(name) or _build(manifest, name, files, trust_remote_code, run_factory)
+        module = (modules or {}).get(name) or _build(manifest, name, files, permission)
         member = Member(name, module.eval(), inputs_of(manifest, name), origin_of(manifest, name), files)
         check_fit(stored, name, module)
         for owners in (*manifest.members[name].ties.values(), *(p.site.owners for p in stored.plan.of(name))):
@@ -120,9 +122,7 @@ def load(
     return joint.to(device) if device != "cpu" else joint
 
 
-def _build(
-    manifest: Manifest, name: str, files: Mapping[str, bytes], trust_remote_code: bool, run_factory: bool
-) -> nn.Module:
+def _build(manifest: Manifest, name: str, files: Mapping[str, bytes], permission: Permission) -> nn.Module:
     """A member's architecture, without weights."""
     from surgery.references import build_architecture
 
@@ -132,7 +132,7 @@ def _build(
             f"Member '{name}' was a live module of class {origin.architecture}, which no file can build "
             f"again; pass one of that architecture as modules={{'{name}': module}}."
         )
-    return build_architecture(origin, files, trust_remote_code=trust_remote_code, run_factory=run_factory)
+    return build_architecture(origin, files, permission=permission)
 
 
 def _tie(module: nn.Module, owners: Sequence[str]) -> None:

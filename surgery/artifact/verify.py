@@ -8,7 +8,7 @@ rebuilt member's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from surgery.artifact.reading import read_stored, wrong_hashes
 from surgery.artifact.recorded import inputs_of, origin_of, small_files
 from surgery.artifact.states import build_banks, state_of
 from surgery.copies import duplicate
-from surgery.errors import SurgeryError
+from surgery.errors import ConsentError, SurgeryError
 from surgery.joint import JointModel
 from surgery.member import Inputs, Member, Origin, content_hash
+from surgery.permission import Permission
 from surgery.probes import outputs_of, probe_inputs, relative_error
 
 ROUNDING = 1e-5  # relative: a kernel may add the terms of a block in another order than the recorded one
@@ -77,19 +78,19 @@ class VerifyReport:
 def verify(
     directory: str | Path,
     *,
-    origins: bool = True,
+    origins: bool = False,
     modules: Mapping[str, nn.Module] | None = None,
     trust_remote_code: bool = False,
-    run_factory: bool = False,
 ) -> VerifyReport:
     """Check an artifact.
 
     Args:
         directory: the folder.
-        origins: whether members are compared with their origins, where these can still be loaded.
+        origins: whether members are compared with their origins, where these can still be loaded: opens the folders,
+            files and hub ids that the artifact names. Without it nothing outside of the folder is opened.
         modules: for members that were live modules: the original modules, weights included, to compare with.
-        trust_remote_code: whether Python files that come with a transformers model may run.
-        run_factory: whether the user's own `module.py:factory` may run.
+        trust_remote_code: whether Python code that the artifact names may run: factories, and files that came
+            with a transformers model.
 
     Returns:
         what was found; an origin that cannot be reached is said so and is no failure.
@@ -106,6 +107,7 @@ def verify(
     files = wrong_hashes(folder, manifest)
     if not checksum_holds(folder):
         files = {NAME: "is not the file that was written: its checksum is another one", **files}
+    permission = Permission.of_artifact(trust_remote_code)
     spoilt = {name: [p for p in _files_of(manifest, name) if p in files] for name in manifest.members}
     sound = [name for name, paths in spoilt.items() if not paths]
     states, problem = _read_states(folder, manifest, sound)
@@ -115,11 +117,9 @@ def verify(
             reason = f"it was not rebuilt: {', '.join(paths)} is damaged" if paths else problem
             checks.append(MemberCheck(name, False, (reason,), False, "not compared"))
         else:
-            origin, where = None, "not asked for"
-            if origins:
-                given = (modules or {}).get(name)
-                origin, where = _load_origin(manifest, name, given, trust_remote_code, run_factory)
-            joint, failure = _load_member(folder, name, origin, manifest, trust_remote_code, run_factory)
+            given = (modules or {}).get(name)
+            origin, where = _load_origin(manifest, name, given, permission, origins)
+            joint, failure = _load_member(folder, name, given, trust_remote_code)
             reasons = [failure] if failure else []
             checks.append(_check(manifest, name, states(name), joint, reasons, origin, where))
     return VerifyReport(str(folder), files, tuple(checks))
@@ -173,34 +173,37 @@ def _check(
 
 
 def _load_origin(
-    manifest: Manifest, name: str, given: nn.Module | None, trust: bool, run: bool
+    manifest: Manifest, name: str, given: nn.Module | None, permission: Permission, wanted: bool
 ) -> tuple[Member | None, str]:
     """The member as it was before it was joined, or why it cannot be had."""
-    from surgery.references import load_member
+    from surgery.references import load_origin, ships
 
     origin = origin_of(manifest, name)
     if given is not None:
         return Member(name, given.eval(), inputs_of(manifest, name), origin), "given"
     if origin.kind == "module" or origin.reference == origin.architecture.rpartition(".")[2]:
         return None, "not compared: it was a live module"
-    if origin.kind == "factory" and not run:
-        return None, "not compared: its factory may not run"
+    if not wanted and not ships(origin):
+        return None, "not asked for"
     try:
-        return load_member(_pinned(origin), name=name, trust_remote_code=trust), "found"
+        return load_origin(_pinned(origin), name=name, permission=permission), "found"
+    except ConsentError:
+        return None, "not compared: its code may not run"
     except SurgeryError as error:
         return None, f"not reached: {error}"
 
 
 def _load_member(
-    folder: Path, name: str, origin: Member | None, manifest: Manifest, trust: bool, run: bool
+    folder: Path, name: str, given: nn.Module | None, trust: bool
 ) -> tuple[JointModel | None, str | None]:
     """The member from the artifact, ready to run, and what is wrong where it cannot be had."""
-    kind = origin_of(manifest, name).kind
-    if (kind == "module" and origin is None) or (kind == "factory" and not run):
+    modules = None if given is None else {name: duplicate(given)}
+    if given is None and origin_of(read_manifest(folder), name).kind == "module":
         return None, None
-    modules = {name: duplicate(origin.module)} if origin is not None and kind == "module" else None
     try:
-        return load(folder, modules=modules, members=[name], trust_remote_code=trust, run_factory=run), None
+        return load(folder, modules=modules, members=[name], trust_remote_code=trust), None
+    except ConsentError:  # no fault of the artifact's
+        return None, None
     except SurgeryError as error:
         return None, f"it cannot be rebuilt: {error}"
 
@@ -273,13 +276,15 @@ def _files_of(manifest: Manifest, name: str) -> list[str]:
     return [*mine, *small_files(manifest, name).values()]
 
 
-def _pinned(origin: Origin) -> str:
-    """The reference, with the recorded commit where it is a hub id without one."""
+def _pinned(origin: Origin) -> Origin:
+    """The origin, its reference with the recorded commit where it is a hub id without one."""
     hub = (
         origin.kind == "transformers" and origin.revision and not Path(origin.reference).expanduser().exists()
     )
     head, mark, options = origin.reference.partition("?")
-    return f"{head}@{origin.revision}{mark}{options}" if hub and "@" not in head else origin.reference
+    if not hub or "@" in head:
+        return origin
+    return replace(origin, reference=f"{head}@{origin.revision}{mark}{options}")
 
 
 def _seed(manifest: Manifest) -> int:

@@ -14,21 +14,16 @@ from torch import nn
 
 from surgery.errors import LoadError
 from surgery.member import Inputs, Origin
+from surgery.permission import Permission
 
 _NEVER = (".py", ".safetensors", ".bin", ".pt", ".pth", ".h5")  # code and weights are no small files
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the caller allows while a reference is loaded or an architecture is built.
+    """What the caller allows while a reference is loaded or an architecture is built."""
 
-    Attributes:
-        trust_remote_code: whether Python files that come with a transformers model may run.
-        run_factory: whether the user's own `module.py:factory` may run again.
-    """
-
-    trust_remote_code: bool = False
-    run_factory: bool = False
+    permission: Permission = Permission.NONE
 
 
 @dataclass(frozen=True)

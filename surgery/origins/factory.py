@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery_recipes import SHIPPED
 from torch import nn
 
 from surgery.errors import LoadError
@@ -20,8 +21,8 @@ from surgery.member import Inputs, Origin
 from surgery.origins.base import Loaded, Request, one_line, shorten, split_options, write_files
 from surgery.origins.empty import drop_weights
 from surgery.origins.weights import save_weights
+from surgery.permission import Permission
 
-OWN = "surgery_recipes."  # ships with this package
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.(?!py:)[A-Za-z_]\w*)+:[A-Za-z_]\w*")
 
 
@@ -38,7 +39,7 @@ def load(reference: str, request: Request) -> Loaded:
         LoadError: where the file or the factory is missing, fails, or returns something else.
     """
     head, options = split_options(reference)
-    module, inputs = _make(head, options)
+    module, inputs = _make(head, options, request.permission)
     where, _, factory = head.rpartition(":")
     name = f"{where if _DOTTED.fullmatch(head) else Path(where).name}:{factory}"
     return Loaded(module, Origin("factory", reference, name), inputs=inputs)
@@ -48,14 +49,10 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
     """Run the factory again and drop the weights that it made.
 
     Raises:
-        LoadError: unless `request.run_factory`, and where the file no longer gives the module.
+        ConsentError: where the permission does not cover the factory.
+        LoadError: where the file no longer gives the module.
     """
-    if not request.run_factory and not origin.reference.startswith(OWN):
-        raise LoadError(
-            f"building '{origin.reference}' again runs that Python file: read it, then pass "
-            "--trust-remote-code, in Python run_factory=True"
-        )
-    return drop_weights(_make(*split_options(origin.reference))[0])
+    return drop_weights(_make(*split_options(origin.reference), request.permission)[0])
 
 
 def save_plain(module: nn.Module, origin: Origin, files: Mapping[str, bytes], directory: Path) -> None:
@@ -64,12 +61,23 @@ def save_plain(module: nn.Module, origin: Origin, files: Mapping[str, bytes], di
     write_files(files, directory)
 
 
-def find_function(reference: str) -> Callable[..., Any]:
-    """The function that `file.py:function` or `package.module:function` names.
+def find_function(reference: str, permission: Permission) -> Callable[..., Any]:
+    """The function that `file.py:function` or `package.module:function` names, imported.
+
+    Args:
+        reference: without options.
+        permission: of the text that names it; functions that ship with this package need none.
 
     Raises:
+        ConsentError: where the permission does not cover the function; nothing was imported.
         LoadError: where the file, the module or the function does not exist, or importing it fails.
+
+    Example:
+        >>> find_function("surgery_recipes.nets:lenet", Permission.NONE).__name__
+        'lenet'
     """
+    if reference not in SHIPPED:
+        permission.require(Permission.OWN, f"'{reference}' is Python code that would run")
     where, colon, name = reference.rpartition(":")
     if not colon or not name.isidentifier():
         raise LoadError(
@@ -99,9 +107,11 @@ def find_function(reference: str) -> Callable[..., Any]:
     return found
 
 
-def _make(reference: str, options: Mapping[str, Any]) -> tuple[nn.Module, Inputs | None]:
+def _make(
+    reference: str, options: Mapping[str, Any], permission: Permission
+) -> tuple[nn.Module, Inputs | None]:
     """The factory's module and example inputs."""
-    make = find_function(reference)
+    make = find_function(reference, permission)
     try:
         made = make(**options)
     except Exception as error:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,10 @@ from surgery.origins.base import Loaded, Request, one_line, quiet, shorten, spli
 from surgery.origins.empty import build_empty
 from surgery.origins.weights import check_fit, load_exactly, read_weights, save_weights
 
+_WRAPPERS = {"features_only", "out_indices", "output_stride", "feature_cls", "img_size", "num_classes", "in_chans",
+             "drop_rate", "drop_path_rate", "global_pool"}  # fmt: skip
+_LOADING = {"self", "args", "kwargs", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path",
+            "cache_dir", "cfg", "variant"}  # fmt: skip
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 
@@ -69,6 +77,7 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
         return build_empty(lambda: _create(origin.architecture, options)).eval()
     with tempfile.TemporaryDirectory() as folder:
         write_files({"config.json": files["config.json"]}, Path(folder))
+        _check_options(origin.architecture, _read_config(Path(folder)).get("model_args") or {})
         return build_empty(lambda: _create(origin.architecture, options, f"local-dir:{folder}")).eval()
 
 
@@ -116,6 +125,7 @@ def _load_hub(reference: str, name: str, options: dict[str, Any]) -> Loaded:
 
     if ":" not in name:
         _check_name(name)
+        _check_options(name, options)
         if not timm.is_model_pretrained(name):
             raise LoadError(
                 f"timm has no pretrained weights for '{name}': {_alike(name, True)} Local weights are given "
@@ -147,6 +157,7 @@ def _load_folder(reference: str, folder: Path) -> Loaded:
         )
     state = read_weights(path)
     name = str(config["architecture"])
+    _check_options(name, config.get("model_args") or {})
     module = _create(name, {}, f"local-dir:{folder}")
     advice = "config.json and the weights must belong together."
     what = f"{path} as weights of timm's '{name}'"
@@ -168,6 +179,7 @@ def _create(name: str, options: dict[str, Any], source: str | None = None) -> nn
     import timm
 
     _check_name(name)
+    _check_options(name, options)
     try:
         with quiet():
             return timm.create_model(source or name, pretrained=False, **options)
@@ -183,6 +195,32 @@ def _check_name(name: str) -> None:
 
     if not timm.is_model(name):
         raise LoadError(f"timm {timm.__version__} has no model '{name}': {_alike(name, False)}")
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Options shape the architecture alone: none may name files, weights or configurations, which timm would open."""
+    _check_name(name)
+    wrong = sorted(set(options) - _known_options(name))
+    if wrong:
+        raise LoadError(
+            f"options of timm:{name} are arguments of its architecture, such as num_classes, in_chans or img_size; "
+            f"{shorten(wrong)} {'is' if len(wrong) == 1 else 'are'} none: leave it out"
+        )
+
+
+@cache
+def _known_options(name: str) -> frozenset[str]:
+    """Arguments of the networks and their builders in the model's own file, and of timm's wrapper for features."""
+    from timm.models import model_entrypoint
+
+    takers = [
+        each
+        for key, each in vars(sys.modules[model_entrypoint(name).__module__]).items()
+        if (isinstance(each, type) and (issubclass(each, nn.Module) or is_dataclass(each)))
+        or (inspect.isfunction(each) and key.startswith(("_gen", "_create")))
+    ]
+    taken = {argument for each in takers for argument in inspect.signature(each).parameters}
+    return frozenset(taken | _WRAPPERS) - _LOADING
 
 
 def _alike(name: str, pretrained: bool) -> str:

@@ -30,6 +30,7 @@ from surgery.origins.dtypes import widest
 from surgery.origins.empty import build_empty
 from surgery.origins.transformers_dtypes import FileDtypes, decoded_float8
 from surgery.origins.weights import check_safetensors, raise_misfit
+from surgery.permission import Permission
 
 FILES = (
     "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json",
@@ -93,11 +94,15 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
         names = ("config.json", "generation_config.json")
         write_files({name: files[name] for name in names if name in files}, Path(folder))
         where = folder
-        if request.trust_remote_code and "auto_map" in json.loads(files["config.json"]):
+        if request.permission >= Permission.ALL and "auto_map" in json.loads(files["config.json"]):
             where = split_options(origin.reference)[0].partition("@")[0]  # code stays where it came from
         config = _read_config(where, origin.revision, request, origin.reference)
         kind = model_class(config, origin.architecture, where, origin.revision, request)
-        dtype = getattr(torch, str(origin.options.get("dtype", "float32")))
+        dtype = getattr(torch, str(origin.options.get("dtype", "float32")), None)
+        if not isinstance(dtype, torch.dtype):
+            raise LoadError(
+                f"the dtype of '{origin.reference}' must be one of torch's, found {origin.options['dtype']}"
+            )
         extra = {key: value for key, value in origin.options.items() if key == "add_pooling_layer"}
         module: Any = build_empty(lambda: kind._from_config(config, dtype=dtype, **extra))
         if "generation_config.json" in files and module.can_generate():
@@ -169,11 +174,7 @@ def model_class(config: Any, wanted: str | None, where: str, revision: str | Non
         entry for name, entry in auto_map.items() if name == "AutoModel" and isinstance(entry, str)
     ]
     if remote:
-        if not request.trust_remote_code:
-            raise LoadError(_remote_code(where, named))
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        return get_class_from_dynamic_module(remote[0], where, revision=revision)
+        return remote_class(remote[0], where, revision, request.permission)
     if wanted:
         raise LoadError(
             f"transformers {transformers.__version__} has no model class '{wanted}': check the name"
@@ -203,6 +204,38 @@ def _load_in_file_dtypes(
             module, extra = _load_weights(kind, where, revision, request, unused, dtypes.common or "auto")
     dtypes.put(module, where)
     return module, extra, dtypes.common or module.dtype
+
+
+def remote_class(name: str, where: str, revision: str | None, permission: Permission) -> Any:
+    """A class in the Python files that come with a checkpoint, imported.
+
+    Args:
+        name: `file.Class`, or `repository--file.Class`.
+        where: folder or hub id of the checkpoint.
+        revision: of the hub id.
+        permission: of the text that names the checkpoint.
+
+    Raises:
+        ConsentError: where the permission does not cover code of a checkpoint; nothing was fetched or imported.
+    """
+    permission.require(Permission.ALL, f"{where} brings its own Python code for {name}")
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    return get_class_from_dynamic_module(name, where, revision=revision)
+
+
+def _check_kernels(config: Any, where: str, permission: Permission) -> None:
+    """Refuse implementations that transformers would fetch from the hub as compiled code, in all parts of a config."""
+    for name in ("_attn_implementation", "_experts_implementation"):
+        value = str(getattr(config, name, None))
+        if "/" in value or value.startswith(
+            "flash"
+        ):  # without its package, `flash_attention_2` is fetched as well
+            least = Permission.ALL if "/" in value else Permission.OWN
+            permission.require(least, f"{where} brings its own code, the kernel {value}")
+    for key in getattr(config, "sub_configs", None) or ():
+        if (part := getattr(config, key, None)) is not None:
+            _check_kernels(part, where, permission)
 
 
 def _load_weights(
@@ -247,7 +280,7 @@ def _from_pretrained(
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that all of them are named in one error
-            trust_remote_code=request.trust_remote_code,
+            trust_remote_code=request.permission >= Permission.ALL,
             **extra,
         )
     except Exception as error:
@@ -257,21 +290,15 @@ def _from_pretrained(
 def _read_config(where: str, revision: str | None, request: Request, reference: str) -> Any:
     from transformers import AutoConfig
 
+    trusted = request.permission >= Permission.ALL
     try:
-        return AutoConfig.from_pretrained(
-            where, revision=revision, trust_remote_code=request.trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trusted)
     except Exception as error:
         if "trust_remote_code" in str(error):
-            raise LoadError(_remote_code(reference, "")) from error
+            request.permission.require(Permission.ALL, f"{reference} brings its own Python code")
         raise LoadError(_failed(where, revision, "reading the configuration", error)) from error
-
-
-def _remote_code(where: str, named: str) -> str:
-    return (
-        f"{where} brings its own Python code{f' for {named}' if named else ''}, which runs only on "
-        "purpose: read it, then pass --trust-remote-code (in Python trust_remote_code=True)"
-    )
+    _check_kernels(config, reference, request.permission)
+    return config
 
 
 def _failed(where: str, revision: str | None, step: str, error: BaseException) -> str:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from surgery.errors import PlanError
 from surgery.joint import JointModel
+from surgery.permission import Permission
 from surgery.recipe import Recipe, TaskSpec
 from surgery.training.config import Adaptation
 from surgery.training.features import SourceFeatures, features_of
@@ -27,6 +28,7 @@ def with_sources(
     source: JointModel,
     folder: str,
     like: str | None,
+    permission: Permission,
     batches: int | None = None,
 ) -> list[Task]:
     """The same tasks; those that adapt know what the source's member makes of the data that it knows.
@@ -39,6 +41,7 @@ def with_sources(
         source: the artifact's members.
         folder: of the artifact, for log and report.
         like: the one of them whose features count; may be None where there is one alone.
+        permission: of the recipe.
         batches: of the source's data that are looked at; all by default.
 
     Raises:
@@ -51,7 +54,7 @@ def with_sources(
         adaptation = specs[task.name].adaptation
         if adaptation is not None and adapts_by(task.loss):
             member = _member(source, like)
-            seen = _features(specs[task.name], adaptation, source, member, recipe.seed, batches)
+            seen = _features(specs[task.name], adaptation, source, member, recipe.seed, permission, batches)
             task = replace(task, source=replace(seen, told={"source": folder, "member": member, **seen.told}))
         found.append(task)
     return found
@@ -63,10 +66,11 @@ def _features(
     source: JointModel,
     member: str,
     seed: int,
+    permission: Permission,
     batches: int | None,
 ) -> SourceFeatures:
     asked = {"data": adaptation.data, "options": adaptation.options, "batch": adaptation.batch or spec.batch}
-    known = load_data(TaskSpec(**asked), source.members[member], seed).train
+    known = load_data(TaskSpec(**asked), source.members[member], seed, permission).train
     known = known if batches is None else First(known, batches)
     features = features_of(source, member, known, adaptation.part, seed)
     return SourceFeatures(adaptation.part, features, adaptation.settings, seed, asked)

@@ -11,13 +11,14 @@ from typing import Any
 from torch import nn
 
 from surgery.artifact import load, save
-from surgery.errors import LoadError, PlanError, SurgeryError
+from surgery.errors import ConsentError, LoadError, PlanError, SurgeryError
 from surgery.folders import check_target
 from surgery.joint import JointModel, join
 from surgery.merging import Prepared, plan_members, prepare
+from surgery.permission import Permission
 from surgery.recipe import Recipe
 from surgery.records import remove_owned
-from surgery.references import load_member
+from surgery.references import load_origin, ships
 from surgery.training.checking import check_recipe, check_source
 from surgery.training.config import Training
 from surgery.training.domains import adapting, with_sources
@@ -25,7 +26,7 @@ from surgery.training.losses import adapts_by, loss_of
 from surgery.training.rehearsal import rehearse_members
 from surgery.training.report import TrainReport
 from surgery.training.runlog import NAME as LOG
-from surgery.training.sources import check_trust, make_tasks
+from surgery.training.sources import check_sources, make_tasks
 from surgery.training.starts import take_over
 from surgery.training.streams import seeded
 from surgery.training.tasks import Task
@@ -71,6 +72,7 @@ def train_recipe(
     resume: bool = False,
     fast_run: bool = False,
     overwrite: bool = False,
+    own: bool = True,
     trust_remote_code: bool = False,
     cpu: bool = False,
 ) -> tuple[JointModel, TrainReport]:
@@ -84,12 +86,16 @@ def train_recipe(
         resume: whether to go on with an interrupted run for the same `out`.
         fast_run: go through every phase in seconds, to see that all of it works.
         overwrite: whether `recipe.out` may be replaced.
-        trust_remote_code: whether Python files that come with a model may run.
+        own: whether the user wrote the recipe, and so may name functions that run; False where it came with an
+            artifact.
+        trust_remote_code: whether Python files that come with a model or an artifact may run.
         cpu: whether to stay on the CPU.
 
     Raises:
         SurgeryError: for bad input, or where training cannot go on.
     """
+    permission = _permission(own, trust_remote_code)
+    check_sources(recipe, permission)
     check_recipe(recipe, going_on=joint is not None)
     assert recipe.train is not None
     source = recipe.train.templates.source
@@ -104,14 +110,15 @@ def train_recipe(
         joint = join(prepared.members, prepared.plan)
     else:
         recipe = _going_on(recipe)
-    config, tasks = _with_templates(recipe), make_tasks(recipe, joint.members)
+    config, tasks = _with_templates(recipe), make_tasks(recipe, joint.members, permission)
     if fast_run:
         config, tasks = fast(config, tasks)
     if source is not None and (config.templates.source is not None or adapting(tasks)):
         given = load_source(source, trust_remote_code)
         if config.templates.source is not None:  # not where an artifact that began from it goes on
             config = begin_from_source(joint, tasks, config, given, seed=recipe.seed, cpu=cpu)
-        tasks = with_sources(recipe, tasks, given, source, config.templates.like, 2 if fast_run else None)
+        seen = 2 if fast_run else None
+        tasks = with_sources(recipe, tasks, given, source, config.templates.like, permission, seen)
         del given  # as large as the members
     if folder is not None and overwrite and not resume and _is_main():
         remove_owned(folder)  # an earlier run's, now that nothing else can go wrong
@@ -121,6 +128,11 @@ def train_recipe(
         save(joint, recipe.out, overwrite=overwrite, recipe=recipe.resolved(), extras=extras)
         remove_owned(folder)
     return joint, report
+
+
+def _permission(own: bool, trust_remote_code: bool) -> Permission:
+    """Of a recipe that the user wrote, or of one that came with an artifact."""
+    return (Permission.of_user if own else Permission.of_artifact)(trust_remote_code)
 
 
 def _going_on(recipe: Recipe) -> Recipe:
@@ -144,14 +156,25 @@ def _with_templates(recipe: Recipe) -> Training:
     return recipe.train.model_copy(update={"templates": templates})
 
 
-def rejoin(folder: str | Path, recipe: Recipe, trust_remote_code: bool = False) -> JointModel:
+def rejoin(
+    folder: str | Path, recipe: Recipe, *, own: bool = False, trust_remote_code: bool = False
+) -> JointModel:
     """The members of an artifact joined by a recipe's parameters, to be trained further.
 
     They go on from the weights that they have, and from their hypermodules where the recipe's blocks are still those
     of the artifact; tensors that are equal, up to a factor, are shared too.
+
+    Args:
+        folder: the artifact.
+        recipe: to go on with.
+        own: whether the user wrote the recipe; by default it came with the artifact.
+        trust_remote_code: whether Python code that the artifact names may run.
+
+    Raises:
+        ConsentError: where the recipe or the artifact names code or files that were not consented to.
     """
-    check_trust(recipe, trust_remote_code)
-    loaded = load(folder, trust_remote_code=trust_remote_code, run_factory=trust_remote_code)
+    check_sources(recipe, _permission(own, trust_remote_code))
+    loaded = load(folder, trust_remote_code=trust_remote_code)
     members = [replace(loaded.members[name], module=loaded.extract(name)) for name in loaded.names]
     plan = plan_members(recipe, members)[1]
     return take_over(join(members, plan), loaded)
@@ -174,12 +197,13 @@ def evaluate_artifact(
         members: those to be measured; all by default.
         part: of the data; tasks without it are measured on `validation`, or else on what they were trained on.
         data: in place of the data that the recipe names.
-        trust_remote_code: whether functions that the artifact's recipe names may run.
+        trust_remote_code: whether functions that the artifact names may run, and files that it names be read.
 
     Raises:
+        ConsentError: where the artifact names such functions or files.
         PlanError: where the artifact has no recipe with tasks.
     """
-    joint = load(source, members=members, trust_remote_code=trust_remote_code, run_factory=trust_remote_code)
+    joint = load(source, members=members, trust_remote_code=trust_remote_code)
     recipe = recipe_of(joint)
     chosen = [model for model in recipe.models if model.name in joint.names]
     if data is not None:
@@ -190,27 +214,34 @@ def evaluate_artifact(
             for model in chosen
         ]
     recipe = recipe.model_copy(update={"models": tuple(chosen)})
-    check_trust(recipe, trust_remote_code or data is not None)
+    permission = Permission.of_artifact(trust_remote_code)
+    # Data that the user names need no further consent.
+    reading = permission if data is None else Permission.of_user(trust_remote_code)
     scores: dict[str, Score] = {}
-    for task in make_tasks(recipe, joint.members):
+    for task in make_tasks(recipe, joint.members, reading):
         held = getattr(task, part) or task.validation or task.data
         losses = {}
         if not adapts_by(task.loss):  # an artifact holds nothing of the source that a member was adapted to
-            losses[task.name] = loss_of(task.loss, partial(_original, recipe, task, trust_remote_code))
+            losses[task.name] = loss_of(task.loss, partial(_original, joint, task, permission, recipe.seed))
         scores |= evaluate(joint, [replace(task, test=held)], losses, "test", recipe.seed)
     return scores
 
 
-def _original(recipe: Recipe, task: Task, trust: bool) -> nn.Module:
-    """The member that a task distils, from where the recipe says that it came from: the artifact has it as trained.
+def _original(joint: JointModel, task: Task, permission: Permission, seed: int) -> nn.Module:
+    """The member that a task distils, from where it came: the artifact has it as trained.
 
     Raises:
+        ConsentError: where it lies outside of the artifact and the permission does not cover that.
         LoadError: where it is no longer there.
     """
-    model = next(model for model in recipe.models if model.name == task.member)
+    origin = joint.members[task.member].origin
+    if not ships(origin):
+        permission.require(Permission.OWN, f"the loss of task '{task.name}' loads {origin.reference}")
     try:
-        with seeded(recipe.seed):
-            member = load_member(model.model, name=model.name, seed=recipe.seed, trust_remote_code=trust)
+        with seeded(seed):
+            member = load_origin(origin, name=task.member, permission=permission, seed=seed)
+    except ConsentError:
+        raise
     except SurgeryError as error:
         raise LoadError(
             f"The loss of task '{task.name}' compares with member '{task.member}' as it was before, but this cannot be "

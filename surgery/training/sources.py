@@ -1,7 +1,7 @@
 """Sources: where a task's examples come from; a new one is a function and a line in `SOURCES`.
 
-A source turns what a recipe says into batches for training, validation and test. Functions run only when they
-are named by a recipe of the user's own: `check_trust` refuses those in a recipe that came with an artifact.
+A source turns what a recipe says into batches for training, validation and test. A recipe that came with an artifact
+may name functions that ship with this package; `check_sources` refuses all else that it names without consent.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from surgery_recipes import PLACES, SHIPPED
 from torch import Tensor
 
 from surgery.errors import LoadError, PlanError
 from surgery.member import Member
 from surgery.origins.base import one_line
-from surgery.origins.factory import OWN, find_function
+from surgery.origins.factory import find_function
+from surgery.permission import Permission
 from surgery.recipe import Recipe, TaskSpec
 from surgery.training.parts import Parts, Unlabelled, split_rows
 from surgery.training.sources_hub import PREFIX, from_datasets
@@ -28,16 +31,22 @@ from surgery.training.tasks import Task
 _FUNCTION = re.compile(r"[^:]*:[A-Za-z_]\w*")
 
 
-def make_tasks(recipe: Recipe, members: Mapping[str, Member]) -> list[Task]:
+def make_tasks(recipe: Recipe, members: Mapping[str, Member], permission: Permission) -> list[Task]:
     """The tasks that a recipe names for its members.
 
+    Args:
+        recipe: with the name of every member.
+        members: by name.
+        permission: of the recipe.
+
     Raises:
+        ConsentError: where the permission does not cover a source.
         LoadError: where data cannot be read.
         PlanError: where a recipe names no task.
     """
     tasks: list[Task] = []
     for name, member, spec in named_specs(recipe):
-        parts = load_data(spec, members[member], recipe.seed)
+        parts = load_data(spec, members[member], recipe.seed, permission)
         data = parts.train if spec.labels else Unlabelled(parts.train)
         tasks.append(
             Task(name, member, data, spec.loss, spec.metric, parts.validation, parts.test, spec.weight)
@@ -56,15 +65,24 @@ def named_specs(recipe: Recipe) -> Iterator[tuple[str, str, TaskSpec]]:
             yield spec.name or (model.name if alone else f"{model.name}-{number + 1}"), model.name, spec
 
 
-def load_data(spec: TaskSpec, member: Member, seed: int) -> Parts:
+def load_data(spec: TaskSpec, member: Member, seed: int, permission: Permission) -> Parts:
     """The batches that a task's `data` names.
 
+    Args:
+        spec: what the recipe says of the task.
+        member: that the task trains.
+        seed: of orders and splits.
+        permission: of the recipe.
+
     Raises:
+        ConsentError: where the permission does not cover the source.
         LoadError: where there is no such source, or it cannot be read.
     """
+    if outside := _outside(spec.data, spec.options):
+        permission.require(Permission.OWN, f"the task's data use {', '.join(outside)}")
     for claims, read in SOURCES:
         if claims(spec.data):
-            return read(spec, member, seed)
+            return read(spec, member, seed, permission)
     raise LoadError(no_source(spec.data))
 
 
@@ -76,28 +94,35 @@ def no_source(data: str) -> str:
     )
 
 
-def check_trust(recipe: Recipe, trusted: bool) -> None:
-    """Refuse to run functions that a recipe from elsewhere names, unless that is asked for.
+def check_sources(recipe: Recipe, permission: Permission) -> None:
+    """Refuse a recipe that names what its permission does not cover, before anything is loaded.
 
     Raises:
-        LoadError: naming them.
+        ConsentError: naming the functions, files and data sets.
     """
     specs = [spec for model in recipe.models for spec in model.tasks]
-    named = [spec.data for spec in specs] + [spec.adaptation.data for spec in specs if spec.adaptation]
-    strangers = [name for name in named if is_function(name) and not name.startswith(OWN)]
-    if strangers and not trusted:
-        raise LoadError(
-            f"The recipe that came with this artifact runs {', '.join(strangers)}: read it, then pass "
-            "--trust-remote-code."
-        )
+    named = [(spec.data, spec.options) for spec in specs]
+    named += [(spec.adaptation.data, spec.adaptation.options) for spec in specs if spec.adaptation]
+    outside = [each for data, options in named for each in _outside(data, options)]
+    if recipe.train is not None and recipe.train.templates.source is not None:
+        outside.append(recipe.train.templates.source)
+    if outside:
+        found = ", ".join(dict.fromkeys(outside))
+        permission.require(Permission.OWN, f"the recipe that came with this artifact uses {found}")
 
 
-def from_function(spec: TaskSpec, member: Member, seed: int) -> Parts:
+def _outside(data: str, options: Mapping[str, Any]) -> list[str]:
+    """What a source names that does not ship with this package: a function, a file, a data set, a folder."""
+    named = [] if data in SHIPPED else [data]
+    return named + [str(value) for key, value in options.items() if key in (*PLACES, "tokenizer") and value]
+
+
+def from_function(spec: TaskSpec, member: Member, seed: int, permission: Permission) -> Parts:
     """Call a function with the recipe's options, and with those of `batch`, `seed` and `member` that it takes.
 
     It returns a mapping with `train` and, where it has them, `validation` and `test`; or the training data alone.
     """
-    function = find_function(spec.data)
+    function = find_function(spec.data, permission)
     offered = {"batch": spec.batch, "seed": seed, "member": member}
     known = inspect.signature(function).parameters
     arguments = {name: value for name, value in offered.items() if name in known} | spec.options
@@ -117,7 +142,7 @@ def from_function(spec: TaskSpec, member: Member, seed: int) -> Parts:
     return Parts(made)
 
 
-def from_tensors(spec: TaskSpec, member: Member, seed: int) -> Parts:
+def from_tensors(spec: TaskSpec, member: Member, seed: int, permission: Permission) -> Parts:
     """Arrays `inputs` and `targets` of a .npz or .safetensors file, split by the options `validation` and `test`.
 
     Both are numbers or shares of the examples, which are drawn by the seed.
@@ -173,7 +198,7 @@ def _ends(*endings: str) -> Callable[[str], bool]:
 
 
 ENDINGS = (".npz", ".safetensors")
-SOURCES: list[tuple[Callable[[str], bool], Callable[[TaskSpec, Member, int], Parts]]] = [
+SOURCES: list[tuple[Callable[[str], bool], Callable[[TaskSpec, Member, int, Permission], Parts]]] = [
     (lambda data: data.startswith(PREFIX), from_datasets),
     (is_function, from_function),
     (_ends(*ENDINGS), from_tensors),

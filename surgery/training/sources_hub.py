@@ -11,6 +11,7 @@ import torch
 from surgery.errors import LoadError
 from surgery.member import Member
 from surgery.origins.base import one_line, quiet
+from surgery.permission import Permission
 from surgery.training.parts import Parts, split_rows
 from surgery.training.sources_text import LENGTH, TextBatches, load_tokenizer
 from surgery.training.streams import Batches
@@ -22,7 +23,7 @@ PREFIX = "datasets:"
 SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 
 
-def from_datasets(spec: TaskSpec, member: Member, seed: int) -> Parts:
+def from_datasets(spec: TaskSpec, member: Member, seed: int, permission: Permission) -> Parts:
     """A data set of the hub, or a folder that `save_to_disk` wrote.
 
     Options: `name`, of a configuration; `splits`, which of its splits are `train`, `validation` and `test`; `text`

@@ -15,6 +15,7 @@ from torch import Tensor
 from surgery.errors import LoadError
 from surgery.member import Member
 from surgery.origins.base import one_line, quiet, write_files
+from surgery.permission import Permission
 from surgery.training.parts import Parts, split_rows
 from surgery.training.streams import Batches
 
@@ -73,7 +74,7 @@ class TextBatches:
             yield cut, target[:, begin:end] if self.cut_target else target
 
 
-def from_text(spec: TaskSpec, member: Member, seed: int) -> Parts:
+def from_text(spec: TaskSpec, member: Member, seed: int, permission: Permission) -> Parts:
     """Texts of a csv, tsv or jsonl file.
 
     Options: `text` and `target`, the columns (`text` and `label` by default; `target: null` for language
@@ -135,7 +136,7 @@ def load_tokenizer(source: Member | Path) -> Any:
             write_files(source.files, Path(folder))
         place = source if isinstance(source, Path) else folder
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place)
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         except Exception as error:
             raise LoadError(f"The tokenizer in {place} must be readable: {one_line(error)}") from error
     if tokenizer.pad_token is None:

@@ -28,7 +28,7 @@ def load_source(folder: str, trust: bool) -> JointModel:
     Raises:
         SurgeryError: where it cannot be loaded.
     """
-    return load(folder, trust_remote_code=trust, run_factory=trust)
+    return load(folder, trust_remote_code=trust)
 
 
 def begin_from_source(
