@@ -122,7 +122,7 @@ def test_shards_and_pickles(folders, tmp_path):
     torch.save(net.state_dict(), folder / "pytorch_model.bin")
     assert content_hash(load_member(str(folder)).module.state_dict()) == content_hash(net.state_dict())
     torch.save({**net.state_dict(), "evil": os.system}, folder / "pytorch_model.bin")
-    with pytest.raises(LoadError, match="loading weights into BertModel failed"):
+    with pytest.raises(LoadError, match="must hold tensors alone"):
         load_member(str(folder))
 
 
