@@ -225,7 +225,7 @@ def merge(
         },
         "select": {"adapters": adapters, "sites": sites, "skip": skip, "stacks": stacks},
     }
-    recipe = read_recipe(config, given, changes or [])
+    recipe = read_recipe(config, given, changes or [], trust_remote_code)
     if recipe.out is None and not dry_run:
         raise typer.BadParameter("a folder to write is needed", param_hint="--out")
     if dry_run:
@@ -234,12 +234,14 @@ def merge(
         run(recipe, overwrite, trust_remote_code, json=json, quiet=quiet, verbose=verbose)
 
 
-def read_recipe(config: str | None, given: dict[str, Any], changes: list[str]) -> Recipe:
+def read_recipe(config: str | None, given: dict[str, Any], changes: list[str], trust: bool) -> Recipe:
     """The recipe of a command line: a file, overridden by options, overridden by `--set`."""
-    from surgery.documents import override, read_document
+    from surgery.documents import check_code, override, read_document
     from surgery.recipe import TARGETS, Recipe
 
     document = read_document(config) if config else {}
+    if config:
+        check_code(document, config, trust)
     for key, value in given.items():
         if isinstance(value, dict):
             value = {name: each for name, each in value.items() if each not in (None, [])}

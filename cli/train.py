@@ -92,11 +92,11 @@ def train(
     """
     if resume not in RESUME:
         raise typer.BadParameter(f"must be one of {', '.join(RESUME)}, not {resume}", param_hint="--resume")
-    recipe, folder = read_training(source, out, seed, changes or [])
+    recipe, folder = read_training(source, out, seed, changes or [], trust_remote_code)
     if recipe.out is None and not dry_run:
         raise typer.BadParameter("a folder to write is needed", param_hint="--out")
     if dry_run:
-        preview(recipe, trust_remote_code, json=json, quiet=quiet)
+        preview(recipe, folder, trust_remote_code, json=json, quiet=quiet)
         return
     report = run(
         recipe,
@@ -121,12 +121,12 @@ def train(
 
 
 def read_training(
-    source: str, out: str | None, seed: int | None, changes: list[str]
+    source: str, out: str | None, seed: int | None, changes: list[str], trust: bool
 ) -> tuple[Recipe, Path | None]:
     """The recipe, and the folder whose members go on, where the source is one."""
     import yaml
 
-    from surgery.documents import override, read_document
+    from surgery.documents import check_code, override, read_document
     from surgery.training.checking import check_document
 
     folder = Path(source).expanduser()
@@ -134,20 +134,25 @@ def read_training(
     document = read_document(folder / "recipe.yaml" if found else source)
     document |= {key: value for key, value in (("out", out), ("seed", seed)) if value is not None}
     document.setdefault("train", yaml.safe_load("{}"))
-    return check_document(override(document, changes), going_on=found is not None), found
+    document = override(document, changes)
+    check_code(document, folder / "recipe.yaml" if found else source, trust)
+    return check_document(document, going_on=found is not None), found
 
 
-def preview(recipe: Recipe, trust_remote_code: bool, *, json: bool, quiet: bool) -> None:
+def preview(recipe: Recipe, folder: Path | None, trust: bool, *, json: bool, quiet: bool) -> None:
     """A dry run: members loaded and planned, and the tasks' first batches tried."""
     from surgery.training.checking import check_source
-    from surgery.training.recipe_run import prepare_training, try_tasks
+    from surgery.training.recipe_run import prepare_again, prepare_training, try_tasks
 
     from . import console, planned
 
     with console.working(quiet=quiet, json_wanted=json):
-        check_source(recipe)
-        prepared = prepare_training(recipe, trust_remote_code)
-        try_tasks(prepared)
+        if folder is not None:
+            prepared = prepare_again(folder, recipe, trust_remote_code=trust)
+        else:
+            check_source(recipe)
+            prepared = prepare_training(recipe, trust)
+        try_tasks(prepared, own=folder is None, trust_remote_code=trust)
     if json:
         console.emit(planned.plan_json(prepared))
     elif not quiet:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from surgery_recipes import SHIPPED
+
 from surgery.errors import PlanError
+from surgery.permission import Permission
 from surgery.untrusted import RECIPE_BYTES, UnreadableError, parse_yaml, read_regular, shown
+
+_CODE = re.compile(r"^(?!timm:|datasets:|hf-hub:|re:)\S*[\w/]:[A-Za-z_]\w*$")
+"""Texts that name a function: `file.py:function` and `package.module:function`."""
 
 
 def read_text(source: str | Path) -> str:
@@ -49,6 +56,40 @@ def read_document(source: str | Path) -> dict[str, Any]:
             f"The recipe {source} must be a YAML mapping with 'models', found {type(document).__name__}."
         )
     return document
+
+
+def check_code(document: Mapping[str, Any], source: str | Path, trust_remote_code: bool) -> None:
+    """Refuse a recipe that lies in an artifact and names Python code, unless the user consented.
+
+    A recipe elsewhere is the user's own, like a script. One in an artifact may be anybody's.
+
+    Args:
+        document: the recipe, not yet validated.
+        source: where it was read.
+        trust_remote_code: the user's consent.
+
+    Raises:
+        ConsentError: naming the functions.
+    """
+    path = Path(source).expanduser()
+    if not (path.parent / "manifest.json").is_file():
+        return
+    found = sorted({text for text in _texts(document) if _CODE.search(text)} - SHIPPED)
+    if found:
+        what = f"the recipe that came with the artifact {path.parent} names code that would run: {', '.join(found)}"
+        Permission.of_artifact(trust_remote_code).require(Permission.OWN, what)
+
+
+def _texts(value: Any, key: str = "") -> Iterable[str]:
+    """All models and data that a document names, options of references cut off."""
+    if isinstance(value, str) and key in ("model", "data"):
+        yield value.partition("?")[0]
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _texts(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, key)
 
 
 def recipe_names() -> list[str]:

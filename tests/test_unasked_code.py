@@ -145,6 +145,12 @@ def hostile(places: dict[str, Path]) -> dict[str, list[list[str]]]:
             )
         if name.startswith("data"):
             verbs.append(["report", str(folder)])
+        if name.startswith(("recipe", "data")):
+            verbs.append(["train", str(folder), "--dry-run"])
+        if name in ("recipe-model-0", "recipe-model-2", "recipe-model-4", "data-0", "data-1", "data-2"):
+            file = str(folder / "recipe.yaml")
+            verbs.append(["train", file, "--out", f"{out}-again", "--cpu"])
+            verbs.append(["merge", "--config", file, "--out", f"{out}-merged"])
         made[name] = verbs
 
     def origin(**fields):

@@ -54,13 +54,32 @@ def prepare_training(recipe: Recipe, trust_remote_code: bool = False) -> Prepare
         return prepare(recipe, trust_remote_code=trust_remote_code)
 
 
-def try_tasks(prepared: Prepared) -> None:
+def prepare_again(folder: str | Path, recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
+    """The members of an artifact, as they are, planned by the recipe that came with it.
+
+    Raises:
+        ConsentError: where the recipe or the artifact names code or files that were not consented to.
+    """
+    check_sources(recipe, Permission.of_artifact(trust_remote_code))
+    loaded = load(folder, trust_remote_code=trust_remote_code)
+    members = tuple(replace(loaded.members[name], module=loaded.extract(name)) for name in loaded.names)
+    anatomies, plan = plan_members(recipe, members)
+    return Prepared(recipe, members, tuple(anatomies), plan, {})
+
+
+def try_tasks(prepared: Prepared, *, own: bool = True, trust_remote_code: bool = False) -> None:
     """Read the data of a recipe's tasks and try a batch of each with its member, as a run does before its first step.
+
+    Args:
+        prepared: members and recipe.
+        own: whether the user wrote the recipe; False where it came with an artifact.
+        trust_remote_code: whether Python code that an artifact names may run.
 
     Raises:
         SurgeryError: for data that cannot be read, or do not suit member, loss or metric.
     """
-    tasks = make_tasks(prepared.recipe, {member.name: member for member in prepared.members})
+    members = {member.name: member for member in prepared.members}
+    tasks = make_tasks(prepared.recipe, members, _permission(own, trust_remote_code))
     rehearse_members({member.name: member.module for member in prepared.members}, tasks, prepared.recipe.seed)
 
 
