@@ -30,6 +30,8 @@ class Origin:
         architecture: transformers class, timm model name, or `file.py:factory`.
         revision: hub commit or the like, where known.
         options: JSON-able arguments for building the architecture.
+        seed: of the weights, where they were drawn at random because none are stored; see
+            `surgery.randomness.member_seed`.
     """
 
     kind: str
@@ -37,6 +39,7 @@ class Origin:
     architecture: str
     revision: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
 
 
 @dataclass(frozen=True)

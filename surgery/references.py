@@ -31,6 +31,7 @@ from surgery.origins.dtypes import mixed, widen
 from surgery.origins.module import live_module
 from surgery.origins.weights import check_finite
 from surgery.permission import Permission
+from surgery.randomness import all_seeded, member_seed
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _FROM_FILES = ("timm", "transformers")  # kinds whose tensors have the dtypes of a file
@@ -75,7 +76,8 @@ def load_member(
         inputs: example inputs for tracing: positional arguments as a tuple, keyword arguments as a dict, or
             one tensor; by default they are made up from the model's own configuration.
         trust_remote_code: whether Python files that come with a transformers model may run.
-        seed: of made-up example inputs.
+        seed: of all that is drawn at random: example inputs, and weights where the reference has no stored ones. These
+            depend on the seed and the member's name alone; no global generator is moved.
         allow_nonfinite: whether NaN and infinite weights are accepted.
 
     Returns:
@@ -93,13 +95,16 @@ def load_member(
         ('probe', 'module')
     """
     if isinstance(reference, nn.Module):
-        typed, loaded = None, _adopt(reference)
+        loaded = _adopt(reference)
+        chosen = name or default_name(loaded.origin)
+        _check_name(chosen)
     else:
         typed, rest = parse_reference(reference)
-        loaded = kind_for(rest).load(rest, Request(Permission.of_user(trust_remote_code)))
-    chosen = name or typed or default_name(loaded.origin)
-    if not _NAME.fullmatch(chosen):
-        raise LoadError(f"a member's name holds letters, digits, '_', '-' and '.'; '{chosen}' does not")
+        kind = kind_for(rest)
+        chosen = name or typed or default_name(Origin(kind.__name__.rpartition(".")[2], rest, ""))
+        _check_name(chosen)
+        request = Request(Permission.of_user(trust_remote_code))
+        loaded = _load(kind, rest, request, member_seed(seed, chosen))
     return _member(chosen, loaded, inputs, seed, allow_nonfinite, live=isinstance(reference, nn.Module))
 
 
@@ -141,7 +146,8 @@ def build_architecture(
         ConsentError: where building it runs code that the permission does not cover.
         LoadError: where the architecture cannot be built.
     """
-    return origin_kind(origin.kind).build(origin, files, Request(permission)).eval()
+    with all_seeded(origin.seed or 0):  # what a constructor draws besides weights is as it was
+        return origin_kind(origin.kind).build(origin, files, Request(permission)).eval()
 
 
 def ships(origin: Origin) -> bool:
@@ -158,7 +164,7 @@ def load_origin(origin: Origin, *, name: str, permission: Permission, seed: int 
         origin: as it was recorded.
         name: of the member.
         permission: of the text that the origin was read from.
-        seed: of made-up example inputs.
+        seed: of made-up example inputs; weights that were drawn at random follow the seed that the origin records.
 
     Raises:
         ConsentError: where loading it runs code that the permission does not cover.
@@ -167,7 +173,18 @@ def load_origin(origin: Origin, *, name: str, permission: Permission, seed: int 
     handler = origin_kind(origin.kind)
     if not handler.claims(origin.reference):
         raise LoadError(f"'{origin.reference}' is no reference of kind {origin.kind}")
-    return _member(name, handler.load(origin.reference, Request(permission)), None, seed, False)
+    drawn = member_seed(seed, name) if origin.seed is None else origin.seed
+    loaded = _load(handler, origin.reference, Request(permission), drawn)
+    return _member(name, loaded, None, seed, False)
+
+
+def _load(kind: Any, reference: str, request: Request, drawn: int) -> Loaded:
+    """What a reference turns into; weights that no file holds are drawn from the seed `drawn`, which is recorded."""
+    with all_seeded(drawn) as draws:
+        loaded: Loaded = kind.load(reference, request)
+        if not loaded.stored and draws.any:
+            loaded = replace(loaded, origin=replace(loaded.origin, seed=drawn))
+    return loaded
 
 
 def write_plain(module: nn.Module, origin: Origin, files: Mapping[str, bytes], directory: str | Path) -> None:
@@ -182,6 +199,11 @@ def write_plain(module: nn.Module, origin: Origin, files: Mapping[str, bytes], d
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     origin_kind(origin.kind).save_plain(module, origin, files, target)
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise LoadError(f"a member's name holds letters, digits, '_', '-' and '.'; '{name}' does not")
 
 
 def default_name(origin: Origin) -> str:

@@ -63,6 +63,7 @@ class OriginEntry(_Entry):
     architecture: str
     revision: str | None = None
     options: dict[str, Any] = {}
+    seed: Count | None = None
 
 
 class MemberEntry(_Entry):

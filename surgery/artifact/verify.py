@@ -186,11 +186,16 @@ def _load_origin(
     if not wanted and not ships(origin):
         return None, "not asked for"
     try:
-        return load_origin(_pinned(origin), name=name, permission=permission), "found"
+        found = load_origin(_pinned(origin), name=name, permission=permission)
     except ConsentError:
         return None, "not compared: its code may not run"
     except SurgeryError as error:
         return None, f"not reached: {error}"
+    hashes = (manifest.report or {}).get("hashes") or {}
+    unknown = found.origin.seed is not None and origin.seed is None  # written before seeds were recorded
+    if unknown and content_hash(found.module.state_dict()) != hashes.get(name):
+        return None, "not compared: its weights were drawn at random, from a seed that was not recorded"
+    return found, "found"
 
 
 def _load_member(

@@ -28,12 +28,21 @@ class Request:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a reference turned into, before it has a name."""
+    """What a reference turned into, before it has a name.
+
+    Attributes:
+        module: with its weights.
+        origin: where it came from.
+        files: small files.
+        inputs: example inputs, where the reference brings some.
+        stored: whether the weights are stored somewhere; otherwise they may have been drawn at random.
+    """
 
     module: nn.Module
     origin: Origin
     files: Mapping[str, bytes] = field(default_factory=dict)
     inputs: Inputs | None = None
+    stored: bool = True
 
 
 def shorten(names: Iterable[Any], limit: int = 8) -> str:

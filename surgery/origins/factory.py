@@ -42,7 +42,7 @@ def load(reference: str, request: Request) -> Loaded:
     module, inputs = _make(head, options, request.permission)
     where, _, factory = head.rpartition(":")
     name = f"{where if _DOTTED.fullmatch(head) else Path(where).name}:{factory}"
-    return Loaded(module, Origin("factory", reference, name), inputs=inputs)
+    return Loaded(module, Origin("factory", reference, name), inputs=inputs, stored=False)
 
 
 def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Module:

@@ -7,7 +7,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,11 @@ def claims(reference: str) -> bool:
     """Whether `reference` is `timm:...`, a hub id `timm/...`, or a folder in timm's hub format."""
     if reference.startswith("timm:"):
         return True
-    folder = Path(reference).expanduser()
+    head = reference.partition("?")[0]
+    folder = Path(head).expanduser()
     if folder.is_dir():
         return "architecture" in _read_config(folder)
-    return reference.startswith("timm/") and reference.count("/") == 1
+    return head.startswith("timm/") and head.count("/") == 1
 
 
 def load(reference: str, request: Request) -> Loaded:
@@ -43,18 +44,22 @@ def load(reference: str, request: Request) -> Loaded:
     Raises:
         LoadError: where the name, an option or the weights do not fit, or the hub cannot be reached.
     """
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
-        return _load_folder(reference, folder)
-    if reference.startswith("timm/"):
-        return _load_hub(reference, f"hf-hub:{reference}", {})
+    head = reference.partition("?")[0]
+    folder = Path(head).expanduser()
+    if folder.is_dir() or head.startswith("timm/"):
+        drawn = _wants_drawn(reference)
+        return (
+            _load_folder(reference, folder, drawn)
+            if folder.is_dir()
+            else _load_hub_id(reference, head, drawn)
+        )
     body, equals, weights = reference.removeprefix("timm:").partition("=")
     if "?" in body:  # an option's '=' comes before the one of the weights, which stand at the very end
         body, weights = _split_weights(reference.removeprefix("timm:"))
         equals = "=" if weights else ""
     name, options = split_options(body)
     if not equals and options.pop("pretrained", True) is False:  # an architecture to be trained from scratch
-        return _loaded(_create(name, options), reference, name, options)
+        return replace(_loaded(_create(name, options), reference, name, options), stored=False)
     if not equals:
         return _load_hub(reference, name, options)
     path = Path(weights).expanduser()
@@ -147,9 +152,31 @@ def _load_hub(reference: str, name: str, options: dict[str, Any]) -> Loaded:
     return _loaded(module, reference, architecture, options, _revision(config.get("hf_hub_id")))
 
 
-def _load_folder(reference: str, folder: Path) -> Loaded:
-    """A folder in timm's hub format."""
+def _wants_drawn(reference: str) -> bool:
+    """Whether a folder or a hub id is followed by `?pretrained=false`, the one option that it takes."""
+    options = split_options(reference)[1]
+    if unknown := sorted(set(options) - {"pretrained"}):
+        raise LoadError(f"a timm folder or hub id takes ?pretrained=false, not {', '.join(unknown)}")
+    return options.get("pretrained", True) is False
+
+
+def _load_hub_id(reference: str, name: str, drawn: bool) -> Loaded:
+    """A model of timm's on the hub, with its weights or with ones drawn at random."""
+    if not drawn:
+        return _load_hub(reference, f"hf-hub:{name}", {})
+    module = _create(name.rpartition("/")[2].partition(".")[0], {}, f"hf-hub:{name}")
+    architecture = str(getattr(module, "pretrained_cfg", {}).get("architecture"))
+    return replace(_loaded(module, reference, architecture, _arguments(module)), stored=False)
+
+
+def _load_folder(reference: str, folder: Path, drawn: bool) -> Loaded:
+    """A folder in timm's hub format, with its weights or with ones drawn at random."""
     config = _read_config(folder)
+    if drawn:
+        name, options = str(config["architecture"]), dict(config.get("model_args") or {})
+        module = _create(name, {}, f"local-dir:{folder}").eval()
+        files = {"config.json": (folder / "config.json").read_bytes()}
+        return Loaded(module, Origin("timm", reference, name, None, options), files, stored=False)
     path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise LoadError(

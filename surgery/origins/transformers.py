@@ -1,4 +1,5 @@
-"""transformers models: a local folder, or a hub id `org/name[@revision]`; `?class=NAME` chooses the class."""
+"""transformers models: a local folder, or a hub id `org/name[@revision]`; `?class=NAME` chooses the class, and
+`?pretrained=false` draws weights at random."""
 
 from __future__ import annotations
 
@@ -57,29 +58,35 @@ def load(reference: str, request: Request) -> Loaded:
         LoadError: where anything is missing, damaged or does not fit, or the hub cannot be reached.
     """
     head, options = split_options(reference)
-    unknown = set(options) - {"class", "unused"}
+    unknown = set(options) - {"class", "unused", "pretrained"}
     if unknown:
         raise LoadError(
-            f"a transformers reference takes ?class=NAME and ?unused=drop, not {', '.join(sorted(unknown))}"
+            "a transformers reference takes ?class=NAME, ?unused=drop and ?pretrained=false, not "
+            f"{', '.join(sorted(unknown))}"
         )
+    stored = options.get("pretrained", True) is not False
     folder = Path(head).expanduser()
     local = folder.is_dir()
     where, revision = (str(folder), None) if local else _split_revision(head)
     if local:
-        _check_folder(folder)
+        _check_folder(folder, stored)
     with quiet():
         config = _read_config(where, revision, request, reference)
         kind = model_class(config, options.get("class"), where, revision, request)
-        module, extra, dtype = _load_in_file_dtypes(
-            kind, config, where, revision, request, str(options.get("unused", ""))
-        )
+        if stored:
+            module, extra, dtype = _load_in_file_dtypes(
+                kind, config, where, revision, request, str(options.get("unused", ""))
+            )
+        else:
+            module, extra = _draw_weights(kind, config, where), {}
+            dtype = module.dtype
         commit = getattr(config, "_commit_hash", None)
         files = read_small_files(folder if local else _snapshot(where, commit or revision), FILES)
-    if (note := decoded_float8(config, folder, module)) is not None:
+    if stored and (note := decoded_float8(config, folder, module)) is not None:
         warnings.warn(f"{reference}: {note}", stacklevel=3)
     made = {"dtype": str(dtype).removeprefix("torch."), **extra}
     origin = Origin("transformers", reference, type(module).__name__, commit, made)
-    return Loaded(module.eval(), origin, files)
+    return Loaded(module.eval(), origin, files, stored=stored)
 
 
 def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Module:
@@ -264,6 +271,16 @@ def _load_weights(
     return module, extra
 
 
+def _draw_weights(kind: Any, config: Any, where: str) -> Any:
+    """The module with weights drawn at random, by its class's own initialisation."""
+    try:
+        return kind._from_config(config)
+    except Exception as error:
+        raise LoadError(
+            _failed(where, None, f"building {kind.__name__} from its configuration", error)
+        ) from error
+
+
 def _from_pretrained(
     kind: Any,
     where: str,
@@ -326,8 +343,8 @@ def _snapshot(where: str, revision: str | None) -> Path:
     return Path(snapshot_download(where, revision=revision, allow_patterns=list(FILES)))
 
 
-def _check_folder(folder: Path) -> None:
-    """What can be said about a folder before anything is built."""
+def _check_folder(folder: Path, stored: bool) -> None:
+    """What can be said about a folder before anything is built; `stored` asks for weights."""
     if not any(folder.iterdir()):
         raise LoadError(f"{folder} is empty: give a folder with config.json and weights")
     path = folder / "config.json"
@@ -346,9 +363,12 @@ def _check_folder(folder: Path) -> None:
             f"{path} must name a 'model_type' (transformers) or an 'architecture' (timm), but has neither"
         )
     weights = [file for pattern in _WEIGHTS for file in sorted(folder.glob(pattern))]
+    if not stored:
+        return
     if not weights:
         raise LoadError(
-            f"{folder} has a config.json but no weights (model.safetensors or pytorch_model.bin): add them"
+            f"{folder} has a config.json but no weights (model.safetensors or pytorch_model.bin): add them, or have "
+            f"weights drawn at random with {folder}?pretrained=false"
         )
     for file in weights:
         if file.suffix == ".safetensors":

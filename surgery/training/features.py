@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from surgery.errors import PlanError
 from surgery.joint import JointModel
-from surgery.training.streams import seeded
+from surgery.randomness import seeded
 from surgery.training.tasks import as_batch
 
 

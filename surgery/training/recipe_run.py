@@ -28,7 +28,6 @@ from surgery.training.report import TrainReport
 from surgery.training.runlog import NAME as LOG
 from surgery.training.sources import check_sources, make_tasks
 from surgery.training.starts import take_over
-from surgery.training.streams import seeded
 from surgery.training.tasks import Task
 from surgery.training.train import fast, train
 from surgery.training.trial import begin_from_source, load_source
@@ -50,8 +49,7 @@ def prepare_training(recipe: Recipe, trust_remote_code: bool = False) -> Prepare
         PlanError: where the recipe has no `train` section, or names what cannot be had.
     """
     check_recipe(recipe)
-    with seeded(recipe.seed):
-        return prepare(recipe, trust_remote_code=trust_remote_code)
+    return prepare(recipe, trust_remote_code=trust_remote_code)
 
 
 def prepare_again(folder: str | Path, recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
@@ -257,8 +255,7 @@ def _original(joint: JointModel, task: Task, permission: Permission, seed: int) 
     if not ships(origin):
         permission.require(Permission.OWN, f"the loss of task '{task.name}' loads {origin.reference}")
     try:
-        with seeded(seed):
-            member = load_origin(origin, name=task.member, permission=permission, seed=seed)
+        member = load_origin(origin, name=task.member, permission=permission, seed=seed)
     except ConsentError:
         raise
     except SurgeryError as error:

@@ -14,9 +14,9 @@ from torch import nn
 
 from surgery.errors import PlanError, SurgeryError, TrainingError
 from surgery.joint import JointModel
+from surgery.randomness import seeded, seeded_others
 from surgery.training.losses import adapts_by, loss_of
 from surgery.training.metrics import Meter
-from surgery.training.streams import seeded, seeded_others
 from surgery.training.tasks import Loss, Task, as_batch
 from surgery.training.validation import batches_of, measured
 

@@ -7,18 +7,16 @@ one would.
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from surgery.errors import PlanError, TrainingError
 from surgery.origins.base import one_line
+from surgery.randomness import seeded, seeded_others
 from surgery.training.tasks import Batch, Place, as_batch
 
 _EPOCHS = 1 << 20  # more than any run has; keeps the seeds of two tasks apart
@@ -149,30 +147,6 @@ class Stream:
         ):
             self._iterator = iter(self.data)
             return next(self._iterator, None)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """The global CPU generator at `seed`, and afterwards where it was; `torch.manual_seed` costs more than a step."""
-    before = torch.default_generator.get_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(before)
-
-
-@contextmanager
-def seeded_others(seed: int) -> Iterator[None]:
-    """Python's and NumPy's global generators at `seed`, and afterwards where they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed % (1 << 32))
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def share(batch: Batch, rank: int, world: int) -> tuple[Batch, float]:

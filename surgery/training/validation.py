@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from surgery.errors import PlanError, SurgeryError, TrainingError
 from surgery.joint import JointModel
 from surgery.origins.base import one_line
+from surgery.randomness import seeded
 from surgery.training.explain import explain_failure
 from surgery.training.losses import needs_targets
 from surgery.training.metrics import Meter
-from surgery.training.streams import seeded
 from surgery.training.tasks import Batch, Loss, Task, as_batch
 
 
