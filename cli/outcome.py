@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 PRECISION = "fewer bits for each number: rounding, not sharing"
 SHARING = "what members or layers have in common, stored once"
 KEPT_APART = "as many templates as layers: fewer do not pay here"
+ROWS = 24  # members listed one by one
+Scores = Mapping[str, Mapping[str, Any] | None]
 NO_SHARING = "nothing that these members have in common pays for its index"
 
 
@@ -34,7 +36,7 @@ def outcome_rows(joint: JointModel) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "parameters": sum(joint_numel(joint, name)),
+            "parameters": report.parameters[name],
             "sites": sum(p.site.member == name for p in joint.plan.placements),
             "bytes_before": report.original_bytes[name],
             "bytes_after": sum(row.nbytes for row in report.detail if row.member == name),
@@ -42,12 +44,6 @@ def outcome_rows(joint: JointModel) -> list[dict[str, Any]]:
         }
         for name in joint.names
     ]
-
-
-def joint_numel(joint: JointModel, name: str) -> list[int]:
-    """Number of values in each of a member's tensors, tied ones once."""
-    state = joint.collapse(name)
-    return [state[first].numel() for first in joint.owners[name]]
 
 
 def disk_bytes(folder: Path) -> int:
@@ -75,7 +71,7 @@ def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
             console.size(row["bytes_after"]),
             console.percent(row["output_error"], digits=2),
         )
-    console.out.print(table)
+    console.show(table)
     given = report.probes.get("given") or []
     inputs = f"real inputs for {', '.join(given)}, made-up ones for the rest" if given else "made-up inputs"
     if set(given) == set(joint.names):
@@ -89,7 +85,7 @@ def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
             rows.add_row(
                 each.member, each.name, each.how, console.size(each.original), console.size(each.nbytes)
             )
-        console.out.print(rows)
+        console.show(rows)
 
 
 def _print_templates(joint: JointModel) -> None:
@@ -100,7 +96,7 @@ def _print_templates(joint: JointModel) -> None:
         sizes = console.size(stack.original), console.size(stack.nbytes)
         table.add_row(name, str(stack.layers), str(stack.templates), *sizes, note)
     if table.row_count:
-        console.out.print(table)
+        console.show(table)
 
 
 def print_means(joint: JointModel) -> None:
@@ -110,7 +106,7 @@ def print_means(joint: JointModel) -> None:
     sharing, precision = report.saved["sharing"], report.saved["precision"]
     saved.add_row("precision", console.size(precision), PRECISION)
     saved.add_row("sharing", console.size(sharing), SHARING if sharing else NO_SHARING)
-    console.out.print(saved)
+    console.show(saved)
     ways: dict[str, list[int]] = {}
     for each in report.detail:
         way = ways.setdefault(each.how, [0, 0, 0])
@@ -120,7 +116,7 @@ def print_means(joint: JointModel) -> None:
     for how, (tensors, original, stored) in sorted(ways.items(), key=lambda item: -item[1][1]):
         note = "left alone" if how == "native" else ""
         table.add_row(how, str(tensors), console.size(original), console.size(stored), note)
-    console.out.print(table)
+    console.show(table)
 
 
 def print_next(joint: JointModel, folder: Path) -> None:
@@ -139,6 +135,43 @@ def score_cells(score: Mapping[str, Any] | None) -> list[str]:
         "-" if loss is None else f"{loss:.4g}",
         "-" if metric is None else f"{metric:.4g} {name or ''}".strip(),
     ]
+
+
+def print_scores(first: Scores, kept: Scores, tests: Scores) -> None:
+    """Loss and metric of every task: of the first validation, of the state that was kept, and on test data."""
+    table = console.table("task", "measure", ">first validation", ">kept", ">test")
+    for name in dict.fromkeys([*kept, *tests]):
+        scores = [part.get(name) or {} for part in (first, kept, tests)]
+        measure = next((score["measure"] for score in scores if score.get("measure")), None)
+        rows = [(name, "loss", "loss"), ("", measure or "metric", "metric")]
+        for title, words, key in rows:
+            values = [score.get(key) for score in scores]
+            if any(value is not None for value in values):
+                table.add_row(title, words, *("-" if value is None else f"{value:.4g}" for value in values))
+    if table.row_count:
+        console.show(table)
+
+
+def print_sizes(sizes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
+    """Members alone, in the joint model as it began, and as it is: parameters and bytes."""
+    from surgery.training.comparison import total
+
+    if not sizes:
+        return
+    states = ("alone", "start", "joint")
+    table = console.table("member", *(f">{word}" for word in ("parameters alone", *states[1:])),
+                          *(f">{word}" for word in ("bytes alone", *states[1:])))  # fmt: skip
+    names = list(sizes["alone"])
+    for name in names[:ROWS]:
+        parts = [console.count(sizes[state][name]["parameters"]) for state in states]
+        table.add_row(name, *parts, *(console.size(sizes[state][name]["bytes"]) for state in states))
+    if len(names) > ROWS:
+        table.add_row(f"and {len(names) - ROWS} more", *[""] * 6)
+    if len(names) > 1:
+        parts = [console.count(total(sizes[state], "parameters")) for state in states]
+        sums = [console.size(total(sizes[state], "bytes")) for state in states]
+        table.add_row("together", *parts, *sums, style="bold")
+    console.show(table)
 
 
 def adapted_words(adapted: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -50,20 +50,19 @@ def plan_json(prepared: Prepared) -> dict[str, Any]:
 
 def member_rows(prepared: Prepared) -> list[dict[str, Any]]:
     """For each member its size, and how much of it is sites."""
-    from surgery.member import owners_of
+    from surgery.sizes import bytes_of_module, parameters_of_module
 
     rows = []
     for member in prepared.members:
         state = member.module.state_dict()
-        tensors = [state[first] for first in owners_of(member.module)]
         placed = prepared.plan.of(member.name)
         rows.append(
             {
                 "name": member.name,
                 "reference": member.origin.reference,
                 "architecture": member.origin.architecture,
-                "parameters": sum(tensor.numel() for tensor in tensors),
-                "bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+                "parameters": parameters_of_module(member.module),
+                "bytes": bytes_of_module(member.module),
                 "sites": len(placed),
                 "site_parameters": sum(state[p.site.name].numel() for p in placed),
                 "locations": sum(p.grid.locations for p in placed),
@@ -92,7 +91,7 @@ def print_plan(prepared: Prepared, *, verbose: bool) -> None:
             console.clipped(row["architecture"]),
         )
     console.heading("Plan (a dry run: nothing is written)")
-    console.out.print(table)
+    console.show(table)
     _print_stacks(plan)
     banks = console.table("bank", "block", "numbers", ">locations", ">size as it is")
     for bank in plan.banks:
@@ -105,7 +104,7 @@ def print_plan(prepared: Prepared, *, verbose: bool) -> None:
                 console.size(_size(bank)),
             )
     if banks.row_count:
-        console.out.print(banks)
+        console.show(banks)
     if recipe.train is None:
         _say_fit(prepared, rows)
     else:
@@ -118,7 +117,7 @@ def print_plan(prepared: Prepared, *, verbose: bool) -> None:
         for p in plan.placements:
             view = console.shape(p.site.view.shape)
             sites.add_row(p.site.member, p.site.name, p.site.kind, view, f"{p.grid.locations:,}")
-        console.out.print(sites)
+        console.show(sites)
 
 
 def _say_fit(prepared: Prepared, rows: list[dict[str, Any]]) -> None:
@@ -156,7 +155,7 @@ def _say_training(recipe: Recipe) -> None:
             cells = (model.name or "", console.clipped(task.data), str(task.batch), loss)
             table.add_row(*cells, _metric(task.metric), f"{task.weight:g}")
     if table.row_count:
-        console.out.print(table)
+        console.show(table)
     train, parameters = recipe.train, recipe.parameters
     block = "chosen for the members" if parameters.block is None else console.shape(parameters.block)
     console.say(
@@ -189,7 +188,7 @@ def _print_stacks(plan: Plan) -> None:
             console.size(sum(map(_size, banks))),
             console.clipped(members),
         )
-    console.out.print(table)
+    console.show(table)
 
 
 def _size(bank: BankPlan) -> int:

@@ -29,8 +29,11 @@ from surgery.opening import fixed_bank, open_bank, open_rest
 from surgery.plan import Placement, Plan, make_plan, plan_in_dtypes, torch_dtype
 from surgery.precision import Encoded
 from surgery.sharing.names import Scale
+from surgery.showing import as_html, as_text, plural
 from surgery.sites import discover
+from surgery.sizes import parameters_alone
 from surgery.slots import check_apart, forget_derived, locate, put_back, put_in, reorder, take_out
+from surgery.wording import count
 
 
 class JointModel(nn.Module):
@@ -182,6 +185,31 @@ class JointModel(nn.Module):
             del self._inside[name]
 
     leave._torchdynamo_disable = True
+
+    # -- showing -------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return as_text(self._title(), ["  ".join(row) for row in self._rows()])
+
+    def _repr_html_(self) -> str:
+        return as_html(self._title(), ("member", "class", "parameters", "sites"), self._rows())
+
+    def _title(self) -> str:
+        locations = sum(bank.locations for bank in self.plan.banks)
+        drawn = f"{plural(locations, 'location')} in {plural(len(self.plan.banks), 'bank')}"
+        return f"JointModel of {plural(len(self), 'member')}: {drawn}"
+
+    def _rows(self) -> list[list[str]]:
+        alone = parameters_alone(self)
+        return [
+            [
+                name,
+                type(self[name]).__name__,
+                f"{count(alone[name])} parameters",
+                plural(len(self.plan.of(name)), "site"),
+            ]
+            for name in self.names
+        ]
 
     # -- changing form -------------------------------------------------------------------------------------
 

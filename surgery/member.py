@@ -42,7 +42,7 @@ class Origin:
     seed: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Member:
     """A module with its name, example inputs, origin, and the files that make it loadable again.
 
@@ -59,6 +59,11 @@ class Member:
     inputs: Inputs
     origin: Origin
     files: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"Member '{self.name}': {type(self.module).__name__}, {self.origin.kind} {self.origin.reference}"
+        )
 
 
 def owners_of(module: nn.Module) -> dict[str, tuple[str, ...]]:

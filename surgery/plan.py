@@ -13,6 +13,7 @@ import torch
 
 from surgery.blocks import BlockGrid
 from surgery.errors import PlanError
+from surgery.showing import as_text, plural
 from surgery.sites import Anatomy, LeftAlone, Site
 
 
@@ -47,7 +48,7 @@ class BankPlan:
     stack: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """All of a joint model's structure except its numbers.
 
@@ -62,6 +63,11 @@ class Plan:
     banks: tuple[BankPlan, ...]
     placements: tuple[Placement, ...]
     left_alone: tuple[LeftAlone, ...]
+
+    def __repr__(self) -> str:
+        title = f"Plan of {plural(len(self.members), 'member')}: {plural(len(self.placements), 'site')} in "
+        title += f"{plural(len(self.banks), 'bank')}, {plural(len(self.left_alone), 'tensor')} left alone"
+        return as_text(title, [f"{bank.key}: {plural(bank.locations, 'location')}" for bank in self.banks])
 
     def of(self, member: str) -> tuple[Placement, ...]:
         """The placements of one member."""

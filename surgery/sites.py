@@ -18,6 +18,7 @@ from surgery.errors import PlanError
 from surgery.inputs import inputs_for_part
 from surgery.member import Member, owners_of
 from surgery.selectors import matches
+from surgery.showing import as_text, plural
 from surgery.stacks import Run, find_runs
 from surgery.tracing import Bounds, Trace, Use, trace
 from surgery.tracing.ends import is_map
@@ -64,7 +65,7 @@ class LeftAlone:
     order: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Anatomy:
     """What `discover` found in one member; every tensor of its state dict is in exactly one list.
 
@@ -87,6 +88,11 @@ class Anatomy:
     notes: tuple[str, ...] = ()
     uses: tuple[Use, ...] = ()
     runs: tuple[Run, ...] = ()
+
+    def __repr__(self) -> str:
+        title = f"Anatomy of '{self.member}': {plural(len(self.sites), 'site')}, "
+        title += f"{plural(len(self.left_alone), 'tensor')} left alone; traced by {self.tier}"
+        return as_text(title, [f"{run.path}: {plural(len(run.layers), 'layer')}" for run in self.runs])
 
 
 def discover(

@@ -17,12 +17,12 @@ from surgery.errors import PlanError
 from surgery.joint import join
 from surgery.mixtures import Templates
 from surgery.sites import discover
+from surgery.sizes import parameters_of_dictionary
 from surgery.template_plan import plan_templates
 from surgery.training.config import Evolution, TemplateSettings, Training
 from surgery.training.interruptions import Interrupted
 from surgery.training.mixing import penalty, stacks_of
 from surgery.training.pictures import draw_run
-from surgery.training.report import dictionary_numbers
 from surgery.training.run import STATE
 from surgery.training.runlog import read_log
 from surgery.training.starts import start
@@ -90,7 +90,7 @@ def test_mixtures_learn_harden_and_are_logged(unbroken):
     assert report.templates == {"stack0": 2} == end["templates"] and report.best >= 4
     assert report.hypermodules["4x4-float32"] > 0  # what lies outside the stack evolves as ever
     used = len(set(history[5].argmax(1)))
-    numbers, whole = dictionary_numbers(joint)
+    numbers, whole = parameters_of_dictionary(joint)
     assert numbers < whole
     stored = {key: bank for key, bank in joint.dictionary.banks.items() if key.startswith("stack")}
     assert all(int((bank.coefficients != 0).any(0).sum()) == used for bank in stored.values())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.artifact.picture import in_words
 from surgery.artifact.shares import Shares
+from surgery.wording import percent, size
 
 ROWS = 24  # members listed one by one
 PICTURE = "sharing.png"
@@ -25,15 +25,12 @@ surgery export . --member {name} --format plain --out {name}
 ```"""
 
 
-def make_card(
-    manifest: Mapping[str, Any], shares: Shares, before: Mapping[str, int], *, picture: bool = True
-) -> str:
+def make_card(manifest: Mapping[str, Any], shares: Shares, *, picture: bool = True) -> str:
     """The text of `README.md`, from what the manifest records and nothing else.
 
     Args:
         manifest: as it will be written.
         shares: bytes by member, as `count_shares` returns them.
-        before: bytes of each member before it was joined.
         picture: whether `sharing.png` is written too.
     """
     from huggingface_hub import ModelCard, ModelCardData
@@ -50,9 +47,9 @@ def make_card(
         tags=["model-surgery", "merge", *libraries],
     )
     sections = [
-        _opening(shares, before),
+        _opening(shares),
         f"![Who shares what]({PICTURE})" if picture else "",
-        _table(manifest, shares, before),
+        _table(manifest, shares),
         _report(manifest.get("report")),
         _use(members),
         _contents(manifest),
@@ -61,33 +58,32 @@ def make_card(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
 
 
-def _opening(shares: Shares, sizes: Mapping[str, int]) -> str:
-    members, before = shares.members, sum(sizes.values())
-    now = sum(sum(kinds.values()) for kinds in shares.kinds.values())
-    ratio = f", {now / before:.0%} of that" if before else ""
+def _opening(shares: Shares) -> str:
+    members, before, now = shares.members, sum(shares.before.values()), sum(shares.after.values())
+    ratio = f", {percent(now / before)} of that" if before else ""
     title = ", ".join(members) if len(members) <= 4 else f"{len(members)} models"
     if len(members) == 1:
         return (
-            f"# {title}\n\nOne model, {in_words(before)} before, tensors of {in_words(now)} here{ratio}. "
+            f"# {title}\n\nOne model, tensors of {size(before)} before, {size(now)} here{ratio}. "
             "It comes back as its own class, ready to run, to fine-tune, or to export."
         )
     return (
-        f"# {title}\n\n{len(members)} models in one folder: {in_words(before)} before, "
-        f"tensors of {in_words(now)} here{ratio}. Each comes back as its own class, "
+        f"# {title}\n\n{len(members)} models in one folder: tensors of {size(before)} before, "
+        f"{size(now)} here{ratio}. Each comes back as its own class, "
         "ready to run, to fine-tune, or to export."
     )
 
 
-def _table(manifest: Mapping[str, Any], shares: Shares, before: Mapping[str, int]) -> str:
+def _table(manifest: Mapping[str, Any], shares: Shares) -> str:
     members: Mapping[str, Any] = manifest["members"]
     errors = (manifest.get("report") or {}).get("errors") or {}
     lines = ["| member | from | before | here | output moved |", "| --- | --- | ---: | ---: | ---: |"]
     for name in list(members)[:ROWS]:
         error = errors.get(name)
-        moved = "not measured" if error is None else "0" if error == 0 else f"{error:.2%}"
+        moved = "not measured" if error is None else percent(error, digits=2)
         origin = _cell(_origin(members, name))
-        now = in_words(sum(shares.kinds[name].values()))
-        lines.append(f"| {name} | {origin} | {in_words(before[name])} | {now} | {moved} |")
+        now = size(shares.after[name])
+        lines.append(f"| {name} | {origin} | {size(shares.before[name])} | {now} | {moved} |")
     if len(members) > ROWS:
         lines.append(f"| and {len(members) - ROWS} more | | | | |")
     return "\n".join(lines)
@@ -100,7 +96,7 @@ def _report(report: Mapping[str, Any] | None) -> str:
     if target := report.get("target"):
         lines.append(f"Target: {target}, {'met' if report.get('met') else 'not met'}.")
     if saved := report.get("saved"):
-        parts = (f"{in_words(max(size, 0))} by {means}" for means, size in saved.items())
+        parts = (f"{size(max(amount, 0))} by {means}" for means, amount in saved.items())
         lines.append(f"Saved: {', '.join(parts)}.")
     if report.get("errors"):
         given = (report.get("probes") or {}).get("given")

@@ -75,8 +75,8 @@ class MemberEntry(_Entry):
         like: an earlier member that has the same origin and inputs, in place of these.
         hash: content hash of its state dict as this artifact gives it back; left out where its own files hold
             every tensor as it is, so that their hashes say the same.
-        bytes: of its own weights and small files, before it was joined, where its files here differ from
-            that.
+        bytes: of its own files, weights and small ones, before it was joined, where its files here differ from that;
+            `surgery.sizes.bytes_alone` counts tensors, without headers and small files.
         ties: tied names by their first owner.
         encoded: tensors that are not stored in their own dtype.
         same: tensors that are stored once, under the storage key that is given.

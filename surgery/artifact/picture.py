@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.artifact.shares import COPIES, ROWS, Shares
 from surgery.drawing import EMPTY, GRID, INK, MUTED, new_figure, png
+from surgery.wording import percent, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,20 +30,19 @@ _FILLS = {
 _WORDS = {ROWS: "dictionary rows", COPIES: "shared copies", "native": "own dtype"}
 
 
-def draw_sharing(shares: Shares, before: Mapping[str, int]) -> bytes:
+def draw_sharing(shares: Shares) -> bytes:
     """The picture as a PNG.
 
     Args:
         shares: as `count_shares` returns them.
-        before: bytes of each member's own tensors.
     """
-    shares, before = _fold(shares, before)
+    shares = _fold(shares)
     count = len(shares.members)
     height = 1.5 + 0.36 * max(count, 3 if count > 1 else 1)
     figure = new_figure(9.2, height)
     widths = [1.5, 1] if count > 1 else [1]
     axes: Any = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-    _draw_bytes(axes[0], shares, before)
+    _draw_bytes(axes[0], shares)
     if count > 1:
         _draw_blocks(axes[1], shares)
     figure.tight_layout(pad=0.8, w_pad=2, rect=(0, 0.3 / height, 1, 1))
@@ -54,23 +54,10 @@ def draw_sharing(shares: Shares, before: Mapping[str, int]) -> bytes:
     return png(figure, _COLOURS)
 
 
-def in_words(count: float) -> str:
-    """A number of bytes, three figures.
-
-    Example:
-        >>> in_words(90_868_376), in_words(512)
-        ('90.9 MB', '512 B')
-    """
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            value = count / size
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-    return f"{count:.0f} B"
-
-
-def _draw_bytes(ax: Axes, shares: Shares, before: Mapping[str, int]) -> None:
+def _draw_bytes(ax: Axes, shares: Shares) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+    before = shares.before
     largest = max([*before.values(), 1])
     sizes = {name: _by_width(kinds) for name, kinds in shares.kinds.items()}
     kinds = sorted({kind for each in sizes.values() for kind in each}, key=_rank)
@@ -83,9 +70,9 @@ def _draw_bytes(ax: Axes, shares: Shares, before: Mapping[str, int]) -> None:
         ax.barh(range(len(names)), width, 0.7, left=start, color=fill, zorder=3, label=_WORDS.get(kind, kind))
         start = [at + each for at, each in zip(start, width, strict=True)]
     for place, name in enumerate(names):
-        share = f", {start[place] / before[name]:.0%}" if before[name] else ""
+        share = f", {percent(start[place] / before[name])}" if before[name] else ""
         at = max(start[place], before[name]) + 0.015 * largest
-        ax.text(at, place, f"{in_words(start[place])}{share}", va="center", fontsize=9, color=INK)
+        ax.text(at, place, f"{size(start[place])}{share}", va="center", fontsize=9, color=INK)
     labels = [
         f"{_short(name)}  {i + 1}" if len(names) > FEW else _short(name) for i, name in enumerate(names)
     ]
@@ -94,9 +81,7 @@ def _draw_bytes(ax: Axes, shares: Shares, before: Mapping[str, int]) -> None:
     ax.set_xlim(0, 1.26 * largest)
     ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.xaxis.set_major_formatter(
-        FuncFormatter(
-            lambda value, _: in_words(value).replace(".00 ", " ").replace(".0 ", " ") if value else "0"
-        )
+        FuncFormatter(lambda value, _: size(value).replace(".0 ", " ") if value else "0")
     )
     ax.tick_params(axis="x", labelsize=8, labelcolor=MUTED)
     ax.grid(axis="x", color=GRID, linewidth=0.8, zorder=0)
@@ -137,9 +122,9 @@ def _bare(ax: Axes) -> None:
         spine.set_visible(False)
 
 
-def _by_width(kinds: Mapping[str, float]) -> dict[str, float]:
+def _by_width(kinds: Mapping[str, int]) -> dict[str, int]:
     """Bytes by number of bits: how values are grouped does not show."""
-    return _sum([{kind.partition("/")[0]: size} for kind, size in kinds.items()])
+    return _sum([{kind.partition("/")[0]: amount} for kind, amount in kinds.items()])
 
 
 def _rank(kind: str) -> int:
@@ -154,10 +139,11 @@ def _figure(count: float) -> str:
     return f"{count:.0f}" if count < 1e4 else f"{count / 1e3:.0f}k" if count < 1e6 else f"{count / 1e6:.1f}M"
 
 
-def _fold(shares: Shares, before: Mapping[str, int]) -> tuple[Shares, Mapping[str, int]]:
+def _fold(shares: Shares) -> Shares:
     """At most `MOST` members: the largest ones, and all others as one."""
     if len(shares.members) <= MOST:
-        return shares, before
+        return shares
+    before = shares.before
     ranked = sorted(range(len(shares.members)), key=lambda i: (-before[shares.members[i]], i))
     groups = [[i] for i in sorted(ranked[: MOST - 1])] + [sorted(ranked[MOST - 1 :])]
     names = tuple(shares.members[g[0]] if len(g) == 1 else f"{len(g)} others" for g in groups)
@@ -165,8 +151,8 @@ def _fold(shares: Shares, before: Mapping[str, int]) -> tuple[Shares, Mapping[st
     kinds = {name: _sum([shares.kinds[each] for each in members]) for name, members in parts.items()}
     blocks = tuple(tuple(sum(shares.blocks[i][j] for i in a for j in b) for b in groups) for a in groups)
     sizes = {name: sum(before[each] for each in members) for name, members in parts.items()}
-    return replace(shares, members=names, kinds=kinds, blocks=blocks), sizes
+    return replace(shares, members=names, kinds=kinds, before=sizes, blocks=blocks)
 
 
-def _sum(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _sum(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
     return {kind: sum(part.get(kind, 0) for part in parts) for kind in {k: 0 for part in parts for k in part}}

@@ -29,7 +29,7 @@ def restrict_report(
     by_member = {
         key: {name: value for name, value in values.items() if name in names}
         for key, values in report.items()
-        if key in ("errors", "original_bytes", "hashes") and isinstance(values, Mapping)
+        if key in ("errors", "original_bytes", "parameters", "hashes") and isinstance(values, Mapping)
     }
     return {**kept, **by_member}
 

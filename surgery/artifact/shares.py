@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from surgery import sizes
 from surgery.plan import BankPlan
 from surgery.precision import decode
+from surgery.sizes import count_tensors
 from surgery.storage import Stored
 
 ROWS = "dictionary"
@@ -24,14 +26,23 @@ class Shares:
         members: names.
         kinds: bytes by member and kind: `dictionary`, `shared copies`, or the precision of plain tensors;
             what several use is divided among them.
+        before: bytes of each member alone.
         blocks: `blocks[a][b]` blocks of member a generated from rows that member b uses too; on the
             diagonal, rows that another block of the same member uses. A plain tensor stored once for several
             counts as one block.
+        modules: how many hypermodules, outside stacks, each set of members uses, the members' names joined by `+`.
     """
 
     members: tuple[str, ...]
-    kinds: Mapping[str, Mapping[str, float]]
+    kinds: Mapping[str, Mapping[str, int]]
+    before: Mapping[str, int]
     blocks: tuple[tuple[int, ...], ...]
+    modules: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def after(self) -> dict[str, int]:
+        """Bytes of each member now."""
+        return {name: sum(kinds.values()) for name, kinds in self.kinds.items()}
 
 
 def count_shares(stored: Stored) -> Shares:
@@ -42,24 +53,29 @@ def count_shares(stored: Stored) -> Shares:
         ((0, 128), (128, 0))
     """
     names = stored.plan.members
-    kinds: dict[str, dict[str, float]] = {name: {} for name in names}
+    rows = count_tensors(stored)
+    kinds: dict[str, dict[str, int]] = {name: {} for name in names}
+    for row in rows:
+        kind = row.how.replace(sizes.ROWS, ROWS).replace(sizes.COPY, COPIES).partition(",")[0]
+        kinds[row.member][kind] = kinds[row.member].get(kind, 0) + row.nbytes
+    before = {name: sum(row.original for row in rows if row.member == name) for name in names}
     blocks = torch.zeros(len(names), len(names), dtype=torch.int64)
-    _count_plain(stored, kinds, blocks)
+    _count_copies(stored, blocks)
+    modules: dict[str, int] = {}
     for bank in stored.plan.banks:
-        _count_bank(stored, bank, kinds, blocks)
-    return Shares(names, kinds, tuple(tuple(map(int, row)) for row in blocks.tolist()))
+        _count_bank(stored, bank, blocks, modules)
+    return Shares(names, kinds, before, tuple(tuple(map(int, row)) for row in blocks.tolist()), modules)
 
 
-def _count_plain(stored: Stored, kinds: dict[str, dict[str, float]], blocks: Tensor) -> None:
+def join_names(names: Iterable[str]) -> str:
+    """How a set of members is named in logs and pictures: joined by `+`."""
+    return "+".join(names)
+
+
+def _count_copies(stored: Stored, blocks: Tensor) -> None:
     users: dict[str, list[str]] = {}
     for key, first in stored.aliases.items():
         users.setdefault(first, [first.split("/", 2)[1]]).append(key.split("/", 2)[1])
-    for key, encoded in stored.tensors.items():
-        if key.startswith("plain/"):
-            sharers = users.get(key, [key.split("/", 2)[1]])
-            kind = COPIES if len(sharers) > 1 else str(encoded.precision)
-            for name in sharers:
-                kinds[name][kind] = kinds[name].get(kind, 0) + encoded.nbytes / len(sharers)
     for sharers in users.values():
         number = [stored.plan.members.index(name) for name in sharers]
         for at, one in enumerate(number):
@@ -67,28 +83,25 @@ def _count_plain(stored: Stored, kinds: dict[str, dict[str, float]], blocks: Ten
                 blocks[one, other] += 1
 
 
-def _count_bank(stored: Stored, bank: BankPlan, kinds: dict[str, dict[str, float]], blocks: Tensor) -> None:
-    prefix = f"bank/{bank.key}/"
-    parts = {key.removeprefix(prefix): each for key, each in stored.tensors.items() if key.startswith(prefix)}
+def _count_bank(stored: Stored, bank: BankPlan, blocks: Tensor, modules: dict[str, int]) -> None:
     names = stored.plan.members
-    psi = decode(parts["psi"]).long()
+    psi = decode(stored.tensors[f"bank/{bank.key}/psi"]).long()
     owner = torch.full_like(psi, -1)
     for p in stored.plan.placements:
         if p.bank == bank.key:
             owner[p.start : p.stop] = names.index(p.site.member)
     psi, owner = psi[owner >= 0], owner[owner >= 0]
-    row_bytes = sum(each.nbytes for part, each in parts.items() if part.startswith(("rows.", "single")))
     rows = int(psi.max()) + 1 if len(psi) else 0
     uses = torch.zeros(len(names), rows, dtype=torch.int64)
     uses.view(-1).index_add_(0, owner * rows + psi, torch.ones_like(psi))
-    total = uses.sum(0).clamp_min(1)
-    code_bytes = sum(each.nbytes for each in parts.values()) - row_bytes
-    for number, name in enumerate(names):
-        if count := int(uses[number].sum()):
-            mine = (
-                float((uses[number] / total).sum()) / max(rows, 1) * row_bytes + count / len(psi) * code_bytes
-            )
-            kinds[name][ROWS] = kinds[name].get(ROWS, 0) + mine
-            also = (uses > 0).long()
-            also[number] = uses[number] > 1
-            blocks[number] += also @ uses[number]
+    for number in range(len(names)):
+        also = (uses > 0).long()
+        also[number] = uses[number] > 1
+        blocks[number] += also @ uses[number]
+    hypermodules = next(
+        (each.shape[0] for key, each in stored.tensors.items() if key == f"bank/{bank.key}/rows.0"), 0
+    )
+    if not bank.stack:
+        for pattern in (uses[:, :hypermodules] > 0).T.tolist():
+            subset = join_names(name for name, used in zip(names, pattern, strict=True) if used)
+            modules[subset] = modules.get(subset, 0) + 1

@@ -27,6 +27,7 @@ from surgery.joint import JointModel
 from surgery.member import Inputs, Member, Origin, content_hash
 from surgery.permission import Permission
 from surgery.probes import outputs_of, probe_inputs, relative_error
+from surgery.showing import as_html, as_text
 
 ROUNDING = 1e-5  # relative: a kernel may add the terms of a block in another order than the recorded one
 SAME_ERROR = (1e-4, 0.02)  # absolute and relative difference between two measurements of one output error
@@ -57,7 +58,7 @@ class MemberCheck:
     recorded_error: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VerifyReport:
     """The outcome of `verify`: files that are wrong, by path with the reason, and a check of each member."""
 
@@ -69,6 +70,23 @@ class VerifyReport:
     def ok(self) -> bool:
         """Whether all files and all members are what they should be."""
         return not self.files and all(check.ok for check in self.members)
+
+    def __repr__(self) -> str:
+        rows = [f"{path}: {reason}" for path, reason in self.files.items()]
+        return as_text(f"VerifyReport: {self._summary()}", rows + [": ".join(row) for row in self._rows()])
+
+    def _repr_html_(self) -> str:
+        wrong = [f"{path}: {reason}" for path, reason in self.files.items()]
+        return as_html(self._summary(), ("member", "found"), self._rows(), wrong)
+
+    def _summary(self) -> str:
+        return f"{self.directory}: {'everything matches' if self.ok else 'does NOT match what was written'}"
+
+    def _rows(self) -> list[list[str]]:
+        return [
+            [each.member, "; ".join(each.reasons) or f"as recorded; origin {each.origin}"]
+            for each in self.members
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain JSON values."""

@@ -76,9 +76,9 @@ def _write_front(folder: Path, manifest: dict[str, Any], stored: Stored, beside:
     shares = count_shares(stored)
     written = {path: _file_entry(folder / path) for path in files_below(folder)}
     before = _forget_known_bytes(manifest, written)
-    picture = draw_sharing(shares, before)
+    picture = draw_sharing(shares)
     for drawn in (picture, None):
-        front = {"README.md": make_card(manifest, shares, before, picture=drawn is not None).encode()}
+        front = {"README.md": make_card(manifest, shares, picture=drawn is not None).encode()}
         front |= {PICTURE: drawn} if drawn is not None else {}
         files = {**written, **{name: _entry(content) for name, content in front.items()}}
         content = manifest_bytes({**manifest, "files": dict(sorted(files.items()))})
@@ -143,7 +143,7 @@ def _describe_tensors(
 
 
 def _forget_known_bytes(manifest: dict[str, Any], written: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of each member before it was joined; left out of the manifest where its files have as many."""
+    """Bytes of the files of each member before it was joined; left out of the manifest where its files have as many."""
     before = {name: entry["bytes"] for name, entry in manifest["members"].items()}
     now = dict.fromkeys(before, 0)
     for path, entry in written.items():

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from surgery.artifact.trim import thrift
 from surgery.errors import PlanError
 from surgery.fitting.fixed_bank import BankRequest, fixed_bank
-from surgery.fitting.report import FitReport, StackReport, bytes_of, describe, describe_stacks
+from surgery.fitting.report import FitReport, StackReport, describe, describe_stacks
 from surgery.fitting.search import Outcome, Request, Search, measure_errors
 from surgery.fitting.template_bank import TemplateRequest, template_bank
 from surgery.fitting.template_groups import TemplateOptions
@@ -28,6 +29,7 @@ from surgery.plan import Plan
 from surgery.precision import NATIVE, stored_bytes
 from surgery.probes import probe_inputs
 from surgery.sharing.names import Mixing
+from surgery.sizes import bytes_alone, parameters_alone
 from surgery.slots import assign
 from surgery.storage import Stored, adopt, store, ties
 
@@ -81,15 +83,16 @@ def fit(
         bank = BankRequest(hypermodules, block or (16, 16), context or 4, seed)
         return _fit_lossy(joint, bank, probes, device)
     if max_error == 0 and templates is None:
-        stored, originals = store(joint), _originals(joint)
+        stored, originals = thrift(store(joint)), _originals(joint)
         precision = sum(
             stored_bytes(each.shape, each.dtype, NATIVE) - each.nbytes for each in stored.tensors.values()
         )
         errors = dict.fromkeys(joint.names, 0.0)
         stacks = describe_stacks(joint.plan, stored, originals)
         report = _report(
-            "lossless", True, stored, originals, precision, errors, _hashes(joint), stacks=stacks
-        )
+            "lossless", True, stored, originals, precision, errors, _hashes(joint), stacks=stacks,
+            parameters=parameters_alone(joint),
+        )  # fmt: skip
         return adopt(joint, stored, report)
     options = TemplateOptions(templates, mixture)
     return _fit_lossy(joint, Request(bound, budget, block, seed, options), probes, device)
@@ -128,15 +131,16 @@ def _fit_lossy(
         joint.to(home)
         for part, training in modes:
             part.training = training
-    whole = sum(bytes_of(state) for state in originals.values())
-    precision = whole - outcome.stored.nbytes - outcome.sharing
+    stored = thrift(outcome.stored)
+    precision = sum(bytes_alone(stored).values()) - stored.nbytes - outcome.sharing
     errors = dict(zip(joint.names, map(float, outcome.errors), strict=True))
     measured = {"seed": request.seed, "given": sorted(given)}
-    stacks = describe_stacks(before[0], outcome.stored, originals)
+    stacks = describe_stacks(before[0], stored, originals)
     report = _report(
-        outcome.target, outcome.met, outcome.stored, originals, precision, errors, hashes, measured, stacks
-    )
-    return adopt(joint, outcome.stored, report)
+        outcome.target, outcome.met, stored, originals, precision, errors, hashes, measured, stacks,
+        parameters_alone(joint),
+    )  # fmt: skip
+    return adopt(joint, stored, report)
 
 
 def _report(
@@ -149,13 +153,15 @@ def _report(
     hashes: Mapping[str, str],
     probes: Mapping[str, object] | None = None,
     stacks: Mapping[str, StackReport] | None = None,
+    parameters: Mapping[str, int] | None = None,
 ) -> FitReport:
-    sizes = {name: bytes_of(state) for name, state in originals.items()}
+    sizes = bytes_alone(stored)
     saved = {"sharing": sum(sizes.values()) - stored.nbytes - precision, "precision": precision}
     detail = describe(stored, originals)
     return FitReport(
-        target, met, sizes, stored.nbytes, saved, errors, hashes, probes or {}, detail, stacks or {}
-    )
+        target, met, sizes, stored.nbytes, saved, errors, hashes, probes or {}, detail, stacks or {},
+        parameters or {},
+    )  # fmt: skip
 
 
 def _bank_of_size(
@@ -164,7 +170,7 @@ def _bank_of_size(
     """A bank of K hypermodules and everything else as it is: all that is saved is saved by sharing."""
     originals = {name: trial.originals for name, trial in trials.items()}
     stored = fixed_bank(plan, originals, ties(joint), request)
-    whole = sum(bytes_of(state) for state in originals.values())
+    whole = sum(bytes_alone(stored).values())
     target = f"{request.hypermodules} hypermodules"
     return Outcome(target, stored, measure_errors(stored, trials), True, whole - stored.nbytes)
 
@@ -175,7 +181,7 @@ def _templates_of_number(
     """K templates for stacks and everything else as it is: all that is saved is saved by sharing."""
     originals = {name: trial.originals for name, trial in trials.items()}
     stored = template_bank(plan, originals, ties(joint), trials, request)
-    whole = sum(bytes_of(state) for state in originals.values())
+    whole = sum(bytes_alone(stored).values())
     target = f"{request.count} templates"
     return Outcome(target, stored, measure_errors(stored, trials), True, whole - stored.nbytes)
 

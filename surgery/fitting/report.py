@@ -10,26 +10,10 @@ from torch import Tensor
 
 from surgery.fitting.stack_layers import distinct_layers
 from surgery.plan import Plan
+from surgery.showing import as_html, as_text
+from surgery.sizes import TensorReport, count_tensors
 from surgery.storage import Stored, parts_of_singles
-
-
-@dataclass(frozen=True)
-class TensorReport:
-    """How one tensor is stored.
-
-    Attributes:
-        member: whose it is.
-        name: first owner.
-        how: `shared rows`, `shared copy`, or the precision of a plain tensor.
-        nbytes: its part of the artifact; shared bytes are divided among their users.
-        original: bytes it had.
-    """
-
-    member: str
-    name: str
-    how: str
-    nbytes: int
-    original: int
+from surgery.wording import percent, size
 
 
 @dataclass(frozen=True)
@@ -49,14 +33,14 @@ class StackReport:
     nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FitReport:
     """The outcome of a fit.
 
     Attributes:
         target: what was asked for, in words.
         met: whether the target was met.
-        original_bytes: of each member's tensors.
+        original_bytes: of each member's tensors alone; see `surgery.sizes`.
         stored_bytes: of all stored tensors, index included.
         saved: bytes that `sharing` and `precision` each saved; sharing's are what the same tensors would have
             cost apart, at the precisions they would then have had.
@@ -65,6 +49,7 @@ class FitReport:
         probes: the seed of made-up probe inputs and which members had real ones.
         detail: every tensor.
         stacks: of a plan with templates, by name.
+        parameters: of each member alone; see `surgery.sizes`.
     """
 
     target: str
@@ -77,6 +62,31 @@ class FitReport:
     probes: Mapping[str, Any] = field(default_factory=dict)
     detail: tuple[TensorReport, ...] = ()
     stacks: Mapping[str, StackReport] = field(default_factory=dict)
+    parameters: Mapping[str, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return as_text(f"FitReport: {self._summary()}", [", ".join(row) for row in self._rows()])
+
+    def _repr_html_(self) -> str:
+        columns = ("member", "before", "after", "output moved by")
+        return as_html("Fit", columns, self._rows(), [f"{self._summary()}."])
+
+    def _summary(self) -> str:
+        before = sum(self.original_bytes.values())
+        saved = ", ".join(f"{size(amount)} by {means}" for means, amount in self.saved.items())
+        return (
+            f"{self.target}, {'met' if self.met else 'NOT met'}; {size(self.stored_bytes)} of {size(before)} "
+            f"({percent(self.stored_bytes / max(before, 1))}); saved {saved}"
+        )
+
+    def _rows(self) -> list[list[str]]:
+        after = dict.fromkeys(self.original_bytes, 0)
+        for row in self.detail:
+            after[row.member] += row.nbytes
+        return [
+            [name, size(before), size(after[name]), percent(self.errors.get(name, 0.0), digits=2)]
+            for name, before in self.original_bytes.items()
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain JSON values, the detail left out, and stacks where there are none."""
@@ -86,28 +96,8 @@ class FitReport:
 
 def describe(stored: Stored, originals: Mapping[str, Mapping[str, Any]]) -> tuple[TensorReport, ...]:
     """How every tensor is stored, in the members' order."""
-    users: dict[str, int] = {}
-    for first in stored.aliases.values():
-        users[first] = users.get(first, 1) + 1
-    rows: list[TensorReport] = []
-    bank_bytes = {
-        plan.key: sum(e.nbytes for key, e in stored.tensors.items() if key.startswith(f"bank/{plan.key}/"))
-        for plan in stored.plan.banks
-    }
-    placed = {(p.site.member, p.site.name): p for p in stored.plan.placements}
-    for member, tensors in originals.items():
-        for name, tensor in tensors.items():
-            size = tensor.numel() * tensor.element_size()
-            key = f"plain/{member}/{name}"
-            if (p := placed.get((member, name))) is not None:
-                part = bank_bytes[p.bank] * p.grid.locations / stored.plan.bank(p.bank).locations
-                rows.append(TensorReport(member, name, "shared rows", round(part), size))
-            else:
-                first = stored.aliases.get(key, key)
-                encoded, count = stored.tensors[first], users.get(first, 1)
-                how = f"shared copy, {encoded.precision}" if count > 1 else str(encoded.precision)
-                rows.append(TensorReport(member, name, how, encoded.nbytes // count, size))
-    return tuple(rows)
+    rows = {(row.member, row.name): row for row in count_tensors(stored)}
+    return tuple(rows[member, name] for member, tensors in originals.items() for name in tensors)
 
 
 def describe_stacks(
@@ -147,8 +137,3 @@ def _templates_in(stored: Stored, key: str) -> int:
     parts = {each.removeprefix(prefix): t for each, t in stored.tensors.items() if each.startswith(prefix)}
     rows = sum(part.startswith("rows.") for part in parts)
     return rows or sum(parts[part].shape[0] for part in parts_of_singles(parts))
-
-
-def bytes_of(state: Mapping[str, Tensor]) -> int:
-    """Bytes of tensors as they are."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())

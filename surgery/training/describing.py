@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from surgery.sizes import parameters_of_dictionary
 from surgery.training.config import Training
 from surgery.training.metrics import Meter
 from surgery.training.mixing import describe_stacks
-from surgery.training.report import adapted_of, dictionary_numbers
+from surgery.training.report import adapted_of
 
 if TYPE_CHECKING:
     from surgery.training.trainer import Trainer
@@ -42,7 +43,7 @@ def describe_run(trainer: Trainer, config: Training, seed: int) -> dict[str, Any
         "banks": banks,
         "sites": sites,
         "stacks": describe_stacks(joint),
-        "numbers": dictionary_numbers(joint)[1],
+        "numbers": parameters_of_dictionary(joint)[1],
         "config": config.model_dump(mode="json"),
         "seed": seed,
     }

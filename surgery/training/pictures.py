@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from surgery.drawing import GRID, INK, MUTED, colours, label_generations, new_figure, png, tidy
+from surgery.drawing import EMPTY, GRID, INK, MUTED, colours, label_generations, new_figure, png, tidy
 from surgery.records import artifact_files, check_free, write_owned
 from surgery.training.mixture_pictures import draw_mixtures
 from surgery.training.runlog import read_log
@@ -106,44 +106,58 @@ def draw_losses(start: Line, generations: Sequence[Line], end: Line | None) -> b
     right.set_ylim(0, max(110, *share))
     label_generations(right)
     right.grid(axis="y", color=GRID, lw=0.8)
-    tidy(right, "Size, % of the sites' numbers")
+    tidy(right, "Parameters, % of the sites' own")
     figure.tight_layout(pad=0.8, w_pad=2)
     return png(figure)
 
 
 def draw_subsets(start: Line, generations: Sequence[Line], end: Line | None) -> bytes | None:
-    """How many hypermodules each subset of the members uses, generation by generation. # Fig. 3a"""
-    names = sorted(
-        {name for line in generations for name in line["subsets"]}, key=lambda n: (-n.count("+"), n)
-    )
-    names = [name for name in names if name]
+    """How many hypermodules each subset of the members uses, generation by generation, and in the folder. # Fig. 3a"""
+    names = ranked_subsets(generations)
     if not names:
         return None
     counts = {name: np.array([line["subsets"].get(name, 0) for line in generations]) for name in names}
-    if len(names) > _MOST:
-        ranked = sorted(names, key=lambda name: -counts[name].max())
-        shown = [name for name in names if name in ranked[: _MOST - 1]]
-        counts["all others"] = np.sum([counts[name] for name in names if name not in shown], axis=0)
-        names = [*shown, "all others"]
+    stored = dict((end or {}).get("stored_modules", {}))
+    shown = [name for name in names if name]
+    if len(shown) > _MOST:
+        ranked = sorted(shown, key=lambda name: -counts[name].max())[: _MOST - 1]
+        rest = [name for name in shown if name not in ranked]
+        shown = [name for name in shown if name in ranked]
+        counts["all others"] = np.sum([counts[name] for name in rest], axis=0)
+        stored["all others"] = sum(stored.get(name, 0) for name in rest)
+        shown.append("all others")
+    fills = dict(zip(shown, colours(len(shown)), strict=True))
+    if "" in names:
+        shown, fills[""] = [*shown, ""], EMPTY
     figure = new_figure(9.2, 3.8)
     axes = figure.subplots()
     steps = [line["generation"] + 1 for line in generations]
-    axes.stackplot(steps, [counts[name] for name in names], colors=colours(len(names)), labels=names, lw=0)
+    bands = [counts[name] for name in shown]
+    words = [_described(name, start["members"], stored, end is not None) for name in shown]
+    axes.stackplot(steps, bands, colors=[fills[name] for name in shown], labels=words, lw=0)
     axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
+    axes.set_ylabel("hypermodules")
     label_generations(axes)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
-        handles[::-1], [_words(label, start["members"]) for label in labels[::-1]], frameon=False, fontsize=8.5,
-        labelcolor=INK, loc="upper left", bbox_to_anchor=(1.07, 1),
+        handles[::-1], labels[::-1], frameon=False, fontsize=8.5, labelcolor=INK,
+        loc="upper left", bbox_to_anchor=(1.08, 1),
     )  # fmt: skip
     size = axes.twinx()
     size.plot(steps, [100 * line["share"] for line in generations], color=INK, lw=1.4)
     size.set_ylim(0, 110)
-    size.set_ylabel("size, % of the sites' numbers (line)")
+    size.set_ylabel("parameters, % of the sites' (line)")
     tidy(size)
     tidy(axes, "Hypermodules by the members that use them")
     figure.tight_layout(pad=0.8)
     return png(figure)
+
+
+def ranked_subsets(generations: Sequence[Line]) -> list[str]:
+    """Sets of members that have hypermodules at any time, large sets first; last the empty name, where there are
+    hypermodules that collapse to blocks."""
+    names = {name for line in generations for name, count in line["subsets"].items() if count}
+    return sorted(names, key=lambda name: (name == "", -name.count("+"), name))
 
 
 def draw_layers(start: Line, generations: Sequence[Line], end: Line | None) -> bytes | None:
@@ -224,6 +238,14 @@ def _painted(strip: Any) -> Any:
         for number, colour in zip(ranked, colours(min(len(ranked), 40)), strict=False):
             painted[strip == number] = colour
     return painted
+
+
+def _described(subset: str, members: Sequence[str], stored: Mapping[str, int], ended: bool) -> str:
+    """A subset in the legend, with how many of its hypermodules the folder holds."""
+    if not subset:
+        return "too few uses to be stored as one"
+    words = subset if subset == "all others" else _words(subset, members)
+    return f"{words}: {stored.get(subset, 0)} stored" if ended else words
 
 
 def _words(subset: str, members: Sequence[str]) -> str:

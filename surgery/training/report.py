@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from surgery.joint import JointModel
+from surgery.showing import as_html, as_text, plural
 from surgery.training.losses import adapts_by
 from surgery.training.tasks import Task
 from surgery.training.validation import Score
+from surgery.wording import count, percent
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainReport:
     """How a run went.
 
@@ -25,7 +24,10 @@ class TrainReport:
         tests: by task, of the state that was kept, on test data.
         hypermodules: by bank.
         templates: by stack.
-        numbers: in the dictionary now, and in the sites that it generates.
+        numbers: parameters in the dictionary now, and in the sites that it generates.
+        first: by task, of the run's first validation.
+        sizes: parameters and bytes of every member `alone`, in the joint model at its `start`, and `joint` now; see
+            `surgery.training.comparison`.
         trained: how many numbers training changed.
         adapted: by task that adapted to another domain, by which losses and to what; see `adapted_of`.
         stopped: why the run ended.
@@ -41,47 +43,43 @@ class TrainReport:
     numbers: tuple[int, int] = (0, 0)
     trained: int = 0
     adapted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    first: Mapping[str, Score] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
     stopped: str = "done"
     seconds: float = 0.0
+
+    def __repr__(self) -> str:
+        return as_text(
+            f"TrainReport: {self._summary()}", [", ".join(filter(None, row)) for row in self._rows()]
+        )
+
+    def _repr_html_(self) -> str:
+        return as_html("Training", ("task", "loss", "metric", "on"), self._rows(), [f"{self._summary()}."])
+
+    def _summary(self) -> str:
+        now, whole = self.numbers
+        return (
+            f"{plural(self.generations, 'generation')} in {self.seconds:.0f} s ({self.stopped}), kept is "
+            f"{self.best + 1}; {count(now)} of {count(whole)} parameters of sites ({percent(now / max(whole, 1))})"
+        )
+
+    def _rows(self) -> list[list[str]]:
+        return [
+            [name, *score.words(), part]
+            for part, scores in (("validation", self.scores), ("test", self.tests))
+            for name, score in scores.items()
+        ]
 
     def document(self) -> dict[str, Any]:
         """As JSON."""
         scores = {name: score.document() for name, score in self.scores.items()}
         tests = {name: score.document() for name, score in self.tests.items()}
+        first = {name: score.document() for name, score in self.first.items()}
         sizes = {"hypermodules": dict(self.hypermodules), "templates": dict(self.templates)}
-        return {**vars(self), "scores": scores, "tests": tests, **sizes}
+        return {**vars(self), "scores": scores, "tests": tests, "first": first, **sizes}
 
 
 def adapted_of(task: Task) -> dict[str, Any] | None:
     """How a task adapts, as JSON: losses with weights, and where the features come from; None where it does not."""
     ways = adapts_by(task.loss)
     return {"by": ways, **task.source.document()} if ways and task.source is not None else None
-
-
-def dictionary_numbers(joint: JointModel) -> tuple[int, int]:
-    """Numbers in the dictionary after collapse, and in the sites that it generates.
-
-    A hypermodule that at most c locations use counts as the blocks that it generates:
-    `(L - Lo)*c + K*c*m*n + Lo*m*n`. Coefficients that stay 1 do not count, diagonals do. Templates that are used count
-    as they are, where they are fewer than the layers, and mixtures that are trained once for all tensors of a stack.
-    """
-    now = whole = 0
-    for plan in joint.plan.banks:
-        bank = joint.dictionary[plan.key]
-        if plan.stack and bank.hypermodules:
-            used = int((bank.coefficients != 0).any(0).sum())
-            now += min(used, bank.locations) * bank.width
-            whole += bank.locations * bank.width
-            if plan.key == joint.plan.stacks[plan.stack][0] and bank.contexts.requires_grad:
-                now += bank.contexts.numel()
-            continue
-        uses = torch.bincount(bank.psi, minlength=bank.hypermodules)
-        own = bank.context if bank.contexts.requires_grad else 0
-        own += 0 if bank.diagonals is None else bank.diagonals.shape[1]
-        rare = uses <= bank.context
-        lonely = int(uses[rare].sum())
-        width = bank.width
-        kept = int((~rare).sum())
-        now += (bank.locations - lonely) * own + kept * bank.context * width + lonely * width
-        whole += bank.locations * width
-    return now, whole

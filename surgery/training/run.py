@@ -15,16 +15,18 @@ from torch import Tensor
 from surgery.errors import PlanError, TrainingError
 from surgery.progress import task as progress_task
 from surgery.records import check_free, note, read_record
+from surgery.sizes import parameters_of_dictionary
 from surgery.training.analysis import kinds_of_modules, layer_overlap
 from surgery.training.checkpoint import pack, unpack
+from surgery.training.comparison import Sizes, as_scores, measure
 from surgery.training.config import Training
 from surgery.training.describing import describe_run
 from surgery.training.interruptions import Interrupted, stop_signals
 from surgery.training.mixing import describe_stacks, mixtures_of
-from surgery.training.report import TrainReport, adapted_of, dictionary_numbers
+from surgery.training.report import TrainReport, adapted_of
 from surgery.training.run_plan import differences, flat, make_plan
 from surgery.training.runlog import NAME as LOG
-from surgery.training.runlog import STRIP, RunLog, subsets
+from surgery.training.runlog import STRIP, RunLog, first_validation, read_log, subsets
 from surgery.training.state import Tensors, read_state, restore, snapshot, write_state
 from surgery.training.trackers import tracked
 from surgery.training.trainer import Trainer
@@ -58,16 +60,20 @@ def check_folder(folder: Path, resume: bool) -> None:
 class Run:
     """One call of `train`: the trainer, and what is kept of it."""
 
-    def __init__(self, trainer: Trainer, config: Training, seed: int, folder: Path | None):
+    def __init__(
+        self, trainer: Trainer, config: Training, seed: int, folder: Path | None, began: Sizes | None = None
+    ):
         self.trainer, self.config, self.seed, self.folder = trainer, config, seed, folder
         self.plan = make_plan(trainer.joint, trainer.tasks, config, seed)
         main = trainer.accelerator.is_main_process
         self.log = RunLog(folder if main else None)
         self.first: dict[str, float] = {}  # the tasks' first validation losses: their scale
+        self.first_scores: dict[str, Score] = {}
+        self.began = None if began is None else {"alone": began["alone"], "start": began["joint"]}
         self.best_score, self.best, self.stale = float("inf"), 0, 0
         self.kept: Tensors | None = None
         self.unsaved_best = False
-        self.before, self.began, self.saved = 0.0, time.monotonic(), time.monotonic()
+        self.before, self.clock, self.saved = 0.0, time.monotonic(), time.monotonic()
         self._answer: Tensor | None = None
 
     def to_the_end(self) -> TrainReport:
@@ -81,7 +87,7 @@ class Run:
             if self.log.path is not None:
                 note(self.log.path.parent, *FILES)
             self.log.begin()
-            self.log.write("start", **describe_run(trainer, config, self.seed))
+            self.log.write("start", **describe_run(trainer, config, self.seed), sizes=self.began)
         if config.trackers:
             trainer.accelerator.init_trackers("surgery", config=flat(config.model_dump()))
         stopped = "done"
@@ -142,9 +148,10 @@ class Run:
         scores: dict[str, Score] = {}
         if last or (generation + 1) % config.validate_every == 0:
             scores = evaluate(trainer.joint, trainer.tasks, trainer.losses, seed=self.seed)
+            self.first_scores = scores | self.first_scores
             self._judge(generation, scores, losses)
         sizes = {key: bank.hypermodules for key, bank in trainer.evolving.items()}
-        now, whole = dictionary_numbers(trainer.joint)
+        now, whole = parameters_of_dictionary(trainer.joint)
         self.log.write(
             "generation",
             generation=generation,
@@ -218,7 +225,7 @@ class Run:
     @property
     def seconds(self) -> float:
         """Since the run began, before it was resumed too."""
-        return self.before + time.monotonic() - self.began
+        return self.before + time.monotonic() - self.clock
 
     def _save(self) -> None:
         self.saved = time.monotonic()
@@ -256,6 +263,8 @@ class Run:
         if (self.folder / BEST).exists():
             self.kept = self.trainer.processes.own(read_state(self.folder / BEST)[0])
         self.log.cut(self.trainer.generation)
+        if self.log.path is not None and self.log.path.exists():
+            self.first_scores = as_scores(first_validation(read_log(self.log.path)))
 
     # -- the end -------------------------------------------------------------------------------------------
 
@@ -270,6 +279,7 @@ class Run:
         scores = evaluate(joint, trainer.tasks, trainer.losses, seed=self.seed)
         tests = evaluate(joint, trainer.tasks, trainer.losses, "test", self.seed)
         joint = trainer.joint = trainer.processes.gathered(joint)
+        sizes, modules = self._sizes()
         report = TrainReport(
             generations=trainer.generation,
             best=best,
@@ -277,16 +287,25 @@ class Run:
             tests=tests,
             hypermodules={key: bank.hypermodules for key, bank in trainer.evolving.items()},
             templates={name: told["templates"] for name, told in describe_stacks(joint).items()},
-            numbers=dictionary_numbers(joint),
+            numbers=parameters_of_dictionary(joint),
             trained=trained_numbers(joint),
             adapted={task.name: told for task in trainer.tasks if (told := adapted_of(task)) is not None},
+            first=self.first_scores,
+            sizes=sizes,
             stopped=stopped,
             seconds=self.seconds,
         )
-        self.log.write("end", **report.document(), **self._analysis())
+        self.log.write("end", **report.document(), **self._analysis(), stored_modules=modules)
         for tracker in trainer.accelerator.trackers:  # `end_training` would part the processes too
             tracker.finish()
         return report
+
+    def _sizes(self) -> tuple[Sizes, dict[str, int]]:
+        """Members alone, at the start and now, and the hypermodules as they will be stored; of the first process."""
+        if self.began is None:
+            return {}, {}
+        now, modules = measure(self.trainer.joint)
+        return {**self.began, "joint": now["joint"]}, modules
 
     def _analysis(self) -> dict[str, Any]:
         """Which layers share, and what sets shared hypermodules apart, in the state that was kept."""

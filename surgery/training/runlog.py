@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from surgery.artifact.shares import join_names
 from surgery.errors import TrainingError
 from surgery.joint import JointModel
 
@@ -72,6 +74,15 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def first_validation(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each task's first scores on validation data, as JSON."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        if line["event"] == "generation":
+            found = line.get("validation", {}) | found
+    return found
+
+
 def find_log(source: str | Path) -> Path:
     """The log of an artifact, of a run's own folder, or of the run that is to become the artifact.
 
@@ -89,12 +100,19 @@ def find_log(source: str | Path) -> Path:
 
 
 def subsets(joint: JointModel) -> dict[str, int]:
-    """How many hypermodules each set of members uses, the members' names joined by `+`. # Fig. 3a"""
+    """How many hypermodules each set of members uses, the members' names joined by `+`. # Fig. 3a
+
+    Those that collapse replaces by the blocks that they generate, because at most c locations use them, share nothing:
+    they are counted under the empty name.
+    """
     found: dict[str, int] = {}
     for key in (bank.key for bank in joint.plan.banks if not bank.stack):
-        patterns, counts = torch.unique(users(joint, key), dim=0, return_counts=True)
+        bank, used = joint.dictionary[key], users(joint, key)
+        uses = torch.bincount(bank.psi, minlength=bank.hypermodules)[: bank.hypermodules]
+        used[uses <= bank.context] = False
+        patterns, counts = torch.unique(used, dim=0, return_counts=True)
         for pattern, count in zip(patterns.tolist(), counts.tolist(), strict=True):
-            subset = "+".join(name for name, used in zip(joint.names, pattern, strict=True) if used)
+            subset = join_names(name for name, uses in zip(joint.names, pattern, strict=True) if uses)
             found[subset] = found.get(subset, 0) + count
     return dict(sorted(found.items(), key=lambda item: (item[0].count("+"), item[0])))
 

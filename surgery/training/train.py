@@ -16,6 +16,7 @@ from surgery.claims import claim_of_first
 from surgery.joint import JointModel
 from surgery.selectors import share_selectors
 from surgery.training.checking import check_run
+from surgery.training.comparison import measure
 from surgery.training.config import Training
 from surgery.training.fsdp import (
     Sharding,
@@ -133,8 +134,9 @@ def _train(
         share_adapters(joint, share_selectors(settings.share, names, "train.share"))
         freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
         _prepare_members(joint, settings)
+        began = measure(joint)[0] if accelerator.is_main_process else None
         make = _trainer if sharding is None else partial(_sharded_trainer, sharding)
-        run = Run(make(joint, tasks, settings, seed, accelerator, losses), settings, seed, place)
+        run = Run(make(joint, tasks, settings, seed, accelerator, losses), settings, seed, place, began)
         if resume:
             run.resume()
         return run.to_the_end()

@@ -40,6 +40,11 @@ class Score:
         """As JSON."""
         return asdict(self)
 
+    def words(self) -> tuple[str, str]:
+        """Loss and metric as they are shown."""
+        loss = "-" if self.loss is None else f"{self.loss:.4g}"
+        return loss, "-" if self.metric is None else f"{self.metric:.4g} {self.measure or ''}".strip()
+
 
 @torch.no_grad()
 def evaluate(

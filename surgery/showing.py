@@ -1,0 +1,56 @@
+"""Showing: objects as a few lines of text, and as an HTML table in a notebook; every string is escaped there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+MOST = 8  # rows of a text, and lines of an object
+
+
+def as_text(title: str, rows: Sequence[str] = ()) -> str:
+    """A title and at most `MOST` indented rows.
+
+    Example:
+        >>> print(as_text("JointModel of 1 member", ["net  3.2k parameters"]))
+        JointModel of 1 member
+          net  3.2k parameters
+    """
+    shown = [f"  {row}" for row in rows[:MOST]]
+    more = [f"  and {len(rows) - MOST} more"] if len(rows) > MOST else []
+    return "\n".join([title, *shown, *more])
+
+
+def as_html(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()
+) -> str:
+    """A table with a title and notes below; columns but the first are aligned to the right.
+
+    Example:
+        >>> as_html("Sizes", ["member"], [["<b>"]]).count("<b>")
+        0
+    """
+    head = "".join(f'<th style="text-align:{_side(k)}">{escape(name)}</th>' for k, name in enumerate(columns))
+    body = "".join(
+        "<tr>"
+        + "".join(f'<td style="text-align:{_side(k)}">{escape(cell)}</td>' for k, cell in enumerate(row))
+        + "</tr>"
+        for row in rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>" if rows else ""
+    below = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    return f"<div><p><strong>{escape(title)}</strong></p>{table}{below}</div>"
+
+
+def plural(count: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> plural(1, "member"), plural(2, "member")
+        ('1 member', '2 members')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _side(column: int) -> str:
+    return "right" if column else "left"

@@ -1,0 +1,43 @@
+"""Wording: sizes, counts and fractions as people read them, the same on the screen, in the card and in pictures."""
+
+from __future__ import annotations
+
+
+def size(amount: float) -> str:
+    """Bytes, in powers of ten.
+
+    Example:
+        >>> size(90_868_376), size(512)
+        ('90.9 MB', '512 B')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < (999.5 if unit == "B" else 999.95):
+            return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"
+
+
+def count(number: float) -> str:
+    """A number of parameters.
+
+    Example:
+        >>> count(22_713_216), count(384)
+        ('22.7M', '384')
+    """
+    for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= max(limit, 1e4):
+            return f"{number / limit:.1f}{unit}"
+    return f"{number:.0f}"
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """A fraction in percent; what is not zero never reads as zero.
+
+    Example:
+        >>> percent(0.26), percent(0), percent(1e-7)
+        ('26.0%', '0%', '<0.1%')
+    """
+    if fraction == 0:
+        return "0%"
+    smallest = 10.0**-digits
+    return f"<{smallest:.{digits}f}%" if abs(fraction) * 100 < smallest else f"{fraction * 100:.{digits}f}%"
