@@ -6,11 +6,13 @@ library when they run, so `surgery --help` does not import torch.
 
 from __future__ import annotations
 
+import functools
 import inspect as introspection
 import sys
 import traceback
+from collections.abc import Callable
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,7 +40,22 @@ def _add(module: ModuleType) -> None:
     paragraphs = introspection.cleandoc(verb.__doc__ or "").split("\n\n")
     text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     examples = "".join(f"\n  {line}" for line in module.EXAMPLES.strip().splitlines())
-    app.command(name, help=text, epilog=f"[dim]Examples[/dim]{examples}")(verb)
+    app.command(name, help=text, epilog=f"[dim]Examples[/dim]{examples}")(_with_a_sign_of_life(verb))
+
+
+def _with_a_sign_of_life(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb, with something on the screen from its start on: importing torch takes seconds."""
+
+    @functools.wraps(verb)
+    def shown(*args: Any, **options: Any) -> None:
+        from . import console
+        from .hush import hush
+
+        quiet = bool(options.get("quiet"))
+        with hush(quiet=quiet, debug=bool(options.get("debug"))), console.alive(quiet=quiet):
+            verb(*args, **options)
+
+    return shown
 
 
 for each in (demo, inspect, merge, train, evaluate, report, verify, export):

@@ -173,7 +173,7 @@ def _print_real_inputs(outcome: Outcome) -> None:
     table = console.table("member", "inputs", ">output moved by")
     table.add_row(text, f"{len(SENTENCES)} sentences", console.percent(outcome.moved[text], digits=2))
     table.add_row(image, f"{views} views of 3 photographs", console.percent(outcome.moved[image], digits=2))
-    console.out.print(table)
+    console.show(table)
     mean = sum(outcome.cosines) / len(outcome.cosines)
     found, lowest = outcome.pairs[1], min(outcome.cosines)
     console.say(
@@ -185,7 +185,7 @@ def _print_real_inputs(outcome: Outcome) -> None:
     classes = console.table("photograph", "class before", "class after")
     for name, (before, after) in zip(("china", "flower", "grace_hopper"), outcome.classes[::5], strict=True):
         classes.add_row(name, class_name(before), class_name(after))
-    console.out.print(classes)
+    console.show(classes)
 
 
 def _equal(same: bool) -> str:

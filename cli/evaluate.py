@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
+from . import completion
 from .options import RUN, Debug, Json, Quiet, TrustRemoteCode
 
 EXAMPLES = """
@@ -18,17 +19,28 @@ surgery evaluate joint --data my_test_set.npz
 
 def evaluate(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", show_default=False, help="A folder that surgery train wrote.")
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            show_default=False,
+            help="A folder that surgery train wrote.",
+            autocompletion=completion.artifacts,
+        ),
     ],
     member: Annotated[
         list[str] | None,
-        typer.Option("--member", metavar="NAME", rich_help_panel=RUN, help="Only this one; repeatable."),
+        typer.Option(
+            "--member",
+            metavar="NAME",
+            rich_help_panel=RUN,
+            help="Only this one; repeatable.",
+            autocompletion=completion.members,
+        ),
     ] = None,
     part: Annotated[
-        str,
+        Literal["test", "validation", "data"],
         typer.Option(
             "--part",
-            metavar="test|validation|data",
             rich_help_panel=RUN,
             help="Of the tasks' data; where there is no test part, validation serves.",
         ),
@@ -52,8 +64,6 @@ def evaluate(
 
     from . import console, outcome
 
-    if part not in ("test", "validation", "data"):
-        raise typer.BadParameter(f"must be test, validation or data, not {part}", param_hint="--part")
     with console.working(quiet=quiet, json_wanted=json):
         scores = evaluate_artifact(
             folder, members=member or None, part=part, data=data, trust_remote_code=trust_remote_code
@@ -64,4 +74,4 @@ def evaluate(
         table = console.table("task", ">loss", ">metric", ">examples")
         for name, score in scores.items():
             table.add_row(name, *outcome.score_cells(score.document()), str(score.examples))
-        console.out.print(table)
+        console.show(table)

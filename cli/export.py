@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from .options import RUN, Debug, Json, Overwrite, Quiet, TrustRemoteCode
+from . import completion
+from .options import RUN, Debug, Folder, Json, Overwrite, Quiet, TrustRemoteCode
 
 EXAMPLES = """
 surgery export joint --member minilm --format plain --out minilm-plain
@@ -16,16 +17,22 @@ surgery export joint --member minilm --format compressed --out minilm-small
 
 
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that surgery wrote.")],
+    folder: Folder,
     member: Annotated[
-        str, typer.Option("--member", metavar="NAME", rich_help_panel=RUN, help="Which member.")
+        str,
+        typer.Option(
+            "--member",
+            metavar="NAME",
+            rich_help_panel=RUN,
+            help="Which member.",
+            autocompletion=completion.members,
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR2", rich_help_panel=RUN, help="Folder to write.")],
     format: Annotated[
-        str,
+        Literal["plain", "compressed"],
         typer.Option(
             "--format",
-            metavar="FORMAT",
             rich_help_panel=RUN,
             help="[cyan]plain[/cyan]: transformers or timm load it without surgery. "
             "[cyan]compressed[/cyan]: the smallest folder, for surgery.load.",
@@ -38,16 +45,13 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write one member as a model of its own."""
-    if format not in ("plain", "compressed"):
-        raise typer.BadParameter(f"must be plain or compressed, not '{format}'", param_hint="--format")
     from surgery.artifact.export import export as write
     from surgery.progress import task
 
     from . import console, outcome
 
     with console.working(quiet=quiet, json_wanted=json), task(f"Exporting {member}"):
-        chosen = "compressed" if format == "compressed" else "plain"
-        write(folder, member, out, format=chosen, overwrite=overwrite, trust_remote_code=trust_remote_code)
+        write(folder, member, out, format=format, overwrite=overwrite, trust_remote_code=trust_remote_code)
     size = outcome.disk_bytes(out)
     if json:
         console.emit({"member": member, "format": format, "out": str(out), "disk_bytes": size})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -39,10 +39,8 @@ def inspect(
     seed: Seed = 0,
     trust_remote_code: TrustRemoteCode = False,
     only: Annotated[
-        str | None,
-        typer.Option(
-            "--only", metavar="ROLE", rich_help_panel=SCREEN, help="Rows of one role: site, adapter, skipped."
-        ),
+        Literal["site", "adapter", "skipped"] | None,
+        typer.Option("--only", rich_help_panel=SCREEN, help="Rows of one role."),
     ] = None,
     inputs: Annotated[
         Path | None,
@@ -74,8 +72,6 @@ def inspect(
     view is the stack of matrices, [cyan]stack x out x in[/cyan], that is cut into blocks. An
     [bold]adapter[/bold] is left to its member alone.
     """
-    if only not in (None, *ROLES):
-        raise typer.BadParameter(f"must be site, adapter or skipped, not '{only}'", param_hint="--only")
     from surgery.probes import probe_inputs
     from surgery.progress import task
     from surgery.references import load_member
@@ -97,6 +93,8 @@ def inspect(
         rows = [{**row, "uses": uses.get(row["name"], [])} for row in rows]
         found = {"totals": totals(anatomy), "stacks": stacks(anatomy), "tensors": rows}
         console.emit({**describe(member, anatomy), **found})
+        return
+    if quiet:
         return
     shown = [row for row in rows if only or row["kind"] != "buffer"]
     _print_tensors(shown, uses if verbose else {})
@@ -171,7 +169,7 @@ def _print_stacks(anatomy: Anatomy) -> None:
     for row in stacks(anatomy):
         count = console.count(row["parameters_of_a_layer"])
         table.add_row(row["path"], str(len(row["layers"])), str(row["tensors"]), count)
-    console.out.print(table)
+    console.show(table)
 
 
 def _row(entry: Site | LeftAlone) -> dict[str, Any]:
@@ -222,7 +220,7 @@ def _print_tensors(rows: list[dict[str, Any]], uses: dict[str, list[dict[str, An
             console.clipped(f"{row['role']} {what}" if row["role"] == "site" else f"{row['role']}: {what}"),
             style=None if row["role"] == "site" else "dim",
         )
-    console.out.print(table)
+    console.show(table)
 
 
 def _use(use: dict[str, Any]) -> str:
@@ -256,4 +254,4 @@ def _print_totals(member: Member, anatomy: Anatomy) -> None:
             row["reason"] or "a linear map: its blocks can be shared",
             style=None if row["role"] == "site" else "dim",
         )
-    console.out.print(table)
+    console.show(table)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from . import completion
 from .options import (
     DICTIONARY,
     FLAG,
@@ -14,6 +15,7 @@ from .options import (
     TARGET,
     Adapters,
     Debug,
+    Device,
     Json,
     Overwrite,
     Quiet,
@@ -97,20 +99,18 @@ def merge(
         ),
     ] = None,
     method: Annotated[
-        str | None,
+        Literal["hypermodules", "templates"] | None,
         typer.Option(
             "--method",
-            metavar="NAME",
             rich_help_panel=DICTIONARY,
             help="hypermodules, the default; or templates: repeated layers become mixtures of K of them, and the "
             "target decides K and the bits of every tensor together.",
         ),
     ] = None,
     mixture: Annotated[
-        str | None,
+        Literal["linear", "softmax", "one-hot"] | None,
         typer.Option(
             "--mixture",
-            metavar="linear|softmax|one-hot",
             rich_help_panel=DICTIONARY,
             help="Of templates: any mixtures, the default; positive ones that sum to 1; or one template a layer, "
             "so that layers are tied.",
@@ -162,6 +162,7 @@ def merge(
             "--config",
             metavar="FILE",
             rich_help_panel=RUN,
+            autocompletion=completion.recipes,
             help="A YAML recipe, or the name of an installed one; the options here override it.",
         ),
     ] = None,
@@ -178,12 +179,7 @@ def merge(
         int | None,
         typer.Option("--seed", metavar="N", rich_help_panel=RUN, help="Seed of all that is drawn at random."),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            "--device", metavar="NAME", rich_help_panel=RUN, help="auto (the default), cpu, cuda, ..."
-        ),
-    ] = None,
+    device: Device = None,
     dry_run: Annotated[
         bool,
         typer.Option(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from . import completion
 
 FLAG = " "  # in place of the "<bool>" that says nothing about a switch
 SELECT, TARGET, DICTIONARY = "Which tensors", "How small, how exact", "Dictionary"
@@ -35,6 +38,20 @@ Skip = Annotated[
 ]
 Seed = Annotated[
     int, typer.Option("--seed", metavar="N", rich_help_panel=RUN, help="Seed of all that is drawn at random.")
+]
+Folder = Annotated[
+    Path,
+    typer.Argument(metavar="DIR", help="A folder that surgery wrote.", autocompletion=completion.artifacts),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        rich_help_panel=RUN,
+        help="auto (the default), cpu, cuda, ...",
+        autocompletion=completion.devices,
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from . import completion
 from .options import Debug, Json, Overwrite
 
 app = typer.Typer(no_args_is_help=True, help="List, copy and check recipes.")
@@ -26,12 +27,17 @@ def list_recipes(json: Json = False, debug: Debug = False) -> None:
     table = console.table("recipe", "~what it does")
     for name, line in first.items():
         table.add_row(name, line)
-    console.out.print(table)
+    console.show(table)
 
 
-@app.command("cp", epilog="[dim]Examples[/dim]\n  surgery recipes cp synthetic_noisy mine.yaml")
+@app.command("cp", epilog="[dim]Examples[/dim]\n  surgery recipes cp synthetic mine.yaml")
 def copy_recipe(
-    name: Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="An installed recipe.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", show_default=False, help="An installed recipe.", autocompletion=completion.recipes
+        ),
+    ],
     file: Annotated[Path, typer.Argument(metavar="FILE", show_default=False, help="Where to write it.")],
     overwrite: Overwrite = False,
     debug: Debug = False,
@@ -53,7 +59,13 @@ def copy_recipe(
 @app.command("check", epilog="[dim]Examples[/dim]\n  surgery recipes check mine.yaml")
 def check_recipe(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", show_default=False, help="A recipe, or an installed one's name.")
+        str,
+        typer.Argument(
+            metavar="FILE",
+            show_default=False,
+            help="A recipe, or an installed one's name.",
+            autocompletion=completion.recipes,
+        ),
     ],
     json: Json = False,
     debug: Debug = False,

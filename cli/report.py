@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import completion
 from .options import RUN, Debug, Json, Quiet
 
 EXAMPLES = """
@@ -22,6 +23,7 @@ def report(
         typer.Argument(
             metavar="DIR",
             show_default=False,
+            autocompletion=completion.artifacts,
             help="A folder that surgery train wrote, or the DIR.training of a run that still goes on.",
         ),
     ],
@@ -59,6 +61,8 @@ def report(
 
 def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What a log says of its run: how far it went, tasks, sizes, statistics."""
+    from surgery.training.runlog import first_validation
+
     start = next((line for line in lines if line["event"] == "start"), {})
     generations = [line for line in lines if line["event"] == "generation"]
     end = next((line for line in lines if line["event"] == "end"), None)
@@ -77,24 +81,30 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "subsets": last.get("subsets", {}),
         "share": last.get("share"),
         "statistics": (end or {}).get("statistics", []),
+        "first": first_validation(lines),
+        "sizes": (end or {}).get("sizes", {}),
     }
 
 
 def print_summary(summary: dict[str, Any], pictures: list[Path]) -> None:
     """Tasks, modules by subset, statistics, and where the pictures are."""
+    from surgery.training.comparison import as_scores, verdict
+
     from . import console, outcome
 
     state = "finished" if summary["finished"] else "not finished"
-    share = "" if summary["share"] is None else f", {summary['share']:.0%} of the sites' numbers"
+    share = "" if summary["share"] is None else f", {summary['share']:.0%} of the sites' parameters"
     console.say(f"{summary['generations']} generations, {state}{share}.")
-    table = console.table("task", ">training loss", ">validation loss", ">metric", ">test loss", ">metric")
-    for name, loss in summary["losses"].items():
-        cells = [name, f"{loss:.4g}"]
-        for scores in (summary["validation"], summary["tests"]):
-            cells += outcome.score_cells(scores.get(name))
-        table.add_row(*cells)
     if summary["losses"]:
-        console.out.print(table)
+        table = console.table("task", ">training loss")
+        for name, loss in summary["losses"].items():
+            table.add_row(name, f"{loss:.4g}")
+        console.show(table)
+    outcome.print_scores(summary["first"], summary["validation"], summary["tests"])
+    if summary["sizes"]:
+        outcome.print_sizes(summary["sizes"])
+        first, kept = (as_scores(summary[part]) for part in ("first", "validation"))
+        console.say(verdict(summary["sizes"], first, kept))
     for sentence in outcome.adapted_words(summary["adapted"]):
         console.say(sentence)
     if any(summary["subsets"].values()):
@@ -102,7 +112,7 @@ def print_summary(summary: dict[str, Any], pictures: list[Path]) -> None:
         for name, count in summary["subsets"].items():
             if name and count:
                 table.add_row(name, str(count))
-        console.out.print(table)
+        console.show(table)
     if summary["statistics"]:
         console.heading("Generic hypermodules against specific ones")
         table = console.table("of", ">generic", ">specific", ">p (Mann-Whitney)")
@@ -112,6 +122,6 @@ def print_summary(summary: dict[str, Any], pictures: list[Path]) -> None:
                 f"{words[row['tensor']]}, {row['statistic']}", f"{row['generic']:.4g}", f"{row['specific']:.4g}",
                 f"{row['p']:.2g}",
             )  # fmt: skip
-        console.out.print(table)
+        console.show(table)
     for path in pictures:
         console.say(str(path))

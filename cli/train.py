@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from . import completion
 from .options import FLAG, RUN, Debug, Json, Overwrite, Quiet, TrustRemoteCode
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ surgery train recipe.yaml --out joint --resume auto
 accelerate launch -m surgery_cli train recipe.yaml --out joint
 accelerate launch --use_fsdp --fsdp_version 2 -m surgery_cli train recipe.yaml --out joint
 """
-RESUME = ("auto", "never")
 
 
 def train(
@@ -31,6 +31,7 @@ def train(
         typer.Argument(
             metavar="RECIPE|DIR",
             show_default=False,
+            autocompletion=completion.recipes,
             help="A YAML recipe, the name of an installed one, or a folder that surgery wrote, whose members go "
             "on with the recipe in it.",
         ),
@@ -48,10 +49,9 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        str,
+        Literal["auto", "never"],
         typer.Option(
             "--resume",
-            metavar="|".join(RESUME),
             rich_help_panel=RUN,
             help="auto: go on with an interrupted run for the same --out. never: refuse where there is one.",
         ),
@@ -90,8 +90,6 @@ def train(
     state in DIR.training beside --out; [cyan]Ctrl-C[/cyan] saves and leaves, [cyan]--resume auto[/cyan] goes on
     to the very result of an unbroken run. The folder holds the log and the pictures too.
     """
-    if resume not in RESUME:
-        raise typer.BadParameter(f"must be one of {', '.join(RESUME)}, not {resume}", param_hint="--resume")
     recipe, folder = read_training(source, out, seed, changes or [], trust_remote_code)
     if recipe.out is None and not dry_run:
         raise typer.BadParameter("a folder to write is needed", param_hint="--out")
@@ -215,16 +213,12 @@ def print_left(folder: Path) -> None:
 
 def print_report(report: TrainReport, folder: Path) -> None:
     """Each task with what it reached, then the size."""
+    from surgery.training.comparison import verdict
+
     from . import console, outcome
 
-    table = console.table("task", ">validation loss", ">metric", ">test loss", ">metric")
-    for name in dict.fromkeys([*report.scores, *report.tests]):
-        cells = [name]
-        for score in (report.scores.get(name), report.tests.get(name)):
-            cells += outcome.score_cells(None if score is None else score.document())
-        table.add_row(*cells)
-    if report.scores or report.tests:
-        console.out.print(table)
+    told = report.document()
+    outcome.print_scores(told["first"], told["scores"], told["tests"])
     for sentence in outcome.adapted_words(report.adapted):
         console.say(sentence)
     now, whole = report.numbers
@@ -233,10 +227,13 @@ def print_report(report: TrainReport, folder: Path) -> None:
     parts += [f"{sum(report.templates.values())} templates"] * bool(report.templates)
     console.say(
         f"{report.generations} generations in {report.seconds:.0f} s{ended}; kept is generation {report.best + 1}. "
-        f"{' and '.join(parts) or 'Nothing shared'} for the sites: {console.count(now)} numbers for "
+        f"{' and '.join(parts) or 'Nothing shared'} for the sites: {console.count(now)} parameters for "
         f"{console.count(whole)} ({console.percent(now / max(whole, 1))}). "
-        f"{console.count(report.trained)} numbers were trained."
+        f"{console.count(report.trained)} parameters were trained."
     )
+    if report.sizes:
+        outcome.print_sizes(report.sizes)
+        console.say(verdict(report.sizes, report.first, report.scores))
     console.heading("Next")
     console.command(f"surgery report {folder}")
     console.command(f"surgery evaluate {folder}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import FLAG, RUN, Debug, Json, Quiet, TrustRemoteCode
+from .options import FLAG, RUN, Debug, Folder, Json, Quiet, TrustRemoteCode
 
 if TYPE_CHECKING:
     from surgery.artifact.verify import VerifyReport
@@ -19,7 +18,7 @@ surgery verify joint --origins --json
 
 
 def verify(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that surgery wrote.")],
+    folder: Folder,
     origins: Annotated[
         bool,
         typer.Option(
@@ -69,7 +68,7 @@ def print_report(report: VerifyReport) -> None:
             "-" if each.recorded_error is None else console.percent(each.recorded_error, digits=2),
             each.origin,
         )
-    console.out.print(table)
+    console.show(table)
     for path, reason in report.files.items():
         console.say(f"{path}: {reason}")
     for each in report.members:

@@ -195,7 +195,7 @@ BAD = {
     "no hypermodule": (["--hypermodules", "0"], "hypermodules"),
     "block that is none": (["--block", "16by16"], "16x16"),
     "block larger than every site": (["--block", "512x512"], "512"),
-    "unknown method": (["--method", "magic"], "method"),
+    "unknown method": (["--set", "method=magic"], "method"),
     "unknown key": (["--set", "parameters.bugdet=1"], "did you mean 'budget'"),
     "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "missing calibration file": (["--calibrate", "nowhere.txt"], "nowhere.txt"),
