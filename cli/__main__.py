@@ -11,6 +11,7 @@ import inspect as introspection
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -85,9 +86,20 @@ def surgery(
     """
 
 
+def _with_values(arguments: list[str]) -> list[str]:
+    """`report DIR --html` without a file means the default one, which an empty value stands for."""
+    if arguments[:1] != ["report"] or "--html" not in arguments:
+        return arguments
+    place = arguments.index("--html") + 1
+    given = arguments[place] if place < len(arguments) else "-"
+    if given.startswith("-") or Path(given).is_dir():
+        return [*arguments[:place], "", *arguments[place:]]
+    return arguments
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = _with_values(sys.argv[1:] if arguments is None else arguments)
     try:
         app(arguments)
     except SurgeryError as error:

@@ -1,17 +1,22 @@
-"""`surgery report`: the pictures and tables of a training run again, from its log."""
+"""`surgery report`: what a folder holds, and how its training went: tables, pictures, and one page to send."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import completion
-from .options import RUN, Debug, Json, Quiet
+from .options import RUN, Debug, Json, Overwrite, Quiet
+
+if TYPE_CHECKING:
+    from surgery.page import Overview
 
 EXAMPLES = """
-surgery report runs/noisy
+surgery report joint
+surgery report joint --html
+surgery report joint --html page.html
 surgery report runs/noisy.training
 surgery report runs/noisy --out pictures --json
 """
@@ -24,49 +29,127 @@ def report(
             metavar="DIR",
             show_default=False,
             autocompletion=completion.artifacts,
-            help="A folder that surgery train wrote, or the DIR.training of a run that still goes on.",
+            help="A folder that surgery merge or surgery train wrote, or the DIR.training of a run that still goes on.",
         ),
     ],
+    html: Annotated[
+        str | None,
+        typer.Option(
+            "--html",
+            metavar="[FILE]",
+            rich_help_panel=RUN,
+            help="Write one self-contained page, by default DIR.html: size, error, bits, sharing, training.",
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
-            "--out", metavar="DIR", rich_help_panel=RUN, help="Where pictures go; by default beside the log."
+            "--out",
+            metavar="DIR",
+            rich_help_panel=RUN,
+            help="Where a run's pictures go; by default beside its log.",
         ),
     ] = None,
+    overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Draw the pictures of a training run from its log, and print what it says.
+    """Tell what a folder holds: sizes, errors, how tensors are stored, and how a training run went.
 
-    Losses and size (losses.png), hypermodules by the members that use them (modules.png), sharing between layers
-    against chance (layers.png), the alignment over time (alignment.png), and how generic hypermodules differ from
-    specific ones. A run that still goes on can be looked at too.
+    Of a run the pictures are drawn from its log: losses and size (losses.png), hypermodules by the members that use
+    them (modules.png), sharing between layers against chance (layers.png), the alignment over time (alignment.png).
+    A run that still goes on can be looked at too. [cyan]--html[/cyan] puts all of it on one page, without scripts and
+    without a network.
     """
+    from surgery.page import look, write_page
     from surgery.training.pictures import write_pictures
     from surgery.training.runlog import find_log, read_log
 
     from . import console
 
-    log = find_log(source)
+    view = look(source)
+    pictures, log = [], None
     with console.working(quiet=quiet, json_wanted=json):
-        pictures = write_pictures(log, Path(out) if out else log.parent)
-    lines = read_log(log)
-    summary = summarise(lines)
+        if view.run is not None:
+            log = find_log(source)
+            pictures = write_pictures(log, Path(out) if out else log.parent)
+        page = None if html is None else write_page(view, html or _page_of(source), overwrite=overwrite)
+    summary = {} if log is None else summarise(read_log(log))
     if json:
-        console.emit({"log": str(log), "pictures": [str(path) for path in pictures], **summary})
+        told = {"log": None if log is None else str(log), "pictures": [str(path) for path in pictures]}
+        told |= {"page": None if page is None else str(page), "artifact": describe(view)}
+        console.emit(told | summary)
     elif not quiet:
-        print_summary(summary, pictures)
+        if view.members:
+            print_artifact(view)
+        if summary:
+            print_summary(summary, pictures)
+        if page is not None:
+            console.say(str(page))
+
+
+def _page_of(source: str) -> Path:
+    folder = Path(source).expanduser().resolve()
+    return folder.with_name(f"{folder.name}.html")
+
+
+def describe(view: Overview) -> dict[str, Any] | None:
+    """What an artifact holds, as plain JSON values."""
+    if view.shares is None:
+        return None
+    return {
+        "members": [
+            {
+                "name": member.name,
+                "parameters": member.parameters,
+                "bytes_before": member.before,
+                "bytes_after": member.after,
+                "output_error": member.error,
+            }
+            for member in view.members
+        ],
+        "hypermodules": dict(view.shares.modules),
+        "blocks_on_shared_rows": [list(row) for row in view.shares.blocks],
+    }
+
+
+def print_artifact(view: Overview) -> None:
+    """Members with their sizes and errors, and how tensors are stored."""
+    from . import console, outcome
+
+    table = console.table("member", ">parameters", ">before", ">after", ">output moved by")
+    for member in view.members[: outcome.ROWS]:
+        table.add_row(
+            member.name,
+            "-" if member.parameters is None else console.count(member.parameters),
+            console.size(member.before),
+            console.size(member.after),
+            "not measured" if member.error is None else console.percent(member.error, digits=2),
+        )
+    if len(view.members) > outcome.ROWS:
+        table.add_row(f"and {len(view.members) - outcome.ROWS} more", *[""] * 4)
+    console.show(table)
+    before, after = (sum(getattr(m, key) for m in view.members) for key in ("before", "after"))
+    console.say(
+        f"Tensors {console.size(after)}, {console.percent(after / (before or 1))} of {console.size(before)}."
+    )
+    table = console.table("stored as", ">tensors", ">before", ">after")
+    for how, (tensors, original, stored) in view.ways.items():
+        table.add_row(how, str(tensors), console.size(original), console.size(stored))
+    console.show(table)
 
 
 def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What a log says of its run: how far it went, tasks, sizes, statistics."""
+    from surgery.training.comparison import share_of
     from surgery.training.runlog import first_validation
 
     start = next((line for line in lines if line["event"] == "start"), {})
     generations = [line for line in lines if line["event"] == "generation"]
     end = next((line for line in lines if line["event"] == "end"), None)
     last = generations[-1] if generations else {}
+    now, whole = share_of(generations, end) if generations else (0, 0)
     return {
         "members": start.get("members", []),
         "finished": end is not None,
@@ -78,8 +161,8 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
             name: told["adapted"] for name, told in start.get("tasks", {}).items() if told.get("adapted")
         },
         "hypermodules": (end or last).get("hypermodules", {}),
-        "subsets": last.get("subsets", {}),
-        "share": last.get("share"),
+        "subsets": last.get("subsets", {}) if end is None else end.get("stored_modules", {}),
+        "share": now / max(whole, 1) if generations else None,
         "statistics": (end or {}).get("statistics", []),
         "first": first_validation(lines),
         "sizes": (end or {}).get("sizes", {}),
@@ -93,7 +176,9 @@ def print_summary(summary: dict[str, Any], pictures: list[Path]) -> None:
     from . import console, outcome
 
     state = "finished" if summary["finished"] else "not finished"
-    share = "" if summary["share"] is None else f", {summary['share']:.0%} of the sites' parameters"
+    share = (
+        "" if summary["share"] is None else f", {console.percent(summary['share'])} of the sites' parameters"
+    )
     console.say(f"{summary['generations']} generations, {state}{share}.")
     if summary["losses"]:
         table = console.table("task", ">training loss")

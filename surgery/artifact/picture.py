@@ -22,7 +22,7 @@ FEW = 6  # members whose names and figures fit into the right half; more are num
 MOST = 10  # members drawn one by one; the others are drawn as one
 _COLOURS = 48  # of the palette: flat areas and text edges need no more
 _FILLS = {
-    ROWS: "#d1495b", COPIES: "#edae49", "native": "#9aa7b3", "bfloat16": "#66a182",
+    ROWS: "#d55e00", COPIES: "#e69f00", "native": "#9aa7b3", "bfloat16": "#009e73",
     "int12": "#b9d8ee", "int10": "#9cc6e5", "int8": "#7fb2d9",
     "int7": "#639cc9", "int6": "#4886b8", "int5": "#3571a2", "int4": "#275c88",
     "int3": "#1b476b", "int2": "#11334f",
@@ -38,12 +38,13 @@ def draw_sharing(shares: Shares) -> bytes:
     """
     shares = _fold(shares)
     count = len(shares.members)
-    height = 1.5 + 0.36 * max(count, 3 if count > 1 else 1)
+    pairs = count > 1 and any(map(any, shares.blocks))  # where nothing is shared there is nothing to show
+    height = 1.65 + 0.36 * max(count, 3 if count > 1 else 1)
     figure = new_figure(9.2, height)
-    widths = [1.5, 1] if count > 1 else [1]
+    widths = [1.5, 1] if pairs else [1]
     axes: Any = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     _draw_bytes(axes[0], shares)
-    if count > 1:
+    if pairs:
         _draw_blocks(axes[1], shares)
     figure.tight_layout(pad=0.8, w_pad=2, rect=(0, 0.3 / height, 1, 1))
     handles, labels = axes[0].get_legend_handles_labels()
@@ -86,6 +87,7 @@ def _draw_bytes(ax: Axes, shares: Shares) -> None:
     ax.tick_params(axis="x", labelsize=8, labelcolor=MUTED)
     ax.grid(axis="x", color=GRID, linewidth=0.8, zorder=0)
     _bare(ax)
+    ax.set_xlabel("bytes", fontsize=8.5, color=MUTED)
     ax.set_title("Bytes of each member now (grey: before)", fontsize=10, color=INK, loc="left", pad=7)
 
 
@@ -113,6 +115,8 @@ def _draw_blocks(ax: Axes, shares: Shares) -> None:
         ax.axhline(edge + 0.5, color="white", linewidth=2)
         ax.axvline(edge + 0.5, color="white", linewidth=2)
     _bare(ax)
+    ax.set_ylabel("blocks of", fontsize=8.5, color=MUTED)
+    ax.set_xlabel("on rows that these use too", fontsize=8.5, color=MUTED)
     ax.set_title("Blocks on shared rows, pair by pair", fontsize=10, color=INK, loc="left", pad=7)
 
 

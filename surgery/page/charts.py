@@ -137,14 +137,13 @@ def bar(
     return Markup(f'<svg class="bar" width="100%" height="20" aria-hidden="true">{"".join(found)}</svg>')
 
 
-def grid(values: Sequence[Sequence[float]], names: Sequence[str], title: str, unit: str) -> Markup:
+def grid(values: Sequence[Sequence[float]], names: Sequence[str], title: str) -> Markup:
     """A square of cells, orange above 0 and blue below, with the rows' groups named on both sides.
 
     Args:
         values: -1 to 1, row by row.
         names: the group of each row.
         title: for readers that do not see it.
-        unit: what a colour means.
     """
     count, side = len(values), 300
     step = side / max(count, 1)
@@ -168,11 +167,8 @@ def grid(values: Sequence[Sequence[float]], names: Sequence[str], title: str, un
         if place:
             line = place * step
             parts.append(f'<path class="cut" d="M90 {line:.1f}H{90 + side}M{90 + line:.1f} 0V{side}"/>')
-    parts.append(
-        f'<text class="tick" x="{90 + side / 2}" y="{side + 36}" text-anchor="middle">{escape(unit)}</text>'
-    )
     return Markup(
-        f'<svg class="chart" viewBox="0 0 400 {side + 44}" role="img" aria-label="{escape(title)}">'
+        f'<svg class="chart" viewBox="0 0 400 {side + 22}" role="img" aria-label="{escape(title)}">'
         f"{''.join(parts)}</svg>"
     )
 

@@ -88,7 +88,7 @@ def _page(view: Overview) -> dict[str, Any]:
         "saved": _saved(view.report),
         "errors": _errors(view), "error_words": _error_words(view), "bound": _bound(view.report),
         "ways": [
-            (how, str(tensors), size(was), size(now), percent(now / was) if was else "-")
+            (how.replace("native", "own dtype"), str(tensors), size(was), size(now), percent(now / was) if was else "-")
             for how, (tensors, was, now) in view.ways.items()
         ],
         "layers": [_layers(member) for member in members[:MOST] if member.layers],
@@ -258,7 +258,7 @@ def _pairs(view: Overview) -> dict[str, Any]:
     return {"sharing_words": words, "pairs": rows, "pair_names": names}
 
 
-def _overlap(run: Run | None) -> list[Markup]:
+def _overlap(run: Run | None) -> list[tuple[Markup, str]]:
     import math
 
     found = []
@@ -272,8 +272,9 @@ def _overlap(run: Run | None) -> list[Markup]:
         ]
         limit = max(1.0, max(abs(value) for row in ratio for value in row))
         scaled = [[value / limit for value in row] for row in ratio]
-        unit = f"orange: more than by chance, blue: less (darkest: {2**limit:.3g} times)"
-        found.append(charts.grid(scaled, [layer[0] for layer in layers], "Sharing between layers", unit))
+        words = "Rows and columns: layers of each member, in execution order. "
+        words += f"Orange: more than by chance, blue: less; darkest: {2**limit:.3g} times."
+        found.append((charts.grid(scaled, [layer[0] for layer in layers], "Sharing between layers"), words))
     return found
 
 

@@ -68,7 +68,7 @@ def _at_the_end(axes: Any, mixtures: Any) -> None:
 
     most = max(float(np.abs(mixtures).max()), 1e-12)
     signed = mixtures.min() < 0
-    shades = ["#d1495b", "#ffffff", "#1d4e79"] if signed else ["#ffffff", "#1d4e79"]
+    shades = ["#d55e00", "#ffffff", "#1d4e79"] if signed else ["#ffffff", "#1d4e79"]
     ramp = LinearSegmentedColormap.from_list("share", shades)
     axes.imshow(mixtures, aspect="auto", cmap=ramp, vmin=-most if signed else 0, vmax=most)
     layers, count = mixtures.shape

@@ -83,30 +83,23 @@ def draw_losses(start: Line, generations: Sequence[Line], end: Line | None) -> b
         left.yaxis.set_major_formatter(Plain())
         left.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
         left.tick_params(axis="y", which="minor", colors=MUTED, labelsize=8.5, length=0)
-    if end is not None:
-        left.axvline(end["best"] + 1, color=MUTED, lw=0.8, ls=":")
-        left.text(
-            end["best"] + 1,
-            0.99,
-            " kept",
-            transform=left.get_xaxis_transform(),
-            fontsize=8,
-            color=MUTED,
-            va="top",
-        )
+    _mark_kept(left, end)
     left.grid(axis="y", color=GRID, lw=0.8)
     label_generations(left)
     left.legend(frameon=False, fontsize=8.5, labelcolor=INK)
-    tidy(left, "Loss relative to the first (dashed: validation)")
+    left.set_ylabel("loss, first = 1")
+    judged = any(line["validation"] for line in generations)
+    tidy(left, f"Loss of each task{' (dashed: validation)' if judged else ''}")
     share = [100 * line["share"] for line in generations]
     right.plot(steps, share, color=INK, lw=1.6)
     right.annotate(
         f"{share[-1]:.0f}%", (steps[-1], share[-1]), (4, 0), textcoords="offset points", fontsize=8.5
     )
     right.set_ylim(0, max(110, *share))
+    right.set_ylabel("% of the sites' own parameters")
     label_generations(right)
     right.grid(axis="y", color=GRID, lw=0.8)
-    tidy(right, "Parameters, % of the sites' own")
+    tidy(right, "Parameters of the dictionary")
     figure.tight_layout(pad=0.8, w_pad=2)
     return png(figure)
 
@@ -137,6 +130,7 @@ def draw_subsets(start: Line, generations: Sequence[Line], end: Line | None) -> 
     axes.stackplot(steps, bands, colors=[fills[name] for name in shown], labels=words, lw=0)
     axes.set_xlim(steps[0], max(steps[-1], steps[0] + 1))
     axes.set_ylabel("hypermodules")
+    _mark_kept(axes, end)
     label_generations(axes)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
@@ -170,19 +164,20 @@ def draw_layers(start: Line, generations: Sequence[Line], end: Line | None) -> b
         observed, expected = np.array(each["observed"], float), np.array(each["expected"], float)
         ratio = np.log2((observed + 0.5) / (expected + 0.5))
         limit = max(1.0, float(np.abs(ratio).max()))
-        drawn = axes.imshow(ratio, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+        drawn = axes.imshow(ratio, cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest")
         members = [layer[0] for layer in each["layers"]]
         starts = [k for k in range(len(members)) if k == 0 or members[k] != members[k - 1]]
         middles = [(a + b - 1) / 2 for a, b in zip(starts, [*starts[1:], len(members)], strict=True)]
         for place in starts[1:]:
             axes.axhline(place - 0.5, color=INK, lw=0.8)
             axes.axvline(place - 0.5, color=INK, lw=0.8)
+        axes.set_ylabel("layers of each member, in execution order")
         axes.set_xticks(middles, [members[k] for k in starts])
         axes.set_yticks(middles, [members[k] for k in starts], rotation=90, va="center")
         bar = figure.colorbar(drawn, ax=axes, shrink=0.75, pad=0.03)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=8, colors=MUTED, length=0)
-        bar.set_label("log2 of shared hypermodules against chance", fontsize=8.5, color=MUTED)
+        bar.set_label("shared hypermodules against chance, log2 (orange: more)", fontsize=8.5, color=MUTED)
         tidy(axes, "Sharing between layers")
     figure.tight_layout(pad=0.8)
     return png(figure, 256)
@@ -201,11 +196,15 @@ def draw_alignment(start: Line, generations: Sequence[Line], end: Line | None) -
             _painted(strip)[order], aspect="auto", interpolation="nearest",
             extent=(generations[0]["generation"] + 0.5, generations[-1]["generation"] + 1.5, len(strip), 0),
         )  # fmt: skip
-        axes.set_yticks([])
-        axes.set_ylabel(f"{len(strip)} locations")
+        ends = _ends_of_members(start["sites"], key)
+        middles = [(ends[k - 1][1] if k else 0) / 2 + end / 2 for k, (_, end) in enumerate(ends)]
+        axes.set_yticks(middles, [name for name, _ in ends])
+        for _, end in ends[:-1]:
+            axes.axhline(end, color="white", lw=2)
+        axes.set_ylabel(f"{len(strip)} locations, by layer")
         label_generations(axes)
         kept = len(np.unique(strip[:, -1]))
-        tidy(axes, f"Which hypermodule generates which location; {kept} at the end")
+        tidy(axes, f"The hypermodule of each location, {kept} at the end (colours: those; grey: gone)")
     figure.tight_layout(pad=0.8)
     return png(figure, 256)
 
@@ -228,6 +227,16 @@ def _by_layer(sites: Sequence[Any], key: str, strip: Any) -> Any:
     return np.lexsort((strip[:, -1], rank))
 
 
+def _ends_of_members(sites: Sequence[Any], key: str) -> list[tuple[str, int]]:
+    """Members in the order of their sites, each with the number of locations up to its last."""
+    ends: dict[str, int] = {}
+    total = 0
+    for site in (site for site in sites if site[2] == key):
+        total += site[4] - site[3]
+        ends[site[0]] = total
+    return list(ends.items())
+
+
 def _painted(strip: Any) -> Any:
     """Colours `[locations, generations, 3]`: by survivor, in greys by number for what went."""
     survivors, counts = np.unique(strip[:, -1], return_counts=True)
@@ -238,6 +247,14 @@ def _painted(strip: Any) -> Any:
         for number, colour in zip(ranked, colours(min(len(ranked), 40)), strict=False):
             painted[strip == number] = colour
     return painted
+
+
+def _mark_kept(axes: Any, end: Line | None) -> None:
+    """The generation whose state was kept."""
+    if end is not None:
+        axes.axvline(end["best"] + 1, color=MUTED, lw=0.8, ls=":")
+        place = {"transform": axes.get_xaxis_transform(), "fontsize": 8, "color": MUTED, "va": "top"}
+        axes.text(end["best"] + 1, 0.99, " kept", **place)
 
 
 def _described(subset: str, members: Sequence[str], stored: Mapping[str, int], ended: bool) -> str:
