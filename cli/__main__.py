@@ -86,7 +86,7 @@ def surgery(
     """
 
 
-def _with_values(arguments: list[str]) -> list[str]:
+def with_values(arguments: list[str]) -> list[str]:
     """`report DIR --html` without a file means the default one, which an empty value stands for."""
     if arguments[:1] != ["report"] or "--html" not in arguments:
         return arguments
@@ -99,7 +99,7 @@ def _with_values(arguments: list[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
-    arguments = _with_values(sys.argv[1:] if arguments is None else arguments)
+    arguments = with_values(sys.argv[1:] if arguments is None else arguments)
     try:
         app(arguments)
     except SurgeryError as error:

@@ -28,6 +28,7 @@ surgery inspect ./my-model --inputs batch.npz
 surgery inspect ./my-bert --adapters 're:.*attention.*' --json
 """
 
+BUFFER = "buffer"  # no parameter
 ROLES = ("site", "adapter", "skipped")
 
 
@@ -96,13 +97,13 @@ def inspect(
         return
     if quiet:
         return
-    shown = [row for row in rows if only or row["kind"] != "buffer"]
+    shown = [row for row in rows if only or row["kind"] != BUFFER]
     _print_tensors(shown, uses if verbose else {})
     if len(shown) < len(rows):
         console.say(
             f"{len(rows) - len(shown)} buffers are not listed; --only skipped lists them.", style="dim"
         )
-    _print_totals(member, anatomy)
+    _print_totals(member, anatomy, verbose)
     _print_stacks(anatomy)
 
 
@@ -229,11 +230,11 @@ def _use(use: dict[str, Any]) -> str:
     return f"{use['module'] or '(model)'}: {way}" if use["reached"] else f"{use['module']}: not reached"
 
 
-def _print_totals(member: Member, anatomy: Anatomy) -> None:
+def _print_totals(member: Member, anatomy: Anatomy, verbose: bool) -> None:
     from . import console
 
     rows = totals(anatomy)
-    everything = sum(row["parameters"] for row in rows)
+    everything = sum(row["parameters"] for row in rows if row["kind"] != BUFFER)
     about = describe(member, anatomy)
     shapes = ", ".join(map(console.shape, about["example_shapes"]))
     console.heading(f"{member.name}: {about['architecture']}, {console.count(everything)} parameters")
@@ -242,15 +243,16 @@ def _print_totals(member: Member, anatomy: Anatomy) -> None:
     )
     console.say("Sites show their canonical view, stack x out x in.")
     for note in anatomy.notes:
-        console.say(f"Note: {note}", style="dim")
+        if verbose or " was passed over: " not in note:  # that another way of tracing served is no news
+            console.say(f"Note: {note}", style="dim")
     table = console.table("role", "kind", ">tensors", ">parameters", ">share", "~reason")
     for row in rows:
         table.add_row(
             row["role"],
             row["kind"],
             str(row["tensors"]),
-            console.count(row["parameters"]),
-            console.percent(row["parameters"] / (everything or 1)),
+            console.count(row["parameters"]) if row["kind"] != BUFFER else "-",
+            console.percent(row["parameters"] / (everything or 1)) if row["kind"] != BUFFER else "-",
             row["reason"] or "a linear map: its blocks can be shared",
             style=None if row["role"] == "site" else "dim",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,19 +158,23 @@ def print_sizes(sizes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
 
     if not sizes:
         return
+    table = console.table("member", "", ">alone", ">start", ">joint", ">of alone")
+
+    def add(name: str, of: str, amounts: Sequence[int], style: str | None = None) -> None:
+        words = console.count if of == "parameters" else console.size
+        share = console.percent(amounts[2] / amounts[0]) if amounts[0] else "-"
+        table.add_row(name, of, *map(words, amounts), share, style=style)
+
     states = ("alone", "start", "joint")
-    table = console.table("member", *(f">{word}" for word in ("parameters alone", *states[1:])),
-                          *(f">{word}" for word in ("bytes alone", *states[1:])))  # fmt: skip
     names = list(sizes["alone"])
     for name in names[:ROWS]:
-        parts = [console.count(sizes[state][name]["parameters"]) for state in states]
-        table.add_row(name, *parts, *(console.size(sizes[state][name]["bytes"]) for state in states))
+        for title, of in ((name, "parameters"), ("", "bytes")):
+            add(title, of, [sizes[state][name][of] for state in states])
     if len(names) > ROWS:
-        table.add_row(f"and {len(names) - ROWS} more", *[""] * 6)
+        table.add_row(f"and {len(names) - ROWS} more", *[""] * 5)
     if len(names) > 1:
-        parts = [console.count(total(sizes[state], "parameters")) for state in states]
-        sums = [console.size(total(sizes[state], "bytes")) for state in states]
-        table.add_row("together", *parts, *sums, style="bold")
+        for title, of in (("together", "parameters"), ("", "bytes")):
+            add(title, of, [total(sizes[state], of) for state in states], "bold")
     console.show(table)
 
 

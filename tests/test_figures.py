@@ -159,8 +159,10 @@ def test_the_table_on_the_screen_has_the_figures_of_the_card(tmp_path, merged):
         assert line[1:6] == words
 
 
-def test_a_dry_run_counts_as_the_merge_does(merged):
+def test_a_dry_run_and_inspect_count_as_the_merge_does(merged):
     folder, told = merged
+    _, shown, _ = command("inspect", f"{folder}/nets.py:one")
+    assert f"{wording.count(told['members'][0]['parameters'])} parameters" in shown
     _, out, _ = command("merge", f"a={folder}/nets.py:one", f"b={folder}/nets.py:two", "--dry-run", "--json")
     planned = {row["name"]: (row["parameters"], row["bytes"]) for row in json.loads(out)["members"]}
     assert planned == {row["name"]: (row["parameters"], row["bytes_before"]) for row in told["members"]}

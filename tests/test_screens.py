@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 from surgery_cli import completion, screen
-from surgery_cli.__main__ import app
+from surgery_cli.__main__ import app, with_values
 from surgery_cli.hush import hush
 
 import surgery
@@ -119,7 +119,7 @@ def examples():
 @pytest.mark.parametrize("line", examples())
 def test_examples_in_help_are_commands_that_exist(line):
     words = shlex.split(line)
-    name, *rest = words[words.index("surgery" if "surgery" in words else "surgery_cli") + 1 :]
+    name, *rest = with_values(words[words.index("surgery" if "surgery" in words else "surgery_cli") + 1 :])
     one = COMMANDS[name]
     if name == "recipes":
         one, rest = one.commands[rest[0]], rest[1:]

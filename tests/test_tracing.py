@@ -218,7 +218,7 @@ def test_a_tier_that_fails_is_passed_over_with_a_note():
         raise RuntimeError("no\nluck")
 
     found = trace(nn.Linear(12, 2), Inputs(args=(X,)), [Tier("broken", broken), *TIERS])
-    assert found.tier == TIERS[0].name and found.notes == ("broken failed: RuntimeError: no luck",)
+    assert found.tier == TIERS[0].name and found.notes == ("broken was passed over: RuntimeError: no luck",)
 
 
 def test_meta_modules_trace_too():

@@ -77,20 +77,22 @@ def trace(
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     bounds = bounds or Bounds()
     notes: list[str] = []
+    failures: list[tuple[str, str]] = []
     graph, tier, uses = None, TABLE, ()
     for way in (TIERS if tiers is None else tiers) if inputs.args or inputs.kwargs else ():
         try:
             found, said = way.run(module, inputs, Watch(bounds))
             uses = mark_ends(found, read_uses(found, shapes))
             graph, tier = found, way.name
-            notes += said
+            notes = [f"{name} was passed over: {reason}" for name, reason in failures] + list(said)
             break
         except NotMine:
             continue
         except Exception as error:
-            notes.append(f"{way.name} failed: {_sentence(error)}")
+            failures.append((way.name, _sentence(error)))
     from_table = table_uses(module, names)
     if graph is None:
+        notes += [f"{name} failed: {reason}" for name, reason in failures]
         if parameters and not from_table:
             tried = "; ".join(notes) or "there were no example inputs"
             raise TraceError(
