@@ -5,14 +5,17 @@ Generating tensors is exactly undone: a member's state dict has its keys, order,
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from surgery.errors import PlanError
 from surgery.generation import to_weight
+from surgery.member import owners_of
 from surgery.memory import compact
-from surgery.slots import locate
+from surgery.slots import has_slot, locate
 
 if TYPE_CHECKING:
     from surgery.joint import JointModel
@@ -30,7 +33,9 @@ def collapse(joint: JointModel, name: str) -> dict[str, Tensor]:
 
     Raises:
         KeyError: where there is no such member.
+        PlanError: where a generated weight of a member was replaced.
     """
+    follow(joint)
     module, owners = joint[name], joint.owners[name]
     state: dict[str, Tensor] = {}
     placements = joint.plan.of(name)
@@ -46,3 +51,32 @@ def collapse(joint: JointModel, name: str) -> dict[str, Tensor]:
     for first, names in owners.items():
         state.update({each: state[first] for each in names})
     return {key: state[key] for key in joint.state_keys[name] if key in state}
+
+
+def follow(joint: JointModel) -> None:
+    """Take note of tensors that members got or lost since they were joined, as with another classifier.
+
+    Raises:
+        PlanError: naming slots that are gone: the dictionary still generates them.
+    """
+    gone: list[str] = []
+    for name in joint.names:
+        sites = {each: p.site.owners for p in joint.plan.of(name) for each in p.site.owners}
+        gone += [f"{name}:{owner}" for owner in sites if not has_slot(joint[name], owner)]
+        plain = [tuple(n for n in names if n not in sites) for names in owners_of(joint[name]).values()]
+        owners = {names[0]: names for names in (*plain, *sites.values()) if names}
+        before, now = _names(joint.owners[name]), _names(owners)
+        if before != now:
+            joint.owners[name] = owners
+            kept = [key for key in joint.state_keys[name] if key in now or key not in before]
+            joint.state_keys[name] = tuple(dict.fromkeys([*kept, *sorted(now)]))
+    if gone:
+        raise PlanError(
+            f"Generated weights must stay where they were when members were joined, but {', '.join(gone[:8])} "
+            f"{'was' if len(gone) == 1 else 'were'} replaced or wrapped; extract the member before, change the copy "
+            "and join that."
+        )
+
+
+def _names(owners: Mapping[str, Sequence[str]]) -> set[str]:
+    return {name for names in owners.values() for name in names}

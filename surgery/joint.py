@@ -26,8 +26,8 @@ from surgery.hooks import release, watch
 from surgery.member import Member, owners_of
 from surgery.mixtures import Templates, has_templates, reopen_stack, run_lengths
 from surgery.opening import fixed_bank, open_bank, open_rest
-from surgery.plan import Placement, Plan, make_plan, plan_in_dtypes, torch_dtype
-from surgery.precision import Encoded
+from surgery.plan import Placement, Plan, leave_alone, make_plan, plan_in_dtypes, torch_dtype
+from surgery.precision import LARGEST, Encoded, is_tame
 from surgery.sharing.names import Scale
 from surgery.showing import as_html, as_text, plural
 from surgery.sites import discover
@@ -351,7 +351,8 @@ def join(
     """Join members into one model whose sites come from one dictionary; nothing changes in what they compute.
 
     The members' modules become part of the joint model: their sites' parameters move into the dictionary.
-    Every distinct block starts as its own row, identical blocks (up to an exact factor) share one.
+    Every distinct block starts as its own row, identical blocks (up to an exact factor) share one. Sites with NaN,
+    infinite or huge values, which no sum of rows can hold, stay with their members.
 
     Args:
         members: as `load_member` returns them.
@@ -368,6 +369,9 @@ def join(
     check_apart(members)
     plan = plan or make_plan([discover(member) for member in members], block, context)
     modules = {member.name: member.module for member in members}
+    keys = [(p.site.member, p.site.name) for p in plan.placements]
+    wild = {(name, site) for name, site in keys if not is_tame(_weight(modules[name], site))}
+    plan = leave_alone(plan, wild, f"holds NaN, infinite values or values beyond {LARGEST:.0e}")
     banks: dict[str, Bank] = {}
     for bank in plan.banks:
         banks[bank.key] = exact_bank(

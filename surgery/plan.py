@@ -6,7 +6,7 @@ A plan is frozen and printable: a dry run stops here. `make_plan` needs only ana
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -138,6 +138,34 @@ def place(
         placements.append(Placement(site, key, grid, bank.locations))
         banks[key] = replace(bank, locations=bank.locations + grid.locations)
     return Plan(tuple(members), tuple(banks.values()), tuple(placements), tuple(left_alone))
+
+
+def leave_alone(plan: Plan, sites: Collection[tuple[str, str]], reason: str) -> Plan:
+    """The same plan without some sites, which stay with their members; a stack gives up the tensor in all its layers.
+
+    Args:
+        plan: any.
+        sites: members and names.
+        reason: why they are left alone.
+    """
+    if not sites:
+        return plan
+    stacked = {key for keys in plan.stacks.values() for key in keys}
+    whole = {p.bank for p in plan.placements if (p.site.member, p.site.name) in sites} & stacked
+    gone = [p for p in plan.placements if p.bank in whole or (p.site.member, p.site.name) in sites]
+    follow = {bank.key: 0 for bank in plan.banks}
+    placements = []
+    for p in sorted((p for p in plan.placements if p not in gone), key=lambda p: (p.bank, p.start)):
+        placements.append(replace(p, start=follow[p.bank]))
+        follow[p.bank] += p.grid.locations
+    order = {(p.site.member, p.site.name): i for i, p in enumerate(plan.placements)}
+    placements.sort(key=lambda p: order[p.site.member, p.site.name])
+    banks = tuple(replace(b, locations=follow[b.key]) for b in plan.banks if follow[b.key])
+    left = [
+        LeftAlone(s.member, s.name, s.owners, "skipped", s.kind, s.shape, s.dtype, reason, s.order)
+        for s in (p.site for p in gone)
+    ]
+    return replace(plan, banks=banks, placements=tuple(placements), left_alone=(*plan.left_alone, *left))
 
 
 def plan_in_dtypes(plan: Plan, change: Callable[[torch.dtype], torch.dtype]) -> Plan:

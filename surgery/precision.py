@@ -19,6 +19,7 @@ from torch import Tensor
 
 from surgery.memory import compact, empty_large
 
+LARGEST = 1e18  # magnitude from which squares overflow float32: such values, and NaN, have no projection and no scale
 CHUNK = 1 << 20  # values handled at once while encoding: bounds the memory of the scale search
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,), 10: (8, 2), 12: (8, 4)}
 # By bits: the smallest scale tried, as a fraction of the one that clips nothing, and the number of steps down to it.
@@ -85,15 +86,31 @@ class Encoded:
         return sum(part.numel() * part.element_size() for part in self.parts.values())
 
 
+def is_tame(tensor: Tensor) -> bool:
+    """Whether a tensor is of numbers that can be rounded and summed: real, finite and below `LARGEST`.
+
+    Masks of -inf, sentinels such as 1e30, integers and float8 codes are not.
+
+    Example:
+        >>> is_tame(torch.ones(3)), is_tame(torch.tensor([0.0, -torch.inf])), is_tame(torch.arange(3))
+        (True, False, False)
+    """
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
+        return False
+    if not tensor.numel() or tensor.device.type == "meta":
+        return True
+    low, high = tensor.detach().aminmax()  # NaN where any value is
+    return bool((low > -LARGEST) & (high < LARGEST))
+
+
 def encode(tensor: Tensor, precision: Precision) -> Encoded:
-    """Store `tensor` with `precision`; a tensor that is not floating point is always kept as it is."""
+    """Store `tensor` with `precision`; one that is not tame (see `is_tame`) is always kept as it is."""
     shape, dtype = tuple(tensor.shape), tensor.dtype
     tensor = tensor.detach()
-    if not dtype.is_floating_point or precision.bits == 0 or tensor.numel() == 0:
+    if precision.bits == 0 or tensor.numel() == 0 or not is_tame(tensor):
         return Encoded(NATIVE, shape, dtype, {"": tensor})
     if precision.bits == 16:
-        limit = torch.finfo(torch.bfloat16).max
-        return Encoded(precision, shape, dtype, {"bf16": tensor.float().clamp(-limit, limit).bfloat16()})
+        return Encoded(precision, shape, dtype, {"bf16": tensor.bfloat16()})
     codes, scales = [], []
     for rows in _grouped(tensor, precision.group).split(max(1, CHUNK // _width(shape, precision.group))):
         code, scale = _quantise(rows.float(), precision.bits)

@@ -40,6 +40,15 @@ def put_in(module: nn.Module, owners: Iterable[str], tensor: Tensor) -> None:
         setattr(holder, attribute, tensor)
 
 
+def has_slot(module: nn.Module, owner: str) -> bool:
+    """Whether a slot is still where a parameter was taken out: its layer may have been replaced or wrapped."""
+    try:
+        holder, attribute = locate(module, owner)
+    except AttributeError:
+        return False
+    return isinstance(holder.__dict__.get(attribute), Tensor) and attribute not in holder._parameters
+
+
 def put_back(module: nn.Module, owners: Iterable[str], tensor: Tensor, requires_grad: bool = True) -> None:
     """Turn slots into one ordinary parameter again, shared by all owners."""
     parameter = nn.Parameter(tensor.detach(), requires_grad=requires_grad and tensor.is_floating_point())
@@ -76,8 +85,9 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], owners: Mapping[str
                 at, attribute = locate(module, owner)
                 at._buffers[attribute] = tensor
         else:
-            current = holder._parameters.get(attribute)
-            put_back(module, owners.get(name, (name,)), tensor, current is None or current.requires_grad)
+            own = holder._parameters  # of a scripted module it is no dict, and has no `get`
+            learns = attribute not in own or own[attribute] is None or own[attribute].requires_grad
+            put_back(module, owners.get(name, (name,)), tensor, learns)
 
 
 def forget_derived(module: nn.Module) -> None:

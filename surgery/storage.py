@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.collapse import follow
 from surgery.dictionary import Bank, Dictionary, master_dtype
 from surgery.joint import JointModel
 from surgery.member import Member
@@ -61,7 +62,11 @@ def store(joint: JointModel) -> Stored:
 
     Banks that are still what a fit or an artifact made of them, trained or not, keep their form and its
     precisions; others are settled first and stored without loss.
+
+    Raises:
+        PlanError: where a generated weight of a member was replaced.
     """
+    follow(joint)
     keep = {plan.key for plan in joint.plan.banks if _has_stored_form(plan, joint)}
     settled = settle(joint, keep)
     live = plain_tensors(joint, settled.plan, settled.plain)

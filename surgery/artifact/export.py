@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.artifact.manifest import read_manifest
 from surgery.artifact.reading import read_stored
+from surgery.artifact.rebuild import as_saved
 from surgery.artifact.recorded import origin_of, read_member
 from surgery.artifact.reports import report_of, restrict_report
 from surgery.artifact.states import hollow, state_of
@@ -105,7 +106,8 @@ def _one(source: str | Path | JointModel, member: str) -> tuple[Stored, Member, 
     if isinstance(source, JointModel):
         _check_name(member, source.names)
         report = restrict_report(report_of(source), [member], len(source) == 1)
-        return restrict(on_cpu(store(source)), [member]), source.members[member], report
+        stored = restrict(on_cpu(store(source)), [member])
+        return stored, as_saved(source.members[member], stored), report
     folder = Path(source).expanduser()
     manifest = read_manifest(folder)
     _check_name(member, manifest.members)

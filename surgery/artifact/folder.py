@@ -21,6 +21,7 @@ from torch import nn
 
 from surgery.artifact.manifest import Manifest, read_manifest
 from surgery.artifact.reading import read_stored
+from surgery.artifact.rebuild import as_saved
 from surgery.artifact.recorded import check_fit, inputs_of, origin_of, read_small_files
 from surgery.artifact.reports import report_of, restrict_report
 from surgery.artifact.writing import write
@@ -55,18 +56,22 @@ def save(
     Returns:
         the folder.
 
+    A member that its origin no longer builds, since it got another classifier or fewer layers after it was loaded, is
+    saved with a configuration of what it is now, or else, with a warning, as a live module.
+
     Raises:
-        OutputError: where the folder exists, holds other files, cannot be written, or the disk is full.
+        OutputError: where the folder exists, holds other files, cannot be written, the disk is full, or what was
+            written cannot be loaded.
+        PlanError: where a generated weight of a member was replaced.
 
     Example:
         >>> surgery.save(joint, "joint")
         PosixPath('/home/me/joint')
     """
     recipe = joint.__dict__.get("recipe") if recipe is None else recipe
-    members = list(joint.members.values())
-    return write(
-        store(joint), members, report_of(joint), out, overwrite, recipe, max_shard_size, extras or {}
-    )
+    stored = store(joint)
+    members = [as_saved(member, stored) for member in joint.members.values()]
+    return write(stored, members, report_of(joint), out, overwrite, recipe, max_shard_size, extras or {})
 
 
 def load(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -93,6 +93,16 @@ def check_fit(stored: Stored, member: str, module: nn.Module) -> None:
     Raises:
         ArtifactError: naming all missing, unexpected and misshapen tensors.
     """
+    if found := misfits(stored_shapes(stored, member), shapes_of(module)):
+        raise ArtifactError(
+            f"The tensors stored for member '{member}' must be those of {type(module).__name__}, but "
+            f"there are {found}; copy the artifact again, or install the library versions "
+            "in its manifest."
+        )
+
+
+def stored_shapes(stored: Stored, member: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors that are stored for a member, by every name of theirs."""
     prefix = f"plain/{member}/"
     shapes = {
         key.removeprefix(prefix): each.shape for key, each in stored.tensors.items() if key.startswith(prefix)
@@ -104,29 +114,26 @@ def check_fit(stored: Stored, member: str, module: nn.Module) -> None:
             if key.startswith(prefix)
         }
     )
+    ties = {**stored.ties.get(member, {}), **{p.site.name: p.site.owners for p in stored.plan.of(member)}}
     shapes.update({p.site.name: p.site.shape for p in stored.plan.of(member)})
-    shapes.update(
-        {
-            name: shapes[first]
-            for first, names in stored.ties.get(member, {}).items()
-            if first in shapes
-            for name in names
-        }
-    )
-    own = {name: tuple(t.shape) for name, t in module.state_dict().items() if isinstance(t, Tensor)}
-    missing, unexpected = [n for n in own if n not in shapes], [n for n in shapes if n not in own]
-    other = [f"{n} {shapes[n]} for {own[n]}" for n in own if n in shapes and shapes[n] != own[n]]
-    parts = [
+    shapes.update({name: shapes[first] for first, names in ties.items() if first in shapes for name in names})
+    return shapes
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a module's state dict."""
+    return {name: tuple(t.shape) for name, t in module.state_dict().items() if isinstance(t, Tensor)}
+
+
+def misfits(stored: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]) -> str:
+    """What is missing, unexpected or of another shape among stored tensors, as text; nothing where all fits."""
+    missing, unexpected = [n for n in own if n not in stored], [n for n in stored if n not in own]
+    other = [f"{n} {stored[n]} for {own[n]}" for n in own if n in stored and stored[n] != own[n]]
+    return "; ".join(
         f"{len(names)} {what}: {_few(names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", other))
         if names
-    ]
-    if parts:
-        raise ArtifactError(
-            f"The tensors stored for member '{member}' must be those of {type(module).__name__}, but "
-            f"there are {'; '.join(parts)}; copy the artifact again, or install the library versions "
-            "in its manifest."
-        )
+    )
 
 
 def _few(names: Sequence[str]) -> str:

@@ -279,14 +279,21 @@ def _farthest(one: Mapping[str, Tensor], other: Mapping[str, Tensor], relative: 
         name: tensor.shape for name, tensor in other.items()
     }:
         return float("inf")
-    largest = 0.0
-    for name, tensor in one.items():
-        if tensor.numel() and not torch.equal(tensor, other[name]):
-            scale = float(tensor.double().abs().max()) if relative else 1.0
-            largest = max(
-                largest, float((tensor.double() - other[name].double()).abs().max()) / (scale or 1.0)
-            )
-    return largest
+    return max((_distance(tensor, other[name], relative) for name, tensor in one.items()), default=0.0)
+
+
+def _distance(one: Tensor, other: Tensor, relative: bool) -> float:
+    """The largest difference of two tensors; equal infinities and NaN in both differ by 0, one alone by infinity."""
+    if not one.numel() or torch.equal(one, other):
+        return 0.0
+    wide = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
+    one, other = one.to(wide), other.to(wide)
+    apart = (one - other).abs()
+    apart[(one == other) | (one.isnan() & other.isnan())] = 0
+    found = float(apart.nan_to_num(nan=torch.inf, posinf=torch.inf).max())
+    finite = one[one.isfinite()].abs()
+    scale = float(finite.max()) if relative and finite.numel() else 1.0
+    return found / (scale or 1.0)
 
 
 def _files_of(manifest: Manifest, name: str) -> list[str]:

@@ -13,16 +13,25 @@ from typing import Any
 
 from surgery.artifact.card import PICTURE, make_card
 from surgery.artifact.layout import encoded_entries, parts_of, plan_entries
-from surgery.artifact.manifest import NAME, VERSION, is_safe, manifest_bytes
+from surgery.artifact.manifest import NAME, VERSION, is_safe, manifest_bytes, read_manifest
 from surgery.artifact.picture import draw_sharing
-from surgery.artifact.recorded import DICTIONARY, WEIGHTS
+from surgery.artifact.reading import read_stored
+from surgery.artifact.recorded import (
+    DICTIONARY,
+    WEIGHTS,
+    inputs_of,
+    misfits,
+    origin_of,
+    read_small_files,
+    stored_shapes,
+)
 from surgery.artifact.shares import count_shares
 from surgery.artifact.sketch import sketch
 from surgery.artifact.states import build_banks, state_of
 from surgery.artifact.tensorfiles import plain_file_bytes, read_header, write_tensors
 from surgery.artifact.trim import on_cpu, thrift
 from surgery.dictionary import Bank
-from surgery.errors import OutputError
+from surgery.errors import ArtifactError, OutputError
 from surgery.files import files_below, sha256_of
 from surgery.folders import new_folder
 from surgery.member import Member, content_hash
@@ -67,7 +76,32 @@ def write(
             _put(folder / relative, content)
         manifest = _describe(stored, members, report, recipe, borrowed)
         _write_front(folder, manifest, stored, sum(map(len, extras.values())))
+        _check_readable(folder, stored, out)
     return Path(out).expanduser().resolve()
+
+
+def _check_readable(folder: Path, stored: Stored, out: str | Path) -> None:
+    """Run the checks of a load on what was written, before it takes its place: headers, shapes, scales and banks.
+
+    Raises:
+        OutputError: naming what a load would refuse.
+    """
+    try:
+        manifest = read_manifest(folder)
+        found = read_stored(folder, manifest, list(manifest.members))
+        for name in manifest.members:
+            origin_of(manifest, name)
+            inputs_of(manifest, name)
+            read_small_files(folder, manifest, name)
+            if bad := misfits(stored_shapes(stored, name), stored_shapes(found, name)):
+                raise ArtifactError(f"tensors of member '{name}' came back as others: {bad}")
+    except ArtifactError as error:
+        reason = str(error).replace(str(folder), str(out))
+        reason = reason.removeprefix(f"The artifact {out} is damaged: ").partition("; copy it again")[0]
+        raise OutputError(
+            f"What is written must load again, but {out} would not: {reason}; undo what made these values, such as "
+            "training that diverged, and save again."
+        ) from error
 
 
 def _write_front(folder: Path, manifest: dict[str, Any], stored: Stored, beside: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.blocks import BlockGrid
 from surgery.fitting.allocation import Table
-from surgery.precision import BFLOAT16, NATIVE, Precision, decode, encode, stored_bytes
+from surgery.precision import BFLOAT16, NATIVE, Precision, decode, encode, is_tame, stored_bytes
 from surgery.sites import Site
 
 GROUP = 64  # values to one scale
@@ -106,13 +106,17 @@ def measure(tensors: Mapping[str, Tensor], weight: Mapping[str, float], *, dropp
 def unit_bytes(tensors: Mapping[str, Tensor], precision: Precision) -> float:
     """Bytes of all tensors of a unit, equal ones counted once, with what files say about them."""
     distinct = {id(tensor): tensor for tensor in tensors.values()}.values()
-    parts = 1 if precision.bits in (0, 16) else 2
-    return float(sum(stored_bytes(tuple(t.shape), t.dtype, precision) + PART_BYTES * parts for t in distinct))
+    total = 0.0
+    for tensor in distinct:
+        own = precision if precision == NATIVE or is_tame(tensor) else NATIVE  # as `encode` decides
+        parts = 1 if own.bits in (0, 16) else 2
+        total += stored_bytes(tuple(tensor.shape), tensor.dtype, own) + PART_BYTES * parts
+    return total
 
 
 def ladder(tensor: Tensor) -> tuple[Precision, ...]:
     """Precisions worth trying for a tensor, the finest first."""
-    if not tensor.is_floating_point() or tensor.numel() < 16 or tensor.element_size() == 1:
+    if tensor.numel() < 16 or not is_tame(tensor):
         return (NATIVE,)
     grouped = MATRICES if tensor.ndim > 1 and tensor.numel() >= GROUP else VECTORS
     return (NATIVE, *((BFLOAT16,) if tensor.element_size() > 2 else ()), *grouped)
