@@ -195,7 +195,7 @@ def test_layers_that_were_cut_off_are_said_and_saved_with_their_configuration(
     parent = text.module.get_submodule(holder)
     setattr(parent, name, getattr(parent, name)[:2])
     joint = surgery.join([text], block=(8, 8))
-    with pytest.warns(UserWarning, match=rf"= 4, but its tensors hold 2 layers \({path}\)"):
+    with pytest.warns(UserWarning, match=rf"= 4, but the tensors hold 2 in {path};"):
         out = save(joint, tmp_path / "joint")
     outputs_equal(joint, out)
 

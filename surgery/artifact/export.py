@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.artifact.manifest import read_manifest
 from surgery.artifact.reading import read_stored
-from surgery.artifact.rebuild import as_saved
+from surgery.artifact.rebuild import as_exported, as_saved
 from surgery.artifact.recorded import origin_of, read_member
 from surgery.artifact.reports import report_of, restrict_report
 from surgery.artifact.states import hollow, state_of
@@ -79,7 +79,8 @@ def _export_plain(
 
     if isinstance(source, JointModel):
         _check_name(member, source.names)
-        described, module = source.members[member], source.extract(member)
+        module = source.extract(member)
+        described = as_exported(source.members[member], module)
     else:
         described, module = _read_plain(source, member, trust)
     size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -36,29 +36,51 @@ def as_saved(member: Member, stored: Stored) -> Member:
         the member itself where nothing changed; otherwise with new configuration files, or as a live module, and then
         with a warning that names the tensors and what to do.
     """
+    found, bad = _described(member, stored_shapes(stored, member.name))
+    if bad:
+        warnings.warn(
+            f"Member '{member.name}' is saved as a live module, because {member.origin.reference} no longer builds "
+            f"it: there are {bad}. Load it with modules={{'{member.name}': a module of its architecture}}.",
+            stacklevel=3,
+        )
+        return replace(member, origin=live_module(member.module).origin)
+    return found
+
+
+def as_exported(member: Member, module: nn.Module) -> Member:
+    """The member with configuration files for what its module is, as `as_saved` finds them; with a warning if none fit.
+
+    Args:
+        member: to be exported.
+        module: with ordinary weights.
+    """
+    found, bad = _described(member, shapes_of(module))
+    if bad:
+        warnings.warn(
+            f"Member '{member.name}' is not what its configuration builds: there are {bad}. The folder holds all "
+            "tensors; read them into a module of its architecture.",
+            stacklevel=4,
+        )
+    return found
+
+
+def _described(member: Member, wanted: Mapping[str, tuple[int, ...]]) -> tuple[Member, str]:
+    """The member with an origin and files that build tensors of these shapes, or what does not fit."""
     if member.origin.kind in _CODE or b"auto_map" in member.files.get("config.json", b""):
-        return member
-    wanted = stored_shapes(stored, member.name)
-    bad = _misfits(member.origin, member.files, wanted)
-    if not bad:
-        return member
-    for origin, files, note in _anew(member, wanted):
-        if not _misfits(origin, files, wanted):
+        return member, ""
+    bad = _misfits(member.origin, member.files, wanted)[0]
+    for origin, files, note in _anew(member, wanted) if bad else ():
+        if not _misfits(origin, files, wanted)[0]:
             if note:
-                warnings.warn(f"Member '{member.name}': {note}", stacklevel=4)
-            return replace(member, origin=origin, files=files)
-    warnings.warn(
-        f"Member '{member.name}' is saved as a live module, because {member.origin.reference} no longer builds it: "
-        f"there are {bad}. Load it with modules={{'{member.name}': a module of its architecture}}.",
-        stacklevel=4,
-    )
-    return replace(member, origin=live_module(member.module).origin)
+                warnings.warn(f"Member '{member.name}': {note}", stacklevel=5)
+            return replace(member, origin=origin, files=files), ""
+    return member, bad
 
 
 def _anew(
     member: Member, wanted: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[Origin, dict[str, bytes], str]]:
-    """Origins and files made of the module as it is, each with a sentence where it says more than the module does."""
+    """Origins and files made of the module as it is, each with a sentence where its own configuration disagrees."""
     adopt = getattr(origin_kind(member.origin.kind), "adopt", None)
     try:
         found = adopt(member.module) if adopt else None
@@ -66,28 +88,33 @@ def _anew(
         found = None
     if found is None:
         return
-    options = {**found.origin.options, **_without_arguments(member.origin)}
-    origin = replace(found.origin, architecture=member.origin.architecture, options=options)
+    # How a class is built is kept; timm's options are its arguments, and those are the module's own.
+    kept = dict(member.origin.options) if member.origin.kind == "transformers" else {}
+    origin = replace(
+        found.origin, architecture=member.origin.architecture, options={**found.origin.options, **kept}
+    )
     files = {**member.files, **found.files}
     yield origin, files, ""
     if "config.json" in files:
-        config, notes = correct_layers(json.loads(files["config.json"]), wanted)
+        built = _misfits(origin, files, wanted)[1]
+        config, notes = correct_layers(json.loads(files["config.json"]), built, wanted)
         if notes:
             written = {**files, "config.json": (json.dumps(config, indent=2) + "\n").encode()}
-            yield origin, written, f"{'; '.join(notes)}, and its config.json is written so"
+            yield (
+                origin,
+                written,
+                f"{'; '.join(notes)}; its configuration is written with what the tensors hold",
+            )
 
 
-def _without_arguments(origin: Origin) -> dict:
-    """Options that say how a class is built, not how large: timm's are arguments, and those are the module's own."""
-    return dict(origin.options) if origin.kind == "transformers" else {}
-
-
-def _misfits(origin: Origin, files: Mapping[str, bytes], wanted: Mapping[str, tuple[int, ...]]) -> str:
-    """How the architecture that `load` will build differs from tensors of these shapes; nothing where it does not."""
+def _misfits(
+    origin: Origin, files: Mapping[str, bytes], wanted: Mapping[str, tuple[int, ...]]
+) -> tuple[str, Collection[str]]:
+    """How the architecture that `load` will build differs from tensors of these shapes, and its tensors' names."""
     from surgery.references import build_architecture
 
     try:
-        module: nn.Module = build_architecture(origin, files)
+        own = shapes_of(build_architecture(origin, files))
     except LoadError as error:
-        return f"no module, since {error}"
-    return misfits(wanted, shapes_of(module))
+        return f"no module, since {error}", ()
+    return misfits(wanted, own), own.keys()

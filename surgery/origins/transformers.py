@@ -18,6 +18,7 @@ from torch import nn
 
 from surgery.errors import LoadError
 from surgery.member import Origin
+from surgery.memory import compact
 from surgery.origins.base import (
     Loaded,
     Request,
@@ -29,6 +30,7 @@ from surgery.origins.base import (
 )
 from surgery.origins.dtypes import widest
 from surgery.origins.empty import build_empty
+from surgery.origins.layers import KEYS, say_layers
 from surgery.origins.transformers_dtypes import FileDtypes, decoded_float8
 from surgery.origins.weights import check_safetensors, raise_misfit
 from surgery.permission import Permission
@@ -143,16 +145,32 @@ def adopt(module: nn.Module) -> Loaded | None:
 def save_plain(module: Any, origin: Origin, files: Mapping[str, bytes], directory: Path) -> None:
     """Write what `from_pretrained(directory)` reads, tokenizer and preprocessor files included."""
     with quiet():
-        module.save_pretrained(directory)
-    _state_what_is_written(module, directory / "config.json")
+        module.save_pretrained(directory, state_dict=_untied(module))
+    _state_what_is_written(module, files, directory / "config.json")
     write_files(files, directory, keep=("config.json",))
 
 
-def _state_what_is_written(module: nn.Module, path: Path) -> None:
-    """Have a configuration name what was written: a dtype that holds it, and no quantisation where there is none."""
+def _untied(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A state dict in which only names share a tensor that the class ties: of others transformers writes just one."""
+    state: dict[str, torch.Tensor] = module.state_dict()
+    declared: Mapping[str, str] = getattr(module, "all_tied_weights_keys", None) or {}
+    tied = {*declared, *declared.values()}
+    seen: set[int] = {t.untyped_storage().data_ptr() for name, t in state.items() if name in tied}
+    for name, tensor in state.items():
+        if isinstance(tensor, torch.Tensor) and name not in tied:
+            pointer = tensor.untyped_storage().data_ptr()
+            state[name] = tensor.clone() if pointer in seen else compact(tensor)
+            seen.add(pointer)
+    return state
+
+
+def _state_what_is_written(module: nn.Module, files: Mapping[str, bytes], path: Path) -> None:
+    """Have a configuration name what was written: a dtype that holds it, its layers, and quantisation only if any."""
     state = [t for t in module.state_dict().values() if isinstance(t, torch.Tensor)]
     before = json.loads(path.read_text(encoding="utf-8"))
     config = dict(before)
+    layers = json.loads(files.get("config.json", b"{}"))
+    config |= {key: layers[key] for key in (*KEYS, "layer_types") if key in layers and key in config}
     if (dtype := widest(tensor.dtype for tensor in state)) is not None:  # all tensors will be cast to it
         config["dtype"] = str(dtype).removeprefix("torch.")
     if all(tensor.dtype.itemsize > 1 or tensor.dtype == torch.bool for tensor in state):
@@ -260,12 +278,15 @@ def _load_weights(
     unexpected = sorted(info["unexpected_keys"])
     if unused == "drop" and unexpected:
         extra["dropped"], unexpected = unexpected, []
+    own = {*module.state_dict()}
+    notes = say_layers(module.config.to_dict(), own, (own - {*info["missing_keys"]}) | {*unexpected})
     raise_misfit(
         f"{where} as weights of {kind.__name__}",
         sorted(info["missing_keys"]),
         unexpected,
         sorted(info["mismatched_keys"]),
-        "Check that config.json belongs to the weights, or choose the class that owns exactly these "
+        "".join(f"The file {note.removeprefix('the ')}: make these agree. " for note in notes)
+        + "Check that config.json belongs to the weights, or choose the class that owns exactly these "
         "weights with ?class=NAME; unexpected tensors alone can be left out with ?unused=drop.",
     )
     return module, extra

@@ -12,6 +12,7 @@ from surgery.errors import LoadError
 from surgery.memory import compact
 from surgery.origins.base import one_line, shorten
 from surgery.origins.dtypes import put_dtypes, refuse_other_kinds, widest
+from surgery.origins.layers import say_layers
 
 
 def check_safetensors(path: Path) -> None:
@@ -74,7 +75,8 @@ def check_fit(module: nn.Module, state: Mapping[str, Tensor], what: str, advice:
         for name in own
         if name in state and isinstance(own[name], Tensor) and state[name].shape != own[name].shape
     ]
-    raise_misfit(what, missing, unexpected, mismatched, advice)
+    said = [f"{note[0].upper()}{note[1:]}." for note in say_layers({}, own, state)]
+    raise_misfit(what, missing, unexpected, mismatched, " ".join([*said, advice]))
 
 
 def raise_misfit(what: str, missing: list, unexpected: list, mismatched: list, advice: str) -> None:
