@@ -56,7 +56,8 @@ def put_layers(module: nn.Module, kind: str, order: list[int]) -> str:
 @pytest.mark.parametrize("kind", [*LAYERS])
 def test_layers_given_twice_are_written_twice(tmp_path: Path, kind: str):
     module = deep(kind)
-    put_layers(module, kind, [0, 1, 1, 1] if kind == "t5" else [0, 1, 0, 1])  # T5's first layer has a bias of its own
+    # T5's first layer has a bias of its own, which a class builds nowhere else.
+    put_layers(module, kind, [0, 1, 1, 1] if kind == "t5" else [0, 1, 0, 1])
     member = load_member(module, name="m")
     expected = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     joint = surgery.join([member], block=(8, 8))

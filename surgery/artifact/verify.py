@@ -25,6 +25,7 @@ from surgery.copies import duplicate
 from surgery.errors import ConsentError, SurgeryError
 from surgery.joint import JointModel
 from surgery.member import Inputs, Member, Origin, content_hash
+from surgery.origins import origin_kind
 from surgery.permission import Permission
 from surgery.probes import outputs_of, probe_inputs, relative_error
 from surgery.showing import as_html, as_text
@@ -199,7 +200,8 @@ def _load_origin(
     origin = origin_of(manifest, name)
     if given is not None:
         return Member(name, given.eval(), inputs_of(manifest, name), origin), "given"
-    if origin.kind == "module" or origin.reference == origin.architecture.rpartition(".")[2]:
+    live = origin.kind == "module" or origin.reference == origin.architecture.rpartition(".")[2]
+    if live or not origin_kind(origin.kind).claims(origin.reference):
         return None, "not compared: it was a live module"
     if not wanted and not ships(origin):
         return None, "not asked for"
