@@ -55,7 +55,7 @@ def test_the_file_decides_and_not_the_configuration(tmp_path: Path, stored: torc
     as_in_file(member.module, folder)
     out = save(surgery.join([member], block=(8, 8)), tmp_path / "joint")
     as_in_file(load(out).extract("text"), folder)
-    assert verify(out).ok
+    assert verify(out, origins=True).ok
     plain = export(out, "text", tmp_path / "plain")
     assert file_dtypes(plain) == file_dtypes(folder)
     assert json.loads((plain / "config.json").read_text())["dtype"] == str(stored).removeprefix("torch.")
@@ -79,7 +79,7 @@ def test_norms_of_their_own_dtype(tmp_path: Path, kind: str):
     assert {site.dtype for site in surgery.discover(member).sites} == {"bfloat16"}
     joint = surgery.join([member], block=(8, 8))
     out = save(joint, tmp_path / "joint")
-    assert verify(out).ok
+    assert verify(out, origins=True).ok
     plain = export(out, "m", tmp_path / "plain")
     assert file_dtypes(plain) == file_dtypes(folder)
     # What loads all tensors in the dtype that the configuration says must lose none of them.
@@ -179,7 +179,7 @@ def test_weights_of_timm_keep_their_dtypes(tmp_path: Path, ending: str):
     assert all(torch.equal(found[name], state[name]) for name in state)
     assert forward_error(member.module, member.inputs) is None
     out = save(surgery.join([member], block=(8, 8)), tmp_path / "joint")
-    assert verify(out).ok
+    assert verify(out, origins=True).ok
     plain = load_file(export(out, "m", tmp_path / "plain") / "model.safetensors")
     assert {n: t.dtype for n, t in plain.items()} == {n: t.dtype for n, t in state.items()}
 
@@ -204,7 +204,7 @@ def test_tied_names_with_two_values_in_a_folder_are_untied(tmp_path: Path):
     own = member.module.state_dict()
     assert torch.equal(own["cls.predictions.decoder.weight"], own[embedding] + 1)
     out = save(surgery.join([member], block=(8, 8)), tmp_path / "joint")
-    assert verify(out).ok
+    assert verify(out, origins=True).ok
     again = load_member(str(export(out, "m", tmp_path / "plain")), name="m").module.state_dict()
     assert torch.equal(again["cls.predictions.decoder.weight"], again[embedding] + 1)
 
@@ -213,7 +213,7 @@ def test_verify_names_dtypes_that_are_not_the_origins(tmp_path: Path):
     folder = save_tiny("bert", tmp_path / "m")
     out = save(surgery.join([load_member(str(folder), name="m")], block=(8, 8)), tmp_path / "joint")
     rewritten(folder, lambda _, t: t.to(HALF))
-    (check,) = verify(out).members
+    (check,) = verify(out, origins=True).members
     assert not check.ok and "bfloat16" in " ".join(check.reasons)
 
 
@@ -302,3 +302,29 @@ def test_float8_with_scales_is_said_and_its_export_is_not_called_quantised(tmp_p
     plain = export(out, "m", tmp_path / "plain")
     assert "quantization_config" not in json.loads((plain / "config.json").read_text())
     as_in_file(load_member(str(plain), name="m").module, plain)
+
+
+def test_what_is_in_no_state_dict_follows_the_tensors(tmp_path: Path):
+    net = seeded(lambda: timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=28)).to(HALF)
+    member = load_member(net, name="m")
+    assert member.origin.kind == "timm" and net.blocks[0].attn.k_bias.dtype == HALF
+    out = save(surgery.join([member]), tmp_path / "joint")
+    again = load(out)["m"]
+    assert {n: b.dtype for n, b in again.named_buffers()} == {n: b.dtype for n, b in net.named_buffers()}
+    x = torch.ones(1, 3, 28, 28, dtype=HALF)
+    assert torch.equal(again(x), net(x))
+
+
+def test_pretrained_weights_of_timm_take_their_files_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from surgery.origins import timm as kind
+
+    state = timm_state(lambda _, t: t.half() if t.is_floating_point() else t)
+    save_file(state, tmp_path / "model.safetensors")
+    monkeypatch.setattr(kind, "_cached", lambda _: tmp_path / "model.safetensors")
+    module = timm.create_model("test_resnet")
+    module.load_state_dict(state)  # as timm does, into float32
+    kind._narrow(module, "timm/test_resnet.r160_in1k")
+    assert all(
+        torch.equal(t, state[name]) and t.dtype == state[name].dtype
+        for name, t in module.state_dict().items()
+    )

@@ -171,7 +171,7 @@ def outputs_equal(joint: surgery.JointModel, out: Path) -> surgery.JointModel:
         found, expected = again.collapse(name), joint.collapse(name)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
-    assert verify(out).ok
+    assert verify(out, origins=True).ok
     return again
 
 

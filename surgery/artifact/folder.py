@@ -22,15 +22,16 @@ from torch import nn
 from surgery.artifact.manifest import Manifest, read_manifest
 from surgery.artifact.reading import read_stored
 from surgery.artifact.rebuild import as_saved
-from surgery.artifact.recorded import check_fit, inputs_of, origin_of, read_small_files
+from surgery.artifact.recorded import check_fit, inputs_of, origin_of, read_small_files, stored_dtypes
 from surgery.artifact.reports import report_of, restrict_report
 from surgery.artifact.writing import write
 from surgery.errors import ArtifactError
 from surgery.joint import JointModel
 from surgery.member import Member
+from surgery.origins import origin_kind
 from surgery.permission import Permission
 from surgery.slots import locate
-from surgery.storage import revive, store
+from surgery.storage import Stored, revive, store
 from surgery.untrusted import RECIPE_BYTES, UnreadableError, as_mapping, parse_yaml, read_regular
 
 
@@ -114,7 +115,7 @@ def load(
     found = []
     for name in names:
         files = read_small_files(folder, manifest, name)
-        module = (modules or {}).get(name) or _build(manifest, name, files, permission)
+        module = (modules or {}).get(name) or _build(manifest, stored, name, files, permission)
         member = Member(name, module.eval(), inputs_of(manifest, name), origin_of(manifest, name), files)
         check_fit(stored, name, module)
         for owners in (*manifest.members[name].ties.values(), *(p.site.owners for p in stored.plan.of(name))):
@@ -127,7 +128,9 @@ def load(
     return joint.to(device) if device != "cpu" else joint
 
 
-def _build(manifest: Manifest, name: str, files: Mapping[str, bytes], permission: Permission) -> nn.Module:
+def _build(
+    manifest: Manifest, stored: Stored, name: str, files: Mapping[str, bytes], permission: Permission
+) -> nn.Module:
     """A member's architecture, without weights."""
     from surgery.references import build_architecture
 
@@ -137,7 +140,9 @@ def _build(manifest: Manifest, name: str, files: Mapping[str, bytes], permission
             f"Member '{name}' was a live module of class {origin.architecture}, which no file can build "
             f"again; pass one of that architecture as modules={{'{name}': module}}."
         )
-    return build_architecture(origin, files, permission=permission)
+    module = build_architecture(origin, files, permission=permission)
+    take = getattr(origin_kind(origin.kind), "take_dtypes", None)
+    return take(module, stored_dtypes(stored, name)) if take else module
 
 
 def _tie(module: nn.Module, owners: Sequence[str]) -> None:

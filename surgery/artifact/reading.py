@@ -25,7 +25,7 @@ from surgery.precision import NATIVE, Encoded, decode, part_layout
 from surgery.storage import Stored, parts_of_singles
 from surgery.untrusted import UnreadableError, regular_size, shown_text
 
-INDICES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+INDICES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)
 """What an alignment is stored in."""
 
 

@@ -8,12 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from surgery.artifact.manifest import Manifest
 from surgery.artifact.sketch import draw
 from surgery.errors import ArtifactError
 from surgery.member import Inputs, Member, Origin
+from surgery.plan import torch_dtype
 from surgery.storage import Stored
 from surgery.untrusted import UnreadableError, read_regular, shown_text
 
@@ -118,6 +120,15 @@ def stored_shapes(stored: Stored, member: str) -> dict[str, tuple[int, ...]]:
     shapes.update({p.site.name: p.site.shape for p in stored.plan.of(member)})
     shapes.update({name: shapes[first] for first, names in ties.items() if first in shapes for name in names})
     return shapes
+
+
+def stored_dtypes(stored: Stored, member: str) -> set[torch.dtype]:
+    """Dtypes of all tensors that are stored for a member."""
+    prefix = f"plain/{member}/"
+    keys = [key for key in stored.tensors if key.startswith(prefix)]
+    keys += [first for key, first in stored.aliases.items() if key.startswith(prefix)]
+    sites = {torch_dtype(p.site.dtype) for p in stored.plan.of(member)}
+    return {stored.tensors[key].dtype for key in keys} | sites
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -38,7 +38,7 @@ def stored_dtypes(folder: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]
     for single in _SINGLE:
         paths = [folder / single] if (folder / single).is_file() else _shards(folder / f"{single}.index.json")
         if paths:
-            return {name: entry for path in paths for name, entry in _entries(path).items()}
+            return {name: entry for path in paths for name, entry in file_entries(path).items()}
     return {}
 
 
@@ -50,7 +50,12 @@ def _shards(index: Path) -> list[Path]:
     return [path for name in dict.fromkeys(files) if (path := index.parent / str(name)).is_file()]
 
 
-def _entries(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def file_entries(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of every tensor in one file, by name; no tensor is read.
+
+    Raises:
+        LoadError: as `stored_dtypes`.
+    """
     if path.suffix != ".safetensors":
         try:
             state = torch.load(path, map_location="meta", weights_only=True)

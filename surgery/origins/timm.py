@@ -6,17 +6,19 @@ import inspect
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from surgery.errors import LoadError
 from surgery.member import Origin
 from surgery.origins.base import Loaded, Request, one_line, quiet, shorten, split_options, write_files
+from surgery.origins.dtypes import file_entries, widest
 from surgery.origins.empty import build_empty
 from surgery.origins.weights import check_fit, load_exactly, read_weights, save_weights
 
@@ -86,6 +88,12 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
         return build_empty(lambda: _create(origin.architecture, options, f"local-dir:{folder}")).eval()
 
 
+def take_dtypes(module: nn.Module, dtypes: Iterable[torch.dtype]) -> nn.Module:
+    """Have what is in no state dict, such as positions, follow the tensors' dtypes, as when weights are loaded."""
+    common = widest(dtypes)
+    return module if common is None else module.to(common)
+
+
 def adopt(module: nn.Module) -> Loaded | None:
     """A live module that timm created, so that it can be built again; None for any other."""
     config = getattr(module, "pretrained_cfg", None)
@@ -149,7 +157,17 @@ def _load_hub(reference: str, name: str, options: dict[str, Any]) -> Loaded:
     config: Any = getattr(module, "pretrained_cfg", {})
     architecture = str(config.get("architecture") or name.partition(".")[0])
     options = {**_arguments(module), **options}
+    _narrow(module, config.get("hf_hub_id"))
     return _loaded(module, reference, architecture, options, _revision(config.get("hf_hub_id")))
+
+
+def _narrow(module: nn.Module, hub_id: str | None) -> None:
+    """Give a model its file's dtype where that is one: timm copies values into the float32 that it builds."""
+    path = _cached(hub_id)
+    if path is not None and path.suffix in (".safetensors", ".bin"):
+        floating = {dtype for dtype, _ in file_entries(path).values() if dtype.is_floating_point}
+        if len(floating) == 1:
+            take_dtypes(module, floating)
 
 
 def _wants_drawn(reference: str) -> bool:
@@ -285,12 +303,18 @@ def _config_file(module: Any, name: str, options: dict[str, Any]) -> dict[str, b
 
 def _revision(hub_id: str | None) -> str | None:
     """The commit of the cached hub files, where the hub's cache tells it."""
+    path = _cached(hub_id)
+    return None if path is None else path.parent.name
+
+
+def _cached(hub_id: str | None) -> Path | None:
+    """The weights file in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in ("model.safetensors", "pytorch_model.bin") if hub_id else ():
         path = try_to_load_from_cache(str(hub_id).partition("@")[0], name)
         if isinstance(path, str):
-            return Path(path).parent.name
+            return Path(path)
     return None
 
 
