@@ -93,7 +93,7 @@ def print_plan(prepared: Prepared, *, verbose: bool) -> None:
     console.heading("Plan (a dry run: nothing is written)")
     console.show(table)
     _print_stacks(plan)
-    banks = console.table("bank", "block", "numbers", ">locations", ">size as it is")
+    banks = console.table("bank", "block", "dtype", ">locations", ">size as it is")
     for bank in plan.banks:
         if not bank.stack:
             banks.add_row(
@@ -175,7 +175,7 @@ def _print_stacks(plan: Plan) -> None:
     """Stacks whose layers take templates, with what one template has."""
     if not plan.stacks:
         return
-    table = console.table("stack", ">layers", ">tensors of each", ">numbers of each", ">size as it is", "~of")
+    table = console.table("stack", ">layers", ">tensors of each", ">parameters of each", ">size as it is", "~of")
     for name, keys in plan.stacks.items():
         banks = [bank for bank in plan.banks if bank.key in keys]
         layers = [p.site for p in plan.placements if p.bank == keys[0]]

@@ -125,7 +125,7 @@ def _contents(manifest: Mapping[str, Any]) -> str:
         own = [bank for bank in banks.values() if bank.get("stack") == name]
         lines.append(
             f"- {name}: {own[0]['locations']:,} layers from shared templates, {len(own)} tensors of each layer, "
-            f"{sum(bank['block'][1] for bank in own):,} numbers"
+            f"{sum(bank['block'][1] for bank in own):,} parameters"
         )
     return "## Contents\n\n" + "\n".join([*lines, f"- written with {versions}"])
 

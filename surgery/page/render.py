@@ -81,6 +81,7 @@ def _page(view: Overview) -> dict[str, Any]:
     kinds = list(dict.fromkeys(_kind(kind) for member in members for kind in member.kinds))
     kinds.sort(key=lambda kind: list(_CLASSES).index(kind))
     before, after = sum(m.before for m in members), sum(m.after for m in members)
+    most = max([8.0, *(layer.bits for member in members for layer in member.layers)])
     known = [member.parameters for member in members if member.parameters is not None]
     told |= {
         "members": [_member(member, largest) for member in members[:MOST]],
@@ -91,7 +92,7 @@ def _page(view: Overview) -> dict[str, Any]:
             (how.replace("native", "own dtype"), str(tensors), size(was), size(now), percent(now / was) if was else "-")
             for how, (tensors, was, now) in view.ways.items()
         ],
-        "layers": [_layers(member) for member in members[:MOST] if member.layers],
+        "layers": [_layers(member, most) for member in members[:MOST] if member.layers],
         **_pairs(view),
     }  # fmt: skip
     if len(members) > 1:
@@ -222,7 +223,7 @@ def _error_words(view: Overview) -> str:
     )
 
 
-def _layers(member: MemberView) -> tuple[str, Markup, str]:
+def _layers(member: MemberView, most: float) -> tuple[str, Markup, str]:
     """Bits for each value of a member's matrices, each a column."""
     values = [
         (
@@ -232,7 +233,6 @@ def _layers(member: MemberView) -> tuple[str, Markup, str]:
         )
         for layer in member.layers
     ]
-    most = max([8.0, *(layer.bits for layer in member.layers)])
     drawn = charts.columns(
         values, f"Bits for each value of {member.name}, matrix by matrix", "matrices in the order of their names",
         "bits for each value", most,
@@ -249,11 +249,13 @@ def _pairs(view: Overview) -> dict[str, Any]:
     if not across and not within:
         words = "Nothing is stored once for several layers or members: what was saved was saved by precision."
         return {"sharing_words": words, "pairs": [], "pair_names": []}
-    words = f"{across:,} blocks draw on rows that another member uses too, {within:,} on rows of their own member's."
     modules = {subset: number for subset, number in view.shares.modules.items() if subset}
+    several = sum(number for subset, number in modules.items() if "+" in subset)
+    words = (
+        "Blocks and tensors that are stored once are counted pair by pair, on the diagonal within a member."
+    )
     if modules:
-        several = sum(number for subset, number in modules.items() if "+" in subset)
-        words += f" Of {sum(modules.values()):,} hypermodules {several:,} are used by several members."
+        words = f"{several:,} of {sum(modules.values()):,} hypermodules are used by several members. {words}"
     rows = [(name, [f"{blocks[i][j]:,}" for j in range(len(names))]) for i, name in enumerate(names)]
     return {"sharing_words": words, "pairs": rows, "pair_names": names}
 

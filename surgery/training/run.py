@@ -179,7 +179,7 @@ class Run:
         work.describe(
             f"Generation {generation + 1}/{config.total}, loss {mean:.4g}, "
             + (f"{sum(sizes.values())} hypermodules, {trainer.moved:.0%} moved, " if sizes else "")
-            + f"{now / max(whole, 1):.0%} of the numbers"
+            + f"{now / max(whole, 1):.0%} of the parameters"
         )
         if last or self._due():
             self._save()
