@@ -129,9 +129,9 @@ def showing() -> bool:
 
 
 def clear() -> None:
-    """Take progress off the screen, before something is printed that stays."""
+    """Take progress off the screen, before something is printed that stays; it comes back where work goes on."""
     for screen in _screens:
-        screen.close()
+        screen.pause()
 
 
 _screens: list[Screen] = []

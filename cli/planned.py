@@ -175,7 +175,9 @@ def _print_stacks(plan: Plan) -> None:
     """Stacks whose layers take templates, with what one template has."""
     if not plan.stacks:
         return
-    table = console.table("stack", ">layers", ">tensors of each", ">parameters of each", ">size as it is", "~of")
+    table = console.table(
+        "stack", ">layers", ">tensors of each", ">parameters of each", ">size as it is", "~of"
+    )
     for name, keys in plan.stacks.items():
         banks = [bank for bank in plan.banks if bank.key in keys]
         layers = [p.site for p in plan.placements if p.bank == keys[0]]

@@ -99,11 +99,9 @@ class Screen:
 
     def __init__(self, console: Console):
         self._console, self._jobs = console, {0: Job("Starting", None)}
-        self._next, self._lock, self._live = 1, threading.Lock(), None
+        self._next, self._lock, self._live = 1, threading.RLock(), None
         self._closed = False
-        self._timer = threading.Timer(PATIENCE, self._open)
-        self._timer.daemon = True
-        self._timer.start()
+        self._wait()
 
     def start(self, description: str, total: float | None) -> object:
         """See `surgery.progress.Reporter`."""
@@ -128,13 +126,20 @@ class Screen:
         with self._lock:
             del self._jobs[key]  # type: ignore[arg-type]
 
-    def close(self) -> None:
-        """Take everything off the screen, for good."""
-        with self._lock:
-            self._closed, live, self._live = True, self._live, None
+    def pause(self) -> None:
+        """Take everything off the screen, for `PATIENCE` seconds at least."""
         self._timer.cancel()
+        with self._lock:
+            live, self._live = self._live, None
         if live is not None:
             live.stop()
+        if not self._closed:
+            self._wait()
+
+    def close(self) -> None:
+        """Take everything off the screen, for good."""
+        self._closed = True
+        self.pause()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield from self._lines(options.max_width)
@@ -146,12 +151,16 @@ class Screen:
         for job in (jobs[1:] or jobs)[-MOST:]:
             yield line(job, width, now)
 
+    def _wait(self) -> None:
+        self._timer = threading.Timer(PATIENCE, self._open)
+        self._timer.daemon = True
+        self._timer.start()
+
     def _open(self) -> None:
         with self._lock:
-            if self._closed:
+            if self._closed or self._live is not None:
                 return
             self._live = Live(
                 self, console=self._console, transient=True, refresh_per_second=8, redirect_stdout=False
             )
-            live = self._live
-        live.start(refresh=True)
+            self._live.start(refresh=True)

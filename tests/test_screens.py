@@ -74,6 +74,20 @@ def test_something_shows_soon_and_is_gone_at_the_end():
     assert screen.PATIENCE < 0.6
 
 
+def test_progress_comes_back_after_something_was_printed():
+    file = io.StringIO()
+    shown = screen.Screen(Console(file=file, force_terminal=True, width=60))
+    shown._timer.join()
+    shown.pause()
+    before = len(file.getvalue())
+    shown._timer.join()
+    assert "Starting" in file.getvalue()[before:]
+    shown.close()
+    end = file.getvalue()
+    shown.close()
+    assert file.getvalue() == end and shown._live is None
+
+
 def test_a_pipe_gets_no_colours_and_no_progress():
     for arguments in (["recipes", "ls"], ["merge", "--help"], ["verify", "nowhere"]):
         _, out, err = command(*arguments)
