@@ -12,7 +12,7 @@ import typer
 from .options import FLAG, RUN, SCREEN, Adapters, Debug, Json, Quiet, Seed, Sites, Skip, TrustRemoteCode
 
 if TYPE_CHECKING:
-    from surgery.member import Member
+    from surgery.member import Inputs, Member
     from surgery.sites import Anatomy, LeftAlone, Site
 
 REFERENCE = (
@@ -73,7 +73,6 @@ def inspect(
     view is the stack of matrices, [cyan]stack x out x in[/cyan], that is cut into blocks. An
     [bold]adapter[/bold] is left to its member alone.
     """
-    from surgery.probes import probe_inputs
     from surgery.progress import task
     from surgery.references import load_member
     from surgery.sites import discover
@@ -81,10 +80,8 @@ def inspect(
     from . import console
 
     with console.working(quiet=quiet, json_wanted=json), task("Loading and tracing"):
-        member = load_member(reference, trust_remote_code=trust_remote_code, seed=seed)
-        if inputs is not None:
-            given = probe_inputs(member, calibrate=inputs)[0]
-            member = replace(member, inputs=replace(given, source=str(inputs)))
+        given = None if inputs is None else lambda member: from_file(member, inputs)
+        member = load_member(reference, inputs=given, trust_remote_code=trust_remote_code, seed=seed)
         anatomy = discover(
             member, adapters=tuple(adapters or ()), sites=tuple(sites or ()), skip=tuple(skip or ())
         )
@@ -105,6 +102,13 @@ def inspect(
         )
     _print_totals(member, anatomy, verbose)
     _print_stacks(anatomy)
+
+
+def from_file(member: Member, file: Path) -> Inputs:
+    """The first batch of a file, prepared as the member expects."""
+    from surgery.probes import probe_inputs
+
+    return replace(probe_inputs(member, calibrate=file)[0], source=str(file))
 
 
 def describe(member: Member, anatomy: Anatomy) -> dict[str, Any]:

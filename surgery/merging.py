@@ -7,15 +7,16 @@ The stages are functions of their own, so that a dry run can stop at the plan: `
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import LoadError, PlanError
 from surgery.folders import check_target
 from surgery.progress import task, track
-from surgery.recipe import Recipe
+from surgery.recipe import Model, Recipe
 from surgery.selectors import share_selectors
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Prepared:
         anatomies: what was found in each member.
         plan: what goes into the dictionary.
         probes: real inputs by member, for those that have calibration files.
+        data: of the tasks, where they were read already.
     """
 
     recipe: Recipe
@@ -44,6 +46,7 @@ class Prepared:
     anatomies: tuple[Anatomy, ...]
     plan: Plan
     probes: Mapping[str, Sequence[Inputs]]
+    data: Any = None
 
 
 def merge(
@@ -134,8 +137,18 @@ def check(recipe: Recipe, *, overwrite: bool = False) -> None:
         )
 
 
-def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    *,
+    trust_remote_code: bool = False,
+    inputs: Callable[[Model, Member], Inputs | None] | None = None,
+) -> Prepared:
     """Load the members, find their sites, read calibration files and plan the dictionary; nothing is changed.
+
+    Args:
+        recipe: what to do.
+        trust_remote_code: whether Python files that come with a model may run.
+        inputs: gives example inputs of a recipe's model, or None for those that it has otherwise.
 
     Raises:
         SurgeryError: where a member cannot be loaded or traced, a selector matches nothing, or no plan
@@ -146,7 +159,11 @@ def prepare(recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
     members: list[Member] = []
     for model in track(recipe.models, "Loading members"):
         member = load_member(
-            model.model, name=model.name, seed=recipe.seed, trust_remote_code=trust_remote_code
+            model.model,
+            name=model.name,
+            inputs=None if inputs is None else partial(inputs, model),
+            seed=recipe.seed,
+            trust_remote_code=trust_remote_code,
         )
         if any(member.name == other.name for other in members):
             raise PlanError(

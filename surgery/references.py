@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from surgery_recipes import SHIPPED
 from torch import Tensor, nn
 
 from surgery.errors import LoadError
-from surgery.inputs import as_inputs, example_inputs, forward_error
+from surgery.inputs import as_inputs, check_runs, example_inputs, forward_error
 from surgery.member import Inputs, Member, Origin
 from surgery.origins import KINDS, kind_for, origin_kind
 from surgery.origins.base import Loaded, Request
@@ -63,7 +64,7 @@ def load_member(
     reference: str | nn.Module,
     *,
     name: str | None = None,
-    inputs: Inputs | tuple | dict | Tensor | None = None,
+    inputs: Inputs | tuple | dict | Tensor | Callable[[Member], Inputs | None] | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
     allow_nonfinite: bool = False,
@@ -74,7 +75,8 @@ def load_member(
         reference: `[name=]REF` as described above, or a live `nn.Module`.
         name: overrides the name in the reference; by default it is derived from the reference.
         inputs: example inputs for tracing: positional arguments as a tuple, keyword arguments as a dict, or
-            one tensor; by default they are made up from the model's own configuration.
+            one tensor; by default they are made up from the model's own configuration. A function gets the member,
+            with the inputs that it would have otherwise, or none, and returns others, or None for these.
         trust_remote_code: whether Python files that come with a transformers model may run.
         seed: of all that is drawn at random: example inputs, and weights where the reference has no stored ones. These
             depend on the seed and the member's name alone; no global generator is moved.
@@ -106,6 +108,21 @@ def load_member(
         request = Request(Permission.of_user(trust_remote_code))
         loaded = _load(kind, rest, request, member_seed(seed, chosen))
     return _member(chosen, loaded, inputs, seed, allow_nonfinite, live=isinstance(reference, nn.Module))
+
+
+def _given(inputs: Any, name: str, loaded: Loaded, seed: int) -> Inputs | None:
+    """The example inputs that somebody gives; None where they are to be made up."""
+    if not callable(inputs):
+        return loaded.inputs if inputs is None else as_inputs(inputs)
+    usual = loaded.inputs
+    if usual is None:
+        with suppress(LoadError):
+            usual = example_inputs(loaded.module, loaded.origin, seed=seed)
+    return inputs(Member(name, loaded.module, usual or Inputs(), loaded.origin, loaded.files)) or usual
+
+
+def _any(inputs: Inputs) -> bool:
+    return bool(inputs.args or inputs.kwargs)
 
 
 def _that_computes(loaded: Loaded, given: Inputs | None, name: str, seed: int) -> Loaded:
@@ -155,7 +172,9 @@ def ships(origin: Origin) -> bool:
     return origin.kind == "factory" and origin.reference.partition("?")[0] in SHIPPED
 
 
-def load_origin(origin: Origin, *, name: str, permission: Permission, seed: int = 0) -> Member:
+def load_origin(
+    origin: Origin, *, name: str, permission: Permission, seed: int = 0, inputs: Inputs | None = None
+) -> Member:
     """The member that an artifact's origin describes, with its weights, from where it came.
 
     The reference is read as the origin's kind says: a text from an artifact does not choose how it is read.
@@ -165,6 +184,7 @@ def load_origin(origin: Origin, *, name: str, permission: Permission, seed: int 
         name: of the member.
         permission: of the text that the origin was read from.
         seed: of made-up example inputs; weights that were drawn at random follow the seed that the origin records.
+        inputs: for a model that has none of its own and for which none can be made up.
 
     Raises:
         ConsentError: where loading it runs code that the permission does not cover.
@@ -175,7 +195,7 @@ def load_origin(origin: Origin, *, name: str, permission: Permission, seed: int 
         raise LoadError(f"'{origin.reference}' is no reference of kind {origin.kind}")
     drawn = member_seed(seed, name) if origin.seed is None else origin.seed
     loaded = _load(handler, origin.reference, Request(permission), drawn)
-    return _member(name, loaded, None, seed, False)
+    return _member(name, loaded, lambda has: None if _any(has.inputs) else inputs, seed, False)
 
 
 def _load(kind: Any, reference: str, request: Request, drawn: int) -> Loaded:
@@ -224,9 +244,11 @@ def _member(
     loaded.module.eval()
     if not allow_nonfinite:
         check_finite(loaded.module, name)
-    given = loaded.inputs if inputs is None else as_inputs(inputs)
+    given = _given(inputs, name, loaded, seed)
     if not live and loaded.origin.kind in _FROM_FILES and mixed(loaded.module):
         loaded = _that_computes(loaded, given, name, seed)
+    if given is not None:
+        check_runs(loaded.module, given, name)
     examples = given or example_inputs(loaded.module, loaded.origin, seed=seed)
     return Member(name, loaded.module, examples, loaded.origin, loaded.files)
 

@@ -206,7 +206,8 @@ def _load_origin(
     if not wanted and not ships(origin):
         return None, "not asked for"
     try:
-        found = load_origin(_pinned(origin), name=name, permission=permission)
+        recorded = inputs_of(manifest, name)
+        found = load_origin(_pinned(origin), name=name, permission=permission, inputs=recorded)
     except ConsentError:
         return None, "not compared: its code may not run"
     except SurgeryError as error:

@@ -10,14 +10,17 @@ from surgery.inputs.candidates import (
     inputs_for_part,
     timm_picture,
 )
+from surgery.inputs.given import check_runs, outlined
 
 __all__ = [
     "CANDIDATES",
     "ROUNDS",
     "as_inputs",
+    "check_runs",
     "example_inputs",
     "floating_dtype",
     "forward_error",
     "inputs_for_part",
+    "outlined",
     "timm_picture",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from surgery.errors import LoadError
 from surgery.member import Inputs, Origin
 from surgery.permission import Permission
+from surgery.silence import torch_silent
 
 _NEVER = (".py", ".safetensors", ".bin", ".pt", ".pth", ".h5")  # code and weights are no small files
 
@@ -121,7 +121,7 @@ def write_files(files: Mapping[str, bytes], directory: Path, keep: Iterable[str]
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence log lines, warnings and progress bars of timm, transformers and the hub client."""
+    """Silence log lines, warnings and progress bars of timm, transformers, the hub client and torch."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as chatter
 
@@ -133,8 +133,7 @@ def quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch_silent():
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

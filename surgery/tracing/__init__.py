@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from surgery.errors import TraceError
 from surgery.member import Inputs
+from surgery.silence import torch_silent
 from surgery.tracing.bounds import Bounds, OutOfBoundsError, Watch
 from surgery.tracing.copying import canonical_names, copy_module, map_inputs, share_parameters, to_meta
 from surgery.tracing.ends import mark_ends
@@ -81,7 +82,8 @@ def trace(
     graph, tier, uses = None, TABLE, ()
     for way in (TIERS if tiers is None else tiers) if inputs.args or inputs.kwargs else ():
         try:
-            found, said = way.run(module, inputs, Watch(bounds))
+            with torch_silent():
+                found, said = way.run(module, inputs, Watch(bounds))
             uses = mark_ends(found, read_uses(found, shapes))
             graph, tier = found, way.name
             notes = [f"{name} was passed over: {reason}" for name, reason in failures] + list(said)

@@ -22,11 +22,12 @@ from surgery.references import load_origin, ships
 from surgery.training.checking import check_recipe, check_source
 from surgery.training.config import Training
 from surgery.training.domains import adapting, with_sources
+from surgery.training.examples import TaskData
 from surgery.training.losses import adapts_by, loss_of
 from surgery.training.rehearsal import rehearse_members
 from surgery.training.report import TrainReport
 from surgery.training.runlog import NAME as LOG
-from surgery.training.sources import check_sources, make_tasks
+from surgery.training.sources import check_sources, load_data, make_tasks
 from surgery.training.starts import take_over
 from surgery.training.tasks import Task
 from surgery.training.train import fast, train
@@ -45,11 +46,16 @@ def run_folder(out: str | Path) -> Path:
 def prepare_training(recipe: Recipe, trust_remote_code: bool = False) -> Prepared:
     """Load and plan a training recipe's members; architectures from scratch get weights by the recipe's seed.
 
+    A member's example inputs are the first that its task trains on, unless its factory gives some.
+
     Raises:
         PlanError: where the recipe has no `train` section, or names what cannot be had.
     """
     check_recipe(recipe)
-    return prepare(recipe, trust_remote_code=trust_remote_code)
+    permission = Permission.of_user(trust_remote_code)
+    data = TaskData(lambda spec, member: load_data(spec, member, recipe.seed, permission), recipe.seed)
+    prepared = prepare(recipe, trust_remote_code=trust_remote_code, inputs=data.inputs)
+    return replace(prepared, data=data)
 
 
 def prepare_again(folder: str | Path, recipe: Recipe, *, trust_remote_code: bool = False) -> Prepared:
@@ -77,8 +83,8 @@ def try_tasks(prepared: Prepared, *, own: bool = True, trust_remote_code: bool =
         SurgeryError: for data that cannot be read, or do not suit member, loss or metric.
     """
     members = {member.name: member for member in prepared.members}
-    tasks = make_tasks(prepared.recipe, members, _permission(own, trust_remote_code))
-    rehearse_members({member.name: member.module for member in prepared.members}, tasks, prepared.recipe.seed)
+    tasks = make_tasks(prepared.recipe, members, _permission(own, trust_remote_code), prepared.data)
+    rehearse_members({name: member.module for name, member in members.items()}, tasks, prepared.recipe.seed)
 
 
 def train_recipe(
@@ -127,7 +133,8 @@ def train_recipe(
         joint = join(prepared.members, prepared.plan)
     else:
         recipe = _going_on(recipe)
-    config, tasks = _with_templates(recipe), make_tasks(recipe, joint.members, permission)
+    read = None if prepared is None else prepared.data
+    config, tasks = _with_templates(recipe), make_tasks(recipe, joint.members, permission, read)
     if fast_run:
         config, tasks = fast(config, tasks)
     if source is not None and (config.templates.source is not None or adapting(tasks)):
@@ -255,7 +262,8 @@ def _original(joint: JointModel, task: Task, permission: Permission, seed: int) 
     if not ships(origin):
         permission.require(Permission.OWN, f"the loss of task '{task.name}' loads {origin.reference}")
     try:
-        member = load_origin(origin, name=task.member, permission=permission, seed=seed)
+        inputs = joint.members[task.member].inputs
+        member = load_origin(origin, name=task.member, permission=permission, seed=seed, inputs=inputs)
     except ConsentError:
         raise
     except SurgeryError as error:

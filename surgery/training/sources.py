@@ -31,13 +31,20 @@ from surgery.training.tasks import Task
 _FUNCTION = re.compile(r"[^:]*:[A-Za-z_]\w*")
 
 
-def make_tasks(recipe: Recipe, members: Mapping[str, Member], permission: Permission) -> list[Task]:
+Read = Callable[[TaskSpec, Member], Parts]
+"""What reads a task's data for a member."""
+
+
+def make_tasks(
+    recipe: Recipe, members: Mapping[str, Member], permission: Permission, read: Read | None = None
+) -> list[Task]:
     """The tasks that a recipe names for its members.
 
     Args:
         recipe: with the name of every member.
         members: by name.
         permission: of the recipe.
+        read: gives the data; by default they are read here.
 
     Raises:
         ConsentError: where the permission does not cover a source.
@@ -46,7 +53,9 @@ def make_tasks(recipe: Recipe, members: Mapping[str, Member], permission: Permis
     """
     tasks: list[Task] = []
     for name, member, spec in named_specs(recipe):
-        parts = load_data(spec, members[member], recipe.seed, permission)
+        parts = (
+            read(spec, members[member]) if read else load_data(spec, members[member], recipe.seed, permission)
+        )
         data = parts.train if spec.labels else Unlabelled(parts.train)
         tasks.append(
             Task(name, member, data, spec.loss, spec.metric, parts.validation, parts.test, spec.weight)
