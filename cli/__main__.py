@@ -99,7 +99,11 @@ def with_values(arguments: list[str]) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
-    arguments = with_values(sys.argv[1:] if arguments is None else arguments)
+    from . import console
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    console.typed = list(arguments)
+    arguments = with_values(arguments)
     try:
         app(arguments)
     except SurgeryError as error:
@@ -109,11 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"surgery: {error}{flag}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
-        if end.code == INTERRUPTED:  # typer ends an interrupted verb without a word
-            from . import console
-
-            if console.FIRST:
-                print(f"surgery: interrupted; {console.interrupted}.", file=sys.stderr)
+        if end.code == INTERRUPTED and console.FIRST:  # typer ends an interrupted verb without a word
+            print(f"surgery: interrupted; {console.interrupted}.", file=sys.stderr)
         raise
 
 

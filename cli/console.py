@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from .screen import Screen
 FIRST = os.environ.get("RANK", "0") == "0"  # of several processes one speaks
 
 WIDE = 160  # columns where the output is no terminal
+
+typed: list[str] = []  # the arguments of the command that is running
 
 interrupted = "nothing was left half-written"  # what the last line says after Ctrl-C
 
@@ -78,10 +81,27 @@ def heading(text: str) -> None:
     show(Text(text, style="bold"))
 
 
-def command(text: str) -> None:
-    """A command to paste: never wrapped by the screen."""
+def command(*words: object) -> None:
+    """A command to paste, quoted for a shell and never wrapped by the screen.
+
+    Args:
+        words: the command's; a single one is a line as it is.
+    """
+    line = str(words[0]) if len(words) == 1 else shlex.join(str(word) for word in words)
     clear()
-    out.print(Text(f"  {text}", style="cyan"), soft_wrap=True)
+    out.print(Text(f"  {line}", style="cyan"), soft_wrap=True)
+
+
+def again(*more: str) -> str:
+    """The command that is running, with other options at its end; these options alone where others launched it.
+
+    Args:
+        more: one option with its value, in place of an earlier value.
+    """
+    if "WORLD_SIZE" in os.environ or not typed:
+        return shlex.join(more)
+    kept = [word for n, word in enumerate(typed) if word != more[0] and (n == 0 or typed[n - 1] != more[0])]
+    return shlex.join(["surgery", *kept, *more])
 
 
 def emit(document: Any) -> None:

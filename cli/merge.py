@@ -232,7 +232,8 @@ def merge(
 
 def read_recipe(config: str | None, given: dict[str, Any], changes: list[str], trust: bool) -> Recipe:
     """The recipe of a command line: a file, overridden by options, overridden by `--set`."""
-    from surgery.documents import check_code, override, read_document
+    from surgery.documents import check_code, override
+    from surgery.documents import read_recipe as read_document
     from surgery.recipe import TARGETS, Recipe
 
     document = read_document(config) if config else {}
@@ -282,4 +283,4 @@ def run(
         console.emit(outcome.result_json(joint, folder))
     elif not quiet:
         outcome.print_result(joint, folder, verbose=verbose)
-        outcome.print_next(joint, folder)
+        outcome.print_next(joint, folder, trust_remote_code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,12 +118,18 @@ def print_means(joint: JointModel) -> None:
     console.show(table)
 
 
-def print_next(joint: JointModel, folder: Path) -> None:
+def print_next(joint: JointModel, folder: Path, trust: bool = False) -> None:
     """The commands that are likely to come next."""
-    name, where = joint.names[0], shlex.quote(str(folder))
+    from surgery.training.recipe_run import is_foreign
+
+    name = joint.names[0]
+    consent = ["--trust-remote-code"] * trust
+    own = any(is_foreign(member.origin) for member in joint.members.values())
     console.heading("Next")
-    console.command(f"surgery verify {where} --origins")
-    console.command(f"surgery export {where} --member {name} --format plain --out {name}-plain")
+    console.command("surgery", "verify", folder, "--origins", *(["--trust-remote-code"] if own else consent))
+    console.command(
+        "surgery", "export", folder, "--member", name, "--format", "plain", "--out", f"{name}-plain", *consent
+    )
 
 
 def score_cells(score: Mapping[str, Any] | None) -> list[str]:

@@ -71,18 +71,20 @@ def check_recipe(
     debug: Debug = False,
 ) -> None:
     """Check a recipe's keys, values and names, by the rules of train; no model or data are loaded, no code is run."""
-    from surgery.documents import read_document
+    from surgery.documents import read_recipe
     from surgery.recipe import Recipe
     from surgery.training.checking import check_document
 
     from . import console
 
-    document = read_document(file)
+    document = read_recipe(file)
     recipe = Recipe.of(document) if document.get("train") is None else check_document(document)
     if json:
         console.emit(recipe.resolved())
         return
-    verb = "merge --config" if recipe.train is None else "train"
+    verb = ["merge", "--config"] if recipe.train is None else ["train"]
     count = len(recipe.models)
     console.say(f"{file} is a valid recipe of {count} {'model' if count == 1 else 'models'}.")
-    console.command(f"surgery {verb} {file} --out DIR")
+    out = ["--out", Path(file).stem if Path(file).suffix else f"{file}-out"] if recipe.out is None else []
+    console.heading("Next")
+    console.command("surgery", *verb, file, *out)

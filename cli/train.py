@@ -114,7 +114,7 @@ def train(
     if json:
         console.emit({"out": recipe.out, **report.document()})
     elif not quiet:
-        print_report(report, Path(recipe.out or ""))
+        print_report(report, Path(recipe.out or ""), trust_remote_code)
         print_left(Path(recipe.out or ""))
 
 
@@ -124,12 +124,17 @@ def read_training(
     """The recipe, and the folder whose members go on, where the source is one."""
     import yaml
 
-    from surgery.documents import check_code, override, read_document
+    from surgery.documents import check_code, override, read_document, read_recipe
+    from surgery.places import out_of_artifact
     from surgery.training.checking import check_document
 
     folder = Path(source).expanduser()
     found = folder if folder.is_dir() else None
-    document = read_document(folder / "recipe.yaml" if found else source)
+    document = (
+        out_of_artifact(folder).recipe(read_document(folder / "recipe.yaml"))
+        if found
+        else read_recipe(source)
+    )
     document |= {key: value for key, value in (("out", out), ("seed", seed)) if value is not None}
     document.setdefault("train", yaml.safe_load("{}"))
     document = override(document, changes)
@@ -194,7 +199,7 @@ def run(
             )[1]
         except Interrupted:
             kept = run_folder(recipe.out or "")
-            console.interrupted = f"the state is in {kept}, go on with --resume auto"
+            console.interrupted = f"the state is in {kept}, go on with {console.again('--resume', 'auto')}"
             raise
 
 
@@ -211,9 +216,10 @@ def print_left(folder: Path) -> None:
         console.say(f"{run_folder(folder)} keeps {', '.join(left[:3])}{more}.", style="dim")
 
 
-def print_report(report: TrainReport, folder: Path) -> None:
+def print_report(report: TrainReport, folder: Path, trust: bool = False) -> None:
     """Each task with what it reached, then the size."""
     from surgery.training.comparison import verdict
+    from surgery.training.recipe_run import needs_consent
 
     from . import console, outcome
 
@@ -235,5 +241,7 @@ def print_report(report: TrainReport, folder: Path) -> None:
         outcome.print_sizes(report.sizes)
         console.say(verdict(report.sizes, report.first, report.scores))
     console.heading("Next")
-    console.command(f"surgery report {folder}")
-    console.command(f"surgery evaluate {folder}")
+    console.command("surgery", "report", folder)
+    console.command(
+        "surgery", "evaluate", folder, *["--trust-remote-code"] * (trust or needs_consent(folder))
+    )

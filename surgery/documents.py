@@ -14,9 +14,10 @@ from surgery_recipes import SHIPPED
 
 from surgery.errors import PlanError
 from surgery.permission import Permission
+from surgery.places import of_recipe_file
 from surgery.untrusted import RECIPE_BYTES, UnreadableError, parse_yaml, read_regular, shown
 
-_CODE = re.compile(r"^(?!timm:|datasets:|hf-hub:|re:)\S*[\w/]:[A-Za-z_]\w*$")
+_CODE = re.compile(r"^(?!timm:|datasets:|hf-hub:|re:).*:[A-Za-z_]\w*$", re.DOTALL)
 """Texts that name a function: `file.py:function` and `package.module:function`."""
 
 
@@ -90,6 +91,20 @@ def _texts(value: Any, key: str = "") -> Iterable[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _texts(inner, key)
+
+
+def read_recipe(source: str | Path) -> dict[str, Any]:
+    """The document of a recipe, every relative path in it from the working directory.
+
+    Args:
+        source: a YAML file, whose paths are relative to its folder, or the name of an installed recipe.
+
+    Raises:
+        PlanError: where there is no such recipe, or it is no YAML mapping.
+    """
+    path = Path(source).expanduser()
+    document = read_document(source)
+    return of_recipe_file(path).recipe(document) if path.is_file() else document
 
 
 def recipe_names() -> list[str]:

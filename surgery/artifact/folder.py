@@ -30,6 +30,7 @@ from surgery.joint import JointModel
 from surgery.member import Member
 from surgery.origins import origin_kind
 from surgery.permission import Permission
+from surgery.places import out_of_artifact
 from surgery.slots import locate
 from surgery.storage import Stored, revive, store
 from surgery.untrusted import RECIPE_BYTES, UnreadableError, as_mapping, parse_yaml, read_regular
@@ -124,7 +125,7 @@ def load(
     joint = revive(
         found, stored, restrict_report(manifest.report, names, len(names) == len(manifest.members))
     )
-    joint.__dict__["recipe"] = _read_recipe(folder, manifest)  # neither a parameter nor a module
+    joint.__dict__["recipe"] = read_recipe(folder, manifest)  # neither a parameter nor a module
     return joint.to(device) if device != "cpu" else joint
 
 
@@ -165,7 +166,8 @@ def _chosen(manifest: Manifest, members: Sequence[str] | None) -> list[str]:
     return [name for name in manifest.members if members is None or name in members]
 
 
-def _read_recipe(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
+def read_recipe(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """The recipe in an artifact, its relative paths those of the working directory; None where it has none."""
     entry = manifest.files.get("recipe.yaml")
     if entry is None:
         return None
@@ -173,6 +175,6 @@ def _read_recipe(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
         data = read_regular(folder / "recipe.yaml", RECIPE_BYTES)
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise UnreadableError("is not the file that was recorded")
-        return dict(as_mapping(parse_yaml(data.decode())))
+        return out_of_artifact(folder).recipe(as_mapping(parse_yaml(data.decode())))
     except (UnreadableError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{folder / 'recipe.yaml'} {error}; copy the artifact again.") from None

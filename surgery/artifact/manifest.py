@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from surgery.artifact.sketch import check_sketch
 from surgery.errors import ArtifactError
+from surgery.places import out_of_artifact
 from surgery.quantities import Context, Count, Finite, Positive
 from surgery.records import MANIFEST
 from surgery.untrusted import (
@@ -224,7 +225,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise ArtifactError(_broken(path, broken_rules(error))) from None
     if broken := list(_contradictions(manifest, folder)):
         raise ArtifactError(_broken(path, broken))
-    return manifest
+    return _placed(manifest, folder)
+
+
+def _placed(manifest: Manifest, folder: Path) -> Manifest:
+    """The same manifest; what its references name relative to the artifact is relative to the working directory."""
+    places, members = out_of_artifact(folder), dict(manifest.members)
+    for name, member in members.items():
+        if member.origin is not None and member.origin.kind != "module":
+            origin = member.origin.model_copy(update={"reference": places.reference(member.origin.reference)})
+            members[name] = member.model_copy(update={"origin": origin})
+    return manifest.model_copy(update={"members": members})
 
 
 def checksum_holds(folder: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -34,7 +34,8 @@ from surgery.dictionary import Bank
 from surgery.errors import ArtifactError, OutputError
 from surgery.files import files_below, sha256_of
 from surgery.folders import new_folder
-from surgery.member import Member, content_hash
+from surgery.member import Member, Origin, content_hash
+from surgery.places import Places, into_artifact
 from surgery.precision import Encoded
 from surgery.storage import Stored
 from surgery.version import __version__
@@ -57,6 +58,9 @@ def write(
     """Write what is stored of some members; `save` says what the arguments are."""
     stored = thrift(on_cpu(stored))
     _check_names(members)
+    places = into_artifact(out)
+    members = [replace(each, origin=_placed(each.origin, places)) for each in members]
+    recipe = None if recipe is None else places.recipe(recipe)
     own, borrowed = _share_files(members)
     room = (
         stored.nbytes
@@ -102,6 +106,13 @@ def _check_readable(folder: Path, stored: Stored, out: str | Path) -> None:
             f"What is written must load again, but {out} would not: {reason}; undo what made these values, such as "
             "training that diverged, and save again."
         ) from error
+
+
+def _placed(origin: Origin, places: Places) -> Origin:
+    """An origin whose reference is relative to the artifact; that of a live module is no reference."""
+    return (
+        origin if origin.kind == "module" else replace(origin, reference=places.reference(origin.reference))
+    )
 
 
 def _write_front(folder: Path, manifest: dict[str, Any], stored: Stored, beside: int) -> None:

@@ -111,7 +111,7 @@ def loss_of(
     if callable(wanted):
         return wanted
     terms: dict[str, tuple[float, Loss]] = {}
-    for name, weight in _terms(wanted).items():
+    for name, weight in terms_of(wanted).items():
         if name == DISTILLATION:
             loss = distillation(original())
         elif name in LOSSES:
@@ -137,7 +137,7 @@ def loss_problems(wanted: Any) -> list[str]:
         return []
     if not isinstance(wanted, str | Mapping) or not wanted:
         return [f"a loss is a name, names with their weights, or a function, found {wanted!r}"]
-    terms = _terms(wanted)
+    terms = terms_of(wanted)
     wrong = [_unknown(name) for name in terms if name not in (*LOSSES, DISTILLATION, *WAYS)]
     weights = {name: weight for name, weight in terms.items() if not _is_finite(weight)}
     return wrong + [
@@ -155,15 +155,16 @@ def _is_finite(weight: Any) -> bool:
 
 def adapts_by(wanted: Wanted) -> dict[str, float]:
     """The ways of adaptation among a loss's names, with their weights: these compare with a source."""
-    return {} if callable(wanted) else {n: w for n, w in _terms(wanted).items() if n in WAYS}
+    return {} if callable(wanted) else {n: w for n, w in terms_of(wanted).items() if n in WAYS}
 
 
 def needs_targets(wanted: Wanted) -> bool:
     """Whether a loss has a name that compares with targets."""
-    return not callable(wanted) and any(name in TARGETED for name in _terms(wanted))
+    return not callable(wanted) and any(name in TARGETED for name in terms_of(wanted))
 
 
-def _terms(wanted: str | Mapping[str, float]) -> dict[str, float]:
+def terms_of(wanted: str | Mapping[str, float]) -> dict[str, float]:
+    """A loss's names with their weights."""
     return {wanted: 1.0} if isinstance(wanted, str) else dict(wanted)
 
 

@@ -14,6 +14,7 @@ from surgery.artifact import load, save
 from surgery.errors import ConsentError, LoadError, PlanError, SurgeryError
 from surgery.folders import check_target
 from surgery.joint import JointModel, join
+from surgery.member import Origin
 from surgery.merging import Prepared, plan_members, prepare
 from surgery.permission import Permission
 from surgery.recipe import Recipe
@@ -23,7 +24,7 @@ from surgery.training.checking import check_recipe, check_source
 from surgery.training.config import Training
 from surgery.training.domains import adapting, with_sources
 from surgery.training.examples import TaskData
-from surgery.training.losses import adapts_by, loss_of
+from surgery.training.losses import DISTILLATION, adapts_by, loss_of, terms_of
 from surgery.training.rehearsal import rehearse_members
 from surgery.training.report import TrainReport
 from surgery.training.runlog import NAME as LOG
@@ -249,6 +250,37 @@ def evaluate_artifact(
             losses[task.name] = loss_of(task.loss, partial(_original, joint, task, permission, recipe.seed))
         scores |= evaluate(joint, [replace(task, test=held)], losses, "test", recipe.seed)
     return scores
+
+
+def needs_consent(source: str | Path) -> bool:
+    """Whether an artifact names code or files outside of it, so that evaluating it takes `trust_remote_code`.
+
+    Args:
+        source: the artifact.
+    """
+    from surgery.artifact.folder import read_recipe
+    from surgery.artifact.manifest import read_manifest
+    from surgery.artifact.recorded import origin_of
+
+    folder = Path(source).expanduser()
+    manifest = read_manifest(folder)
+    origins = {name: origin_of(manifest, name) for name in manifest.members}
+    if any(is_foreign(origin) for origin in origins.values()):
+        return True
+    recipe = Recipe.of(read_recipe(folder, manifest) or {})
+    try:
+        check_sources(recipe.model_copy(update={"train": None}), Permission.NONE)
+    except ConsentError:
+        return True
+    distilled = [
+        model.name for model in recipe.models for task in model.tasks if DISTILLATION in terms_of(task.loss)
+    ]
+    return any(name in origins and not ships(origins[name]) for name in distilled)
+
+
+def is_foreign(origin: Origin) -> bool:
+    """Whether a member was made by a function that does not ship with this package."""
+    return origin.kind == "factory" and not ships(origin)
 
 
 def _original(joint: JointModel, task: Task, permission: Permission, seed: int) -> nn.Module:

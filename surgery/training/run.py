@@ -64,7 +64,7 @@ class Run:
         self, trainer: Trainer, config: Training, seed: int, folder: Path | None, began: Sizes | None = None
     ):
         self.trainer, self.config, self.seed, self.folder = trainer, config, seed, folder
-        self.plan = make_plan(trainer.joint, trainer.tasks, config, seed)
+        self.plan = make_plan(trainer.joint, trainer.tasks, config, seed, folder)
         main = trainer.accelerator.is_main_process
         self.log = RunLog(folder if main else None)
         self.first: dict[str, float] = {}  # the tasks' first validation losses: their scale

@@ -5,27 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from surgery.joint import JointModel
+from surgery.places import into_artifact
 from surgery.training.config import Training
 from surgery.training.report import adapted_of
 from surgery.training.tasks import Task
 
 
-def make_plan(joint: JointModel, tasks: Sequence[Task], config: Training, seed: int) -> dict[str, Any]:
+def make_plan(
+    joint: JointModel, tasks: Sequence[Task], config: Training, seed: int, folder: Path | None = None
+) -> dict[str, Any]:
     """All that a state must agree with: where blocks lie, tasks, settings and seed.
 
-    Learning rates and clipping may change, for a run whose loss was no longer finite.
+    Paths are relative to the run's folder, so that a run may go on from another working directory. Learning rates and
+    clipping may change, for a run whose loss was no longer finite.
     """
     placements = [(p.site.member, p.site.name, p.bank, str(p.grid), p.start) for p in joint.plan.placements]
     free = {"save_seconds": True, "trackers": True, "optimizer": {"lr", "soft_lr", "clip"}}
+    train = config.model_dump(mode="json", exclude=free)
+    if (source := config.templates.source) is not None and folder is not None:
+        train["templates"]["source"] = into_artifact(folder).path(source)
     return {
         "blocks": hashlib.sha256(json.dumps(placements).encode()).hexdigest(),
         "tasks": ", ".join(f"{task.name} of {task.member}" for task in tasks),
-        "losses": [_told(task) for task in tasks],
+        "losses": [_told(task, folder) for task in tasks],
         "seed": seed,
-        "train": config.model_dump(mode="json", exclude=free),
+        "train": train,
     }
 
 
@@ -62,6 +70,11 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _told(task: Task) -> list[Any]:
+def _told(task: Task, folder: Path | None) -> list[Any]:
     """A task's loss, where it has a name, and what it is compared with: the state of one loss is none of another."""
-    return [None if callable(task.loss) else task.loss, adapted_of(task)]
+    adapted = adapted_of(task)
+    if adapted is not None and folder is not None:
+        places = into_artifact(folder)
+        changes = {"source": places.path, "data": places.data}
+        adapted = {k: changes[k](v) if k in changes and isinstance(v, str) else v for k, v in adapted.items()}
+    return [None if callable(task.loss) else task.loss, adapted]
