@@ -21,6 +21,9 @@ FACTORY = re.compile(r"(?P<where>[^?]*):(?P<name>[A-Za-z_]\w*)")
 TIMM, DATASETS = "timm:", "datasets:"
 SHIPPED = "surgery_recipes."
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
+_TIMM_WEIGHTS = re.compile(
+    r"(timm:[^?=]*(?:\?(?:.*&)?[^=&]*=[^=&]*)?)=(.+)", re.DOTALL
+)  # behind a name or an option
 _MARKED = ("./", "../")
 
 Change = Callable[[str], str]
@@ -49,10 +52,10 @@ class Places:
     def reference(self, text: str) -> str:
         """A model's reference, without a name in front."""
         head, mark, options = text.partition("?")
-        if head.startswith(TIMM):
-            name, equals, weights = head.partition("=")
-            head = f"{name}={self.path(weights)}" if equals else head
-        elif (function := self._function(head)) is not None:
+        if text.startswith(TIMM):
+            found = _TIMM_WEIGHTS.fullmatch(text)
+            return f"{found[1]}={self.path(found[2])}" if found else text
+        if (function := self._function(head)) is not None:
             head = function
         elif self.is_place(head):
             head = self.path(head)

@@ -67,7 +67,14 @@ class TaskSpec(Strict):
 
 
 class Model(Strict):
-    """One member: where it comes from, its name, files with real inputs for it, and what it is trained to do."""
+    """One member.
+
+    Attributes:
+        model: a reference, as `surgery.load_member` takes it; relative paths start in the recipe's folder.
+        name: by default from the reference.
+        calibrate: a file or folder with real inputs, to measure errors of a merge on.
+        tasks: what it is trained to do.
+    """
 
     model: str
     name: str | None = None
@@ -87,8 +94,8 @@ class Parameters(Strict):
         hypermodules: a bank of so many.
         templates: so many for each stack, with method templates: at the members' precision, or in the precisions that
             `max_error` or `budget` asks for.
-        block: m x n.
-        context: c.
+        block: sides of the blocks that are shared, such as `16x16`.
+        context: basis blocks of a hypermodule (c).
         mixture: of templates: `linear`, positive ones that sum to 1 (`softmax`), or one template a layer (`one-hot`).
         mix_norms: whether scale and shift of norms are mixed too; running statistics never are.
     """
@@ -115,9 +122,15 @@ class Parameters(Strict):
 
 
 class Select(Strict):
-    """Which tensors are adapters, sites or skipped, beyond the defaults, and which stacks take templates.
+    """Which tensors go into the dictionary, beyond the defaults, and which stacks take templates.
 
-    Exact names, of stacks their paths such as `encoder.layer.*`, or `re:` patterns.
+    Exact names, of stacks their paths such as `encoder.layer.*`, or `re:` patterns; `MEMBER:` in front limits them.
+
+    Attributes:
+        adapters: tensors left to their member alone (private).
+        sites: tensors that are shared although they are private by default.
+        skip: tensors that are not touched.
+        stacks: stacks of layers that take templates, with method templates; all by default.
     """
 
     adapters: tuple[str, ...] = ()
@@ -131,7 +144,7 @@ class Recipe(Strict):
 
     Attributes:
         models: the members.
-        method: of sharing: `hypermodules` for all blocks, or `templates` for stacks of layers and hypermodules
+        method: of sharing, `hypermodules` for all blocks, or `templates` for stacks of layers and hypermodules
             for the rest.
         parameters: target and dictionary.
         select: which tensors.

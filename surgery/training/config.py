@@ -52,8 +52,8 @@ class Evolution(Strict):
             generation (`random`), for comparison; or stays (`none`).
         freeze: whether hypermodules stay as they are, so that nothing but stacks and adapters is trained; with `change`
             none and `codes` ones.
-        fraction: p, of the locations that are sampled for a generation.
-        challengers: lambda.
+        fraction: share of the locations that are sampled for a generation (p).
+        challengers: alternatives that compete with the incumbent of each sampled location (lambda).
         draw: challengers by `usage`, `uniform`ly, or by how much of a block they `explain`.
         power: exponent of the share of a block's energy that a hypermodule explains, in an `explain` draw;
             the higher, the rarer are challengers that could not take over the block.
@@ -175,11 +175,11 @@ class Training(Strict):
     """Everything about a joint training run that is not the members, their tasks or the dictionary's shape.
 
     Attributes:
-        steps: of the optimizer in one generation.
+        steps: steps of the optimizer in one generation.
         burn_in: generations before the first alternatives compete.
-        generations: in which alternatives compete.
+        generations: generations in which alternatives compete.
         final: generations with a hard alignment at the end.
-        accumulate: micro-batches of each task in one step.
+        accumulate: batches of each task in one step, their gradients added.
         validate_every: generations between validations.
         optimizer: see `Optimizer`.
         evolution: see `Evolution`.

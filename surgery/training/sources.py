@@ -17,6 +17,7 @@ from surgery_recipes import PLACES, SHIPPED
 from torch import Tensor
 
 from surgery.errors import LoadError, PlanError
+from surgery.inputs import floating_dtype
 from surgery.member import Member
 from surgery.origins.base import one_line
 from surgery.origins.factory import find_function
@@ -152,15 +153,17 @@ def from_function(spec: TaskSpec, member: Member, seed: int, permission: Permiss
 
 
 def from_tensors(spec: TaskSpec, member: Member, seed: int, permission: Permission) -> Parts:
-    """Arrays `inputs` and `targets` of a .npz or .safetensors file, split by the options `validation` and `test`.
+    """Arrays `inputs` and `targets` of a .npz or .safetensors file, inputs in the member's floating-point dtype.
 
-    Both are numbers or shares of the examples, which are drawn by the seed.
+    Options: `validation` and `test`, numbers or shares of the examples, which are drawn by the seed.
     """
     path = Path(spec.data).expanduser()
     arrays = _read_arrays(path)
     if "inputs" not in arrays:
         raise LoadError(f"{path} must hold 'inputs' and 'targets', found {', '.join(arrays) or 'nothing'}.")
     inputs, targets = arrays["inputs"], arrays.get("targets")
+    if inputs.is_floating_point():  # NumPy's usual float64 is no model's
+        inputs = inputs.to(floating_dtype(member.module))
     if targets is not None and len(targets) != len(inputs):
         raise LoadError(
             f"{path} must hold one target for each input, found {len(inputs)} and {len(targets)}."
