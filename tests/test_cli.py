@@ -116,7 +116,7 @@ def test_inspect_counts_buffers_and_lists_them_on_request(tmp_path, monkeypatch)
 def test_the_recorded_recipe_runs_again_to_the_same_folder(nets, tmp_path):
     for options in (
         [*nets, "--budget", "0.5", "--out", "one"],
-        ["--config", "one/recipe.yaml", "--out", "two"],
+        ["--config", "one/recipe.yaml", "--out", "two", "--trust-remote-code"],
     ):
         code, _, err = surgery("merge", *options, "--quiet")
         assert code == 0, err
