@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -240,6 +241,11 @@ def print_report(report: TrainReport, folder: Path, trust: bool = False) -> None
     if report.sizes:
         outcome.print_sizes(report.sizes)
         console.say(verdict(report.sizes, report.first, report.scores))
+    again = (
+        f"surgery merge {shlex.quote(str(folder))} --max-error 0.05 --out {shlex.quote(f'{folder}-small')}"
+    )
+    if report.note:
+        console.say(f"{report.note} Fit again to compress: {again}")
     console.heading("Next")
     console.command("surgery", "report", folder)
     console.command(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from surgery import memory
+from surgery.aligned import align
 from surgery.block_map import read_tensor, write_tensor
 from surgery.blocks import tile
 from surgery.dictionary import Bank, Dictionary, master_dtype
@@ -27,7 +28,7 @@ def to_blocks(weight: Tensor, p: Placement) -> Tensor:
 def to_weight(blocks: Tensor, p: Placement) -> Tensor:
     """The exact inverse of `to_blocks`: a contiguous weight in the member's dtype."""
     if _whole(p):
-        return blocks.view(p.site.shape).to(torch_dtype(p.site.dtype))
+        return align(blocks.view(p.site.shape).to(torch_dtype(p.site.dtype)))  # a block is any part of a bank
     return read_tensor(blocks.contiguous(), p.site.view, p.grid, torch_dtype(p.site.dtype))
 
 

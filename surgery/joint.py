@@ -17,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.aligned import align_module
 from surgery.collapse import collapse
 from surgery.copies import duplicate
 from surgery.dictionary import Bank, Dictionary, exact_bank, master_dtype
 from surgery.errors import PlanError
 from surgery.generation import Weights, generate_weights, move_dictionary, to_blocks
 from surgery.hooks import release, watch
+from surgery.known import Known, Stamp, stamp, versions
 from surgery.member import Member, owners_of
 from surgery.mixtures import Templates, has_templates, reopen_stack, run_lengths
 from surgery.opening import fixed_bank, open_bank, open_rest
@@ -44,7 +46,7 @@ class JointModel(nn.Module):
         dictionary: banks of rows, alignment and contexts.
         encoded: stored form of tensors whose live value is its decoding, by storage key (see
             `surgery.storage`).
-        report: what the last fit met and saved, or None.
+        report: what the last fit met and saved; None without one, and once any weight changed.
 
     Example:
         >>> from torch import nn
@@ -60,7 +62,7 @@ class JointModel(nn.Module):
         plan: Plan,
         dictionary: Dictionary,
         encoded: Mapping[str, Encoded] | None = None,
-        report: Any = None,
+        known: Known | None = None,
     ):
         super().__init__()
         self.members: dict[str, Member] = {member.name: member for member in members}
@@ -75,7 +77,8 @@ class JointModel(nn.Module):
             tuple[str, str], bool
         ] = {}  # `requires_grad` of the parameters that slots replaced
         self._in_step = False
-        self.occupy(plan, dictionary, encoded or {}, report)
+        original = frozenset(member.name for member in members if member.original)
+        self.occupy(plan, dictionary, encoded or {}, known or Known(original=original))
 
     # -- members -------------------------------------------------------------------------------------------
 
@@ -99,6 +102,31 @@ class JointModel(nn.Module):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.members)
+
+    # -- what is known of the weights ----------------------------------------------------------------------
+
+    @property
+    def known(self) -> Known:
+        """What is known of the weights, with the members for which it no longer holds."""
+        moved = {name for name in self.names if self._stamp(name) != self._stamps.get(name)}
+        known = self._known
+        return replace(known, original=known.original - moved, stale=known.stale | moved)
+
+    @property
+    def report(self) -> Any:
+        """What the last fit met and saved; None without one, and once any weight changed."""
+        known = self.known
+        return None if known.stale else known.report
+
+    @report.setter
+    def report(self, report: Any) -> None:
+        known = self.known
+        self.keep_known(Known(report, original=known.original, compressed=known.compressed))
+
+    def keep_known(self, known: Known) -> None:
+        """Bind what is known to the weights as they are now."""
+        self._known = known
+        self._stamps: dict[str, Stamp] = {name: self._stamp(name) for name in self.names}
 
     # -- generating ----------------------------------------------------------------------------------------
 
@@ -171,7 +199,7 @@ class JointModel(nn.Module):
         if torch.is_grad_enabled() and self._learns():
             below = f"{path}." if path else ""
             own = [p for p in self.plan.of(name) if any(owner.startswith(below) for owner in p.site.owners)]
-            self._filled.pop(name, None)
+            self._filled.clear()  # a fused optimizer changes rows and leaves no trace in their versions
             self._fill(generate_weights(self.dictionary, own))
         elif self._filled.get(name) != self._versions():
             self.refresh([name])
@@ -281,15 +309,16 @@ class JointModel(nn.Module):
         self.plan = replace(self.plan, placements=())
 
     def occupy(
-        self, plan: Plan, dictionary: Dictionary, encoded: Mapping[str, Encoded], report: Any
+        self, plan: Plan, dictionary: Dictionary, encoded: Mapping[str, Encoded], known: Known
     ) -> JointModel:
-        """Take a plan and a dictionary after `vacate`; sites of the plan become slots."""
-        self.plan, self.dictionary, self.encoded, self.report = plan, dictionary, dict(encoded), report
+        """Take a plan, a dictionary and what is known of it after `vacate`; sites of the plan become slots."""
+        self.plan, self.dictionary, self.encoded = plan, dictionary, dict(encoded)
         for name in self.names:
             for p in plan.of(name):
                 self._trainable[name, p.site.name] = take_out(self[name], p.site.owners).requires_grad
             watch(self, name, self[name], [owner for p in plan.of(name) for owner in p.site.owners])
             forget_derived(self[name])
+        self.keep_known(known)
         self.refresh()
         return self
 
@@ -313,12 +342,25 @@ class JointModel(nn.Module):
         for name in {member for member, _ in weights}:
             forget_derived(self[name])
 
+    def _stamp(self, name: str) -> Stamp:
+        """Of all that a member's weights are made of."""
+        module, placed = self[name], self.plan.of(name)
+        generated = {p.site.name for p in placed}
+        own = [_held(module, first) for first in self.owners[name] if first not in generated]
+        banks = [self.dictionary[key] for key in dict.fromkeys(p.bank for p in placed)]
+        made = [t for bank in banks for t in (*bank.parameters(), *bank.buffers())]
+        return stamp([t for t in (*own, *made) if isinstance(t, Tensor)])
+
     def _learns(self) -> bool:
         return any(p.requires_grad for p in self.dictionary.parameters())
 
-    def _versions(self) -> tuple:
-        own = (*self.dictionary.parameters(), *self.dictionary.buffers())
-        return tuple((id(t), t.data_ptr(), t._version) for t in own)
+    def _versions(self) -> Stamp:
+        return versions((*self.dictionary.parameters(), *self.dictionary.buffers()))
+
+    def _dtypes(self) -> list[torch.dtype]:
+        """Of the members' tensors, generated ones too."""
+        own = [t.dtype for t in (*self.bodies.parameters(), *self.bodies.buffers())]
+        return own + [torch_dtype(p.site.dtype) for p in self.plan.placements]
 
     def _refuse_in_step(self, what: str) -> None:
         if self._in_step:
@@ -326,17 +368,18 @@ class JointModel(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> JointModel:
         self._refuse_in_step("Moving the model")
+        known, dtypes = self.known, self._dtypes()
         self.bodies._apply(fn)
         move_dictionary(self.dictionary, fn)
         self.plan = plan_in_dtypes(self.plan, lambda dtype: fn(torch.empty(0, dtype=dtype)).dtype)
+        if self._dtypes() == dtypes:  # on another device weights are what they were
+            self.keep_known(known)
         self.refresh()  # slots are no parameters: nn.Module does not move them
         return self
 
     def __deepcopy__(self, memo: dict) -> JointModel:
-        members = [
-            Member(m.name, self.extract(m.name), m.inputs, m.origin, m.files) for m in self.members.values()
-        ]
-        twin = JointModel(members, self.plan, deepcopy(self.dictionary, memo), self.encoded, self.report)
+        members = [replace(m, module=self.extract(m.name)) for m in self.members.values()]
+        twin = JointModel(members, self.plan, deepcopy(self.dictionary, memo), self.encoded, self.known)
         twin.training, twin.bodies.training = self.training, self.bodies.training
         return twin
 
@@ -368,7 +411,7 @@ def join(
         raise PlanError("A joint model needs at least one member, found none.")
     check_apart(members)
     plan = plan or make_plan([discover(member) for member in members], block, context)
-    modules = {member.name: member.module for member in members}
+    modules = {member.name: align_module(member.module) for member in members}
     keys = [(p.site.member, p.site.name) for p in plan.placements]
     wild = {(name, site) for name, site in keys if not is_tame(_weight(modules[name], site))}
     plan = leave_alone(plan, wild, f"holds NaN, infinite values or values beyond {LARGEST:.0e}")
@@ -390,6 +433,14 @@ def _blocks(modules: Mapping[str, nn.Module], placements: Sequence[Placement]) -
     for p, weight in sites:
         blocks[p.start : p.stop] = to_blocks(weight, p)
     return blocks
+
+
+def _held(module: nn.Module, name: str) -> Any:
+    """What a member has under a name that it had when it was joined; None where it has nothing by now."""
+    try:
+        return getattr(*locate(module, name))
+    except AttributeError:
+        return None
 
 
 def _weight(module: nn.Module, name: str) -> Tensor:

@@ -52,6 +52,7 @@ class Member:
         inputs: example inputs for tracing.
         origin: how to build the architecture again.
         files: small files (config, tokenizer, preprocessor) by their relative path.
+        original: whether the weights are those that the origin gives; not after training or a fit.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Member:
     inputs: Inputs
     origin: Origin
     files: Mapping[str, bytes] = field(default_factory=dict)
+    original: bool = True
 
     def __repr__(self) -> str:
         return (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,32 +154,46 @@ def prepare(
         SurgeryError: where a member cannot be loaded or traced, a selector matches nothing, or no plan
         exists.
     """
-    from surgery.references import load_member, parse_reference
+    from surgery.references import parse_reference
 
     members: list[Member] = []
+    models: list[Model] = []
     for model in track(recipe.models, "Loading members"):
-        member = load_member(
-            model.model,
-            name=model.name,
-            inputs=None if inputs is None else partial(inputs, model),
-            seed=recipe.seed,
-            trust_remote_code=trust_remote_code,
-        )
-        if any(member.name == other.name for other in members):
-            raise PlanError(
-                f"Every member needs its own name, but {member.name} is given more than once; "
-                "write NAME=REFERENCE to name a member."
-            )
-        members.append(member)
+        for member in _load(model, inputs, recipe.seed, trust_remote_code):
+            if any(member.name == other.name for other in members):
+                raise PlanError(
+                    f"Every member needs its own name, but {member.name} is given more than once; "
+                    "write NAME=REFERENCE to name a member."
+                )
+            members.append(member)
+            named = {"model": parse_reference(model.model)[1], "name": member.name}
+            models.append(model.model_copy(update=named))
     anatomies, plan = plan_members(recipe, members)
-    models = tuple(
-        model.model_copy(update={"model": parse_reference(model.model)[1], "name": member.name})
-        for model, member in zip(recipe.models, members, strict=True)
-    )
-    named = recipe.model_copy(update={"models": models})
+    named = recipe.model_copy(update={"models": tuple(models)})
     with task("Reading calibration files"):
         probes = read_probes(named, members)
     return Prepared(named, tuple(members), tuple(anatomies), plan, probes)
+
+
+def _load(
+    model: Model, inputs: Callable[[Model], Any] | None, seed: int, trust_remote_code: bool
+) -> list[Member]:
+    """What a recipe's entry names: one member, or those of a folder that surgery wrote, as they are there."""
+    from surgery.records import artifact_files
+    from surgery.references import load_member, parse_reference
+
+    name, reference = parse_reference(model.model)
+    folder, name = Path(reference).expanduser(), model.name or name
+    if not folder.is_dir() or not artifact_files(folder):
+        given = None if inputs is None else partial(inputs, model)
+        return [
+            load_member(model.model, name=name, inputs=given, seed=seed, trust_remote_code=trust_remote_code)
+        ]
+    from surgery.artifact import load
+
+    chosen = None if name is None else [name]
+    joint = load(folder, members=chosen, trust_remote_code=trust_remote_code)
+    return [replace(joint.members[each], module=joint.extract(each)) for each in joint.names]
 
 
 def plan_members(recipe: Recipe, members: Sequence[Member]) -> tuple[list[Anatomy], Plan]:

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from surgery.errors import PlanError
+from surgery.known import without_target
 from surgery.quantities import Context, NotNegative, Positive, Rate, Seed, Share
 from surgery.settings import Strict, problems_of
 from surgery.sharing.names import Mixing
@@ -218,6 +219,8 @@ class Recipe(Strict):
         if self.train is None:
             name, value = self.target
             document["parameters"][name] = value
+        else:  # training meets no target of a fit, so that it must claim none
+            document = without_target(document)
         if self.parameters.block:
             document["parameters"]["block"] = "x".join(map(str, self.parameters.block))
         return document

@@ -23,6 +23,7 @@ from typing import Any
 from surgery_recipes import SHIPPED
 from torch import Tensor, nn
 
+from surgery.aligned import align_module
 from surgery.errors import LoadError
 from surgery.inputs import as_inputs, check_runs, example_inputs, forward_error
 from surgery.member import Inputs, Member, Origin
@@ -107,6 +108,7 @@ def load_member(
         _check_name(chosen)
         request = Request(Permission.of_user(trust_remote_code))
         loaded = _load(kind, rest, request, member_seed(seed, chosen))
+        align_module(loaded.module)  # tensors that are mapped lie where their file has them
     return _member(chosen, loaded, inputs, seed, allow_nonfinite, live=isinstance(reference, nn.Module))
 
 

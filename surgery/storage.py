@@ -8,16 +8,16 @@ Keys are `plain/<member>/<name>` for tensors that a member owns and `bank/<key>/
     contexts  [L', c]   of the locations on hypermodules
     factor    [L'']     of the locations on single rows; absent where all are 1
 
-A tensor whose live value is what its stored form decodes to is written in that form again, so saving what was
-loaded gives the same bytes; a tensor that changed is encoded anew with the same precision.
+A stored form belongs to the weights that it was made from. A tensor whose live value is what its stored form decodes
+to is written in that form again, so saving what was loaded gives the same bytes; a tensor that changed is stored in
+its own dtype, as it is, until a fit decides anew.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch import Tensor
 from surgery.collapse import follow
 from surgery.dictionary import Bank, Dictionary, master_dtype
 from surgery.joint import JointModel
+from surgery.known import Known
 from surgery.member import Member
 from surgery.plan import BankPlan, Plan, torch_dtype
 from surgery.precision import NATIVE, Encoded, decode, encode
@@ -60,8 +61,8 @@ class Stored:
 def store(joint: JointModel) -> Stored:
     """Encode a joint model.
 
-    Banks that are still what a fit or an artifact made of them, trained or not, keep their form and its
-    precisions; others are settled first and stored without loss.
+    Banks that have the parts and the alignment that a fit or an artifact gave them are stored part by part; others are
+    settled first. Whatever is not what its stored form decodes to is stored without loss.
 
     Raises:
         PlanError: where a generated weight of a member was replaced.
@@ -79,11 +80,11 @@ def store(joint: JointModel) -> Stored:
 
 def _has_stored_form(plan: BankPlan, joint: JointModel) -> bool:
     """Whether a bank has the parts, shapes and alignment that it was stored with."""
-    prefix = f"bank/{plan.key}/"
+    prefix, bank = f"bank/{plan.key}/", joint.dictionary[plan.key]
     before = {key: each for key, each in joint.encoded.items() if key.startswith(prefix)}
-    if not before:
+    if not before or bank.diagonals is not None:  # diagonals have no stored form: they become part of blocks
         return False
-    live = bank_tensors(plan, joint.dictionary[plan.key], f"{prefix}single.0" in before)
+    live = bank_tensors(plan, bank, f"{prefix}single.0" in before)
     same = {key: each.shape for key, each in before.items()} == {
         key: tuple(t.shape) for key, t in live.items()
     }
@@ -157,6 +158,38 @@ def build_bank(plan: BankPlan, tensors: Mapping[str, Encoded]) -> Bank:
     return Bank(plan.block, torch.cat(rows), psi, contexts, k)
 
 
+def compressed(plan: Plan, encoded: Mapping[str, Encoded]) -> frozenset[tuple[str, str]]:
+    """Tensors, by member and first owner, that are stored in fewer bits than their dtype has.
+
+    Args:
+        plan: what is generated.
+        encoded: by storage key, as `expand` returns them.
+    """
+    lossy = {tuple(key.split("/", 2)) for key, each in encoded.items() if each.precision.bits}
+    banks = {owner for kind, owner, _ in lossy if kind == "bank"}
+    plain = {(owner, name) for kind, owner, name in lossy if kind == "plain"}
+    return frozenset(plain | {(p.site.member, p.site.name) for p in plan.placements if p.bank in banks})
+
+
+def loosened(joint: JointModel) -> dict[str, int]:
+    """How many compressed tensors changed since, so that they are stored in their own dtype; by that dtype.
+
+    Example:
+        >>> surgery.train(surgery.fit(joint, max_error=0.02), tasks)
+        >>> loosened(joint)
+        {'float32': 38}
+    """
+    before = joint.known.compressed
+    if not before:
+        return {}
+    stored = store(joint)
+    found: dict[str, int] = {}
+    for member, name in sorted(before - compressed(stored.plan, expand(stored))):
+        dtype = str(getattr(*locate(joint[member], name)).dtype).removeprefix("torch.")
+        found[dtype] = found.get(dtype, 0) + 1
+    return found
+
+
 def parts_of_singles(parts: Collection[str]) -> list[str]:
     """The names of the parts of a bank that hold its single rows, in their order.
 
@@ -191,26 +224,27 @@ def ties(joint: JointModel) -> dict[str, dict[str, tuple[str, ...]]]:
     }
 
 
-def revive(members: Sequence[Member], stored: Stored, report: Any = None) -> JointModel:
+def revive(members: Sequence[Member], stored: Stored, known: Known | None = None) -> JointModel:
     """A joint model from its stored form; the members' modules may still be without weights."""
-    encoded = _expand(stored)
+    encoded = expand(stored)
     for member in members:
         _assign_plain(member, stored, encoded)
     banks = {plan.key: build_bank(plan, stored.tensors) for plan in stored.plan.banks}
-    return JointModel(members, stored.plan, Dictionary(banks), encoded, report)
+    return JointModel(members, stored.plan, Dictionary(banks), encoded, known)
 
 
-def adopt(joint: JointModel, stored: Stored, report: Any = None) -> JointModel:
+def adopt(joint: JointModel, stored: Stored, known: Known | None = None) -> JointModel:
     """Give a joint model another stored form in place: a new plan, new banks, new plain tensors."""
     joint.vacate()
-    encoded = _expand(stored)
+    encoded = expand(stored)
     for member in joint.members.values():
         _assign_plain(member, stored, encoded)
     banks = {plan.key: build_bank(plan, stored.tensors) for plan in stored.plan.banks}
-    return joint.occupy(stored.plan, Dictionary(banks), encoded, report)
+    return joint.occupy(stored.plan, Dictionary(banks), encoded, known or Known())
 
 
-def _expand(stored: Stored) -> dict[str, Encoded]:
+def expand(stored: Stored) -> dict[str, Encoded]:
+    """Encoded tensors by storage key, those that are stored under another key too."""
     return dict(stored.tensors) | {key: stored.tensors[first] for key, first in stored.aliases.items()}
 
 
@@ -227,13 +261,15 @@ def _assign_plain(member: Member, stored: Stored, encoded: Mapping[str, Encoded]
 
 
 def _encode_as_before(tensor: Tensor, before: Encoded | None) -> Encoded:
-    if before is None:
-        return encode(tensor, NATIVE)
-    if before.shape == tuple(tensor.shape) and before.dtype == tensor.dtype:
-        old = decode(before).to(tensor.device)
-        if old is tensor or _bytes(old).equal(_bytes(tensor)):
-            return before
-    return encode(tensor, before.precision)
+    """The stored form that a tensor came from where it still decodes to the tensor, else the tensor as it is."""
+    if before is not None and before.shape == tuple(tensor.shape):
+        if before.dtype != tensor.dtype and before.precision.bits and tensor.is_floating_point():
+            before = replace(before, dtype=tensor.dtype)  # the model was moved to another dtype
+        if before.dtype == tensor.dtype:
+            old = decode(before).to(tensor.device)
+            if old is tensor or _bytes(old).equal(_bytes(tensor)):
+                return before
+    return encode(tensor, NATIVE)
 
 
 def _fingerprint(encoded: Encoded) -> bytes:

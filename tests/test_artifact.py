@@ -19,6 +19,7 @@ from surgery.artifact.writing import ALLOWANCE
 from surgery.dictionary import Bank, Dictionary
 from surgery.errors import ArtifactError, OutputError
 from surgery.joint import JointModel
+from surgery.known import Known
 from surgery.member import content_hash
 from surgery.plan import place
 from surgery.precision import BFLOAT16, Precision, encode
@@ -54,7 +55,7 @@ def fitted(precision: Precision = INT4) -> JointModel:
         "probes": {"seed": 7, "given": []},
     }
     fresh = [member(m, name, torch.zeros(2, 8)) for name, m in modules().items()]
-    return revive(fresh, lossy, report)
+    return revive(fresh, lossy, Known(report))
 
 
 def hypermodules(seed: int = 0) -> JointModel:

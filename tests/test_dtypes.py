@@ -271,16 +271,15 @@ def test_tensors_of_any_dtype_go_through_a_fit_and_back(tmp_path: Path):
     assert {n: t.dtype for n, t in plain.items()} == {n: t.dtype for n, t in before.items()}
 
 
-def test_bytes_of_plain_files_know_every_dtype():
-    from safetensors.torch import save as to_bytes
-
-    from surgery.artifact.tensorfiles import plain_file_bytes
+def test_bytes_of_plain_files_know_every_dtype(tmp_path: Path):
+    from surgery.aligned import aligned_file_bytes, write_aligned
 
     dtypes = [EIGHT, torch.float8_e5m2, torch.complex64, torch.bool, torch.uint16, HALF, torch.float64]
     for dtype in dtypes:
         state = {"a": torch.zeros(3, 5).to(dtype)}
         entries = [(name, t.dtype, tuple(t.shape)) for name, t in state.items()]
-        assert plain_file_bytes(entries) == len(to_bytes(state)), dtype
+        write_aligned(tmp_path / "w", state)
+        assert aligned_file_bytes(entries) == (tmp_path / "w").stat().st_size, dtype
 
 
 def test_float8_with_scales_is_said_and_its_export_is_not_called_quantised(tmp_path: Path):

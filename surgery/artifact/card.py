@@ -105,6 +105,15 @@ def _report(report: Mapping[str, Any] | None) -> str:
             "Output moved: relative L2 difference from the original's outputs, the largest over output "
             f"tensors, on seeded made-up inputs{real}."
         )
+        if others := [name for name in report["errors"] if name not in (report.get("hashes") or {})]:
+            lines.append(
+                f"{', '.join(others)} had been changed before: outputs are compared with those before the fit."
+            )
+    if changed := report.get("changed"):
+        lines.append(
+            f"Weights of {', '.join(changed)} changed after the fit: what changed is stored in its own dtype, and what "
+            "the fit had measured of it is left out."
+        )
     return "\n".join(lines)
 
 

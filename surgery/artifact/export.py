@@ -106,8 +106,9 @@ def _one(source: str | Path | JointModel, member: str) -> tuple[Stored, Member, 
     """What is stored of one member alone, the member (without a module where it was read), and its report."""
     if isinstance(source, JointModel):
         _check_name(member, source.names)
-        report = restrict_report(report_of(source), [member], len(source) == 1)
-        stored = restrict(on_cpu(store(source)), [member])
+        whole = store(source)
+        report = restrict_report(report_of(source, whole), [member], len(source) == 1)
+        stored = restrict(on_cpu(whole), [member])
         return stored, as_saved(source.members[member], stored), report
     folder = Path(source).expanduser()
     manifest = read_manifest(folder)

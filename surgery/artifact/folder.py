@@ -22,17 +22,26 @@ from torch import nn
 from surgery.artifact.manifest import Manifest, read_manifest
 from surgery.artifact.reading import read_stored
 from surgery.artifact.rebuild import as_saved
-from surgery.artifact.recorded import check_fit, inputs_of, origin_of, read_small_files, stored_dtypes
+from surgery.artifact.recorded import (
+    check_fit,
+    hash_of,
+    inputs_of,
+    is_original,
+    origin_of,
+    read_small_files,
+    stored_dtypes,
+)
 from surgery.artifact.reports import report_of, restrict_report
 from surgery.artifact.writing import write
 from surgery.errors import ArtifactError
 from surgery.joint import JointModel
+from surgery.known import Known, without_target
 from surgery.member import Member
 from surgery.origins import origin_kind
 from surgery.permission import Permission
 from surgery.places import out_of_artifact
 from surgery.slots import locate
-from surgery.storage import Stored, revive, store
+from surgery.storage import Stored, compressed, expand, revive, store
 from surgery.untrusted import RECIPE_BYTES, UnreadableError, as_mapping, parse_yaml, read_regular
 
 
@@ -70,10 +79,12 @@ def save(
         >>> surgery.save(joint, "joint")
         PosixPath('/home/me/joint')
     """
-    recipe = joint.__dict__.get("recipe") if recipe is None else recipe
     stored = store(joint)
     members = [as_saved(member, stored) for member in joint.members.values()]
-    return write(stored, members, report_of(joint), out, overwrite, recipe, max_shard_size, extras or {})
+    report, loaded = report_of(joint, stored), joint.__dict__.get("recipe")
+    if recipe is None and loaded is not None:
+        recipe = loaded if "target" in (report or {}) else without_target(loaded)
+    return write(stored, members, report, out, overwrite, recipe, max_shard_size, extras or {})
 
 
 def load(
@@ -117,16 +128,24 @@ def load(
     for name in names:
         files = read_small_files(folder, manifest, name)
         module = (modules or {}).get(name) or _build(manifest, stored, name, files, permission)
-        member = Member(name, module.eval(), inputs_of(manifest, name), origin_of(manifest, name), files)
+        origin, original = origin_of(manifest, name), is_original(manifest, name)
+        member = Member(name, module.eval(), inputs_of(manifest, name), origin, files, original)
         check_fit(stored, name, module)
         for owners in (*manifest.members[name].ties.values(), *(p.site.owners for p in stored.plan.of(name))):
             _tie(member.module, owners)
         found.append(member)
-    joint = revive(
-        found, stored, restrict_report(manifest.report, names, len(names) == len(manifest.members))
-    )
+    joint = revive(found, stored, _known(manifest, stored, found))
     joint.__dict__["recipe"] = read_recipe(folder, manifest)  # neither a parameter nor a module
     return joint.to(device) if device != "cpu" else joint
+
+
+def _known(manifest: Manifest, stored: Stored, members: Sequence[Member]) -> Known:
+    """What an artifact says of the weights of some of its members."""
+    names = [member.name for member in members]
+    report = restrict_report(manifest.report, names, len(names) == len(manifest.members))
+    hashes = {name: found for name in names if (found := hash_of(manifest, name)) is not None}
+    original = frozenset(member.name for member in members if member.original)
+    return Known(report, hashes, original, compressed(stored.plan, expand(stored)))
 
 
 def _build(

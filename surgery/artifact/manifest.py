@@ -138,7 +138,10 @@ class ProbesEntry(_Entry):
 
 
 class ReportEntry(_Entry):
-    """What a fit met, as `surgery.fitting.report.FitReport`; NaN and infinities are None, and more may be said."""
+    """What a fit met, as `surgery.fitting.report.FitReport`; NaN and infinities are None, and more may be said.
+
+    `changed` names members whose weights changed after the fit: nothing that it measured is said of them.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True)
 
@@ -151,6 +154,7 @@ class ReportEntry(_Entry):
     hashes: dict[str, Digest] | None = None
     probes: ProbesEntry | None = None
     stacks: dict[str, dict[str, Count]] | None = None
+    changed: tuple[str, ...] | None = None
 
 
 def check_report(report: dict[str, Any] | None) -> dict[str, Any] | None:

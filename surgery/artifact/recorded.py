@@ -46,6 +46,24 @@ def inputs_of(manifest: Manifest, member: str) -> Inputs:
         ) from error
 
 
+def hash_of(manifest: Manifest, member: str) -> str | None:
+    """The content hash of a member's state dict as the artifact gives it back, where it can be told from the manifest.
+
+    A member whose own files hold every tensor as it is has none of its own; if its outputs did not move, it is what was
+    fitted.
+    """
+    report = manifest.report or {}
+    if manifest.members[member].hash is None and (report.get("errors") or {}).get(member) == 0:
+        return (report.get("hashes") or {}).get(member)
+    return manifest.members[member].hash
+
+
+def is_original(manifest: Manifest, member: str) -> bool:
+    """Whether a member's weights are known to be those that its origin gave."""
+    known = ((manifest.report or {}).get("hashes") or {}).get(member)
+    return known is not None and known == hash_of(manifest, member)
+
+
 def read_member(folder: Path, manifest: Manifest, member: str, module: nn.Module) -> Member:
     """A member as it is recorded, with the module that is given.
 

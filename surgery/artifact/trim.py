@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from surgery.artifact.states import build_banks, weight_of
+from surgery.artifact.states import build_banks
+from surgery.generation import to_weight
 from surgery.plan import BankPlan, Placement, torch_dtype
 from surgery.precision import NATIVE, Encoded, decode, take_rows
 from surgery.settle import index_dtype
@@ -93,9 +94,10 @@ def _drop_costly_banks(stored: Stored) -> Stored:
         key: each for key, each in stored.tensors.items() if key.split("/")[1] not in costly or key[0] != "b"
     }
     ties = {member: dict(tied) for member, tied in stored.ties.items()}
+    blocks = {key: banks[key].settled_blocks() for key in costly}  # as `collapse` has them, bit for bit
     for p in stored.plan.placements:
         if p.bank in costly:
-            weight = weight_of(p, banks[p.bank])
+            weight = to_weight(blocks[p.bank][p.start : p.stop], p)
             tensors[f"plain/{p.site.member}/{p.site.name}"] = Encoded(
                 NATIVE, p.site.shape, weight.dtype, {"": weight}
             )

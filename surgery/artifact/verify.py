@@ -259,8 +259,10 @@ def _compare_dtypes(original: Mapping[str, Tensor], state: Mapping[str, Tensor])
 
 
 def _compare_error(manifest: Manifest, name: str, error: float, recorded: float | None) -> list[str]:
-    given = ((manifest.report or {}).get("probes") or {}).get("given") or ()
-    if recorded is None or name in given:  # real probe inputs are not kept
+    report = manifest.report or {}
+    given = (report.get("probes") or {}).get("given") or ()
+    # Real probe inputs are not kept; and without a hash it was not the origin that the fit began from.
+    if recorded is None or name in given or name not in (report.get("hashes") or {}):
         return []
     absolute, relative = SAME_ERROR
     if error <= recorded * (1 + relative) + absolute:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from surgery.aligned import aligned_file_bytes, check_dtypes, write_shards
 from surgery.artifact.card import PICTURE, make_card
 from surgery.artifact.layout import encoded_entries, parts_of, plan_entries
 from surgery.artifact.manifest import NAME, VERSION, is_safe, manifest_bytes, read_manifest
@@ -28,7 +29,7 @@ from surgery.artifact.recorded import (
 from surgery.artifact.shares import count_shares
 from surgery.artifact.sketch import sketch
 from surgery.artifact.states import build_banks, state_of
-from surgery.artifact.tensorfiles import plain_file_bytes, read_header, write_tensors
+from surgery.artifact.tensorfiles import read_header
 from surgery.artifact.trim import on_cpu, thrift
 from surgery.dictionary import Bank
 from surgery.errors import ArtifactError, OutputError
@@ -58,6 +59,7 @@ def write(
     """Write what is stored of some members; `save` says what the arguments are."""
     stored = thrift(on_cpu(stored))
     _check_names(members)
+    check_dtypes({key.partition("/")[2]: each.dtype for key, each in stored.tensors.items()})
     places = into_artifact(out)
     members = [replace(each, origin=_placed(each.origin, places)) for each in members]
     recipe = None if recipe is None else places.recipe(recipe)
@@ -70,7 +72,7 @@ def write(
     )
     with new_folder(out, overwrite=overwrite, need=room, record=False) as folder:
         for stem, tensors in _by_file(stored).items():
-            write_tensors((folder / stem).parent, Path(stem).name, parts_of(tensors), max_shard_size)
+            write_shards((folder / stem).parent, Path(stem).name, parts_of(tensors), max_shard_size)
         for name, files in own.items():
             for relative, content in files.items():
                 _put(folder / "members" / name / relative, content)
@@ -179,7 +181,7 @@ def _describe_tensors(
     same = {key.removeprefix(prefix): at for key, at in stored.aliases.items() if key.startswith(prefix)}
     return {
         "hash": content_hash(state) if encoded or same or placements else None,
-        "bytes": plain_file_bytes(once.values()) + sum(map(len, member.files.values())),
+        "bytes": aligned_file_bytes(once.values()) + sum(map(len, member.files.values())),
         "ties": stored.ties.get(member.name, {}),
         "encoded": encoded,
         "same": same,

@@ -10,11 +10,12 @@ until the members' measured outputs meet the target (`fitting.search`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from surgery.artifact.states import build_banks, state_of
 from surgery.artifact.trim import thrift
 from surgery.errors import PlanError
 from surgery.fitting.fixed_bank import BankRequest, fixed_bank
@@ -24,6 +25,7 @@ from surgery.fitting.template_bank import TemplateRequest, template_bank
 from surgery.fitting.template_groups import TemplateOptions
 from surgery.fitting.trial import Trial
 from surgery.joint import JointModel
+from surgery.known import Known, without_target
 from surgery.member import Inputs, content_hash
 from surgery.plan import Plan
 from surgery.precision import NATIVE, stored_bytes
@@ -31,7 +33,7 @@ from surgery.probes import probe_inputs
 from surgery.sharing.names import Mixing
 from surgery.sizes import bytes_alone, parameters_alone
 from surgery.slots import assign
-from surgery.storage import Stored, adopt, store, ties
+from surgery.storage import Stored, adopt, compressed, expand, store, ties
 
 
 def fit(
@@ -89,11 +91,12 @@ def fit(
         )
         errors = dict.fromkeys(joint.names, 0.0)
         stacks = describe_stacks(joint.plan, stored, originals)
+        known, hashes = joint.known.original, _hashes(joint)
         report = _report(
-            "lossless", True, stored, originals, precision, errors, _hashes(joint), stacks=stacks,
+            "lossless", True, stored, originals, precision, errors, _of(hashes, known), stacks=stacks,
             parameters=parameters_alone(joint),
         )  # fmt: skip
-        return adopt(joint, stored, report)
+        return _adopt(joint, stored, report, known, hashes)
     options = TemplateOptions(templates, mixture)
     return _fit_lossy(joint, Request(bound, budget, block, seed, options), probes, device)
 
@@ -107,7 +110,8 @@ def _fit_lossy(
     """Fit on ordinary weights; whatever goes wrong, the joint model is left as it was."""
     place, given = pick_device(device), {name: batches for name, batches in (probes or {}).items() if batches}
     originals, hashes, home = _originals(joint), _hashes(joint), _device(joint)
-    before = (joint.plan, joint.dictionary, joint.encoded, joint.report)
+    before = (joint.plan, joint.dictionary, joint.encoded, joint.known)
+    known = joint.known.original
     modes = [(part, part.training) for part in joint.bodies.modules()]
     joint.vacate()
     try:
@@ -135,12 +139,42 @@ def _fit_lossy(
     precision = sum(bytes_alone(stored).values()) - stored.nbytes - outcome.sharing
     errors = dict(zip(joint.names, map(float, outcome.errors), strict=True))
     measured = {"seed": request.seed, "given": sorted(given)}
+    kept = _of(hashes, known)
     stacks = describe_stacks(before[0], stored, originals)
     report = _report(
-        outcome.target, outcome.met, stored, originals, precision, errors, hashes, measured, stacks,
+        outcome.target, outcome.met, stored, originals, precision, errors, kept, measured, stacks,
         parameters_alone(joint),
     )  # fmt: skip
-    return adopt(joint, stored, report)
+    return _adopt(joint, stored, report, known, hashes)
+
+
+def _of(hashes: Mapping[str, str], original: Collection[str]) -> dict[str, str]:
+    """The hashes that an origin can be known by: those of members whose weights are still the origin's."""
+    return {name: found for name, found in hashes.items() if name in original}
+
+
+def _adopt(
+    joint: JointModel,
+    stored: Stored,
+    report: FitReport,
+    original: Collection[str],
+    hashes: Mapping[str, str],
+) -> JointModel:
+    """Give a joint model what was fitted, with what is now known of it: the report describes these weights alone.
+
+    Args:
+        joint: changed in place.
+        stored: what the fit made.
+        report: of it.
+        original: members whose weights were their origin's before the fit.
+        hashes: of each member's weights before the fit.
+    """
+    banks = build_banks(stored)
+    described = {name: content_hash(state_of(stored, name, banks)) for name in joint.names}
+    same = frozenset(name for name in original if described[name] == hashes[name])
+    if (recipe := joint.__dict__.get("recipe")) is not None:
+        joint.__dict__["recipe"] = without_target(recipe)
+    return adopt(joint, stored, Known(report, described, same, compressed(stored.plan, expand(stored))))
 
 
 def _report(

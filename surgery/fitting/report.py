@@ -45,7 +45,8 @@ class FitReport:
         saved: bytes that `sharing` and `precision` each saved; sharing's are what the same tensors would have
             cost apart, at the precisions they would then have had.
         errors: measured relative L2 output error of each member on the probe inputs.
-        hashes: content hash of each member's state dict before the fit, to know its origin by.
+        hashes: content hash of each member's state dict before the fit, to know its origin by; of members that had
+            changed since they came from there, none.
         probes: the seed of made-up probe inputs and which members had real ones.
         detail: every tensor.
         stacks: of a plan with templates, by name.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.aligned import align_file
 from surgery.errors import LoadError
 from surgery.member import Origin
 from surgery.memory import compact
@@ -146,6 +147,8 @@ def save_plain(module: Any, origin: Origin, files: Mapping[str, bytes], director
     """Write what `from_pretrained(directory)` reads, tokenizer and preprocessor files included."""
     with quiet():
         module.save_pretrained(directory, state_dict=_untied(module))
+    for file in sorted(directory.glob("*.safetensors")):
+        align_file(file)
     _state_what_is_written(module, files, directory / "config.json")
     write_files(files, directory, keep=("config.json",))
 

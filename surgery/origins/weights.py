@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from surgery.aligned import write_shards
 from surgery.errors import LoadError
-from surgery.memory import compact
 from surgery.origins.base import one_line, shorten
 from surgery.origins.dtypes import put_dtypes, refuse_other_kinds, widest
 from surgery.origins.layers import say_layers
@@ -150,13 +150,4 @@ def save_weights(module: nn.Module, directory: Path) -> None:
 
     Tied names are written in full, because a strict `load_state_dict` asks for all of them.
     """
-    from huggingface_hub import save_torch_state_dict
-
-    seen: set[int] = set()
-    state = {}
-    for name, tensor in module.state_dict().items():
-        key = tensor.untyped_storage().data_ptr()
-        state[name] = tensor.clone() if key in seen else compact(tensor)
-        seen.add(key)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_torch_state_dict(state, directory)
+    write_shards(directory, "model", module.state_dict(), metadata={"format": "pt"})

@@ -187,7 +187,8 @@ def rejoin(
     """The members of an artifact joined by a recipe's parameters, to be trained further.
 
     They go on from the weights that they have, and from their hypermodules where the recipe's blocks are still those
-    of the artifact; tensors that are equal, up to a factor, are shared too.
+    of the artifact; tensors that are equal, up to a factor, are shared too. A tensor that does not change later is
+    stored as the artifact stores it.
 
     Args:
         folder: the artifact.
@@ -202,7 +203,10 @@ def rejoin(
     loaded = load(folder, trust_remote_code=trust_remote_code)
     members = [replace(loaded.members[name], module=loaded.extract(name)) for name in loaded.names]
     plan = plan_members(recipe, members)[1]
-    return take_over(join(members, plan), loaded)
+    joint = take_over(join(members, plan), loaded)
+    joint.encoded = dict(loaded.encoded)  # what training leaves as it is keeps its stored form
+    joint.keep_known(replace(loaded.known, stale=frozenset(joint.names)))  # as they are to be trained
+    return joint
 
 
 def evaluate_artifact(

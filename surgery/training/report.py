@@ -30,6 +30,8 @@ class TrainReport:
             `surgery.training.comparison`.
         trained: how many numbers training changed.
         adapted: by task that adapted to another domain, by which losses and to what; see `adapted_of`.
+        loosened: how many tensors had been compressed by a fit and changed since, by the dtype in which they are stored
+            now; nothing where there was no fit.
         stopped: why the run ended.
         seconds: in all, resumed runs together.
     """
@@ -45,6 +47,7 @@ class TrainReport:
     adapted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     first: Mapping[str, Score] = field(default_factory=dict)
     sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
+    loosened: Mapping[str, int] = field(default_factory=dict)
     stopped: str = "done"
     seconds: float = 0.0
 
@@ -69,6 +72,17 @@ class TrainReport:
             for part, scores in (("validation", self.scores), ("test", self.tests))
             for name, score in scores.items()
         ]
+
+    @property
+    def note(self) -> str:
+        """What became of an earlier fit, in a sentence; empty where there was none."""
+        if not self.loosened:
+            return ""
+        ways = " and ".join(
+            f"{number} tensor{' is' if number == 1 else 's are'} stored in {dtype}"
+            for dtype, number in self.loosened.items()
+        )
+        return f"Weights changed since the fit: {ways} now, its target and errors no longer hold."
 
     def document(self) -> dict[str, Any]:
         """As JSON."""

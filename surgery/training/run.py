@@ -16,6 +16,7 @@ from surgery.errors import PlanError, TrainingError
 from surgery.progress import task as progress_task
 from surgery.records import check_free, note, read_record
 from surgery.sizes import parameters_of_dictionary
+from surgery.storage import loosened
 from surgery.training.analysis import kinds_of_modules, layer_overlap
 from surgery.training.checkpoint import pack, unpack
 from surgery.training.comparison import Sizes, as_scores, measure
@@ -292,6 +293,7 @@ class Run:
             adapted={task.name: told for task in trainer.tasks if (told := adapted_of(task)) is not None},
             first=self.first_scores,
             sizes=sizes,
+            loosened=loosened(joint),
             stopped=stopped,
             seconds=self.seconds,
         )

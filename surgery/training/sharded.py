@@ -48,7 +48,7 @@ class ShardedModel(JointModel):
         self._given = (joint,)  # a tuple: it is not part of this module
         self.sharding, self.plan, self.dictionary = sharding, joint.plan, joint.dictionary
         self.owners, self.state_keys = joint.owners, joint.state_keys
-        self.encoded, self.report = joint.encoded, joint.report
+        self.encoded = joint.encoded
         self._filled, self._inside, self._in_step = {}, {}, False
         self._trainable = joint._trainable
         copies = self._copy_members()

@@ -86,7 +86,7 @@ def transfer(joint: JointModel, states: States, like: str, settings: TemplateSet
         for key in joint.owners[name]:
             own, given = getattr(*locate(joint[name], key)), states[like].get(key)
             if (name, key) not in generated and given is not None and given.shape == own.shape:
-                own.data.copy_(given)
+                own.copy_(given)
     joint.refresh()
 
 

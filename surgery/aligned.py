@@ -1,0 +1,185 @@
+"""Aligned tensors: in memory, and in safetensors files, whose data begin at multiples of 64 bytes.
+
+PyTorch allocates at multiples of 64 bytes, and vectorised kernels may sum in another order where a tensor begins
+elsewhere, so that one weight in two places gives outputs that differ in their last bit. Tensors that are mapped from a
+file lie where the file has them. A safetensors header may be padded with spaces, and tensors follow one another without
+holes: so the header is padded to 64 bytes, tensors whose size is a multiple of 64 come first, and all of them begin at
+one. What still does not is copied when it is read; so is what lies unaligned in files of others.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import OutputError
+
+ALIGNMENT = 64  # bytes; PyTorch's own on the CPU, and the width of its widest vectors
+
+Entry = tuple[str, torch.dtype, tuple[int, ...]]
+"""Name, dtype and shape of a tensor."""
+
+
+def align(tensor: Tensor) -> Tensor:
+    """The tensor itself where it begins at a multiple of 64 bytes, else a copy that does.
+
+    Example:
+        >>> row = torch.zeros(3, 5)[1]
+        >>> row.data_ptr() % 64, align(row).data_ptr() % 64
+        (20, 0)
+    """
+    return tensor if is_aligned(tensor) else tensor.clone()
+
+
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether a tensor begins at a multiple of 64 bytes; one that is not in the CPU's memory counts as such."""
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.numel() > 0
+    return not plain or tensor.data_ptr() % ALIGNMENT == 0
+
+
+@torch.no_grad()
+def align_module(module: nn.Module) -> nn.Module:
+    """Move parameters and buffers that begin elsewhere to multiples of 64 bytes, in place; ties are kept."""
+    moved: dict[tuple, Tensor] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        if type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and not is_aligned(tensor):
+            place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+            tensor.data = moved.setdefault(place, tensor.detach().clone())
+    return module
+
+
+def write_shards(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, Tensor],
+    max_shard_size: int | str = "5GB",
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `stem.safetensors`, or shards and `stem.safetensors.index.json` as the hub's libraries name them.
+
+    Args:
+        folder: made where it does not exist.
+        stem: file name without its ending.
+        tensors: by name; nothing is written where there is none.
+        max_shard_size: bytes, or a text such as `"5GB"`.
+        metadata: for each file's header.
+
+    Raises:
+        OutputError: naming all tensors of dtypes that the format does not know.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    if not tensors:
+        return
+    check_dtypes({name: tensor.dtype for name, tensor in tensors.items()})
+    folder.mkdir(parents=True, exist_ok=True)
+    split = split_state_dict_into_shards_factory(
+        {name: tensors[name] for name in sorted(tensors)},
+        get_storage_size=lambda tensor: tensor.nbytes,  # a file that is mapped is one storage of many tensors
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    for file, names in split.filename_to_tensors.items():
+        write_aligned(folder / file, {name: tensors[name] for name in names}, metadata)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / f"{stem}.safetensors.index.json").write_text(
+            json.dumps(index, sort_keys=True, separators=(",", ":"))
+        )
+
+
+def check_dtypes(dtypes: Mapping[str, torch.dtype]) -> None:
+    """Refuse what a file cannot hold.
+
+    Raises:
+        OutputError: naming all tensors of dtypes that the format does not know.
+    """
+    known = known_dtypes()
+    if bad := [f"{name} ({str(dtype)[6:]})" for name, dtype in dtypes.items() if dtype not in known]:
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise OutputError(
+            "Every tensor must have a dtype that safetensors files hold, but this is not so of "
+            f"{', '.join(bad[:10])}{more}; convert these, complex128 to complex64 or two real tensors, say."
+        )
+
+
+def write_aligned(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file whose tensors begin at multiples of 64 bytes, as far as their sizes allow.
+
+    Args:
+        path: of the file.
+        tensors: by name, of dtypes that the format knows.
+        metadata: for the header.
+    """
+    entries = [(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+    header, order = _layout(entries, metadata)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            if tensors[name].numel():
+                whole = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()
+                file.write(whole.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def aligned_file_bytes(entries: Iterable[Entry]) -> int:
+    """Size of the file that `write_aligned` makes of tensors of these names, dtypes and shapes.
+
+    Example:
+        >>> aligned_file_bytes([("a", torch.float32, (3, 5)), ("b", torch.bfloat16, (2,))])
+        192
+    """
+    entries = list(entries)
+    return 8 + len(_layout(entries, None)[0]) + sum(_size(dtype, shape) for _, dtype, shape in entries)
+
+
+def align_file(path: Path) -> None:
+    """Write a safetensors file of somebody else anew where tensors that could be aligned are not.
+
+    Args:
+        path: of the file; it is replaced, its metadata are kept.
+    """
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="pt") as file:
+        metadata, names = file.metadata(), list(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names}
+        if all(is_aligned(t) for t in tensors.values() if t.nbytes % ALIGNMENT == 0):
+            return
+        beside = path.with_name(f".{path.name}.aligned")
+        write_aligned(beside, tensors, metadata)
+    beside.chmod(path.stat().st_mode)
+    beside.replace(path)
+
+
+def known_dtypes() -> dict[torch.dtype, str]:
+    """safetensors' names of the dtypes that its files can hold."""
+    from safetensors.torch import _TYPES
+
+    return {dtype: name for name, dtype in _TYPES.items()} | {torch.float8_e8m0fnu: "F8_E8M0"}
+
+
+def _layout(entries: Iterable[Entry], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:
+    """The header, padded so that data begin at a multiple of 64 bytes, and the order of the tensors.
+
+    After the tensors that keep the alignment come those that do not, the widest numbers first, so that each begins at
+    least at a multiple of its own.
+    """
+    names = known_dtypes()
+    ordered = sorted(entries, key=lambda e: (_size(e[1], e[2]) % ALIGNMENT != 0, -e[1].itemsize, e[0]))
+    document: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, dtype, shape in ordered:
+        start, end = end, end + _size(dtype, shape)
+        document[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    return header + b" " * (-(8 + len(header)) % ALIGNMENT), [name for name, *_ in ordered]
+
+
+def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * torch.Size(shape).numel()
