@@ -27,6 +27,7 @@ from surgery.hooks import release, watch
 from surgery.known import Known, Stamp, stamp, versions
 from surgery.member import Member, owners_of
 from surgery.mixtures import Templates, has_templates, reopen_stack, run_lengths
+from surgery.occupancy import check_free, check_unoccupied, leave, occupy
 from surgery.opening import fixed_bank, open_bank, open_rest
 from surgery.plan import Placement, Plan, leave_alone, make_plan, plan_in_dtypes, torch_dtype
 from surgery.precision import LARGEST, Encoded, is_tame
@@ -34,7 +35,7 @@ from surgery.sharing.names import Scale
 from surgery.showing import as_html, as_text, plural
 from surgery.sites import discover
 from surgery.sizes import parameters_alone
-from surgery.slots import check_apart, forget_derived, locate, put_back, put_in, reorder, take_out
+from surgery.slots import forget_derived, locate, put_back, put_in, reorder, take_out
 from surgery.wording import count
 
 
@@ -65,6 +66,7 @@ class JointModel(nn.Module):
         known: Known | None = None,
     ):
         super().__init__()
+        check_names(members)
         self.members: dict[str, Member] = {member.name: member for member in members}
         self.bodies = nn.ModuleList([member.module for member in members])
         self.owners = {member.name: owners_of(member.module) for member in members}
@@ -306,13 +308,17 @@ class JointModel(nn.Module):
                 empty = torch.empty(p.site.shape, dtype=torch_dtype(p.site.dtype), device="meta")
                 put_back(self[name], p.site.owners, empty, self._trainable[name, p.site.name])
             reorder(self[name], self.state_keys[name])
+        leave(self)
         self.plan = replace(self.plan, placements=())
 
     def occupy(
         self, plan: Plan, dictionary: Dictionary, encoded: Mapping[str, Encoded], known: Known
     ) -> JointModel:
         """Take a plan, a dictionary and what is known of it after `vacate`; sites of the plan become slots."""
+        check_unoccupied({name: self[name] for name in self.names}, self)
         self.plan, self.dictionary, self.encoded = plan, dictionary, dict(encoded)
+        for name in self.names:
+            occupy(self, name, self[name])
         for name in self.names:
             for p in plan.of(name):
                 self._trainable[name, p.site.name] = take_out(self[name], p.site.owners).requires_grad
@@ -393,7 +399,8 @@ def join(
 ) -> JointModel:
     """Join members into one model whose sites come from one dictionary; nothing changes in what they compute.
 
-    The members' modules become part of the joint model: their sites' parameters move into the dictionary.
+    The members' modules become part of the joint model: their sites' parameters move into the dictionary. A module can
+    be part of one joint model only; `extract` gives ordinary copies.
     Every distinct block starts as its own row, identical blocks (up to an exact factor) share one. Sites with NaN,
     infinite or huge values, which no sum of rows can hold, stay with their members.
 
@@ -404,12 +411,13 @@ def join(
         context: c of the hypermodules that training opens.
 
     Raises:
-        PlanError: names given twice, a module in two members, a block larger than every site, no member at
-            all.
+        PlanError: names given twice, a module in two members or in another joint model, a tensor in two members, a
+            block larger than every site, no member at all.
     """
     if not members:
         raise PlanError("A joint model needs at least one member, found none.")
-    check_apart(members)
+    check_names(members)
+    check_free({member.name: member.module for member in members})
     plan = plan or make_plan([discover(member) for member in members], block, context)
     modules = {member.name: align_module(member.module) for member in members}
     keys = [(p.site.member, p.site.name) for p in plan.placements]
@@ -421,6 +429,20 @@ def join(
             _blocks(modules, [p for p in plan.placements if p.bank == bank.key]), bank.block
         )
     return JointModel(members, plan, Dictionary(banks))
+
+
+def check_names(members: Sequence[Member]) -> None:
+    """Refuse names that are given twice.
+
+    Raises:
+        PlanError: naming them.
+    """
+    names = [member.name for member in members]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise PlanError(
+            f"Every member needs its own name, but {', '.join(twice)} is given more than once; load a member under "
+            "another one with name=."
+        )
 
 
 def _blocks(modules: Mapping[str, nn.Module], placements: Sequence[Placement]) -> Tensor:

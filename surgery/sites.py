@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from surgery.errors import PlanError
 from surgery.inputs import inputs_for_part
 from surgery.member import Member, owners_of
+from surgery.occupancy import check_unoccupied
 from surgery.selectors import matches
 from surgery.showing import as_text, plural
 from surgery.stacks import Run, find_runs
@@ -120,7 +121,8 @@ def discover(
 
     Raises:
         TraceError: where the module can neither be run nor read off its module types.
-        PlanError: for selectors that match nothing, and for `sites` that are no linear maps.
+        PlanError: for selectors that match nothing, for `sites` that are no linear maps, and for a module that belongs
+            to a joint model already.
 
     Example:
         >>> from torch import nn, zeros
@@ -130,6 +132,7 @@ def discover(
         >>> [site.name for site in discover(Member("a", body, Inputs((zeros(1, 4),)), origin)).sites]
         ['1.weight']
     """
+    check_unoccupied({member.name: member.module})  # slots are no parameters: it would lack its sites
     found = trace(member.module, member.inputs, bounds=bounds, inputs_for=inputs_for_part)
     owners = owners_of(member.module)
     tensors = member.module.state_dict(keep_vars=True)

@@ -11,9 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from surgery.errors import PlanError
-from surgery.member import Member
-
 
 def locate(module: nn.Module, owner: str) -> tuple[nn.Module, str]:
     """The submodule and the attribute that a state-dict key names."""
@@ -102,21 +99,3 @@ def forget_derived(module: nn.Module) -> None:
     module.train()
     for each, training in modes:
         each.training = training
-
-
-def check_apart(members: Sequence[Member]) -> None:
-    """Refuse one module in two members: its slots would be filled for both.
-
-    Raises:
-        PlanError: naming the module and both members.
-    """
-    user: dict[int, str] = {}
-    for member in members:
-        for path, part in member.module.named_modules():
-            first = user.setdefault(id(part), member.name)
-            if first != member.name and part._parameters:
-                raise PlanError(
-                    f"Members need modules of their own, but {path or type(part).__name__} of "
-                    f"'{member.name}' is also part of '{first}'; give one of them a copy.deepcopy, "
-                    "and what is equal is shared."
-                )

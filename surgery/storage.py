@@ -27,6 +27,7 @@ from surgery.dictionary import Bank, Dictionary, master_dtype
 from surgery.joint import JointModel
 from surgery.known import Known
 from surgery.member import Member
+from surgery.occupancy import check_unoccupied
 from surgery.plan import BankPlan, Plan, torch_dtype
 from surgery.precision import NATIVE, Encoded, decode, encode
 from surgery.settle import index_dtype, settle
@@ -226,6 +227,7 @@ def ties(joint: JointModel) -> dict[str, dict[str, tuple[str, ...]]]:
 
 def revive(members: Sequence[Member], stored: Stored, known: Known | None = None) -> JointModel:
     """A joint model from its stored form; the members' modules may still be without weights."""
+    check_unoccupied({member.name: member.module for member in members})
     encoded = expand(stored)
     for member in members:
         _assign_plain(member, stored, encoded)

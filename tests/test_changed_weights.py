@@ -93,7 +93,7 @@ def test_what_changed_after_a_fit_comes_back_as_it_is_and_nothing_is_said_of_it(
     report, found = stored_and_revived(joint)
     for name, state in live.items():
         assert_same_bits(found.collapse(name), state)
-    assert report.keys() == {"original_bytes", "hashes", "changed"}
+    assert report.keys() == {"original_bytes", "parameters", "hashes", "changed"}
     assert report["changed"] == ["one", "two"] and joint.report is None
 
 

@@ -268,7 +268,7 @@ def test_saving_a_joined_member_by_its_own_means_is_refused(kind, tmp_path):
 
 def test_one_module_cannot_be_two_members():
     one = member("tied")
-    with pytest.raises(PlanError, match=r"into of 'second' is also part of 'tied'; .*copy\.deepcopy"):
+    with pytest.raises(PlanError, match=r"Tied of 'second' is also part of 'tied'; .*copy\.deepcopy"):
         join([one, type(one)("second", one.module, one.inputs, one.origin)])
 
 

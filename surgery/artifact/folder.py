@@ -37,6 +37,7 @@ from surgery.errors import ArtifactError
 from surgery.joint import JointModel
 from surgery.known import Known, without_target
 from surgery.member import Member
+from surgery.occupancy import check_free
 from surgery.origins import origin_kind
 from surgery.permission import Permission
 from surgery.places import out_of_artifact
@@ -123,6 +124,7 @@ def load(
     manifest = read_manifest(folder)
     names = _chosen(manifest, members)
     permission = Permission.of_artifact(trust_remote_code)
+    check_free({name: module for name, module in (modules or {}).items() if name in names})
     stored = read_stored(folder, manifest, names)
     found = []
     for name in names:

@@ -25,6 +25,7 @@ from surgery.copies import duplicate
 from surgery.errors import ConsentError, SurgeryError
 from surgery.joint import JointModel
 from surgery.member import Inputs, Member, Origin, content_hash
+from surgery.occupancy import check_unoccupied
 from surgery.origins import origin_kind
 from surgery.permission import Permission
 from surgery.probes import outputs_of, probe_inputs, relative_error
@@ -123,6 +124,7 @@ def verify(
     """
     folder = Path(directory).expanduser()
     manifest = read_manifest(folder)
+    check_unoccupied({name: module for name, module in (modules or {}).items() if name in manifest.members})
     files = wrong_hashes(folder, manifest)
     if not checksum_holds(folder):
         files = {NAME: "is not the file that was written: its checksum is another one", **files}
