@@ -176,7 +176,10 @@ def prepare(
 
 
 def _load(
-    model: Model, inputs: Callable[[Model], Any] | None, seed: int, trust_remote_code: bool
+    model: Model,
+    inputs: Callable[[Model, Member], Inputs | None] | None,
+    seed: int,
+    trust_remote_code: bool,
 ) -> list[Member]:
     """What a recipe's entry names: one member, or those of a folder that surgery wrote, as they are there."""
     from surgery.records import artifact_files
