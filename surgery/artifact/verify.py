@@ -202,11 +202,12 @@ def _load_origin(
     origin = origin_of(manifest, name)
     if given is not None:
         return Member(name, given.eval(), inputs_of(manifest, name), origin), "given"
-    live = origin.kind == "module" or origin.reference == origin.architecture.rpartition(".")[2]
-    if live or not origin_kind(origin.kind).claims(origin.reference):
+    if origin.kind == "module" or origin.reference == origin.architecture.rpartition(".")[2]:
         return None, "not compared: it was a live module"
     if not wanted and not ships(origin):
         return None, "not asked for"
+    if not origin_kind(origin.kind).claims(origin.reference):  # looks at the disk, which has to be asked for
+        return None, "not compared: it was a live module"
     try:
         recorded = inputs_of(manifest, name)
         found = load_origin(_pinned(origin), name=name, permission=permission, inputs=recorded)
