@@ -32,8 +32,10 @@ typed: list[str] = []  # the arguments of the command that is running
 
 interrupted = "nothing was left half-written"  # what the last line says after Ctrl-C
 
-out = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
-err = Console(stderr=True, highlight=False)
+out = Console(
+    highlight=False, markup=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
+)
+err = Console(stderr=True, highlight=False, markup=False)
 
 
 def shape(sizes: Sequence[int]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import tempfile
 from collections.abc import Mapping
 from inspect import signature
@@ -17,8 +17,18 @@ from surgery.inputs import floating_dtype
 from surgery.inputs.sample import number
 from surgery.member import Inputs, Member
 from surgery.origins.base import one_line, quiet, shorten, write_files
+from surgery.tensorheader import parse_header
+from surgery.untrusted import (
+    TEXT_BYTES,
+    UnreadableError,
+    check_archive,
+    open_regular,
+    parse_json,
+    read_regular,
+)
 
 _BATCH = 8
+PICTURE_ELEMENTS = 1 << 26  # pixels: a picture of 8,192 x 8,192
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 
 
@@ -32,7 +42,7 @@ def read_calibration(member: Member, path: Path) -> list[Inputs]:
     Raises:
         LoadError: where the file does not exist, cannot be read, or does not suit the member.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         raise LoadError(f"the calibration file {path} does not exist: check the path")
     if path.is_dir() or path.suffix.lower() in _PICTURES:
         return _pictures(member, path)
@@ -50,11 +60,16 @@ def picture_statistics(member: Member, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation `[channels, 1, 1]` of the model's pictures; 0.5 where unknown."""
     config: Any = getattr(member.module, "pretrained_cfg", None) or {}
     if member.origin.kind == "transformers" and "preprocessor_config.json" in member.files:
-        config = json.loads(member.files["preprocessor_config.json"])
+        try:
+            config = parse_json(member.files["preprocessor_config.json"], finite=False, unique=False)
+        except UnreadableError as error:
+            raise LoadError(f"preprocessor_config.json of '{member.name}' {error}: copy it again") from None
+        config = config if isinstance(config, Mapping) else {}
     found = []
     for names in (("mean", "image_mean"), ("std", "image_std")):
         numbers = next((config[name] for name in names if config.get(name)), None)
-        usual = isinstance(numbers, (list, tuple)) and len(numbers) == channels
+        listed = isinstance(numbers, (list, tuple)) and len(numbers) == channels
+        usual = listed and all(isinstance(n, (int, float)) and abs(n) < 1e30 for n in numbers)
         found.append(
             torch.tensor(numbers if usual else [0.5] * channels, dtype=torch.float32).reshape(-1, 1, 1)
         )
@@ -66,8 +81,11 @@ def _texts(member: Member, path: Path) -> list[Inputs]:
     from transformers import AutoTokenizer
 
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_regular(path, TEXT_BYTES).decode()
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+    except UnreadableError as error:
+        raise LoadError(f"{path} {error}: give a text file") from None
+    except UnicodeDecodeError as error:
         raise LoadError(f"{path} must be UTF-8 text, one text per line: {one_line(error)}") from error
     if not lines:
         raise LoadError(f"{path} must hold at least one line of text, but is empty")
@@ -103,16 +121,22 @@ def _pictures(member: Member, path: Path) -> list[Inputs]:
     """Pictures, prepared by timm's own transform or by the transformers image processor."""
     from PIL import Image
 
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in _PICTURES)
+    files = (
+        [path] if not path.is_dir() else sorted(p for p in path.rglob("*") if p.suffix.lower() in _PICTURES)
+    )
     if not files:
         raise LoadError(f"{path} must hold at least one picture ({', '.join(_PICTURES)}), but holds none")
     prepare = _picture_transform(member)
     prepared, bad = [], []
     for file in files:
         try:
-            with Image.open(file) as picture:
+            with open_regular(file) as stream, Image.open(stream) as picture:
+                if picture.width * picture.height > PICTURE_ELEMENTS:
+                    raise UnreadableError(
+                        f"must have at most {PICTURE_ELEMENTS:,} pixels, has {picture.size}"
+                    )
                 prepared.append(prepare(picture.convert("RGB")))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # of whatever decoder, or of the model's own preparation
             bad.append(f"{file.name} ({one_line(error, 80)})")
     if bad:
         raise LoadError(f"pictures in {path} that cannot be read: {shorten(bad)}; mend or remove them")
@@ -190,7 +214,9 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        check_archive(path)
         if path.suffix == ".safetensors":
+            parse_header(path)
             return load_file(str(path))
         with np.load(path, allow_pickle=False) as archive:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,20 @@ from surgery_recipes import SHIPPED
 from torch import Tensor, nn
 
 from surgery.aligned import align_module
-from surgery.errors import LoadError
+from surgery.errors import LoadError, SurgeryError
 from surgery.inputs import as_inputs, check_runs, example_inputs, forward_error
 from surgery.member import Inputs, Member, Origin
 from surgery.origins import KINDS, kind_for, origin_kind
-from surgery.origins.base import Loaded, Request
+from surgery.origins.base import Loaded, Request, one_line
+from surgery.origins.bounded import MOST_ELEMENTS, bounded
 from surgery.origins.dtypes import mixed, widen
 from surgery.origins.module import live_module
 from surgery.origins.weights import check_finite
 from surgery.permission import Permission
 from surgery.randomness import all_seeded, member_seed
+from surgery.untrusted import shown_text
 
+EXAMPLE_ELEMENTS = 1 << 28  # of a tensor that is made while inputs are tried: a GiB in float32
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _FROM_FILES = ("timm", "transformers")  # kinds whose tensors have the dtypes of a file
 
@@ -165,7 +168,8 @@ def build_architecture(
         ConsentError: where building it runs code that the permission does not cover.
         LoadError: where the architecture cannot be built.
     """
-    with all_seeded(origin.seed or 0):  # what a constructor draws besides weights is as it was
+    # What a constructor draws besides weights is as it was.
+    with _explained(origin.reference), all_seeded(origin.seed or 0):
         return origin_kind(origin.kind).build(origin, files, Request(permission)).eval()
 
 
@@ -202,11 +206,27 @@ def load_origin(
 
 def _load(kind: Any, reference: str, request: Request, drawn: int) -> Loaded:
     """What a reference turns into; weights that no file holds are drawn from the seed `drawn`, which is recorded."""
-    with all_seeded(drawn) as draws:
+    with _explained(reference), all_seeded(drawn) as draws:
         loaded: Loaded = kind.load(reference, request)
         if not loaded.stored and draws.any:
             loaded = replace(loaded, origin=replace(loaded.origin, seed=drawn))
     return loaded
+
+
+@contextmanager
+def _explained(reference: str, elements: int = MOST_ELEMENTS) -> Iterator[None]:
+    """A library's own words about a configuration that it cannot take, as one of this package's errors."""
+    what = f"'{shown_text(reference)}'"
+    try:
+        with bounded(what, elements=elements):
+            yield
+    except SurgeryError:
+        raise
+    except Exception as error:  # of a library or a model's class, on numbers of somebody else's
+        raise LoadError(
+            f"{what} must be a model that its library can build and run, but with its config.json it raises "
+            f"{one_line(error)}: check the file, or the versions of the libraries"
+        ) from error
 
 
 def write_plain(module: nn.Module, origin: Origin, files: Mapping[str, bytes], directory: str | Path) -> None:
@@ -251,7 +271,8 @@ def _member(
         loaded = _that_computes(loaded, given, name, seed)
     if given is not None:
         check_runs(loaded.module, given, name)
-    examples = given or example_inputs(loaded.module, loaded.origin, seed=seed)
+    with nullcontext() if live else _explained(loaded.origin.reference, EXAMPLE_ELEMENTS):
+        examples = given or example_inputs(loaded.module, loaded.origin, seed=seed)
     return Member(name, loaded.module, examples, loaded.origin, loaded.files)
 
 

@@ -14,6 +14,8 @@ import os
 import re
 import reprlib
 import stat
+import struct
+import zipfile
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
@@ -105,6 +107,22 @@ def regular_size(path: Path) -> int:
     except (OSError, ValueError) as error:
         raise error if isinstance(error, UnreadableError) else UnreadableError(_why(error)) from None
     return found.st_size
+
+
+def check_archive(path: Path) -> None:
+    """Whether a file is a regular one and, where it is a zip archive, does not unfold to a multiple of its size.
+
+    Raises:
+        UnreadableError: where it is none, or unfolds to more than a GiB and more than 100 times its size.
+    """
+    size = regular_size(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unfolded = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, struct.error):
+        return  # whoever reads it says what is wrong with it
+    if unfolded > max(1 << 30, 100 * size):
+        raise UnreadableError(f"must unfold to what it holds, but claims {unfolded:,} bytes in {size:,}")
 
 
 def is_regular(path: Path) -> bool:

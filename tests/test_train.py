@@ -25,6 +25,7 @@ from surgery.training.interruptions import Interrupted
 from surgery.training.run import BEST, STATE
 from surgery.training.runlog import read_log
 from surgery.training.state import read_state, write_state
+from surgery.training.state_document import BestDocument
 from surgery.training.streams import Batches, Stream, share
 from surgery.training.tasks import Task, as_batch
 from surgery.training.train import train
@@ -265,16 +266,16 @@ def test_a_state_of_another_plan_or_a_damaged_one_is_refused(unbroken, tmp_path)
 
 
 def test_a_state_is_whole_or_not_there(tmp_path, monkeypatch):
-    write_state(tmp_path / "s", {"a": torch.zeros(2)}, {"x": 1})
+    write_state(tmp_path / "s", {"a": torch.zeros(2)}, {"generation": 1})
 
     def fails(*args, **kwargs):
         raise OSError("disk full")
 
     monkeypatch.setattr("surgery.training.state.save_file", fails)
     with pytest.raises(OSError, match="disk full"):
-        write_state(tmp_path / "s", {"a": torch.ones(2)}, {"x": 2})
-    tensors, document = read_state(tmp_path / "s")
-    assert tensors["a"].eq(0).all() and document["x"] == 1
+        write_state(tmp_path / "s", {"a": torch.ones(2)}, {"generation": 2})
+    tensors, document = read_state(tmp_path / "s", BestDocument)
+    assert tensors["a"].eq(0).all() and document["generation"] == 1
 
 
 # Settings ---------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from surgery.artifact.recorded import (
     origin_of,
     read_small_files,
     stored_dtypes,
+    stored_shapes,
 )
 from surgery.artifact.reports import report_of, restrict_report
 from surgery.artifact.writing import write
@@ -39,6 +40,7 @@ from surgery.known import Known, without_target
 from surgery.member import Member
 from surgery.occupancy import check_free
 from surgery.origins import origin_kind
+from surgery.origins.bounded import bounded, by_file
 from surgery.permission import Permission
 from surgery.places import out_of_artifact
 from surgery.slots import locate
@@ -129,7 +131,8 @@ def load(
     found = []
     for name in names:
         files = read_small_files(folder, manifest, name)
-        module = (modules or {}).get(name) or _build(manifest, stored, name, files, permission)
+        with bounded(f"member '{name}'", **by_file(stored_shapes(stored, name))):
+            module = (modules or {}).get(name) or _build(manifest, stored, name, files, permission)
         origin, original = origin_of(manifest, name), is_original(manifest, name)
         member = Member(name, module.eval(), inputs_of(manifest, name), origin, files, original)
         check_fit(stored, name, module)

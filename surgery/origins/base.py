@@ -15,6 +15,17 @@ from surgery.errors import LoadError
 from surgery.member import Inputs, Origin
 from surgery.permission import Permission
 from surgery.silence import torch_silent
+from surgery.untrusted import (
+    DOCUMENT_BYTES,
+    UnreadableError,
+    as_mapping,
+    is_regular,
+    parse_json,
+    read_regular,
+    regular_size,
+    shown,
+    shown_text,
+)
 
 _NEVER = (".py", ".safetensors", ".bin", ".pt", ".pth", ".h5")  # code and weights are no small files
 
@@ -59,7 +70,7 @@ def shorten(names: Iterable[Any], limit: int = 8) -> str:
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """An exception's kind and words in one line; an empty message leaves the kind alone."""
-    words = " ".join(str(error).split())
+    words = shown_text(" ".join(str(error).split()), 10 * limit)
     text = f"{type(error).__name__}: {words}" if words else type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
@@ -99,12 +110,55 @@ def read_small_files(folder: Path, patterns: Iterable[str], largest: int = 1 << 
     `largest` is in bytes.
     """
     paths = {path for pattern in patterns for path in folder.glob(pattern)}
-    small = [
-        path
-        for path in sorted(paths)
-        if path.is_file() and path.stat().st_size <= largest and path.suffix not in _NEVER
-    ]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in small}
+    small = [path for path in sorted(paths) if path.suffix not in _NEVER and is_regular(path)]
+    return {
+        path.relative_to(folder).as_posix(): read_regular(path, largest)
+        for path in small
+        if regular_size(path) <= largest
+    }
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A library's configuration: whatever JSON object Python writes, repeated keys and infinities included.
+
+    Raises:
+        LoadError: where it is none, or says of which kind the model is in something else than text.
+    """
+    try:
+        config = dict(as_mapping(parse_json(read_regular(path, DOCUMENT_BYTES), finite=False, unique=False)))
+    except UnreadableError as error:
+        raise LoadError(f"{path} {error}: copy or download it again") from None
+    for key in ("model_type", "architecture"):
+        if not isinstance(config.get(key, ""), str | None):
+            raise LoadError(
+                f"{path} must name its {key} in text, but says {shown(config[key])}: copy it again"
+            )
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise LoadError(
+            f"{path} must list the names of its architectures, but says {shown(named)}: copy it again"
+        )
+    if not isinstance(config.get("auto_map") or {}, dict):
+        raise LoadError(f"{path} must map names to classes in auto_map, but says {shown(config['auto_map'])}")
+    return config
+
+
+def check_files(paths: Iterable[Path]) -> None:
+    """Whether a library that will open these files by itself finds regular ones, and documents of a sane size.
+
+    Raises:
+        LoadError: naming all that it would wait for or run out of memory with.
+    """
+    bad = []
+    for path in paths:
+        try:
+            size = regular_size(path)
+            if path.suffix == ".json" and size > DOCUMENT_BYTES:
+                raise UnreadableError(f"must have at most {DOCUMENT_BYTES:,} bytes, but has {size:,}")
+        except UnreadableError as error:
+            bad.append(f"{path} {error}")
+    if bad:
+        raise LoadError(f"{'; '.join(bad[:5])}: put the file itself there, or take it away")
 
 
 def write_files(files: Mapping[str, bytes], directory: Path, keep: Iterable[str] = ()) -> None:

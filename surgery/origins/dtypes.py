@@ -6,7 +6,6 @@ matrices, float8 matrices beside both. The file decides, tensor by tensor.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from surgery.errors import LoadError
 from surgery.origins.base import one_line, shorten
+from surgery.untrusted import DOCUMENT_BYTES, UnreadableError, is_regular, parse_json, read_regular
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _SAFETENSORS = {
@@ -44,10 +44,11 @@ def stored_dtypes(folder: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]
 
 def _shards(index: Path) -> list[Path]:
     try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        document = parse_json(read_regular(index, DOCUMENT_BYTES), unique=False)
+        files = document["weight_map"].values()
+    except (UnreadableError, KeyError, TypeError, AttributeError):
         return []  # transformers says what is wrong with an index
-    return [path for name in dict.fromkeys(files) if (path := index.parent / str(name)).is_file()]
+    return [path for name in dict.fromkeys(files) if is_regular(path := index.parent / str(name))]
 
 
 def file_entries(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -17,10 +18,21 @@ from torch import nn
 
 from surgery.errors import LoadError
 from surgery.member import Origin
-from surgery.origins.base import Loaded, Request, one_line, quiet, shorten, split_options, write_files
+from surgery.origins.base import (
+    Loaded,
+    Request,
+    one_line,
+    quiet,
+    read_config,
+    shorten,
+    split_options,
+    write_files,
+)
+from surgery.origins.bounded import bounded, by_file
 from surgery.origins.dtypes import file_entries, widest
 from surgery.origins.empty import build_empty
 from surgery.origins.weights import check_fit, load_exactly, read_weights, save_weights
+from surgery.untrusted import DOCUMENT_BYTES, as_mapping, read_regular
 
 _WRAPPERS = {"features_only", "out_indices", "output_stride", "feature_cls", "img_size", "num_classes", "in_chans",
              "drop_rate", "drop_path_rate", "global_pool"}  # fmt: skip
@@ -189,13 +201,13 @@ def _load_hub_id(reference: str, name: str, drawn: bool) -> Loaded:
 
 def _load_folder(reference: str, folder: Path, drawn: bool) -> Loaded:
     """A folder in timm's hub format, with its weights or with ones drawn at random."""
-    config = _read_config(folder)
+    config = read_config(folder / "config.json")
     if drawn:
-        name, options = str(config["architecture"]), dict(config.get("model_args") or {})
+        name, options = str(config["architecture"]), dict(as_mapping(config.get("model_args") or {}))
         module = _create(name, {}, f"local-dir:{folder}").eval()
-        files = {"config.json": (folder / "config.json").read_bytes()}
+        files = {"config.json": read_regular(folder / "config.json", DOCUMENT_BYTES)}
         return Loaded(module, Origin("timm", reference, name, None, options), files, stored=False)
-    path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
+    path = next((folder / name for name in _WEIGHTS if os.path.lexists(folder / name)), None)
     if path is None:
         raise LoadError(
             f"{folder} must hold weights beside its config.json ({', '.join(_WEIGHTS)}), but has none"
@@ -203,13 +215,15 @@ def _load_folder(reference: str, folder: Path, drawn: bool) -> Loaded:
     state = read_weights(path)
     name = str(config["architecture"])
     _check_options(name, config.get("model_args") or {})
-    module = _create(name, {}, f"local-dir:{folder}")
+    with bounded(f"'{name}' of {folder}", **by_file([tuple(t.shape) for t in state.values()])):
+        module = _create(name, {}, f"local-dir:{folder}")
     advice = "config.json and the weights must belong together."
     what = f"{path} as weights of timm's '{name}'"
     check_fit(module, state, what, advice)
     load_exactly(module, state, what).eval()
-    files = {"config.json": (folder / "config.json").read_bytes()}
-    return Loaded(module, Origin("timm", reference, name, None, dict(config.get("model_args") or {})), files)
+    files = {"config.json": read_regular(folder / "config.json", DOCUMENT_BYTES)}
+    options = dict(as_mapping(config.get("model_args") or {}))
+    return Loaded(module, Origin("timm", reference, name, None, options), files)
 
 
 def _loaded(
@@ -228,6 +242,8 @@ def _create(name: str, options: dict[str, Any], source: str | None = None) -> nn
     try:
         with quiet():
             return timm.create_model(source or name, pretrained=False, **options)
+    except LoadError:
+        raise
     except Exception as error:
         raise LoadError(
             f"timm could not create '{name}' with the options {options or 'none'}: {one_line(error)}; "
@@ -321,7 +337,6 @@ def _cached(hub_id: str | None) -> Path | None:
 def _read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a folder, or nothing where it is absent or not a JSON object."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_config(folder / "config.json")
+    except LoadError:  # whoever claims the folder says what is wrong with it
         return {}
-    return config if isinstance(config, dict) else {}

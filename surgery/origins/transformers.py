@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 import sys
 import tempfile
@@ -23,18 +24,23 @@ from surgery.memory import compact
 from surgery.origins.base import (
     Loaded,
     Request,
+    check_files,
     one_line,
     quiet,
+    read_config,
     read_small_files,
     split_options,
     write_files,
 )
+from surgery.origins.bounded import bounded, by_file
 from surgery.origins.dtypes import widest
 from surgery.origins.empty import build_empty
 from surgery.origins.layers import KEYS, say_layers
 from surgery.origins.transformers_dtypes import FileDtypes, decoded_float8
 from surgery.origins.weights import check_safetensors, raise_misfit
 from surgery.permission import Permission
+from surgery.tensorheader import parse_header
+from surgery.untrusted import shown
 
 FILES = (
     "config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json",
@@ -77,9 +83,10 @@ def load(reference: str, request: Request) -> Loaded:
         config = _read_config(where, revision, request, reference)
         kind = model_class(config, options.get("class"), where, revision, request)
         if stored:
-            module, extra, dtype = _load_in_file_dtypes(
-                kind, config, where, revision, request, str(options.get("unused", ""))
-            )
+            with bounded(where, **(_bounds(folder) if local else {})):
+                module, extra, dtype = _load_in_file_dtypes(
+                    kind, config, where, revision, request, str(options.get("unused", ""))
+                )
         else:
             module, extra = _draw_weights(kind, config, where), {}
             dtype = module.dtype
@@ -104,14 +111,14 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
         names = ("config.json", "generation_config.json")
         write_files({name: files[name] for name in names if name in files}, Path(folder))
         where = folder
-        if request.permission >= Permission.ALL and "auto_map" in json.loads(files["config.json"]):
+        if request.permission >= Permission.ALL and "auto_map" in read_config(Path(folder) / "config.json"):
             where = split_options(origin.reference)[0].partition("@")[0]  # code stays where it came from
         config = _read_config(where, origin.revision, request, origin.reference)
         kind = model_class(config, origin.architecture, where, origin.revision, request)
         dtype = getattr(torch, str(origin.options.get("dtype", "float32")), None)
         if not isinstance(dtype, torch.dtype):
             raise LoadError(
-                f"the dtype of '{origin.reference}' must be one of torch's, found {origin.options['dtype']}"
+                f"the dtype of '{origin.reference}' must be one of torch's, found {shown(origin.options['dtype'])}"
             )
         extra = {key: value for key, value in origin.options.items() if key == "add_pooling_layer"}
         module: Any = build_empty(lambda: kind._from_config(config, dtype=dtype, **extra))
@@ -324,6 +331,8 @@ def _from_pretrained(
             trust_remote_code=request.permission >= Permission.ALL,
             **extra,
         )
+    except LoadError:
+        raise
     except Exception as error:
         raise LoadError(_failed(where, revision, f"loading weights into {kind.__name__}", error)) from error
 
@@ -367,26 +376,28 @@ def _snapshot(where: str, revision: str | None) -> Path:
     return Path(snapshot_download(where, revision=revision, allow_patterns=list(FILES)))
 
 
+def _bounds(folder: Path) -> dict[str, int]:
+    """What the weights of a folder could fill; nothing where they say so only when they are read."""
+    headers = [parse_header(path) for path in folder.glob("*.safetensors")]
+    return by_file([shape for header in headers for _, shape in header.tensors.values()]) if headers else {}
+
+
 def _check_folder(folder: Path, stored: bool) -> None:
     """What can be said about a folder before anything is built; `stored` asks for weights."""
     if not any(folder.iterdir()):
         raise LoadError(f"{folder} is empty: give a folder with config.json and weights")
     path = folder / "config.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise LoadError(
             f"{folder} has no config.json: give a folder that save_pretrained wrote, or timm:NAME=weights"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise LoadError(
-            f"{path} must be JSON, but reading it says {one_line(error)}: copy or download it again"
-        ) from error
-    if not isinstance(config, dict) or not (config.get("model_type") or config.get("auto_map")):
+    config = read_config(path)
+    if not (config.get("model_type") or config.get("auto_map")):
         raise LoadError(
             f"{path} must name a 'model_type' (transformers) or an 'architecture' (timm), but has neither"
         )
     weights = [file for pattern in _WEIGHTS for file in sorted(folder.glob(pattern))]
+    check_files([*weights, *folder.glob("*.json")])
     if not stored:
         return
     if not weights:

@@ -13,6 +13,8 @@ from surgery.errors import LoadError
 from surgery.origins.base import one_line, shorten
 from surgery.origins.dtypes import put_dtypes, refuse_other_kinds, widest
 from surgery.origins.layers import say_layers
+from surgery.tensorheader import parse_header
+from surgery.untrusted import UnreadableError, check_archive
 
 
 def check_safetensors(path: Path) -> None:
@@ -24,12 +26,15 @@ def check_safetensors(path: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
+        parse_header(path)
         with safe_open(str(path), framework="pt"):
             pass
+    except UnreadableError as error:
+        raise LoadError(f"{path} {error}: copy or download it again") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise LoadError(
-            f"{path} must be a complete safetensors file, but reading it says {one_line(error)} "
-            f"({path.stat().st_size:,} bytes): copy or download it again"
+            f"{path} must be a complete safetensors file, but reading it says {one_line(error)}: copy or download it "
+            "again"
         ) from error
 
 
@@ -43,8 +48,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     from timm.models import load_state_dict
 
-    if not path.is_file():
-        raise LoadError(f"the weights file {path} does not exist: check the path")
+    try:
+        check_archive(path)
+    except UnreadableError as error:
+        raise LoadError(f"the weights file {path} {error}: check the path") from None
     if path.suffix not in (".safetensors", ".pth", ".pt", ".bin", ".tar"):
         raise LoadError(f"weights are read from .safetensors, .pth, .pt or .bin, not from '{path.name}'")
     if path.suffix == ".safetensors":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -16,8 +16,10 @@ from surgery.training.state import (
     random_state,
     restore,
     set_random_state,
+    under,
     unpack_contest,
 )
+from surgery.training.state_check import wrong_state
 from surgery.training.stateful import pack_loss, unpack_loss
 
 if TYPE_CHECKING:
@@ -71,21 +73,21 @@ def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
 
 
 def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
-    """Go on from what `pack` returned.
+    """Go on from what `pack` returned; where it does not fit, nothing in memory has changed.
 
     Raises:
-        TrainingError: where it belongs to another joint model or other tasks.
+        TrainingError: naming everything that does not fit this joint model and these tasks.
     """
-    if set(document["streams"]) != set(trainer.streams):
-        raise TrainingError(
-            f"The checkpoint must be of the tasks {', '.join(trainer.streams)}, found "
-            f"{', '.join(document['streams'])}: choose another --out, or delete it."
-        )
+    raise_unfit(wrong_state(trainer, tensors, document))
+    for number, task in enumerate(
+        trainer.tasks
+    ):  # a loss of the user's own may refuse what has the right names
+        unpack_loss(trainer.losses[task.name], under(tensors, f"loss/{number}/"), task.name)
     if document.get("hardened"):
         trainer.harden()
     old = {key: (bank.rows, bank.contexts) for key, bank in trainer.banks.items()}
     processes = trainer.processes
-    restore(trainer.joint, processes.own(_under(tensors, "model/")))
+    restore(trainer.joint, processes.own(under(tensors, "model/")))
     trainer.generation, trainer.step, trainer.moved = (
         document["generation"],
         document["step"],
@@ -96,16 +98,16 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
         for group in trainer.optimizer.param_groups:
             group["params"] = [bank.rows if p is old[key][0] else p for p in group["params"]]
         trainer.identity[key] = tensors[f"identity/{key}"].clone()
-        bank.contest = unpack_contest(bank, _under(tensors, f"contest/{key}/"))
+        bank.contest = unpack_contest(bank, under(tensors, f"contest/{key}/"))
         if bank.contest is not None:
             trainer.enter(bank.contest)
     inner = plain(trainer.optimizer)
     for number, parameter in enumerate(trainer.parameters()):
         found: dict[str, Any] = {
             name: processes.own_state(parameter, value).to(parameter.device, copy=True)
-            for name, value in _under(tensors, f"optimizer/{number}/").items()
+            for name, value in under(tensors, f"optimizer/{number}/").items()
         }
-        found |= _under(document["optimizer"], f"{number}/")
+        found |= under(document["optimizer"], f"{number}/")
         if found:
             inner.state[parameter] = found
     if trainer.scheduler is not None:
@@ -116,16 +118,20 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
     if document["scaler"] is not None and trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(document["scaler"])
     device = trainer.accelerator.device
-    trainer.running.sums = {n: t.to(device) for n, t in _under(tensors, "running/").items()}
-    for number, task in enumerate(trainer.tasks):
-        unpack_loss(trainer.losses[task.name], _under(tensors, f"loss/{number}/"), task.name)
+    trainer.running.sums = {n: t.to(device) for n, t in under(tensors, "running/").items()}
     for name, place in document["streams"].items():
         trainer.streams[name].seek(**place)
     trainer.generator.set_state(tensors["random/evolution"])
     rank = trainer.accelerator.process_index
     rank = rank if rank < len(document["random"]) else 0  # there may be more processes now
-    set_random_state(_under(tensors, f"random/{rank}/"), document["random"][rank])
+    set_random_state(under(tensors, f"random/{rank}/"), document["random"][rank])
 
 
-def _under(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
+def raise_unfit(wrong: Iterable[str]) -> None:
+    """Raise one error for everything that keeps a state from fitting, if anything does."""
+    if found := list(wrong):
+        more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+        raise TrainingError(
+            f"The checkpoint must hold what this run trains, but {'; '.join(found[:8])}{more}: it is damaged or "
+            "belongs to another run; delete it to start anew, or choose another folder."
+        )

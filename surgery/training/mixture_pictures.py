@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from surgery.drawing import INK, MUTED, colours, label_generations, new_figure, 
 
 Line = dict[str, Any]
 _TALLEST = 8.0  # inches of a stack
+_MOST = 12  # stacks that are drawn
 _WRITTEN = 12  # layers and templates up to which shares are written into their fields
 
 
@@ -23,7 +25,7 @@ def draw_mixtures(start: Line, generations: Sequence[Line], end: Line | None) ->
     logged = [line for line in generations if line.get("mixtures")]
     if not logged:
         return None
-    stacks = start["stacks"]
+    stacks = dict(itertools.islice(start["stacks"].items(), _MOST))
     heights = [min(max(1.6, 0.22 * len(stacks[name]["layers"])), _TALLEST) for name in stacks]
     figure = new_figure(9.2, 0.7 + sum(heights) + 0.55 * len(heights))
     rows = figure.subplots(len(stacks), 2, squeeze=False, height_ratios=heights)

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from surgery.drawing import EMPTY, GRID, INK, MUTED, colours, label_generations, new_figure, png, tidy
+from surgery.errors import TrainingError
 from surgery.records import artifact_files, check_free, write_owned
 from surgery.training.mixture_pictures import draw_mixtures
 from surgery.training.runlog import read_log
+from surgery.untrusted import shown_text
 
 Line = dict[str, Any]
-_MOST = 8  # subsets of members that are drawn one by one
+_MOST = 8  # subsets of members that are drawn one by one, and banks that get a panel
 
 
 def draw_run(log: Path) -> dict[str, bytes]:
@@ -32,7 +34,14 @@ def draw_run(log: Path) -> dict[str, bytes]:
     end = next((line for line in lines if line["event"] == "end"), None)
     if start is None or not generations:
         return {}
-    drawn = {name: draw(start, generations, end) for name, draw in PICTURES.items()}
+    drawn = {}
+    for name, draw in PICTURES.items():
+        try:
+            drawn[name] = draw(start, generations, end)
+        except (ArithmeticError, MemoryError, ValueError) as error:  # of values beyond what axes can show
+            raise TrainingError(
+                f"{name} cannot be drawn of {log}: {shown_text(str(error))}. Its values are none of a run's; delete it."
+            ) from error
     return {name: content for name, content in drawn.items() if content is not None}
 
 
@@ -70,7 +79,7 @@ def draw_losses(start: Line, generations: Sequence[Line], end: Line | None) -> b
         left.plot(
             steps, [line["losses"][task] / first for line in generations], color=colour, lw=1.6, label=task
         )
-        judged = [g for g in generations if g["validation"].get(task, {}).get("loss") is not None]
+        judged = [g for g in generations if g.get("validation", {}).get(task, {}).get("loss") is not None]
         if judged:
             scale = abs(judged[0]["validation"][task]["loss"]) or 1.0
             left.plot(
@@ -156,7 +165,7 @@ def ranked_subsets(generations: Sequence[Line]) -> list[str]:
 
 def draw_layers(start: Line, generations: Sequence[Line], end: Line | None) -> bytes | None:
     """Which layers share hypermodules more and less than chance would have them. # Fig. 3b"""
-    overlap = [o for o in (end or {}).get("overlap", {}).values() if len(o["layers"]) > 1]
+    overlap = [o for o in (end or {}).get("overlap", {}).values() if len(o["layers"]) > 1][:_MOST]
     if not overlap:
         return None
     figure = new_figure(5.4 * len(overlap) + 0.6, 5.0)
@@ -185,13 +194,13 @@ def draw_layers(start: Line, generations: Sequence[Line], end: Line | None) -> b
 
 def draw_alignment(start: Line, generations: Sequence[Line], end: Line | None) -> bytes | None:
     """The hypermodule of every location, generation by generation: what survives to the end is in colour. # Fig. 2"""
-    banks = [key for key in generations[0]["alignment"] if key in generations[-1]["alignment"]]
+    banks = [key for key, numbers in generations[0].get("alignment", {}).items() if numbers][:_MOST]
     if not banks:
         return None
     figure = new_figure(9.2, 3.4 * len(banks))
     for axes, key in zip(figure.subplots(len(banks), 1, squeeze=False)[:, 0], banks, strict=True):
         strip = np.array([line["alignment"][key] for line in generations]).T
-        order = _by_layer(start["sites"], key, strip)
+        order = _by_layer(start.get("sites", []), key, strip)
         axes.imshow(
             _painted(strip)[order], aspect="auto", interpolation="nearest",
             extent=(generations[0]["generation"] + 0.5, generations[-1]["generation"] + 1.5, len(strip), 0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from surgery.errors import PlanError, TrainingError
+from surgery.origins.base import one_line
 from surgery.progress import task as progress_task
 from surgery.records import check_free, note, read_record
 from surgery.sizes import parameters_of_dictionary
 from surgery.storage import loosened
 from surgery.training.analysis import kinds_of_modules, layer_overlap
-from surgery.training.checkpoint import pack, unpack
+from surgery.training.checkpoint import pack, raise_unfit, unpack
 from surgery.training.comparison import Sizes, as_scores, measure
 from surgery.training.config import Training
 from surgery.training.describing import describe_run
@@ -29,6 +31,8 @@ from surgery.training.run_plan import differences, flat, make_plan
 from surgery.training.runlog import NAME as LOG
 from surgery.training.runlog import STRIP, RunLog, first_validation, read_log, subsets
 from surgery.training.state import Tensors, read_state, restore, snapshot, write_state
+from surgery.training.state_check import wrong_model
+from surgery.training.state_document import BestDocument
 from surgery.training.trackers import tracked
 from surgery.training.trainer import Trainer
 from surgery.training.transfer import trained_numbers
@@ -46,7 +50,7 @@ def check_folder(folder: Path, resume: bool) -> None:
         PlanError: where it holds the state of a run that shall not go on.
         OutputError: where it holds files of somebody else's under the names of a run's.
     """
-    if (folder / STATE).exists():
+    if os.path.lexists(folder / STATE):
         if not resume:
             raise PlanError(
                 f"{folder} holds the state of a training run: go on with it (resume=True, on the command line "
@@ -121,7 +125,7 @@ class Run:
         try:
             yield
         except TrainingError as error:
-            if self.folder is None or not (self.folder / STATE).exists():
+            if self.folder is None or not os.path.lexists(self.folder / STATE):
                 raise
             raise TrainingError(
                 f"{error} The last good state is kept in {self.folder}: go on from it with resume (--resume auto); "
@@ -240,13 +244,14 @@ class Run:
             if kept is not None:
                 write_state(self.folder / BEST, kept, {"generation": self.best})
             keep = {"best": self.best, "score": self.best_score, "stale": self.stale, "first": self.first}
+            keep["file"] = self.kept is not None
             document = {**document, "keep": keep, "plan": self.plan, "seconds": self.seconds}
             write_state(self.folder / STATE, tensors, document)
         self.unsaved_best = False
 
     def resume(self) -> None:
         """Go on from the state in the folder; start anew where there is none."""
-        if self.folder is None or not (self.folder / STATE).exists():
+        if self.folder is None or not os.path.lexists(self.folder / STATE):
             return
         tensors, document = read_state(self.folder / STATE)
         if changed := differences(self.plan, document.get("plan")):
@@ -255,17 +260,41 @@ class Run:
                 f"belongs to another plan ({changed}): run with what it was begun with, choose another --out, or "
                 "delete it."
             )
-        unpack(self.trainer, tensors, document)
         keep = document["keep"]
+        kept = self._read_best(keep)
+        self.log.check()
+        unpack(self.trainer, tensors, document)
         self.best, self.best_score, self.stale = keep["best"], keep["score"], keep["stale"]
         self.first, self.before = dict(keep["first"]), document["seconds"]
         if self.trainer.accelerator.is_main_process:
             note(self.folder, *FILES)
-        if (self.folder / BEST).exists():
-            self.kept = self.trainer.processes.own(read_state(self.folder / BEST)[0])
+        self.kept = kept
         self.log.cut(self.trainer.generation)
         if self.log.path is not None and self.log.path.exists():
             self.first_scores = as_scores(first_validation(read_log(self.log.path)))
+
+    def _read_best(self, keep: Mapping[str, Any]) -> Tensors | None:
+        """The state that validation kept; None where none is kept.
+
+        Raises:
+            TrainingError: where it is missing, older than what the run's state says, or does not fit.
+        """
+        assert self.folder is not None
+        path = self.folder / BEST
+        if not os.path.lexists(path):
+            raise_unfit([f"{BEST}, the best state so far, is missing"] if keep.get("file") else [])
+            return None
+        tensors, document = read_state(path, BestDocument)
+        older = keep.get("file") and document["generation"] < keep["best"]
+        raise_unfit(
+            [f"{BEST} is of generation {document['generation']}, not {keep['best']}"] if older else []
+        )
+        try:
+            own = self.trainer.processes.own(tensors)
+        except (RuntimeError, ValueError, IndexError) as error:  # of a process that holds parts
+            raise TrainingError(f"{path} cannot be cut for these processes: {one_line(error)}") from error
+        raise_unfit(f"in {BEST} {wrong}" for wrong in wrong_model(self.trainer.joint, own))
+        return own
 
     # -- the end -------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from surgery.places import into_artifact
 from surgery.training.config import Training
 from surgery.training.report import adapted_of
 from surgery.training.tasks import Task
+from surgery.untrusted import shown_text
 
 
 def make_plan(
@@ -47,10 +48,12 @@ def differences(plan: Mapping[str, Any], before: object) -> str:
     if before == plan:
         return ""
     old = flat(before) if isinstance(before, Mapping) else {}
+    changed = [(name, value) for name, value in flat(plan).items() if value != old.get(name)]
     return "; ".join(
-        "members or blocks are others" if name == "blocks" else f"{name} was {old.get(name)} and is {value}"
-        for name, value in flat(plan).items()
-        if value != old.get(name)
+        "members or blocks are others"
+        if name == "blocks"
+        else f"{name} was {shown_text(str(old.get(name)), 100)} and is {shown_text(str(value), 100)}"
+        for name, value in changed
     )
 
 

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from torch import Tensor
 from surgery.artifact.shares import join_names
 from surgery.errors import TrainingError
 from surgery.joint import JointModel
+from surgery.training.log_lines import check_line, contradictions
+from surgery.untrusted import LOG_BYTES, UnreadableError, parse_json, read_regular
 
 NAME = "log.jsonl"
 STRIP = 1024  # locations up to which a bank's whole alignment is logged
@@ -39,9 +43,22 @@ class RunLog:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"event": event, **fields}) + "\n")
 
+    def check(self) -> None:
+        """Whether the log can be cut.
+
+        Raises:
+            TrainingError: where there is something else in its place.
+        """
+        if self.path is not None and os.path.lexists(self.path):
+            read_log(self.path)
+
     def cut(self, generation: int) -> None:
-        """Take away what was written after `generation` generations, by a run that was then killed."""
-        if self.path is None or not self.path.exists():
+        """Take away what was written after `generation` generations, by a run that was then killed.
+
+        Raises:
+            TrainingError: where there is something else in the log's place.
+        """
+        if self.path is None or not os.path.lexists(self.path):
             return
         kept = [
             line
@@ -57,20 +74,35 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; a last one that a kill cut off is left out.
 
     Raises:
-        TrainingError: where there is no log.
+        TrainingError: where there is no log, or a line is none of a log's.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise TrainingError(
-            f"{path} must be the log of a training run, but cannot be read: {error}"
-        ) from error
-    lines = []
-    for line in text.splitlines():
+        texts = read_regular(path, LOG_BYTES).split(b"\n")
+    except UnreadableError as error:
+        raise TrainingError(f"{path} must be the log of a training run, but {error}.") from None
+    lines: list[dict[str, Any]] = []
+    bad: list[str] = []
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
+            # A metric may be NaN. What comes after the last line break is what a kill cut off.
+            line = parse_json(text, finite=False)
+        except UnreadableError as error:
+            if number < len(texts):
+                bad.append(f"line {number} {error}")
+            continue
+        if wrong := check_line(line, text):
+            bad.append(f"line {number}: {wrong}")
+        else:
+            lines.append(line)
+    bad = bad or list(itertools.islice(contradictions(lines), 5))
+    if bad:
+        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+        raise TrainingError(
+            f"{path} must be the log of a training run, but {'; '.join(bad[:5])}{more}. Nothing but pictures is made "
+            "of it: delete it, and a run goes on without."
+        )
     return lines
 
 
@@ -92,7 +124,7 @@ def find_log(source: str | Path) -> Path:
     folder = Path(source).expanduser()
     places = [folder / "training" / NAME, folder / NAME, Path(f"{folder}.training") / NAME]
     for path in [folder, *places] if folder.suffix == ".jsonl" else places:
-        if path.is_file():
+        if os.path.lexists(path):  # what is no file is named when it is read
             return path
     raise TrainingError(
         f"{source} must be a folder that surgery train wrote or is writing, but there is no {NAME} in it."

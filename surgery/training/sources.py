@@ -7,6 +7,7 @@ may name functions that ship with this package; `check_sources` refuses all else
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -23,11 +24,13 @@ from surgery.origins.base import one_line
 from surgery.origins.factory import find_function
 from surgery.permission import Permission
 from surgery.recipe import Recipe, TaskSpec
+from surgery.tensorheader import parse_header
 from surgery.training.parts import Parts, Unlabelled, split_rows
 from surgery.training.sources_hub import PREFIX, from_datasets
 from surgery.training.sources_text import TEXT_ENDINGS, from_text
 from surgery.training.streams import Batches
 from surgery.training.tasks import Task
+from surgery.untrusted import check_archive
 
 _FUNCTION = re.compile(r"[^:]*:[A-Za-z_]\w*")
 
@@ -183,12 +186,14 @@ def from_tensors(spec: TaskSpec, member: Member, seed: int, permission: Permissi
 
 
 def _read_arrays(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise LoadError(f"The data file {path} does not exist: check the path and the working folder.")
     try:
+        check_archive(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
+            parse_header(path)
             return load_file(path)
         import numpy as np
 

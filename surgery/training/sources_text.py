@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-import json
+import io
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from surgery.origins.base import one_line, quiet, write_files
 from surgery.permission import Permission
 from surgery.training.parts import Parts, split_rows
 from surgery.training.streams import Batches
+from surgery.untrusted import TEXT_BYTES, UnreadableError, parse_json, read_regular
 
 if TYPE_CHECKING:
     from surgery.recipe import TaskSpec
@@ -145,15 +147,18 @@ def load_tokenizer(source: Member | Path) -> Any:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise LoadError(f"The data file {path} does not exist: check the path and the working folder.")
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
-            if path.suffix == ".jsonl":
-                rows = [json.loads(line) for line in stream if line.strip()]
-            else:
-                rows = list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        text = read_regular(path, TEXT_BYTES).decode()
+        if path.suffix == ".jsonl":
+            rows = [parse_json(line, finite=False) for line in text.split("\n") if line.strip()]
+        else:
+            stream = io.StringIO(text, newline="")
+            rows = list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
+    except UnreadableError as error:
+        raise LoadError(f"The data file {path} {error}.") from None
+    except (ValueError, csv.Error) as error:
         raise LoadError(f"The data file {path} cannot be read: {one_line(error)}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise LoadError(f"The data file {path} must hold examples with named columns, found none.")

@@ -6,6 +6,7 @@ moved into it, so that a kill leaves the old state or the new one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,9 +25,12 @@ from surgery.contest import Contest
 from surgery.dictionary import Bank
 from surgery.errors import TrainingError
 from surgery.joint import JointModel
+from surgery.member import content_hash
 from surgery.slots import locate
+from surgery.tensorheader import parse_header
+from surgery.training.state_document import VERSION, StateDocument
+from surgery.untrusted import UnreadableError, as_mapping, broken_rules, parse_json, shown, shown_text
 
-VERSION = 2
 Tensors = dict[str, Tensor]
 
 
@@ -151,32 +156,54 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str
     for name, tensor in plain.items():
         if seen.setdefault(tensor.untyped_storage().data_ptr(), name) != name:
             plain[name] = tensor.clone()
-    save_file(plain, beside, metadata={"document": json.dumps({**document, "version": VERSION})})
+    text = json.dumps({**document, "version": VERSION})
+    save_file(plain, beside, metadata={"document": text, "digest": _digest(text, plain)})
     with beside.open("rb") as file:
         os.fsync(file.fileno())
     beside.replace(path)
 
 
-def read_state(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """What `write_state` wrote.
+def read_state(path: Path, kind: type[BaseModel] = StateDocument) -> tuple[Tensors, dict[str, Any]]:
+    """What `write_state` wrote, its document typed and its bytes those that were written.
 
     Raises:
         TrainingError: where the file is damaged or from another version.
     """
     try:
+        metadata = parse_header(path).metadata
+        if "document" not in metadata:
+            raise UnreadableError("has no document in its header")
+        text = metadata["document"]
+        document = dict(as_mapping(parse_json(text, finite=False)))
+        if document.get("version") != VERSION:
+            raise TrainingError(
+                f"The checkpoint {path} must be of version {VERSION}, found {shown(document.get('version'))}: "
+                "go on with the surgery that wrote it, or delete it to start anew."
+            )
+        kind.model_validate_json(text)
         with safe_open(path, framework="pt") as file:
-            document = json.loads((file.metadata() or {})["document"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise TrainingError(
-            f"The checkpoint {path} cannot be read ({' '.join(str(error).split())}): delete it to start anew."
-        ) from error
-    if document.get("version") != VERSION:
-        raise TrainingError(
-            f"The checkpoint {path} must be of version {VERSION}, found {document.get('version')}: "
-            "go on with the surgery that wrote it, or delete it to start anew."
-        )
+        # States of earlier versions have no digest.
+        if metadata.get("digest", found := _digest(text, tensors)) != found:
+            raise UnreadableError("does not hold what was written")
+    except ValidationError as error:
+        raise _unusable(path, "; ".join(broken_rules(error, 5))) from None
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unusable(path, shown_text(" ".join(str(error).split()))) from None
     return tensors, document
+
+
+def under(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose names begin with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
+
+
+def _unusable(path: Path, why: str) -> TrainingError:
+    return TrainingError(f"The checkpoint {path} cannot be read ({why}): delete it to start anew.")
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(f"{content_hash(tensors)} {text}".encode()).hexdigest()
 
 
 def _of_bank(bank: Bank) -> Tensors:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import TrainingError
+from surgery.origins.base import one_line
 from surgery.training.tasks import Batch, Loss
 
 
@@ -49,7 +50,15 @@ def unpack_loss(loss: Loss, tensors: Mapping[str, Tensor], task: str) -> None:
             f"{', '.join(sorted(tensors)) or 'none'}: it belongs to another run; choose another --out, or delete it."
         )
     if isinstance(loss, Stateful):
-        loss.load_state_dict(tensors)
+        try:
+            loss.load_state_dict(tensors)
+        except TrainingError:
+            raise
+        except Exception as error:  # of a loss of the user's own
+            raise TrainingError(
+                f"The checkpoint must hold a state that the loss of {task} takes, but it says {one_line(error)}: it is "
+                "damaged or belongs to another run; delete it to start anew, or choose another folder."
+            ) from error
 
 
 def close_loss(loss: Loss) -> None:

@@ -1,0 +1,529 @@
+"""Fuzzing: small real things made once, seeded mutations of their files, and what each verb makes of them.
+
+Run as a program in a process of its own, whose memory is limited: `python tests/fuzzing.py FOLDER SEED COUNT`. The last
+line of its output is JSON: how cases ended, and every fault with what reproduces it. A fault is an exception that is no
+`SurgeryError`, a case that takes too long or too much memory, a message of more than a few KB, or weights that changed
+while `verify` finds nothing. Case N of a seed is always the same: `... FOLDER SEED 1 N` runs it alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import faulthandler
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import traceback
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+SECONDS = 20  # of one case; far above what any takes, for a busy machine
+MESSAGE = 5000  # characters
+GROWTH = 1 << 30  # bytes by which the process may grow in one case
+DEEP, HUGE = "@deep@", "@huge@"  # what json.dumps cannot write itself
+JSONS = (".json", ".jsonl", ".yaml")
+
+
+# -- what is mutated ---------------------------------------------------------------------------------------
+
+
+def make(folder: Path) -> None:
+    """Two lossless members, the same fitted, a trained artifact, a run that was interrupted, and plain folders."""
+    import timm
+    import torch
+    from tiny_transformers import save_tiny
+
+    import surgery
+    from surgery.recipe import Recipe
+    from surgery.training.recipe_run import train_recipe
+
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    save_tiny("vit", folder / "plain-transformers")
+    net = timm.create_model("test_convnext", num_classes=5).eval()
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        timm.models.save_for_hf(net, str(folder / "plain-timm"), safe_serialization=True)
+    (folder / "weights").mkdir()
+    torch.save(net.state_dict(), folder / "weights" / "net.pth")
+    members = [surgery.load_member(str(folder / f"plain-{kind}")) for kind in ("transformers", "timm")]
+    twin = surgery.load_member(str(folder / "plain-transformers"), name="twin")
+    with torch.no_grad():
+        for name, tensor in twin.module.named_parameters():
+            if "layer" in name and "intermediate" in name:
+                tensor.mul_(2)
+    joint = surgery.join([*members, twin], block=(8, 8))
+    surgery.save(joint, folder / "lossless", recipe={"models": [{"model": "plain-timm"}], "seed": 3})
+    surgery.fit(joint, max_error=0.05)
+    surgery.save(joint, folder / "fitted", recipe={"models": [{"model": "plain-timm"}], "seed": 3})
+    save_arrays(folder / "data.npz", torch.randn(24, 3, 32, 32), torch.arange(24) % 2)
+    task = {"data": str(folder / "data.npz"), "batch": 8, "metric": "accuracy", "options": {"test": 8}}
+    recipe = {
+        "models": [{"model": str(folder / "plain-transformers"), "name": "net", "tasks": [task]}],
+        "parameters": {"block": "8x8", "context": 2},
+        "train": {"steps": 2, "generations": 2},
+        "out": str(folder / "trained"),
+    }
+    train_recipe(Recipe.of(recipe), cpu=True)
+    (folder / "recipe").mkdir()
+    (folder / "recipe" / "recipe.yaml").write_text(Recipe.of(recipe).to_yaml())
+    interrupted_run(folder / "run")
+
+
+def save_arrays(path: Path, inputs, targets) -> None:
+    import numpy as np
+
+    np.savez(path, inputs=inputs.numpy(), targets=targets.numpy())
+
+
+def interrupted_run(folder: Path) -> None:
+    """A run that was asked to stop in the middle of its last contest."""
+    from training_nets import build
+
+    from surgery.training.interruptions import Interrupted
+    from surgery.training.train import train
+    from surgery.training.trainer import Trainer
+
+    plain, steps = Trainer.train_step, []
+
+    def step(self):
+        plain(self)
+        steps.append(1)
+        if len(steps) == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    Trainer.train_step = step
+    try:
+        train(build(), run_tasks(), RUN, folder=folder, cpu=True)
+    except Interrupted:
+        return
+    finally:
+        Trainer.train_step = plain
+    raise AssertionError("the run was not interrupted")
+
+
+RUN = {
+    "steps": 3, "burn_in": 1, "generations": 2, "final": 1, "save_seconds": 0,
+    "evolution": {"epsilon": 0.1, "challengers": 2, "alpha": 0.7, "contexts": "fitted", "draw": "explain"},
+    "optimizer": {"lr": 0.01, "schedule": "cosine", "warmup": 3},
+}  # fmt: skip
+
+
+def run_tasks():
+    from training_nets import tasks
+
+    return tasks()
+
+
+# -- how it is mutated -------------------------------------------------------------------------------------
+
+
+def mutate_bytes(data: bytes, rng: random.Random) -> tuple[bytes, str]:
+    """One change of bytes."""
+    size = len(data)
+    at = rng.randrange(max(size, 1)) if rng.random() < 0.5 else rng.randrange(max(min(size, 400), 1))
+    length = rng.choice([1, 2, 8, 64, 1000])
+    kind = rng.choice(["flip", "flip", "flip", "truncate", "insert", "duplicate", "remove", "zero", "empty"])
+    if kind == "flip":
+        changed = bytearray(data)
+        for place in range(at, min(at + rng.choice([1, 1, 1, 4]), size)):
+            changed[place] ^= 1 << rng.randrange(8)
+        return bytes(changed), f"flip at {at}"
+    done = {
+        "truncate": data[:at],
+        "insert": data[:at] + rng.randbytes(length) + data[at:],
+        "duplicate": data[: at + length] + data[at:],
+        "remove": data[:at] + data[at + length :],
+        "zero": data[:at] + bytes(min(length, size - at)) + data[at + length :],
+        "empty": b"",
+    }
+    return done[kind], f"{kind} {length} at {at}"
+
+
+def mutate_value(value, rng: random.Random):
+    """Something else in place of a value."""
+    return rng.choice([
+        None, True, "", "x" * 100_000, "../../../etc/passwd", "/dev/zero", "native", "a\0b", "\ud800", [], {}, [[]],
+        {"a": 1}, [None], 0, -1, 1, 2**31, 2**63, 10**59, -(10**59), 1e308, float("nan"), float("inf"), 0.5, DEEP, HUGE,
+        [value], {"x": value}, [value] * 50, str(value)[:50], [-1, 2**40], [60000, 20000], [10**9] * 9,
+        value * 7 if isinstance(value, (int, float)) and not isinstance(value, bool) else value,
+        value + 1 if isinstance(value, (int, float)) and not isinstance(value, bool) else [1, "a", None],
+    ])  # fmt: skip
+
+
+def mutate_document(document, rng: random.Random):
+    """A JSON document with one to three places changed, and what was done."""
+    document, done = copy.deepcopy(document), []
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        places = list(walk(document))
+        if not places:
+            return mutate_value(document, rng), "the whole"
+        # Few deep places are as likely as many: by depth first.
+        depth = rng.choice(sorted({len(path) for _, _, path in places}))
+        holder, key, path = rng.choice([each for each in places if len(each[2]) == depth])
+        kind = rng.choice(["replace", "replace", "replace", "delete", "rename", "swap", "repeat"])
+        if kind == "delete":
+            del holder[key]
+        elif kind == "rename" and isinstance(holder, dict):
+            holder[str(mutate_value(key, rng))[:200]] = holder.pop(key)
+        elif kind == "swap":
+            holder[key] = copy.deepcopy(rng.choice(places)[0])
+        elif kind == "repeat" and isinstance(holder, list):
+            holder[key:key] = [copy.deepcopy(holder[key])] * rng.choice([1, 300])
+        else:
+            holder[key] = mutate_value(holder[key], rng)
+        done.append(f"{kind} {'.'.join(map(str, path))}"[:200])
+    return document, ", ".join(done)
+
+
+def walk(document, path=()):
+    """Every place of a document: what holds it, its key, and the path to it."""
+    items = (
+        document.items()
+        if isinstance(document, dict)
+        else enumerate(document)
+        if isinstance(document, list)
+        else ()
+    )
+    for key, value in list(items):
+        yield document, key, (*path, key)
+        yield from walk(value, (*path, key))
+
+
+def dumps(document) -> str:
+    text = json.dumps(document)
+    return text.replace(f'"{DEEP}"', "[" * 3000 + "]" * 3000).replace(f'"{HUGE}"', "9" * 6000)
+
+
+def mutate_tensors(data: bytes, rng: random.Random) -> tuple[bytes, str]:
+    """A change of a safetensors file's header, of the document in it, or of its length."""
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    if rng.random() < 0.1:
+        claimed = rng.choice([0, 1, length + 1, 2**63, 2**64 - 1, 10**8 + 1, length - 8])
+        return claimed.to_bytes(8, "little") + data[8:], f"length {claimed}"
+    inner = header.get("__metadata__", {}).get("document")
+    if inner and rng.random() < 0.7:
+        document, done = mutate_document(json.loads(inner), rng)
+        header["__metadata__"]["document"] = dumps(document)
+        done = f"document: {done}"
+    elif rng.random() < 0.5 and len(header) > 2:  # whole tensors: left out, or another's
+        names = [name for name in header if name != "__metadata__"]
+        one, other = rng.sample(names, 2)
+        if rng.random() < 0.5:
+            header[one], done = header[other], f"{one} is {other}"
+        else:
+            header[one], header[other], done = header[other], header[one], f"{one} and {other} exchanged"
+    else:
+        header, done = mutate_document(header, rng)
+    raw = dumps(header).encode("utf-8", "surrogatepass")
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw + body, done
+
+
+def mutate_kind(path: Path, rng: random.Random) -> str:
+    """Something that is no ordinary file in place of one."""
+    kind = rng.choice(["fifo", "folder", "loop", "device", "sparse", "nothing", "secret"])
+    data = path.read_bytes()
+    path.unlink()  # it may be a link to the original
+    if kind == "sparse":
+        path.write_bytes(data)
+        os.truncate(path, 1 << 40)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "loop":
+        path.symlink_to(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "secret":
+        path.symlink_to("/proc/self/environ")
+    return kind
+
+
+def mutate_file(path: Path, rng: random.Random) -> tuple[str, bool]:
+    """Change one file; what was done, and whether its document was changed rather than its bytes."""
+    if rng.random() < 0.06:
+        return mutate_kind(path, rng), False
+    data = path.read_bytes()
+    structured = rng.random() < 0.65
+    path.unlink()  # it may be a link to the original
+    if structured and path.suffix == ".safetensors":
+        changed, done = mutate_tensors(data, rng)
+    elif structured and path.suffix == ".jsonl":
+        lines = [json.loads(line) for line in data.splitlines()]
+        lines, done = mutate_document(lines, rng)
+        lines = lines if isinstance(lines, list) else [lines]
+        changed = "".join(dumps(line) + "\n" for line in lines).encode("utf-8", "surrogatepass")
+    elif structured and path.suffix == ".json":
+        document, done = mutate_document(json.loads(data), rng)
+        changed = dumps(document).encode("utf-8", "surrogatepass")
+    elif structured and path.suffix == ".yaml":
+        import yaml
+
+        document, done = mutate_document(yaml.safe_load(data), rng)
+        changed = dumps(document).encode("utf-8", "surrogatepass")
+    else:
+        structured = False
+        changed, done = mutate_bytes(data, rng)
+    path.write_bytes(changed)
+    return done, structured
+
+
+def seal(folder: Path, changed: str) -> None:
+    """Give an artifact's manifest the size and hashes of a changed file, and a right checksum."""
+    from surgery.artifact.manifest import manifest_bytes
+
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        if changed != "manifest.json":
+            data = (folder / changed).read_bytes()
+            entry = manifest["files"][changed]
+            entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            if "header" in entry:
+                raw = data[8 : 8 + int.from_bytes(data[:8], "little")]
+                entry["header"] = hashlib.sha256(raw).hexdigest()[:16]
+        manifest.pop("checksum", None)
+        sealed = manifest_bytes(manifest)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError, OverflowError):
+        return  # no manifest any more
+    path.unlink()
+    path.write_bytes(sealed)
+
+
+# -- what is done with it ----------------------------------------------------------------------------------
+
+ARTIFACTS = ("lossless", "fitted", "trained")
+ACTIONS = {
+    "lossless": ("load", "load", "verify", "verify-origins", "export-plain", "export-compressed", "inspect"),
+    "fitted": ("load", "load", "verify", "verify-origins", "export-plain", "export-compressed"),
+    "trained": ("load", "verify", "evaluate", "evaluate", "report", "report"),
+    "run": ("resume", "resume", "resume", "report"),
+    "recipe": ("check",),
+    "plain-transformers": ("member",),
+    "plain-timm": ("member",),
+    "weights": ("weights",),
+}
+WEIGHTS = (4, 4, 5, 5, 2, 2, 2, 1)
+
+
+def act(action: str, folder: Path, place: Path, corpus: Path):
+    """Do one thing with a mutated folder; the weights that came out, where some did."""
+    import surgery
+    from surgery.artifact.verify import verify
+
+    if action == "load":
+        return surgery.load(folder).collapse()
+    if action in ("verify", "verify-origins"):
+        verify(folder, origins=action != "verify")
+    elif action == "export-plain":
+        surgery.export(folder, "plain-timm", place / "out")
+    elif action == "export-compressed":
+        surgery.export(folder, "plain-transformers", place / "out", format="compressed")
+        return surgery.load(place / "out").collapse()
+    elif action == "evaluate":
+        from surgery.training.recipe_run import evaluate_artifact
+
+        evaluate_artifact(folder)
+    elif action == "report":
+        command("report", folder, "--out", place / "pictures")
+    elif action == "inspect" or action == "check":
+        command("recipes", "check", folder / "recipe.yaml")
+    elif action == "member":
+        surgery.load_member(str(folder))
+    elif action == "weights":
+        surgery.load_member(f"timm:test_convnext?num_classes=5={folder / 'net.pth'}")
+    elif action == "resume":
+        return resume(folder)
+    return None
+
+
+def command(*arguments) -> None:
+    """The command line, with its errors as exceptions."""
+    from surgery_cli.__main__ import app
+
+    out, err = StringIO(), StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            app([str(each) for each in arguments])
+        except SystemExit as end:
+            if end.code not in (0, None):
+                raise
+    if len(out.getvalue() + err.getvalue()) > 10 * MESSAGE:
+        raise AssertionError(f"{len(out.getvalue())} characters of output")
+
+
+def resume(folder: Path):
+    from training_nets import build
+
+    from surgery.errors import SurgeryError
+    from surgery.training.train import train
+
+    joint = build()
+    before = fingerprint(joint.collapse())
+    try:
+        train(joint, run_tasks(), RUN, folder=folder, resume=True, cpu=True)
+    except SurgeryError:
+        if fingerprint(joint.collapse()) != before:
+            raise AssertionError("a state that was refused changed the model in memory") from None
+        raise
+    return joint.collapse()
+
+
+def fingerprint(weights) -> str:
+    digest = hashlib.sha256()
+    for member in sorted(weights):
+        for name in sorted(weights[member]):
+            tensor = weights[member][name].detach().cpu().contiguous()
+            digest.update(f"{member}/{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.reshape(-1).view(__import__("torch").uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class TooLong(BaseException):
+    """A case took too long."""
+
+
+def run_case(seed: int, number: int, corpus: Path, place: Path, expected: dict[str, str]) -> tuple[str, str]:
+    """How one case ended, and which it was."""
+    from surgery.errors import SurgeryError
+
+    rng = random.Random(f"{seed} {number}")
+    kind = rng.choices(list(ACTIONS), WEIGHTS)[0]
+    action = rng.choice(ACTIONS[kind])
+    folder = place / kind
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(corpus / kind, folder, copy_function=os.link)
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.suffix not in (".png", ".md")]
+    if action == "report":
+        files = [f for f in files if f.suffix == ".jsonl"] or files
+    if action == "evaluate" and rng.random() < 0.5:
+        files = [f for f in files if f.suffix == ".yaml"] or files
+    if rng.random() < 0.5:
+        files = [f for f in files if f.name in ("manifest.json", "state.safetensors")] or files
+    path = rng.choice(files)
+    changed = path.relative_to(folder).as_posix()
+    if action == "resume":  # the log is cut in place
+        for each in folder.iterdir():
+            data = each.read_bytes()
+            each.unlink()
+            each.write_bytes(data)
+    done, structured = mutate_file(path, rng)
+    sealed = kind in ARTIFACTS and path.is_file() and path.stat().st_size < 1 << 30 and rng.random() < 0.7
+    if sealed:
+        seal(folder, changed)
+    what = f"case {number}: {action} of {kind}, {changed}: {done}{', sealed' if sealed else ''}"
+    rss = resident()
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        weights = act(action, folder, place, corpus)
+        said = "works"
+    except SurgeryError as error:
+        said = (
+            "refused"
+            if len(str(error)) <= MESSAGE
+            else f"a message of {len(str(error)):,} characters: {str(error)[:200]}"
+        )
+        weights = None
+    except SystemExit as error:
+        said, weights = f"exit {error.code}", None
+    except TooLong:
+        said, weights = f"takes more than {SECONDS} s: {where()}", None
+    except Exception as error:
+        lines = traceback.extract_tb(error.__traceback__)
+        own = [
+            f"{Path(f.filename).name}:{f.lineno}"
+            for f in lines
+            if "surgery" in f.filename or "hostile" in f.filename
+        ]
+        said = f"{type(error).__name__}: {str(error)[:200]} ({' < '.join(own[::-1][:4])})"
+        weights = None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    if said in ("works", "refused") and resident() - rss > GROWTH:
+        said = f"takes {(resident() - rss) >> 20} MiB"
+    if said == "works" and weights is not None:
+        said = judge(weights, kind, action, folder, expected, structured or sealed)
+    return said, what
+
+
+def judge(weights, kind, action, folder, expected, structured) -> str:
+    """Whether weights that came out are those that went in, or `verify` says that they are not."""
+    from surgery.artifact.verify import verify
+
+    wanted = expected[f"{kind}/plain-transformers" if action == "export-compressed" else kind]
+    if fingerprint(weights) == wanted:
+        return "works"
+    if kind == "run":  # a state that was written anew with right checksums is another state
+        return "another state" if structured else "weights changed in silence"
+    return (
+        "changed, verify names it" if not verify(folder, origins=False).ok else "weights changed in silence"
+    )
+
+
+def where() -> str:
+    return "see the traceback above"
+
+
+def resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def prepare(corpus: Path) -> dict[str, str]:
+    """Make what is not made yet; fingerprints of all weights as they should be."""
+    import surgery
+
+    if not corpus.exists():
+        make(corpus)
+    expected = {}
+    for kind in ARTIFACTS:
+        weights = surgery.load(corpus / kind).collapse()
+        expected[kind] = fingerprint(weights)
+        for name, state in weights.items():
+            expected[f"{kind}/{name}"] = fingerprint({name: state})
+    place = corpus.with_name(f"{corpus.name}.place")
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(corpus / "run", place)
+    expected["run"] = fingerprint(resume(place))
+    shutil.rmtree(place)
+    return expected
+
+
+def main(corpus: Path, seed: int, count: int, first: int = 0) -> None:
+    """Run cases and print how they ended."""
+    faulthandler.enable()
+
+    def ring(number, frame):
+        faulthandler.dump_traceback(file=sys.stderr)
+        raise TooLong
+
+    signal.signal(signal.SIGALRM, ring)
+    expected = prepare(corpus)
+    soft = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE") + (6 << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
+    place = corpus.with_name(f"{corpus.name}.case{seed}-{first}")
+    ends: Counter[str] = Counter()
+    faults = []
+    for number in range(first, first + count):
+        corpus.with_name(f"{corpus.name}.at{seed}").write_text(str(number))
+        said, what = run_case(seed, number, corpus, place, expected)
+        good = said in ("works", "refused", "changed, verify names it", "another state")
+        ends[said if good else "FAULT"] += 1
+        if not good:
+            faults.append(f"seed {seed}, {what}: {said}")
+            print(faults[-1], flush=True)
+    shutil.rmtree(place, ignore_errors=True)
+    print(json.dumps({"ends": ends, "faults": faults}))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
