@@ -16,7 +16,7 @@ from typing import Any
 
 from surgery.errors import OutputError
 from surgery.files import failure, files_below, put, sha256_of
-from surgery.untrusted import DOCUMENT_BYTES, UnreadableError, parse_json, read_regular
+from surgery.untrusted import DOCUMENT_BYTES, UnreadableError, is_regular, parse_json, read_regular
 
 RECORD, MANIFEST = ".surgery-files", "manifest.json"
 _CHANGING = "-"  # in place of a hash
@@ -94,6 +94,10 @@ def note(folder: Path, *names: str, digest: str = _CHANGING) -> None:
     new = [name for name in names if read_record(folder).get(name) != digest]
     if new:
         folder.mkdir(parents=True, exist_ok=True)
+        if os.path.lexists(folder / RECORD) and not is_regular(folder / RECORD):
+            raise OutputError(
+                f"{folder / RECORD} must be a regular file, but is something else; move it away."
+            )
         with (folder / RECORD).open("a", encoding="utf-8") as file:
             file.write("".join(f"{digest}  {name}\n" for name in new))
 

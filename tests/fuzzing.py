@@ -332,7 +332,7 @@ def act(action: str, folder: Path, place: Path, corpus: Path):
     elif action == "evaluate":
         from surgery.training.recipe_run import evaluate_artifact
 
-        evaluate_artifact(folder)
+        evaluate_artifact(folder, data=str(corpus / "data.npz"))
     elif action == "report":
         command("report", folder, "--out", place / "pictures")
     elif action == "inspect" or action == "check":

@@ -25,6 +25,7 @@ from surgery.artifact.sketch import MOST_ELEMENTS, draw
 from surgery.artifact.verify import verify
 from surgery.calibration import read_calibration
 from surgery.errors import ArtifactError, LoadError
+from surgery.permission import Permission
 from surgery.recipe import TaskSpec
 from surgery.tensorheader import parse_header
 from surgery.training.sources import load_data
@@ -257,7 +258,7 @@ def test_no_file_of_data_is_waited_for(models, tmp_path, ending, kind):
     if ending != ".png":
         path = special(kind, tmp_path / f"data{ending.replace('txt', 'jsonl')}")
         with pytest.raises(LoadError, match=path.name):
-            load_data(TaskSpec(data=str(path)), member, 0)
+            load_data(TaskSpec(data=str(path)), member, 0, Permission.OWN)
 
 
 def test_a_picture_that_unfolds_to_gigabytes_is_refused(models, tmp_path):
@@ -280,7 +281,7 @@ def test_arrays_that_unfold_to_terabytes_are_refused(models, tmp_path):
     member = surgery.load_member(str(models / "timm"))
     for read in (
         lambda: read_calibration(member, path),
-        lambda: load_data(TaskSpec(data=str(path)), member, 0),
+        lambda: load_data(TaskSpec(data=str(path)), member, 0, Permission.OWN),
     ):
         with pytest.raises(LoadError, match=r"bomb\.npz .*claims 4,294,967,294 bytes"):
             read()
@@ -291,4 +292,4 @@ def test_rows_that_are_no_documents(models, tmp_path, text):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(LoadError, match=r"rows\.jsonl"):
-        load_data(TaskSpec(data=str(path)), surgery.load_member(str(models / "bert")), 0)
+        load_data(TaskSpec(data=str(path)), surgery.load_member(str(models / "bert")), 0, Permission.OWN)

@@ -66,6 +66,7 @@ class RunLog:
             if line["event"] == "start" or (line["event"] == "generation" and line["generation"] < generation)
         ]
         beside = self.path.with_name(f".{NAME}.new")
+        beside.unlink(missing_ok=True)  # what a kill left, or something that would be waited for
         beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         beside.replace(self.path)
 

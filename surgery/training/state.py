@@ -150,6 +150,7 @@ def write_state(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str
     """Write tensors and a JSON document as one file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
+    beside.unlink(missing_ok=True)  # what a kill left, or something that would be waited for
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # safetensors refuses two names for one memory, as tied weights have.
     seen: dict[int, str] = {}
