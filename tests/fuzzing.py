@@ -304,9 +304,9 @@ def seal(folder: Path, changed: str) -> None:
 ARTIFACTS = ("lossless", "fitted", "trained")
 ACTIONS = {
     "lossless": ("load", "load", "verify", "verify-origins", "export-plain", "export-compressed", "inspect"),
-    "fitted": ("load", "load", "verify", "verify-origins", "export-plain", "export-compressed"),
-    "trained": ("load", "verify", "evaluate", "evaluate", "report", "report"),
-    "run": ("resume", "resume", "resume", "report"),
+    "fitted": ("load", "load", "verify", "verify-origins", "export-plain", "export-compressed", "page"),
+    "trained": ("load", "verify", "evaluate", "evaluate", "report", "page"),
+    "run": ("resume", "resume", "resume", "report", "page"),
     "recipe": ("check",),
     "plain-transformers": ("member",),
     "plain-timm": ("member",),
@@ -335,7 +335,11 @@ def act(action: str, folder: Path, place: Path, corpus: Path):
         evaluate_artifact(folder, data=str(corpus / "data.npz"))
     elif action == "report":
         command("report", folder, "--out", place / "pictures")
-    elif action == "inspect" or action == "check":
+    elif action == "page":
+        from surgery.page import look, render
+
+        render(look(folder))
+    elif action in ("inspect", "check"):
         command("recipes", "check", folder / "recipe.yaml")
     elif action == "member":
         surgery.load_member(str(folder))
@@ -403,7 +407,7 @@ def run_case(seed: int, number: int, corpus: Path, place: Path, expected: dict[s
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(corpus / kind, folder, copy_function=os.link)
     files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.suffix not in (".png", ".md")]
-    if action == "report":
+    if action in ("report", "page") and rng.random() < 0.7:
         files = [f for f in files if f.suffix == ".jsonl"] or files
     if action == "evaluate" and rng.random() < 0.5:
         files = [f for f in files if f.suffix == ".yaml"] or files

@@ -148,6 +148,7 @@ class ReportEntry(_Entry):
     target: str | None = None
     met: bool | None = None
     original_bytes: dict[str, Count] | None = None
+    parameters: dict[str, Count] | None = None
     stored_bytes: Count | None = None
     saved: dict[str, Order] | None = None
     errors: dict[str, Finite | None] | None = None

@@ -30,7 +30,9 @@ def check_safetensors(path: Path) -> None:
         with safe_open(str(path), framework="pt"):
             pass
     except UnreadableError as error:
-        raise LoadError(f"{path} {error}: copy or download it again") from None
+        raise LoadError(
+            f"{path} is no complete safetensors file, it {error}: copy or download it again"
+        ) from None
     except (SafetensorError, OSError, ValueError) as error:
         raise LoadError(
             f"{path} must be a complete safetensors file, but reading it says {one_line(error)}: copy or download it "

@@ -129,9 +129,10 @@ def look(source: str | Path) -> Overview:
 
 def _run(folder: Path) -> Run | None:
     try:
-        lines = read_log(find_log(folder))
+        log = find_log(folder)
     except TrainingError:
         return None
+    lines = read_log(log)
     start = next((line for line in lines if line["event"] == "start"), None)
     generations = tuple(line for line in lines if line["event"] == "generation")
     end = next((line for line in lines if line["event"] == "end"), None)

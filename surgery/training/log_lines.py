@@ -47,6 +47,13 @@ class StackLine(_Line):
     templates: Count
 
 
+class SizeLine(_Line):
+    """What a member takes."""
+
+    parameters: Count
+    bytes: Count
+
+
 class StartLine(_Line):
     """What is trained; `sites` are member, name, bank, start, stop and order."""
 
@@ -55,14 +62,17 @@ class StartLine(_Line):
     tasks: dict[str, TaskLine]
     sites: list[tuple[str, str, str, Count, Count, Integer]]
     stacks: dict[str, StackLine] = {}
+    sizes: dict[str, dict[str, SizeLine]] | None = None
 
 
 class ScoreLine(_Line):
     """What a task reached; a metric may be NaN."""
 
-    loss: Loss | None = None
-    metric: float | None = None
-    examples: Count = 0
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    loss: Loss | None
+    metric: float | None
+    examples: Count
     measure: str | None = None
 
 
@@ -103,12 +113,20 @@ class EndLine(_Line):
 
     event: Literal["end"]
     best: Integer
+    stopped: str = "done"
+    seconds: NotNegative = 0.0
+    first: dict[str, ScoreLine] = {}
     scores: dict[str, ScoreLine] = {}
     tests: dict[str, ScoreLine] = {}
     hypermodules: dict[str, Count] = {}
+    stored_modules: dict[str, Count] = {}
+    sizes: dict[str, dict[str, SizeLine]] = {}
     overlap: dict[str, OverlapLine] = {}
     statistics: list[StatisticLine] = []
 
+
+STATES = ("alone", "start", "joint")
+"""In which a run measures what its members take."""
 
 LINES: dict[str, type[_Line]] = {"start": StartLine, "generation": GenerationLine, "end": EndLine}
 """Kinds of lines by their event; those of other events are kept and not looked at."""
@@ -158,6 +176,11 @@ def contradictions(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if site[2] in sizes and not site[3] <= site[4] <= sizes[site[2]]:
             yield f"the site {shown(site[1])} reaches beyond the locations of its bank"
     for line in lines:
+        sizes_told = line.get("sizes") if line["event"] == "end" else None
+        if sizes_told and {state: set(sizes_told.get(state, ())) for state in STATES} != {
+            state: set(start["members"]) for state in STATES
+        }:
+            yield f"sizes must be of all members {', '.join(STATES)}, found {shown(sizes_told)}"
         for key, overlap in line.get("overlap", {}).items() if line["event"] == "end" else ():
             count = len(overlap["layers"])
             tables = (overlap["observed"], overlap["expected"])

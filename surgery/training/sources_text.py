@@ -157,7 +157,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             stream = io.StringIO(text, newline="")
             rows = list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
     except UnreadableError as error:
-        raise LoadError(f"The data file {path} {error}.") from None
+        raise LoadError(f"The data file {path} cannot be read, it {error}.") from None
     except (ValueError, csv.Error) as error:
         raise LoadError(f"The data file {path} cannot be read: {one_line(error)}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
