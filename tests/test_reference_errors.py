@@ -97,7 +97,7 @@ def test_damaged_weights(folders, tmp_path):
     with pytest.raises(LoadError, match="no weights"):
         load_member(str(folder))
     (folder / "config.json").write_text("{")
-    with pytest.raises(LoadError, match="must be JSON"):
+    with pytest.raises(LoadError, match="is no JSON"):
         load_member(str(folder))
     (folder / "config.json").rename(folder / "readme.json")
     with pytest.raises(LoadError, match=r"no config\.json"):
