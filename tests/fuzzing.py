@@ -530,4 +530,5 @@ def main(corpus: Path, seed: int, count: int, first: int = 0) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["OMP_NUM_THREADS"] = "1"  # small tensors: threads would wait for one another
     main(Path(sys.argv[1]), *map(int, sys.argv[2:]))
