@@ -62,6 +62,7 @@ class StartLine(_Line):
     tasks: dict[str, TaskLine]
     sites: list[tuple[str, str, str, Count, Count, Integer]]
     stacks: dict[str, StackLine] = {}
+    numbers: Count = 0
     sizes: dict[str, dict[str, SizeLine]] | None = None
 
 
@@ -84,6 +85,9 @@ class GenerationLine(_Line):
     losses: dict[str, Loss]
     validation: dict[str, ScoreLine]
     hypermodules: dict[str, Count] = {}
+    numbers: Count = 0
+    moved: NotNegative = 0.0
+    seconds: NotNegative = 0.0
     share: Annotated[float, Field(ge=0, le=1e6)]
     subsets: dict[str, Count]
     alignment: dict[str, list[Integer]]
@@ -114,6 +118,10 @@ class EndLine(_Line):
     event: Literal["end"]
     best: Integer
     stopped: str = "done"
+    generations: Count = 0
+    numbers: tuple[Count, Count] = (0, 0)
+    trained: Count = 0
+    templates: dict[str, Count] = {}
     seconds: NotNegative = 0.0
     first: dict[str, ScoreLine] = {}
     scores: dict[str, ScoreLine] = {}
