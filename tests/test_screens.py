@@ -106,14 +106,18 @@ def net():
 """
 
 
-@pytest.mark.parametrize("arguments", ["merge a=loud.py:net --out j", "inspect loud.py:net"])
-def test_quiet_is_quiet(tmp_path, arguments):
+def test_quiet_is_quiet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "loud.py").write_text(WARNING)
     done = subprocess.run(
-        [sys.executable, "-m", "surgery_cli", *arguments.split(), "--quiet"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "surgery_cli", "inspect", "loud.py:net", "--quiet"],
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert command("merge", "a=loud.py:net", "--out", "j", "--quiet") == (0, "", "")
+    assert command("verify", "j", "--quiet") == (0, "", "")
+    assert command("report", "j", "--quiet", "--html") == (0, "", "")
 
 
 def test_silence_ends_with_the_command():
