@@ -61,11 +61,8 @@ def lines(
     ticks = _decades(low, high) if logarithmic else _ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
     across = _scale(x0, x1 if x1 > x0 else x0 + 1, LEFT, WIDTH - RIGHT)
-    down = (
-        _scale(*map(_log, (low, high)), HEIGHT - BOTTOM, TOP)
-        if logarithmic
-        else _scale(low, high, HEIGHT - BOTTOM, TOP)
-    )
+    ends = (_log(low), _log(high)) if logarithmic else (low, high)
+    down = _scale(ends[0], ends[1], HEIGHT - BOTTOM, TOP)
     place: Callable[[float], float] = (lambda y: down(_log(y))) if logarithmic else down
     parts = [_grid(place(tick), f"{tick:.4g}") for tick in ticks]
     whole = [tick for tick in _ticks(x0, x1) if tick == int(tick) and x0 <= tick <= x1] or [x0]

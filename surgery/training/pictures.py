@@ -206,10 +206,10 @@ def draw_alignment(start: Line, generations: Sequence[Line], end: Line | None) -
             extent=(generations[0]["generation"] + 0.5, generations[-1]["generation"] + 1.5, len(strip), 0),
         )  # fmt: skip
         ends = _ends_of_members(start["sites"], key)
-        middles = [(ends[k - 1][1] if k else 0) / 2 + end / 2 for k, (_, end) in enumerate(ends)]
+        middles = [(ends[k - 1][1] if k else 0) / 2 + last / 2 for k, (_, last) in enumerate(ends)]
         axes.set_yticks(middles, [name for name, _ in ends])
-        for _, end in ends[:-1]:
-            axes.axhline(end, color="white", lw=2)
+        for _, last in ends[:-1]:
+            axes.axhline(last, color="white", lw=2)
         axes.set_ylabel(f"{len(strip)} locations, by layer")
         label_generations(axes)
         kept = len(np.unique(strip[:, -1]))
