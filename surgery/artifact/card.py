@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from surgery_recipes import SHIPPED
+
 from surgery.artifact.shares import Shares
 from surgery.wording import percent, size
 
@@ -15,7 +17,7 @@ USE = """## Use
 ```python
 import surgery
 
-joint = surgery.load(".")
+joint = surgery.load("."{how})
 output = joint["{name}"](...)
 ```
 
@@ -118,8 +120,15 @@ def _report(report: Mapping[str, Any] | None) -> str:
 
 
 def _use(members: Mapping[str, Any]) -> str:
-    first = next(iter(members))
-    return USE.format(name=first)
+    """How members are loaded: with the user's own modules or consent where these are needed."""
+    origins = {name: _origin(members, name) for name in members}
+    live = [name for name, origin in origins.items() if origin["kind"] == "module"]
+    made = [each for each in origins.values() if each["kind"] == "factory"]
+    foreign = any(str(each["reference"]).partition("?")[0] not in SHIPPED for each in made)
+    given = ", ".join(f'"{name}": ...' for name in live[:3]) + ", ..." * (len(live) > 3)
+    how = f", modules={{{given}}}" if live else ""
+    how += ", trust_remote_code=True" if foreign else ""
+    return USE.format(name=next(iter(members)), how=how)
 
 
 def _contents(manifest: Mapping[str, Any]) -> str:
