@@ -139,7 +139,7 @@ def _that_computes(loaded: Loaded, given: Inputs | None, name: str, seed: int) -
         error = failure
     if error is None:
         return loaded
-    warnings.warn(widen(loaded.module, name), stacklevel=3)
+    warnings.warn(widen(loaded.module, name), stacklevel=4)
     if loaded.origin.kind != "transformers":
         return loaded
     dtype = str(next(t.dtype for t in loaded.module.state_dict().values() if t.is_floating_point()))

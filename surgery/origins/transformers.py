@@ -93,7 +93,7 @@ def load(reference: str, request: Request) -> Loaded:
         commit = getattr(config, "_commit_hash", None)
         files = read_small_files(folder if local else _snapshot(where, commit or revision), FILES)
     if stored and (note := decoded_float8(config, folder, module)) is not None:
-        warnings.warn(f"{reference}: {note}", stacklevel=3)
+        warnings.warn(f"{reference}: {note}", stacklevel=4)
     made = {"dtype": str(dtype).removeprefix("torch."), **extra}
     origin = Origin("transformers", reference, type(module).__name__, commit, made)
     return Loaded(module.eval(), origin, files, stored=stored)
