@@ -83,7 +83,8 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], owners: Mapping[str
                 at._buffers[attribute] = tensor
         else:
             own = holder._parameters  # of a scripted module it is no dict, and has no `get`
-            learns = attribute not in own or own[attribute] is None or own[attribute].requires_grad
+            current = own[attribute] if attribute in own else None
+            learns = current is None or current.requires_grad
             put_back(module, owners.get(name, (name,)), tensor, learns)
 
 
