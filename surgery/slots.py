@@ -83,7 +83,7 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], owners: Mapping[str
                 at._buffers[attribute] = tensor
         else:
             own = holder._parameters  # of a scripted module it is no dict, and has no `get`
-            current = own[attribute] if attribute in own else None
+            current = dict(own.items()).get(attribute)
             learns = current is None or current.requires_grad
             put_back(module, owners.get(name, (name,)), tensor, learns)
 
