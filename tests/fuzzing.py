@@ -47,7 +47,8 @@ def make(folder: Path) -> None:
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     save_tiny("vit", folder / "plain-transformers")
-    net = timm.create_model("test_convnext", num_classes=5).eval()
+    small = {"input_size": (3, 64, 64)}  # of example inputs
+    net = timm.create_model("test_convnext", num_classes=5, pretrained_cfg_overlay=small).eval()
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         timm.models.save_for_hf(net, str(folder / "plain-timm"), safe_serialization=True)
     (folder / "weights").mkdir()

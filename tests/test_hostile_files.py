@@ -24,10 +24,11 @@ from surgery.artifact.manifest import read_manifest
 from surgery.artifact.sketch import MOST_ELEMENTS, draw
 from surgery.artifact.verify import verify
 from surgery.calibration import read_calibration
-from surgery.errors import ArtifactError, LoadError
+from surgery.errors import ArtifactError, LoadError, PlanError
 from surgery.permission import Permission
 from surgery.recipe import TaskSpec
 from surgery.tensorheader import parse_header
+from surgery.training.parts import split_rows
 from surgery.training.sources import load_data
 from surgery.untrusted import UnreadableError
 
@@ -293,3 +294,10 @@ def test_rows_that_are_no_documents(models, tmp_path, text):
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(LoadError, match=r"rows\.jsonl"):
         load_data(TaskSpec(data=str(path)), surgery.load_member(str(models / "bert")), 0, Permission.OWN)
+
+
+@pytest.mark.parametrize("value", [[1], None, float("inf"), float("nan"), 10**400, "a", True, -1])
+def test_options_of_data_are_numbers(value):
+    with pytest.raises(PlanError, match=r"must be a number of examples|must be left"):
+        split_rows(10, {"test": value}, 0)
+    assert len(split_rows(10, {"test": 0.3}, 0)["test"]) == 3

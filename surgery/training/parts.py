@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from surgery.errors import PlanError
 from surgery.training.tasks import Batch, as_batch
+from surgery.untrusted import shown
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,23 @@ class First:
         return islice(iter(self.data), self.batches)
 
 
+def take_option(options: dict[str, Any], name: str, default: Any, *kinds: type) -> Any:
+    """Take an option out of those of a task's data.
+
+    Raises:
+        PlanError: where it is of none of the kinds that it may be of.
+
+    Example:
+        >>> take_option({"text": "body"}, "text", "text", str)
+        'body'
+    """
+    value = options.pop(name, default)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        known = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise PlanError(f"The option {name} of a task's data must be {known}, found {shown(value)}.")
+    return value
+
+
 def split_rows(count: int, options: Mapping[str, Any], seed: int) -> dict[str, Tensor]:
     """Row numbers for `train`, `validation` and `test`, drawn by the seed.
 
@@ -70,13 +89,20 @@ def split_rows(count: int, options: Mapping[str, Any], seed: int) -> dict[str, T
         PlanError: for other options, or more than there are.
     """
     if strange := sorted(set(options) - {"validation", "test"}):
-        raise PlanError(f"Files take the options validation and test, found {', '.join(strange)}.")
+        raise PlanError(f"Files take the options validation and test, found {shown(strange)}.")
+    for name in ("validation", "test"):
+        value = options.get(name, 0)
+        endless = isinstance(value, float) and not math.isfinite(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or endless:
+            raise PlanError(
+                f"The option {name} must be a number of examples or a share of them, found {shown(value)}."
+            )
     sizes = {
         name: round(value * count) if 0 < value < 1 else int(value)
         for name, value in ((name, options.get(name, 0)) for name in ("validation", "test"))
     }
     if sum(sizes.values()) >= count or min(sizes.values()) < 0:
-        raise PlanError(f"Of {count} examples some must be left to train on, found {sizes}.")
+        raise PlanError(f"Of {count} examples some must be left to train on, found {shown(sizes)}.")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     held = {"validation": order[: sizes["validation"]]}
     held["test"] = order[sizes["validation"] : sum(sizes.values())]

@@ -263,11 +263,11 @@ class Run:
         keep = document["keep"]
         kept = self._read_best(keep)
         self.log.check()
+        if self.trainer.accelerator.is_main_process:
+            note(self.folder, *FILES)
         unpack(self.trainer, tensors, document)
         self.best, self.best_score, self.stale = keep["best"], keep["score"], keep["stale"]
         self.first, self.before = dict(keep["first"]), document["seconds"]
-        if self.trainer.accelerator.is_main_process:
-            note(self.folder, *FILES)
         self.kept = kept
         self.log.cut(self.trainer.generation)
         if self.log.path is not None and self.log.path.exists():

@@ -12,7 +12,7 @@ from surgery.errors import LoadError
 from surgery.member import Member
 from surgery.origins.base import one_line, quiet
 from surgery.permission import Permission
-from surgery.training.parts import Parts, split_rows
+from surgery.training.parts import Parts, split_rows, take_option
 from surgery.training.sources_text import LENGTH, TextBatches, load_tokenizer
 from surgery.training.streams import Batches
 
@@ -35,10 +35,16 @@ def from_datasets(spec: TaskSpec, member: Member, seed: int, permission: Permiss
         LoadError: where the package is missing, or the data set or a column of it.
     """
     options = dict(spec.options)
-    splits = _read(spec.data.removeprefix(PREFIX), options.pop("name", None), options.pop("splits", SPLITS))
-    column, text = options.pop("inputs", None), options.pop("text", "text")
-    target, length = options.pop("target", "label"), options.pop("length", LENGTH)
-    folder = options.pop("tokenizer", None)
+    splits = _read(
+        spec.data.removeprefix(PREFIX),
+        take_option(options, "name", None, str, type(None)),
+        take_option(options, "splits", SPLITS, dict),
+    )
+    column = take_option(options, "inputs", None, str, type(None))
+    text = take_option(options, "text", "text", str)
+    target = take_option(options, "target", "label", str, type(None))
+    length = take_option(options, "length", LENGTH, int)
+    folder = take_option(options, "tokenizer", None, str, type(None))
     tokenizer = None
     if column is None:
         tokenizer = load_tokenizer(member if folder is None else Path(folder).expanduser())

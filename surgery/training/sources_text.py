@@ -17,7 +17,7 @@ from surgery.errors import LoadError
 from surgery.member import Member
 from surgery.origins.base import one_line, quiet, write_files
 from surgery.permission import Permission
-from surgery.training.parts import Parts, split_rows
+from surgery.training.parts import Parts, split_rows, take_option
 from surgery.training.streams import Batches
 from surgery.untrusted import TEXT_BYTES, UnreadableError, parse_json, read_regular
 
@@ -84,7 +84,8 @@ def from_text(spec: TaskSpec, member: Member, seed: int, permission: Permission)
     shares of the examples.
     """
     options = dict(spec.options)
-    column, label = options.pop("text", "text"), options.pop("target", "label")
+    column = take_option(options, "text", "text", str)
+    label = take_option(options, "target", "label", str, type(None))
     path = Path(spec.data).expanduser()
     rows = _read_rows(path)
     wanted = [name for name in (column, label) if name is not None]
@@ -107,7 +108,8 @@ def split_texts(
     seed: int,
 ) -> Parts:
     """Tokenise texts and split them by the options `validation` and `test`."""
-    length, folder = options.pop("length", LENGTH), options.pop("tokenizer", None)
+    length = take_option(options, "length", LENGTH, int)
+    folder = take_option(options, "tokenizer", None, str, type(None))
     tokenizer = load_tokenizer(member if folder is None else Path(folder).expanduser())
     made = {}
     for name, rows in split_rows(len(texts), options, seed).items():
@@ -172,4 +174,9 @@ def _numbers(path: Path, label: str, values: Sequence[Any]) -> Tensor:
     except (TypeError, ValueError) as error:
         raise LoadError(f"The column {label} of {path} must hold numbers: {one_line(error)}") from None
     whole = all(isinstance(v, int) or (isinstance(v, str) and v.lstrip("-").isdecimal()) for v in values)
-    return torch.tensor(numbers, dtype=torch.long if whole else torch.float32)
+    try:
+        return torch.tensor(numbers, dtype=torch.long if whole else torch.float32)
+    except (RuntimeError, OverflowError) as error:
+        raise LoadError(
+            f"The column {label} of {path} must hold numbers of 64 bits: {one_line(error)}"
+        ) from None
