@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from surgery_recipes import SHIPPED
 from torch import Tensor, nn
@@ -123,7 +123,8 @@ def _given(inputs: Any, name: str, loaded: Loaded, seed: int) -> Inputs | None:
     if usual is None:
         with suppress(LoadError):
             usual = example_inputs(loaded.module, loaded.origin, seed=seed)
-    return inputs(Member(name, loaded.module, usual or Inputs(), loaded.origin, loaded.files)) or usual
+    give = cast("Callable[[Member], Inputs | None]", inputs)
+    return give(Member(name, loaded.module, usual or Inputs(), loaded.origin, loaded.files)) or usual
 
 
 def _any(inputs: Inputs) -> bool:

@@ -167,9 +167,10 @@ class Meter:
             self.measure = measure_of(wanted)
             self.name = self.measure.title
         elif wanted is not None:
-            self.name, self.metric = type(wanted).__name__, wanted.clone()
-            self.metric.reset()
-            self.metric.sync_on_compute = False  # every process measures all the data
+            mine: Metric = wanted.clone()
+            self.name, self.metric = type(wanted).__name__, mine
+            mine.reset()
+            mine.sync_on_compute = False  # every process measures all the data
 
     def update(self, output: Any, batch: Batch) -> None:
         """Add a batch."""
