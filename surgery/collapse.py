@@ -6,12 +6,12 @@ Generating tensors is exactly undone: a member's state dict has its keys, order,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from surgery.errors import PlanError
+from surgery.extra_state import extra_state_of
 from surgery.generation import to_weight
 from surgery.member import owners_of
 from surgery.memory import compact
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def collapse(joint: JointModel, name: str) -> dict[str, Tensor]:
-    """The ordinary state dict of one member, no tensor a view of a larger storage.
+def collapse(joint: JointModel, name: str) -> dict[str, Any]:
+    """The ordinary state dict of one member, extra state included, no tensor a view of a larger storage.
 
     Weights of hypermodules that training did not move come back bit for bit; tied names map to one tensor.
 
@@ -37,7 +37,7 @@ def collapse(joint: JointModel, name: str) -> dict[str, Tensor]:
     """
     follow(joint)
     module, owners = joint[name], joint.owners[name]
-    state: dict[str, Tensor] = {}
+    state: dict[str, Any] = {}
     placements = joint.plan.of(name)
     for key in dict.fromkeys(p.bank for p in placements):
         blocks = joint.dictionary[key].settled_blocks()
@@ -50,6 +50,7 @@ def collapse(joint: JointModel, name: str) -> dict[str, Tensor]:
             state[first] = compact(getattr(holder, attribute).detach())
     for first, names in owners.items():
         state.update({each: state[first] for each in names})
+    state |= extra_state_of(module)
     return {key: state[key] for key in joint.state_keys[name] if key in state}
 
 

@@ -22,6 +22,7 @@ from surgery.collapse import collapse
 from surgery.copies import duplicate
 from surgery.dictionary import Bank, Dictionary, exact_bank, master_dtype
 from surgery.errors import PlanError
+from surgery.extra_state import state_keys
 from surgery.generation import Weights, generate_weights, move_dictionary, to_blocks
 from surgery.hooks import release, watch
 from surgery.known import Known, Stamp, stamp, versions
@@ -70,7 +71,9 @@ class JointModel(nn.Module):
         self.members: dict[str, Member] = {member.name: member for member in members}
         self.bodies = nn.ModuleList([member.module for member in members])
         self.owners = {member.name: owners_of(member.module) for member in members}
-        self.state_keys = {member.name: tuple(member.module.state_dict()) for member in members}
+        self.state_keys = {member.name: state_keys(member.module) for member in members}
+        # Members whose hooks change the names in their state dicts.
+        self.renamed = {m.name for m in members if {*m.module.state_dict()} != {*self.state_keys[m.name]}}
         self._filled: dict[
             str, tuple
         ] = {}  # per member: versions of the dictionary its slots were filled from
@@ -244,13 +247,18 @@ class JointModel(nn.Module):
     # -- changing form -------------------------------------------------------------------------------------
 
     def collapse(self, name: str | None = None) -> dict[str, Any]:
-        """Ordinary state dicts by member, or one member's: keys, order, dtypes and ties as they were."""
-        return {each: collapse(self, each) for each in self.names} if name is None else collapse(self, name)
+        """Ordinary state dicts by member, or one member's: keys, order, dtypes and ties as they were.
+
+        A member whose hooks add keys to its state dict, take some out or give them other names has them do so here too.
+        """
+        if name is None:
+            return {each: self.collapse(each) for each in self.names}
+        return self.extract(name).state_dict() if name in self.renamed else collapse(self, name)
 
     def extract(self, name: str) -> nn.Module:
         """A copy of one member with ordinary parameters that depends on nothing here."""
         self.clear()
-        state = self.collapse(name)
+        state = collapse(self, name)
         module = duplicate(self[name])
         release(module)
         for p in self.plan.of(name):

@@ -206,11 +206,12 @@ def plan_members(recipe: Recipe, members: Sequence[Member]) -> tuple[list[Anatom
         PlanError: where a selector matches nothing, or no plan exists.
         TraceError: where a member cannot be traced.
     """
+    from surgery.member import state_tensors
     from surgery.plan import make_plan
     from surgery.sites import discover
     from surgery.template_plan import plan_templates
 
-    names = {member.name: list(member.module.state_dict()) for member in members}
+    names = {member.name: list(state_tensors(member.module)) for member in members}
     chosen: dict[str, Mapping[str, Any]] = {
         option: share_selectors(selectors, names, what=f"--{option}")
         for option, selectors in recipe.select.model_dump(exclude={"stacks"}).items()

@@ -9,7 +9,7 @@ module is free again once its joint model has let it go or is no more.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -133,7 +133,7 @@ def _own(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _place(tensor: Tensor) -> object:
     """Equal for one tensor, and for tensors that are the same memory."""
-    strided = tensor.layout == torch.strided and not isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    strided = tensor.layout == torch.strided and not nn.parameter.is_lazy(tensor)
     if not strided or tensor.device.type == "meta" or not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
@@ -148,7 +148,7 @@ def _named(member: str, path: str, part: nn.Module) -> str:
     return f"{path or type(part).__name__} of '{member}'"
 
 
-def _forget(key: int) -> object:
+def _forget(key: int) -> Callable[[weakref.ref[nn.Module]], None]:
     """What removes a module that is no more; one that took its identity since stays."""
 
     def forget(gone: weakref.ref[nn.Module]) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from surgery.aligned import align_module
 from surgery.errors import LoadError, SurgeryError
 from surgery.inputs import as_inputs, check_runs, example_inputs, forward_error
-from surgery.member import Inputs, Member, Origin
+from surgery.member import Inputs, Member, Origin, state_tensors
 from surgery.origins import KINDS, kind_for, origin_kind
 from surgery.origins.base import Loaded, Request, one_line
 from surgery.origins.bounded import MOST_ELEMENTS, bounded
@@ -143,7 +143,7 @@ def _that_computes(loaded: Loaded, given: Inputs | None, name: str, seed: int) -
     warnings.warn(widen(loaded.module, name), stacklevel=4)
     if loaded.origin.kind != "transformers":
         return loaded
-    dtype = str(next(t.dtype for t in loaded.module.state_dict().values() if t.is_floating_point()))
+    dtype = str(next(t.dtype for t in state_tensors(loaded.module).values() if t.is_floating_point()))
     options = {**loaded.origin.options, "dtype": dtype.removeprefix("torch.")}
     return replace(loaded, origin=replace(loaded.origin, options=options))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from surgery.errors import PlanError
 from surgery.inputs import inputs_for_part
-from surgery.member import Member, owners_of
+from surgery.member import Member, owners_of, state_tensors
 from surgery.occupancy import check_unoccupied
 from surgery.selectors import matches
 from surgery.showing import as_text, plural
@@ -133,9 +133,9 @@ def discover(
         ['1.weight']
     """
     check_unoccupied({member.name: member.module})  # slots are no parameters: it would lack its sites
+    tensors = state_tensors(member.module)
     found = trace(member.module, member.inputs, bounds=bounds, inputs_for=inputs_for_part)
     owners = owners_of(member.module)
-    tensors = member.module.state_dict(keep_vars=True)
     merged = _merge_uses(found)
     for name in _scripted(member.module, owners):
         order = merged[name].order if name in merged else len(merged)

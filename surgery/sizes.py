@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from surgery.member import owners_of
+from surgery.member import owners_of, state_tensors
 from surgery.plan import BankPlan, torch_dtype
 from surgery.precision import decode
 
@@ -98,7 +98,7 @@ def bytes_joint(stored: Stored) -> dict[str, int]:
 
 def bytes_of_module(module: nn.Module) -> int:
     """Bytes of a model's state dict, a tied tensor once: what `bytes_alone` says of it once it is joined."""
-    state = module.state_dict()
+    state = state_tensors(module)
     return sum(state[first].numel() * state[first].element_size() for first in owners_of(module))
 
 

@@ -18,12 +18,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.collapse import follow
 from surgery.dictionary import Bank, Dictionary, master_dtype
+from surgery.extra_state import extra_state_of, set_extra_state
 from surgery.joint import JointModel
 from surgery.known import Known
 from surgery.member import Member
@@ -45,12 +47,14 @@ class Stored:
         tensors: encoded tensors by storage key.
         aliases: keys of plain tensors that equal another key's, byte for byte, and are stored once.
         ties: per member, tied names by first owner.
+        extra: per member, extra state by its key in the state dict.
     """
 
     plan: Plan
     tensors: Mapping[str, Encoded]
     aliases: Mapping[str, str] = field(default_factory=dict)
     ties: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +80,7 @@ def store(joint: JointModel) -> Stored:
         live.update(bank_tensors(plan, settled.banks[plan.key], _row_by_row(plan.key, keep, joint)))
     known = {key: each for key, each in joint.encoded.items() if key[0] == "p" or key.split("/")[1] in keep}
     tensors = {key: _encode_as_before(tensor, known.get(key)) for key, tensor in live.items()}
-    return deduplicate(Stored(settled.plan, tensors, ties=ties(joint)))
+    return deduplicate(Stored(settled.plan, tensors, ties=ties(joint), extra=extra(joint)))
 
 
 def _has_stored_form(plan: BankPlan, joint: JointModel) -> bool:
@@ -213,7 +217,7 @@ def deduplicate(stored: Stored) -> Stored:
                 aliases[key] = first
                 continue
         tensors[key] = encoded
-    return Stored(stored.plan, tensors, aliases, stored.ties)
+    return replace(stored, tensors=tensors, aliases=aliases)
 
 
 def ties(joint: JointModel) -> dict[str, dict[str, tuple[str, ...]]]:
@@ -225,6 +229,11 @@ def ties(joint: JointModel) -> dict[str, dict[str, tuple[str, ...]]]:
     }
 
 
+def extra(joint: JointModel) -> dict[str, dict[str, Any]]:
+    """Per member that has any, extra state by its key in the state dict."""
+    return {name: found for name in joint.names if (found := extra_state_of(joint[name]))}
+
+
 def revive(members: Sequence[Member], stored: Stored, known: Known | None = None) -> JointModel:
     """A joint model from its stored form; the members' modules may still be without weights."""
     check_unoccupied({member.name: member.module for member in members})
@@ -232,7 +241,10 @@ def revive(members: Sequence[Member], stored: Stored, known: Known | None = None
     for member in members:
         _assign_plain(member, stored, encoded)
     banks = {plan.key: build_bank(plan, stored.tensors) for plan in stored.plan.banks}
-    return JointModel(members, stored.plan, Dictionary(banks), encoded, known)
+    joint = JointModel(members, stored.plan, Dictionary(banks), encoded, known)
+    for name, values in stored.extra.items():
+        set_extra_state(joint[name], values)
+    return joint
 
 
 def adopt(joint: JointModel, stored: Stored, known: Known | None = None) -> JointModel:

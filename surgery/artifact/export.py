@@ -17,7 +17,7 @@ from surgery.claims import claim
 from surgery.errors import PlanError
 from surgery.folders import check_target, new_folder
 from surgery.joint import JointModel
-from surgery.member import Member
+from surgery.member import Member, state_tensors
 from surgery.storage import Stored, store
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _export_plain(
         described = as_exported(source.members[member], module)
     else:
         described, module = _read_plain(source, member, trust)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in state_tensors(module).values())
     with new_folder(out, overwrite=overwrite, need=size) as folder:
         write_plain(module, described.origin, described.files, folder)
     return Path(out).expanduser().resolve()

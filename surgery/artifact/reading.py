@@ -16,7 +16,7 @@ from torch import Tensor
 
 from surgery.artifact.layout import Form, encoded_forms, plan_of
 from surgery.artifact.manifest import Manifest
-from surgery.artifact.recorded import DICTIONARY, TENSOR_FILE, WEIGHTS, raise_damaged
+from surgery.artifact.recorded import DICTIONARY, TENSOR_FILE, WEIGHTS, raise_damaged, read_extra_state
 from surgery.artifact.tensorfiles import read_header, read_tensors
 from surgery.artifact.trim import restrict
 from surgery.files import sha256_of
@@ -60,7 +60,7 @@ def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Sto
         for each, key in manifest.members[name].same.items()
     }
     ties = {name: entry.ties for name, entry in manifest.members.items() if entry.ties}
-    stored = Stored(plan, tensors, aliases, ties)
+    stored = Stored(plan, tensors, aliases, ties, read_extra_state(folder, manifest, members))
     if lost := [key for name in members for key in _same(manifest, name) if key not in tensors]:
         raise_damaged(folder, [f"{key} is stored for several, but no file holds it" for key in lost])
     for bank in plan.banks:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from surgery.artifact.manifest import Manifest
 from surgery.artifact.sketch import draw
 from surgery.errors import ArtifactError
-from surgery.member import Inputs, Member, Origin
+from surgery.extra_state import NAME as EXTRA_STATE
+from surgery.extra_state import from_document
+from surgery.member import Inputs, Member, Origin, state_tensors
 from surgery.plan import torch_dtype
 from surgery.storage import Stored
-from surgery.untrusted import UnreadableError, read_regular, shown_text
+from surgery.untrusted import UnreadableError, parse_json, read_regular, shown_text
 
 LARGEST_SMALL = 1 << 28  # bytes of a tokenizer or a configuration
 DICTIONARY, WEIGHTS = "dictionary", "weights"
@@ -81,6 +84,7 @@ def small_files(manifest: Manifest, member: str) -> dict[str, str]:
         path.removeprefix(prefix): path
         for path in manifest.files
         if path.startswith(prefix) and not TENSOR_FILE.fullmatch(path) and not INDEX_FILE.fullmatch(path)
+        if path != f"{prefix}{EXTRA_STATE}"
     }
     borrowed = manifest.members[member].borrowed
     own.update({file: f"members/{lender}/{file}" for file, lender in borrowed.items()})
@@ -103,6 +107,30 @@ def read_small_files(folder: Path, manifest: Manifest, member: str) -> dict[str,
             continue
         if hashlib.sha256(found[file]).hexdigest() != manifest.files[path].sha256:
             bad.append(f"{path} is not the file that was recorded")
+    raise_damaged(folder, bad)
+    return found
+
+
+def read_extra_state(folder: Path, manifest: Manifest, members: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Extra state of the members that have any, by key of the state dict.
+
+    Raises:
+        ArtifactError: naming every file that is missing, is not the one recorded, or is no such document.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    bad: list[str] = []
+    for name in members:
+        path = f"members/{name}/{EXTRA_STATE}"
+        if path not in manifest.files:
+            continue
+        try:
+            content = read_regular(folder / path, LARGEST_SMALL)
+            if hashlib.sha256(content).hexdigest() != manifest.files[path].sha256:
+                bad.append(f"{path} is not the file that was recorded")
+            else:
+                found[name] = from_document(parse_json(content))
+        except (UnreadableError, ValueError) as error:
+            bad.append(f"{path} {error}" if os.path.lexists(folder / path) else f"{path} is missing")
     raise_damaged(folder, bad)
     return found
 
@@ -150,8 +178,8 @@ def stored_dtypes(stored: Stored, member: str) -> set[torch.dtype]:
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of a module's state dict."""
-    return {name: tuple(t.shape) for name, t in module.state_dict().items() if isinstance(t, Tensor)}
+    """Shapes of a module's parameters and persistent buffers."""
+    return {name: tuple(tensor.shape) for name, tensor in state_tensors(module).items()}
 
 
 def misfits(stored: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]) -> str:

@@ -67,7 +67,7 @@ def restrict_report(
     """
     if report is None or whole:
         return None if report is None else dict(report)
-    kept = {
+    kept: dict[str, Any] = {
         key: {name: value for name, value in values.items() if name in names}
         for key, values in report.items()
         if key in ("errors", *ALWAYS) and isinstance(values, Mapping)

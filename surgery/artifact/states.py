@@ -9,12 +9,14 @@ member's own class.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surgery.blocks import untile
 from surgery.dictionary import Bank
+from surgery.extra_state import KEY
 from surgery.memory import compact
 from surgery.plan import Placement, torch_dtype
 from surgery.precision import decode
@@ -28,8 +30,8 @@ def build_banks(stored: Stored) -> dict[str, Bank]:
     return {plan.key: build_bank(plan, stored.tensors) for plan in stored.plan.banks}
 
 
-def state_of(stored: Stored, member: str, banks: Mapping[str, Bank] | None = None) -> dict[str, Tensor]:
-    """One member's state dict; tied names share a tensor.
+def state_of(stored: Stored, member: str, banks: Mapping[str, Bank] | None = None) -> dict[str, Any]:
+    """One member's state dict, extra state included; tied names share a tensor.
 
     Args:
         stored: of the joint model.
@@ -47,7 +49,7 @@ def state_of(stored: Stored, member: str, banks: Mapping[str, Bank] | None = Non
         ties[p.site.name] = p.site.owners
     for first, names in ties.items():
         state.update(dict.fromkeys(names, state[first]))
-    return state
+    return {**state, **stored.extra.get(member, {})}
 
 
 @torch.no_grad()
@@ -64,7 +66,17 @@ def weight_of(p: Placement, bank: Bank) -> Tensor:
     return compact(weight.contiguous().to(torch_dtype(p.site.dtype)))
 
 
-def hollow(state: Mapping[str, Tensor]) -> nn.Module:
+class _WithExtraState(nn.Module):
+    """A module that has nothing but extra state of its own."""
+
+    extra: Any = None
+
+    def get_extra_state(self) -> Any:
+        """As it was given."""
+        return self.extra
+
+
+def hollow(state: Mapping[str, Any]) -> nn.Module:
     """A module with no forward that has exactly this state dict, where a member's class is not at hand.
 
     Example:
@@ -72,15 +84,23 @@ def hollow(state: Mapping[str, Tensor]) -> nn.Module:
         >>> [name for name, _ in module.named_parameters()], [name for name, _ in module.named_buffers()]
         (['a.weight'], ['b'])
     """
-    root = nn.Module()
+    with_extra = {name.rpartition(".")[0] for name in state if name.rpartition(".")[2] == KEY}
+
+    def new(path: str) -> nn.Module:
+        return _WithExtraState() if path in with_extra else nn.Module()
+
+    root = new("")
     made: dict[int, nn.Parameter] = {}
     for name, tensor in state.items():
         holder = root
         *path, attribute = name.split(".")
-        for step in path:
+        for depth, step in enumerate(path):
             if step not in holder._modules:
-                holder.add_module(step, nn.Module())
+                holder.add_module(step, new(".".join(path[: depth + 1])))
             holder = holder.get_submodule(step)
+        if attribute == KEY:
+            holder.extra = tensor
+            continue
         if tensor.is_floating_point() or tensor.is_complex():
             parameter = made.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=False))
             holder.register_parameter(attribute, parameter)

@@ -49,7 +49,8 @@ def restrict(stored: Stored, members: Iterable[str]) -> Stored:
     plan = replace(
         stored.plan, members=names, banks=tuple(banks), placements=tuple(placements), left_alone=left_alone
     )
-    return Stored(plan, tensors, aliases, {name: stored.ties[name] for name in names if name in stored.ties})
+    ties = {name: stored.ties[name] for name in names if name in stored.ties}
+    return Stored(plan, tensors, aliases, ties, {n: stored.extra[n] for n in names if n in stored.extra})
 
 
 def on_cpu(stored: Stored) -> Stored:
@@ -108,7 +109,7 @@ def _drop_costly_banks(stored: Stored) -> Stored:
         banks=tuple(b for b in stored.plan.banks if b.key not in costly),
         placements=tuple(p for p in stored.plan.placements if p.bank not in costly),
     )
-    return Stored(plan, tensors, stored.aliases, ties)
+    return replace(stored, plan=plan, tensors=tensors, ties=ties)
 
 
 def _pays(stored: Stored, bank: BankPlan) -> bool:

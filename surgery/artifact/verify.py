@@ -21,10 +21,11 @@ from surgery.artifact.manifest import NAME, Manifest, checksum_holds, read_manif
 from surgery.artifact.reading import read_stored, wrong_hashes
 from surgery.artifact.recorded import inputs_of, origin_of, small_files
 from surgery.artifact.states import build_banks, state_of
+from surgery.collapse import collapse
 from surgery.copies import duplicate
 from surgery.errors import ConsentError, SurgeryError
 from surgery.joint import JointModel
-from surgery.member import Inputs, Member, Origin, content_hash
+from surgery.member import Inputs, Member, Origin, content_hash, whole_state
 from surgery.occupancy import check_unoccupied
 from surgery.permission import Permission
 from surgery.probes import outputs_of, probe_inputs, relative_error
@@ -175,12 +176,12 @@ def _check(
         reasons.append(
             f"its rebuilt state dict must have the content hash {recorded_hash[:12]}…, but has {found[:12]}…"
         )
-    if joint is not None and (moved := _farthest(joint.collapse(name), state, relative=True)) > ROUNDING:
+    if joint is not None and (moved := _farthest(collapse(joint, name), state, relative=True)) > ROUNDING:
         reasons.append(f"its module must hold its state dict, but differs by {moved:.1e}")
     recorded = ((manifest.report or {}).get("errors") or {}).get(name)
     if origin is None:
         return MemberCheck(name, not reasons, tuple(reasons), rebuilt, where, recorded_error=recorded)
-    original = origin.module.state_dict()
+    original = whole_state(origin.module)
     where, changed = _compare_hash(manifest, name, original, found)
     reasons += changed + _compare_dtypes(original, state)
     error = None
@@ -214,7 +215,7 @@ def _load_origin(
         return None, f"not reached: {error}"
     hashes = (manifest.report or {}).get("hashes") or {}
     unknown = found.origin.seed is not None and origin.seed is None  # written before seeds were recorded
-    if unknown and content_hash(found.module.state_dict()) != hashes.get(name):
+    if unknown and content_hash(whole_state(found.module)) != hashes.get(name):
         return None, "not compared: its weights were drawn at random, from a seed that was not recorded"
     return found, "found"
 
@@ -280,6 +281,7 @@ def _over_all(module: nn.Module, probes: Sequence[Inputs]) -> tuple[Tensor, ...]
 def _farthest(one: Mapping[str, Tensor], other: Mapping[str, Tensor], relative: bool = False) -> float:
     """The largest difference between two state dicts, infinite where they do not have the same tensors."""
     one = {name: tensor for name, tensor in one.items() if isinstance(tensor, Tensor)}
+    other = {name: tensor for name, tensor in other.items() if isinstance(tensor, Tensor)}
     if {name: tensor.shape for name, tensor in one.items()} != {
         name: tensor.shape for name, tensor in other.items()
     }:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from torch import Tensor
+
 from surgery.aligned import aligned_file_bytes, check_dtypes, write_shards
 from surgery.artifact.card import PICTURE, make_card
 from surgery.artifact.layout import encoded_entries, parts_of, plan_entries
@@ -33,6 +35,8 @@ from surgery.artifact.tensorfiles import read_header
 from surgery.artifact.trim import on_cpu, thrift
 from surgery.dictionary import Bank
 from surgery.errors import ArtifactError, OutputError
+from surgery.extra_state import NAME as EXTRA_STATE
+from surgery.extra_state import to_document
 from surgery.files import files_below, sha256_of
 from surgery.folders import new_folder
 from surgery.member import Member, Origin, content_hash
@@ -63,12 +67,13 @@ def write(
     places = into_artifact(out)
     members = [replace(each, origin=_placed(each.origin, places)) for each in members]
     recipe = None if recipe is None else places.recipe(recipe)
+    extra = {name: to_document(values, name) for name, values in stored.extra.items()}
     own, borrowed = _share_files(members)
     room = (
         stored.nbytes
         + sum(len(content) for files in own.values() for content in files.values())
         + ALLOWANCE
-        + sum(map(len, extras.values()))
+        + sum(map(len, (*extras.values(), *extra.values())))
     )
     with new_folder(out, overwrite=overwrite, need=room, record=False) as folder:
         for stem, tensors in _by_file(stored).items():
@@ -76,6 +81,8 @@ def write(
         for name, files in own.items():
             for relative, content in files.items():
                 _put(folder / "members" / name / relative, content)
+        for name, content in extra.items():
+            _put(folder / "members" / name / EXTRA_STATE, content)
         if recipe is not None:
             _put(folder / "recipe.yaml", _recipe_bytes(recipe))
         for relative, content in extras.items():
@@ -174,7 +181,8 @@ def _describe_tensors(
     """What a manifest says of one member's tensors."""
     prefix = f"plain/{member.name}/"
     state = state_of(stored, member.name, banks)
-    once = {id(tensor): (key, tensor.dtype, tuple(tensor.shape)) for key, tensor in state.items()}
+    tensors = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
+    once = {id(tensor): (key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     encoded = encoded_entries(
         (key.removeprefix(prefix), each) for key, each in stored.tensors.items() if key.startswith(prefix)
     )
@@ -221,7 +229,7 @@ def _share_files(members: Sequence[Member]) -> tuple[dict[str, dict[str, bytes]]
     first: dict[tuple[str, bytes], str] = {}
     for member in members:
         for relative, content in sorted(member.files.items()):
-            if not is_safe(relative) or Path(relative).name.startswith(f"{WEIGHTS}."):
+            if not is_safe(relative) or _is_taken(Path(relative)):
                 raise OutputError(
                     f"A member's file must lie inside its folder under a name of its own, but '{relative}' "
                     f"of member '{member.name}' does not; rename it."
@@ -232,6 +240,11 @@ def _share_files(members: Sequence[Member]) -> tuple[dict[str, dict[str, bytes]]
             else:
                 own.setdefault(member.name, {})[relative] = content
     return own, borrowed
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether a member's small file has the name of what an artifact holds beside it."""
+    return path.name.startswith(f"{WEIGHTS}.") or path.as_posix() == EXTRA_STATE
 
 
 def _check_names(members: Sequence[Member]) -> None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from surgery.artifact.states import build_banks, state_of
 from surgery.artifact.trim import thrift
+from surgery.collapse import collapse
 from surgery.errors import PlanError
 from surgery.fitting.fixed_bank import BankRequest, fixed_bank
 from surgery.fitting.report import FitReport, StackReport, describe, describe_stacks
@@ -33,7 +35,7 @@ from surgery.probes import probe_inputs
 from surgery.sharing.names import Mixing
 from surgery.sizes import bytes_alone, parameters_alone
 from surgery.slots import assign
-from surgery.storage import Stored, adopt, compressed, expand, store, ties
+from surgery.storage import Stored, adopt, compressed, expand, extra, store, ties
 
 
 def fit(
@@ -169,6 +171,7 @@ def _adopt(
         original: members whose weights were their origin's before the fit.
         hashes: of each member's weights before the fit.
     """
+    stored = replace(stored, extra=extra(joint))
     banks = build_banks(stored)
     described = {name: content_hash(state_of(stored, name, banks)) for name in joint.names}
     same = frozenset(name for name in original if described[name] == hashes[name])
@@ -224,12 +227,12 @@ def _originals(joint: JointModel) -> dict[str, dict[str, Tensor]]:
     return {
         name: {first: state[first] for first in joint.owners[name]}
         for name in joint.names
-        for state in [joint.collapse(name)]
+        for state in [collapse(joint, name)]
     }
 
 
 def _hashes(joint: JointModel) -> dict[str, str]:
-    return {name: content_hash(joint.collapse(name)) for name in joint.names}
+    return {name: content_hash(collapse(joint, name)) for name in joint.names}
 
 
 def _check_request(

@@ -37,7 +37,7 @@ from surgery.origins.dtypes import widest
 from surgery.origins.empty import build_empty
 from surgery.origins.layers import KEYS, say_layers
 from surgery.origins.transformers_dtypes import FileDtypes, decoded_float8
-from surgery.origins.weights import check_safetensors, raise_misfit
+from surgery.origins.weights import check_safetensors, raise_misfit, save_extra_state
 from surgery.permission import Permission
 from surgery.tensorheader import parse_header
 from surgery.untrusted import shown
@@ -153,7 +153,11 @@ def adopt(module: nn.Module) -> Loaded | None:
 def save_plain(module: Any, origin: Origin, files: Mapping[str, bytes], directory: Path) -> None:
     """Write what `from_pretrained(directory)` reads, tokenizer and preprocessor files included."""
     with quiet():
-        module.save_pretrained(directory, state_dict=_untied(module))
+        state = _untied(module)
+        module.save_pretrained(
+            directory, state_dict={n: t for n, t in state.items() if isinstance(t, torch.Tensor)}
+        )
+    save_extra_state(state, directory)
     for file in sorted(directory.glob("*.safetensors")):
         align_file(file)
     _state_what_is_written(module, files, directory / "config.json")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from surgery.aligned import write_shards
 from surgery.errors import LoadError
+from surgery.extra_state import NAME as EXTRA_STATE
+from surgery.extra_state import to_document
 from surgery.origins.base import one_line, shorten
 from surgery.origins.dtypes import put_dtypes, refuse_other_kinds, widest
 from surgery.origins.layers import say_layers
@@ -159,4 +162,15 @@ def save_weights(module: nn.Module, directory: Path) -> None:
 
     Tied names are written in full, because a strict `load_state_dict` asks for all of them.
     """
-    write_shards(directory, "model", module.state_dict(), metadata={"format": "pt"})
+    state = module.state_dict()
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    write_shards(directory, "model", tensors, metadata={"format": "pt"})
+    save_extra_state(state, directory)
+
+
+def save_extra_state(state: Mapping[str, Any], directory: Path) -> None:
+    """Write what a state dict holds besides tensors as `extra_state.json`; nothing where that is nothing."""
+    if rest := {name: value for name, value in state.items() if not isinstance(value, Tensor)}:
+        document = to_document(rest, directory.name)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / EXTRA_STATE).write_bytes(document)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from surgery.columns import Columns
 from surgery.copies import duplicate
 from surgery.dictionary import Bank
+from surgery.extra_state import extra_state_of, set_extra_state
 from surgery.generation import Weights, to_blocks, to_weight
 from surgery.hooks import Enter, Leave, release
 from surgery.joint import JointModel
@@ -233,6 +234,7 @@ class ShardedModel(JointModel):
             bank.columns = None
         self.dictionary._apply(lambda tensor: tensor.cpu())
         for name in self.names:
+            set_extra_state(joint[name], extra_state_of(self[name]))
             generated = {owner for p in self.plan.of(name) for owner in p.site.owners}
             for first in (first for first in self.owners[name] if first not in generated):
                 own = own_part(getattr(*locate(self[name], first)).detach())

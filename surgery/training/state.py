@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from surgery.contest import Contest
 from surgery.dictionary import Bank
 from surgery.errors import TrainingError
+from surgery.extra_state import extra_state_of, from_document, set_extra_state, to_document
 from surgery.joint import JointModel
 from surgery.member import content_hash
 from surgery.slots import locate
@@ -48,6 +49,8 @@ def model_tensors(joint: JointModel) -> Tensors:
         for first in joint.owners[name]:
             if first not in generated:
                 found[f"member/{name}/{first}"] = own_part(getattr(*locate(joint[name], first)).detach())
+        if values := extra_state_of(joint[name]):
+            found[f"extra/{name}"] = torch.frombuffer(bytearray(to_document(values, name)), dtype=torch.uint8)
     return found
 
 
@@ -69,6 +72,9 @@ def restore(joint: JointModel, tensors: Mapping[str, Tensor]) -> None:
         TrainingError: where the tensors are those of another joint model.
     """
     for name, tensor in model_tensors(joint).items():
+        if name.startswith("extra/"):
+            _restore_extra_state(joint, name, tensors)
+            continue
         if name not in tensors or (name.startswith("member/") and tensor.shape != tensors[name].shape):
             raise TrainingError(
                 f"The checkpoint must hold what this recipe trains, but '{name}' is missing or of another shape: "
@@ -92,6 +98,18 @@ def restore(joint: JointModel, tensors: Mapping[str, Tensor]) -> None:
             bank.diagonals.copy_(tensors[f"bank/{key}/diagonals"])
         bank.psi, bank.contest = psi.to(device, copy=True), None
     joint.refresh()
+
+
+def _restore_extra_state(joint: JointModel, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Of one member, where the state holds it: those of earlier versions do not."""
+    if name in tensors:
+        try:
+            values = from_document(json.loads(tensors[name].cpu().numpy().tobytes()))
+        except ValueError as error:
+            raise TrainingError(
+                f"The checkpoint's '{name}' must be extra state, but {error}: delete the checkpoint to start anew."
+            ) from None
+        set_extra_state(joint[name.partition("/")[2]], values)
 
 
 def pack_contest(contest: Contest | None) -> Tensors:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from surgery.claims import claim_of_first
+from surgery.extra_state import extra_state_of, to_document
 from surgery.joint import JointModel
 from surgery.selectors import share_selectors
 from surgery.training.checking import check_run
@@ -69,6 +70,7 @@ def train(
     Raises:
         PlanError: for settings and tasks that do not fit the joint model, all in one error, and for ways of splitting
             it that training cannot take.
+        OutputError: for extra state that the run's state cannot hold.
         TrainingError: where training cannot go on; the last good state stays in `folder`.
         Interrupted: on Ctrl-C, after the state was saved.
 
@@ -82,6 +84,8 @@ def train(
         3
     """
     settings = check_run(joint, tasks, config, folder)
+    for name in joint.names:
+        to_document(extra_state_of(joint[name]), name)  # it belongs to the run's state
     place = None if folder is None else Path(folder).expanduser()
     with claim_of_first(place):
         return _train(joint, tasks, settings, place, resume, seed, cpu)
