@@ -1,7 +1,7 @@
 """`surgery`: the command, its verbs, and how errors end.
 
-Exit codes: 0 done, 1 `verify` found a mismatch, 2 bad input or usage, 130 interrupted. Verbs import the
-library when they run, so `surgery --help` does not import torch.
+Exit codes: 0 done, 1 `verify` found a mismatch, 2 bad input or usage, 130 interrupted, 143 ended by SIGTERM (128 and
+the number of a signal). Verbs import the library when they run, so `surgery --help` does not import torch.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ from surgery.errors import SurgeryError
 from surgery.version import __version__
 
 from . import demo, evaluate, export, inspect, merge, recipes, report, train, verify
+from .endings import WORDS, requests_raise
 from .options import FLAG
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="surgery",
@@ -105,7 +104,8 @@ def main(arguments: list[str] | None = None) -> None:
     console.typed = list(arguments)
     arguments = with_values(arguments)
     try:
-        app(arguments)
+        with requests_raise():
+            app(arguments)
     except SurgeryError as error:
         if "--debug" in arguments:
             traceback.print_exc()
@@ -113,8 +113,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"surgery: {error}{flag}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
-        if end.code == INTERRUPTED and console.FIRST:  # typer ends an interrupted verb without a word
-            print(f"surgery: interrupted; {console.interrupted}.", file=sys.stderr)
+        if end.code in WORDS and console.FIRST:  # typer ends an interrupted verb without a word
+            print(f"surgery: {WORDS[end.code]}; {console.interrupted}.", file=sys.stderr)
         raise
 
 

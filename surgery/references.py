@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +35,7 @@ from surgery.origins.module import live_module
 from surgery.origins.weights import check_finite
 from surgery.permission import Permission
 from surgery.randomness import all_seeded, member_seed
+from surgery.records import artifact_files
 from surgery.untrusted import shown_text
 
 EXAMPLE_ELEMENTS = 1 << 28  # of a tensor that is made while inputs are tried: a GiB in float32
@@ -62,6 +63,43 @@ def parse_reference(reference: str) -> tuple[str | None, str]:
             f"a reference is [name=]REF, but '{reference}' has no REF: give a folder, a hub id or timm:NAME"
         )
     return (name, rest) if named else (None, reference)
+
+
+def local_path(reference: str) -> Path | None:
+    """The file or folder on this machine that a reference reads; None where it reads none, or none that is there.
+
+    Example:
+        >>> local_path("net=timm:resnet18"), local_path("net=surgery/references.py:load_member")
+        (None, PosixPath('surgery/references.py'))
+    """
+    rest = parse_reference(reference)[1]
+    head = rest.partition("?")[0]
+    weights = rest.rpartition("=")[2] if rest.startswith("timm:") else ""
+    for text in (head, weights, head.rpartition(":")[0]):
+        if text and Path(text).expanduser().exists():
+            return Path(text).expanduser()
+    return None
+
+
+def check_references(references: Iterable[str]) -> None:
+    """What can be found wrong with references before anything is loaded: a file, a folder or a model that is not there.
+
+    Raises:
+        LoadError: for all of them together.
+    """
+    bad = []
+    for reference in references:
+        rest = parse_reference(reference)[1]
+        if artifact_files(Path(rest).expanduser()):  # its manifest is checked when it is read
+            continue
+        try:
+            check = getattr(kind_for(rest), "check", None)
+            if check is not None:
+                check(rest)
+        except LoadError as error:
+            bad.append(str(error))
+    if bad:
+        raise LoadError("; ".join(dict.fromkeys(bad)))
 
 
 def load_member(

@@ -43,7 +43,7 @@ def test_an_existing_target(out: Path, tmp_path: Path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "out", "photos"]
 
 
-@pytest.mark.parametrize("where", ["write_tensors", "make_card", "manifest_bytes"])
+@pytest.mark.parametrize("where", ["write_shards", "make_card", "manifest_bytes"])
 def test_a_failure_half_way_leaves_the_old_folder(out: Path, tmp_path: Path, monkeypatch, where: str):
     before = contents(out)
 

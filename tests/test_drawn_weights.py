@@ -145,7 +145,7 @@ def test_the_same_command_gives_the_same_bytes_and_verify_agrees(tmp_path):
     assert report.ok and [check.origin for check in report.members] == ["same"] * 3
     one, three = surgery.load(tmp_path / "one"), surgery.load(tmp_path / "three")
     assert all(content_hash(one.collapse(name)) == content_hash(three.collapse(name)) for name in models)
-    np.savez(tmp_path / "data.npz", x=np.zeros((2, 3, 160, 160), np.float32), y=np.zeros(2, int))
+    np.savez(tmp_path / "data.npz", inputs=np.zeros((2, 3, 160, 160), np.float32), targets=np.zeros(2, int))
     trained = recipe(models, tmp_path / "t", train={}, parameters={}).model_dump()
     trained["models"][0]["tasks"] = [{"data": str(tmp_path / "data.npz")}]
     prepared = prepare_training(Recipe.of(trained))

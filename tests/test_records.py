@@ -24,6 +24,19 @@ from surgery.training.runlog import NAME as LOG
 from surgery.training.train import train
 
 SHORT = {**CONFIG, "steps": 1, "generations": 1, "burn_in": 1, "final": 0}
+CODE = """
+import torch
+from torch import nn
+
+def net(width=8):
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 2)), (
+        torch.zeros(2, 4),
+    )
+
+def data():
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
+    return [(x, (x.sum(1) > 0).long())]
+"""
 NAMES = st.lists(st.sampled_from("abc"), min_size=1, max_size=3).map("/".join)
 
 
@@ -66,20 +79,7 @@ def test_a_record_does_not_lead_out_of_its_folder(tmp_path):
 @pytest.fixture
 def recipe(tmp_path):
     """A training recipe of one small member on data of a file."""
-    code = """
-import torch
-from torch import nn
-
-def net(width=8):
-    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, width), nn.ReLU(), nn.Linear(width, 2)), (
-        torch.zeros(2, 4),
-    )
-
-def data():
-    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
-    return [(x, (x.sum(1) > 0).long())]
-"""
-    (tmp_path / "mine.py").write_text(code)
+    (tmp_path / "mine.py").write_text(CODE)
     data = f"{tmp_path}/mine.py:data"
     document = {
         "models": [{"model": f"{tmp_path}/mine.py:net", "name": "net", "tasks": [{"data": data}]}],

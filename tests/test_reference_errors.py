@@ -200,3 +200,37 @@ def test_timm_files_that_are_no_state_dicts(tmp_path):
     (tmp_path / "folder" / "config.json").write_text('{"architecture": "test_vit"}')
     with pytest.raises(LoadError, match="must hold weights"):
         load_member(str(tmp_path / "folder"))
+
+
+def test_references_are_looked_for_before_any_is_loaded(tmp_path, monkeypatch):
+    """A reference that is not there is named at once, together with all others, also where there is no network."""
+    import huggingface_hub.constants
+
+    from surgery import references
+    from surgery.merging import prepare
+    from surgery.recipe import Recipe
+
+    monkeypatch.setattr(references, "load_member", lambda *_, **__: pytest.fail("something was loaded"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    given = ["timm:resnet18?pretrained=false", "nothere", "timm:resnet1888", f"timm:resnet18={tmp_path}/gone.pth",
+             f"{tmp_path}/gone.py:net"]  # fmt: skip
+    with pytest.raises(LoadError) as found:
+        prepare(Recipe.of({"models": [{"model": reference} for reference in given]}))
+    for said in (
+        "'nothere' is no local folder",
+        "no model 'resnet1888'",
+        "gone.pth does not exist",
+        "gone.py of",
+    ):
+        assert said in str(found.value)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    asked = []
+
+    def unreachable(url, **_):
+        asked.append(url)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", unreachable)
+    with pytest.raises(LoadError, match="no network"):
+        references.check_references(["org/nothere"])
+    assert len(asked) == 1, "asked once, without trying again"

@@ -191,7 +191,11 @@ def _chosen(manifest: Manifest, members: Sequence[str] | None) -> list[str]:
 
 
 def read_recipe(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
-    """The recipe in an artifact, its relative paths those of the working directory; None where it has none."""
+    """The recipe in an artifact, its relative paths those of the working directory; None where it has none.
+
+    Raises:
+        ArtifactError: where it cannot be read.
+    """
     entry = manifest.files.get("recipe.yaml")
     if entry is None:
         return None

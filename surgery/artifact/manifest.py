@@ -82,6 +82,7 @@ class MemberEntry(_Entry):
         encoded: tensors that are not stored in their own dtype.
         same: tensors that are stored once, under the storage key that is given.
         borrowed: small files that another member, given by name, has too.
+        folder: of its files below `members`, where that is not its name; see `surgery.artifact.foldernames`.
         placements: name, number of its view, order and, where it does not follow the last site of its bank,
             start.
     """
@@ -95,6 +96,7 @@ class MemberEntry(_Entry):
     encoded: tuple[EncodedGroup, ...] = ()
     same: dict[str, str] = {}
     borrowed: dict[str, MemberName] = {}
+    folder: MemberName | None = None
     placements: tuple[tuple[str, Count, Order] | tuple[str, Count, Order, Count], ...] = ()
 
 
@@ -185,6 +187,11 @@ class Manifest(_Entry):
     report: Annotated[dict[str, Any] | None, AfterValidator(check_report)] = None
     files: dict[str, FileEntry]
     checksum: Digest
+
+    def folder_of(self, member: str) -> str:
+        """Where a member's files lie."""
+        entry = self.members.get(member)
+        return f"members/{(entry and entry.folder) or member}"
 
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:
@@ -283,6 +290,9 @@ def _contradictions(manifest: Manifest, folder: Path) -> Iterator[str]:
     for number, view in enumerate(manifest.views):
         if view.bank not in manifest.banks:
             yield f"view {number} names the bank '{view.bank}', which does not exist"
+    folders = [manifest.folder_of(name) for name in manifest.members]
+    if several := sorted({each for each in folders if folders.count(each) > 1}):
+        yield f"every member must have a folder of its own, but {shown_text(', '.join(several))} is of several"
     for name, member in manifest.members.items():
         described = manifest.members.get(member.like) if member.like else member
         if described is None or described.origin is None:
@@ -298,7 +308,7 @@ def _contradictions(manifest: Manifest, folder: Path) -> Iterator[str]:
             if placement[1] >= len(manifest.views):
                 yield f"{name}: {shown_text(placement[0])} has view {placement[1]} of {len(manifest.views)}"
         for file, lender in member.borrowed.items():
-            if not is_safe(file) or f"members/{lender}/{file}" not in manifest.files:
+            if not is_safe(file) or f"{manifest.folder_of(lender)}/{file}" not in manifest.files:
                 yield f"{name}: its file '{shown_text(file)}' is borrowed from '{lender}', which has none"
 
 

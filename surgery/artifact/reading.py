@@ -93,7 +93,9 @@ def _tensor_files(manifest: Manifest, members: Iterable[str]) -> dict[str, list[
     """Files by stem: of the dictionary, the members, and those that hold tensors for them."""
     lenders = {key.split("/", 2)[1] for name in members for key in _same(manifest, name)}
     stems = [DICTIONARY] if manifest.banks else []
-    stems += [f"members/{name}/{WEIGHTS}" for name in manifest.members if name in {*members, *lenders}]
+    stems += [
+        f"{manifest.folder_of(name)}/{WEIGHTS}" for name in manifest.members if name in {*members, *lenders}
+    ]
     found = {
         stem: [
             path
@@ -112,7 +114,7 @@ def _sections(manifest: Manifest, stem: str) -> Iterator[tuple[str, Iterable]]:
         for key, bank in manifest.banks.items():
             yield f"bank/{key}/", bank.encoded
     else:
-        name = stem.split("/")[1]
+        name = next(name for name in manifest.members if stem == f"{manifest.folder_of(name)}/{WEIGHTS}")
         yield f"plain/{name}/", manifest.members[name].encoded
 
 

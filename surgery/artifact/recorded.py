@@ -79,7 +79,7 @@ def read_member(folder: Path, manifest: Manifest, member: str, module: nn.Module
 
 def small_files(manifest: Manifest, member: str) -> dict[str, str]:
     """A member's small files: where each lies in the artifact, by its own relative path."""
-    prefix = f"members/{member}/"
+    prefix = f"{manifest.folder_of(member)}/"
     own = {
         path.removeprefix(prefix): path
         for path in manifest.files
@@ -87,7 +87,7 @@ def small_files(manifest: Manifest, member: str) -> dict[str, str]:
         if path != f"{prefix}{EXTRA_STATE}"
     }
     borrowed = manifest.members[member].borrowed
-    own.update({file: f"members/{lender}/{file}" for file, lender in borrowed.items()})
+    own.update({file: f"{manifest.folder_of(lender)}/{file}" for file, lender in borrowed.items()})
     return dict(sorted(own.items()))
 
 
@@ -120,7 +120,7 @@ def read_extra_state(folder: Path, manifest: Manifest, members: Iterable[str]) -
     found: dict[str, dict[str, Any]] = {}
     bad: list[str] = []
     for name in members:
-        path = f"members/{name}/{EXTRA_STATE}"
+        path = f"{manifest.folder_of(name)}/{EXTRA_STATE}"
         if path not in manifest.files:
             continue
         try:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from surgery.aligned import aligned_file_bytes, check_dtypes, write_shards
 from surgery.artifact.card import PICTURE, make_card
+from surgery.artifact.foldernames import folder_names
 from surgery.artifact.layout import encoded_entries, parts_of, plan_entries
 from surgery.artifact.manifest import NAME, VERSION, is_safe, manifest_bytes, read_manifest
 from surgery.artifact.picture import draw_sharing
@@ -69,6 +70,7 @@ def write(
     recipe = None if recipe is None else places.recipe(recipe)
     extra = {name: to_document(values, name) for name, values in stored.extra.items()}
     own, borrowed = _share_files(members)
+    folders = folder_names(member.name for member in members)
     room = (
         stored.nbytes
         + sum(len(content) for files in own.values() for content in files.values())
@@ -76,18 +78,18 @@ def write(
         + sum(map(len, (*extras.values(), *extra.values())))
     )
     with new_folder(out, overwrite=overwrite, need=room, record=False) as folder:
-        for stem, tensors in _by_file(stored).items():
+        for stem, tensors in _by_file(stored, folders).items():
             write_shards((folder / stem).parent, Path(stem).name, parts_of(tensors), max_shard_size)
         for name, files in own.items():
             for relative, content in files.items():
-                _put(folder / "members" / name / relative, content)
+                _put(folder / "members" / folders[name] / relative, content)
         for name, content in extra.items():
-            _put(folder / "members" / name / EXTRA_STATE, content)
+            _put(folder / "members" / folders[name] / EXTRA_STATE, content)
         if recipe is not None:
             _put(folder / "recipe.yaml", _recipe_bytes(recipe))
         for relative, content in extras.items():
             _put(folder / relative, content)
-        manifest = _describe(stored, members, report, recipe, borrowed)
+        manifest = _describe(stored, members, report, recipe, borrowed, folders)
         _write_front(folder, manifest, stored, sum(map(len, extras.values())))
         _check_readable(folder, stored, out)
     return Path(out).expanduser().resolve()
@@ -149,6 +151,7 @@ def _describe(
     report: Mapping[str, Any] | None,
     recipe: Mapping[str, Any] | None,
     borrowed: Mapping[str, Mapping[str, str]],
+    folders: Mapping[str, str],
 ) -> dict[str, Any]:
     """The manifest without its files; whatever is at its default is left out."""
     banks, views, placements = plan_entries(stored.plan)
@@ -161,7 +164,9 @@ def _describe(
         like = first.setdefault(json.dumps(described), member.name)
         entry = described if like == member.name else {"like": like}
         held = _describe_tensors(stored, member, built, placements.get(member.name, []))
-        entries[member.name] = _without_defaults({**entry, **held, "borrowed": borrowed.get(member.name, {})})
+        place = None if folders[member.name] == member.name else folders[member.name]
+        rest = {"borrowed": borrowed.get(member.name, {}), "folder": place}
+        entries[member.name] = _without_defaults({**entry, **held, **rest})
     for key, bank in banks.items():
         prefix = f"bank/{key}/"
         parts = (
@@ -200,23 +205,26 @@ def _describe_tensors(
 def _forget_known_bytes(manifest: dict[str, Any], written: Mapping[str, Any]) -> dict[str, int]:
     """Bytes of the files of each member before it was joined; left out of the manifest where its files have as many."""
     before = {name: entry["bytes"] for name, entry in manifest["members"].items()}
+    owners = {entry.get("folder", name): name for name, entry in manifest["members"].items()}
     now = dict.fromkeys(before, 0)
     for path, entry in written.items():
         if path.startswith("members/"):
-            now[path.split("/")[1]] += entry["bytes"]
+            now[owners[path.split("/")[1]]] += entry["bytes"]
     for name, entry in manifest["members"].items():
         if now[name] == before[name]:
             del entry["bytes"]
     return before
 
 
-def _by_file(stored: Stored) -> dict[str, dict[str, Encoded]]:
+def _by_file(stored: Stored, folders: Mapping[str, str]) -> dict[str, dict[str, Encoded]]:
     """Stored tensors by the file, without its ending, and by their names in it."""
     files: dict[str, dict[str, Encoded]] = {}
     for key, encoded in stored.tensors.items():
         kind, owner, name = key.split("/", 2)
         stem, inside = (
-            (DICTIONARY, f"{owner}/{name}") if kind == "bank" else (f"members/{owner}/{WEIGHTS}", name)
+            (DICTIONARY, f"{owner}/{name}")
+            if kind == "bank"
+            else (f"members/{folders[owner]}/{WEIGHTS}", name)
         )
         files.setdefault(stem, {})[inside] = encoded
     return files

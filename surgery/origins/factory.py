@@ -32,6 +32,19 @@ def claims(reference: str) -> bool:
     return head.endswith(".py") or ".py:" in head or bool(_DOTTED.fullmatch(head))
 
 
+def check(reference: str) -> None:
+    """Whether the file is there; nothing is run.
+
+    Raises:
+        LoadError: where it is not.
+    """
+    where = reference.partition("?")[0].rpartition(":")[0]
+    if where.endswith(".py") and not Path(where).expanduser().is_file():
+        raise LoadError(
+            f"the file {where} of '{reference}' does not exist: check the path and the working folder"
+        )
+
+
 def load(reference: str, request: Request) -> Loaded:
     """Run the file and call its factory, which returns a module or `(module, example inputs)`.
 

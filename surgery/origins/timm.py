@@ -52,6 +52,22 @@ def claims(reference: str) -> bool:
     return head.startswith("timm/") and head.count("/") == 1
 
 
+def check(reference: str) -> None:
+    """Whether timm has the model, and a file of weights is there.
+
+    Raises:
+        LoadError: where it has not, or is not.
+    """
+    if not reference.startswith("timm:"):
+        return
+    body, weights = _split_weights(reference.removeprefix("timm:"))
+    if "?" not in body:
+        body, _, weights = body.partition("=")
+    _check_name(body.partition("?")[0])
+    if weights and not Path(weights).expanduser().is_file():
+        raise LoadError(f"the weights file {Path(weights).expanduser()} does not exist: check the path")
+
+
 def load(reference: str, request: Request) -> Loaded:
     """Create the model and load its weights strictly.
 

@@ -51,6 +51,7 @@ FILES = (
 )  # fmt: skip
 """Small files that a folder needs besides its weights, sentence-transformers' own among them."""
 _WEIGHTS = ("*.safetensors", "*.bin")
+_PATIENCE = 10.0  # seconds for the hub's first answer
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 
 
@@ -58,6 +59,37 @@ def claims(reference: str) -> bool:
     """Whether `reference` is a folder, or could be a hub id."""
     head = reference.partition("?")[0]
     return Path(head).expanduser().is_dir() or bool(_HUB_ID.fullmatch(head))
+
+
+def check(reference: str) -> None:
+    """Whether a folder is complete, or a hub id is cached or can be reached; the hub is asked once.
+
+    Raises:
+        LoadError: where it is not.
+    """
+    head, options = split_options(reference)
+    if Path(head).expanduser().is_dir():
+        _check_folder(Path(head).expanduser(), options.get("pretrained", True) is not False)
+        return
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    where, revision = _split_revision(head)
+    if isinstance(try_to_load_from_cache(where, "config.json", revision=revision), str):
+        return
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise LoadError(
+                _failed(where, revision, "looking for it", OSError("the hub is set to be offline"))
+            )
+        get_hf_file_metadata(hf_hub_url(where, "config.json", revision=revision), timeout=_PATIENCE)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise LoadError(_failed(where, revision, "looking for it", error)) from error
+    except (HfHubHTTPError, LoadError) as error:  # what else the hub says, loading understands better
+        if isinstance(error, LoadError):
+            raise
+    except Exception as error:  # no network: the class of the error depends on the hub client's version
+        raise LoadError(_failed(where, revision, "looking for it", error)) from error
 
 
 def load(reference: str, request: Request) -> Loaded:

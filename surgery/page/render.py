@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from surgery.errors import OutputError
+from surgery.files import put
 from surgery.page import charts
 from surgery.page.charts import Series
 from surgery.page.overview import MemberView, Overview, Run
@@ -57,14 +58,7 @@ def write_page(view: Overview, file: str | Path, *, overwrite: bool = False) -> 
         )
     if path.exists() and not overwrite and f'content="{GENERATOR} '.encode() not in path.read_bytes()[:4000]:
         raise OutputError(f"{path} exists and is no page of this tool: choose another file, or remove it.")
-    content = render(view).encode()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.new")
-        beside.write_bytes(content)
-        beside.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+    put(path, render(view).encode())
     return path
 
 

@@ -11,11 +11,12 @@ from typing import Any
 from torch import nn
 
 from surgery.artifact import load, save
+from surgery.claims import claim_of_first
 from surgery.errors import ConsentError, LoadError, PlanError, SurgeryError
 from surgery.folders import check_target
 from surgery.joint import JointModel, join
 from surgery.member import Origin
-from surgery.merging import Prepared, plan_members, prepare
+from surgery.merging import Prepared, input_paths, plan_members, prepare
 from surgery.permission import Permission
 from surgery.recipe import Recipe
 from surgery.records import remove_owned
@@ -24,6 +25,7 @@ from surgery.training.checking import check_recipe, check_source
 from surgery.training.config import Training
 from surgery.training.domains import adapting, with_sources
 from surgery.training.examples import TaskData
+from surgery.training.finished import FOLDER, finished_run, going_on, run_folder
 from surgery.training.losses import DISTILLATION, adapts_by, loss_of, terms_of
 from surgery.training.rehearsal import rehearse_members
 from surgery.training.report import TrainReport
@@ -34,14 +36,6 @@ from surgery.training.tasks import Task
 from surgery.training.train import fast, train
 from surgery.training.trial import begin_from_source, load_source
 from surgery.training.validation import Score, evaluate
-
-FOLDER = "training"
-
-
-def run_folder(out: str | Path) -> Path:
-    """Where a run that will write `out` keeps its log and its state while it goes on."""
-    out = Path(out).expanduser()
-    return out.with_name(f"{out.name}.{FOLDER}")
 
 
 def prepare_training(recipe: Recipe, trust_remote_code: bool = False) -> Prepared:
@@ -121,19 +115,41 @@ def train_recipe(
     permission = _permission(own, trust_remote_code)
     check_sources(recipe, permission)
     check_recipe(recipe, going_on=joint is not None)
-    assert recipe.train is not None
-    source = recipe.train.templates.source
     if joint is None:
         check_source(recipe)
+    if resume and recipe.out is not None and (done := finished_run(recipe, fast_run=fast_run)) is not None:
+        return load(recipe.out, trust_remote_code=trust_remote_code), done
     if recipe.out is not None:
-        check_target(Path(recipe.out), overwrite=overwrite)
+        check_target(recipe.out, overwrite=overwrite, inputs=input_paths(recipe, going_on=joint is not None))
+    given = {"resume": resume, "fast_run": fast_run, "overwrite": overwrite, "cpu": cpu}
+    with claim_of_first(recipe.out):
+        return _train_recipe(
+            recipe, prepared, joint, permission, trust_remote_code=trust_remote_code, **given
+        )
+
+
+def _train_recipe(
+    recipe: Recipe,
+    prepared: Prepared | None,
+    joint: JointModel | None,
+    permission: Permission,
+    *,
+    resume: bool,
+    fast_run: bool,
+    overwrite: bool,
+    trust_remote_code: bool,
+    cpu: bool,
+) -> tuple[JointModel, TrainReport]:
+    """`train_recipe`, with its target checked and held by this process."""
+    assert recipe.train is not None
+    source = recipe.train.templates.source
     folder = None if recipe.out is None else run_folder(recipe.out)
     if joint is None:
         prepared = prepared or prepare_training(recipe, trust_remote_code)
         recipe = prepared.recipe
         joint = join(prepared.members, prepared.plan)
     else:
-        recipe = _going_on(recipe)
+        recipe = going_on(recipe)
     read = None if prepared is None else prepared.data
     config, tasks = _with_templates(recipe), make_tasks(recipe, joint.members, permission, read)
     if fast_run:
@@ -158,17 +174,6 @@ def train_recipe(
 def _permission(own: bool, trust_remote_code: bool) -> Permission:
     """Of a recipe that the user wrote, or of one that came with an artifact."""
     return (Permission.of_user if own else Permission.of_artifact)(trust_remote_code)
-
-
-def _going_on(recipe: Recipe) -> Recipe:
-    """The same recipe for members that are trained already: from their alignment, and templates fitted to them."""
-    assert recipe.train is not None
-    train = recipe.train
-    changes = {
-        "evolution": train.evolution.model_copy(update={"start": "given"}),
-        "templates": train.templates.model_copy(update={"start": "fit", "source": None}),
-    }
-    return recipe.model_copy(update={"train": train.model_copy(update=changes)})
 
 
 def _with_templates(recipe: Recipe) -> Training:

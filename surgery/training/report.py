@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from surgery.showing import as_html, as_text, plural
@@ -91,6 +91,18 @@ class TrainReport:
         first = {name: score.document() for name, score in self.first.items()}
         sizes = {"hypermodules": dict(self.hypermodules), "templates": dict(self.templates)}
         return {**vars(self), "scores": scores, "tests": tests, "first": first, **sizes}
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> TrainReport:
+        """The report whose `document` it is, as the last line of a log has it; what is missing is at its default."""
+        known = {field.name: document[field.name] for field in fields(cls) if field.name in document}
+        for part in {"scores", "tests"} & set(known):
+            known[part] = {name: _score(score) for name, score in known[part].items()}
+        return cls(**{**known, "numbers": tuple(known.get("numbers", (0, 0)))})
+
+
+def _score(document: Mapping[str, Any]) -> Score:
+    return Score(**{key: document.get(key) for key in ("loss", "metric", "examples", "measure")})  # type: ignore[arg-type]
 
 
 def adapted_of(task: Task) -> dict[str, Any] | None:

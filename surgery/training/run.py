@@ -116,7 +116,7 @@ class Run:
                     trainer.check()
                     self._save()
                     trainer.accelerator.wait_for_everyone()
-                    raise Interrupted
+                    raise Interrupted(*asked[:1])
         return self._finish(stopped)
 
     @contextmanager

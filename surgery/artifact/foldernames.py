@@ -1,0 +1,46 @@
+"""Folder names: one for each member that is its own on every disk, also one that knows no case or reserves names."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable
+
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in "0123456789¹²³")}
+
+
+def folder_names(members: Iterable[str]) -> dict[str, str]:
+    """The folder of each member: its name wherever that can be.
+
+    Of names that differ only in case, or in how Unicode composes letters, the first keeps its own and the others get a
+    number; a dot or space at the end goes, and what Windows reserves for devices gets a mark in front.
+
+    Example:
+        >>> folder_names(["net", "Net", "con", "end."])
+        {'net': 'net', 'Net': 'Net-2', 'con': '_con', 'end.': 'end'}
+    """
+    members = list(members)
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in members:
+        if _usable(name) == name and folded(name) not in taken:
+            found[name] = name
+            taken.add(folded(name))
+    for name in members:
+        if name not in found:
+            base, number = _usable(name), 2
+            folder = base
+            while folded(folder) in taken:
+                folder, number = f"{base}-{number}", number + 1
+            found[name] = folder
+            taken.add(folded(folder))
+    return {name: found[name] for name in members}
+
+
+def folded(name: str) -> str:
+    """What is equal for names that some file system takes for one."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).casefold()
+
+
+def _usable(name: str) -> str:
+    usable = name.rstrip(". ") or "_"
+    return f"_{usable}" if usable.partition(".")[0].rstrip().casefold() in _DEVICES else usable
