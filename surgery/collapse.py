@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.errors import PlanError
+from surgery.edits import take_edits
 from surgery.extra_state import extra_state_of
 from surgery.generation import to_weight
 from surgery.member import owners_of
 from surgery.memory import compact
-from surgery.slots import has_slot, locate
+from surgery.slots import locate
 
 if TYPE_CHECKING:
     from surgery.joint import JointModel
@@ -55,15 +55,14 @@ def collapse(joint: JointModel, name: str) -> dict[str, Any]:
 
 
 def follow(joint: JointModel) -> None:
-    """Take note of tensors that members got or lost since they were joined, as with another classifier.
+    """Take note of what was done to members since they were joined: edits of slots, tensors got and lost.
 
     Raises:
-        PlanError: naming slots that are gone: the dictionary still generates them.
+        PlanError: naming slots that were replaced, and edits that the dictionary cannot hold.
     """
-    gone: list[str] = []
+    take_edits(joint, joint.names)
     for name in joint.names:
         sites = {each: p.site.owners for p in joint.plan.of(name) for each in p.site.owners}
-        gone += [f"{name}:{owner}" for owner in sites if not has_slot(joint[name], owner)]
         plain = [tuple(n for n in names if n not in sites) for names in owners_of(joint[name]).values()]
         owners = {names[0]: names for names in (*plain, *sites.values()) if names}
         before, now = _names(joint.owners[name]), _names(owners)
@@ -71,12 +70,6 @@ def follow(joint: JointModel) -> None:
             joint.owners[name] = owners
             kept = [key for key in joint.state_keys[name] if key in now or key not in before]
             joint.state_keys[name] = tuple(dict.fromkeys([*kept, *sorted(now)]))
-    if gone:
-        raise PlanError(
-            f"Generated weights must stay where they were when members were joined, but {', '.join(gone[:8])} "
-            f"{'was' if len(gone) == 1 else 'were'} replaced or wrapped; extract the member before, change the copy "
-            "and join that."
-        )
 
 
 def _names(owners: Mapping[str, Sequence[str]]) -> set[str]:

@@ -1,5 +1,4 @@
-"""Hooks: a member's slots follow the dictionary whichever part of it is called, and what would write it
-broken refuses.
+"""Hooks: a member's slots follow the dictionary whichever part of it is called.
 
 Calling a member is not the only way in: `generate` of an encoder-decoder model calls the encoder first,
 timm's `forward_features` calls the stages, and fast paths read the weights of submodules that they never
@@ -9,30 +8,17 @@ current, once.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from surgery.errors import PlanError
+from surgery.gate import Gate, release
+from surgery.guards import GUARDS, Register
+from surgery.states import Give, Take
 
 if TYPE_CHECKING:
     from surgery.joint import JointModel
-
-
-class Gate(ABC):
-    """Watches one module of a member; it knows its joint model, which it does not own."""
-
-    def __init__(self, joint: JointModel, member: str, path: str):
-        self.joint, self.member, self.path = joint, member, path
-
-    @abstractmethod
-    def __call__(self, module: nn.Module, *args: Any) -> None:
-        """What happens around a call of the module."""
-
-    def __deepcopy__(self, memo: dict) -> Gate:
-        return self  # a copied member is freed of it by `release`
 
 
 class Enter(Gate):
@@ -57,42 +43,31 @@ class Leave(Gate):
             release(module, Leave, deep=False)
 
 
-class Refuse:
-    """Takes the place of `save_pretrained`, which would silently leave out every slot."""
-
-    def __init__(self, member: str):
-        self.member = member
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        """Say what would be lost, and what to do."""
-        raise PlanError(
-            f"Member '{self.member}' keeps its site weights in the dictionary, so its own save_pretrained "
-            "would write a broken model; use surgery.export, or "
-            f"joint.extract('{self.member}').save_pretrained(...)."
-        )
-
-
 def watch(joint: JointModel, member: str, module: nn.Module, owners: list[str]) -> None:
-    """Put gates on every module of a member that has a slot in it or below it, and guard what saves it."""
+    """Put gates on every module of a member that has a slot in it or below it.
+
+    Args:
+        joint: the joint model.
+        member: the member's name.
+        module: its module.
+        owners: of all its sites.
+    """
     paths = {".".join(owner.split(".")[:depth]) for owner in owners for depth in range(owner.count(".") + 1)}
+    parts: dict[int, str] = {}
     for path in sorted(paths):
-        part = module.get_submodule(path)
+        parts.setdefault(id(module.get_submodule(path)), path)  # one module may have two names
+    holders = {owner.rpartition(".")[0] for owner in owners}
+    for path in parts.values():
+        part, below = module.get_submodule(path), f"{path}." if path else ""
         part.register_forward_pre_hook(Enter(joint, member, path))
         if (
             not path
         ):  # others have this hook only while a call from outside runs: two hooks each would be felt
             part.register_forward_hook(Leave(joint, member, path), always_call=True)
-    for part in module.modules():
-        if owners and hasattr(part, "save_pretrained"):
-            part.__dict__["save_pretrained"] = Refuse(member)
-
-
-def release(module: nn.Module, kind: type[Gate] = Gate, *, deep: bool = True) -> None:
-    """Take away whatever `watch` put on a module or on what it was copied from."""
-    for part in module.modules() if deep else (module,):
-        for hooks in (part._forward_pre_hooks, part._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
-                del hooks[key]
-                part._forward_hooks_always_called.pop(key, None)
-        if deep and isinstance(part.__dict__.get("save_pretrained"), Refuse):
-            del part.__dict__["save_pretrained"]
+        keys = [key.removeprefix(below) for key in joint.state_keys[member] if key.startswith(below)]
+        give = Give(joint, member, path, keys)
+        part.register_state_dict_pre_hook(give)
+        part.register_state_dict_post_hook(give)
+        part.register_load_state_dict_pre_hook(Take(joint, member, path))
+        for kind in (*GUARDS, Register) if path in holders else GUARDS:
+            part.__dict__[kind.method] = kind(joint, member, path).__call__  # a bound method, as it was

@@ -8,7 +8,8 @@ should use `JointModel.step`, which generates once and goes back through the dic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 
 from surgery.aligned import align_module
 from surgery.collapse import collapse
-from surgery.copies import duplicate
 from surgery.dictionary import Bank, Dictionary, exact_bank, master_dtype
+from surgery.edits import take_edits
 from surgery.errors import PlanError
 from surgery.extra_state import state_keys
+from surgery.extracting import extract
+from surgery.gate import release
 from surgery.generation import Weights, generate_weights, move_dictionary, to_blocks
-from surgery.hooks import release, watch
+from surgery.hooks import watch
 from surgery.known import Known, Stamp, stamp, versions
 from surgery.member import Member, owners_of
 from surgery.mixtures import Templates, has_templates, reopen_stack, run_lengths
@@ -36,7 +39,7 @@ from surgery.sharing.names import Scale
 from surgery.showing import as_html, as_text, plural
 from surgery.sites import discover
 from surgery.sizes import parameters_alone
-from surgery.slots import forget_derived, locate, put_back, put_in, reorder, take_out
+from surgery.slots import Slots, forget_derived, locate, put_back, reorder, take_out
 from surgery.wording import count
 
 
@@ -74,6 +77,7 @@ class JointModel(nn.Module):
         self.state_keys = {member.name: state_keys(member.module) for member in members}
         # Members whose hooks change the names in their state dicts.
         self.renamed = {m.name for m in members if {*m.module.state_dict()} != {*self.state_keys[m.name]}}
+        self.slots = Slots()
         self._filled: dict[
             str, tuple
         ] = {}  # per member: versions of the dictionary its slots were filled from
@@ -81,7 +85,10 @@ class JointModel(nn.Module):
         self._trainable: dict[
             tuple[str, str], bool
         ] = {}  # `requires_grad` of the parameters that slots replaced
+        self._frozen: dict[int, nn.Parameter] = {}  # by `freeze`; coefficients that were fixed before stay so
+        self._untraced: Callable[[str, str], bool] | None = None  # `_enter`, of which no graph is made
         self._in_step = False
+        self.register_load_state_dict_pre_hook(_keep_slots)
         original = frozenset(member.name for member in members if member.original)
         self.occupy(plan, dictionary, encoded or {}, known or Known(original=original))
 
@@ -101,6 +108,10 @@ class JointModel(nn.Module):
     def adapters(self) -> list[nn.Parameter]:
         """What is trained of the members themselves, beside the dictionary."""
         return [p for p in self.bodies.parameters() if p.requires_grad]
+
+    def private(self, name: str) -> dict[str, nn.Parameter]:
+        """The parameters that are a member's own, trained or not; its `named_parameters` has the dictionary's too."""
+        return dict(nn.Module.named_parameters(self[name]))
 
     def __len__(self) -> int:
         return len(self.members)
@@ -143,7 +154,8 @@ class JointModel(nn.Module):
     def refresh(self, members: Sequence[str] | None = None) -> None:
         """Fill the slots without gradients, from the dictionary as it is now.
 
-        Calls do this by themselves; it is needed only after a change through `.data`, which leaves no trace.
+        Calls do this by themselves. Changes that were made to slots in place, and are not yet in the dictionary, are
+        taken back.
 
         Raises:
             PlanError: inside `step`, whose gradients it would lose.
@@ -151,16 +163,8 @@ class JointModel(nn.Module):
         self._refuse_in_step("Filling the slots")
         # Tensors made in inference mode could not take part in a later training of adapters.
         with torch.inference_mode(False), torch.no_grad():
-            learns = self._learns()
-            # PyTorch picks the order of a product's sums by whether its factors are views and require gradients,
-            # also where nothing is recorded: slots are leaves like the parameters that they replace.
-            self._fill(
-                {
-                    key: weight.detach().requires_grad_(learns and self._trainable[key])
-                    for key, weight in self.generate(members).items()
-                }
-            )
-        self._filled.update({name: self._versions() for name in members or self.names})
+            self._fill_leaves(self.generate(members))
+        self._filled.update({name: self.versions() for name in members or self.names})
 
     def clear(self) -> None:
         """Fill the slots without gradients, so that no graph is held and the model can be copied."""
@@ -180,7 +184,7 @@ class JointModel(nn.Module):
             ...     loss_b(joint["b"](y)).backward()
             >>> optimizer.step()
         """
-        self._refuse_in_step("Another step")
+        self.begin("Another step")
         weights = self.generate()
         leaves = {
             key: weight.detach().requires_grad_(weight.requires_grad) for key, weight in weights.items()
@@ -189,6 +193,7 @@ class JointModel(nn.Module):
         self._in_step = True
         try:
             yield leaves
+            take_edits(self, self.names)
             reached = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
             torch.autograd.backward([weights[key] for key in reached], list(reached.values()))
         finally:
@@ -197,20 +202,28 @@ class JointModel(nn.Module):
 
     def enter(self, name: str, path: str) -> bool:
         """Before a part of a member runs: make its slots what the dictionary says; whether it had to."""
+        if "torch._dynamo" not in sys.modules:
+            return self._enter(name, path)
+        if self._untraced is None:
+            self._untraced = torch.compiler.disable(self._enter)
+        return self._untraced(name, path)
+
+    enter._torchdynamo_disable = True  # a compiled member breaks its graph once, before its first layer
+
+    def _enter(self, name: str, path: str) -> bool:
         # Within a backward pass a part runs again for gradient checkpointing, with the weights it had.
         if self._in_step or (path and (name in self._inside or torch._C._current_graph_task_id() != -1)):
             return False
+        take_edits(self, [name])
         self._inside[name] = path
         if torch.is_grad_enabled() and self._learns():
             below = f"{path}." if path else ""
             own = [p for p in self.plan.of(name) if any(owner.startswith(below) for owner in p.site.owners)]
             self._filled.clear()  # a fused optimizer changes rows and leaves no trace in their versions
             self._fill(generate_weights(self.dictionary, own))
-        elif self._filled.get(name) != self._versions():
+        elif self._filled.get(name) != self.versions():
             self.refresh([name])
         return True
-
-    enter._torchdynamo_disable = True  # a compiled member breaks its graph once, before its first layer
 
     def leave(self, name: str, path: str) -> None:
         """After a part of a member ran."""
@@ -244,6 +257,35 @@ class JointModel(nn.Module):
             for name in self.names
         ]
 
+    def make_current(self, name: str, below: str = "") -> None:
+        """Before somebody reads a member's slots: make those whose owners begin with `below` what the dictionary says.
+
+        What a forward pass has generated from the dictionary as it is stays, for its backward pass.
+        """
+        if self._in_step:
+            return
+        take_edits(self, [name])
+        now, held = self.versions(), self.slots.fillings[name]
+        stale = [
+            p
+            for p in self.plan.of(name)
+            if held[p.site.name].source != now and any(owner.startswith(below) for owner in p.site.owners)
+        ]
+        if stale:
+            with torch.inference_mode(False), torch.no_grad():
+                self._fill_leaves(generate_weights(self.dictionary, stale))
+
+    # -- state dicts ---------------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Rows and codes of the dictionary, and what is private to members: nothing that these generate.
+
+        The state dict of a member, `joint[name].state_dict()`, has its weights.
+        """
+        self.begin("A state dict")
+        with self.slots.mark("whole"):
+            return super().state_dict(*args, **kwargs)
+
     # -- changing form -------------------------------------------------------------------------------------
 
     def collapse(self, name: str | None = None) -> dict[str, Any]:
@@ -257,14 +299,7 @@ class JointModel(nn.Module):
 
     def extract(self, name: str) -> nn.Module:
         """A copy of one member with ordinary parameters that depends on nothing here."""
-        self.clear()
-        state = collapse(self, name)
-        module = duplicate(self[name])
-        release(module)
-        for p in self.plan.of(name):
-            put_back(module, p.site.owners, state[p.site.name].clone(), self._trainable[name, p.site.name])
-        reorder(module, self.state_keys[name])
-        return module
+        return extract(self, name)
 
     def open(
         self,
@@ -286,7 +321,7 @@ class JointModel(nn.Module):
             templates: how the plan's stacks are opened; by default with as many templates as an artifact had, or else
                 one for each distinct layer, so that nothing changes.
         """
-        self._refuse_in_step("Opening the dictionary")
+        self.begin("Opening the dictionary")
         generator = torch.Generator().manual_seed(seed)
         for keys in self.plan.stacks.values():
             stack = {key: self.dictionary[key] for key in keys}
@@ -309,13 +344,14 @@ class JointModel(nn.Module):
 
     def vacate(self) -> None:
         """Take the dictionary away: slots become parameters without memory, until `occupy`."""
-        self._refuse_in_step("Taking the dictionary away")
+        self.begin("Taking the dictionary away")
         for name in self.names:
             release(self[name])
             for p in self.plan.of(name):
                 empty = torch.empty(p.site.shape, dtype=torch_dtype(p.site.dtype), device="meta")
                 put_back(self[name], p.site.owners, empty, self._trainable[name, p.site.name])
             reorder(self[name], self.state_keys[name])
+            self.slots.wire(name, self[name], {})
         leave(self)
         self.plan = replace(self.plan, placements=())
 
@@ -330,6 +366,7 @@ class JointModel(nn.Module):
         for name in self.names:
             for p in plan.of(name):
                 self._trainable[name, p.site.name] = take_out(self[name], p.site.owners).requires_grad
+            self.slots.wire(name, self[name], {p.site.name: p.site.owners for p in plan.of(name)})
             watch(self, name, self[name], [owner for p in plan.of(name) for owner in p.site.owners])
             forget_derived(self[name])
         self.keep_known(known)
@@ -350,9 +387,9 @@ class JointModel(nn.Module):
         return sigma
 
     def _fill(self, weights: Weights) -> None:
-        for p in self.plan.placements:
-            if (weight := weights.get((p.site.member, p.site.name))) is not None:
-                put_in(self[p.site.member], p.site.owners, weight)
+        source = self.versions()
+        for (member, site), weight in weights.items():
+            self.slots.put(member, site, weight, source)
         for name in {member for member, _ in weights}:
             forget_derived(self[name])
 
@@ -365,25 +402,67 @@ class JointModel(nn.Module):
         made = [t for bank in banks for t in (*bank.parameters(), *bank.buffers())]
         return stamp([t for t in (*own, *made) if isinstance(t, Tensor)])
 
+    def _fill_leaves(self, weights: Weights) -> None:
+        learns = self._learns()
+        # PyTorch picks the order of a product's sums by whether its factors are views and require gradients,
+        # also where nothing is recorded: slots are leaves like the parameters that they replace.
+        self._fill(
+            {
+                key: weight.detach().requires_grad_(learns and self._trainable[key])
+                for key, weight in weights.items()
+            }
+        )
+
     def _learns(self) -> bool:
         return any(p.requires_grad for p in self.dictionary.parameters())
 
-    def _versions(self) -> Stamp:
+    def versions(self) -> Stamp:
+        """Of everything that weights are generated from; they differ as soon as something is written to."""
         return versions((*self.dictionary.parameters(), *self.dictionary.buffers()))
+
+    def is_filled(self, name: str) -> bool:
+        """Whether a member's slots were filled, without gradients, from the dictionary as it is."""
+        return self._filled.get(name) == self.versions()
 
     def _dtypes(self) -> list[torch.dtype]:
         """Of the members' tensors, generated ones too."""
         own = [t.dtype for t in (*self.bodies.parameters(), *self.bodies.buffers())]
         return own + [torch_dtype(p.site.dtype) for p in self.plan.placements]
 
+    def trains(self, name: str, site: str) -> bool:
+        """Whether a site's parameter was trainable; what it is extracted as."""
+        return self._trainable[name, site]
+
+    def freeze(self, placements: Sequence[Placement], requires_grad: bool) -> None:
+        """Set `requires_grad` of all that some sites' weights are generated from."""
+        self.begin("Freezing")
+        self._trainable.update({(p.site.member, p.site.name): requires_grad for p in placements})
+        for key in {p.bank for p in placements}:
+            for name, parameter in self.dictionary[key].named_parameters():
+                if name == "rows" or not requires_grad or id(parameter) in self._frozen:
+                    if parameter.requires_grad and not requires_grad:
+                        self._frozen[id(parameter)] = parameter
+                    parameter.requires_grad_(requires_grad)
+        self.refresh()
+
+    def begin(self, what: str) -> None:
+        """Before something that needs the dictionary as it is meant to be: not within a step, and with all edits.
+
+        Raises:
+            PlanError: within a step, and where the dictionary cannot follow what was done to slots.
+        """
+        self._refuse_in_step(what)
+        take_edits(self, self.names)
+
     def _refuse_in_step(self, what: str) -> None:
         if self._in_step:
             raise PlanError(f"{what} must wait for the end of joint.step(), which is running.")
 
     def _apply(self, fn: Any, recurse: bool = True) -> JointModel:
-        self._refuse_in_step("Moving the model")
+        self.begin("Moving the model")
         known, dtypes = self.known, self._dtypes()
-        self.bodies._apply(fn)
+        with self.slots.mark("moving"):
+            self.bodies._apply(fn)
         move_dictionary(self.dictionary, fn)
         self.plan = plan_in_dtypes(self.plan, lambda dtype: fn(torch.empty(0, dtype=dtype)).dtype)
         if self._dtypes() == dtypes:  # on another device weights are what they were
@@ -392,10 +471,17 @@ class JointModel(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict) -> JointModel:
-        members = [replace(m, module=self.extract(m.name)) for m in self.members.values()]
-        twin = JointModel(members, self.plan, deepcopy(self.dictionary, memo), self.encoded, self.known)
-        twin.training, twin.bodies.training = self.training, self.bodies.training
-        return twin
+        members = self._extracted(memo)  # with one memo: what members share stays shared
+        return _revived(members, self.plan, deepcopy(self.dictionary, memo), *self._rest())
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return _revived, (self._extracted({}), self.plan, self.dictionary, *self._rest())
+
+    def _extracted(self, memo: dict) -> list[Member]:
+        return [replace(m, module=extract(self, name, memo=memo)) for name, m in self.members.items()]
+
+    def _rest(self) -> tuple:
+        return self.encoded, self.known, self.__dict__.get("recipe"), self.training, self.bodies.training
 
 
 def join(
@@ -451,6 +537,34 @@ def check_names(members: Sequence[Member]) -> None:
             f"Every member needs its own name, but {', '.join(twice)} is given more than once; load a member under "
             "another one with name=."
         )
+
+
+def _revived(
+    members: list[Member],
+    plan: Plan,
+    dictionary: Dictionary,
+    encoded: dict[str, Encoded],
+    known: Known,
+    recipe: Any,
+    training: bool,
+    bodies: bool,
+) -> JointModel:
+    """A copied or unpickled joint model."""
+    joint = JointModel(members, plan, dictionary, encoded, known)
+    if recipe is not None:
+        joint.__dict__["recipe"] = recipe
+    joint.training, joint.bodies.training = training, bodies
+    return joint
+
+
+def _keep_slots(joint: JointModel, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Before the state dict of a joint model is loaded, which has rows: members shall not miss their weights."""
+    joint.begin("Loading a state dict")
+    for number, name in enumerate(joint.names):
+        for p in joint.plan.of(name):
+            for owner in p.site.owners:
+                held = joint.slots.fillings[name][p.site.name].tensor
+                state.setdefault(f"{prefix}bodies.{number}.{owner}", held)
 
 
 def _blocks(modules: Mapping[str, nn.Module], placements: Sequence[Placement]) -> Tensor:

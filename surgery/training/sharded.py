@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,11 +22,12 @@ from surgery.columns import Columns
 from surgery.copies import duplicate
 from surgery.dictionary import Bank
 from surgery.extra_state import extra_state_of, set_extra_state
+from surgery.gate import unwatched
 from surgery.generation import Weights, to_blocks, to_weight
-from surgery.hooks import Enter, Leave, release
+from surgery.hooks import Enter, Leave
 from surgery.joint import JointModel
 from surgery.plan import Placement
-from surgery.slots import locate, put_back, put_in, reorder
+from surgery.slots import Slots, locate, put_back, reorder
 from surgery.training.fsdp import Sharding
 from surgery.training.shards import ChunkPart, ColumnPart, Part, add_up, reshard
 from surgery.training.state import own_part
@@ -50,8 +51,8 @@ class ShardedModel(JointModel):
         self.sharding, self.plan, self.dictionary = sharding, joint.plan, joint.dictionary
         self.owners, self.state_keys = joint.owners, joint.state_keys
         self.encoded = joint.encoded
-        self._filled, self._inside, self._in_step = {}, {}, False
-        self._trainable = joint._trainable
+        self._filled, self._inside, self._in_step, self.slots = {}, {}, False, Slots()
+        self._trainable, self._untraced = joint._trainable, None
         copies = self._copy_members()
         self.members = {name: replace(m, module=copies[name]) for name, m in joint.members.items()}
         self.bodies = nn.ModuleList(copies.values())
@@ -71,14 +72,16 @@ class ShardedModel(JointModel):
         for p in self.plan.placements:
             slot = getattr(*locate(joint[p.site.member], p.site.owners[0]))
             memo[id(slot)] = slot  # not copied
-        copies = {name: duplicate(joint[name], memo) for name in joint.names}
+        with ExitStack() as stack:
+            for name in joint.names:
+                stack.enter_context(unwatched(joint[name]))
+            copies = {name: duplicate(joint[name], memo) for name in joint.names}
         for name, copy in copies.items():
-            release(copy)
             for p in self.plan.of(name):
                 weight = getattr(*locate(copy, p.site.owners[0]))
                 learns = any(x.requires_grad for x in self.dictionary[p.bank].parameters(recurse=False))
                 put_back(copy, p.site.owners, weight, learns and self._trainable[name, p.site.name])
-                put_in(joint[name], p.site.owners, torch.empty_like(weight, device="meta"))
+                joint.slots.put(name, p.site.name, torch.empty_like(weight, device="meta").detach(), ())
             reorder(copy, self.state_keys[name])
         return copies
 
@@ -135,11 +138,11 @@ class ShardedModel(JointModel):
         self._refuse_in_step("Filling the slots")
         with torch.inference_mode(False), torch.no_grad():
             self._generate()
-        self._filled[""] = self._versions()
+        self._filled[""] = self.versions()
 
     def enter(self, name: str, path: str) -> bool:
         """Before a member runs outside of a step: make its weights what the dictionary says."""
-        if not self._in_step and self._filled.get("") != self._versions():
+        if not self._in_step and self._filled.get("") != self.versions():
             self.refresh()
         return True
 

@@ -35,7 +35,7 @@ def share_adapters(joint: JointModel, selectors: Mapping[str, Sequence[str]]) ->
     """
     alike: dict[tuple, list[tuple[str, nn.Parameter]]] = {}
     for member, chosen in selectors.items():
-        for name, parameter in joint[member].named_parameters():
+        for name, parameter in joint.private(member).items():
             if any(matches(selector, name) for selector in chosen):
                 key = (name, parameter.shape, parameter.dtype)
                 alike.setdefault(key, []).append((member, parameter))

@@ -134,7 +134,7 @@ def _train(
         # Under FSDP an original that is distilled is elsewhere than the members are until they are cut.
         rehearse(joint, tasks, losses if sharding is None else {}, seed)
         start(joint, settings.evolution, seed, settings.templates)
-        names = {name: [key for key, _ in joint[name].named_parameters()] for name in joint.names}
+        names = {name: list(joint.private(name)) for name in joint.names}
         share_adapters(joint, share_selectors(settings.share, names, "train.share"))
         freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
         _prepare_members(joint, settings)

@@ -152,7 +152,7 @@ def freeze(joint: JointModel, selectors: Mapping[str, Sequence[str]]) -> None:
         selectors: by member, exact names or `re:` patterns of tensors that no stack and no bank generates.
     """
     for name, chosen in selectors.items():
-        for key, parameter in joint[name].named_parameters():
+        for key, parameter in joint.private(name).items():
             if any(matches(selector, key) for selector in chosen):
                 parameter.requires_grad_(False)
 
