@@ -31,6 +31,7 @@ from surgery.origins import KINDS, kind_for, origin_kind
 from surgery.origins.base import Loaded, Request, one_line
 from surgery.origins.bounded import MOST_ELEMENTS, bounded
 from surgery.origins.dtypes import mixed, widen
+from surgery.origins.live import check_ordinary, unwrap
 from surgery.origins.module import live_module
 from surgery.origins.weights import check_finite
 from surgery.permission import Permission
@@ -139,7 +140,9 @@ def load_member(
         ('probe', 'module')
     """
     if isinstance(reference, nn.Module):
-        loaded = _adopt(reference)
+        module = unwrap(reference)
+        check_ordinary(module)
+        loaded = _adopt(module)
         chosen = name or default_name(loaded.origin)
         _check_name(chosen)
     else:

@@ -31,6 +31,7 @@ from surgery.origins.base import (
 from surgery.origins.bounded import bounded, by_file
 from surgery.origins.dtypes import file_entries, widest
 from surgery.origins.empty import build_empty
+from surgery.origins.prefixes import without_prefix
 from surgery.origins.weights import check_fit, load_exactly, read_weights, save_weights
 from surgery.untrusted import DOCUMENT_BYTES, as_mapping, read_regular
 
@@ -95,6 +96,7 @@ def load(reference: str, request: Request) -> Loaded:
     path = Path(weights).expanduser()
     state = read_weights(path)
     module = _create(name, options)
+    state = without_prefix(state, module.state_dict(), str(path))
     advice = f"Give weights of timm's '{name}', or the options they were made with, such as ?num_classes=10."
     what = f"{path} as weights of timm:{name}"
     check_fit(module, state, what, advice)
@@ -233,6 +235,7 @@ def _load_folder(reference: str, folder: Path, drawn: bool) -> Loaded:
     _check_options(name, config.get("model_args") or {})
     with bounded(f"'{name}' of {folder}", **by_file([tuple(t.shape) for t in state.values()])):
         module = _create(name, {}, f"local-dir:{folder}")
+    state = without_prefix(state, module.state_dict(), str(path))
     advice = "config.json and the weights must belong together."
     what = f"{path} as weights of timm's '{name}'"
     check_fit(module, state, what, advice)

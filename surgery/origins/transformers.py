@@ -36,7 +36,17 @@ from surgery.origins.bounded import bounded, by_file
 from surgery.origins.dtypes import widest
 from surgery.origins.empty import build_empty
 from surgery.origins.layers import KEYS, say_layers
+from surgery.origins.peft import is_adapter, load_onto_base
+from surgery.origins.prefixes import said
+from surgery.origins.quantised import check_library
 from surgery.origins.transformers_dtypes import FileDtypes, decoded_float8
+from surgery.origins.transformers_options import (
+    attention_in_use,
+    attention_of,
+    forget_renaming,
+    renaming,
+    wrappers_prefix,
+)
 from surgery.origins.weights import check_safetensors, raise_misfit, save_extra_state
 from surgery.permission import Permission
 from surgery.tensorheader import parse_header
@@ -99,34 +109,48 @@ def load(reference: str, request: Request) -> Loaded:
         LoadError: where anything is missing, damaged or does not fit, or the hub cannot be reached.
     """
     head, options = split_options(reference)
-    unknown = set(options) - {"class", "unused", "pretrained"}
+    unknown = set(options) - {"class", "unused", "pretrained", "attn_implementation"}
     if unknown:
         raise LoadError(
-            "a transformers reference takes ?class=NAME, ?unused=drop and ?pretrained=false, not "
-            f"{', '.join(sorted(unknown))}"
+            "a transformers reference takes ?class=NAME, ?unused=drop, ?pretrained=false and "
+            f"?attn_implementation=eager, not {', '.join(sorted(unknown))}"
         )
     stored = options.get("pretrained", True) is not False
     folder = Path(head).expanduser()
     local = folder.is_dir()
     where, revision = (str(folder), None) if local else _split_revision(head)
+    if local and is_adapter(folder):
+        asked = reference.removeprefix(head)
+        return load_onto_base(reference, folder, asked, lambda base: load(base, request), FILES)
     if local:
         _check_folder(folder, stored)
+    attention = attention_of(options, reference)
     with quiet():
         config = _read_config(where, revision, request, reference)
+        check_library(config.to_dict(), where)
         kind = model_class(config, options.get("class"), where, revision, request)
+        prefix = ""
         if stored:
             with bounded(where, **(_bounds(folder) if local else {})):
+                prefix = wrappers_prefix(kind, config, folder) if local else ""
+                how = {**attention, **renaming(prefix)}
+                unused = str(options.get("unused", ""))
                 module, extra, dtype = _load_in_file_dtypes(
-                    kind, config, where, revision, request, str(options.get("unused", ""))
+                    kind, config, where, revision, request, unused, how, prefix
                 )
+            forget_renaming(module, prefix)
         else:
             module, extra = _draw_weights(kind, config, where), {}
             dtype = module.dtype
+            if attention:
+                module.set_attn_implementation(attention["attn_implementation"])
         commit = getattr(config, "_commit_hash", None)
         files = read_small_files(folder if local else _snapshot(where, commit or revision), FILES)
     if stored and (note := decoded_float8(config, folder, module)) is not None:
         warnings.warn(f"{reference}: {note}", stacklevel=4)
-    made = {"dtype": str(dtype).removeprefix("torch."), **extra}
+    if prefix:
+        warnings.warn(said(reference, prefix), stacklevel=4)
+    made = {"dtype": str(dtype).removeprefix("torch."), **attention, **extra}
     origin = Origin("transformers", reference, type(module).__name__, commit, made)
     return Loaded(module.eval(), origin, files, stored=stored)
 
@@ -144,7 +168,8 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
         write_files({name: files[name] for name in names if name in files}, Path(folder))
         where = folder
         if request.permission >= Permission.ALL and "auto_map" in read_config(Path(folder) / "config.json"):
-            where = split_options(origin.reference)[0].partition("@")[0]  # code stays where it came from
+            source = str(origin.options.get("base", origin.reference))
+            where = split_options(source)[0].partition("@")[0]  # code stays where it came from
         config = _read_config(where, origin.revision, request, origin.reference)
         kind = model_class(config, origin.architecture, where, origin.revision, request)
         dtype = getattr(torch, str(origin.options.get("dtype", "float32")), None)
@@ -153,6 +178,7 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
                 f"the dtype of '{origin.reference}' must be one of torch's, found {shown(origin.options['dtype'])}"
             )
         extra = {key: value for key, value in origin.options.items() if key == "add_pooling_layer"}
+        extra |= attention_of(origin.options, origin.reference)
         module: Any = build_empty(lambda: kind._from_config(config, dtype=dtype, **extra))
         if "generation_config.json" in files and module.can_generate():
             from transformers.generation.configuration_utils import GenerationConfig
@@ -178,7 +204,7 @@ def adopt(module: nn.Module) -> Loaded | None:
         if module.can_generate() and module.generation_config is not None:
             module.generation_config.save_pretrained(folder)
         files = read_small_files(Path(folder), FILES)
-    options = {"dtype": str(module.dtype).removeprefix("torch.")}
+    options = {"dtype": str(module.dtype).removeprefix("torch."), **attention_in_use(module)}
     return Loaded(module, Origin("transformers", kind.__name__, kind.__name__, None, options), files)
 
 
@@ -261,18 +287,27 @@ def model_class(config: Any, wanted: str | None, where: str, revision: str | Non
 
 
 def _load_in_file_dtypes(
-    kind: Any, config: Any, where: str, revision: str | None, request: Request, unused: str
+    kind: Any,
+    config: Any,
+    where: str,
+    revision: str | None,
+    request: Request,
+    unused: str,
+    how: Mapping[str, Any],
+    prefix: str,
 ) -> tuple[Any, dict[str, Any], torch.dtype]:
     """The module with every tensor in its place and in its file's dtype, options, and the dtype to build it in."""
     if Path(where).is_dir():
-        dtypes = FileDtypes.of(kind, config, Path(where))
-        module, extra = _load_weights(kind, where, revision, request, unused, dtypes.common or "auto")
+        dtypes = FileDtypes.of(kind, config, Path(where), prefix)
+        module, extra = _load_weights(kind, where, revision, request, unused, dtypes.common or "auto", how)
     else:  # transformers chooses and fetches the files, of which only headers are read again
-        module, extra = _load_weights(kind, where, revision, request, unused, "auto")
+        module, extra = _load_weights(kind, where, revision, request, unused, "auto", how)
         commit = getattr(config, "_commit_hash", None)
         dtypes = FileDtypes.of(kind, config, _snapshot(where, commit or revision))
         if dtypes.common not in (None, module.config.dtype):
-            module, extra = _load_weights(kind, where, revision, request, unused, dtypes.common or "auto")
+            module, extra = _load_weights(
+                kind, where, revision, request, unused, dtypes.common or "auto", how
+            )
     dtypes.put(module, where)
     return module, extra, dtypes.common or module.dtype
 
@@ -310,17 +345,23 @@ def _check_kernels(config: Any, where: str, permission: Permission) -> None:
 
 
 def _load_weights(
-    kind: Any, where: str, revision: str | None, request: Request, unused: str, dtype: torch.dtype | str
+    kind: Any,
+    where: str,
+    revision: str | None,
+    request: Request,
+    unused: str,
+    dtype: torch.dtype | str,
+    how: Mapping[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
     """The module with every tensor in its place, cast to `dtype`, and the options that were needed for it."""
     extra: dict[str, Any] = {}
-    module, info = _from_pretrained(kind, where, revision, request, dtype, extra)
+    module, info = _from_pretrained(kind, where, revision, request, dtype, how)
     missing = sorted(info["missing_keys"])
     optional = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
     if optional and missing and all(name.startswith("pooler.") for name in missing):
         # An encoder that was saved without its pooler is complete without one: invent no weights for it.
         extra["add_pooling_layer"] = False
-        module, info = _from_pretrained(kind, where, revision, request, dtype, extra)
+        module, info = _from_pretrained(kind, where, revision, request, dtype, {**how, **extra})
     unexpected = sorted(info["unexpected_keys"])
     if unused == "drop" and unexpected:
         extra["dropped"], unexpected = unexpected, []
@@ -354,7 +395,7 @@ def _from_pretrained(
     revision: str | None,
     request: Request,
     dtype: torch.dtype | str,
-    extra: dict[str, Any],
+    how: Mapping[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
     """The module, and what transformers says about tensors that did not fit."""
     try:
@@ -365,7 +406,7 @@ def _from_pretrained(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that all of them are named in one error
             trust_remote_code=request.permission >= Permission.ALL,
-            **extra,
+            **how,
         )
     except LoadError:
         raise

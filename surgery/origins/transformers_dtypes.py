@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from surgery.errors import LoadError
 from surgery.origins.base import quiet, shorten
 from surgery.origins.dtypes import lossless, put_dtypes, refuse_other_kinds, stored_dtypes, widest
+from surgery.origins.prefixes import strip_prefix
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,15 @@ class FileDtypes:
     tensors: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, kind: Any, config: Any, folder: Path) -> FileDtypes:
-        """Read the headers of a folder's weights for a model of class `kind`.
+    def of(cls, kind: Any, config: Any, folder: Path, prefix: str = "") -> FileDtypes:
+        """Read the headers of a folder's weights for a model of class `kind`; `prefix` is none of the names' own.
 
         Raises:
             LoadError: where integers or complex values stand for floating-point weights.
         """
         if getattr(config, "quantization_config", None) is not None:
             return cls()  # what is stored are codes, and their library says what they mean
-        stored = stored_dtypes(folder)
+        stored = strip_prefix(stored_dtypes(folder), prefix)
         dtypes = {dtype for dtype, _ in stored.values()}
         floating = [dtype for dtype in dtypes if dtype.is_floating_point]
         plain = dtypes <= {*floating, torch.int64, torch.bool}  # counters and masks
