@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .options import FLAG, RUN, SCREEN, Adapters, Debug, Json, Quiet, Seed, Sites, Skip, TrustRemoteCode
+from .options import (
+    FLAG,
+    RUN,
+    SCREEN,
+    Adapters,
+    AllowNonfinite,
+    Debug,
+    Json,
+    Quiet,
+    Seed,
+    Sites,
+    Skip,
+    TrustRemoteCode,
+)
 
 if TYPE_CHECKING:
     from surgery.member import Inputs, Member
@@ -39,6 +52,7 @@ def inspect(
     skip: Skip = None,
     seed: Seed = 0,
     trust_remote_code: TrustRemoteCode = False,
+    allow_nonfinite: AllowNonfinite = False,
     only: Annotated[
         Literal["site", "adapter", "skipped"] | None,
         typer.Option("--only", rich_help_panel=SCREEN, help="Rows of one role."),
@@ -81,7 +95,13 @@ def inspect(
 
     with console.working(quiet=quiet, json_wanted=json), task("Loading and tracing"):
         given = None if inputs is None else lambda member: from_file(member, inputs)
-        member = load_member(reference, inputs=given, trust_remote_code=trust_remote_code, seed=seed)
+        member = load_member(
+            reference,
+            inputs=given,
+            trust_remote_code=trust_remote_code,
+            seed=seed,
+            allow_nonfinite=allow_nonfinite,
+        )
         anatomy = discover(
             member, adapters=tuple(adapters or ()), sites=tuple(sites or ()), skip=tuple(skip or ())
         )

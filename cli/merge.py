@@ -14,6 +14,7 @@ from .options import (
     RUN,
     TARGET,
     Adapters,
+    AllowNonfinite,
     Debug,
     Device,
     Json,
@@ -191,6 +192,7 @@ def merge(
     ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
+    allow_nonfinite: AllowNonfinite = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -207,6 +209,7 @@ def merge(
         "out": out,
         "method": method,
         "seed": seed,
+        "allow_nonfinite": allow_nonfinite or None,
         "device": device,
         "calibrate": calibrate,
         "parameters": {

@@ -62,6 +62,15 @@ TrustRemoteCode = Annotated[
         help="Let Python code run that a model or a folder brings or names. Read it first.",
     ),
 ]
+AllowNonfinite = Annotated[
+    bool,
+    typer.Option(
+        "--allow-nonfinite",
+        metavar=FLAG,
+        rich_help_panel=RUN,
+        help="Accept weights that are NaN or infinite, as rows of unused tokens are.",
+    ),
+]
 Overwrite = Annotated[
     bool,
     typer.Option(

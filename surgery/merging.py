@@ -184,7 +184,7 @@ def prepare(
     members: list[Member] = []
     models: list[Model] = []
     for model in track(recipe.models, "Loading members"):
-        for member in _load(model, inputs, recipe.seed, trust_remote_code):
+        for member in _load(model, inputs, recipe, trust_remote_code):
             if any(member.name == other.name for other in members):
                 raise PlanError(
                     f"Every member needs its own name, but {member.name} is given more than once; "
@@ -203,7 +203,7 @@ def prepare(
 def _load(
     model: Model,
     inputs: Callable[[Model, Member], Inputs | None] | None,
-    seed: int,
+    recipe: Recipe,
     trust_remote_code: bool,
 ) -> list[Member]:
     """What a recipe's entry names: one member, or those of a folder that surgery wrote, as they are there."""
@@ -215,7 +215,14 @@ def _load(
     if not folder.is_dir() or not artifact_files(folder):
         given = None if inputs is None else partial(inputs, model)
         return [
-            load_member(model.model, name=name, inputs=given, seed=seed, trust_remote_code=trust_remote_code)
+            load_member(
+                model.model,
+                name=name,
+                inputs=given,
+                seed=recipe.seed,
+                trust_remote_code=trust_remote_code,
+                allow_nonfinite=recipe.allow_nonfinite,
+            )
         ]
     from surgery.artifact import load
 

@@ -151,6 +151,7 @@ class Recipe(Strict):
         select: which tensors.
         calibrate: files with real inputs, each used for every member that it suits.
         seed: of all that is drawn at random.
+        allow_nonfinite: whether members' weights may be NaN or infinite, as rows of unused tokens are.
         device: where the fit computes; `auto` takes an accelerator where there is one.
         train: settings of joint training; None for a merge.
         out: the folder to write; not recorded in artifacts.
@@ -167,6 +168,7 @@ class Recipe(Strict):
     select: Select = Select()
     calibrate: tuple[str, ...] = ()
     seed: Seed = 0
+    allow_nonfinite: bool = False
     device: str = "auto"
     train: Training | None = None
     out: str | None = None
@@ -213,6 +215,8 @@ class Recipe(Strict):
     def resolved(self) -> dict[str, Any]:
         """What an artifact records: every value in force, in plain types, without where it was written."""
         document = self.model_dump(mode="json", exclude={"out"} if self.train else {"out", "train"})
+        if not self.allow_nonfinite:  # most recipes have nothing to say of it
+            del document["allow_nonfinite"]
         for model in document["models"]:
             if not model["tasks"]:
                 del model["tasks"]
