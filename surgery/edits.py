@@ -29,12 +29,13 @@ def take_edits(joint: JointModel, names: Sequence[str]) -> None:
     Raises:
         PlanError: naming every slot whose values the dictionary cannot hold, and every one that was replaced.
     """
-    for name in names:
-        if replaced := joint.slots.replaced(name):
-            raise PlanError(
-                f"Member '{name}' must keep its modules and slots, which the dictionary fills, but others stand in "
-                f"place of {_few(replaced)}: make such changes to joint.extract('{name}'), whose weights are its own."
-            )
+    if replaced := [(each, name) for name in names for each in joint.slots.replaced(name)]:
+        found = [f"{each} of '{name}'" for each, name in replaced]
+        raise PlanError(
+            "Members must keep the modules and slots that the dictionary fills, but others stand in place of "
+            f"{_few(found)}: make such changes to joint.extract('{replaced[0][1]}'), whose weights are its own, and "
+            "join that."
+        )
     if not any(filling.touched for name in names for filling in joint.slots.fillings.get(name, {}).values()):
         return
     # One writing for all members: it makes whatever was filled before it look outdated.
