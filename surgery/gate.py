@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ class Gate:
 
     method = ""
     """The method that it stands in for; a hook has none."""
+
+    __call__: Callable[..., Any]
 
     def __init__(self, joint: JointModel, member: str, path: str):
         self.joint, self.member, self.path = joint, member, path

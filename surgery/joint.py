@@ -9,7 +9,7 @@ should use `JointModel.step`, which generates once and goes back through the dic
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -86,7 +86,7 @@ class JointModel(nn.Module):
             tuple[str, str], bool
         ] = {}  # `requires_grad` of the parameters that slots replaced
         self._frozen: dict[int, nn.Parameter] = {}  # by `freeze`; coefficients that were fixed before stay so
-        self._untraced: Callable[[str, str], bool] | None = None  # `_enter`, of which no graph is made
+        self._untraced: Any = None  # `_enter`, of which no graph is made
         self._in_step = False
         self.register_load_state_dict_pre_hook(_keep_slots)
         original = frozenset(member.name for member in members if member.original)

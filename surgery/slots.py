@@ -20,7 +20,7 @@ from torch import Tensor, nn
 class Slot(Tensor):
     """A generated tensor in its slot; like `nn.Parameter` it is a plain tensor in every computation."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAssignmentType]
 
     @property
     def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -197,6 +197,8 @@ def reorder(module: nn.Module, keys: Sequence[str]) -> None:
     rank = {key: number for number, key in enumerate(keys)}
     for path, holder in module.named_modules():
         own = holder._parameters
+        if isinstance(holder, torch.jit.ScriptModule):  # its order is compiled
+            continue
         ordered = sorted(own, key=lambda name: rank.get(f"{path}.{name}" if path else name, -1))
         if ordered != list(own):
             tensors = {name: own[name] for name in ordered}

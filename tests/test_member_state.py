@@ -11,6 +11,7 @@ import torch
 from nets import Tied, assert_same_bits, member, open_joint, plain_copy, run
 from torch import nn
 
+import surgery
 from surgery.errors import PlanError
 from surgery.joint import join
 from surgery.member import owners_of
@@ -241,3 +242,15 @@ def test_a_joint_model_is_pickled_whole(tmp_path):
                 run(again[name], plain[name]), run(joint[name], plain[name]), strict=True
             ):
                 assert torch.equal(found, wanted)
+
+
+def test_a_member_with_a_scripted_part_is_extracted_copied_and_moved():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(*(nn.Linear(32, 32) for _ in range(5))), torch.randn(2, 32)
+    net[2] = torch.jit.script(net[2])
+    joint = join([surgery.load_member(net, name="net", inputs=x)], block=(8, 8))
+    for again in (joint.extract("net"), copy.deepcopy(joint)["net"]):
+        with torch.no_grad():
+            assert torch.equal(again(x), joint["net"](x))
+        assert_same_bits(again.state_dict(), joint["net"].state_dict())
+    assert joint["net"].double()(x.double()).dtype == torch.float64
