@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import PlanError
-from surgery.slots import describe
+from surgery.slots import describe, forget_derived
 from surgery.writeback import changes, write
 
 if TYPE_CHECKING:
@@ -38,28 +38,29 @@ def take_edits(joint: JointModel, names: Sequence[str]) -> None:
         )
     if not any(filling.touched for name in names for filling in joint.slots.fillings.get(name, {}).values()):
         return
-    # One writing for all members: it makes whatever was filled before it look outdated.
     touched = [p for p in joint.plan.placements if joint.slots.fillings[p.site.member][p.site.name].touched]
     given = [(p, joint.slots.fillings[p.site.member][p.site.name].tensor) for p in touched]
     labels = {number: f"{p.site.name} of '{p.site.member}'" for number, (p, _) in enumerate(given)}
     found, reasons = changes(joint.dictionary, given, labels)
-    now = joint.versions()
     for number, (p, tensor) in enumerate(given):
         before = joint.slots.fillings[p.site.member][p.site.name]
         if tensor.requires_grad != before.version[2]:
             reasons.append(f"{labels[number]} (its requires_grad was set: use that of the member)")
-        elif found and before.source != now:
-            reasons.append(f"{labels[number]} (the dictionary has changed since it was generated)")
+        elif found and not joint.is_filled(p.site.member):
+            reasons.append(f"{labels[number]} (the dictionary may have changed since it was generated)")
     if reasons:
         first = given[0][0].site.member
         raise PlanError(
             "Weights that the dictionary generates were changed in place, which it can follow only where each has "
             f"rows of its own, but not for {_few(reasons)}: change joint.extract('{first}'), whose weights are its "
-            "own; joint.refresh() takes the changes back."
+            "own, or call joint.refresh() before, which also takes changes back."
         )
-    write(joint.dictionary, found)
+    with joint.still_filled():
+        write(joint.dictionary, found)
     for p in touched:
-        joint.slots.accept(p.site.member, p.site.name, joint.versions())
+        joint.slots.accept(p.site.member, p.site.name)
+    for name in {p.site.member for p in touched}:
+        forget_derived(joint[name])
 
 
 @torch.no_grad()

@@ -265,15 +265,14 @@ class JointModel(nn.Module):
         if self._in_step:
             return
         take_edits(self, [name])
-        now, held = self.versions(), self.slots.fillings[name]
-        stale = [
-            p
-            for p in self.plan.of(name)
-            if held[p.site.name].source != now and any(owner.startswith(below) for owner in p.site.owners)
-        ]
-        if stale:
-            with torch.inference_mode(False), torch.no_grad():
-                self._fill_leaves(generate_weights(self.dictionary, stale))
+        if self.is_filled(name):
+            return
+        mine = [p for p in self.plan.of(name) if any(owner.startswith(below) for owner in p.site.owners)]
+        held = self.slots.fillings[name]
+        # By value: a fused optimizer changes rows and leaves no trace in their versions.
+        with torch.inference_mode(False), torch.no_grad():
+            made = generate_weights(self.dictionary, mine)
+            self._fill_leaves({key: t for key, t in made.items() if not torch.equal(held[key[1]].tensor, t)})
 
     # -- state dicts ---------------------------------------------------------------------------------------
 
@@ -387,9 +386,8 @@ class JointModel(nn.Module):
         return sigma
 
     def _fill(self, weights: Weights) -> None:
-        source = self.versions()
         for (member, site), weight in weights.items():
-            self.slots.put(member, site, weight, source)
+            self.slots.put(member, site, weight)
         for name in {member for member, _ in weights}:
             forget_derived(self[name])
 
@@ -423,6 +421,13 @@ class JointModel(nn.Module):
     def is_filled(self, name: str) -> bool:
         """Whether a member's slots were filled, without gradients, from the dictionary as it is."""
         return self._filled.get(name) == self.versions()
+
+    @contextmanager
+    def still_filled(self) -> Iterator[None]:
+        """Inside, the dictionary becomes what slots hold: those that were filled from it are so afterwards."""
+        filled = [name for name in self.names if self.is_filled(name)]
+        yield
+        self._filled.update(dict.fromkeys(filled, self.versions()))
 
     def _dtypes(self) -> list[torch.dtype]:
         """Of the members' tensors, generated ones too."""

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.errors import PlanError
+
 
 class Slot(Tensor):
     """A generated tensor in its slot; like `nn.Parameter` it is a plain tensor in every computation."""
@@ -63,12 +65,10 @@ class Filling:
     Attributes:
         tensor: itself.
         version: of it when it was put there, with where its memory lies and whether it requires a gradient.
-        source: versions of the dictionary that it was generated from.
     """
 
     tensor: Tensor
     version: tuple
-    source: tuple
 
     @property
     def touched(self) -> bool:
@@ -114,14 +114,14 @@ class Slots:
                 above = below
         self._parents[member] = list(parents.values())
 
-    def put(self, member: str, site: str, tensor: Tensor, source: tuple) -> None:
-        """Fill the slots of a site with a tensor, which becomes a `Slot`, of a dictionary of these versions."""
+    def put(self, member: str, site: str, tensor: Tensor) -> None:
+        """Fill the slots of a site with a tensor, which becomes a `Slot`."""
         if type(tensor) is Tensor:  # others, as of an export, have a meaning of their own
             tensor.__class__ = Slot
         for holder, attribute in self._places[member][site]:
             holder._parameters.pop(attribute, None)
             setattr(holder, attribute, tensor)
-        self.fillings[member][site] = Filling(tensor, _version(tensor), source)
+        self.fillings[member][site] = Filling(tensor, _version(tensor))
 
     def put_again(self, member: str) -> None:
         """Put back what an assignment took away."""
@@ -130,10 +130,10 @@ class Slots:
                 if holder.__dict__.get(attribute) is None and attribute not in holder._parameters:
                     holder.__dict__[attribute] = filling.tensor
 
-    def accept(self, member: str, site: str, source: tuple) -> None:
-        """Take what is in the slots of a site for what a dictionary of these versions generates."""
+    def accept(self, member: str, site: str) -> None:
+        """Take what is in the slots of a site for what the dictionary generates."""
         tensor = self.fillings[member][site].tensor
-        self.fillings[member][site] = Filling(tensor, _version(tensor), source)
+        self.fillings[member][site] = Filling(tensor, _version(tensor))
 
     def replaced(self, member: str) -> list[str]:
         """What stands where a slot or a module above one was: `path (class)`."""

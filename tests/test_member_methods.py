@@ -179,7 +179,7 @@ def test_an_edit_of_a_weight_that_is_out_of_date_is_refused():
     with torch.no_grad():
         joint.dictionary["8x8-float32"].rows.mul_(1.1)
         joined.first.weight.mul_(2)
-    with pytest.raises(PlanError, match="the dictionary has changed since it was generated"):
+    with pytest.raises(PlanError, match="the dictionary may have changed since it was generated"):
         _outputs(joined)
     joint.refresh()
     _outputs(joined)
@@ -324,3 +324,32 @@ def test_compiled_members_still_follow_the_dictionary():
         assert torch.equal(compiled(x), plain(x))
     compiled(x).sum().backward()
     assert all(p.grad is not None for p in joint.dictionary.parameters() if p.requires_grad)
+
+
+def test_one_edit_after_another_is_followed_and_what_was_derived_is_forgotten():
+    one = member("caching")
+    plain = plain_copy(one)
+    joint = join([one], block=(8, 8))
+    for _ in range(3):
+        for net in (one.module, plain.module):
+            with torch.no_grad():
+                net.middle.weight.mul_(1.5)
+        assert_same_bits(one.module.state_dict(), plain.module.state_dict())
+        plain.module.train()
+        plain.module.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(run(joint["caching"], one)[0], run(plain.module, plain)[0])
+
+
+def test_weights_clipped_after_a_step_of_training_are_refused_and_never_undo_it():
+    joint, joined, _ = _alone()
+    optimizer = torch.optim.Adam(joined.parameters(), lr=0.01, fused=True)
+    run(joined, member("tied"))[0].square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        joined.first.weight.clamp_(-0.01, 0.01)
+    with pytest.raises(PlanError, match="may have changed since"):
+        joined.state_dict()
+    joint.refresh()
+    for (_, site), weight in joint.generate().items():
+        assert torch.equal(joined.state_dict()[site], weight)

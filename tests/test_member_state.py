@@ -50,13 +50,13 @@ def test_a_member_and_each_of_its_parts_has_its_whole_state_in_order(kind):
     assert owners_of(joined) == owners_of(plain)
 
 
-def test_the_state_is_what_the_dictionary_says_now():
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_state_is_what_the_dictionary_says_now(fused):
     joint, plain = open_joint("tied")
     one = plain["tied"]
+    optimizer = torch.optim.Adam(joint.dictionary.parameters(), lr=0.1, fused=fused)
     run(joint["tied"], one)[0].sum().backward()
-    with torch.no_grad():
-        for p in joint.dictionary.parameters():
-            p.mul_(1.5)
+    optimizer.step()
     state = joint["tied"].state_dict()
     for (_, site), weight in joint.generate().items():
         assert torch.equal(state[site], weight)

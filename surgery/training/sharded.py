@@ -81,7 +81,7 @@ class ShardedModel(JointModel):
                 weight = getattr(*locate(copy, p.site.owners[0]))
                 learns = any(x.requires_grad for x in self.dictionary[p.bank].parameters(recurse=False))
                 put_back(copy, p.site.owners, weight, learns and self._trainable[name, p.site.name])
-                joint.slots.put(name, p.site.name, torch.empty_like(weight, device="meta").detach(), ())
+                joint.slots.put(name, p.site.name, torch.empty_like(weight, device="meta").detach())
             reorder(copy, self.state_keys[name])
         return copies
 
