@@ -96,7 +96,7 @@ def test_the_verbs_say_what_was_adapted(folder, digits, tmp_path):
     assert did.exit_code == 0, did.output
     words = " ".join(did.output.split())
     assert "digits adapted by moments, without labels: the features that reach 'head'" in words
-    assert "64 numbers were trained" in words
+    assert "64 parameters were trained" in words
     told = " ".join(runner.invoke(app, ["report", out]).output.split())
     assert "adapted by moments, without labels" in told
     told = json.loads(runner.invoke(app, ["evaluate", out, "--trust-remote-code", "--json"]).output)
@@ -135,11 +135,11 @@ def test_training_sees_no_labels_and_the_other_parts_do(folder):
             LoadError,
             r"source nowhere does not exist.*templates\.source=DIR",
         ),
-        ([f"{ADAPTATION}=null"], PlanError, "in a recipe give it 'adaptation'"),
+        ([f"{ADAPTATION}=null"], PlanError, "adaptation: moments needs it"),
         ([f"{ADAPTATION}.part=neck"], PlanError, "no 'neck'; there are stem, blocks, head"),
         ([f"{ADAPTATION}.settings.width=8"], PlanError, "must be of orders, found width"),
-        ([f"{ADAPTATION}.data=nothing"], LoadError, "data must be a function"),
-        ([f"{LOSS}=cross_entropy"], Exception, "compares with targets, but the data give none"),
+        ([f"{ADAPTATION}.data=nothing"], PlanError, "data must be a function"),
+        ([f"{LOSS}=cross_entropy"], Exception, "compares with targets, which training does not see"),
         (["train.templates.like=letters"], PlanError, "must be one of digits, found 'letters'"),
         (
             ["train.evolution.freeze=true", "train.evolution.change=evolve"],

@@ -99,8 +99,17 @@ def check_source(recipe: Recipe) -> None:
     Raises:
         LoadError: where it is not.
     """
-    source = recipe.train.templates.source if recipe.train else None
-    if source is not None and not Path(source).expanduser().is_dir():
+    if recipe.train and (source := recipe.train.templates.source) is not None:
+        require_source(source)
+
+
+def require_source(source: str) -> None:
+    """The same for the artifact's folder.
+
+    Raises:
+        LoadError: where it is not.
+    """
+    if not Path(source).expanduser().is_dir():
         raise LoadError(
             f"The source {source} does not exist: name a folder that a training run wrote in train.templates.source, "
             "on the command line --set train.templates.source=DIR."

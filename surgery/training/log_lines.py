@@ -26,7 +26,7 @@ class _Line(BaseModel):
 class AdaptedLine(_Line):
     """How a task adapted: by which losses, and to which features."""
 
-    by: list[str] = []
+    by: dict[str, float] | list[str] = []
     part: str = ""
     examples: Count = 0
     source: str | None = None

@@ -9,6 +9,7 @@ from surgery.artifact import load
 from surgery.errors import PlanError
 from surgery.joint import JointModel
 from surgery.progress import track
+from surgery.training.checking import require_source
 from surgery.training.config import Training
 from surgery.training.domains import adapting
 from surgery.training.tasks import Task
@@ -28,6 +29,7 @@ def load_source(folder: str, trust: bool) -> JointModel:
     Raises:
         SurgeryError: where it cannot be loaded.
     """
+    require_source(folder)
     return load(folder, trust_remote_code=trust)
 
 
