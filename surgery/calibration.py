@@ -68,8 +68,8 @@ def picture_statistics(member: Member, channels: int) -> tuple[Tensor, Tensor]:
     found = []
     for names in (("mean", "image_mean"), ("std", "image_std")):
         numbers = next((config[name] for name in names if config.get(name)), None)
-        listed = isinstance(numbers, (list, tuple)) and len(numbers) == channels
-        usual = listed and all(isinstance(n, (int, float)) and abs(n) < 1e30 for n in numbers)
+        listed = numbers if isinstance(numbers, (list, tuple)) else ()
+        usual = len(listed) == channels and all(isinstance(n, (int, float)) and abs(n) < 1e30 for n in listed)
         found.append(
             torch.tensor(numbers if usual else [0.5] * channels, dtype=torch.float32).reshape(-1, 1, 1)
         )

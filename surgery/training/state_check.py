@@ -174,9 +174,7 @@ def _wrong_optimizer(
     gone: set[int] = set()
     if document.get("hardened") and not trainer.hardened:
         gone = {id(next(iter(banks.values())).contexts) for banks in stacks_of(trainer.joint).values()}
-    listed: list[
-        tuple[Tensor, Tensor | None]
-    ] = []  # what it will look like, and the parameter that is there now
+    listed: list[tuple[Any, Any]] = []  # what each will look like, and the parameter that is there now
     for group in trainer.optimizer.param_groups:
         listed += [(rows.get(id(p), p), p) for p in group["params"] if id(p) not in gone]
         part = {"soft": "soft", "contexts": "contexts"}.get(group["role"])

@@ -41,7 +41,9 @@ class RandomState(_Part):
     """Python's generator, and what NumPy's has besides its words."""
 
     python: tuple[Literal[3], Annotated[list[Word], Field(min_length=625, max_length=625)], Finite | None]
-    numpy: tuple[Literal["MT19937"], Annotated[float, Field(ge=0, le=624)], Literal[0.0, 1.0], Finite]
+    numpy: tuple[
+        Literal["MT19937"], Annotated[float, Field(ge=0, le=624)], Annotated[float, Field(ge=0, le=1)], Finite
+    ]
 
 
 class StateDocument(_Part):
