@@ -30,8 +30,8 @@ def unadapted(source: Path, corruption: str, seed: int, fast: bool) -> float:
     from surgery_recipes.mnist import mnist
 
     import surgery
-    from surgery.training.parts import First
-    from surgery.training.validation import evaluate
+    from surgery.training.tasks.parts import First
+    from surgery.training.tasks.validation import evaluate
 
     test = mnist(batch=64, seed=seed, view=corruption)["test"]
     task = surgery.Task("test", "digits", [], metric="accuracy", test=First(test) if fast else test)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from benchmarks.harness import judge, make_header, make_parser, show
-from surgery.alignment import draw_by_usage, draw_locations, draw_new
-from surgery.contest import Contest
-from surgery.dictionary import Bank
-from surgery.explanation import draw_by_explanation
-from surgery.training.evolution import prune
+from surgery.dictionary.alignment import draw_by_usage, draw_locations, draw_new
+from surgery.dictionary.contest import Contest
+from surgery.dictionary.dictionary import Bank
+from surgery.dictionary.explanation import draw_by_explanation
+from surgery.training.loop.evolution import prune
 
 LIMIT = 50.0  # ms, for draw and decide
 BLOCK, CONTEXT, ALPHA, EPSILON = (16, 16), 4, 0.5, 1e-4

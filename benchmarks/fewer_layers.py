@@ -91,7 +91,7 @@ def run(way: str, templates: int, seed: int, steps: int, batch: int) -> dict[str
     from surgery_recipes.pretrained import minilm_folder
 
     import surgery
-    from surgery.training.sources_text import load_tokenizer
+    from surgery.training.tasks.sources_text import load_tokenizer
 
     torch.set_num_threads(1)
     torch.manual_seed(seed)

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 import surgery
 from benchmarks.harness import judge, make_header, make_parser, show, take_turns
-from surgery.training.config import Evolution, Training
-from surgery.training.tasks import Task
+from surgery.settings.training import Evolution, Training
+from surgery.training.loop.trainer import Trainer
+from surgery.training.tasks.tasks import Task
 from surgery.training.train import start
-from surgery.training.trainer import Trainer
 
 WORDS, LENGTH, BASES = 33_278, 35, 101
 BATCHES = ((16, 2, 16), (64, 8, 64))

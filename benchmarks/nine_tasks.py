@@ -34,9 +34,9 @@ TRANSFERS: Mapping[str, Sequence[str]] = {
 
 def train(name: str, out: Path, seed: int, fast: bool, changes: Sequence[str] = ()) -> Any:
     """One recipe from end to end; its joint model and its report."""
-    from surgery.documents import override, read_document
-    from surgery.recipe import Recipe
-    from surgery.training.recipe_run import train_recipe
+    from surgery.pipeline.train import train_recipe
+    from surgery.settings.documents import override, read_document
+    from surgery.settings.recipe import Recipe
 
     document = override(read_document(name), [f"out={out}", f"seed={seed}", *changes])
     return train_recipe(Recipe.of(document), fast_run=fast, cpu=True, trust_remote_code=True)

@@ -40,7 +40,7 @@ def document_of(
     recipe: str, method: Mapping[str, Any], members: Sequence[str], seed: int, changes: Sequence[str]
 ) -> dict[str, Any]:
     """The recipe of one run: some members, what the method changes, and then `changes`."""
-    from surgery.documents import override, read_document
+    from surgery.settings.documents import override, read_document
 
     document = read_document(recipe)
     document["models"] = [model for model in document["models"] if model["name"] in members]
@@ -92,8 +92,8 @@ def run_here(work: Path, fast: bool, threads: int) -> None:
     """The run itself: prints its report as one line of JSON."""
     import torch
 
-    from surgery.recipe import Recipe
-    from surgery.training.recipe_run import train_recipe
+    from surgery.pipeline.train import train_recipe
+    from surgery.settings.recipe import Recipe
 
     torch.set_num_threads(threads)
     document = json.loads(work.read_text(encoding="utf-8"))
@@ -198,7 +198,7 @@ def compare(
 
 def members_of(recipe: str) -> tuple[str, ...]:
     """The names of a recipe's members."""
-    from surgery.documents import read_document
+    from surgery.settings.documents import read_document
 
     return tuple(model["name"] for model in read_document(recipe)["models"])
 

@@ -59,7 +59,7 @@ METHODS: Mapping[str, tuple[int, Mapping[str, Any]]] = {
 
 def methods_of(case: str) -> dict[str, dict[str, Any]]:
     """What every method changes in the recipe."""
-    from surgery.documents import read_document
+    from surgery.settings.documents import read_document
 
     (model,) = read_document("isometric")["models"]
     return {

@@ -22,8 +22,8 @@ import surgery
 from benchmarks import zoo
 from benchmarks.harness import judge, make_header, make_parser, show, take_turns
 from surgery import JointModel, Member
-from surgery.dictionary import Bank, codes
-from surgery.kernel import generate
+from surgery.dictionary.dictionary import Bank, codes
+from surgery.dictionary.kernel import generate
 
 CONTEXT, SAMPLED, LENGTH, LIMIT = 4, 0.5, 128, 1.15
 TOKENS = (1024, 4096)

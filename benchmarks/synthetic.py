@@ -35,10 +35,10 @@ def run(setting: str, noisy: bool, seed: int, file: str | None) -> dict[str, Any
     torch.set_num_threads(1)
     from surgery_recipes.synthetic import problem
 
-    from surgery.documents import override, read_document
-    from surgery.recipe import Recipe
-    from surgery.training.recipe_run import train_recipe
-    from surgery.training.runlog import find_log, read_log
+    from surgery.pipeline.train import train_recipe
+    from surgery.settings.documents import override, read_document
+    from surgery.settings.recipe import Recipe
+    from surgery.training.report.runlog import find_log, read_log
 
     options = [f"models.0.tasks.0.options.noisy={str(noisy).lower()}", f"seed={seed}"]
     options += [

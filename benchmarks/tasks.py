@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from surgery import Member
-from surgery.probes import outputs_of, probe_inputs
+from surgery.inputs.probes import outputs_of, probe_inputs
 
 SENTENCES = Path(__file__).with_name("sentences.txt")
 PAIRS = {"WordSim-353": "wordsim353.tsv", "SimLex-999": "simlex999.txt"}

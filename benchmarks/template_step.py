@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 import surgery
 from benchmarks.harness import judge, make_header, make_parser, show, take_turns
-from surgery.joint import JointModel
-from surgery.mixtures import Templates
-from surgery.sites import discover
-from surgery.template_plan import plan_templates
+from surgery.anatomy.sites import discover
+from surgery.anatomy.template_plan import plan_templates
+from surgery.core.joint import JointModel
+from surgery.dictionary.mixtures import Templates
 
 NETS = {"cnn": cnn, "vit": vit}
 LAYERS, TEMPLATES, LIMIT = 8, 4, 0.05

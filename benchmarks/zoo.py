@@ -37,7 +37,7 @@ def efficientnet() -> Member:
     """EfficientNet-Lite0 as timm's architecture, with its ImageNet weights."""
     import timm
 
-    from surgery.origins.weights import read_weights
+    from surgery.members.origins.weights import read_weights
 
     net = timm.create_model("tf_efficientnet_lite0", pretrained=False)
     net.load_state_dict(to_timm_names(read_weights(known_file(*EFFICIENTNET, EFFICIENTNET_SHA256))))

@@ -13,7 +13,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 
 def recipes(incomplete: str) -> Iterator[tuple[str, str]]:
     """The installed recipes, each with its first line."""
-    from surgery.documents import read_text, recipe_names
+    from surgery.settings.documents import read_text, recipe_names
 
     for name in recipe_names():
         if name.startswith(incomplete):

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from surgery.progress import reporting
-from surgery.wording import count as count
-from surgery.wording import percent as percent
-from surgery.wording import size as size
+from surgery.util.progress import reporting
+from surgery.util.wording import count as count
+from surgery.util.wording import percent as percent
+from surgery.util.wording import size as size
 
 from .screen import Screen
 

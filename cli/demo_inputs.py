@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from surgery.member import Inputs
+    from surgery.members.member import Inputs
 
 SENTENCES = (
     "The surgeon sewed the wound with great care.",
@@ -57,7 +57,7 @@ def write_inputs(folder: Path) -> tuple[Path, Path]:
         LoadError: where a package that holds a photograph is missing.
         OutputError: where the folder cannot be written, or holds other files.
     """
-    from surgery.folders import new_folder
+    from surgery.disk.folders import new_folder
 
     with new_folder(folder, overwrite=True) as new:
         (new / TEXTS).write_text("\n".join(SENTENCES) + "\n", encoding="utf-8")

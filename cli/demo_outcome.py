@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from surgery.artifact.verify import VerifyReport
-    from surgery.joint import JointModel
-    from surgery.member import Inputs
-    from surgery.recipe import Recipe
+    from surgery.core.joint import JointModel
+    from surgery.members.member import Inputs
+    from surgery.settings.recipe import Recipe
 
 Outputs = Mapping[str, Sequence[tuple["Tensor", ...]]]
 
@@ -86,8 +86,8 @@ def measure(recipe: Recipe, inputs: Path, *, overwrite: bool) -> Outcome:
     """
     from surgery.artifact import load
     from surgery.artifact.verify import verify
-    from surgery.merging import merge, prepare, read_probes
-    from surgery.progress import task
+    from surgery.pipeline.merge import merge, prepare, read_probes
+    from surgery.util.progress import task
 
     prepared = prepare(recipe)
     text, image = (member.name for member in prepared.members)
@@ -121,7 +121,7 @@ def measure(recipe: Recipe, inputs: Path, *, overwrite: bool) -> Outcome:
 
 def outputs(modules: Mapping[str, nn.Module], inputs: Mapping[str, Sequence[Inputs]]) -> Outputs:
     """The outputs of each member for each of its batches."""
-    from surgery.probes import outputs_of
+    from surgery.inputs.probes import outputs_of
 
     return {name: [outputs_of(module, batch) for batch in inputs[name]] for name, module in modules.items()}
 

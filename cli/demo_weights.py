@@ -58,8 +58,8 @@ def prepare_weights(folder: Path) -> tuple[str, str]:
     """
     from safetensors.torch import save_file
 
-    from surgery.folders import new_folder
-    from surgery.origins.weights import read_weights
+    from surgery.disk.folders import new_folder
+    from surgery.members.origins.weights import read_weights
 
     minilm = known_file(*MINILM, MINILM_SHA256)
     checkpoint = known_file(*EFFICIENTNET, EFFICIENTNET_SHA256)

@@ -60,7 +60,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure members on their tasks: loss and metric, from the folder alone."""
-    from surgery.training.recipe_run import evaluate_artifact
+    from surgery.pipeline.train import evaluate_artifact
 
     from . import console, outcome
 

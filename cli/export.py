@@ -46,7 +46,7 @@ def export(
 ) -> None:
     """Write one member as a model of its own."""
     from surgery.artifact.export import export as write
-    from surgery.progress import task
+    from surgery.util.progress import task
 
     from . import console, outcome
 

@@ -25,8 +25,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from surgery.member import Inputs, Member
-    from surgery.sites import Anatomy, LeftAlone, Site
+    from surgery.anatomy.sites import Anatomy, LeftAlone, Site
+    from surgery.members.member import Inputs, Member
 
 REFERENCE = (
     "A transformers folder or hub id ([cyan]org/name@rev[/cyan]), [cyan]timm:NAME[/cyan], "
@@ -87,9 +87,9 @@ def inspect(
     view is the stack of matrices, [cyan]stack x out x in[/cyan], that is cut into blocks. An
     [bold]adapter[/bold] is left to its member alone.
     """
-    from surgery.progress import task
-    from surgery.references import load_member
-    from surgery.sites import discover
+    from surgery.anatomy.sites import discover
+    from surgery.members.references import load_member
+    from surgery.util.progress import task
 
     from . import console
 
@@ -126,7 +126,7 @@ def inspect(
 
 def from_file(member: Member, file: Path) -> Inputs:
     """The first batch of a file, prepared as the member expects."""
-    from surgery.probes import probe_inputs
+    from surgery.inputs.probes import probe_inputs
 
     return replace(probe_inputs(member, calibrate=file)[0], source=str(file))
 

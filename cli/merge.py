@@ -27,7 +27,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from surgery.recipe import Recipe
+    from surgery.settings.recipe import Recipe
 
 EXAMPLES = """
 surgery merge ./minilm timm:resnet18 --out joint
@@ -235,9 +235,9 @@ def merge(
 
 def read_recipe(config: str | None, given: dict[str, Any], changes: list[str], trust: bool) -> Recipe:
     """The recipe of a command line: a file, overridden by options, overridden by `--set`."""
-    from surgery.documents import check_code, override
-    from surgery.documents import read_recipe as read_document
-    from surgery.recipe import TARGETS, Recipe
+    from surgery.settings.documents import check_code, override
+    from surgery.settings.documents import read_recipe as read_document
+    from surgery.settings.recipe import TARGETS, Recipe
 
     document = read_document(config) if config else {}
     if config:
@@ -258,7 +258,7 @@ def preview(
     recipe: Recipe, overwrite: bool, trust_remote_code: bool, *, json: bool, quiet: bool, verbose: bool
 ) -> None:
     """A dry run: everything up to the plan, and whether the target could be written."""
-    from surgery.merging import check, prepare
+    from surgery.pipeline.merge import check, prepare
 
     from . import console, planned
 
@@ -275,7 +275,7 @@ def run(
     recipe: Recipe, overwrite: bool, trust_remote_code: bool, *, json: bool, quiet: bool, verbose: bool
 ) -> None:
     """The merge itself, then what it did."""
-    from surgery.merging import merge
+    from surgery.pipeline.merge import merge
 
     from . import console, outcome
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import console
 
 if TYPE_CHECKING:
-    from surgery.joint import JointModel
+    from surgery.core.joint import JointModel
 
 PRECISION = "fewer bits for each number: rounding, not sharing"
 SHARING = "what members or layers have in common, stored once"
@@ -120,7 +120,7 @@ def print_means(joint: JointModel) -> None:
 
 def print_next(joint: JointModel, folder: Path, trust: bool = False) -> None:
     """The commands that are likely to come next."""
-    from surgery.training.recipe_run import is_foreign
+    from surgery.pipeline.train import is_foreign
 
     name = joint.names[0]
     consent = ["--trust-remote-code"] * trust
@@ -159,7 +159,7 @@ def print_scores(first: Scores, kept: Scores, tests: Scores) -> None:
 
 def print_sizes(sizes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
     """Members alone, in the joint model as it began, and as it is: parameters and bytes."""
-    from surgery.training.comparison import total
+    from surgery.training.report.comparison import total
 
     if not sizes:
         return

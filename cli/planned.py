@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from . import console
 
 if TYPE_CHECKING:
-    from surgery.merging import Prepared
-    from surgery.plan import BankPlan, Plan
-    from surgery.recipe import Recipe
+    from surgery.anatomy.plan import BankPlan, Plan
+    from surgery.pipeline.merge import Prepared
+    from surgery.settings.recipe import Recipe
 
 
 def plan_json(prepared: Prepared) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def plan_json(prepared: Prepared) -> dict[str, Any]:
 
 def member_rows(prepared: Prepared) -> list[dict[str, Any]]:
     """For each member its size, and how much of it is sites."""
-    from surgery.sizes import bytes_of_module, parameters_of_module
+    from surgery.core.sizes import bytes_of_module, parameters_of_module
 
     rows = []
     for member in prepared.members:
@@ -166,7 +166,7 @@ def _say_training(recipe: Recipe) -> None:
 
 
 def _metric(wanted: str | dict[str, Any] | None) -> str:
-    from surgery.training.metrics import measure_of
+    from surgery.training.tasks.metrics import measure_of
 
     return "-" if wanted is None else measure_of(wanted).title
 
@@ -200,6 +200,6 @@ def _size(bank: BankPlan) -> int:
 
 def bytes_of(dtype: str) -> int:
     """Bytes of one number."""
-    from surgery.plan import torch_dtype
+    from surgery.anatomy.plan import torch_dtype
 
     return torch_dtype(dtype).itemsize

@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="List, copy and check recipes.")
 @app.command("ls", epilog="[dim]Examples[/dim]\n  surgery recipes ls")
 def list_recipes(json: Json = False, debug: Debug = False) -> None:
     """List the installed recipes, each with its first line."""
-    from surgery.documents import read_text, recipe_names
+    from surgery.settings.documents import read_text, recipe_names
 
     from . import console
 
@@ -43,9 +43,9 @@ def copy_recipe(
     debug: Debug = False,
 ) -> None:
     """Copy an installed recipe, as a start for one of your own."""
-    from surgery.documents import read_text
+    from surgery.disk.files import put
     from surgery.errors import OutputError
-    from surgery.files import put
+    from surgery.settings.documents import read_text
 
     from . import console
 
@@ -71,8 +71,8 @@ def check_recipe(
     debug: Debug = False,
 ) -> None:
     """Check a recipe's keys, values and names, by the rules of train; no model or data are loaded, no code is run."""
-    from surgery.documents import read_recipe
-    from surgery.recipe import Recipe
+    from surgery.settings.documents import read_recipe
+    from surgery.settings.recipe import Recipe
     from surgery.training.checking import check_document
 
     from . import console

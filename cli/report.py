@@ -63,8 +63,8 @@ def report(
     without a network.
     """
     from surgery.page import look, write_page
-    from surgery.training.pictures import write_pictures
-    from surgery.training.runlog import find_log, read_log
+    from surgery.training.report.pictures import write_pictures
+    from surgery.training.report.runlog import find_log, read_log
 
     from . import console
 
@@ -142,8 +142,8 @@ def print_artifact(view: Overview) -> None:
 
 def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What a log says of its run: how far it went, tasks, sizes, statistics."""
-    from surgery.training.comparison import share_of
-    from surgery.training.runlog import first_validation
+    from surgery.training.report.comparison import share_of
+    from surgery.training.report.runlog import first_validation
 
     start = next((line for line in lines if line["event"] == "start"), {})
     generations = [line for line in lines if line["event"] == "generation"]
@@ -171,7 +171,7 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 def print_summary(summary: dict[str, Any], pictures: list[Path]) -> None:
     """Tasks, modules by subset, statistics, and where the pictures are."""
-    from surgery.training.comparison import as_scores, verdict
+    from surgery.training.report.comparison import as_scores, verdict
 
     from . import console, outcome
 

@@ -95,7 +95,7 @@ def clock(seconds: float) -> str:
 
 
 class Screen:
-    """A `surgery.progress.Reporter` that shows tasks on a terminal, or that the command is starting."""
+    """A `surgery.util.progress.Reporter` that shows tasks on a terminal, or that the command is starting."""
 
     def __init__(self, console: Console):
         self._console, self._jobs = console, {0: Job("Starting", None)}
@@ -104,7 +104,7 @@ class Screen:
         self._wait()
 
     def start(self, description: str, total: float | None) -> object:
-        """See `surgery.progress.Reporter`."""
+        """See `surgery.util.progress.Reporter`."""
         with self._lock:
             key, self._next = self._next, self._next + 1
             self._jobs[key] = Job(description, total)
@@ -112,17 +112,17 @@ class Screen:
         return key
 
     def advance(self, key: object, steps: float) -> None:
-        """See `surgery.progress.Reporter`."""
+        """See `surgery.util.progress.Reporter`."""
         with self._lock:
             self._jobs[key].advance(steps, time.monotonic())  # type: ignore[index]
 
     def describe(self, key: object, description: str) -> None:
-        """See `surgery.progress.Reporter`."""
+        """See `surgery.util.progress.Reporter`."""
         with self._lock:
             self._jobs[key].description = description  # type: ignore[index]
 
     def finish(self, key: object) -> None:
-        """See `surgery.progress.Reporter`."""
+        """See `surgery.util.progress.Reporter`."""
         with self._lock:
             del self._jobs[key]  # type: ignore[arg-type]
 

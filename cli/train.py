@@ -13,8 +13,8 @@ from . import completion
 from .options import FLAG, RUN, Debug, Json, Overwrite, Quiet, TrustRemoteCode
 
 if TYPE_CHECKING:
-    from surgery.recipe import Recipe
-    from surgery.training.report import TrainReport
+    from surgery.settings.recipe import Recipe
+    from surgery.training.report.report import TrainReport
 
 EXAMPLES = """
 surgery recipes ls
@@ -127,8 +127,8 @@ def read_training(
     """The recipe, and the folder whose members go on, where the source is one."""
     import yaml
 
-    from surgery.documents import check_code, override, read_document, read_recipe
-    from surgery.places import out_of_artifact
+    from surgery.disk.places import out_of_artifact
+    from surgery.settings.documents import check_code, override, read_document, read_recipe
     from surgery.training.checking import check_document
 
     folder = Path(source).expanduser()
@@ -147,8 +147,8 @@ def read_training(
 
 def preview(recipe: Recipe, folder: Path | None, trust: bool, *, json: bool, quiet: bool) -> None:
     """A dry run: members loaded and planned, and the tasks' first batches tried."""
+    from surgery.pipeline.train import prepare_again, prepare_training, try_tasks
     from surgery.training.checking import check_source
-    from surgery.training.recipe_run import prepare_again, prepare_training, try_tasks
 
     from . import console, planned
 
@@ -178,8 +178,8 @@ def run(
     json: bool,
 ) -> TrainReport:
     """The training itself; where it is interrupted, the last line on the screen says how to go on."""
-    from surgery.training.interruptions import Interrupted
-    from surgery.training.recipe_run import finished_run, run_folder, train_recipe
+    from surgery.pipeline.train import finished_run, run_folder, train_recipe
+    from surgery.training.loop.interruptions import Interrupted
 
     from . import console
 
@@ -188,7 +188,7 @@ def run(
         if resume and (done := finished_run(recipe, fast_run=fast)) is not None:
             return done
         if folder is not None:
-            from surgery.training.recipe_run import rejoin
+            from surgery.pipeline.train import rejoin
 
             joint = rejoin(folder, recipe, trust_remote_code=trust)
         try:
@@ -212,8 +212,8 @@ def run(
 
 def print_left(folder: Path) -> None:
     """What is still in the run's folder now that it is done: files that training did not write, and trackers' ones."""
-    from surgery.files import files_below
-    from surgery.training.recipe_run import run_folder
+    from surgery.disk.files import files_below
+    from surgery.pipeline.train import run_folder
 
     from . import console
 
@@ -225,8 +225,8 @@ def print_left(folder: Path) -> None:
 
 def print_report(report: TrainReport, folder: Path, trust: bool = False) -> None:
     """Each task with what it reached, then the size."""
-    from surgery.training.comparison import verdict
-    from surgery.training.recipe_run import needs_consent
+    from surgery.pipeline.train import needs_consent
+    from surgery.training.report.comparison import verdict
 
     from . import console, outcome
 

@@ -40,7 +40,7 @@ def verify(
     [cyan]--origins[/cyan] nothing outside of the folder is opened.
     """
     from surgery.artifact.verify import verify as check
-    from surgery.progress import task
+    from surgery.util.progress import task
 
     from . import console
 

@@ -28,8 +28,15 @@ def page_with_tables(text: str) -> str:
 
 def tables() -> str:
     """All of them."""
-    from surgery.recipe import Model, Parameters, Recipe, Select, TaskSpec
-    from surgery.training.config import Adaptation, Evolution, Optimizer, Stopping, TemplateSettings, Training
+    from surgery.settings.recipe import Model, Parameters, Recipe, Select, TaskSpec
+    from surgery.settings.training import (
+        Adaptation,
+        Evolution,
+        Optimizer,
+        Stopping,
+        TemplateSettings,
+        Training,
+    )
 
     parts = [
         "### Keys of a recipe",
@@ -73,8 +80,8 @@ def keys(prefix: str, model: type[BaseModel]) -> str:
 
 def losses() -> str:
     """Names of losses, with what they are."""
-    from surgery.training.adaptation import WAYS
-    from surgery.training.losses import DISTILLATION, LOSSES, TARGETED, distillation
+    from surgery.training.tasks.adaptation import WAYS
+    from surgery.training.tasks.losses import DISTILLATION, LOSSES, TARGETED, distillation
 
     rows = [
         (f"`{name}`", "yes" if name in TARGETED else "no", first_line(each)) for name, each in LOSSES.items()
@@ -90,7 +97,7 @@ def losses() -> str:
 
 def metrics() -> str:
     """Names of metrics, with the class of torchmetrics behind each."""
-    from surgery.training import metrics as room
+    from surgery.training.tasks import metrics as room
 
     rows = [
         (f"`{name}`", f"`{target}`", ", ".join(f"`{key}={value}`" for key, value in preset.items()) or "-")
@@ -105,9 +112,9 @@ def metrics() -> str:
 
 def sources() -> str:
     """Forms of `data`, with the options of each."""
-    from surgery.training import sources as room
-    from surgery.training.sources_hub import PREFIX
-    from surgery.training.sources_text import TEXT_ENDINGS
+    from surgery.training.tasks import sources as room
+    from surgery.training.tasks.sources_hub import PREFIX
+    from surgery.training.tasks.sources_text import TEXT_ENDINGS
 
     forms = {
         "`file.py:function`, `package.module:function`": room.from_function,

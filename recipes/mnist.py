@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import LoadError
-from surgery.training.streams import Batches
+from surgery.training.tasks.streams import Batches
 
 from .packages import find_files
 from .parts import Prepared, first

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import PlanError
-from surgery.training.streams import Batches
+from surgery.training.tasks.streams import Batches
 
 
 class Prepared:

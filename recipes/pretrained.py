@@ -44,7 +44,7 @@ def minilm_regressor(layers: int = 6) -> tuple[nn.Module, dict[str, Tensor]]:
     """all-MiniLM-L6-v2, or its first layers, with a linear head on the mean of its tokens."""
     from transformers import AutoModel
 
-    from surgery.origins.base import quiet
+    from surgery.util.quiet import quiet
 
     with quiet():  # the pooler, and layers that are left away, are no surprise
         encoder: Any = AutoModel.from_pretrained(
@@ -61,7 +61,7 @@ def efficientnet(classes: int = 10, side: int = 64) -> tuple[nn.Module, tuple[Te
     """EfficientNet-Lite0 with its ImageNet weights and a new head."""
     import timm
 
-    from surgery.origins.weights import read_weights
+    from surgery.members.origins.weights import read_weights
 
     net = timm.create_model("tf_efficientnet_lite0", pretrained=False, num_classes=classes)
     state = to_timm_names(read_weights(known_file(*EFFICIENTNET, EFFICIENTNET_SHA256)))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from surgery.errors import LoadError, PlanError
-from surgery.training.sources_text import TextBatches, load_tokenizer
+from surgery.training.tasks.sources_text import TextBatches, load_tokenizer
 
 from .packages import find_files
 from .parts import first, split_groups

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from surgery.errors import LoadError
-from surgery.training.streams import Batches
+from surgery.training.tasks.streams import Batches
 
 from .packages import find_files
 from .parts import first, split_groups

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import LoadError
-from surgery.training.sources import Parts
-from surgery.training.streams import Batches
+from surgery.training.tasks.sources import Parts
+from surgery.training.tasks.streams import Batches
 
 GROUPS = 3
 TRAIN, TEST = 15, 50  # examples of a task

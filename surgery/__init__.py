@@ -29,38 +29,38 @@ from surgery.errors import (
 from surgery.version import __version__
 
 if TYPE_CHECKING:
+    from surgery.anatomy.plan import Plan, make_plan
+    from surgery.anatomy.sites import Anatomy, LeftAlone, Site, discover
+    from surgery.anatomy.template_plan import plan_templates
     from surgery.artifact import load, save
     from surgery.artifact.export import export
     from surgery.artifact.verify import VerifyReport, verify
+    from surgery.core.joint import JointModel, join
     from surgery.fitting.fit import FitReport, fit
-    from surgery.joint import JointModel, join
-    from surgery.member import Inputs, Member, Origin
-    from surgery.merging import merge
-    from surgery.plan import Plan, make_plan
-    from surgery.recipe import Recipe
-    from surgery.references import load_member
-    from surgery.sites import Anatomy, LeftAlone, Site, discover
-    from surgery.template_plan import plan_templates
+    from surgery.members.member import Inputs, Member, Origin
+    from surgery.members.references import load_member
+    from surgery.pipeline.merge import merge
+    from surgery.settings.recipe import Recipe
     from surgery.tracing import trace
-    from surgery.training.report import TrainReport
-    from surgery.training.tasks import Task
+    from surgery.training.report.report import TrainReport
+    from surgery.training.tasks.tasks import Task
     from surgery.training.train import train
 
 _HOMES = {
     "artifact": ("load", "save"),
     "artifact.export": ("export",),
     "fitting.fit": ("FitReport", "fit"),
-    "joint": ("JointModel", "join"),
-    "member": ("Inputs", "Member", "Origin"),
-    "merging": ("merge",),
-    "plan": ("Plan", "make_plan"),
-    "recipe": ("Recipe",),
-    "references": ("load_member",),
-    "sites": ("Anatomy", "LeftAlone", "Site", "discover"),
-    "template_plan": ("plan_templates",),
+    "core.joint": ("JointModel", "join"),
+    "members.member": ("Inputs", "Member", "Origin"),
+    "pipeline.merge": ("merge",),
+    "anatomy.plan": ("Plan", "make_plan"),
+    "settings.recipe": ("Recipe",),
+    "members.references": ("load_member",),
+    "anatomy.sites": ("Anatomy", "LeftAlone", "Site", "discover"),
+    "anatomy.template_plan": ("plan_templates",),
     "tracing": ("trace",),
-    "training.report": ("TrainReport",),
-    "training.tasks": ("Task",),
+    "training.report.report": ("TrainReport",),
+    "training.tasks.tasks": ("Task",),
     "training.train": ("train",),
     "artifact.verify": ("VerifyReport", "verify"),
 }

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.training.features import SourceFeatures, features_of
-from surgery.training.streams import Batches
-from surgery.training.tasks import Task
+from surgery.training.tasks.features import SourceFeatures, features_of
+from surgery.training.tasks.streams import Batches
+from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
 
 CONFIG = {
@@ -56,7 +56,7 @@ def main(folder, out, norm, die):
     from accelerate import PartialState
     from safetensors.torch import save_file
 
-    from surgery.training.trainer import Trainer
+    from surgery.training.loop.trainer import Trainer
 
     plain, count = Trainer.train_step, [0]
 

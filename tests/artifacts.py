@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.member import Inputs, Member, Origin
+from surgery.members.member import Inputs, Member, Origin
 
 
 class Tied(nn.Module):

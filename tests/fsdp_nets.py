@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import surgery
-from surgery.slots import locate
-from surgery.training.optimizers import plain
-from surgery.training.streams import Batches
-from surgery.training.tasks import Task
+from surgery.slots.slots import locate
+from surgery.training.loop.optimizers import plain
+from surgery.training.loop.trainer import Trainer
+from surgery.training.tasks.streams import Batches
+from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
-from surgery.training.trainer import Trainer
 
 CONFIG = {
     "steps": 4, "burn_in": 1, "generations": 2, "final": 1, "save_seconds": 0, "accumulate": 2,

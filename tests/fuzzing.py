@@ -41,8 +41,8 @@ def make(folder: Path) -> None:
     from tiny_transformers import save_tiny
 
     import surgery
-    from surgery.recipe import Recipe
-    from surgery.training.recipe_run import train_recipe
+    from surgery.pipeline.train import train_recipe
+    from surgery.settings.recipe import Recipe
 
     folder.mkdir(parents=True)
     torch.manual_seed(0)
@@ -87,9 +87,9 @@ def interrupted_run(folder: Path) -> None:
     """A run that was asked to stop in the middle of its last contest."""
     from training_nets import build
 
-    from surgery.training.interruptions import Interrupted
+    from surgery.training.loop.interruptions import Interrupted
+    from surgery.training.loop.trainer import Trainer
     from surgery.training.train import train
-    from surgery.training.trainer import Trainer
 
     plain, steps = Trainer.train_step, []
 
@@ -331,7 +331,7 @@ def act(action: str, folder: Path, place: Path, corpus: Path):
         surgery.export(folder, "plain-transformers", place / "out", format="compressed")
         return surgery.load(place / "out").collapse()
     elif action == "evaluate":
-        from surgery.training.recipe_run import evaluate_artifact
+        from surgery.pipeline.train import evaluate_artifact
 
         evaluate_artifact(folder, data=str(corpus / "data.npz"))
     elif action == "report":

@@ -1,7 +1,7 @@
 """A program that runs the command line in processes that end at a place of one's choice; run by tests of endings.
 
 It imports the library once and forks for each line of its standard input: a JSON list of arguments, a place such as
-`surgery.folders:_flush:before`, and the number of a signal. It answers each line with the exit status and stderr.
+`surgery.disk.folders:_flush:before`, and the number of a signal. It answers each line with the exit status and stderr.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ if __name__ == "__main__":
         main(
             ["merge", *sys.argv[1:], "--out", f"{place}/out", "--quiet"]
         )  # what is imported on demand is, here
-    import surgery.training.recipe_run  # noqa: F401
+    import surgery.pipeline.train  # noqa: F401
 
     for line in sys.stdin:
         print(json.dumps(run(*json.loads(line))), flush=True)

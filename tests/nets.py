@@ -6,9 +6,9 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from surgery.joint import join
-from surgery.member import Inputs, Member, Origin
-from surgery.probes import tensors_in
+from surgery.core.joint import join
+from surgery.inputs.probes import tensors_in
+from surgery.members.member import Inputs, Member, Origin
 
 
 class Recurrent(nn.Module):

@@ -6,14 +6,14 @@ from test_template_training import Layer
 from torch import nn
 
 import surgery
+from surgery.anatomy.sites import discover
+from surgery.anatomy.template_plan import plan_templates
+from surgery.core.joint import join
 from surgery.errors import PlanError
-from surgery.joint import join
-from surgery.sites import discover
-from surgery.template_plan import plan_templates
-from surgery.training.adaptation import Adversary, Moments
-from surgery.training.features import features_of
-from surgery.training.streams import Batches
-from surgery.training.tasks import Batch, Task
+from surgery.training.tasks.adaptation import Adversary, Moments
+from surgery.training.tasks.features import features_of
+from surgery.training.tasks.streams import Batches
+from surgery.training.tasks.tasks import Batch, Task
 from surgery.training.train import train
 
 

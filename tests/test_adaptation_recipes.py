@@ -11,14 +11,14 @@ from test_recipes_training import archive
 from typer.testing import CliRunner
 
 import surgery
-from surgery.documents import override, read_document
 from surgery.errors import ConsentError, LoadError, PlanError
 from surgery.permission import Permission
-from surgery.recipe import Recipe
-from surgery.training.parts import Unlabelled
-from surgery.training.recipe_run import evaluate_artifact, rejoin, train_recipe
-from surgery.training.sources import check_sources, make_tasks
-from surgery.training.tasks import as_batch
+from surgery.pipeline.train import evaluate_artifact, rejoin, train_recipe
+from surgery.settings.documents import override, read_document
+from surgery.settings.recipe import Recipe
+from surgery.training.tasks.parts import Unlabelled
+from surgery.training.tasks.sources import check_sources, make_tasks
+from surgery.training.tasks.tasks import as_batch
 
 DATA, OPTIONS = "models.0.tasks.0.data", "models.0.tasks.0.options"
 LOSS, ADAPTATION = "models.0.tasks.0.loss", "models.0.tasks.0.adaptation"

@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from surgery.errors import PlanError, TrainingError
-from surgery.training.adaptation import Adversary
-from surgery.training.interruptions import Interrupted
-from surgery.training.run import STATE
-from surgery.training.runlog import read_log
-from surgery.training.state import read_state
-from surgery.training.stateful import Sum, pack_loss, unpack_loss
-from surgery.training.tasks import Task
+from surgery.training.loop.interruptions import Interrupted
+from surgery.training.loop.run import STATE
+from surgery.training.loop.state import read_state
+from surgery.training.loop.trainer import Trainer
+from surgery.training.report.runlog import read_log
+from surgery.training.tasks.adaptation import Adversary
+from surgery.training.tasks.stateful import Sum, pack_loss, unpack_loss
+from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
-from surgery.training.trainer import Trainer
 
 PROGRAM = Path(adaptation_nets.__file__)
 BOTH = {"moments": 1.0, "adversary": 0.5}

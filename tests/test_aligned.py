@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import surgery
-from surgery.aligned import ALIGNMENT, aligned_file_bytes, is_aligned, write_aligned, write_shards
 from surgery.artifact.tensorfiles import read_tensors
+from surgery.disk.aligned import ALIGNMENT, aligned_file_bytes, is_aligned, write_aligned, write_shards
 from surgery.errors import OutputError
-from surgery.probes import outputs_of, probe_inputs
+from surgery.inputs.probes import outputs_of, probe_inputs
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64)
 SHAPES = st.lists(st.integers(0, 40), max_size=3).map(tuple)
@@ -119,7 +119,7 @@ def test_origin_joint_artifact_and_export_compute_the_same_bits_whatever_the_fil
         assert all(is_aligned(t) for t in tensors_of(module))
         assert all(map(torch.equal, outputs(module, inputs), expected))
     for p in loaded.plan.placements:
-        assert is_aligned(getattr(*surgery.slots.locate(loaded["one"], p.site.name)))
+        assert is_aligned(getattr(*surgery.slots.slots.locate(loaded["one"], p.site.name)))
     own = load_file(plain / "model.safetensors")
     assert all(is_aligned(t) for t in own.values() if t.nbytes % ALIGNMENT == 0)
 
@@ -145,7 +145,7 @@ def test_templates_of_any_width_fill_slots_that_are_aligned():
     joint = surgery.join([one], surgery.plan_templates([surgery.discover(one)]))
     placed = joint.plan.placements
     assert len(placed) > 4
-    assert all(is_aligned(getattr(*surgery.slots.locate(joint["one"], p.site.name))) for p in placed)
+    assert all(is_aligned(getattr(*surgery.slots.slots.locate(joint["one"], p.site.name))) for p in placed)
 
 
 def test_what_was_loaded_is_sharded_as_before(tmp_path):

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery import alignment, explanation
-from surgery.alignment import (
+from surgery.dictionary import alignment, explanation
+from surgery.dictionary.alignment import (
     decide,
     draw_by_usage,
     draw_locations,
@@ -23,7 +23,7 @@ from surgery.alignment import (
     starting_weight,
     usage,
 )
-from surgery.explanation import (
+from surgery.dictionary.explanation import (
     draw_by_explanation,
     explained,
     explained_pairs,

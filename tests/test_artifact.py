@@ -13,18 +13,18 @@ from safetensors.torch import save as as_safetensors
 from torch import nn
 
 import surgery
+from surgery.anatomy.plan import place
+from surgery.anatomy.sites import discover
 from surgery.artifact import load, save
 from surgery.artifact.verify import verify
 from surgery.artifact.writing import ALLOWANCE
-from surgery.dictionary import Bank, Dictionary
+from surgery.core.joint import JointModel
+from surgery.core.known import Known
+from surgery.dictionary.dictionary import Bank, Dictionary
 from surgery.errors import ArtifactError, OutputError
-from surgery.joint import JointModel
-from surgery.known import Known
-from surgery.member import content_hash
-from surgery.plan import place
-from surgery.precision import BFLOAT16, Precision, encode
-from surgery.sites import discover
-from surgery.storage import Stored, revive, store
+from surgery.members.member import content_hash
+from surgery.storage.precision import BFLOAT16, Precision, encode
+from surgery.storage.stored import Stored, revive, store
 
 
 def states(joint: JointModel) -> dict[str, dict[str, torch.Tensor]]:

@@ -12,8 +12,8 @@ import torch
 from artifacts import contents, pair, seeded, stack
 
 import surgery
-from surgery import folders as files
 from surgery.artifact import save, writing
+from surgery.disk import folders as files
 from surgery.errors import OutputError
 
 

@@ -91,8 +91,8 @@ def test_load_compares_with_from_pretrained(run):
 def test_competing_blocks_equal_the_weighted_sum_of_both(run, monkeypatch):
     """Eq. (8), location by location."""
     from benchmarks.step import CompetingBank
-    from surgery.dictionary import exact_bank
-    from surgery.opening import open_bank
+    from surgery.dictionary.dictionary import exact_bank
+    from surgery.dictionary.opening import open_bank
 
     generator = torch.Generator().manual_seed(0)
     bank = open_bank(exact_bank(torch.randn(10, 12, generator=generator), (3, 4)), 2, generator)
@@ -201,7 +201,7 @@ def test_templates_with_bits_are_compared_within_one_error(run):
 def test_signatures_are_recipes_that_can_be_read(name):
     from benchmarks.recipe_runs import document_of
     from benchmarks.signatures import methods_of
-    from surgery.recipe import Recipe
+    from surgery.settings.recipe import Recipe
 
     recipe = Recipe.of(document_of("isometric", methods_of("vit")[name], ["net"], 0, []))
     assert recipe.models[0].model.startswith("surgery_recipes.isometric:vit?layers=")

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.block_map import read_tensor, write_tensor
-from surgery.blocks import BlockGrid, tile, untile
-from surgery.layers.axes import conv_axes, conv_transpose_axes, gate_axes, linear_axes, right_axes
+from surgery.geometry.block_map import read_tensor, write_tensor
+from surgery.geometry.blocks import BlockGrid, tile, untile
+from surgery.geometry.views import CanonicalView
+from surgery.tracing.layers.axes import conv_axes, conv_transpose_axes, gate_axes, linear_axes, right_axes
 from surgery.tracing.layout import Layout, canonical_view
-from surgery.views import CanonicalView
 
 SIZE = st.integers(1, 9)
 DTYPE = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])

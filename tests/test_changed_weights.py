@@ -15,8 +15,8 @@ from nets import assert_same_bits
 
 import surgery
 from surgery.artifact.reports import report_of
-from surgery.artifact.trim import thrift
-from surgery.storage import loosened, revive, store
+from surgery.storage.stored import loosened, revive, store
+from surgery.storage.trim import thrift
 from surgery.training.train import train
 
 SHORT = {"generations": 1, "steps": 2, "burn_in": 0, "final": 1}

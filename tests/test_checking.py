@@ -7,11 +7,11 @@ from command_line import surgery as command
 from training_nets import build, tasks
 
 from surgery.errors import PlanError, TrainingError
-from surgery.origins.definitions import function_problem
-from surgery.recipe import Recipe
+from surgery.members.origins.definitions import function_problem
+from surgery.pipeline.train import prepare_training, train_recipe
+from surgery.settings.recipe import Recipe
 from surgery.training.checking import check_document
-from surgery.training.recipe_run import prepare_training, train_recipe
-from surgery.training.tasks import Task
+from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
 
 SOURCE = """
@@ -140,7 +140,7 @@ X, Y = torch.randn(8, 4), torch.zeros(8, dtype=torch.long)
     ],
 )
 def test_what_data_show_is_said_before_the_first_step(task, said, monkeypatch):
-    from surgery.training.trainer import Trainer
+    from surgery.training.loop.trainer import Trainer
 
     monkeypatch.setattr(Trainer, "train_step", lambda self: pytest.fail("a step was made"))
     with pytest.raises((PlanError, TrainingError), match=said):
@@ -149,7 +149,7 @@ def test_what_data_show_is_said_before_the_first_step(task, said, monkeypatch):
 
 def test_a_rehearsal_leaves_everything_as_it_was():
     """Data that can be read once, random numbers and running statistics are untouched: results stay what they were."""
-    from surgery.training.rehearsal import rehearse
+    from surgery.training.tasks.rehearsal import rehearse
 
     once = iter([(X, Y)])
     net = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 2))

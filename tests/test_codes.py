@@ -6,11 +6,11 @@ from torch import nn
 
 import surgery
 from surgery.errors import PlanError
-from surgery.storage import store
-from surgery.training.config import Evolution
-from surgery.training.starts import start
-from surgery.training.state import restore, snapshot
-from surgery.training.tasks import Task
+from surgery.settings.training import Evolution
+from surgery.storage.stored import store
+from surgery.training.loop.starts import start
+from surgery.training.loop.state import restore, snapshot
+from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
 
 

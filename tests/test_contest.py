@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from surgery import contest as module
-from surgery.contest import Contest
-from surgery.dictionary import Bank
-from surgery.kernel import DENSE_CODE
+from surgery.dictionary import contest as module
+from surgery.dictionary.contest import Contest
+from surgery.dictionary.dictionary import Bank
+from surgery.dictionary.kernel import DENSE_CODE
 
 SMALL, LARGE = (7, 4), (90, 60)  # locations and hypermodules: a code held dense, and one that is not
 

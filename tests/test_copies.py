@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import surgery
-from surgery.copies import duplicate
+from surgery.util.copies import duplicate
 
 
 class Keeping(nn.Module):

@@ -13,7 +13,7 @@ from surgery_cli.demo import demo_recipe, equivalent_command
 from surgery_cli.demo_inputs import SENTENCES, embed, pairs_found
 
 from surgery.errors import LoadError
-from surgery.member import Inputs
+from surgery.members.member import Inputs
 
 
 def test_demo_without_its_packages_names_the_extra(tmp_path, monkeypatch):

@@ -11,12 +11,12 @@ from test_fit import outside_error
 from training_nets import CONFIG, build, net, tasks
 
 import surgery
+from surgery.core.joint import join
 from surgery.fitting.fit import fit
-from surgery.joint import join
-from surgery.probes import probe_inputs
-from surgery.training.interruptions import Interrupted
+from surgery.inputs.probes import probe_inputs
+from surgery.training.loop.interruptions import Interrupted
+from surgery.training.loop.trainer import Trainer
 from surgery.training.train import train
-from surgery.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.dictionary import Bank, codes, duplicates, exact_bank
-from surgery.opening import open_bank
-from surgery.settle import retire_rare
+from surgery.core.settle import retire_rare
+from surgery.dictionary.dictionary import Bank, codes, duplicates, exact_bank
+from surgery.dictionary.opening import open_bank
 
 
 def blocks_with_repeats(seed: int, count: int, width: int, dtype=torch.float32) -> torch.Tensor:

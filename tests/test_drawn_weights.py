@@ -14,13 +14,13 @@ from tiny_transformers import tiny
 import surgery
 from surgery.artifact.verify import verify
 from surgery.errors import LoadError
-from surgery.member import content_hash
-from surgery.merging import merge
+from surgery.members.member import content_hash
+from surgery.members.references import build_architecture, load_member, load_origin
 from surgery.permission import Permission
-from surgery.randomness import Draws, all_seeded, member_seed
-from surgery.recipe import Recipe
-from surgery.references import build_architecture, load_member, load_origin
-from surgery.training.recipe_run import prepare_training
+from surgery.pipeline.merge import merge
+from surgery.pipeline.train import prepare_training
+from surgery.settings.recipe import Recipe
+from surgery.util.randomness import Draws, all_seeded, member_seed
 
 SMALL = "timm:test_vit?pretrained=false&num_classes=3"
 OTHER = "timm:test_resnet?pretrained=false&num_classes=3"

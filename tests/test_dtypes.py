@@ -19,8 +19,8 @@ from surgery.artifact.folder import load, save
 from surgery.artifact.verify import verify
 from surgery.errors import LoadError
 from surgery.inputs import forward_error
-from surgery.origins.dtypes import stored_dtypes, widest
-from surgery.references import load_member
+from surgery.members.origins.dtypes import stored_dtypes, widest
+from surgery.members.references import load_member
 
 HALF, FULL, EIGHT = torch.bfloat16, torch.float32, torch.float8_e4m3fn
 
@@ -140,7 +140,7 @@ def test_tensors_that_are_renamed_and_merged_keep_their_sources_dtypes(tmp_path:
     names = file_dtypes(tmp_path / "m")
     assert not {*names} <= {*module.state_dict()}  # experts are merged while they load
     folder = rewritten(tmp_path / "m", lambda n, t: t.to(FULL if "gate.weight" in n else HALF), "bfloat16")
-    from surgery.origins.transformers_dtypes import FileDtypes
+    from surgery.members.origins.transformers_dtypes import FileDtypes
 
     found = FileDtypes.of(type(module), config, folder)
     assert found.common == FULL
@@ -185,7 +185,7 @@ def test_weights_of_timm_keep_their_dtypes(tmp_path: Path, ending: str):
 
 
 def test_one_tensor_with_two_values_is_refused(tmp_path: Path):
-    from surgery.origins.weights import load_exactly
+    from surgery.members.origins.weights import load_exactly
 
     module = tiny("bert_mlm")
     state = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -272,7 +272,7 @@ def test_tensors_of_any_dtype_go_through_a_fit_and_back(tmp_path: Path):
 
 
 def test_bytes_of_plain_files_know_every_dtype(tmp_path: Path):
-    from surgery.aligned import aligned_file_bytes, write_aligned
+    from surgery.disk.aligned import aligned_file_bytes, write_aligned
 
     dtypes = [EIGHT, torch.float8_e5m2, torch.complex64, torch.bool, torch.uint16, HALF, torch.float64]
     for dtype in dtypes:
@@ -315,7 +315,7 @@ def test_what_is_in_no_state_dict_follows_the_tensors(tmp_path: Path):
 
 
 def test_pretrained_weights_of_timm_take_their_files_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from surgery.origins import timm as kind
+    from surgery.members.origins import timm as kind
 
     state = timm_state(lambda _, t: t.half() if t.is_floating_point() else t)
     save_file(state, tmp_path / "model.safetensors")

@@ -14,35 +14,35 @@ from command_line import surgery as in_this_process
 from test_records import CODE, recipe  # noqa: F401  # a fixture
 
 import surgery
-from surgery.claims import claim, place_of
+from surgery.disk.claims import claim, place_of
+from surgery.disk.files import put
+from surgery.disk.records import strangers
 from surgery.errors import OutputError
-from surgery.files import put
-from surgery.records import strangers
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
 PROGRAM = Path(__file__).parent / "killed_runs.py"
 KILL, TERM, INT = (signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)
 MERGE = [
-    ("surgery.merging:prepare:after", KILL),
-    ("surgery.folders:_exchange:after", KILL),
+    ("surgery.pipeline.merge:prepare:after", KILL),
+    ("surgery.disk.folders:_exchange:after", KILL),
     ("surgery.artifact.writing:write_shards:before", TERM),
     ("surgery.artifact.writing:write_shards:before", INT),
     ("surgery.artifact.writing:write_shards:before", KILL),
     ("surgery.artifact.writing:_write_front:after", KILL),
-    ("surgery.folders:_move_into_place:before", KILL),
-    ("surgery.folders:_discard_old:after", KILL),
-    ("surgery.claims:_give_back:before", KILL),
-    ("surgery.merging:prepare:after", TERM),
-    ("surgery.folders:_exchange:after", TERM),
-    ("surgery.folders:_exchange:after", INT),
+    ("surgery.disk.folders:_move_into_place:before", KILL),
+    ("surgery.disk.folders:_discard_old:after", KILL),
+    ("surgery.disk.claims:_give_back:before", KILL),
+    ("surgery.pipeline.merge:prepare:after", TERM),
+    ("surgery.disk.folders:_exchange:after", TERM),
+    ("surgery.disk.folders:_exchange:after", INT),
 ]
 TRAIN = [
-    ("surgery.training.recipe_run:save:after", KILL),
-    ("surgery.training.run:Run._after_generation:before", TERM),
-    ("surgery.training.run:Run._after_generation:before", KILL),
-    ("surgery.training.state:save_file:after", KILL),
-    ("surgery.training.state:save_file:after", INT),
-    ("surgery.training.recipe_run:save:before", KILL),
+    ("surgery.pipeline.train:save:after", KILL),
+    ("surgery.training.loop.run:Run._after_generation:before", TERM),
+    ("surgery.training.loop.run:Run._after_generation:before", KILL),
+    ("surgery.training.loop.state:save_file:after", KILL),
+    ("surgery.training.loop.state:save_file:after", INT),
+    ("surgery.pipeline.train:save:before", KILL),
 ]
 """Where a run ends, and how; the first ones are tried each time, all of them in the slow tests."""
 
@@ -57,7 +57,7 @@ def some_or_all(moments, some):
 HOLDS = """
 import sys
 sys.path[:0] = [{0!r}]
-from surgery.claims import claim
+from surgery.disk.claims import claim
 with claim({1!r}):
     print("held", flush=True)
     sys.stdin.read()

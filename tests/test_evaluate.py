@@ -5,9 +5,9 @@ from command_line import surgery as command
 
 import surgery
 from surgery.errors import LoadError, PlanError
-from surgery.recipe import Recipe
-from surgery.training.recipe_run import evaluate_artifact, train_recipe
-from surgery.training.tasks import Task
+from surgery.pipeline.train import evaluate_artifact, train_recipe
+from surgery.settings.recipe import Recipe
+from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
 
 SOURCE = """
@@ -55,7 +55,7 @@ def test_without_the_original_evaluation_says_what_is_missing(recipe, tmp_path, 
     def gone(*arguments, **options):
         raise LoadError("there is nothing")
 
-    monkeypatch.setattr("surgery.training.recipe_run.load_origin", gone)
+    monkeypatch.setattr("surgery.pipeline.train.load_origin", gone)
     with pytest.raises(LoadError, match=r"task 'net'.*'net' as it was before.*there is nothing"):
         evaluate_artifact("out", trust_remote_code=True)
 

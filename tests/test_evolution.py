@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from surgery.dictionary import Bank
-from surgery.training.config import Evolution
-from surgery.training.evolution import carry, conclude, contend, inherit, prune, redraw, regroup
+from surgery.dictionary.dictionary import Bank
+from surgery.settings.training import Evolution
+from surgery.training.loop.evolution import carry, conclude, contend, inherit, prune, redraw, regroup
 
 LOCATIONS, CONTEXT, WIDTH = 24, 2, 5
 

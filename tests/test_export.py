@@ -18,8 +18,8 @@ from surgery.artifact import load, save
 from surgery.artifact.export import export
 from surgery.artifact.verify import verify
 from surgery.errors import OutputError, PlanError
-from surgery.member import content_hash
-from surgery.references import load_member
+from surgery.members.member import content_hash
+from surgery.members.references import load_member
 
 WITHOUT_SURGERY = """
 import importlib.abc, sys

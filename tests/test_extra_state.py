@@ -13,9 +13,9 @@ from torch import nn
 
 import surgery
 from surgery.errors import ArtifactError, LoadError, OutputError
-from surgery.extra_state import from_document, to_document
-from surgery.member import content_hash, whole_state
-from surgery.training.state import restore, snapshot
+from surgery.members.extra_state import from_document, to_document
+from surgery.members.member import content_hash, whole_state
+from surgery.training.loop.state import restore, snapshot
 
 VALUE = {
     "none": None, "steps": 3, "rate": 0.1, "most": float("inf"), "on": True, "text": "é",

@@ -13,17 +13,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surgery
-from surgery import sizes, wording
 from surgery.artifact.card import make_card
 from surgery.artifact.shares import count_shares
-from surgery.artifact.trim import thrift
-from surgery.member import owners_of
-from surgery.storage import store
-from surgery.training.comparison import measure, total, verdict, whole_parts
-from surgery.training.config import Evolution
-from surgery.training.runlog import find_log, read_log
-from surgery.training.starts import start
-from surgery.training.validation import Score
+from surgery.core import sizes
+from surgery.members.member import owners_of
+from surgery.settings.training import Evolution
+from surgery.storage.stored import store
+from surgery.storage.trim import thrift
+from surgery.training.loop.starts import start
+from surgery.training.report.comparison import measure, total, verdict, whole_parts
+from surgery.training.report.runlog import find_log, read_log
+from surgery.training.tasks.validation import Score
+from surgery.util import wording
 
 
 def normed():

@@ -7,11 +7,11 @@ import torch
 from nets import Scores, assert_same_bits, family, made, member, mlp, originals, sibling
 from torch import nn
 
+from surgery.core.joint import join
 from surgery.errors import PlanError
 from surgery.fitting.fit import fit
-from surgery.joint import join
-from surgery.probes import probe_inputs, tensors_in
-from surgery.storage import store
+from surgery.inputs.probes import probe_inputs, tensors_in
+from surgery.storage.stored import store
 
 
 def outside_error(before, after, probes):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from nets import Scores, assert_same_bits, family, loss_of, made, member, originals, run
 
+from surgery.core.joint import join
 from surgery.errors import PlanError
 from surgery.fitting.fit import fit
-from surgery.joint import join
 
 
 def test_a_budget_that_cannot_be_met_says_the_least_and_changes_nothing():

@@ -14,7 +14,7 @@ from tiny_transformers import tiny
 
 import surgery
 from surgery.errors import LoadError
-from surgery.origins.prefixes import WRAPPERS, find_prefix
+from surgery.members.origins.prefixes import WRAPPERS, find_prefix
 
 PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "model.", "module._orig_mod.")
 
@@ -146,7 +146,7 @@ def test_without_peft_one_sentence_names_the_extra(tmp_path, monkeypatch):
     ],
 )
 def test_quantised_folders_name_the_library_that_is_missing(method, package, tmp_path):
-    from surgery.origins.quantised import LIBRARIES, _installed
+    from surgery.members.origins.quantised import LIBRARIES, _installed
 
     if _installed(LIBRARIES[method][0]):
         pytest.skip(f"{package} is installed")

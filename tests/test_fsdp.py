@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from surgery.columns import Columns
+from surgery.dictionary.explanation import explained, explained_pairs, fit_contexts, scale_contexts
 from surgery.errors import PlanError
-from surgery.explanation import explained, explained_pairs, fit_contexts, scale_contexts
-from surgery.training.config import Training
-from surgery.training.fsdp import Sharding, read_sharding, uncut
-from surgery.training.run import STATE
-from surgery.training.runlog import read_log
-from surgery.training.shards import ChunkPart
+from surgery.geometry.columns import Columns
+from surgery.settings.training import Training
+from surgery.training.distributed.fsdp import Sharding, read_sharding, uncut
+from surgery.training.distributed.shards import ChunkPart
+from surgery.training.loop.run import STATE
+from surgery.training.report.runlog import read_log
 from surgery.training.train import train
 
 PROGRAM = Path(fsdp_nets.__file__)

@@ -10,10 +10,10 @@ from torch import nn
 
 import surgery
 from surgery.errors import LoadError
-from surgery.origins.base import quiet
-from surgery.recipe import Recipe
-from surgery.silence import torch_silent
-from surgery.training.recipe_run import prepare_training, train_recipe
+from surgery.pipeline.train import prepare_training, train_recipe
+from surgery.settings.recipe import Recipe
+from surgery.util.quiet import quiet
+from surgery.util.silence import torch_silent
 
 SOURCE = """
 import torch

@@ -8,10 +8,10 @@ from command_line import surgery as command
 from training_nets import CONFIG, build, net, tasks
 
 import surgery
-from surgery.dictionary import Bank
-from surgery.opening import open_rest
-from surgery.training.config import Evolution
-from surgery.training.starts import start, take_over
+from surgery.dictionary.dictionary import Bank
+from surgery.dictionary.opening import open_rest
+from surgery.settings.training import Evolution
+from surgery.training.loop.starts import start, take_over
 from surgery.training.train import train
 
 KEY, SMALL = "8x8-float32", "4x4-float32"

@@ -12,9 +12,9 @@ from torch.nn.utils import parametrizations
 
 from benchmarks.coverage.check import describe, round_trip
 from benchmarks.coverage.shrink import shrunk_model
+from surgery.anatomy.sites import discover
 from surgery.inputs import example_inputs
-from surgery.member import Inputs, Member, Origin
-from surgery.sites import discover
+from surgery.members.member import Inputs, Member, Origin
 
 X = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(0))
 

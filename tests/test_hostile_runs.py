@@ -15,10 +15,10 @@ from test_untrusted import special
 from training_nets import build
 
 from surgery.errors import TrainingError
-from surgery.training.run import BEST, STATE
-from surgery.training.runlog import NAME, read_log
-from surgery.training.state import read_state, write_state
-from surgery.training.state_document import BestDocument
+from surgery.training.loop.run import BEST, STATE
+from surgery.training.loop.state import read_state, write_state
+from surgery.training.loop.state_document import BestDocument
+from surgery.training.report.runlog import NAME, read_log
 from surgery.training.train import train
 
 BANK = "8x8-float32"

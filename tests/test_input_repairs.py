@@ -9,7 +9,7 @@ from torch import nn
 from surgery.inputs import ROUNDS, example_inputs, inputs_for_part
 from surgery.inputs.complaint import read
 from surgery.inputs.sample import Sample, TooLargeError
-from surgery.member import Origin
+from surgery.members.member import Origin
 
 ORIGIN = Origin("transformers", "m", "M")
 

@@ -8,7 +8,7 @@ from surgery.errors import LoadError
 from surgery.inputs import CANDIDATES, as_inputs, example_inputs, forward_error
 from surgery.inputs.sample import Sample, find
 from surgery.inputs.text import token_ids, vocabulary
-from surgery.member import Inputs, Origin
+from surgery.members.member import Inputs, Origin
 
 BATCH_OF_ONE = {"gpt2_classifier"}
 

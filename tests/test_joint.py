@@ -17,9 +17,9 @@ from nets import (
     run,
 )
 
+from surgery.anatomy.plan import torch_dtype
+from surgery.core.joint import join
 from surgery.errors import PlanError
-from surgery.joint import join
-from surgery.plan import torch_dtype
 
 SMALL = tuple(name for name in NAMES if name not in HUGE)
 

@@ -5,7 +5,7 @@ import torch
 from nets import assert_gradients, dictionary_gradients, loss_of, open_joint, run
 from torch import nn
 
-from surgery.joint import JointModel
+from surgery.core.joint import JointModel
 
 
 def slow_gradients(joint: JointModel, plain, loss):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from surgery.member import Inputs
+from surgery.members.member import Inputs
 from surgery.tracing import TABLE, TIERS, trace
 
 X = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import surgery
+from surgery.core.joint import join
 from surgery.errors import PlanError
-from surgery.joint import join
-from surgery.member import Member
+from surgery.members.member import Member
 
 EXTRACT = r"extract\('tied'\)"
 

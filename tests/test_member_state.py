@@ -12,8 +12,8 @@ from nets import Tied, assert_same_bits, member, open_joint, plain_copy, run
 from torch import nn
 
 import surgery
+from surgery.core.joint import join
 from surgery.errors import PlanError
-from surgery.joint import join
 
 KINDS = ("t5", "tied", "lstm", "attention", "bert")
 

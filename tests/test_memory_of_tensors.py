@@ -13,8 +13,8 @@ from torch import nn
 import surgery
 from surgery.artifact.export import export
 from surgery.artifact.folder import load, save
-from surgery.artifact.states import state_of
-from surgery.storage import store
+from surgery.storage.states import state_of
+from surgery.storage.stored import store
 
 
 class Odd(nn.Module):
@@ -49,7 +49,7 @@ def joint() -> surgery.JointModel:
     surgery.fit(joint, max_error=0.05)
     # Padded whatever the search chose: encoded as it could have been.
     for key in ("running_mean", "running_var"):
-        from surgery.precision import Precision, decode, encode
+        from surgery.storage.precision import Precision, decode, encode
 
         stored = encode(getattr(joint["odd"].norm, key), Precision(12, 64))
         joint.encoded[f"plain/odd/norm.{key}"] = stored

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from surgery.errors import PlanError
-from surgery.training.metrics import SHORT, Meter, measure_of
-from surgery.training.tasks import Batch
+from surgery.training.tasks.metrics import SHORT, Meter, measure_of
+from surgery.training.tasks.tasks import Batch
 
 
 def value(wanted, outputs, target, batch=7):

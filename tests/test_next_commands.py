@@ -10,7 +10,7 @@ from command_line import surgery as command
 from tiny_transformers import save_tiny
 
 import surgery
-from surgery.places import into_artifact, of_recipe_file, out_of_artifact
+from surgery.disk.places import into_artifact, of_recipe_file, out_of_artifact
 
 SOURCE = """
 import torch
@@ -100,7 +100,7 @@ def test_every_next_command_of_a_training_runs_from_elsewhere_and_after_a_move(
 
 
 def test_a_run_goes_on_from_another_working_directory(project, tmp_path, monkeypatch):
-    from surgery.training.trainer import Trainer
+    from surgery.training.loop.trainer import Trainer
 
     plain = Trainer.train_step
 

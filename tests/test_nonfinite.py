@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_transformers import tiny
 
 import surgery
-from surgery.recipe import Recipe
+from surgery.settings.recipe import Recipe
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from torch import nn
 
 import surgery
 from surgery.errors import PlanError
-from surgery.member import Member
-from surgery.occupancy import occupant
+from surgery.members.member import Member
+from surgery.members.occupancy import occupant
 
 OTHER = r"is part of 'net' of another joint model;.* take an ordinary copy .* extract"
 
@@ -92,7 +92,7 @@ def test_a_joint_model_that_lets_its_modules_go_or_is_no_more_occupies_nothing()
     gone = {id(part) for module in modules for part in module.modules()}
     del module, modules
     gc.collect()
-    from surgery.occupancy import _occupants
+    from surgery.members.occupancy import _occupants
 
     assert not any(key in gone and ref() is not None for key, (ref, *_) in _occupants.items())
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.member import content_hash
+from surgery.members.member import content_hash
 
 ARCHIVE = Path(__file__).parent / "data" / "artifacts_1.zip"
 

@@ -17,8 +17,8 @@ FOLDERS = SETTINGS["tool"]["setuptools"]["package-dir"]
 CHECK = """
 import sys
 import surgery, surgery_cli.__main__, surgery_recipes
-from surgery.documents import read_document, recipe_names
-from surgery.recipe import Recipe
+from surgery.settings.documents import read_document, recipe_names
+from surgery.settings.recipe import Recipe
 from pathlib import Path
 assert "torch" not in sys.modules
 assert "demo" in recipe_names() and len(Recipe.of(read_document("demo")).models) == 2

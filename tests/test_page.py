@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import surgery
-from surgery import wording
 from surgery.errors import ArtifactError, OutputError
 from surgery.page import charts, look, render, write_page
 from surgery.page.charts import Series
 from surgery.page.overview import Layer, MemberView, Overview
-from surgery.training.runlog import find_log, read_log
+from surgery.training.report.runlog import find_log, read_log
+from surgery.util import wording
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 EVIL = ['<img src=x onerror="alert(1)">', '"></title><script>alert(1)</script>', "'-->]]>{{ 7*7 }}&lt;b&gt;"]

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.memory import compact
-from surgery.precision import BFLOAT16, NATIVE, PLANES, Precision, decode, encode, stored_bytes
+from surgery.storage.precision import BFLOAT16, NATIVE, PLANES, Precision, decode, encode, stored_bytes
+from surgery.util.memory import compact
 
 shapes = st.lists(st.integers(1, 40), min_size=1, max_size=4).filter(lambda s: torch.Size(s).numel() < 20_000)
 precisions = st.sampled_from([NATIVE, BFLOAT16, *(Precision(b, g) for b in PLANES for g in (16, 64))])

@@ -10,8 +10,8 @@ import typer
 from surgery_cli.__main__ import app, with_values
 
 from surgery.artifact.card import USE
-from surgery.documents import override, read_document, recipe_names
-from surgery.recipe import Recipe
+from surgery.settings.documents import override, read_document, recipe_names
+from surgery.settings.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 COMMAND = typer.main.get_command(app)

@@ -14,9 +14,9 @@ from tiny_transformers import TINY, tiny
 from torch import nn
 
 from surgery.errors import LoadError, SurgeryError
-from surgery.member import Inputs, Member
-from surgery.probes import outputs_of, probe_inputs, relative_error
-from surgery.references import load_member
+from surgery.inputs.probes import outputs_of, probe_inputs, relative_error
+from surgery.members.member import Inputs, Member
+from surgery.members.references import load_member
 
 
 def linear() -> Member:

@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
-from surgery.documents import override, read_document, recipe_names
+from surgery.anatomy.selectors import share_selectors
 from surgery.errors import PlanError
-from surgery.recipe import Recipe
-from surgery.selectors import share_selectors
+from surgery.settings.documents import override, read_document, recipe_names
+from surgery.settings.recipe import Recipe
 
 TWO = {"models": [{"model": "a"}, {"model": "b", "name": "second"}]}
 

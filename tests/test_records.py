@@ -13,14 +13,14 @@ from training_nets import CONFIG, build, tasks
 
 from surgery.artifact import save
 from surgery.artifact.export import export
-from surgery.claims import place_of
+from surgery.disk.claims import place_of
+from surgery.disk.files import files_below, put
+from surgery.disk.folders import new_folder
+from surgery.disk.records import RECORD, note, owned_files, remove_owned, strangers, write_owned
 from surgery.errors import OutputError
-from surgery.files import files_below, put
-from surgery.folders import new_folder
-from surgery.records import RECORD, note, owned_files, remove_owned, strangers, write_owned
-from surgery.training.pictures import draw_run, write_pictures
-from surgery.training.run import BEST, STATE
-from surgery.training.runlog import NAME as LOG
+from surgery.training.loop.run import BEST, STATE
+from surgery.training.report.pictures import draw_run, write_pictures
+from surgery.training.report.runlog import NAME as LOG
 from surgery.training.train import train
 
 SHORT = {**CONFIG, "steps": 1, "generations": 1, "burn_in": 1, "final": 0}
@@ -179,7 +179,7 @@ def test_an_artifact_with_a_card_or_folder_of_the_users_stays(tmp_path):
 
 
 def test_files_that_come_at_the_last_moment_are_kept(tmp_path, monkeypatch):
-    from surgery import folders
+    from surgery.disk import folders
 
     with new_folder(tmp_path / "out") as new:
         put(new / "a", b"old")

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny_transformers import save_tiny, tiny
 
 from surgery.errors import ConsentError, LoadError
-from surgery.member import content_hash
+from surgery.members.member import content_hash
+from surgery.members.references import build_architecture, load_member
 from surgery.permission import Permission
-from surgery.references import build_architecture, load_member
 
 
 @pytest.fixture(scope="module")
@@ -206,9 +206,9 @@ def test_references_are_looked_for_before_any_is_loaded(tmp_path, monkeypatch):
     """A reference that is not there is named at once, together with all others, also where there is no network."""
     import huggingface_hub.constants
 
-    from surgery import references
-    from surgery.merging import prepare
-    from surgery.recipe import Recipe
+    from surgery.members import references
+    from surgery.pipeline.merge import prepare
+    from surgery.settings.recipe import Recipe
 
     monkeypatch.setattr(references, "load_member", lambda *_, **__: pytest.fail("something was loaded"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

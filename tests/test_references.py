@@ -12,11 +12,11 @@ from tiny_transformers import TINY, save_tiny, tiny
 from torch import nn
 
 from surgery.errors import ConsentError, LoadError
-from surgery.member import owners_of
-from surgery.origins.empty import build_empty, empty_parameters
+from surgery.inputs.probes import outputs_of, relative_error
+from surgery.members.member import owners_of
+from surgery.members.origins.empty import build_empty, empty_parameters
+from surgery.members.references import build_architecture, load_member, parse_reference, write_plain
 from surgery.permission import Permission
-from surgery.probes import outputs_of, relative_error
-from surgery.references import build_architecture, load_member, parse_reference, write_plain
 
 FACTORY = """
 import torch

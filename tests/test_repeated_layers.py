@@ -20,8 +20,8 @@ from surgery.artifact.export import export
 from surgery.artifact.folder import load, save
 from surgery.artifact.verify import verify
 from surgery.errors import LoadError
-from surgery.origins.layers import correct_layers, say_layers
-from surgery.references import load_member
+from surgery.members.origins.layers import correct_layers, say_layers
+from surgery.members.references import load_member
 
 LAYERS = {
     "bert": ("num_hidden_layers", "encoder.layer"),

@@ -14,13 +14,13 @@ from PIL import Image
 from surgery_cli.__main__ import app
 from typer.testing import CliRunner
 
+from surgery.disk.records import RECORD
 from surgery.errors import OutputError, TrainingError
-from surgery.records import RECORD
-from surgery.training.analysis import STATISTICS, kinds_of_modules, layer_overlap
-from surgery.training.config import Evolution
-from surgery.training.pictures import PICTURES, draw_run, write_pictures
-from surgery.training.runlog import find_log, read_log
-from surgery.training.starts import start
+from surgery.settings.training import Evolution
+from surgery.training.loop.starts import start
+from surgery.training.report.analysis import STATISTICS, kinds_of_modules, layer_overlap
+from surgery.training.report.pictures import PICTURES, draw_run, write_pictures
+from surgery.training.report.runlog import find_log, read_log
 from surgery.training.train import train
 
 

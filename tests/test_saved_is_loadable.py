@@ -20,8 +20,8 @@ from surgery.artifact.export import export
 from surgery.artifact.folder import load, save
 from surgery.artifact.verify import verify
 from surgery.errors import OutputError, PlanError
-from surgery.precision import BFLOAT16, NATIVE, Precision, decode, encode, is_tame
-from surgery.references import load_member
+from surgery.members.references import load_member
+from surgery.storage.precision import BFLOAT16, NATIVE, Precision, decode, encode, is_tame
 
 INF = float("inf")
 values = st.sampled_from([INF, -INF, float("nan"), 1e30, -3.4e38, 2e18, 1.0, 0.0, -2.5])

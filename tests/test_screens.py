@@ -24,9 +24,9 @@ from surgery_cli.__main__ import app, with_values
 from surgery_cli.hush import hush
 
 import surgery
-from surgery.documents import recipe_names
-from surgery.progress import reporting, task
-from surgery.showing import MOST, as_text
+from surgery.settings.documents import recipe_names
+from surgery.util.progress import reporting, task
+from surgery.util.showing import MOST, as_text
 
 VERBS = ("demo", "inspect", "merge", "train", "evaluate", "report", "verify", "export")
 COMMANDS = typer.main.get_command(app).commands

@@ -6,14 +6,14 @@ from hypothesis import strategies as st
 from nets import assert_same_bits, member
 from torch import nn
 
-from surgery.dictionary import Bank
-from surgery.joint import join
-from surgery.member import Inputs, Member, Origin
-from surgery.plan import make_plan, place
-from surgery.settle import index_dtype, retire_rare, settle
-from surgery.sites import Anatomy, Site
-from surgery.storage import revive, store
-from surgery.views import CanonicalView
+from surgery.anatomy.plan import make_plan, place
+from surgery.anatomy.sites import Anatomy, Site
+from surgery.core.joint import join
+from surgery.core.settle import index_dtype, retire_rare, settle
+from surgery.dictionary.dictionary import Bank
+from surgery.geometry.views import CanonicalView
+from surgery.members.member import Inputs, Member, Origin
+from surgery.storage.stored import revive, store
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

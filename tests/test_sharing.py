@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import assert_same_bits, dictionary_gradients, loss_of, member, plain_copy, run, sibling
 
+from surgery.anatomy.plan import BankPlan
+from surgery.core.joint import join
+from surgery.dictionary.siblings import principal_rows, sibling_groups
+from surgery.dictionary.subspaces import fit_subspaces
 from surgery.errors import PlanError
 from surgery.fitting.fit import fit
 from surgery.fitting.fixed_bank import _divide
-from surgery.joint import join
-from surgery.plan import BankPlan
-from surgery.sharing.siblings import principal_rows, sibling_groups
-from surgery.sharing.subspaces import fit_subspaces
-from surgery.storage import store
+from surgery.storage.stored import store
 
 
 @given(

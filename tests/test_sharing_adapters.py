@@ -9,11 +9,11 @@ from training_nets import CONFIG, tasks
 
 import surgery
 from surgery.errors import PlanError
-from surgery.training.interruptions import Interrupted
-from surgery.training.run import STATE
-from surgery.training.sharing_adapters import share_adapters
+from surgery.training.loop.interruptions import Interrupted
+from surgery.training.loop.run import STATE
+from surgery.training.loop.sharing_adapters import share_adapters
+from surgery.training.loop.trainer import Trainer
 from surgery.training.train import train
-from surgery.training.trainer import Trainer
 
 
 def net(outputs):

@@ -12,11 +12,11 @@ from command_line import surgery as command
 from safetensors import safe_open
 
 import surgery
-from surgery.recipe import Recipe
-from surgery.training.interruptions import Interrupted
-from surgery.training.recipe_run import rejoin, train_recipe
-from surgery.training.run import STATE
-from surgery.training.trainer import Trainer
+from surgery.pipeline.train import rejoin, train_recipe
+from surgery.settings.recipe import Recipe
+from surgery.training.loop.interruptions import Interrupted
+from surgery.training.loop.run import STATE
+from surgery.training.loop.trainer import Trainer
 
 NAMES, KEYS = ("one", "two", "three"), ("blocks.0.norm1.weight", "blocks.1.norm2.bias", "pos_embed")
 

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from zoo import NETWORKS, member, minilm
 
-from surgery.blocks import BlockGrid
+from surgery.anatomy.sites import discover
 from surgery.errors import PlanError
-from surgery.member import Inputs, Member, Origin, owners_of
-from surgery.sites import discover
+from surgery.geometry.blocks import BlockGrid
+from surgery.members.member import Inputs, Member, Origin, owners_of
 
 X = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
 

@@ -11,10 +11,10 @@ from torch import nn
 import surgery
 from surgery.errors import ConsentError, LoadError, PlanError
 from surgery.permission import Permission
-from surgery.recipe import Recipe, TaskSpec
-from surgery.training.sources import check_sources, load_data
-from surgery.training.sources_text import load_tokenizer
-from surgery.training.tasks import as_batch
+from surgery.settings.recipe import Recipe, TaskSpec
+from surgery.training.tasks.sources import check_sources, load_data
+from surgery.training.tasks.sources_text import load_tokenizer
+from surgery.training.tasks.tasks import as_batch
 
 TEXTS = ["good", "a very long and tedious film that I would not see again", "bad", "fine, all in all"]
 

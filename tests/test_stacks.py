@@ -7,9 +7,9 @@ import zoo
 from nets import made
 from torch import nn
 
-from surgery.member import Inputs, Member, Origin
-from surgery.sites import discover
-from surgery.stacks import pool_runs
+from surgery.anatomy.sites import discover
+from surgery.anatomy.stacks import pool_runs
+from surgery.members.member import Inputs, Member, Origin
 
 
 def runs_of(module, *args):

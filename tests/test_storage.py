@@ -7,11 +7,11 @@ import torch
 from nets import OWN, assert_same_bits, member, run, sibling
 from torch import nn
 
+from surgery.core.joint import join
 from surgery.fitting.fit import fit
-from surgery.joint import join
-from surgery.member import Member
-from surgery.precision import Precision, encode
-from surgery.storage import adopt, deduplicate, revive, store
+from surgery.members.member import Member
+from surgery.storage.precision import Precision, encode
+from surgery.storage.stored import adopt, deduplicate, revive, store
 
 KINDS = (*OWN, "bert", "gpt2", "t5", "llama", "mixtral")
 
@@ -184,6 +184,6 @@ def test_only_tensors_equal_byte_for_byte_are_stored_once():
 @pytest.mark.parametrize("count", [1, 1 << 8, 257, 1 << 16, (1 << 16) + 1, 1 << 31])
 def test_every_type_that_numbers_hypermodules_is_read_again(count):
     from surgery.artifact.reading import INDICES
-    from surgery.settle import index_dtype
+    from surgery.core.settle import index_dtype
 
     assert index_dtype(count) in INDICES and torch.iinfo(index_dtype(count)).max >= count - 1

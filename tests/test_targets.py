@@ -15,11 +15,11 @@ import surgery
 from surgery.artifact.export import export
 from surgery.artifact.foldernames import folded, folder_names
 from surgery.artifact.verify import verify
+from surgery.disk.files import put
+from surgery.disk.folders import check_target
 from surgery.errors import ArtifactError, OutputError
-from surgery.files import put
-from surgery.folders import check_target
-from surgery.merging import check
-from surgery.recipe import Recipe
+from surgery.pipeline.merge import check
+from surgery.settings.recipe import Recipe
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_what_cannot_be_replaced_in_one_step_is_refused(place, monkeypatch):
 @pytest.mark.parametrize("verb", ["merge", "export", "train"])
 def test_verbs_refuse_a_mount_point_before_they_load(verb, place, monkeypatch):
     monkeypatch.setattr(
-        surgery.references, "load_member", lambda *_, **__: pytest.fail("something was loaded")
+        surgery.members.references, "load_member", lambda *_, **__: pytest.fail("something was loaded")
     )
     monkeypatch.setattr(
         "surgery.artifact.export._export_plain", lambda *_: pytest.fail("something was loaded")
@@ -149,9 +149,9 @@ def test_members_that_differ_in_case_are_given_back(tmp_path):
     modules = {name: seeded(stack, 9) for name in made.names}
     again = surgery.load(out, modules=modules)
     for name in made.names:
-        assert surgery.member.content_hash(again.collapse(name)) == surgery.member.content_hash(
-            made.collapse(name)
-        )
+        assert surgery.members.member.content_hash(
+            again.collapse(name)
+        ) == surgery.members.member.content_hash(made.collapse(name))
         assert again.members[name].files == {"vocab.txt": b"a" * 2000}
         plain = export(out, name, tmp_path / f"plain-{folder_names(made.names)[name]}")
         assert (plain / "vocab.txt").read_bytes() == b"a" * 2000

@@ -10,7 +10,7 @@ from command_line import assert_same_files
 from command_line import surgery as command
 
 import surgery
-from surgery.recipe import Recipe
+from surgery.settings.recipe import Recipe
 
 OWN = """import torch
 from torch import nn

@@ -8,15 +8,15 @@ from nets import assert_same_bits, loss_of, made, member, plain_copy, run, sibli
 from torch import nn
 
 import surgery
+from surgery.anatomy.plan import make_plan
+from surgery.anatomy.sites import discover
+from surgery.anatomy.template_plan import plan_templates
+from surgery.core.joint import join
+from surgery.dictionary.mixtures import Templates, harden_stack
 from surgery.errors import PlanError
 from surgery.fitting.fit import fit
-from surgery.joint import join
-from surgery.member import Member
-from surgery.mixtures import Templates, harden_stack
-from surgery.plan import make_plan
-from surgery.sites import discover
-from surgery.storage import revive, store
-from surgery.template_plan import plan_templates
+from surgery.members.member import Member
+from surgery.storage.stored import revive, store
 
 KINDS = ("bert", "gpt2", "llama", "t5", "mixtral", "attention", "vit", "mixer", "convmixer", "convnext")
 MIXING = ("linear", "softmax", "one-hot")

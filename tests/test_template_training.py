@@ -11,25 +11,25 @@ from pydantic import ValidationError
 from torch import nn
 
 import surgery
-from surgery import generation
-from surgery.dictionary import Bank
+from surgery.anatomy.sites import discover
+from surgery.anatomy.template_plan import plan_templates
+from surgery.core.joint import join
+from surgery.core.sizes import parameters_of_dictionary
+from surgery.dictionary import generation
+from surgery.dictionary.dictionary import Bank
+from surgery.dictionary.mixtures import Templates
 from surgery.errors import PlanError
-from surgery.joint import join
-from surgery.mixtures import Templates
-from surgery.sites import discover
-from surgery.sizes import parameters_of_dictionary
-from surgery.template_plan import plan_templates
-from surgery.training.config import Evolution, TemplateSettings, Training
-from surgery.training.interruptions import Interrupted
-from surgery.training.mixing import penalty, stacks_of
-from surgery.training.pictures import draw_run
-from surgery.training.run import STATE
-from surgery.training.runlog import read_log
-from surgery.training.starts import start
-from surgery.training.streams import Batches
-from surgery.training.tasks import Task
+from surgery.settings.training import Evolution, TemplateSettings, Training
+from surgery.training.loop.interruptions import Interrupted
+from surgery.training.loop.mixing import penalty, stacks_of
+from surgery.training.loop.run import STATE
+from surgery.training.loop.starts import start
+from surgery.training.loop.trainer import Trainer
+from surgery.training.report.pictures import draw_run
+from surgery.training.report.runlog import read_log
+from surgery.training.tasks.streams import Batches
+from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
-from surgery.training.trainer import Trainer
 
 CONFIG = {
     "steps": 5, "burn_in": 1, "generations": 3, "final": 2, "save_seconds": 0,

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.sharing.templates import (
+from surgery.dictionary.templates import (
     SIGNATURES,
     attraction,
     entropy,

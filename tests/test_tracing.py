@@ -10,7 +10,7 @@ from torch import nn
 from zoo import NETWORKS
 
 from surgery.errors import TraceError
-from surgery.member import Inputs
+from surgery.members.member import Inputs
 from surgery.tracing import TABLE, TIERS, Tier, trace
 
 X = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from zoo import NETWORKS, minilm
 
+from surgery.anatomy.sites import discover
 from surgery.inputs import inputs_for_part
-from surgery.member import Inputs
-from surgery.sites import discover
+from surgery.members.member import Inputs
 from surgery.tracing import TABLE, TIERS, Bounds, trace
 from surgery.tracing.crosscheck import crosscheck
 

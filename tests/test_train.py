@@ -20,16 +20,16 @@ from torch import nn
 from training_nets import CONFIG, build, tasks
 
 from surgery.errors import PlanError, TrainingError
-from surgery.training.config import Training
-from surgery.training.interruptions import Interrupted
-from surgery.training.run import BEST, STATE
-from surgery.training.runlog import read_log
-from surgery.training.state import read_state, write_state
-from surgery.training.state_document import BestDocument
-from surgery.training.streams import Batches, Stream, share
-from surgery.training.tasks import Task, as_batch
+from surgery.settings.training import Training
+from surgery.training.loop.interruptions import Interrupted
+from surgery.training.loop.run import BEST, STATE
+from surgery.training.loop.state import read_state, write_state
+from surgery.training.loop.state_document import BestDocument
+from surgery.training.loop.trainer import Trainer
+from surgery.training.report.runlog import read_log
+from surgery.training.tasks.streams import Batches, Stream, share
+from surgery.training.tasks.tasks import Task, as_batch
 from surgery.training.train import train
-from surgery.training.trainer import Trainer
 
 PROGRAM = Path(training_nets.__file__)
 
@@ -271,7 +271,7 @@ def test_a_state_is_whole_or_not_there(tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("surgery.training.state.save_file", fails)
+    monkeypatch.setattr("surgery.training.loop.state.save_file", fails)
     with pytest.raises(OSError, match="disk full"):
         write_state(tmp_path / "s", {"a": torch.ones(2)}, {"generation": 2})
     tensors, document = read_state(tmp_path / "s", BestDocument)

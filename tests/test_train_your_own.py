@@ -92,8 +92,8 @@ def test_the_tables_are_those_of_the_settings(page):
 
 
 def test_every_key_is_said_once(page):
-    from surgery.recipe import Recipe
-    from surgery.settings import documents_in
+    from surgery.settings.problems import documents_in
+    from surgery.settings.recipe import Recipe
 
     def names(model, prefix):
         for name, field in model.model_fields.items():

@@ -8,13 +8,13 @@ import torch
 from training_nets import CONFIG, build, tasks
 
 from surgery.errors import PlanError, TrainingError
-from surgery.training.interruptions import Interrupted
-from surgery.training.run import STATE
-from surgery.training.runlog import read_log
-from surgery.training.running_losses import RunningLosses
-from surgery.training.tasks import Task
+from surgery.training.loop.interruptions import Interrupted
+from surgery.training.loop.run import STATE
+from surgery.training.loop.trainer import Trainer
+from surgery.training.report.runlog import read_log
+from surgery.training.tasks.running_losses import RunningLosses
+from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
-from surgery.training.trainer import Trainer
 
 SHORT = {"steps": 2, "generations": 2, "save_seconds": 0}
 X, LABEL = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(8, dtype=torch.long)

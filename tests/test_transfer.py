@@ -9,16 +9,16 @@ from test_template_training import network, task
 from torch import nn
 
 import surgery
+from surgery.anatomy.sites import discover
+from surgery.anatomy.template_plan import plan_templates
+from surgery.core.joint import join
 from surgery.errors import LoadError, PlanError
-from surgery.joint import join
-from surgery.sites import discover
-from surgery.template_plan import plan_templates
-from surgery.training.config import TemplateSettings, Training
-from surgery.training.mixing import stacks_of
-from surgery.training.tasks import Task
+from surgery.pipeline.trial import begin_from_source, best_of, load_source
+from surgery.settings.training import TemplateSettings, Training
+from surgery.training.loop.mixing import stacks_of
+from surgery.training.loop.transfer import candidates, states_of, trained_numbers, transfer
+from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
-from surgery.training.transfer import candidates, states_of, trained_numbers, transfer
-from surgery.training.trial import begin_from_source, best_of, load_source
 
 MIXED = {"count": 3, "mixing": "softmax", "start": "random", "sure": 0.6}
 

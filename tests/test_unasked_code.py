@@ -20,11 +20,11 @@ from torch import nn
 
 import surgery
 from surgery.errors import ConsentError, LoadError
-from surgery.origins.factory import find_function
+from surgery.members.origins.factory import find_function
+from surgery.members.references import load_member
 from surgery.permission import Permission
-from surgery.recipe import Recipe
-from surgery.references import load_member
-from surgery.training.recipe_run import train_recipe
+from surgery.pipeline.train import train_recipe
+from surgery.settings.recipe import Recipe
 
 EVIL = """
 from pathlib import Path
@@ -216,7 +216,7 @@ def test_no_verb_runs_or_opens_what_a_hostile_artifact_names(places, tmp_path):
 
 
 def test_shipped_functions_are_those_that_the_recipes_name():
-    from surgery.documents import read_document, recipe_names
+    from surgery.settings.documents import read_document, recipe_names
 
     named = set()
     for name in recipe_names():

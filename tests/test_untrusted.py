@@ -10,10 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.documents import override, read_document
-from surgery.errors import LONGEST, PlanError, SurgeryError
-from surgery.recipe import Recipe
-from surgery.untrusted import (
+from surgery.disk.untrusted import (
     UnreadableError,
     is_regular,
     parse_json,
@@ -23,6 +20,9 @@ from surgery.untrusted import (
     shown,
     shown_text,
 )
+from surgery.errors import LONGEST, PlanError, SurgeryError
+from surgery.settings.documents import override, read_document
+from surgery.settings.recipe import Recipe
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.training.streams import Batches
-from surgery.training.tasks import Task
+from surgery.training.tasks.streams import Batches
+from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
 
 CONFIG = {
@@ -58,7 +58,7 @@ def main(folder, out, slow, dropout):
     if slow:
         import time
 
-        from surgery.training.trainer import Trainer
+        from surgery.training.loop.trainer import Trainer
 
         plain = Trainer.train_step
 

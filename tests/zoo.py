@@ -7,7 +7,7 @@ import timm
 import torch
 import transformers as tf
 
-from surgery.member import Inputs, Member, Origin
+from surgery.members.member import Inputs, Member, Origin
 
 IDS = torch.arange(16).reshape(2, 8) % 90 + 5
 BODY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from surgery.inputs import timm_picture
-from surgery.member import Inputs
+from surgery.members.member import Inputs
 
 LARGEST = 1_200_000_000  # parameters; a larger timm model is built with two layers
 
@@ -159,8 +159,6 @@ BUILDERS: dict[str, Callable[[str], tuple[nn.Module, Inputs | None]]] = {
 def preload(libraries: Iterable[str]) -> None:
     """Import what the children will need, once for all of them; nothing here may start a thread."""
     torch.set_num_threads(1)
-    import surgery.joint
-    import surgery.sites  # noqa: F401
 
     if "timm" in libraries:
         import timm  # noqa: F401

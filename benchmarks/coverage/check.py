@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from benchmarks.coverage.catalogue import Entry, build
 from benchmarks.coverage.row import Row
+from surgery.anatomy.plan import make_plan
+from surgery.anatomy.sites import Anatomy, Site, discover
+from surgery.core.joint import join
 from surgery.errors import PlanError
 from surgery.inputs import example_inputs
-from surgery.joint import join
-from surgery.member import Member, Origin
-from surgery.plan import make_plan
-from surgery.probes import tensors_in
-from surgery.sites import Anatomy, Site, discover
+from surgery.inputs.probes import tensors_in
+from surgery.members.member import Member, Origin
 
 BLOCKS = ((16, 16), (8, 8), (4, 4), (1, 1))
 

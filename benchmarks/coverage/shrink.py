@@ -142,7 +142,7 @@ def _runs(model: nn.Module, model_type: str) -> str:
     """The source of example inputs with which one forward pass works; empty where there are none."""
     from surgery.errors import LoadError
     from surgery.inputs import example_inputs
-    from surgery.member import Origin
+    from surgery.members.member import Origin
 
     try:
         return example_inputs(model, Origin("transformers", model_type, type(model).__name__)).source

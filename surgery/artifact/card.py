@@ -8,7 +8,7 @@ from typing import Any
 from surgery_recipes import SHIPPED
 
 from surgery.artifact.shares import Shares
-from surgery.wording import percent, size
+from surgery.util.wording import percent, size
 
 ROWS = 24  # members listed one by one
 PICTURE = "sharing.png"

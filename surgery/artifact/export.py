@@ -10,15 +10,15 @@ from surgery.artifact.reading import read_stored
 from surgery.artifact.rebuild import as_exported, as_saved
 from surgery.artifact.recorded import origin_of, read_member
 from surgery.artifact.reports import report_of, restrict_report
-from surgery.artifact.states import hollow, state_of
-from surgery.artifact.trim import on_cpu, restrict
 from surgery.artifact.writing import write
-from surgery.claims import claim
+from surgery.core.joint import JointModel
+from surgery.disk.claims import claim
+from surgery.disk.folders import check_target, new_folder
 from surgery.errors import PlanError
-from surgery.folders import check_target, new_folder
-from surgery.joint import JointModel
-from surgery.member import Member, state_tensors
-from surgery.storage import Stored, store
+from surgery.members.member import Member, state_tensors
+from surgery.storage.states import hollow, state_of
+from surgery.storage.stored import Stored, store
+from surgery.storage.trim import on_cpu, restrict
 
 if TYPE_CHECKING:
     from torch import nn
@@ -75,7 +75,7 @@ def export(
 def _export_plain(
     source: str | Path | JointModel, member: str, out: str | Path, overwrite: bool, trust: bool
 ) -> Path:
-    from surgery.references import write_plain
+    from surgery.members.references import write_plain
 
     if isinstance(source, JointModel):
         _check_name(member, source.names)

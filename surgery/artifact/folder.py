@@ -34,18 +34,19 @@ from surgery.artifact.recorded import (
 )
 from surgery.artifact.reports import report_of, restrict_report
 from surgery.artifact.writing import write
+from surgery.core.joint import JointModel
+from surgery.core.known import Known
+from surgery.disk.places import out_of_artifact
+from surgery.disk.untrusted import RECIPE_BYTES, UnreadableError, as_mapping, parse_yaml, read_regular
 from surgery.errors import ArtifactError
-from surgery.joint import JointModel
-from surgery.known import Known, without_target
-from surgery.member import Member
-from surgery.occupancy import check_free
-from surgery.origins import origin_kind
-from surgery.origins.bounded import bounded, by_file
+from surgery.members.member import Member
+from surgery.members.occupancy import check_free
+from surgery.members.origins import origin_kind
+from surgery.members.origins.bounded import bounded, by_file
 from surgery.permission import Permission
-from surgery.places import out_of_artifact
-from surgery.slots import locate
-from surgery.storage import Stored, compressed, expand, revive, store
-from surgery.untrusted import RECIPE_BYTES, UnreadableError, as_mapping, parse_yaml, read_regular
+from surgery.settings.names import without_target
+from surgery.slots.slots import locate
+from surgery.storage.stored import Stored, compressed, expand, revive, store
 
 
 def save(
@@ -157,7 +158,7 @@ def _build(
     manifest: Manifest, stored: Stored, name: str, files: Mapping[str, bytes], permission: Permission
 ) -> nn.Module:
     """A member's architecture, without weights."""
-    from surgery.references import build_architecture
+    from surgery.members.references import build_architecture
 
     origin = origin_of(manifest, name)
     if origin.kind == "module":

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
+from surgery.anatomy.plan import BankPlan, Placement, Plan
+from surgery.anatomy.sites import Site
 from surgery.artifact.manifest import EncodedGroup, Manifest, ViewEntry
-from surgery.blocks import BlockGrid
+from surgery.disk.untrusted import shown, shown_text
 from surgery.errors import ArtifactError
-from surgery.plan import BankPlan, Placement, Plan
-from surgery.precision import Encoded, Precision
-from surgery.sites import Site
-from surgery.untrusted import shown, shown_text
-from surgery.views import CanonicalView
+from surgery.geometry.blocks import BlockGrid
+from surgery.geometry.views import CanonicalView
+from surgery.storage.precision import Encoded, Precision
 
 Form = tuple[Precision, torch.dtype, tuple[int, ...]]
 """How a tensor is stored: precision, and the dtype and shape that it decodes to."""

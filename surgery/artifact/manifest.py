@@ -17,11 +17,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from surgery.artifact.sketch import check_sketch
-from surgery.errors import ArtifactError
-from surgery.places import out_of_artifact
-from surgery.quantities import Context, Count, Finite, Positive
-from surgery.records import MANIFEST
-from surgery.untrusted import (
+from surgery.disk.places import out_of_artifact
+from surgery.disk.records import MANIFEST
+from surgery.disk.untrusted import (
     DOCUMENT_BYTES,
     UnreadableError,
     as_mapping,
@@ -31,6 +29,8 @@ from surgery.untrusted import (
     shown,
     shown_text,
 )
+from surgery.errors import ArtifactError
+from surgery.settings.quantities import Context, Count, Finite, Positive
 
 NAME = MANIFEST
 VERSION = 1
@@ -57,7 +57,7 @@ class FileEntry(_Entry):
 
 
 class OriginEntry(_Entry):
-    """`surgery.member.Origin`."""
+    """`surgery.members.member.Origin`."""
 
     kind: str
     reference: str
@@ -77,7 +77,7 @@ class MemberEntry(_Entry):
         hash: content hash of its state dict as this artifact gives it back; left out where its own files hold
             every tensor as it is, so that their hashes say the same.
         bytes: of its own files, weights and small ones, before it was joined, where its files here differ from that;
-            `surgery.sizes.bytes_alone` counts tensors, without headers and small files.
+            `surgery.core.sizes.bytes_alone` counts tensors, without headers and small files.
         ties: tied names by their first owner.
         encoded: tensors that are not stored in their own dtype.
         same: tensors that are stored once, under the storage key that is given.

@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from surgery.artifact.shares import COPIES, ROWS, Shares
-from surgery.drawing import EMPTY, GRID, INK, MUTED, new_figure, png
-from surgery.wording import percent, size
+from surgery.util.drawing import EMPTY, GRID, INK, MUTED, new_figure, png
+from surgery.util.wording import percent, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

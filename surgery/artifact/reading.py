@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from surgery.anatomy.plan import BankPlan
 from surgery.artifact.layout import Form, encoded_forms, plan_of
 from surgery.artifact.manifest import Manifest
 from surgery.artifact.recorded import DICTIONARY, TENSOR_FILE, WEIGHTS, raise_damaged, read_extra_state
 from surgery.artifact.tensorfiles import read_header, read_tensors
-from surgery.artifact.trim import restrict
-from surgery.files import sha256_of
-from surgery.plan import BankPlan
-from surgery.precision import NATIVE, Encoded, decode, part_layout
-from surgery.storage import Stored, parts_of_singles
-from surgery.untrusted import UnreadableError, regular_size, shown_text
+from surgery.disk.files import sha256_of
+from surgery.disk.untrusted import UnreadableError, regular_size, shown_text
+from surgery.storage.precision import NATIVE, Encoded, decode, part_layout
+from surgery.storage.stored import Stored, parts_of_singles
+from surgery.storage.trim import restrict
 
 INDICES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)
 """What an alignment is stored in."""

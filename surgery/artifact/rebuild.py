@@ -16,11 +16,11 @@ from torch import nn
 
 from surgery.artifact.recorded import misfits, shapes_of, stored_shapes
 from surgery.errors import LoadError
-from surgery.member import Member, Origin
-from surgery.origins import origin_kind
-from surgery.origins.layers import correct_layers
-from surgery.origins.module import live_module
-from surgery.storage import Stored
+from surgery.members.member import Member, Origin
+from surgery.members.origins import origin_kind
+from surgery.members.origins.layers import correct_layers
+from surgery.members.origins.module import live_module
+from surgery.storage.stored import Stored
 
 _CODE = ("module", "factory")  # kinds that nothing is built of without running a user's code
 
@@ -111,7 +111,7 @@ def _misfits(
     origin: Origin, files: Mapping[str, bytes], wanted: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, Collection[str]]:
     """How the architecture that `load` will build differs from tensors of these shapes, and its tensors' names."""
-    from surgery.references import build_architecture
+    from surgery.members.references import build_architecture
 
     try:
         own = shapes_of(build_architecture(origin, files))

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.anatomy.plan import torch_dtype
 from surgery.artifact.manifest import Manifest
 from surgery.artifact.sketch import draw
+from surgery.disk.untrusted import UnreadableError, parse_json, read_regular, shown_text
 from surgery.errors import ArtifactError
-from surgery.extra_state import NAME as EXTRA_STATE
-from surgery.extra_state import from_document
-from surgery.member import Inputs, Member, Origin, state_tensors
-from surgery.plan import torch_dtype
-from surgery.storage import Stored
-from surgery.untrusted import UnreadableError, parse_json, read_regular, shown_text
+from surgery.members.extra_state import NAME as EXTRA_STATE
+from surgery.members.extra_state import from_document
+from surgery.members.member import Inputs, Member, Origin, state_tensors
+from surgery.storage.stored import Stored
 
 LARGEST_SMALL = 1 << 28  # bytes of a tokenizer or a configuration
 DICTIONARY, WEIGHTS = "dictionary", "weights"

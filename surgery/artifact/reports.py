@@ -12,12 +12,12 @@ import re
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from surgery.artifact.states import build_banks, state_of
-from surgery.member import content_hash
-from surgery.storage import Stored, expand
+from surgery.members.member import content_hash
+from surgery.storage.states import build_banks, state_of
+from surgery.storage.stored import Stored, expand
 
 if TYPE_CHECKING:
-    from surgery.joint import JointModel
+    from surgery.core.joint import JointModel
 
 ALWAYS = ("original_bytes", "parameters", "hashes")
 """What stays true of a member whatever becomes of its weights here."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from surgery import sizes
-from surgery.plan import BankPlan
-from surgery.precision import decode
-from surgery.sizes import count_tensors
-from surgery.storage import Stored
+from surgery.anatomy.plan import BankPlan
+from surgery.core import sizes
+from surgery.core.sizes import count_tensors
+from surgery.storage.precision import decode
+from surgery.storage.stored import Stored
 
 ROWS = "dictionary"
 COPIES = "shared copies"

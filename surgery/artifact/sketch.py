@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.member import Inputs
-from surgery.tensorheader import MOST_AXES
-from surgery.untrusted import shown
+from surgery.disk.tensorheader import MOST_AXES
+from surgery.disk.untrusted import shown
+from surgery.members.member import Inputs
 
 _FEW = 64  # whole numbers that are kept one by one
 MOST_ELEMENTS = 1 << 27  # of all example inputs of a member together: half a GiB in float32

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from surgery.aligned import align
+from surgery.disk.aligned import align
+from surgery.disk.tensorheader import Header, parse_header
+from surgery.disk.untrusted import UnreadableError, shown_text
 from surgery.errors import ArtifactError
-from surgery.tensorheader import Header, parse_header
-from surgery.untrusted import UnreadableError, shown_text
 
 
 def read_header(path: Path) -> Header:

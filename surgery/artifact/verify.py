@@ -20,16 +20,16 @@ from surgery.artifact.folder import load
 from surgery.artifact.manifest import NAME, Manifest, checksum_holds, read_manifest
 from surgery.artifact.reading import read_stored, wrong_hashes
 from surgery.artifact.recorded import inputs_of, origin_of, small_files
-from surgery.artifact.states import build_banks, state_of
-from surgery.collapse import collapse
-from surgery.copies import duplicate
+from surgery.core.joint import JointModel
 from surgery.errors import ConsentError, SurgeryError
-from surgery.joint import JointModel
-from surgery.member import Inputs, Member, Origin, content_hash, whole_state
-from surgery.occupancy import check_unoccupied
+from surgery.inputs.probes import outputs_of, probe_inputs, relative_error
+from surgery.members.member import Inputs, Member, Origin, content_hash, whole_state
+from surgery.members.occupancy import check_unoccupied
 from surgery.permission import Permission
-from surgery.probes import outputs_of, probe_inputs, relative_error
-from surgery.showing import as_html, as_text
+from surgery.slots.collapse import collapse
+from surgery.storage.states import build_banks, state_of
+from surgery.util.copies import duplicate
+from surgery.util.showing import as_html, as_text
 
 ROUNDING = 1e-5  # relative: a kernel may add the terms of a block in another order than the recorded one
 SAME_ERROR = (1e-4, 0.02)  # absolute and relative difference between two measurements of one output error
@@ -197,7 +197,7 @@ def _load_origin(
     manifest: Manifest, name: str, given: nn.Module | None, permission: Permission, wanted: bool
 ) -> tuple[Member | None, str]:
     """The member as it was before it was joined, or why it cannot be had."""
-    from surgery.references import load_origin, ships
+    from surgery.members.references import load_origin, ships
 
     origin = origin_of(manifest, name)
     if given is not None:

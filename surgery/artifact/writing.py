@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from surgery.aligned import aligned_file_bytes, check_dtypes, write_shards
 from surgery.artifact.card import PICTURE, make_card
 from surgery.artifact.foldernames import folder_names
 from surgery.artifact.layout import encoded_entries, parts_of, plan_entries
@@ -31,19 +30,20 @@ from surgery.artifact.recorded import (
 )
 from surgery.artifact.shares import count_shares
 from surgery.artifact.sketch import sketch
-from surgery.artifact.states import build_banks, state_of
 from surgery.artifact.tensorfiles import read_header
-from surgery.artifact.trim import on_cpu, thrift
-from surgery.dictionary import Bank
+from surgery.dictionary.dictionary import Bank
+from surgery.disk.aligned import aligned_file_bytes, check_dtypes, write_shards
+from surgery.disk.files import files_below, sha256_of
+from surgery.disk.folders import new_folder
+from surgery.disk.places import Places, into_artifact
 from surgery.errors import ArtifactError, OutputError
-from surgery.extra_state import NAME as EXTRA_STATE
-from surgery.extra_state import to_document
-from surgery.files import files_below, sha256_of
-from surgery.folders import new_folder
-from surgery.member import Member, Origin, content_hash
-from surgery.places import Places, into_artifact
-from surgery.precision import Encoded
-from surgery.storage import Stored
+from surgery.members.extra_state import NAME as EXTRA_STATE
+from surgery.members.extra_state import to_document
+from surgery.members.member import Member, Origin, content_hash
+from surgery.storage.precision import Encoded
+from surgery.storage.states import build_banks, state_of
+from surgery.storage.stored import Stored
+from surgery.storage.trim import on_cpu, thrift
 from surgery.version import __version__
 
 ALLOWANCE = 64 * 1024  # bytes that an artifact may be larger than its members' own files

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from surgery.anatomy.plan import BankPlan, Placement, Plan
+from surgery.anatomy.sites import LeftAlone
+from surgery.core.settle import index_dtype
+from surgery.dictionary.generation import to_weight
 from surgery.fitting.allocation import Choice
 from surgery.fitting.units import Arrangement, SharedRows, Unit
-from surgery.generation import to_weight
-from surgery.plan import BankPlan, Placement, Plan
-from surgery.precision import NATIVE, Encoded, Precision, decode, encode
-from surgery.settle import index_dtype
-from surgery.sites import LeftAlone
-from surgery.storage import Stored, build_bank, deduplicate
+from surgery.storage.precision import NATIVE, Encoded, Precision, decode, encode
+from surgery.storage.stored import Stored, build_bank, deduplicate
 
 PLAIN = "sharing it does not pay"
 

@@ -16,9 +16,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from surgery.artifact.states import build_banks, state_of
-from surgery.artifact.trim import thrift
-from surgery.collapse import collapse
+from surgery.anatomy.plan import Plan
+from surgery.core.joint import JointModel
+from surgery.core.known import Known
+from surgery.core.sizes import bytes_alone, parameters_alone
 from surgery.errors import PlanError
 from surgery.fitting.fixed_bank import BankRequest, fixed_bank
 from surgery.fitting.report import FitReport, StackReport, describe, describe_stacks
@@ -26,16 +27,15 @@ from surgery.fitting.search import Outcome, Request, Search, measure_errors
 from surgery.fitting.template_bank import TemplateRequest, template_bank
 from surgery.fitting.template_groups import TemplateOptions
 from surgery.fitting.trial import Trial
-from surgery.joint import JointModel
-from surgery.known import Known, without_target
-from surgery.member import Inputs, content_hash
-from surgery.plan import Plan
-from surgery.precision import NATIVE, stored_bytes
-from surgery.probes import probe_inputs
-from surgery.sharing.names import Mixing
-from surgery.sizes import bytes_alone, parameters_alone
-from surgery.slots import assign
-from surgery.storage import Stored, adopt, compressed, expand, extra, store, ties
+from surgery.inputs.probes import probe_inputs
+from surgery.members.member import Inputs, content_hash
+from surgery.settings.names import Mixing, without_target
+from surgery.slots.collapse import collapse
+from surgery.slots.slots import assign
+from surgery.storage.precision import NATIVE, stored_bytes
+from surgery.storage.states import build_banks, state_of
+from surgery.storage.stored import Stored, adopt, compressed, expand, extra, store, ties
+from surgery.storage.trim import thrift
 
 
 def fit(

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from surgery.dictionary import Bank
+from surgery.anatomy.plan import BankPlan, Plan, place, too_small
+from surgery.core.settle import retire_rare
+from surgery.dictionary.dictionary import Bank
+from surgery.dictionary.generation import to_blocks
+from surgery.dictionary.subspaces import fit_subspaces
 from surgery.errors import PlanError
-from surgery.generation import to_blocks
-from surgery.plan import BankPlan, Plan, place, too_small
-from surgery.precision import NATIVE, encode
-from surgery.settle import retire_rare
-from surgery.sharing.subspaces import fit_subspaces
-from surgery.storage import Stored, bank_tensors, deduplicate
+from surgery.storage.precision import NATIVE, encode
+from surgery.storage.stored import Stored, bank_tensors, deduplicate
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surgery import progress
-from surgery.blocks import BlockGrid, tile
-from surgery.dictionary import master_dtype
+from surgery.anatomy.plan import Plan
+from surgery.anatomy.sites import Site
+from surgery.core.settle import index_dtype
+from surgery.dictionary.dictionary import master_dtype
+from surgery.dictionary.siblings import principal_rows, sibling_groups
 from surgery.fitting.sensitivity import measured_sensitivities, sensitivities
 from surgery.fitting.stack_layers import read_stack
 from surgery.fitting.template_groups import TemplateOptions, stack_group
@@ -28,11 +30,9 @@ from surgery.fitting.units import (
     measure,
     unit_bytes,
 )
-from surgery.plan import Plan
-from surgery.precision import BFLOAT16, NATIVE, decode, encode
-from surgery.settle import index_dtype
-from surgery.sharing.siblings import principal_rows, sibling_groups
-from surgery.sites import Site
+from surgery.geometry.blocks import BlockGrid, tile
+from surgery.storage.precision import BFLOAT16, NATIVE, decode, encode
+from surgery.util import progress
 
 Key = tuple[str, str]  # member, tensor name
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from surgery.anatomy.plan import Plan
+from surgery.core.sizes import TensorReport, count_tensors
 from surgery.fitting.stack_layers import distinct_layers
-from surgery.plan import Plan
-from surgery.showing import as_html, as_text
-from surgery.sizes import TensorReport, count_tensors
-from surgery.storage import Stored, parts_of_singles
-from surgery.wording import percent, size
+from surgery.storage.stored import Stored, parts_of_singles
+from surgery.util.showing import as_html, as_text
+from surgery.util.wording import percent, size
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class FitReport:
     Attributes:
         target: what was asked for, in words.
         met: whether the target was met.
-        original_bytes: of each member's tensors alone; see `surgery.sizes`.
+        original_bytes: of each member's tensors alone; see `surgery.core.sizes`.
         stored_bytes: of all stored tensors, index included.
         saved: bytes that `sharing` and `precision` each saved; sharing's are what the same tensors would have
             cost apart, at the precisions they would then have had.
@@ -50,7 +50,7 @@ class FitReport:
         probes: the seed of made-up probe inputs and which members had real ones.
         detail: every tensor.
         stacks: of a plan with templates, by name.
-        parameters: of each member alone; see `surgery.sizes`.
+        parameters: of each member alone; see `surgery.core.sizes`.
     """
 
     target: str

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from surgery import progress
+from surgery.anatomy.plan import Plan
 from surgery.errors import PlanError
 from surgery.fitting.allocation import Choice, Table, finest, within_bytes, within_errors
 from surgery.fitting.assembly import Assembler, weights_of
@@ -20,8 +20,8 @@ from surgery.fitting.groups import make_groups, make_scene
 from surgery.fitting.template_groups import TemplateOptions
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import PART_BYTES, barred, tabulate
-from surgery.plan import Plan
-from surgery.storage import Stored
+from surgery.storage.stored import Stored
+from surgery.util import progress
 
 ROUNDS = 8  # corrections of the predicted errors by the measured ones
 MORE_ROUNDS = 12  # if none of them met the bound

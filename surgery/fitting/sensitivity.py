@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from surgery import progress
 from surgery.fitting.trial import Trial
-from surgery.precision import Precision, decode, encode
-from surgery.probes import tensors_in
-from surgery.slots import locate
+from surgery.inputs.probes import tensors_in
+from surgery.slots.slots import locate
+from surgery.storage.precision import Precision, decode, encode
+from surgery.util import progress
 
 COARSE = Precision(4, 64)  # how tensors are rounded where derivatives say nothing
 LEAST = 1e-8  # relative squared output error that leaving all of such tensors out counts as, at least

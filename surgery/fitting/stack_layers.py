@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from surgery.dictionary import master_dtype
-from surgery.plan import Plan, torch_dtype
-from surgery.sites import Site
+from surgery.anatomy.plan import Plan, torch_dtype
+from surgery.anatomy.sites import Site
+from surgery.dictionary.dictionary import master_dtype
 
 PIECE = 1 << 16  # numbers of every layer that are multiplied at once
 

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from surgery.dictionary import Bank, exact_bank
+from surgery.anatomy.plan import Plan
+from surgery.core.settle import settle_banks
+from surgery.dictionary.dictionary import Bank, exact_bank
+from surgery.dictionary.generation import to_blocks
+from surgery.dictionary.mixtures import Templates, open_stack
 from surgery.fitting.sensitivity import sensitivities
-from surgery.generation import to_blocks
-from surgery.mixtures import Templates, open_stack
-from surgery.plan import Plan
-from surgery.precision import NATIVE, encode
-from surgery.settle import settle_banks
-from surgery.sharing.names import Mixing
-from surgery.storage import Stored, bank_tensors, deduplicate
+from surgery.settings.names import Mixing
+from surgery.storage.precision import NATIVE, encode
+from surgery.storage.stored import Stored, bank_tensors, deduplicate
 
 if TYPE_CHECKING:
     from surgery.fitting.trial import Trial
@@ -47,7 +47,7 @@ def template_bank(
     Args:
         plan: with stacks.
         originals: by member, its tensors by first owner.
-        ties: as `surgery.storage.ties` returns them.
+        ties: as `surgery.storage.stored.ties` returns them.
         trials: members that run, whose sensitivity to each tensor decides how much its error counts.
         request: what was asked for.
     """

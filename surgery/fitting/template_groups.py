@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from surgery import progress
-from surgery.blocks import BlockGrid
+from surgery.core.settle import index_dtype
+from surgery.dictionary.siblings import components
+from surgery.dictionary.templates import fit_mixtures
 from surgery.fitting.stack_layers import (
     StackTensor,
     TemplateRow,
@@ -26,11 +27,10 @@ from surgery.fitting.stack_layers import (
     unexplained,
 )
 from surgery.fitting.units import Arrangement, Group, SharedRows, Unit, measure
-from surgery.precision import NATIVE
-from surgery.settle import index_dtype
-from surgery.sharing.names import Mixing
-from surgery.sharing.siblings import components
-from surgery.sharing.templates import fit_mixtures
+from surgery.geometry.blocks import BlockGrid
+from surgery.settings.names import Mixing
+from surgery.storage.precision import NATIVE
+from surgery.util import progress
 
 EVERY = 8  # up to so many templates, every number of them is tried
 RELATED = 0.2  # least cosine of two layers of a family; two that are less alike save 0.015 bits a number

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from surgery.errors import PlanError
-from surgery.member import Inputs, Member
-from surgery.probes import outputs_of
-from surgery.slots import assign, forget_derived
+from surgery.inputs.probes import outputs_of
+from surgery.members.member import Inputs, Member
+from surgery.slots.slots import assign, forget_derived
 
 
 class Trial:

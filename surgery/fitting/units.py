@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from surgery.blocks import BlockGrid
+from surgery.anatomy.sites import Site
 from surgery.fitting.allocation import Table
-from surgery.precision import BFLOAT16, NATIVE, Precision, decode, encode, is_tame, stored_bytes
-from surgery.sites import Site
+from surgery.geometry.blocks import BlockGrid
+from surgery.storage.precision import BFLOAT16, NATIVE, Precision, decode, encode, is_tame, stored_bytes
 
 GROUP = 64  # values to one scale
 SAMPLE = 1 << 18  # values on which the error of a precision is measured

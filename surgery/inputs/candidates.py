@@ -19,8 +19,9 @@ from surgery.errors import LoadError
 from surgery.inputs.fields import known, make
 from surgery.inputs.repairs import outline, repairs
 from surgery.inputs.sample import Sample, TooLargeError
-from surgery.member import Inputs, Origin
-from surgery.origins.base import one_line, quiet
+from surgery.members.member import Inputs, Origin
+from surgery.util.quiet import quiet
+from surgery.util.text import one_line
 
 ROUNDS = 10  # tries for each way to make inputs up
 _ALONE = "batch of one"

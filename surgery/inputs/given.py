@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_map
 
 from surgery.errors import LoadError
 from surgery.inputs.candidates import forward_error
-from surgery.member import Inputs
-from surgery.origins.base import one_line
+from surgery.members.member import Inputs
+from surgery.util.text import one_line
 
 
 def check_runs(module: nn.Module, inputs: Inputs, name: str) -> None:

@@ -13,10 +13,10 @@ from surgery.artifact.manifest import NAME as MANIFEST
 from surgery.artifact.manifest import Manifest, read_manifest
 from surgery.artifact.reading import read_stored
 from surgery.artifact.shares import Shares, count_shares
+from surgery.core.sizes import ROWS, TensorReport, count_tensors
 from surgery.errors import ArtifactError, TrainingError
-from surgery.sizes import ROWS, TensorReport, count_tensors
-from surgery.storage import Stored
-from surgery.training.runlog import find_log, first_validation, read_log
+from surgery.storage.stored import Stored
+from surgery.training.report.runlog import find_log, first_validation, read_log
 
 Line = dict[str, Any]
 

@@ -12,15 +12,15 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from surgery.disk.files import put
 from surgery.errors import OutputError
-from surgery.files import put
 from surgery.page import charts
 from surgery.page.charts import Series
 from surgery.page.overview import MemberView, Overview, Run
-from surgery.showing import plural
-from surgery.training.comparison import as_scores, share_of, total, verdict
+from surgery.training.report.comparison import as_scores, share_of, total, verdict
+from surgery.util.showing import plural
+from surgery.util.wording import count, percent, size
 from surgery.version import __version__
-from surgery.wording import count, percent, size
 
 GENERATOR = "model-surgery"
 STYLE, MARKUP = "page.css", "page.html.jinja"
@@ -364,7 +364,7 @@ def _share(run: Run) -> Chart | None:
 
 
 def _modules(run: Run) -> Chart | None:
-    from surgery.training.pictures import ranked_subsets
+    from surgery.training.report.pictures import ranked_subsets
 
     steps = [line["generation"] + 1 for line in run.generations]
     names = [name for name in ranked_subsets(run.generations) if name][:_LINES]

@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, fx, nn
 
 from surgery.errors import TraceError
-from surgery.member import Inputs
-from surgery.silence import torch_silent
+from surgery.members.member import Inputs
 from surgery.tracing.bounds import Bounds, OutOfBoundsError, Watch
 from surgery.tracing.copying import canonical_names, copy_module, map_inputs, share_parameters, to_meta
 from surgery.tracing.ends import mark_ends
@@ -25,6 +24,7 @@ from surgery.tracing.recorder import Recorder, record
 from surgery.tracing.stubbed import StubbedRecorder
 from surgery.tracing.table import table_uses
 from surgery.tracing.types import Trace, Use
+from surgery.util.silence import torch_silent
 
 __all__ = ["TABLE", "TIERS", "Bounds", "Tier", "Trace", "Use", "trace"]
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from surgery.copies import copy_with
-from surgery.member import Inputs, owners_of
+from surgery.members.member import Inputs, owners_of
+from surgery.util.copies import copy_with
 
 
 def canonical_names(module: nn.Module) -> dict[int, str]:

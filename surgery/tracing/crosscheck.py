@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from surgery.member import Inputs
+from surgery.members.member import Inputs
 from surgery.tracing import TIERS, Tier, Trace, trace
 
 

@@ -11,8 +11,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from surgery.layers.axes import Axes, Factor, Shape
-from surgery.views import CanonicalView
+from surgery.geometry.views import CanonicalView
+from surgery.tracing.layers.axes import Axes, Factor, Shape
 
 
 @dataclass(frozen=True)

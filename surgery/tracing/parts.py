@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from surgery.member import Inputs
+from surgery.members.member import Inputs
 from surgery.tracing.types import Trace, Use
 
 

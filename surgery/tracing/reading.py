@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import fx
 
-from surgery.layers import KINDS, kind_met_by, read_call
-from surgery.layers.axes import Shape
-from surgery.layers.operations import Call, Reading
+from surgery.tracing.layers import KINDS, kind_met_by, read_call
+from surgery.tracing.layers.axes import Shape
+from surgery.tracing.layers.operations import Call, Reading
 from surgery.tracing.layout import Layout, Strided, canonical_view, contiguous, through_view
 from surgery.tracing.types import Use
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from surgery.layers import KINDS, read_module
-from surgery.layers.axes import Axes
+from surgery.tracing.layers import KINDS, read_module
+from surgery.tracing.layers.axes import Axes
 from surgery.tracing.layout import Layout, canonical_view
 from surgery.tracing.types import Use
 

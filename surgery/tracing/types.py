@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from surgery.views import CanonicalView
+from surgery.geometry.views import CanonicalView
 
 
 @dataclass(frozen=True)

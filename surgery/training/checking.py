@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from surgery.anatomy.selectors import share_selectors
 from surgery.errors import LoadError, PlanError, SurgeryError
-from surgery.origins.definitions import function_problem
-from surgery.origins.factory import claims as is_factory
-from surgery.recipe import Recipe
-from surgery.references import parse_reference
-from surgery.selectors import share_selectors
-from surgery.settings import advice_on, problems_of
-from surgery.training.config import Training
-from surgery.training.losses import TARGETED, adapts_by, loss_problems
-from surgery.training.metrics import measure_of
-from surgery.training.sources import ENDINGS, is_function, no_source
-from surgery.training.sources_hub import PREFIX
-from surgery.training.sources_text import TEXT_ENDINGS
-from surgery.training.trackers import check_trackers
+from surgery.members.origins.definitions import function_problem
+from surgery.members.origins.factory import claims as is_factory
+from surgery.members.references import parse_reference
+from surgery.settings.problems import advice_on, problems_of
+from surgery.settings.recipe import Recipe
+from surgery.settings.training import Training
+from surgery.training.report.trackers import check_trackers
+from surgery.training.tasks.losses import TARGETED, adapts_by, loss_problems
+from surgery.training.tasks.metrics import measure_of
+from surgery.training.tasks.sources import ENDINGS, is_function, no_source
+from surgery.training.tasks.sources_hub import PREFIX
+from surgery.training.tasks.sources_text import TEXT_ENDINGS
 
 if TYPE_CHECKING:
-    from surgery.joint import JointModel
-    from surgery.training.tasks import Task
+    from surgery.core.joint import JointModel
+    from surgery.training.tasks.tasks import Task
 
 OFFERED = ("batch", "seed", "member")
 SPLITS = ("validation", "test")

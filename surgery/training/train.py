@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from surgery.claims import claim_of_first
-from surgery.extra_state import extra_state_of, to_document
-from surgery.joint import JointModel
-from surgery.selectors import share_selectors
+from surgery.anatomy.selectors import share_selectors
+from surgery.core.joint import JointModel
+from surgery.disk.claims import claim_of_first
+from surgery.members.extra_state import extra_state_of, to_document
+from surgery.settings.training import Training
 from surgery.training.checking import check_run
-from surgery.training.comparison import measure
-from surgery.training.config import Training
-from surgery.training.fsdp import (
+from surgery.training.distributed.fsdp import (
     Sharding,
     check_launch,
     check_losses,
@@ -27,16 +26,17 @@ from surgery.training.fsdp import (
     read_sharding,
     wants_checkpointing,
 )
-from surgery.training.parts import First
-from surgery.training.rehearsal import rehearse
-from surgery.training.report import TrainReport
-from surgery.training.run import Run, check_folder
-from surgery.training.sharing_adapters import share_adapters
-from surgery.training.starts import start
-from surgery.training.task_losses import made_losses
-from surgery.training.tasks import Loss, Task
-from surgery.training.trainer import Trainer
-from surgery.training.transfer import freeze
+from surgery.training.loop.run import Run, check_folder
+from surgery.training.loop.sharing_adapters import share_adapters
+from surgery.training.loop.starts import start
+from surgery.training.loop.trainer import Trainer
+from surgery.training.loop.transfer import freeze
+from surgery.training.report.comparison import measure
+from surgery.training.report.report import TrainReport
+from surgery.training.tasks.parts import First
+from surgery.training.tasks.rehearsal import rehearse
+from surgery.training.tasks.task_losses import made_losses
+from surgery.training.tasks.tasks import Loss, Task
 
 
 def train(
@@ -196,8 +196,8 @@ def _sharded_trainer(
     losses: Mapping[str, Loss],
 ) -> Trainer:
     """One of processes that each hold a part of the joint model."""
-    from surgery.training.sharded import ShardedModel
-    from surgery.training.sharded_processes import ShardedProcesses, check_alike
+    from surgery.training.distributed.sharded import ShardedModel
+    from surgery.training.distributed.sharded_processes import ShardedProcesses, check_alike
 
     check_alike(joint)
     model = ShardedModel(joint, sharding)

@@ -1,0 +1,1 @@
+"""What a member is made of: sites, stacks of layers, and the plan of what is shared."""

@@ -1,0 +1,191 @@
+"""Plan: what goes into the dictionary, in which blocks, and what stays with its member.
+
+A plan is frozen and printable: a dry run stops here. `make_plan` needs only anatomies, no weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from surgery.anatomy.sites import Anatomy, LeftAlone, Site
+from surgery.errors import PlanError
+from surgery.geometry.blocks import BlockGrid
+from surgery.util.showing import as_text, plural
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the blocks of one site lie: locations `start` to `start + grid.locations` of a bank."""
+
+    site: Site
+    bank: str
+    grid: BlockGrid
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """One past the site's last location."""
+        return self.start + self.grid.locations
+
+
+@dataclass(frozen=True)
+class BankPlan:
+    """One bank: block shape, c, and how many locations draw on it.
+
+    Where it holds one tensor of the templates of a stack, `stack` is that stack's name: a block is the whole tensor, a
+    location is a layer, and c is the number of templates.
+    """
+
+    key: str
+    block: tuple[int, int]
+    context: int
+    dtype: str
+    locations: int
+    stack: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Plan:
+    """All of a joint model's structure except its numbers.
+
+    Attributes:
+        members: names in the order given.
+        banks: by block shape and dtype.
+        placements: every site whose weights are generated, in member and execution order.
+        left_alone: every other tensor with its reason.
+    """
+
+    members: tuple[str, ...]
+    banks: tuple[BankPlan, ...]
+    placements: tuple[Placement, ...]
+    left_alone: tuple[LeftAlone, ...]
+
+    def __repr__(self) -> str:
+        title = f"Plan of {plural(len(self.members), 'member')}: {plural(len(self.placements), 'site')} in "
+        title += f"{plural(len(self.banks), 'bank')}, {plural(len(self.left_alone), 'tensor')} left alone"
+        return as_text(title, [f"{bank.key}: {plural(bank.locations, 'location')}" for bank in self.banks])
+
+    def of(self, member: str) -> tuple[Placement, ...]:
+        """The placements of one member."""
+        return tuple(p for p in self.placements if p.site.member == member)
+
+    def bank(self, key: str) -> BankPlan:
+        """The bank with this key."""
+        return next(bank for bank in self.banks if bank.key == key)
+
+    @property
+    def stacks(self) -> dict[str, tuple[str, ...]]:
+        """Keys of the banks that hold the tensors of each stack's templates, by the stack's name."""
+        names = dict.fromkeys(bank.stack for bank in self.banks if bank.stack)
+        return {name: tuple(b.key for b in self.banks if b.stack == name) for name in names}
+
+
+def make_plan(anatomies: Sequence[Anatomy], block: tuple[int, int] = (16, 16), context: int = 4) -> Plan:
+    """Place every site of every member in banks of `block`-shaped blocks, one bank for each dtype.
+
+    Sites smaller than a block in either direction are left alone.
+
+    Raises:
+        PlanError: two members of one name; a block that no site can fill; sizes below 1.
+    """
+    names = [anatomy.member for anatomy in anatomies]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise PlanError(
+            f"Every member needs its own name, but {', '.join(repeated)} is given more than once; "
+            "write NAME=REFERENCE to name a member."
+        )
+    m, n = block
+    if m < 1 or n < 1 or context < 1:
+        raise PlanError(f"Block sides and context must be at least 1, found {m}x{n} and {context}.")
+    sites = [site for anatomy in anatomies for site in anatomy.sites]
+    fitting = [site for site in sites if site.view.shape[1] >= m and site.view.shape[2] >= n]
+    if sites and not fitting:
+        largest = max(sites, key=lambda site: math.prod(site.view.shape[1:]))
+        raise PlanError(
+            f"A block of {m}x{n} is larger than every site; the largest is {largest.member}:"
+            f"{largest.name} with {largest.view.shape[1]}x{largest.view.shape[2]}. Use a smaller --block."
+        )
+    small = [too_small(site, block) for site in sites if site not in fitting]
+    left_alone = [entry for anatomy in anatomies for entry in anatomy.left_alone]
+    return place(names, ((site, block) for site in fitting), context, left_alone + small)
+
+
+def too_small(site: Site, block: tuple[int, int]) -> LeftAlone:
+    """A site that cannot fill a block, as left alone."""
+    reason = f"smaller than a {block[0]}x{block[1]} block"
+    return LeftAlone(
+        site.member, site.name, site.owners, "skipped", site.kind, site.shape, site.dtype, reason, site.order
+    )
+
+
+def place(
+    members: Sequence[str],
+    sites: Iterable[tuple[Site, tuple[int, int]]],
+    context: int,
+    left_alone: Iterable[LeftAlone] = (),
+) -> Plan:
+    """Place sites, each with its own block shape, in one bank for each block shape and dtype."""
+    banks: dict[str, BankPlan] = {}
+    placements = []
+    for site, (m, n) in sites:
+        key = f"{m}x{n}-{site.dtype}"
+        bank = banks.get(key) or BankPlan(key, (m, n), context, site.dtype, 0)
+        grid = BlockGrid(*site.view.shape, m, n)
+        placements.append(Placement(site, key, grid, bank.locations))
+        banks[key] = replace(bank, locations=bank.locations + grid.locations)
+    return Plan(tuple(members), tuple(banks.values()), tuple(placements), tuple(left_alone))
+
+
+def leave_alone(plan: Plan, sites: Collection[tuple[str, str]], reason: str) -> Plan:
+    """The same plan without some sites, which stay with their members; a stack gives up the tensor in all its layers.
+
+    Args:
+        plan: any.
+        sites: members and names.
+        reason: why they are left alone.
+    """
+    if not sites:
+        return plan
+    stacked = {key for keys in plan.stacks.values() for key in keys}
+    whole = {p.bank for p in plan.placements if (p.site.member, p.site.name) in sites} & stacked
+    gone = [p for p in plan.placements if p.bank in whole or (p.site.member, p.site.name) in sites]
+    follow = {bank.key: 0 for bank in plan.banks}
+    placements = []
+    for p in sorted((p for p in plan.placements if p not in gone), key=lambda p: (p.bank, p.start)):
+        placements.append(replace(p, start=follow[p.bank]))
+        follow[p.bank] += p.grid.locations
+    order = {(p.site.member, p.site.name): i for i, p in enumerate(plan.placements)}
+    placements.sort(key=lambda p: order[p.site.member, p.site.name])
+    banks = tuple(replace(b, locations=follow[b.key]) for b in plan.banks if follow[b.key])
+    left = [
+        LeftAlone(s.member, s.name, s.owners, "skipped", s.kind, s.shape, s.dtype, reason, s.order)
+        for s in (p.site for p in gone)
+    ]
+    return replace(plan, banks=banks, placements=tuple(placements), left_alone=(*plan.left_alone, *left))
+
+
+def plan_in_dtypes(plan: Plan, change: Callable[[torch.dtype], torch.dtype]) -> Plan:
+    """The same plan for members whose tensors took other dtypes."""
+
+    def changed(name: str) -> str:
+        return str(change(torch_dtype(name))).removeprefix("torch.")
+
+    return replace(
+        plan,
+        banks=tuple(replace(bank, dtype=changed(bank.dtype)) for bank in plan.banks),
+        placements=tuple(
+            replace(p, site=replace(p.site, dtype=changed(p.site.dtype))) for p in plan.placements
+        ),
+        left_alone=tuple(replace(entry, dtype=changed(entry.dtype)) for entry in plan.left_alone),
+    )
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """`"float32"` -> `torch.float32`."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

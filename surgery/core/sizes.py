@@ -1,0 +1,208 @@
+"""Sizes: how large members are alone, and what each of them takes of a joint model; every figure comes from here.
+
+*Parameters* of a member are the elements of its `nn.Parameter`s, a tied one once; buffers are none. *Bytes* are those
+of the tensors in its state dict, parameters and buffers, a tied one once. A member *alone* has each of these in its
+own dtype. In a joint model, what several use is divided among its uses: a row among the locations that draw on it, a
+tensor that is stored once among its members. So parts add up to the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from surgery.anatomy.plan import BankPlan, torch_dtype
+from surgery.members.member import owners_of, state_tensors
+from surgery.storage.precision import decode
+
+if TYPE_CHECKING:
+    from surgery.core.joint import JointModel
+    from surgery.storage.stored import Stored
+
+ROWS, COPY = "shared rows", "shared copy"
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """How one tensor is stored.
+
+    Attributes:
+        member: whose it is.
+        name: first owner.
+        how: `shared rows`, `shared copy` with its precision, or the precision of a plain tensor.
+        nbytes: its part of the artifact; shared bytes are divided among their users.
+        original: bytes that it takes alone, in its own dtype.
+    """
+
+    member: str
+    name: str
+    how: str
+    nbytes: int
+    original: int
+
+
+# -- bytes -------------------------------------------------------------------------------------------------
+
+
+def count_tensors(stored: Stored) -> tuple[TensorReport, ...]:
+    """What every tensor of every member takes, member by member; the parts are whole bytes and add up to
+    `stored.nbytes`.
+
+    Example:
+        >>> rows = count_tensors(store(joint))
+        >>> sum(row.nbytes for row in rows) == store(joint).nbytes
+        True
+    """
+    users: dict[str, int] = {}
+    for first in stored.aliases.values():
+        users[first] = users.get(first, 1) + 1
+    parts = {bank.key: location_bytes(stored, bank).cumsum(0) for bank in stored.plan.banks}
+    keys = {key: key for key in stored.tensors if key.startswith("plain/")} | dict(stored.aliases)
+    rows: list[TensorReport] = []
+    exact, told = 0.0, 0  # so far, as it is and in whole bytes
+    for member in stored.plan.members:
+        prefix = f"plain/{member}/"
+        found: list[tuple[str, str, float, int]] = []
+        for key, first in keys.items():
+            if key.startswith(prefix):
+                encoded, sharers = stored.tensors[first], users.get(first, 1)
+                how = f"{COPY}, {encoded.precision}" if sharers > 1 else str(encoded.precision)
+                whole = math.prod(encoded.shape) * encoded.dtype.itemsize
+                found.append((key.removeprefix(prefix), how, encoded.nbytes / sharers, whole))
+        for p in stored.plan.of(member):
+            upto = parts[p.bank]
+            part = float(upto[p.stop - 1]) - (float(upto[p.start - 1]) if p.start else 0.0)
+            whole = math.prod(p.site.shape) * torch_dtype(p.site.dtype).itemsize
+            found.append((p.site.name, ROWS, part, whole))
+        for name, how, part, whole in found:
+            exact += part
+            rows.append(TensorReport(member, name, how, round(exact) - told, whole))
+            told = round(exact)
+    return tuple(rows)
+
+
+def bytes_alone(stored: Stored) -> dict[str, int]:
+    """Bytes of each member alone, *before* it was joined: its tensors, tied ones once, each in its own dtype."""
+    return _by_member(stored, {row: row.original for row in count_tensors(stored)})
+
+
+def bytes_joint(stored: Stored) -> dict[str, int]:
+    """Bytes that each member takes of a stored joint model; they add up to `stored.nbytes`."""
+    return _by_member(stored, {row: row.nbytes for row in count_tensors(stored)})
+
+
+def bytes_of_module(module: nn.Module) -> int:
+    """Bytes of a model's state dict, a tied tensor once: what `bytes_alone` says of it once it is joined."""
+    state = state_tensors(module)
+    return sum(state[first].numel() * state[first].element_size() for first in owners_of(module))
+
+
+def location_bytes(stored: Stored, bank: BankPlan) -> Tensor:
+    """Bytes that each location takes of a stored bank `[L]`, float64: its part of the rows and its own codes."""
+    prefix = f"bank/{bank.key}/"
+    parts = {key.removeprefix(prefix): each for key, each in stored.tensors.items() if key.startswith(prefix)}
+    psi = decode(parts["psi"]).long().cpu()
+    rows = [part for part in parts if part.startswith("rows.")]
+    hypermodules = parts[rows[0]].shape[0] if rows else 0
+    size = [sum(parts[part].nbytes for part in rows) / max(hypermodules, 1)] * hypermodules
+    if "single" in parts:
+        singles = parts["single"].shape[0]
+        size += [parts["single"].nbytes / max(singles, 1)] * singles
+    else:
+        count = sum(part.startswith("single.") for part in parts)
+        size += [parts[f"single.{s}"].nbytes for s in range(count)]
+    uses = torch.bincount(psi, minlength=len(size)).clamp_min(1)
+    found = (torch.tensor(size, dtype=torch.float64) / uses)[psi]
+    found += parts["psi"].nbytes / max(len(psi), 1)
+    shared = psi < hypermodules
+    for part, mine in (("contexts", shared), ("factor", ~shared)):
+        if part in parts and bool(mine.any()):
+            found += mine * (parts[part].nbytes / int(mine.sum()))
+    return found
+
+
+# -- parameters --------------------------------------------------------------------------------------------
+
+
+def parameters_of_module(module: nn.Module) -> int:
+    """Parameters of a model, a tied one once."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def parameters_alone(joint: JointModel) -> dict[str, int]:
+    """Parameters of each member alone: of its sites, and of what it keeps to itself."""
+    return {
+        name: parameters_of_module(joint[name]) + sum(math.prod(p.site.shape) for p in joint.plan.of(name))
+        for name in joint.names
+    }
+
+
+def parameters_joint(joint: JointModel) -> dict[str, float]:
+    """Parameters that each member takes of a joint model after collapse: its part of the dictionary, and its private
+    ones, where one that several members hold is divided among them."""
+    holders: dict[int, int] = {}
+    for name in joint.names:
+        for parameter in joint[name].parameters():
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    found = {
+        name: sum(parameter.numel() / holders[id(parameter)] for parameter in joint[name].parameters())
+        for name in joint.names
+    }
+    for plan in joint.plan.banks:
+        part = location_parameters(joint, plan.key)
+        for p in joint.plan.placements:
+            if p.bank == plan.key:
+                found[p.site.member] += float(part[p.start : p.stop].sum())
+    return found
+
+
+def parameters_of_dictionary(joint: JointModel) -> tuple[int, int]:
+    """Parameters in the dictionary after collapse, and in the sites that it generates."""
+    now = sum(float(location_parameters(joint, plan.key).sum()) for plan in joint.plan.banks)
+    return round(now), sum(math.prod(p.site.shape) for p in joint.plan.placements)
+
+
+def location_parameters(joint: JointModel, key: str) -> Tensor:
+    """Parameters that each location takes of a bank after collapse `[L]`, float64.
+
+    A hypermodule that at most c locations use counts as the blocks that it generates, without what pads them:
+    `(L - Lo)*c + K*c*m*n + Lo*m*n`. Coefficients that stay 1 do not count, diagonals do. Templates that are used count
+    as they are, where they are fewer than the layers, and mixtures that are trained once for all tensors of a stack.
+
+    Args:
+        joint: the joint model.
+        key: of the bank.
+    """
+    plan, bank = joint.plan.bank(key), joint.dictionary[key]
+    psi, c, width = bank.psi.cpu(), bank.context, bank.width
+    if plan.stack and bank.hypermodules:
+        first = key == joint.plan.stacks[plan.stack][0]
+        used = int((bank.coefficients != 0).any(0).sum())
+        whole = min(used, bank.locations) * width
+        if first and bank.contexts.requires_grad:
+            whole += bank.contexts.numel()
+        return torch.full((bank.locations,), whole / bank.locations, dtype=torch.float64)
+    uses = torch.bincount(psi, minlength=bank.hypermodules + bank.singles)
+    limit = torch.ones_like(uses)
+    limit[: bank.hypermodules] = c
+    own = c if bank.contexts.requires_grad else 0
+    own += 0 if bank.diagonals is None else bank.diagonals.shape[1]
+    many = (uses > limit) & (torch.arange(len(uses)) < bank.hypermodules)
+    part = torch.minimum(uses, limit).double() * width / uses.clamp_min(1) + own * many
+    filled = torch.ones(bank.locations, dtype=torch.float64)
+    for p in joint.plan.placements:
+        if p.bank == key:
+            filled[p.start : p.stop] = math.prod(p.site.shape) / (p.grid.locations * width)
+    return torch.where(many[psi], part[psi], part[psi] * filled)
+
+
+def _by_member(stored: Stored, sizes: Mapping[TensorReport, int]) -> dict[str, int]:
+    found = dict.fromkeys(stored.plan.members, 0)
+    for row, size in sizes.items():
+        found[row.member] += size
+    return found

@@ -1,0 +1,171 @@
+"""Generation: weights of sites to blocks and back, and all weights of some sites at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from surgery.anatomy.plan import Placement, torch_dtype
+from surgery.dictionary.dictionary import Bank, Dictionary, master_dtype
+from surgery.disk.aligned import align
+from surgery.geometry.block_map import read_tensor, write_tensor
+from surgery.geometry.blocks import tile
+from surgery.util import memory
+
+Weights = dict[tuple[str, str], Tensor]
+"""Generated tensors by member and site name."""
+
+
+def to_blocks(weight: Tensor, p: Placement) -> Tensor:
+    """A site's weight as blocks `[L, m*n]` in the dtype in which rows are kept."""
+    return tile(p.site.view.to_matrices(weight), p.grid).to(master_dtype(weight.dtype))
+
+
+def to_weight(blocks: Tensor, p: Placement) -> Tensor:
+    """The exact inverse of `to_blocks`: a contiguous weight in the member's dtype."""
+    if _whole(p):
+        return align(blocks.view(p.site.shape).to(torch_dtype(p.site.dtype)))  # a block is any part of a bank
+    return read_tensor(blocks.contiguous(), p.site.view, p.grid, torch_dtype(p.site.dtype))
+
+
+def generate_weights(dictionary: Dictionary, placements: Sequence[Placement]) -> Weights:
+    """The weights of all `placements`; differentiable once."""
+    weights: Weights = {}
+    by_bank: dict[str, list[Placement]] = {}
+    for p in placements:
+        by_bank.setdefault(p.bank, []).append(p)
+    for keys in _together(dictionary, by_bank):
+        banks = [dictionary[key] for key in keys]
+        mine = sorted((p for key in keys for p in by_bank[key]), key=lambda p: p.start)
+        if len(keys) > 1:
+            # Rows of all tensors side by side: a whole stack is one product.
+            made = banks[0].coefficients @ torch.cat([bank.rows for bank in banks], 1)
+            weights |= _cut(made, mine)
+        elif not torch.is_grad_enabled() and _has_tied_layers(banks[0], mine):
+            weights |= _tied_weights(banks[0], mine)
+        else:
+            for run in _runs(mine):
+                weights |= _cut(banks[0].blocks(run[0].start, run[-1].stop), run)
+    return weights
+
+
+def _together(dictionary: Dictionary, by_bank: Mapping[str, Sequence[Placement]]) -> list[list[str]]:
+    """Keys of banks that are generated in one go: on a device those of the templates of one stack, if all of it is
+    wanted."""
+    groups: dict[object, list[str]] = {}
+    for key, mine in by_bank.items():
+        bank = dictionary[key]
+        mixed = bank.hypermodules == 1 and not bank.singles and bank.contest is None
+        own = bank.diagonals is not None or bank.columns is not None
+        joined = mixed and not own and len(mine) == bank.locations and _joins(bank.rows.device)
+        group = (id(bank.contexts), bank.rows.dtype) if joined else key
+        groups.setdefault(group, []).append(key)
+    return list(groups.values())
+
+
+def _joins(device: torch.device) -> bool:
+    """Whether several small products cost more than putting their factors side by side: the CPU starts nothing."""
+    return device.type != "cpu"
+
+
+def _cut(blocks: Tensor, placements: Sequence[Placement]) -> Weights:
+    """Blocks of sites that follow one another as their weights."""
+    first = placements[0]
+    alike = not first.grid.padded and blocks.dtype == torch_dtype(first.site.dtype)
+    if len(placements) == 1 and alike:  # PyTorch's own nodes for one site are faster than one in Python
+        return {(first.site.member, first.site.name): to_weight(blocks, first)}
+    names = [(p.site.member, p.site.name) for p in placements]
+    return dict(zip(names, _Cut.apply(blocks, placements), strict=True))
+
+
+class _Cut(torch.autograd.Function):
+    """One node for all sites: gradients go to their places in one tensor, where splitting, turning and joining them
+    again would take a node and a copy each."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Tensor, placements: Sequence[Placement]) -> tuple[Tensor, ...]:
+        ctx.placements, ctx.made = placements, (blocks.shape, blocks.dtype, blocks.device)
+        ctx.set_materialize_grads(False)
+        parts = zip(placements, _parts(blocks, placements), strict=True)
+        return tuple(to_weight(part, p) for p, part in parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None]:
+        blocks = _empty(*ctx.made)
+        reached = [gradient for gradient in gradients if gradient is not None]
+        if len(reached) == len(gradients) and all(map(_whole, ctx.placements)):
+            torch.cat([gradient.reshape(-1) for gradient in reached], out=blocks.view(-1))
+            return blocks, None
+        for p, part, gradient in zip(ctx.placements, _parts(blocks, ctx.placements), gradients, strict=True):
+            if gradient is None:
+                part.zero_()
+            else:
+                write_tensor(gradient, p.site.view, p.grid, part)
+        return blocks, None
+
+
+def _empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for all blocks' gradients."""
+    if device.type == "cpu" and shape.numel() * dtype.itemsize > memory.FRESH_MEMORY_BYTES:
+        return memory.empty_kept(shape[0], shape[1], dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def _whole(p: Placement) -> bool:
+    """Whether the one block of a site is its weight as it lies: a template's tensor."""
+    return p.grid.locations == 1 and p.site.view.flat
+
+
+def _parts(blocks: Tensor, placements: Sequence[Placement]) -> list[Tensor]:
+    """The part `[L, m*n]` of each placement in contiguous blocks: views."""
+    sizes = [p.grid.locations * p.grid.m * p.grid.n for p in placements]
+    parts = blocks.reshape(-1).split(sizes)
+    return [part.view(p.grid.locations, -1) for p, part in zip(placements, parts, strict=True)]
+
+
+def _has_tied_layers(bank: Bank, placements: Sequence[Placement]) -> bool:
+    """Whether whole tensors are rows as they are, of which several take one: a signature of templates."""
+    whole = not bank.hypermodules and bank.singles < bank.locations and bank.diagonals is None
+    return whole and all(p.grid.locations == 1 for p in placements) and bool((bank.contexts[:, 0] == 1).all())
+
+
+def _tied_weights(bank: Bank, placements: Sequence[Placement]) -> Weights:
+    """One tensor in memory for all layers that take one row."""
+    made: dict[tuple, Tensor] = {}
+    for p in placements:
+        row = int(bank.psi[p.start])
+        form = (row, p.site.shape, p.site.dtype)
+        if form not in made:
+            made[form] = to_weight(bank.rows.detach()[row : row + 1].clone(), p)
+    return {
+        (p.site.member, p.site.name): made[int(bank.psi[p.start]), p.site.shape, p.site.dtype]
+        for p in placements
+    }
+
+
+def move_dictionary(dictionary: Dictionary, change: Callable[[Tensor], Tensor]) -> None:
+    """Apply what `Module.to` and the like do to tensors; rows go to the master dtype of a new dtype."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        probe = change(tensor[:0])
+        if probe.dtype == tensor.dtype:
+            return change(tensor)
+        return tensor.to(probe.device, master_dtype(probe.dtype))
+
+    dictionary._apply(moved)
+
+
+def _runs(placements: Sequence[Placement]) -> list[list[Placement]]:
+    """Group placements whose locations follow one another, so that each group is generated in one go."""
+    runs: list[list[Placement]] = []
+    for p in sorted(placements, key=lambda p: p.start):
+        if runs and runs[-1][-1].stop == p.start:
+            runs[-1].append(p)
+        else:
+            runs.append([p])
+    return runs

@@ -1,0 +1,1 @@
+"""Tensors as stacks of matrices, matrices as blocks, and where each element of a block lies."""

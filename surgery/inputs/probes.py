@@ -1,0 +1,191 @@
+"""Probe inputs: batches, made up or read from the user's files, on which a change of outputs is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from surgery.errors import SurgeryError
+from surgery.inputs.calibration import picture_statistics, read_calibration
+from surgery.inputs.sample import Sample, find
+from surgery.inputs.text import end_token, text_length, vocabulary
+from surgery.members.member import Inputs, Member
+
+_LENGTH = 32  # tokens of made-up text
+_TEXT = {"input_ids", "decoder_input_ids", "attention_mask", "decoder_attention_mask", "token_type_ids"}
+_SOUND_OR_PICTURE = {"pixel_values", "input_values", "input_features"}
+_STRUCTURE = ("mask", "grid", "shape", "length", "position", "type")  # integers that describe, not data
+_CACHES = ("past_key_values", "cache_params", "mems", "state")
+
+
+def probe_inputs(
+    member: Member, *, seed: int = 0, count: int = 8, calibrate: str | Path | None = None
+) -> list[Inputs]:
+    """Batches for measuring how much a member's outputs change.
+
+    Made-up text is random ordinary token ids of varied lengths; made-up pictures are smooth noise,
+    normalised as the model expects; anything else is like the member's example inputs with fresh values.
+
+    Args:
+        member: loaded.
+        seed: of made-up inputs.
+        count: number of made-up batches, each as large as the example inputs' batch.
+        calibrate: `.txt` (one text per line), a picture or a folder of pictures, `.npz` or `.safetensors` of
+            arrays named by forward's arguments (or `arg0`, `arg1`); all its examples are used, 8 a batch.
+
+    Raises:
+        LoadError: where the calibration file cannot be read or does not suit the member.
+        ValueError: where `count` is below 1.
+
+    Example:
+        >>> from surgery.members.references import load_member
+        >>> member = load_member(nn.Linear(3, 5), name="probe", inputs=torch.randn(2, 3))
+        >>> [batch.args[0].shape for batch in probe_inputs(member, count=2)]
+        [torch.Size([2, 3]), torch.Size([2, 3])]
+    """
+    if calibrate is not None:
+        return read_calibration(member, Path(calibrate))
+    if count < 1:
+        raise ValueError(f"count must be at least 1, not {count}")
+    generator = torch.Generator().manual_seed(seed)
+    return [_fresh(member, generator) for _ in range(count)]
+
+
+def outputs_of(module: nn.Module, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The floating-point tensors that one forward pass without gradients returns, caches left out.
+
+    A model that draws random numbers draws the same ones each time, or two passes could not be compared; the
+    caller's random state is left as it was.
+
+    Args:
+        module: any.
+        inputs: arguments of the call.
+
+    Returns:
+        tensors in the order of the output's fields, nested ones flattened.
+
+    Example:
+        >>> [t.shape for t in outputs_of(nn.LSTM(3, 5), Inputs((torch.randn(2, 3),)))]
+        [torch.Size([2, 5]), torch.Size([1, 5]), torch.Size([1, 5])]
+    """
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        torch.manual_seed(0)
+        return tuple(tensors_in(module(*inputs.args, **inputs.kwargs)))
+
+
+def relative_error(reference: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:
+    """The largest `|other - reference| / |reference|` over output tensors, L2 norms in float64.
+
+    A tensor whose reference is all zero counts with its absolute difference; a NaN makes the result NaN.
+
+    Raises:
+        SurgeryError: where the two do not have the same tensors.
+
+    Example:
+        >>> relative_error((torch.ones(4),), (torch.full((4,), 1.5),))
+        0.5
+    """
+    if [t.shape for t in reference] != [t.shape for t in other]:
+        raise SurgeryError(
+            "outputs must have the same shapes to be compared, but have "
+            f"{[tuple(t.shape) for t in reference]} and {[tuple(t.shape) for t in other]}"
+        )
+    errors = []
+    for expected, found in zip(reference, other, strict=True):
+        expected, found = expected.detach().cpu().double(), found.detach().cpu().double()
+        norm = float(expected.norm())
+        difference = float((found - expected).norm())
+        errors.append(difference / norm if norm else difference)
+    return float("nan") if any(error != error for error in errors) else max(errors, default=0.0)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """Floating-point tensors in outputs of any kind."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() or value.is_complex() else []
+    if isinstance(value, Mapping):
+        return [t for key, item in value.items() if str(key) not in _CACHES for t in tensors_in(item)]
+    if isinstance(value, (tuple, list)):
+        return [t for item in value for t in tensors_in(item)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [t for f in fields(value) if f.name not in _CACHES for t in tensors_in(getattr(value, f.name))]
+    return []  # caches and other objects
+
+
+def _fresh(member: Member, generator: torch.Generator) -> Inputs:
+    """One batch like the example inputs, with new values."""
+    kwargs = dict(member.inputs.kwargs)
+    text = _text(member, generator) if isinstance(kwargs.get("input_ids"), Tensor) else {}
+    for name, value in kwargs.items():
+        if name not in text:
+            kwargs[name] = _like(value, name, member, generator)
+    args = tuple(_like(value, "", member, generator) for value in member.inputs.args)
+    return Inputs(args, {**kwargs, **text}, "made up")
+
+
+def _text(member: Member, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random ordinary ids of varied lengths, where no other example input has the text's length."""
+    examples, config = member.inputs.kwargs, getattr(member.module, "config", None)
+    if config is None or set(examples) - _TEXT - _SOUND_OR_PICTURE:
+        return {}
+    batch = len(examples["input_ids"])
+    length = text_length(Sample(config, generator, torch.float32, batch, _LENGTH))
+    allowed = vocabulary(config)
+    made = {
+        name: allowed[torch.randint(len(allowed), (batch, length), generator=generator)]
+        for name in ("input_ids", "decoder_input_ids")
+        if name in examples
+    }
+    if "token_type_ids" in examples:
+        made["token_type_ids"] = torch.zeros(batch, length, dtype=torch.long)
+    if "attention_mask" in signature(member.module.forward).parameters:
+        shortest = max(1, length // 2)
+        ends = torch.randint(shortest, length + 1, (batch,), generator=generator)
+        ends[0] = length  # a batch is as long as its longest text
+        made["attention_mask"] = (torch.arange(length)[None] < ends[:, None]).long()
+        padding = find(config, "pad_token_id", None, "text")
+        end = end_token(config)
+        if end is not None:
+            made["input_ids"][torch.arange(batch), ends - 1] = end
+        if isinstance(padding, int) and padding >= 0:
+            made["input_ids"] = torch.where(made["attention_mask"] > 0, made["input_ids"], padding)
+    if "decoder_attention_mask" in examples:
+        made["decoder_attention_mask"] = torch.ones(batch, length, dtype=torch.long)
+    return made
+
+
+def _like(value: Any, name: str, member: Member, generator: torch.Generator) -> Any:
+    """A fresh value of the same shape, dtype and range; pictures are smooth, structural integers stay."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_like(item, name, member, generator) for item in value)
+    if not isinstance(value, Tensor) or value.numel() == 0:
+        return value
+    if value.dim() == 4 and (name.startswith("pixel_values") or member.origin.kind == "timm"):
+        return _pictures(value, member, generator)
+    if value.is_floating_point():
+        numbers = value.float()
+        fresh = torch.randn(value.shape, generator=generator) * numbers.std(correction=0) + numbers.mean()
+        return fresh.clamp(numbers.min(), numbers.max()).to(value)
+    if value.is_complex() or value.dtype == torch.bool or any(word in name for word in _STRUCTURE):
+        return value
+    low, high = int(value.min()), int(value.max())
+    return torch.randint(low, high + 1, value.shape, generator=generator).to(value)
+
+
+def _pictures(value: Tensor, member: Member, generator: torch.Generator) -> Tensor:
+    """Smooth noise in [0, 1] at two scales, normalised by the model's mean and standard deviation."""
+    batch, channels, height, width = value.shape
+    picture = torch.zeros(batch, channels, height, width)
+    for cells, weight in ((4, 0.7), (16, 0.3)):
+        noise = torch.rand((batch, channels, cells, cells), generator=generator)
+        picture += weight * F.interpolate(noise, (height, width), mode="bicubic", align_corners=False)
+    mean, deviation = picture_statistics(member, channels)
+    return ((picture.clamp(0, 1) - mean) / deviation).to(value)

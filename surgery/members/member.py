@@ -1,0 +1,151 @@
+"""Member: one of the models being joined, and everything needed to make it loadable again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import LoadError
+from surgery.members.extra_state import KEY, document_or_nothing, extra_state_of, state_keys
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of one forward call; tensors hold a batch in their first axis."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "given"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a member came from, precise enough to build its architecture again without its weights.
+
+    Attributes:
+        kind: `transformers`, `timm`, `factory` or `module` (a live `nn.Module` handed over in Python).
+        reference: what the user typed, or the class name of a live module.
+        architecture: transformers class, timm model name, or `file.py:factory`.
+        revision: hub commit or the like, where known.
+        options: JSON-able arguments for building the architecture.
+        seed: of the weights, where they were drawn at random because none are stored; see
+            `surgery.util.randomness.member_seed`.
+    """
+
+    kind: str
+    reference: str
+    architecture: str
+    revision: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Member:
+    """A module with its name, example inputs, origin, and the files that make it loadable again.
+
+    Attributes:
+        name: unique within a joint model; letters, digits, `_`, `-` and `.`.
+        module: in eval mode, weights loaded.
+        inputs: example inputs for tracing.
+        origin: how to build the architecture again.
+        files: small files (config, tokenizer, preprocessor) by their relative path.
+        original: whether the weights are those that the origin gives; not after training or a fit.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Inputs
+    origin: Origin
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    original: bool = True
+
+    def __repr__(self) -> str:
+        return (
+            f"Member '{self.name}': {type(self.module).__name__}, {self.origin.kind} {self.origin.reference}"
+        )
+
+
+def state_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and persistent buffers by the names of its state dict, in its order.
+
+    They are read off the module itself: what hooks add to a state dict, take out of it or call by another name, and
+    extra state (`surgery.members.extra_state`), are no tensors that belong to the module.
+
+    Raises:
+        LoadError: naming all tensors that hold no dense values: uninitialised, sparse, quantised.
+
+    Example:
+        >>> list(state_tensors(nn.BatchNorm1d(2, affine=False)))
+        ['running_mean', 'running_var', 'num_batches_tracked']
+    """
+    found: dict[str, Tensor] = {}
+    bad: list[str] = []
+    for path, part in module.named_modules(remove_duplicate=False):
+        stay = part._non_persistent_buffers_set
+        kept = {name: tensor for name, tensor in part._buffers.items() if name not in stay}
+        for name, tensor in {**part._parameters, **kept}.items():
+            if tensor is not None:
+                key = f"{path}.{name}" if path else name
+                found[key] = tensor
+                bad += [f"{key} ({what})"] if (what := _not_dense(tensor)) else []
+    if bad:
+        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+        raise LoadError(
+            f"Every tensor of a member must hold dense values, but this is not so of {', '.join(bad[:8])}{more}: run "
+            "lazy modules once, and make sparse or quantised tensors dense before."
+        )
+    return found
+
+
+def whole_state(module: nn.Module) -> dict[str, Any]:
+    """A module's parameters, persistent buffers and extra state by the keys of its state dict, in its order."""
+    found = {**state_tensors(module), **extra_state_of(module)}
+    return {key: found[key] for key in state_keys(module)}
+
+
+def _not_dense(tensor: Tensor) -> str:
+    """Why a tensor has no values that could be taken apart; empty where it has."""
+    if nn.parameter.is_lazy(tensor):
+        return "uninitialised"
+    if tensor.layout != torch.strided:
+        return str(tensor.layout).removeprefix("torch.")
+    return "quantised" if tensor.is_quantized else ""
+
+
+def owners_of(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Every tensor in the module's state dict by its first name, with all names under which it is tied.
+
+    Two names are owners of one tensor when they hold the same `Parameter` or buffer object, or views of the same
+    memory of the same shape. Names come in state-dict order, persistent buffers included.
+    """
+    first: dict[tuple, str] = {}
+    owners: dict[str, list[str]] = {}
+    for name, tensor in state_tensors(module).items():
+        key = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
+        if tensor.numel() == 0 or tensor.device.type == "meta":
+            key = (id(tensor),)
+        name0 = first.setdefault(key, name)
+        owners.setdefault(name0, []).append(name)
+    return {name: tuple(names) for name, names in owners.items()}
+
+
+def content_hash(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a state dict, in the order of the names.
+
+    Extra state counts as the document that files hold of it; where it has none, its name counts.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        if not isinstance(tensors[name], Tensor) or name.rpartition(".")[2] == KEY:
+            digest.update(f"{name}\0".encode() + document_or_nothing({name: tensors[name]}))
+            continue
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()

@@ -1,0 +1,322 @@
+"""Merge: a recipe in, a fitted joint model out, written as an artifact where the recipe says so.
+
+The stages are functions of their own, so that a dry run can stop at the plan: `check` (before anything slow),
+`prepare` (load, discover, plan), `merge` (join, fit, save).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.anatomy.selectors import share_selectors
+from surgery.disk.claims import claim_of_first
+from surgery.disk.folders import check_target
+from surgery.errors import LoadError, PlanError
+from surgery.settings.recipe import Model, Recipe
+from surgery.util.progress import task, track
+
+if TYPE_CHECKING:
+    from surgery.anatomy.plan import Plan
+    from surgery.anatomy.sites import Anatomy
+    from surgery.core.joint import JointModel
+    from surgery.members.member import Inputs, Member
+
+SIDE = 16  # of the block that a plan starts from; the fit chooses its own unless one is given
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before weights are joined: what a dry run shows.
+
+    Attributes:
+        recipe: with every member's name filled in.
+        members: loaded.
+        anatomies: what was found in each member.
+        plan: what goes into the dictionary.
+        probes: real inputs by member, for those that have calibration files.
+        data: of the tasks, where they were read already.
+    """
+
+    recipe: Recipe
+    members: tuple[Member, ...]
+    anatomies: tuple[Anatomy, ...]
+    plan: Plan
+    probes: Mapping[str, Sequence[Inputs]]
+    data: Any = None
+
+
+def merge(
+    recipe: Recipe,
+    *,
+    prepared: Prepared | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> JointModel:
+    """Run a recipe: load its members, join them, fit the dictionary, and save to `recipe.out` where it is
+    given.
+
+    Args:
+        recipe: what to do.
+        prepared: the result of `prepare` for this recipe, where it was made already; its modules are used up.
+        overwrite: whether `recipe.out` may be replaced.
+        trust_remote_code: whether Python files that come with a model may run.
+
+    Returns:
+        the fitted joint model; its `report` says what was met.
+
+    Raises:
+        SurgeryError: for bad input, before anything is written.
+
+    Example:
+        >>> recipe = Recipe.of({"models": [{"model": "timm:resnet18"}, {"model": "./bert"}], "out": "joint"})
+        >>> joint = merge(recipe)  # doctest: +SKIP
+        >>> joint.report.met  # doctest: +SKIP
+        True
+    """
+    check(recipe, overwrite=overwrite)
+    with claim_of_first(recipe.out):
+        return _merge(recipe, prepared, overwrite, trust_remote_code)
+
+
+def _merge(recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_remote_code: bool) -> JointModel:
+    """`merge`, with its target checked and held by this process."""
+    from surgery.artifact import save
+    from surgery.core.joint import join
+    from surgery.fitting.fit import fit
+
+    prepared = prepared or prepare(recipe, trust_remote_code=trust_remote_code)
+    name, value = recipe.target
+    with task("Joining") as work:
+        joint = join(prepared.members, prepared.plan)
+        work.describe("Fitting")
+        joint = fit(
+            joint,
+            max_error=value if name == "max_error" else None,
+            budget=value if name == "budget" else None,
+            hypermodules=int(value) if name == "hypermodules" else None,
+            block=recipe.parameters.block,
+            context=recipe.parameters.context,
+            templates=recipe.parameters.templates,
+            mixture=recipe.parameters.mixture,
+            probes=prepared.probes or None,
+            seed=recipe.seed,
+            device=recipe.device,
+        )
+        if recipe.out is not None:
+            work.describe(f"Writing {recipe.out}")
+            save(joint, recipe.out, overwrite=overwrite, recipe=prepared.recipe.resolved())
+    return joint
+
+
+def check(recipe: Recipe, *, overwrite: bool = False) -> None:
+    """Find what can be found wrong before a model is loaded.
+
+    Raises:
+        PlanError: no models, names given twice.
+        LoadError: a calibration file that cannot be read.
+        OutputError: a target that exists or cannot be written.
+    """
+    if not recipe.models:
+        raise PlanError(
+            "A merge needs at least one model, found none: give references or a recipe with 'models'."
+        )
+    files = [split_calibration(entry)[1] for entry in recipe.calibrate]
+    for file in (*files, *(model.calibrate for model in recipe.models if model.calibrate)):
+        path = Path(file).expanduser()
+        if not path.exists() or not os.access(path, os.R_OK):
+            found = "cannot be read" if path.exists() else "does not exist"
+            raise LoadError(f"The calibration file must be a readable file or folder, but {path} {found}.")
+    if recipe.out is not None:
+        check_target(recipe.out, overwrite=overwrite, inputs=input_paths(recipe))
+    from surgery.members.references import parse_reference  # imports torch: last
+
+    names = [model.name or parse_reference(model.model)[0] for model in recipe.models]
+    given = [name or model.model for name, model in zip(names, recipe.models, strict=True)]
+    if repeated := sorted({name for name in given if given.count(name) > 1}):
+        raise PlanError(
+            f"Every member needs its own name, but {', '.join(repeated)} is given more than once; "
+            "write NAME=REFERENCE to name a member."
+        )
+
+
+def input_paths(recipe: Recipe, *, going_on: bool = False) -> list[Path]:
+    """The files and folders on this machine that a recipe reads: models, calibration files, data, a source.
+
+    Args:
+        recipe: what will be run.
+        going_on: whether its members come from elsewhere than its references say.
+    """
+    from surgery.members.references import local_path
+
+    named = [split_calibration(entry)[1] for entry in recipe.calibrate]
+    for model in recipe.models:
+        named += [str(local_path(model.model) or "")] * (not going_on)
+        named += [model.calibrate or "", *(task.data for task in model.tasks)]
+    named += [recipe.train.templates.source or ""] if recipe.train is not None else []
+    return [path for path in (Path(name).expanduser() for name in named if name) if path.exists()]
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    trust_remote_code: bool = False,
+    inputs: Callable[[Model, Member], Inputs | None] | None = None,
+) -> Prepared:
+    """Load the members, find their sites, read calibration files and plan the dictionary; nothing is changed.
+
+    Args:
+        recipe: what to do.
+        trust_remote_code: whether Python files that come with a model may run.
+        inputs: gives example inputs of a recipe's model, or None for those that it has otherwise.
+
+    Raises:
+        SurgeryError: where a member cannot be loaded or traced, a selector matches nothing, or no plan
+        exists.
+    """
+    from surgery.members.references import check_references, parse_reference
+
+    check_references(model.model for model in recipe.models)
+    members: list[Member] = []
+    models: list[Model] = []
+    for model in track(recipe.models, "Loading members"):
+        for member in _load(model, inputs, recipe, trust_remote_code):
+            if any(member.name == other.name for other in members):
+                raise PlanError(
+                    f"Every member needs its own name, but {member.name} is given more than once; "
+                    "write NAME=REFERENCE to name a member."
+                )
+            members.append(member)
+            named = {"model": parse_reference(model.model)[1], "name": member.name}
+            models.append(model.model_copy(update=named))
+    anatomies, plan = plan_members(recipe, members)
+    named = recipe.model_copy(update={"models": tuple(models)})
+    with task("Reading calibration files"):
+        probes = read_probes(named, members)
+    return Prepared(named, tuple(members), tuple(anatomies), plan, probes)
+
+
+def _load(
+    model: Model,
+    inputs: Callable[[Model, Member], Inputs | None] | None,
+    recipe: Recipe,
+    trust_remote_code: bool,
+) -> list[Member]:
+    """What a recipe's entry names: one member, or those of a folder that surgery wrote, as they are there."""
+    from surgery.disk.records import artifact_files
+    from surgery.members.references import load_member, parse_reference
+
+    name, reference = parse_reference(model.model)
+    folder, name = Path(reference).expanduser(), model.name or name
+    if not folder.is_dir() or not artifact_files(folder):
+        given = None if inputs is None else partial(inputs, model)
+        return [
+            load_member(
+                model.model,
+                name=name,
+                inputs=given,
+                seed=recipe.seed,
+                trust_remote_code=trust_remote_code,
+                allow_nonfinite=recipe.allow_nonfinite,
+            )
+        ]
+    from surgery.artifact import load
+
+    chosen = None if name is None else [name]
+    joint = load(folder, members=chosen, trust_remote_code=trust_remote_code)
+    return [replace(joint.members[each], module=joint.extract(each)) for each in joint.names]
+
+
+def plan_members(recipe: Recipe, members: Sequence[Member]) -> tuple[list[Anatomy], Plan]:
+    """What was found in each member, and where its sites go, by a recipe's selectors and parameters.
+
+    Raises:
+        PlanError: where a selector matches nothing, or no plan exists.
+        TraceError: where a member cannot be traced.
+    """
+    from surgery.anatomy.plan import make_plan
+    from surgery.anatomy.sites import discover
+    from surgery.anatomy.template_plan import plan_templates
+    from surgery.members.member import state_tensors
+
+    names = {member.name: list(state_tensors(member.module)) for member in members}
+    chosen: dict[str, Mapping[str, Any]] = {
+        option: share_selectors(selectors, names, what=f"--{option}")
+        for option, selectors in recipe.select.model_dump(exclude={"stacks"}).items()
+    }
+    anatomies = [
+        discover(member, **_selectors(chosen, member.name)) for member in track(members, "Finding sites")
+    ]
+    block = recipe.parameters.block or starting_block(anatomies)
+    context = recipe.parameters.context or 4
+    if recipe.method == "templates":
+        norms, stacks = recipe.parameters.mix_norms, recipe.select.stacks
+        return anatomies, plan_templates(anatomies, block, context, mix_norms=norms, stacks=stacks)
+    if recipe.select.stacks:
+        raise PlanError(
+            "Stacks (--stacks, select.stacks) are for templates: add --method templates, or leave them out."
+        )
+    return anatomies, make_plan(anatomies, block, context)
+
+
+def _selectors(chosen: Mapping[str, Mapping[str, Any]], member: str) -> dict[str, Any]:
+    return {option: shared[member] for option, shared in chosen.items()}
+
+
+def starting_block(anatomies: Sequence[Anatomy]) -> tuple[int, int]:
+    """16 x 16, or the largest power of two that fits a site where all sites are smaller."""
+    sides = [min(site.view.shape[1:]) for anatomy in anatomies for site in anatomy.sites]
+    side = min(SIDE, 1 << (max(sides, default=SIDE).bit_length() - 1))
+    return side, side
+
+
+def split_calibration(entry: str) -> tuple[str | None, str]:
+    """`NAME=FILE` as both; a path that happens to hold a `=`, or has no name in front, is left whole."""
+    name, equals, file = entry.partition("=")
+    if not equals or "/" in name or Path(entry).expanduser().exists():
+        return None, entry
+    return name, file
+
+
+def read_probes(recipe: Recipe, members: Sequence[Member]) -> dict[str, list[Inputs]]:
+    """Real inputs by member: from files that name it, and from common files that suit it where none does.
+
+    Raises:
+        LoadError: where a member's own file does not suit it, or a common file suits no member.
+        PlanError: where a file is given for a member that does not exist.
+    """
+    from surgery.inputs.probes import probe_inputs
+
+    entries = [split_calibration(entry) for entry in recipe.calibrate]
+    own = [(model.name, model.calibrate) for model in recipe.models if model.calibrate]
+    own += [(name, file) for name, file in entries if name is not None]
+    names = [member.name for member in members]
+    if strangers := sorted({name or "" for name, _ in own} - set(names)):
+        raise PlanError(
+            f"Calibration files need members, found {', '.join(strangers)}; known: {', '.join(names)}."
+        )
+    probes: dict[str, list[Inputs]] = {}
+    for member in members:
+        for file in [file for name, file in own if name == member.name]:
+            probes.setdefault(member.name, []).extend(probe_inputs(member, seed=recipe.seed, calibrate=file))
+    served = [member for member in members if member.name not in probes]
+    for file in [file for name, file in entries if name is None]:
+        failures: list[LoadError] = []
+        for member in served:
+            try:
+                batches = probe_inputs(member, seed=recipe.seed, calibrate=file)
+            except LoadError as error:
+                failures.append(error)
+            else:
+                probes.setdefault(member.name, []).extend(batches)
+        if len(failures) == len(served):
+            raise (
+                failures[0]
+                if failures
+                else PlanError(f"Every member has its own file, so {file} serves none.")
+            )
+    return probes

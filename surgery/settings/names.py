@@ -1,0 +1,29 @@
+"""Names of what can be chosen, for recipes and the command line, which must not wait for torch."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+Mixing = Literal["linear", "softmax", "one-hot"]
+"""Mixtures of templates: any, positive ones that sum to 1, or one template for each layer."""
+
+SIGNATURES = ("sequential", "cyclic", "progressive", "random")
+"""One template for each layer, by hand."""
+
+Scale = Literal["contexts", "rows"]
+"""What carries the deviation of a layer's weights when its blocks become hypermodules."""
+
+FIT_TARGETS = ("max_error", "budget", "hypermodules")
+"""Parameters of a recipe that only a fit reads."""
+
+
+def without_target(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's document without the target of a fit: for weights that were not made by that fit alone.
+
+    Example:
+        >>> without_target({"parameters": {"max_error": 0.05, "context": 4}})
+        {'parameters': {'max_error': None, 'context': 4}}
+    """
+    parameters = recipe.get("parameters")
+    if not isinstance(parameters, Mapping):
+        return dict(recipe)
+    return {**recipe, "parameters": {**parameters, **{key: None for key in FIT_TARGETS if key in parameters}}}

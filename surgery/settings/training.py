@@ -1,0 +1,259 @@
+"""Settings of joint training, as they stand under `train:` in a recipe; every one has a sensible default."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from surgery.settings.names import Mixing, Scale
+from surgery.settings.problems import Strict
+from surgery.settings.quantities import Context, Count, NotNegative, Positive, Rate, Share
+
+
+class Optimizer(Strict):
+    """What steps the dictionary and the adapters.
+
+    Attributes:
+        name: `adam`, `adamw` or `sgd`.
+        lr: learning rate.
+        soft_lr: of the soft weights; the paper takes 10 to 100 times `lr`.
+        soft_eps: Adam's epsilon for the soft weights: well above their gradients, steps follow a gradient's
+            size and not only its sign, so that noise decides less.
+        weight_decay: of rows and adapters, never of contexts and soft weights.
+        momentum: of `sgd`.
+        clip: largest norm of all gradients together; none by default.
+        schedule: of `lr` over all steps.
+        warmup: steps over which `lr` rises from 0.
+    """
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: Rate = 1e-3
+    soft_lr: Rate = 0.1
+    soft_eps: Rate = 1e-8
+    weight_decay: NotNegative = 0.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    clip: Rate | None = None
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: Count = 0
+
+
+class Evolution(Strict):
+    """The alignment and how it changes (MUiR, Algorithm 2).
+
+    Attributes:
+        start: `own`, every location its own hypermodule (the pessimistic start); `order`, the k-th location
+            of each member shares (classical hard sharing by topological order); `random`, each location one
+            of `hypermodules` by chance; `given`, as it is in the joint model, where equal blocks share.
+        codes: what a location has of its own: a trained `contexts` of c coefficients; `ones`, nothing, so that
+            blocks are hypermodules of one basis block as they are (c = 0); `diagonals`, such a block plus a
+            diagonal (parallel adapters).
+        change: whether the alignment evolves (`evolve`); is drawn anew by chance for the sampled locations of every
+            generation (`random`), for comparison; or stays (`none`).
+        freeze: whether hypermodules stay as they are, so that nothing but stacks and adapters is trained; with `change`
+            none and `codes` ones.
+        fraction: share of the locations that are sampled for a generation (p).
+        challengers: alternatives that compete with the incumbent of each sampled location (lambda).
+        draw: challengers by `usage`, `uniform`ly, or by how much of a block they `explain`.
+        power: exponent of the share of a block's energy that a hypermodule explains, in an `explain` draw;
+            the higher, the rarer are challengers that could not take over the block.
+        least: share of a block's energy that a challenger must explain to compete at all: a pretrained block is not
+            disturbed by what could not take it over. From 0, anything, to 1.
+        siblings: whether the same location of members with the same tensor is tried first; with `explain`.
+        contexts: challengers use the location's `own` context, one `fitted` to its block by least squares, or
+            a fitted one `scaled` so that the block that it generates is as long as the incumbent's: a fit alone
+            shortens every block that a challenger does not wholly explain, which costs it the contest.
+        scale: what carries the deviation of a layer's weights: its `contexts`, as in the paper, so that a location
+            can use any hypermodule with the context it has; or `rows`, so that a learning rate means what it means
+            in plain training, for pretrained members. With `rows`, challengers should have contexts of their own.
+        alpha: probability of not choosing the incumbent, at the start of a generation; the number of
+            challengers over that of alternatives makes all alike.
+        final_alpha: what `alpha` falls to, geometrically, until the last generation; none keeps it.
+        epsilon: probability that a challenger is a new hypermodule.
+        hypermodules: K of a `random` start.
+    """
+
+    start: Literal["own", "order", "random", "given"] = "own"
+    codes: Literal["contexts", "ones", "diagonals"] = "contexts"
+    change: Literal["evolve", "random", "none"] = "evolve"
+    freeze: bool = False
+    fraction: Share = 0.5
+    challengers: Positive = 1
+    draw: Literal["usage", "uniform", "explain"] = "usage"
+    power: Rate = 1.0
+    least: Annotated[float, Field(ge=0, le=1)] = 0.0
+    siblings: bool = False
+    contexts: Literal["own", "fitted", "scaled"] = "own"
+    scale: Scale = "contexts"
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    final_alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-4
+    hypermodules: Positive | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Evolution:
+        if self.start == "random" and self.hypermodules is None:
+            raise ValueError("a random start needs 'hypermodules', how many there are to share")
+        if self.freeze and (self.change != "none" or self.codes != "ones"):
+            raise ValueError(
+                f"hypermodules that freeze need change none and codes ones, found {self.change} and {self.codes}"
+            )
+        if self.codes != "contexts" and self.contexts != "own":
+            raise ValueError(f"codes that are {self.codes} have no contexts, so none can be {self.contexts}")
+        return self
+
+
+class TemplateSettings(Strict):
+    """Templates of stacks, where the plan has them (Compositional models).
+
+    Attributes:
+        count: K; one for each distinct layer where it is None. In a recipe, `parameters.templates`.
+        mixing: `softmax`, `linear` or `one-hot`; one-hot ones are not trained. In a recipe, `parameters.mixture`.
+        start: templates and mixtures nearest to the layers' weights (`fit`); or the first layers as templates, with
+            mixtures by hand (`sequential`, `cyclic`, `progressive`, `random`) or alike (`uniform`): for
+            architectures from scratch.
+        sure: share of a layer's own template in softmax mixtures that start exactly or by hand.
+        learn: whether mixtures are trained.
+        freeze: whether templates stay as they are.
+        lr: learning rate of mixtures; that of everything else by default.
+        entropy: weight of the mixtures' mean entropy, relative to its greatest value, beside the tasks' losses.
+        attraction: weight of what draws templates towards the layers to which they contribute most.
+        harden: whether the final generations train with each layer on one template.
+        source: an artifact whose templates and mixtures are the start, for a new task (transfer) or for another domain
+            (adaptation).
+        like: the source's member to begin as; by default the one with which a short trial goes best.
+    """
+
+    count: Context | None = None
+    mixing: Mixing = "softmax"
+    start: Literal["fit", "sequential", "cyclic", "progressive", "random", "uniform"] = "fit"
+    sure: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    learn: bool = True
+    freeze: bool = False
+    lr: Rate | None = None
+    entropy: NotNegative = 0.0
+    attraction: NotNegative = 0.0
+    harden: bool = False
+    source: str | None = None
+    like: str | None = None
+
+
+class Adaptation(Strict):
+    """What a task without labels adapts to: features of the member that templates came from, on the data that it knows.
+
+    They are computed once, at the start, by the member of `train.templates.source` that `train.templates.like` names.
+
+    Attributes:
+        part: features are what reaches this part of the members, for example `head`.
+        data: of the source; named as a task's.
+        options: of these data.
+        batch: examples in a batch of them; as the task's by default.
+        settings: of the way of adaptation, such as `width` and `lr` of an adversary's discriminator or the `orders` of
+            moments.
+    """
+
+    part: str
+    data: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    batch: Positive | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+
+
+class Stopping(Strict):
+    """When training ends early, and which state is kept.
+
+    Attributes:
+        patience: validations without a better one after which training stops; none trains to the end.
+        keep: the `best` state by validation, or the `last`.
+    """
+
+    patience: Positive | None = None
+    keep: Literal["best", "last"] = "best"
+
+
+class Training(Strict):
+    """Everything about a joint training run that is not the members, their tasks or the dictionary's shape.
+
+    Attributes:
+        steps: steps of the optimizer in one generation.
+        burn_in: generations before the first alternatives compete.
+        generations: generations in which alternatives compete.
+        final: generations with a hard alignment at the end.
+        accumulate: batches of each task in one step, their gradients added.
+        validate_every: generations between validations.
+        optimizer: see `Optimizer`.
+        evolution: see `Evolution`.
+        templates: see `TemplateSettings`.
+        stopping: see `Stopping`.
+        precision: mixed precision, as accelerate names it.
+        freeze: tensors that stay as they are, beside what is generated: exact names, or `re:` patterns, in all
+            members that have them, or after `MEMBER:` in one.
+        share: adapters (what is not generated: norms, biases) that are one parameter for all members that have them in
+            one shape; named as for `freeze`.
+        compile: whether members are compiled.
+        checkpointing: whether members that offer gradient checkpointing use it.
+        trackers: accelerate's `log_with`, for example `tensorboard`.
+        save_seconds: least time between two checkpoints.
+    """
+
+    steps: Positive = 100
+    burn_in: Count = 0
+    generations: Count = 10
+    final: Count = 1
+    accumulate: Positive = 1
+    validate_every: Positive = 1
+    optimizer: Optimizer = Optimizer()
+    evolution: Evolution = Evolution()
+    templates: TemplateSettings = TemplateSettings()
+    stopping: Stopping = Stopping()
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    freeze: tuple[str, ...] = ()
+    share: tuple[str, ...] = ()
+    compile: bool = False
+    checkpointing: bool = False
+    trackers: tuple[str, ...] = ()
+    save_seconds: NotNegative = 30.0
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: object) -> object:
+        return "no" if value is False else value  # what YAML makes of an unquoted `no`
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> Training:
+        if self.templates.harden and not self.final:
+            raise ValueError(
+                "templates.harden needs final generations, in which hardened templates are trained"
+            )
+        return self
+
+    @property
+    def total(self) -> int:
+        """Generations in all."""
+        return self.burn_in + self.generations + self.final
+
+    def competes(self, generation: int) -> bool:
+        """Whether alternatives compete in a generation, counted from 0."""
+        return self.phase(generation) == "evolution" and self.evolution.change == "evolve"
+
+    def redraws(self, generation: int) -> bool:
+        """Whether the alignment is drawn anew before a generation."""
+        return self.phase(generation) == "evolution" and self.evolution.change == "random"
+
+    def hardens(self, generation: int) -> bool:
+        """Whether templates are hardened before a generation."""
+        return self.templates.harden and generation == self.burn_in + self.generations
+
+    def phase(self, generation: int) -> str:
+        """`burn-in`, `evolution` or `final`."""
+        if generation < self.burn_in:
+            return "burn-in"
+        return "evolution" if generation < self.burn_in + self.generations else "final"
+
+    def alpha(self, generation: int) -> float:
+        """Alpha of a generation: from `alpha` to `final_alpha` by equal factors."""
+        first, last = self.evolution.alpha, self.evolution.final_alpha
+        if last is None or self.generations < 2:
+            return first
+        progress = (generation - self.burn_in) / (self.generations - 1)
+        return first * (last / first) ** min(max(progress, 0.0), 1.0)

@@ -1,0 +1,73 @@
+"""Hooks: a member's slots follow the dictionary whichever part of it is called.
+
+Calling a member is not the only way in: `generate` of an encoder-decoder model calls the encoder first,
+timm's `forward_features` calls the stages, and fast paths read the weights of submodules that they never
+call. So every module above a slot is watched; the outermost one that is entered has everything below it made
+current, once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from surgery.slots.gate import Gate, release
+from surgery.slots.guards import GUARDS, Register
+from surgery.slots.states import Give, Take
+
+if TYPE_CHECKING:
+    from surgery.core.joint import JointModel
+
+
+class Enter(Gate):
+    """Forward pre-hook: makes slots current where the call comes from outside the member."""
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        """Tell the joint model that the module is about to run."""
+        if not self.path:
+            self.joint.enter(self.member, "")
+        # Inside a compiled graph the root's gate, which runs outside of it, has seen to everything.
+        elif not torch.compiler.is_compiling() and self.joint.enter(self.member, self.path):
+            module.register_forward_hook(Leave(self.joint, self.member, self.path), always_call=True)
+
+
+class Leave(Gate):
+    """Forward hook, called after exceptions too: the next call comes from outside again."""
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        """Tell the joint model that the module ran."""
+        self.joint.leave(self.member, self.path)
+        if self.path:
+            release(module, Leave, deep=False)
+
+
+def watch(joint: JointModel, member: str, module: nn.Module, owners: list[str]) -> None:
+    """Put gates on every module of a member that has a slot in it or below it.
+
+    Args:
+        joint: the joint model.
+        member: the member's name.
+        module: its module.
+        owners: of all its sites.
+    """
+    paths = {".".join(owner.split(".")[:depth]) for owner in owners for depth in range(owner.count(".") + 1)}
+    parts: dict[int, str] = {}
+    for path in sorted(paths):
+        parts.setdefault(id(module.get_submodule(path)), path)  # one module may have two names
+    holders = {owner.rpartition(".")[0] for owner in owners}
+    for path in parts.values():
+        part, below = module.get_submodule(path), f"{path}." if path else ""
+        part.register_forward_pre_hook(Enter(joint, member, path))
+        if (
+            not path
+        ):  # others have this hook only while a call from outside runs: two hooks each would be felt
+            part.register_forward_hook(Leave(joint, member, path), always_call=True)
+        keys = [key.removeprefix(below) for key in joint.state_keys[member] if key.startswith(below)]
+        give = Give(joint, member, path, keys)
+        part.register_state_dict_pre_hook(give)
+        part.register_state_dict_post_hook(give)
+        part.register_load_state_dict_pre_hook(Take(joint, member, path))
+        for kind in (*GUARDS, Register) if path in holders else GUARDS:
+            part.__dict__[kind.method] = kind(joint, member, path).__call__  # a bound method, as it was

@@ -1,0 +1,1 @@
+"""What a joint model is as stored tensors: their keys, precisions and sizes."""

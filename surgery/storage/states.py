@@ -1,0 +1,109 @@
+"""State dicts from stored tensors alone, bit for bit the same on every machine.
+
+A generated block is a sum of c products, and kernels differ in the order and the rounding of that sum. Here
+it is taken in the order of the basis blocks, one rounded multiplication and one rounded addition at a time,
+so that the content hash of a member can be recorded on one machine and checked on another, without the
+member's own class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.anatomy.plan import Placement, torch_dtype
+from surgery.dictionary.dictionary import Bank
+from surgery.geometry.blocks import untile
+from surgery.members.extra_state import KEY
+from surgery.storage.precision import decode
+from surgery.storage.stored import Stored, build_bank
+from surgery.util.memory import compact
+
+CHUNK = 1 << 14  # locations generated at once, which bounds the memory
+
+
+def build_banks(stored: Stored) -> dict[str, Bank]:
+    """All banks by key."""
+    return {plan.key: build_bank(plan, stored.tensors) for plan in stored.plan.banks}
+
+
+def state_of(stored: Stored, member: str, banks: Mapping[str, Bank] | None = None) -> dict[str, Any]:
+    """One member's state dict, extra state included; tied names share a tensor.
+
+    Args:
+        stored: of the joint model.
+        member: its name.
+        banks: as `build_banks` returns them, where several members are asked for.
+    """
+    banks = build_banks(stored) if banks is None else banks
+    prefix = f"plain/{member}/"
+    keys = {key: key for key in stored.tensors if key.startswith(prefix)}
+    keys.update({key: first for key, first in stored.aliases.items() if key.startswith(prefix)})
+    state = {key.removeprefix(prefix): decode(stored.tensors[first]) for key, first in keys.items()}
+    ties = dict(stored.ties.get(member, {}))
+    for p in stored.plan.of(member):
+        state[p.site.name] = weight_of(p, banks[p.bank])
+        ties[p.site.name] = p.site.owners
+    for first, names in ties.items():
+        state.update(dict.fromkeys(names, state[first]))
+    return {**state, **stored.extra.get(member, {})}
+
+
+@torch.no_grad()
+def weight_of(p: Placement, bank: Bank) -> Tensor:
+    """The weight of one site."""
+    parts = []
+    for start in range(p.start, p.stop, CHUNK):
+        index, coefficient = bank.codes(start, min(start + CHUNK, p.stop))
+        blocks = coefficient[:, :1] * bank.rows[index[:, 0]]
+        for j in range(1, index.shape[1]):
+            blocks = blocks + coefficient[:, j : j + 1] * bank.rows[index[:, j]]
+        parts.append(blocks)
+    weight = p.site.view.to_tensor(untile(torch.cat(parts), p.grid))
+    return compact(weight.contiguous().to(torch_dtype(p.site.dtype)))
+
+
+class _WithExtraState(nn.Module):
+    """A module that has nothing but extra state of its own."""
+
+    extra: Any = None
+
+    def get_extra_state(self) -> Any:
+        """As it was given."""
+        return self.extra
+
+
+def hollow(state: Mapping[str, Any]) -> nn.Module:
+    """A module with no forward that has exactly this state dict, where a member's class is not at hand.
+
+    Example:
+        >>> module = hollow({"a.weight": torch.ones(2), "b": torch.zeros(3, dtype=torch.long)})
+        >>> [name for name, _ in module.named_parameters()], [name for name, _ in module.named_buffers()]
+        (['a.weight'], ['b'])
+    """
+    with_extra = {name.rpartition(".")[0] for name in state if name.rpartition(".")[2] == KEY}
+
+    def new(path: str) -> nn.Module:
+        return _WithExtraState() if path in with_extra else nn.Module()
+
+    root = new("")
+    made: dict[int, nn.Parameter] = {}
+    for name, tensor in state.items():
+        holder = root
+        *path, attribute = name.split(".")
+        for depth, step in enumerate(path):
+            if step not in holder._modules:
+                holder.add_module(step, new(".".join(path[: depth + 1])))
+            holder = holder.get_submodule(step)
+        if attribute == KEY:
+            holder.extra = tensor
+            continue
+        if tensor.is_floating_point() or tensor.is_complex():
+            parameter = made.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=False))
+            holder.register_parameter(attribute, parameter)
+        else:
+            holder.register_buffer(attribute, tensor)
+    return root

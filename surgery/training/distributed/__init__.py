@@ -1,0 +1,1 @@
+"""Several processes: what each holds of a joint model, and what they owe one another."""

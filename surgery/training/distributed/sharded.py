@@ -1,0 +1,253 @@
+"""Sharded: joint training in which each process holds a part of everything that is large.
+
+Of every bank a process holds some columns of all rows, with their gradients and optimizer state: a bank is cut, and
+all that changes it stays what it was (`surgery.geometry.columns`). Members are PyTorch's FSDP modules. Before a step
+each process generates its columns of all blocks; site by site these are gathered, made a weight, and each keeps its
+chunk.
+Forward and backward passes gather weights layer by layer, as FSDP does. Afterwards each site's gradient is gathered in
+its turn, and each process takes the columns that go back through its part of the dictionary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.anatomy.plan import Placement
+from surgery.core.joint import JointModel
+from surgery.dictionary.dictionary import Bank
+from surgery.dictionary.generation import Weights, to_blocks, to_weight
+from surgery.geometry.columns import Columns
+from surgery.members.extra_state import extra_state_of, set_extra_state
+from surgery.slots.gate import unwatched
+from surgery.slots.hooks import Enter, Leave
+from surgery.slots.slots import Slots, locate, put_back, reorder
+from surgery.training.distributed.fsdp import Sharding
+from surgery.training.distributed.shards import ChunkPart, ColumnPart, Part, add_up, reshard
+from surgery.training.loop.state import own_part
+from surgery.util.copies import duplicate
+
+
+class ShardedModel(JointModel):
+    """A joint model for the time of its training, cut over processes that all make it alike.
+
+    Args:
+        joint: opened, on the CPU. Its dictionary is cut and its slots are emptied until `give_back`.
+        sharding: how members are cut.
+
+    Attributes:
+        parts: how each tensor that is held in parts is cut, by its name in `model_tensors`.
+        chunks: how each adapter that is held in parts is cut, by the identity of what the optimizer gets of it.
+    """
+
+    def __init__(self, joint: JointModel, sharding: Sharding):
+        nn.Module.__init__(self)
+        self._given = (joint,)  # a tuple: it is not part of this module
+        self.sharding, self.plan, self.dictionary = sharding, joint.plan, joint.dictionary
+        self.owners, self.state_keys = joint.owners, joint.state_keys
+        self.encoded = joint.encoded
+        self._filled, self._inside, self._in_step, self.slots = {}, {}, False, Slots()
+        self._trainable, self._untraced = joint._trainable, None
+        copies = self._copy_members()
+        self.members = {name: replace(m, module=copies[name]) for name, m in joint.members.items()}
+        self.bodies = nn.ModuleList(copies.values())
+        self.parts: dict[str, Part] = {}
+        self._shard_members()
+        self._placed = {key: [p for p in self.plan.placements if p.bank == key] for key in self.dictionary}
+        self._origins: dict[str, tuple[str, Tensor]] = {}
+        for key in self.dictionary:
+            self._cut(key, self.dictionary[key])
+        self.dictionary._apply(lambda tensor: tensor.to(sharding.device))
+
+    # -- cutting -------------------------------------------------------------------------------------------
+
+    def _copy_members(self) -> dict[str, nn.Module]:
+        """Copies with a parameter for every slot; the given members keep none of the slots' memory."""
+        joint, memo = self._given[0], {}
+        for p in self.plan.placements:
+            slot = getattr(*locate(joint[p.site.member], p.site.owners[0]))
+            memo[id(slot)] = slot  # not copied
+        with ExitStack() as stack:
+            for name in joint.names:
+                stack.enter_context(unwatched(joint[name]))
+            copies = {name: duplicate(joint[name], memo) for name in joint.names}
+        for name, copy in copies.items():
+            for p in self.plan.of(name):
+                weight = getattr(*locate(copy, p.site.owners[0]))
+                learns = any(x.requires_grad for x in self.dictionary[p.bank].parameters(recurse=False))
+                put_back(copy, p.site.owners, weight, learns and self._trainable[name, p.site.name])
+                joint.slots.put(name, p.site.name, torch.empty_like(weight, device="meta").detach())
+            reorder(copy, self.state_keys[name])
+        return copies
+
+    def _shard_members(self) -> None:
+        """Make the copies FSDP modules; adapters that members share stay whole in every process."""
+        users = Counter(id(p) for name in self.names for p in self[name].parameters())
+        shared = {p for p in self.bodies.parameters() if users[id(p)] > 1}
+        for name in self.names:
+            module = self[name]
+            self.sharding.apply(name, module, shared & set(module.parameters()))
+            # Before FSDP's own hook gathers weights, they must be what the dictionary says.
+            module.register_forward_pre_hook(Enter(self, name, ""), prepend=True)
+            module.register_forward_hook(Leave(self, name, ""), always_call=True)
+        self._sites = {
+            (p.site.member, p.site.name): getattr(*locate(self[p.site.member], p.site.owners[0]))
+            for p in self.plan.placements
+        }
+        for name in self.names:
+            for first in self.owners[name]:
+                own = getattr(*locate(self[name], first))
+                if own_part(own) is not own:
+                    self.parts[f"member/{name}/{first}"] = self._chunks(own.shape)
+        self._adapters: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self.chunks: dict[int, Part] = {}
+        for path, given in self._given[0].bodies.named_parameters():
+            number, _, name = path.partition(".")
+            own = getattr(*locate(self[self.names[int(number)]], name))
+            # Optimizers get plain tensors: parts of one group need not be of one kind, and steps are faster.
+            local = own if own_part(own) is own else nn.Parameter(own_part(own).detach())
+            if given.requires_grad:
+                self._adapters.append((own, local))
+            if local is not own:
+                self.chunks[id(local)] = self._chunks(own.shape)
+
+    def _cut(self, key: str, bank: Bank) -> None:
+        columns = Columns(bank.width, self.sharding.rank, self.sharding.world)
+        part = self.parts[f"bank/{key}/rows"] = ColumnPart(columns)
+        bank.columns = columns
+        bank.rows = nn.Parameter(part.own(bank.rows.detach()), requires_grad=bank.rows.requires_grad)
+        if bank.origin is not None:  # not needed until the end: it stays on the CPU
+            self._origins[key], bank.origin = (bank.mixing, part.own(bank.origin)), None
+
+    def _chunks(self, shape: torch.Size) -> ChunkPart:
+        return ChunkPart(shape, self.sharding.rank, self.sharding.world)
+
+    # -- generating ------------------------------------------------------------------------------------------
+
+    def adapters(self) -> list[nn.Parameter]:
+        """What this process holds of the adapters that are trained, as plain tensors."""
+        return [local for _, local in self._adapters]
+
+    def refresh(self, members: Any = None) -> None:
+        """Give every process its chunks of the weights that the dictionary generates now; all of them call it."""
+        self._refuse_in_step("Filling the slots")
+        with torch.inference_mode(False), torch.no_grad():
+            self._generate()
+        self._filled[""] = self.versions()
+
+    def enter(self, name: str, path: str) -> bool:
+        """Before a member runs outside of a step: make its weights what the dictionary says."""
+        if not self._in_step and self._filled.get("") != self.versions():
+            self.refresh()
+        return True
+
+    def leave(self, name: str, path: str) -> None:
+        """After a member ran outside of a step: give up what its forward pass gathered."""
+        if not self._in_step:
+            reshard(self[name])
+
+    @contextmanager
+    def step(self) -> Iterator[Weights]:
+        """As in `JointModel`; afterwards all gradients are those of the mean over the processes."""
+        self._refuse_in_step("Another step")
+        edges = self._generate()
+        self._in_step = True
+        try:
+            yield {}
+            self._go_back(edges)
+        finally:
+            self._in_step = False
+            self._filled.clear()
+            reshard(self.bodies)
+
+    def _generate(self) -> dict[str, Any]:
+        """Fill all sites; of each bank the edge of the graph at which its blocks' gradients enter."""
+        edges: dict[str, Any] = {}
+        for key, placements in self._placed.items():
+            blocks = self.dictionary[key].blocks()
+            if blocks.requires_grad:
+                edges[key] = torch.autograd.graph.get_gradient_edge(blocks)
+            blocks = blocks.detach()
+            for p in placements:
+                self._fill_site(p, blocks[p.start : p.stop])
+        return edges
+
+    @torch.no_grad()
+    def _fill_site(self, p: Placement, own: Tensor) -> None:
+        columns = self.dictionary[p.bank].columns
+        assert columns is not None
+        weight, site = to_weight(columns.gather(own), p), self._sites[p.site.member, p.site.name]
+        if (local := own_part(site)) is not site:
+            first = self._chunks(site.shape).rows * self.sharding.rank
+            weight = weight[first : first + len(local)]
+        local.detach().copy_(weight)
+
+    def _go_back(self, edges: dict[str, Any]) -> None:
+        """Carry the sites' gradients into rows and codes, and give all parameters the mean of the processes."""
+        for key, placements in self._placed.items():
+            bank, gradient = self.dictionary[key], None
+            columns = bank.columns
+            assert columns is not None
+            for p in placements:
+                site = self._sites[p.site.member, p.site.name]
+                if site.grad is None:
+                    continue
+                if gradient is None:
+                    gradient = bank.rows.new_zeros(bank.locations, columns.held)
+                gradient[p.start : p.stop] = columns.cut(to_blocks(self._whole_gradient(site), p))
+                site.grad = None
+            if gradient is not None and key in edges:
+                torch.autograd.backward([edges[key]], [gradient])
+        # A process knows of a code's gradient what its own columns say: the whole is the sum.
+        rows = {id(self.dictionary[key].rows) for key in self.dictionary}
+        add_up([p.grad for p in self.dictionary.parameters() if p.grad is not None and id(p) not in rows])
+        whole = []
+        for parameter, local in self._adapters:
+            if local is not parameter:
+                local.grad = None if parameter.grad is None else own_part(parameter.grad)
+                parameter.grad = None
+            elif parameter.grad is not None:
+                whole.append(parameter.grad.div_(self.sharding.world))
+        add_up(whole)
+
+    def _whole_gradient(self, site: nn.Parameter) -> Tensor:
+        gradient: Any = site.grad
+        if own_part(gradient) is not gradient:
+            return gradient.full_tensor()
+        add_up([gradient.div_(self.sharding.world)])
+        return gradient
+
+    # -- the end -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def give_back(self) -> JointModel:
+        """The joint model that this was made of, with what was learnt, whole in every process and on the CPU."""
+        joint, device = self._given[0], self.sharding.device
+        for key in self.dictionary:
+            bank, part = self.dictionary[key], self.parts[f"bank/{key}/rows"]
+            bank.rows = nn.Parameter(part.whole(bank.rows.detach(), device, True), bank.rows.requires_grad)
+            mixing, origin = self._origins.get(key, ("", None))
+            if origin is not None and mixing == bank.mixing:  # hardening forgets it
+                bank.origin = part.whole(origin, device, True)
+            bank.columns = None
+        self.dictionary._apply(lambda tensor: tensor.cpu())
+        for name in self.names:
+            set_extra_state(joint[name], extra_state_of(self[name]))
+            generated = {owner for p in self.plan.of(name) for owner in p.site.owners}
+            for first in (first for first in self.owners[name] if first not in generated):
+                own = own_part(getattr(*locate(self[name], first)).detach())
+                part = self.parts.get(f"member/{name}/{first}")
+                given = getattr(*locate(joint[name], first))
+                given.copy_(own if part is None else part.whole(own, device, True))
+        joint.bodies.eval()
+        joint.refresh()
+        return joint
+
+    def _apply(self, fn: Any, recurse: bool = True) -> JointModel:
+        return self  # it is on its device, and of the dtypes that it was made of

@@ -1,0 +1,106 @@
+"""Shards: tensors of which each process holds a part, put together on the CPU and taken apart again.
+
+Two kinds of parts: columns of a bank's rows (`surgery.geometry.columns.Columns`), and chunks along the first axis, as
+PyTorch's `fully_shard` cuts parameters. Tensors go over the device in pieces, so that none is ever whole there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from surgery.geometry.columns import Columns, gather_flat
+
+_PIECE = 1 << 22  # numbers of each process that go over the device at once
+
+
+class Part(Protocol):
+    """How a tensor is cut."""
+
+    def own(self, whole: Tensor) -> Tensor:
+        """What this process holds of it, in memory of its own."""
+        ...
+
+    def whole(self, own: Tensor, device: torch.device, everywhere: bool = False) -> Tensor:
+        """All of it, on the CPU of the main process or of all; elsewhere nothing. All processes call it."""
+        ...
+
+
+@dataclass(frozen=True)
+class ColumnPart:
+    """Columns of rows `[R, m*n]`."""
+
+    columns: Columns
+
+    def own(self, whole: Tensor) -> Tensor:
+        """`[R, m*n]` to `[R, held]`."""
+        return self.columns.cut(whole)
+
+    def whole(self, own: Tensor, device: torch.device, everywhere: bool = False) -> Tensor:
+        """`[R, held]` to `[R, m*n]`."""
+        parts = collect(own.reshape(-1), self.columns.rank, self.columns.world, device, everywhere)
+        return parts if parts.ndim == 1 else self.columns.join(parts.view(-1, *own.shape)).contiguous()
+
+
+@dataclass(frozen=True)
+class ChunkPart:
+    """Chunks along the first axis of a tensor of this shape; the last ones are shorter, or empty."""
+
+    shape: torch.Size
+    rank: int
+    world: int
+
+    @property
+    def rows(self) -> int:
+        """Of the longest chunk."""
+        return -(-self.shape[0] // self.world)
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This process's chunk."""
+        return whole[self.rank * self.rows : (self.rank + 1) * self.rows].contiguous().clone()
+
+    def whole(self, own: Tensor, device: torch.device, everywhere: bool = False) -> Tensor:
+        """All chunks."""
+        size = self.rows * self.shape[1:].numel()
+        flat = own.reshape(-1)
+        parts = collect(F.pad(flat, (0, size - len(flat))), self.rank, self.world, device, everywhere)
+        return parts if parts.ndim == 1 else parts.view(-1)[: self.shape.numel()].view(self.shape)
+
+
+def collect(own: Tensor, rank: int, world: int, device: torch.device, everywhere: bool) -> Tensor:
+    """`[N]` of every process as `[world, N]` on the CPU, piece by piece; where it is not wanted, nothing `[0]`."""
+    wanted = everywhere or rank == 0
+    found = torch.empty((world, len(own)) if wanted else (0,), dtype=own.dtype)
+    for start in range(0, len(own), _PIECE):
+        piece = own[start : start + _PIECE].to(device)
+        parts = gather_flat(piece, world)
+        if wanted:
+            found[:, start : start + len(piece)] = parts.cpu()
+    return found
+
+
+@torch.no_grad()
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Give tensors their sum over the processes, in place, in one call; all processes call it."""
+    if not tensors:
+        return
+    dtype = torch.float64 if any(each.dtype == torch.float64 for each in tensors) else torch.float32
+    flat = torch.cat([each.reshape(-1).to(dtype) for each in tensors])
+    torch.distributed.all_reduce(flat)
+    for each, part in zip(tensors, flat.split([each.numel() for each in tensors]), strict=True):
+        each.copy_(part.view_as(each))
+
+
+def reshard(module: nn.Module) -> None:
+    """Leave every process with its own part alone: without a backward pass FSDP keeps a root's weights gathered, and
+    what is gathered does not follow the dictionary.
+    """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()

@@ -1,0 +1,137 @@
+"""Checkpoint: all that a trainer needs to go on as if it had not been interrupted, taken apart and put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from surgery.errors import TrainingError
+from surgery.training.loop.optimizers import plain
+from surgery.training.loop.state import (
+    Tensors,
+    model_tensors,
+    pack_contest,
+    random_state,
+    restore,
+    set_random_state,
+    under,
+    unpack_contest,
+)
+from surgery.training.loop.state_check import wrong_state
+from surgery.training.tasks.stateful import pack_loss, unpack_loss
+
+if TYPE_CHECKING:
+    from surgery.training.loop.trainer import Trainer
+
+
+def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
+    """Everything that `unpack` needs to go on from here: tensors, and the rest as JSON.
+
+    Where processes hold parts, all of them call it, and the main one gets the tensors whole.
+    """
+    processes = trainer.processes
+    model = processes.whole(model_tensors(trainer.joint))
+    tensors = {f"model/{name}": tensor for name, tensor in model.items()}
+    for key, bank in trainer.banks.items():
+        tensors |= {f"contest/{key}/{name}": t for name, t in pack_contest(bank.contest).items()}
+        tensors[f"identity/{key}"] = trainer.identity[key]
+    steps: dict[str, Any] = {}
+    for number, parameter in enumerate(trainer.parameters()):
+        for name, value in plain(trainer.optimizer).state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{number}/{name}"] = processes.whole_state(parameter, value)
+            elif value is not None:
+                steps[f"{number}/{name}"] = value
+    for number, task in enumerate(trainer.tasks):
+        state = pack_loss(trainer.losses[task.name])
+        tensors |= {f"loss/{number}/{name}": tensor for name, tensor in state.items()}
+    # Every process has its own random state; all else is equal in all.
+    accelerator, states, running = trainer.accelerator, [random_state()], trainer.running.sums
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        states, running = gather_object(states), accelerator.reduce(running, "mean")
+    tensors |= {f"running/{name}": value for name, value in running.items()}
+    for rank, (random_tensors, _) in enumerate(states):
+        tensors |= {f"random/{rank}/{name}": value for name, value in random_tensors.items()}
+    tensors["random/evolution"] = trainer.generator.get_state()
+    scaler = accelerator.scaler
+    return tensors, {
+        "generation": trainer.generation,
+        "step": trainer.step,
+        "moved": trainer.moved,
+        "hardened": trainer.hardened,
+        "born": trainer.born,
+        "optimizer": steps,
+        "schedule": None if trainer.scheduler is None else trainer.scheduler.last_epoch,
+        "streams": {name: stream.state() for name, stream in trainer.streams.items()},
+        "scaler": None if scaler is None else scaler.state_dict(),
+        "random": [rest for _, rest in states],
+    }
+
+
+def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+    """Go on from what `pack` returned; where it does not fit, nothing in memory has changed.
+
+    Raises:
+        TrainingError: naming everything that does not fit this joint model and these tasks.
+    """
+    raise_unfit(wrong_state(trainer, tensors, document))
+    for number, task in enumerate(
+        trainer.tasks
+    ):  # a loss of the user's own may refuse what has the right names
+        unpack_loss(trainer.losses[task.name], under(tensors, f"loss/{number}/"), task.name)
+    if document.get("hardened"):
+        trainer.harden()
+    old = {key: (bank.rows, bank.contexts) for key, bank in trainer.banks.items()}
+    processes = trainer.processes
+    restore(trainer.joint, processes.own(under(tensors, "model/")))
+    trainer.generation, trainer.step, trainer.moved = (
+        document["generation"],
+        document["step"],
+        document["moved"],
+    )
+    trainer.born = dict(document["born"])
+    for key, bank in trainer.banks.items():
+        for group in trainer.optimizer.param_groups:
+            group["params"] = [bank.rows if p is old[key][0] else p for p in group["params"]]
+        trainer.identity[key] = tensors[f"identity/{key}"].clone()
+        bank.contest = unpack_contest(bank, under(tensors, f"contest/{key}/"))
+        if bank.contest is not None:
+            trainer.enter(bank.contest)
+    inner = plain(trainer.optimizer)
+    for number, parameter in enumerate(trainer.parameters()):
+        found: dict[str, Any] = {
+            name: processes.own_state(parameter, value).to(parameter.device, copy=True)
+            for name, value in under(tensors, f"optimizer/{number}/").items()
+        }
+        found |= under(document["optimizer"], f"{number}/")
+        if found:
+            inner.state[parameter] = found
+    if trainer.scheduler is not None:
+        trainer.scheduler.last_epoch = document["schedule"]
+        steps = zip(inner.param_groups, trainer.scheduler.base_lrs, trainer.scheduler.lr_lambdas, strict=True)
+        for group, rate, factor in steps:
+            group["lr"] = rate * factor(document["schedule"])
+    if document["scaler"] is not None and trainer.accelerator.scaler is not None:
+        trainer.accelerator.scaler.load_state_dict(document["scaler"])
+    device = trainer.accelerator.device
+    trainer.running.sums = {n: t.to(device) for n, t in under(tensors, "running/").items()}
+    for name, place in document["streams"].items():
+        trainer.streams[name].seek(**place)
+    trainer.generator.set_state(tensors["random/evolution"])
+    rank = trainer.accelerator.process_index
+    rank = rank if rank < len(document["random"]) else 0  # there may be more processes now
+    set_random_state(under(tensors, f"random/{rank}/"), document["random"][rank])
+
+
+def raise_unfit(wrong: Iterable[str]) -> None:
+    """Raise one error for everything that keeps a state from fitting, if anything does."""
+    if found := list(wrong):
+        more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+        raise TrainingError(
+            f"The checkpoint must hold what this run trains, but {'; '.join(found[:8])}{more}: it is damaged or "
+            "belongs to another run; delete it to start anew, or choose another folder."
+        )

@@ -1,0 +1,253 @@
+"""One generation's changes to a bank: alternatives are drawn, one is chosen, what nobody uses is removed.
+
+A bank changes size as its alignment evolves. Each function here changes the bank in place and says where every
+row of its parameters came from, so that the optimizer's state can follow (see `carry`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from surgery.dictionary.alignment import draw_by_usage, draw_locations, draw_new, draw_uniformly
+from surgery.dictionary.contest import Contest
+from surgery.dictionary.dictionary import Bank
+from surgery.dictionary.explanation import (
+    Total,
+    draw_by_explanation,
+    explained_pairs,
+    fit_contexts,
+    scale_contexts,
+)
+from surgery.settings.training import Evolution
+
+
+@dataclass(frozen=True)
+class Resized:
+    """A parameter that took another's place: row r of `new` was row `source[r]` of `old`, -1 where it is new."""
+
+    old: nn.Parameter
+    new: nn.Parameter
+    source: Tensor
+
+
+def contend(
+    bank: Bank,
+    settings: Evolution,
+    alpha: float,
+    capacity: int,
+    generator: torch.Generator,
+    siblings: Tensor | None = None,
+) -> list[Resized]:
+    """Open a contest: draw locations and their challengers. # Alg. 2, lines 7 to 13
+
+    No contest is opened where challengers must explain more of the blocks than any of them does.
+
+    Args:
+        bank: with hypermodules only.
+        settings: of the evolution.
+        alpha: probability of not choosing the incumbent.
+        capacity: how many hypermodules there may be, K at the start of training.
+        generator: on the CPU; all processes draw the same.
+        siblings: `[L, F]` locations that are tried first, -1 for none.
+
+    Returns:
+        The rows, where new hypermodules were drawn.
+    """
+    chosen = draw_locations(bank.locations, settings.fraction, generator).to(bank.psi.device)
+    drawn = _draw(bank, settings, chosen, generator, siblings)
+    if settings.least > 0:
+        chosen, drawn = _able(bank, chosen, drawn, settings.least)
+        if not len(chosen):
+            return []
+    drawn, new = draw_new(drawn, settings.epsilon, capacity - bank.hypermodules, bank.hypermodules, generator)
+    resized = [_grow(bank, new, generator)] if new else []
+    contexts = None
+    if settings.contexts != "own":
+        with torch.no_grad():
+            blocks = bank.blocks()[chosen]
+            contexts = fit_contexts(blocks, _hypermodules(bank), drawn, total=_total(bank))
+            if settings.contexts == "scaled":
+                contexts = scale_contexts(contexts, blocks, _hypermodules(bank), drawn, _total(bank))
+    bank.contest = Contest(bank.psi, bank.hypermodules, chosen, drawn, bank.context, alpha, contexts)
+    return resized
+
+
+def conclude(bank: Bank) -> tuple[list[Resized], int]:
+    """Close the contest: each location takes its best alternative, unused hypermodules are removed.
+
+    Returns:
+        The rows, where hypermodules were removed, and how many locations changed their hypermodule.
+        # Alg. 2, lines 18 to 23
+    """
+    contest = bank.contest
+    if contest is None:
+        return [], 0
+    bank.contest = None
+    psi, contexts = contest.decide(bank.psi, bank.contexts.detach())
+    moved = int((psi != bank.psi).sum())
+    bank.psi = psi
+    with torch.no_grad():
+        bank.contexts.copy_(contexts)
+    return prune(bank), moved
+
+
+def redraw(bank: Bank, settings: Evolution, generator: torch.Generator) -> int:
+    """Sampled locations take any hypermodule by chance, whatever it is worth; how many changed theirs.
+
+    Nothing is removed: a hypermodule that nobody uses now may be drawn again.
+    """
+    chosen = draw_locations(bank.locations, settings.fraction, generator).to(bank.psi.device)
+    every = torch.arange(bank.hypermodules, device=bank.psi.device)
+    psi = bank.psi.clone()
+    psi[chosen] = draw_uniformly(every, len(chosen), 1, generator).squeeze(1)
+    moved = int((psi != bank.psi).sum())
+    bank.psi = psi
+    return moved
+
+
+def prune(bank: Bank) -> list[Resized]:
+    """Remove the hypermodules that no location uses."""
+    used, compact = torch.unique(bank.psi, return_inverse=True)
+    if len(used) == bank.hypermodules:
+        return []
+    bank.psi = compact
+    return [_take_rows(bank, used)]
+
+
+def carry(optimizer: torch.optim.Optimizer, resized: Resized) -> None:
+    """Put a resized parameter in its predecessor's place in an optimizer; new rows start without history."""
+    for group in optimizer.param_groups:
+        group["params"] = [resized.new if p is resized.old else p for p in group["params"]]
+    state = optimizer.state.pop(resized.old, None)
+    if state is None:
+        return
+    fresh = resized.source < 0
+    moved = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == resized.old.shape:
+            value = value[resized.source.clamp_min(0)]
+            value[fresh] = 0
+        moved[key] = value
+    optimizer.state[resized.new] = moved
+
+
+@torch.no_grad()
+def inherit(optimizer: torch.optim.Optimizer, bank: Bank) -> None:
+    """Optimizer rows of contexts that challengers brought follow these into the bank, before its contest is concluded.
+
+    Adam's moments are of the steps that were taken, fewer than the bank's, so their corrections for that are exchanged.
+    """
+    contest = bank.contest
+    source = None if contest is None or contest.contexts is None else optimizer.state.get(contest.contexts)
+    target = optimizer.state.get(bank.contexts)
+    if contest is None or not source or not target:
+        return
+    places, columns = contest.winners()
+    rivals = torch.searchsorted(contest.chosen, places)
+    betas = next((g["betas"] for g in optimizer.param_groups if "betas" in g), (0.0, 0.0))
+    for key, beta in (("exp_avg", betas[0]), ("exp_avg_sq", betas[1]), ("momentum_buffer", 0.0)):
+        if isinstance(source.get(key), Tensor) and isinstance(target.get(key), Tensor):
+            factor = 1.0
+            if beta:
+                factor = (1 - beta ** float(target["step"])) / (1 - beta ** float(source["step"]))
+            target[key][places] = source[key][rivals, columns] * factor
+
+
+@torch.no_grad()
+def _able(bank: Bank, chosen: Tensor, drawn: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """The locations for which a challenger explains enough, and their challengers `[N', lambda]`; those that explain
+    too little make room for the best."""
+    blocks, rows = bank.blocks()[chosen], _hypermodules(bank)
+    shares = [explained_pairs(blocks, rows[column], _total(bank)) for column in drawn.unbind(1)]
+    share = torch.stack(shares, 1)
+    best = drawn.gather(1, share.argmax(1, keepdim=True))
+    able = torch.where(share >= least, drawn, best)
+    kept = share.amax(1) >= least
+    return chosen[kept], able[kept]
+
+
+def _hypermodules(bank: Bank) -> Tensor:
+    return bank.rows.detach().view(bank.hypermodules, bank.context, -1)
+
+
+def _total(bank: Bank) -> Total | None:
+    return None if bank.columns is None else bank.columns.total
+
+
+def _draw(
+    bank: Bank, settings: Evolution, chosen: Tensor, generator: torch.Generator, siblings: Tensor | None
+) -> Tensor:
+    """Challengers `[N, lambda]` among the hypermodules that are in use."""
+    count, challengers = len(chosen), settings.challengers
+    if settings.draw == "usage":
+        return draw_by_usage(bank.psi, count, challengers, generator)
+    if settings.draw == "uniform":
+        every = torch.arange(bank.hypermodules, device=bank.psi.device)
+        return draw_uniformly(every, count, challengers, generator)
+    first = None
+    if siblings is not None and settings.siblings:
+        places = siblings.to(chosen.device)[chosen]
+        first = torch.where(places >= 0, bank.psi[places.clamp_min(0)], -1)
+    with torch.no_grad():
+        blocks = bank.blocks()[chosen]
+        return draw_by_explanation(
+            blocks,
+            _hypermodules(bank),
+            bank.psi,
+            challengers,
+            generator,
+            first,
+            power=settings.power,
+            own=chosen,
+            least=settings.least,
+            total=_total(bank),
+        )
+
+
+def _grow(bank: Bank, new: int, generator: torch.Generator) -> Resized:
+    """Append new hypermodules of deviation 1/sqrt(c), times what rows have grown to since."""
+    old, c = bank.rows, bank.context
+    noise = torch.randn(new * c, bank.width, generator=generator, dtype=old.dtype)
+    if bank.columns is None:
+        size = old.detach().square().mean().sqrt()
+    else:
+        noise = bank.columns.cut(noise)
+        size = (bank.columns.total(old.detach().square().sum()) / (len(old) * bank.width)).sqrt()
+    rows = torch.cat([old.detach(), noise.to(old.device) * size])
+    source = torch.cat([torch.arange(len(old)), torch.full((new * c,), -1)]).to(old.device)
+    return _replace(bank, rows, source, bank.hypermodules + new)
+
+
+def _take_rows(bank: Bank, hypermodules: Tensor) -> Resized:
+    c = bank.context
+    source = (hypermodules.unsqueeze(1) * c + torch.arange(c, device=hypermodules.device)).reshape(-1)
+    return _replace(bank, bank.rows.detach()[source], source, len(hypermodules))
+
+
+def _replace(bank: Bank, rows: Tensor, source: Tensor, hypermodules: int) -> Resized:
+    old = bank.rows
+    bank.rows = nn.Parameter(rows, requires_grad=old.requires_grad)
+    bank.hypermodules = hypermodules
+    return Resized(old, bank.rows, source)
+
+
+# Starts ---------------------------------------------------------------------------------------------------
+
+
+def regroup(bank: Bank, group: Tensor, same: bool = False) -> None:
+    """Give all locations with one group number one hypermodule: that of the first of them.
+
+    Args:
+        bank: with hypermodules only, not yet being optimised.
+        group: `[L]`, any numbers.
+        same: whether every group has one hypermodule already, so that blocks stay what they are.
+    """
+    numbers = torch.unique(group.to(bank.psi.device), return_inverse=True)[1]
+    count = int(numbers.max()) + 1
+    first = torch.full((count,), bank.locations, device=bank.psi.device)
+    first.scatter_reduce_(0, numbers, torch.arange(bank.locations, device=bank.psi.device), "amin")
+    _take_rows(bank, bank.psi[first])
+    bank.psi, bank.origin = numbers, bank.origin if same else None

@@ -1,0 +1,105 @@
+"""Training templates: what regularises their mixtures, hardening, and what is told of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.core.joint import JointModel
+from surgery.dictionary.dictionary import Bank
+from surgery.dictionary.mixtures import Templates, harden_stack, has_templates
+from surgery.dictionary.templates import attraction, entropy
+from surgery.errors import PlanError
+from surgery.settings.training import TemplateSettings
+
+
+def how_to_open(settings: TemplateSettings) -> Templates:
+    """What `JointModel.open` takes."""
+    return Templates(settings.count, settings.mixing, settings.start, settings.sure)
+
+
+def settle_parts(joint: JointModel, settings: TemplateSettings) -> None:
+    """Freeze what shall stay as it is: templates, or mixtures.
+
+    Raises:
+        PlanError: where linear mixtures, whose shares are no probabilities, shall be hardened or have an entropy.
+    """
+    if settings.mixing == "linear" and (settings.harden or settings.entropy or settings.attraction):
+        raise PlanError(
+            "Hardening, entropy and attraction of templates need mixtures of positive shares, found linear ones: set "
+            "templates.mixing (in a recipe parameters.mixture) to softmax."
+        )
+    for banks in stacks_of(joint).values():
+        for bank in banks.values():
+            bank.rows.requires_grad_(not settings.freeze)
+            bank.contexts.requires_grad_(settings.learn and bank.mixing != "one-hot")
+
+
+def stacks_of(joint: JointModel) -> dict[str, dict[str, Bank]]:
+    """The banks of each stack that is open, by key."""
+    found = {name: {key: joint.dictionary[key] for key in keys} for name, keys in joint.plan.stacks.items()}
+    return {name: banks for name, banks in found.items() if has_templates(banks)}
+
+
+def penalty(joint: JointModel, settings: TemplateSettings) -> Tensor | None:
+    """The regularisers of all stacks in the mean, weighted; None where there is nothing to regularise.
+
+    # Compositional models, entropy and attraction
+    """
+    terms = []
+    for banks in stacks_of(joint).values():
+        first = next(iter(banks.values()))
+        if first.mixing == "one-hot" or not (settings.entropy or settings.attraction):
+            continue
+        mixtures = first.coefficients
+        term = settings.entropy * entropy(mixtures)
+        if settings.attraction:
+            grams = [_gram(bank) for bank in banks.values()]
+            term = term + settings.attraction * attraction(torch.stack(grams).sum(0), mixtures)
+        terms.append(term)
+    return torch.stack(terms).mean() if terms else None
+
+
+def _gram(bank: Bank) -> Tensor:
+    """Products of templates with one another `[K, K]`; each process goes back into the columns that it holds."""
+    gram = bank.rows @ bank.rows.T
+    if bank.columns is None:
+        return gram
+    return gram + (bank.columns.total(gram.detach().clone()) - gram.detach())
+
+
+def harden_stacks(joint: JointModel) -> list[tuple[Tensor, Tensor]]:
+    """Give every layer the template that contributes most to it; the parameters before and after, of each stack."""
+    changed = []
+    for banks in stacks_of(joint).values():
+        first = next(iter(banks.values()))
+        before = first.contexts
+        harden_stack(banks)
+        changed.append((before, first.contexts))
+    joint.refresh()
+    return changed
+
+
+def mixtures_of(joint: JointModel) -> dict[str, list[list[float]]]:
+    """The mixtures of every stack, a row for each layer, rounded for the log."""
+    found = {}
+    for name, banks in stacks_of(joint).items():
+        mixtures = next(iter(banks.values())).coefficients.detach().cpu()
+        found[name] = [[round(value, 4) for value in row] for row in mixtures.tolist()]
+    return found
+
+
+def describe_stacks(joint: JointModel) -> dict[str, Any]:
+    """The layers of every stack and how many templates it has, for the log."""
+    told = {}
+    for name, banks in stacks_of(joint).items():
+        key, bank = next(iter(banks.items()))
+        placed = sorted((p for p in joint.plan.placements if p.bank == key), key=lambda p: p.start)
+        told[name] = {
+            "layers": [[p.site.member, p.site.name] for p in placed],
+            "templates": bank.context,
+            "numbers": sum(b.width for b in banks.values()),
+        }
+    return told

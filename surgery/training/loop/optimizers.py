@@ -1,0 +1,85 @@
+"""Optimizers and schedules of joint training, by name; a new one is a line in `OPTIMIZERS` or `SCHEDULES`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from surgery.core.joint import JointModel
+from surgery.settings.training import Optimizer
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": lambda groups, settings: torch.optim.Adam(groups, lr=settings.lr, fused=True),
+    "adamw": lambda groups, settings: torch.optim.AdamW(groups, lr=settings.lr, fused=True),
+    "sgd": lambda groups, settings: torch.optim.SGD(
+        groups, lr=settings.lr, momentum=settings.momentum, fused=True
+    ),
+}
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+
+
+def make_optimizer(
+    joint: JointModel, settings: Optimizer, mixture_lr: float | None = None
+) -> torch.optim.Optimizer:
+    """One optimizer for the whole joint model; its groups carry their `role`.
+
+    Roles are `rows`, `contexts`, `mixtures` of templates, `adapters` and `soft`, the last with a learning rate of its
+    own and, between contests, no parameters.
+
+    Args:
+        joint: opened for training.
+        settings: of the optimizer.
+        mixture_lr: learning rate of mixtures; as everything else by default.
+    """
+    banks = [joint.dictionary[key] for key in joint.dictionary]
+    blocks = [joint.dictionary[plan.key] for plan in joint.plan.banks if not plan.stack]
+    stacks = [joint.dictionary[keys[0]].contexts for keys in joint.plan.stacks.values()]
+    adapters = joint.adapters()
+    decay = settings.weight_decay
+    groups: list[dict[str, Any]] = [
+        {"params": [b.rows for b in banks if b.rows.requires_grad], "role": "rows", "weight_decay": decay},
+        {
+            "params": [b.contexts for b in blocks if b.contexts.requires_grad]
+            + [b.diagonals for b in blocks if b.diagonals is not None],
+            "role": "contexts",
+            "weight_decay": 0.0,
+        },
+        {
+            "params": [mixtures for mixtures in stacks if mixtures.requires_grad],
+            "role": "mixtures",
+            "weight_decay": 0.0,
+            "lr": mixture_lr or settings.lr,
+        },
+        {"params": adapters, "role": "adapters", "weight_decay": decay},
+        {"params": [], "role": "soft", "weight_decay": 0.0, "lr": settings.soft_lr, "eps": settings.soft_eps},
+    ]
+    return OPTIMIZERS[settings.name](groups, settings)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, settings: Optimizer, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR | None:
+    """The learning rate over all steps; the soft weights' stays as it is. None where nothing changes."""
+    if settings.schedule == "constant" and not settings.warmup:
+        return None
+    shape = SCHEDULES[settings.schedule]
+
+    def factor(step: int) -> float:
+        if step < settings.warmup:
+            return (step + 1) / settings.warmup
+        return shape((step - settings.warmup) / max(1, steps - settings.warmup))
+
+    factors = [(lambda step: 1.0) if g["role"] == "soft" else factor for g in optimizer.param_groups]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+
+
+def plain(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside accelerate's, or itself."""
+    return getattr(optimizer, "optimizer", optimizer)

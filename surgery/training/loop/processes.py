@@ -1,0 +1,69 @@
+"""Processes: what those that train one joint model together owe one another.
+
+By default every process holds all of it, and only gradients are averaged. `surgery.training.distributed.sharded`
+has processes of which each holds a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.core.joint import JointModel
+from surgery.training.loop.state import Tensors
+
+
+class Processes:
+    """One process, or several that hold everything.
+
+    Args:
+        accelerator: whose processes these are.
+    """
+
+    def __init__(self, accelerator: Any):
+        self.accelerator = accelerator
+
+    # -- a step ----------------------------------------------------------------------------------------------
+
+    def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average gradients over the processes, all of them in one call."""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([g.reshape(-1).float() for g in gradients])
+        flat = self.accelerator.reduce(flat, "mean")
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def clip(self, parameters: Sequence[nn.Parameter], norm: float) -> None:
+        """Scale all gradients together so that their norm is at most `norm`."""
+        self.accelerator.clip_grad_norm_(parameters, norm)
+
+    def agree(self, mine: bool) -> bool:
+        """Whether what only one process may have noticed shall be done by all, where they need one another for it."""
+        return mine
+
+    # -- what is kept ----------------------------------------------------------------------------------------
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """Named tensors as `model_tensors` has them, put together from all processes; in the main one, on the CPU."""
+        return dict(tensors)
+
+    def own(self, tensors: Mapping[str, Tensor]) -> Tensors:
+        """What this process holds of tensors that are whole: the inverse of `whole`."""
+        return dict(tensors)
+
+    def whole_state(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """What an optimizer keeps for a parameter, put together as in `whole`."""
+        return value
+
+    def own_state(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """The inverse of `whole_state`."""
+        return value
+
+    def gathered(self, joint: JointModel) -> JointModel:
+        """The joint model as everybody knows it, once training is over."""
+        return joint

@@ -1,0 +1,346 @@
+"""Run: a trainer from where it is to the end, judged, logged and saved after each generation."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from surgery.core.sizes import parameters_of_dictionary
+from surgery.disk.records import check_free, note, read_record
+from surgery.errors import PlanError, TrainingError
+from surgery.settings.training import Training
+from surgery.storage.stored import loosened
+from surgery.training.loop.checkpoint import pack, raise_unfit, unpack
+from surgery.training.loop.describing import describe_run
+from surgery.training.loop.interruptions import Interrupted, stop_signals
+from surgery.training.loop.mixing import describe_stacks, mixtures_of
+from surgery.training.loop.run_plan import differences, flat, make_plan
+from surgery.training.loop.state import Tensors, read_state, restore, snapshot, write_state
+from surgery.training.loop.state_check import wrong_model
+from surgery.training.loop.state_document import BestDocument
+from surgery.training.loop.trainer import Trainer
+from surgery.training.loop.transfer import trained_numbers
+from surgery.training.report.analysis import kinds_of_modules, layer_overlap
+from surgery.training.report.comparison import Sizes, as_scores, measure
+from surgery.training.report.report import TrainReport, adapted_of
+from surgery.training.report.runlog import NAME as LOG
+from surgery.training.report.runlog import STRIP, RunLog, first_validation, read_log, subsets
+from surgery.training.report.trackers import tracked
+from surgery.training.tasks.validation import Score, evaluate
+from surgery.util.progress import task as progress_task
+from surgery.util.text import one_line
+
+STATE, BEST = "state.safetensors", "best.safetensors"
+FILES = tuple(name for each in (LOG, STATE, BEST) for name in (each, f".{each}.new"))
+"""What a run writes into its folder; trackers have folders of their own in it, which stay."""
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Whether a run may begin, or go on, in a folder.
+
+    Raises:
+        PlanError: where it holds the state of a run that shall not go on.
+        OutputError: where it holds files of somebody else's under the names of a run's.
+    """
+    if os.path.lexists(folder / STATE):
+        if not resume:
+            raise PlanError(
+                f"{folder} holds the state of a training run: go on with it (resume=True, on the command line "
+                "--resume auto), or choose another folder."
+            )
+        if STATE not in read_record(folder):
+            read_state(folder / STATE)  # that it can be read says whose it is: older runs have no record
+    else:
+        check_free(folder, FILES)
+
+
+class Run:
+    """One call of `train`: the trainer, and what is kept of it."""
+
+    def __init__(
+        self, trainer: Trainer, config: Training, seed: int, folder: Path | None, began: Sizes | None = None
+    ):
+        self.trainer, self.config, self.seed, self.folder = trainer, config, seed, folder
+        self.plan = make_plan(trainer.joint, trainer.tasks, config, seed, folder)
+        main = trainer.accelerator.is_main_process
+        self.log = RunLog(folder if main else None)
+        self.first: dict[str, float] = {}  # the tasks' first validation losses: their scale
+        self.first_scores: dict[str, Score] = {}
+        self.began = None if began is None else {"alone": began["alone"], "start": began["joint"]}
+        self.best_score, self.best, self.stale = float("inf"), 0, 0
+        self.kept: Tensors | None = None
+        self.unsaved_best = False
+        self.before, self.clock, self.saved = 0.0, time.monotonic(), time.monotonic()
+        self._answer: Tensor | None = None
+
+    def to_the_end(self) -> TrainReport:
+        """Train until all generations are done, nothing gets better, or somebody interrupts.
+
+        Raises:
+            Interrupted: after the state was saved.
+        """
+        trainer, config = self.trainer, self.config
+        if trainer.generation == 0 and trainer.step == 0:
+            if self.log.path is not None:
+                note(self.log.path.parent, *FILES)
+            self.log.begin()
+            self.log.write("start", **describe_run(trainer, config, self.seed), sizes=self.began)
+        if config.trackers:
+            trainer.accelerator.init_trackers("surgery", config=flat(config.model_dump()))
+        stopped = "done"
+        with (
+            stop_signals() as asked,
+            progress_task("Training", config.total * config.steps) as work,
+            self._kept(),
+        ):
+            work.advance(trainer.generation * config.steps + trainer.step)
+            trainer.joint.bodies.train()
+            while not trainer.done:
+                generation = trainer.generation
+                trainer.advance()
+                work.advance()
+                if trainer.generation > generation:
+                    self._after_generation(generation, work)
+                    if config.stopping.patience is not None and self.stale >= config.stopping.patience:
+                        stopped = f"no better validation in {self.stale}"
+                        break
+                if self._agreed(bool(asked)):
+                    trainer.check()
+                    self._save()
+                    trainer.accelerator.wait_for_everyone()
+                    raise Interrupted(*asked[:1])
+        return self._finish(stopped)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Errors say where the last good state is."""
+        try:
+            yield
+        except TrainingError as error:
+            if self.folder is None or not os.path.lexists(self.folder / STATE):
+                raise
+            raise TrainingError(
+                f"{error} The last good state is kept in {self.folder}: go on from it with resume (--resume auto); "
+                "learning rates and clipping may change."
+            ) from error
+
+    def _agreed(self, asked: bool) -> bool:
+        """Whether any process is asked to stop, told to all so that all save one step; of several the answer is
+        that of the step before, for which none waits."""
+        accelerator = self.trainer.accelerator
+        if accelerator.num_processes == 1:
+            return asked
+        before = self._answer
+        self._answer = accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), "sum")
+        return before is not None and bool(before.item() > 0)
+
+    # -- after a generation --------------------------------------------------------------------------------
+
+    def _after_generation(self, generation: int, work: Any) -> None:
+        trainer, config = self.trainer, self.config
+        losses = trainer.losses_so_far()
+        last = generation + 1 == config.total
+        if config.hardens(generation):  # what was better before is not what will be exported
+            self.best_score, self.kept, self.stale = float("inf"), None, 0
+        scores: dict[str, Score] = {}
+        if last or (generation + 1) % config.validate_every == 0:
+            scores = evaluate(trainer.joint, trainer.tasks, trainer.losses, seed=self.seed)
+            self.first_scores = scores | self.first_scores
+            self._judge(generation, scores, losses)
+        sizes = {key: bank.hypermodules for key, bank in trainer.evolving.items()}
+        now, whole = parameters_of_dictionary(trainer.joint)
+        self.log.write(
+            "generation",
+            generation=generation,
+            phase=config.phase(generation),
+            losses=losses,
+            validation={name: score.document() for name, score in scores.items()},
+            hypermodules=sizes,
+            numbers=now,
+            share=now / max(whole, 1),
+            moved=trainer.moved,
+            subsets=subsets(trainer.joint),
+            alignment=self._alignment(),
+            mixtures=mixtures_of(trainer.joint),
+            best=self.best == generation,
+            seconds=self.seconds,
+        )
+        if config.trackers:
+            sized = {
+                "share": now / max(whole, 1),
+                "hypermodules": sum(sizes.values()),
+                "moved": trainer.moved,
+            }
+            trainer.accelerator.log(tracked(losses, scores, **sized), generation)
+        mean = sum(trainer.weights[name] * value for name, value in losses.items())
+        work.describe(
+            f"Generation {generation + 1}/{config.total}, loss {mean:.4g}, "
+            + (f"{sum(sizes.values())} hypermodules, {trainer.moved:.0%} moved, " if sizes else "")
+            + f"{now / max(whole, 1):.0%} of the parameters"
+        )
+        if last or self._due():
+            self._save()
+
+    def _judge(self, generation: int, scores: Mapping[str, Score], losses: Mapping[str, float]) -> None:
+        """Whether this state is the best so far: the tasks' validation losses, relative to their first ones."""
+        measured = {name: score.loss for name, score in scores.items() if score.loss is not None}
+        found = {task.name: measured.get(task.name, losses[task.name]) for task in self.trainer.tasks}
+        for name, value in found.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"The loss of task '{name}' on held-out data must be finite, found {value} after generation "
+                    f"{generation + 1}: look at these data, lower the learning rate, or clip gradients "
+                    "(train.optimizer.clip)."
+                )
+            self.first.setdefault(name, max(abs(value), 1e-12))
+        score = sum(self.trainer.weights[name] * value / self.first[name] for name, value in found.items())
+        if self.trainer.processes.agree(score < self.best_score):
+            self.best_score, self.best, self.stale = score, generation, 0
+            if self.config.stopping.keep == "best":
+                self.kept, self.unsaved_best = snapshot(self.trainer.joint), True
+        else:
+            self.stale += 1
+
+    def _alignment(self) -> dict[str, list[int]]:
+        """The lifelong number of every location's hypermodule, of banks small enough to be looked at whole."""
+        return {
+            key: self.trainer.identity[key][bank.psi.cpu()].tolist()
+            for key, bank in self.trainer.evolving.items()
+            if bank.locations <= STRIP
+        }
+
+    # -- saving --------------------------------------------------------------------------------------------
+
+    def _due(self) -> bool:
+        """Whether it is time to save, by the first process's clock."""
+        accelerator = self.trainer.accelerator
+        due = accelerator.is_main_process and time.monotonic() - self.saved >= self.config.save_seconds
+        if accelerator.num_processes == 1:
+            return due
+        return bool(accelerator.reduce(torch.tensor(float(due), device=accelerator.device), "sum") > 0)
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, before it was resumed too."""
+        return self.before + time.monotonic() - self.clock
+
+    def _save(self) -> None:
+        self.saved = time.monotonic()
+        if self.folder is None:
+            return
+        tensors, document = pack(self.trainer)
+        kept = None
+        if self.unsaved_best and self.kept is not None:
+            kept = self.trainer.processes.whole(self.kept)
+        if self.trainer.accelerator.is_main_process:
+            if kept is not None:
+                write_state(self.folder / BEST, kept, {"generation": self.best})
+            keep = {"best": self.best, "score": self.best_score, "stale": self.stale, "first": self.first}
+            keep["file"] = self.kept is not None
+            document = {**document, "keep": keep, "plan": self.plan, "seconds": self.seconds}
+            write_state(self.folder / STATE, tensors, document)
+        self.unsaved_best = False
+
+    def resume(self) -> None:
+        """Go on from the state in the folder; start anew where there is none."""
+        if self.folder is None or not os.path.lexists(self.folder / STATE):
+            return
+        tensors, document = read_state(self.folder / STATE)
+        if changed := differences(self.plan, document.get("plan")):
+            raise TrainingError(
+                f"The checkpoint in {self.folder} must be of the same members, tasks, settings and seed, but it "
+                f"belongs to another plan ({changed}): run with what it was begun with, choose another --out, or "
+                "delete it."
+            )
+        keep = document["keep"]
+        kept = self._read_best(keep)
+        self.log.check()
+        if self.trainer.accelerator.is_main_process:
+            note(self.folder, *FILES)
+        unpack(self.trainer, tensors, document)
+        self.best, self.best_score, self.stale = keep["best"], keep["score"], keep["stale"]
+        self.first, self.before = dict(keep["first"]), document["seconds"]
+        self.kept = kept
+        self.log.cut(self.trainer.generation)
+        if self.log.path is not None and self.log.path.exists():
+            self.first_scores = as_scores(first_validation(read_log(self.log.path)))
+
+    def _read_best(self, keep: Mapping[str, Any]) -> Tensors | None:
+        """The state that validation kept; None where none is kept.
+
+        Raises:
+            TrainingError: where it is missing, older than what the run's state says, or does not fit.
+        """
+        assert self.folder is not None
+        path = self.folder / BEST
+        if not os.path.lexists(path):
+            raise_unfit([f"{BEST}, the best state so far, is missing"] if keep.get("file") else [])
+            return None
+        tensors, document = read_state(path, BestDocument)
+        older = keep.get("file") and document["generation"] < keep["best"]
+        raise_unfit(
+            [f"{BEST} is of generation {document['generation']}, not {keep['best']}"] if older else []
+        )
+        try:
+            own = self.trainer.processes.own(tensors)
+        except (RuntimeError, ValueError, IndexError) as error:  # of a process that holds parts
+            raise TrainingError(f"{path} cannot be cut for these processes: {one_line(error)}") from error
+        raise_unfit(f"in {BEST} {wrong}" for wrong in wrong_model(self.trainer.joint, own))
+        return own
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    def _finish(self, stopped: str) -> TrainReport:
+        trainer, joint = self.trainer, self.trainer.joint
+        best = trainer.generation - 1
+        if self.kept is not None and self.best != best:
+            restore(joint, self.kept)
+            best = self.best
+        joint.bodies.eval()
+        joint.refresh()
+        scores = evaluate(joint, trainer.tasks, trainer.losses, seed=self.seed)
+        tests = evaluate(joint, trainer.tasks, trainer.losses, "test", self.seed)
+        joint = trainer.joint = trainer.processes.gathered(joint)
+        sizes, modules = self._sizes()
+        report = TrainReport(
+            generations=trainer.generation,
+            best=best,
+            scores=scores,
+            tests=tests,
+            hypermodules={key: bank.hypermodules for key, bank in trainer.evolving.items()},
+            templates={name: told["templates"] for name, told in describe_stacks(joint).items()},
+            numbers=parameters_of_dictionary(joint),
+            trained=trained_numbers(joint),
+            adapted={task.name: told for task in trainer.tasks if (told := adapted_of(task)) is not None},
+            first=self.first_scores,
+            sizes=sizes,
+            loosened=loosened(joint),
+            stopped=stopped,
+            seconds=self.seconds,
+        )
+        self.log.write("end", **report.document(), **self._analysis(), stored_modules=modules)
+        for tracker in trainer.accelerator.trackers:  # `end_training` would part the processes too
+            tracker.finish()
+        return report
+
+    def _sizes(self) -> tuple[Sizes, dict[str, int]]:
+        """Members alone, at the start and now, and the hypermodules as they will be stored; of the first process."""
+        if self.began is None:
+            return {}, {}
+        now, modules = measure(self.trainer.joint)
+        return {**self.began, "joint": now["joint"]}, modules
+
+    def _analysis(self) -> dict[str, Any]:
+        """Which layers share, and what sets shared hypermodules apart, in the state that was kept."""
+        joint = self.trainer.joint
+        shared = [key for key, bank in self.trainer.evolving.items() if bank.hypermodules]
+        overlap = {key: layer_overlap(joint, key) for key in shared}
+        return {"overlap": overlap, "statistics": kinds_of_modules(joint)}

@@ -1,0 +1,140 @@
+"""Starts: the alignment that training begins with, and which locations of other members correspond to each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from surgery.core.joint import JointModel
+from surgery.dictionary.dictionary import Bank
+from surgery.dictionary.mixtures import Templates
+from surgery.errors import PlanError
+from surgery.settings.training import Evolution, TemplateSettings
+from surgery.training.loop.evolution import regroup
+from surgery.training.loop.mixing import how_to_open, settle_parts
+
+
+def start(
+    joint: JointModel, settings: Evolution, seed: int, templates: TemplateSettings | None = None
+) -> None:
+    """Open every bank for training and give it the alignment that `settings.start` names.
+
+    Args:
+        joint: as `join` made it, or loaded from an artifact.
+        settings: of the evolution.
+        seed: of new basis blocks, and of a random alignment or signature.
+        templates: of the plan's stacks.
+    """
+    templates = templates or TemplateSettings()
+    if settings.start == "given" and settings.codes == "diagonals":
+        raise PlanError(
+            "Codes that are diagonals cannot go on from a given alignment, because collapse took them away: set "
+            "train.evolution.codes to contexts or ones."
+        )
+    _open(joint, settings, seed, how_to_open(templates))
+    settle_parts(joint, templates)
+    generator = torch.Generator().manual_seed(seed)
+    for plan in joint.plan.banks:
+        if plan.stack:
+            continue
+        bank = joint.dictionary[plan.key]
+        if settings.start == "own":
+            regroup(bank, torch.arange(bank.locations), same=True)
+        elif settings.start == "order":
+            regroup(bank, by_order(joint, plan.key))
+        elif settings.start == "random":
+            count = min(settings.hypermodules or bank.locations, bank.locations)
+            regroup(bank, torch.randint(count, (bank.locations,), generator=generator))
+        bank.rows.requires_grad_(not settings.freeze)
+    joint.refresh()
+
+
+def _open(joint: JointModel, settings: Evolution, seed: int, templates: Templates) -> None:
+    """Hypermodules for every bank, of c basis blocks or, where locations have no contexts, of one."""
+    if settings.codes == "contexts":
+        joint.open(seed=seed, templates=templates, scale=settings.scale)
+        return
+    blocks = [bank.key for bank in joint.plan.banks if not bank.stack]
+    if opened := [key for key in blocks if joint.dictionary[key].hypermodules]:
+        raise PlanError(
+            f"Codes that are {settings.codes} need members joined anew, but {', '.join(opened)} already has "
+            "hypermodules with contexts: start from the members, or leave evolution.codes away."
+        )
+    joint.open(context=0, seed=seed, templates=templates)
+    if settings.codes == "diagonals":
+        for key in blocks:
+            joint.dictionary[key].add_diagonals()
+
+
+def take_over(joint: JointModel, loaded: JointModel) -> JointModel:
+    """Give a joint model the hypermodules of another one with the same members and weights.
+
+    An artifact keeps as plain tensors what was not worth generating, so its plan may hold fewer sites; these stay
+    single rows here. Sites in other blocks keep single rows too, and so do stacks: their templates are found again by
+    fitting as many to what they generate.
+
+    Args:
+        joint: as `join` made it; it is changed in place.
+        loaded: as `load` returned it.
+    """
+    places = {(p.site.member, p.site.name): p for p in loaded.plan.placements}
+    for key in (bank.key for bank in joint.plan.banks if not bank.stack):
+        mine = [p for p in joint.plan.placements if p.bank == key]
+        pairs = [
+            (p, places[p.site.member, p.site.name]) for p in mine if (p.site.member, p.site.name) in places
+        ]
+        pairs = [(p, q) for p, q in pairs if q.grid == p.grid and q.bank == key]
+        source = loaded.dictionary[key] if pairs else None
+        if source is None or not source.hypermodules:
+            continue
+        bank, count, c = joint.dictionary[key], source.hypermodules, source.context
+        origin = torch.full((bank.locations,), -1, device=bank.psi.device)
+        for p, q in pairs:
+            origin[p.start : p.stop] = torch.arange(q.start, q.stop, device=origin.device)
+        shared = (origin >= 0) & (source.psi[origin.clamp_min(0)] < count)
+        used, single = torch.unique(bank.psi[~shared], return_inverse=True)
+        contexts = bank.contexts.detach().new_zeros(bank.locations, c)
+        contexts[:, :1] = bank.contexts.detach()[:, :1]
+        contexts[shared] = source.contexts.detach()[origin[shared]]
+        psi = torch.empty_like(bank.psi)
+        psi[shared], psi[~shared] = source.psi[origin[shared]], count + single
+        rows = torch.cat([source.rows.detach()[: count * c], bank.rows.detach()[used]])
+        joint.dictionary.banks[key] = Bank(bank.block, rows, psi, contexts, count)
+    joint.refresh()
+    return joint
+
+
+def by_order(joint: JointModel, key: str) -> Tensor:
+    """The place of each location of a bank among those of its member, in execution order: `[L]`."""
+    bank = joint.dictionary[key]
+    group = torch.zeros(bank.locations, dtype=torch.long)
+    for name in joint.names:
+        places = [p for p in joint.plan.of(name) if p.bank == key]
+        own = [torch.arange(p.start, p.stop) for p in sorted(places, key=lambda p: p.site.order)]
+        if own:
+            locations = torch.cat(own)
+            group[locations] = torch.arange(len(locations))
+    return group
+
+
+def siblings(joint: JointModel, key: str) -> Tensor | None:
+    """For each location of a bank those at the same place of the same tensor in other members.
+
+    Returns:
+        `[L, F]` location numbers, -1 where a member has no such tensor; None where no member has one.
+    """
+    families = defaultdict(list)
+    for p in joint.plan.placements:
+        if p.bank == key:
+            families[p.site.name, p.grid].append(p)
+    most = max((len(family) for family in families.values()), default=0)
+    if most < 2:
+        return None
+    places = torch.full((joint.dictionary[key].locations, most - 1), -1)
+    for family in families.values():
+        for p in family:
+            for column, other in enumerate(q for q in family if q is not p):
+                places[p.start : p.stop, column] = torch.arange(other.start, other.stop)
+    return places

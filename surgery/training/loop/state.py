@@ -1,0 +1,230 @@
+"""State: all that a run needs to go on as if it had not been interrupted, in one safetensors file.
+
+Tensors by name, everything else as JSON in the file's header: no pickle. A file is written beside its place and
+moved into it, so that a kill leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from surgery.core.joint import JointModel
+from surgery.dictionary.contest import Contest
+from surgery.dictionary.dictionary import Bank
+from surgery.disk.tensorheader import parse_header
+from surgery.disk.untrusted import UnreadableError, as_mapping, broken_rules, parse_json, shown, shown_text
+from surgery.errors import TrainingError
+from surgery.members.extra_state import extra_state_of, from_document, set_extra_state, to_document
+from surgery.members.member import content_hash
+from surgery.slots.slots import locate
+from surgery.training.loop.state_document import VERSION, StateDocument
+
+Tensors = dict[str, Tensor]
+
+
+def model_tensors(joint: JointModel) -> Tensors:
+    """Everything of a joint model that training changes, contests left out; the tensors are its own.
+
+    Of what several processes hold in parts, each gets its part.
+    """
+    found: Tensors = {}
+    for key in joint.dictionary:
+        bank = joint.dictionary[key]
+        found |= {f"bank/{key}/{name}": t.detach() for name, t in _of_bank(bank).items()}
+    for name in joint.names:
+        generated = {owner for p in joint.plan.of(name) for owner in p.site.owners}
+        for first in joint.owners[name]:
+            if first not in generated:
+                found[f"member/{name}/{first}"] = own_part(getattr(*locate(joint[name], first)).detach())
+        if values := extra_state_of(joint[name]):
+            found[f"extra/{name}"] = torch.frombuffer(bytearray(to_document(values, name)), dtype=torch.uint8)
+    return found
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor; all of it but for those that `fully_shard` made parts of."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def snapshot(joint: JointModel) -> Tensors:
+    """A copy of `model_tensors` on the CPU."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in model_tensors(joint).items()}
+
+
+@torch.no_grad()
+def restore(joint: JointModel, tensors: Mapping[str, Tensor]) -> None:
+    """Give a joint model of the same plan the tensors of a `snapshot`; banks take whatever size they had.
+
+    Raises:
+        TrainingError: where the tensors are those of another joint model.
+    """
+    for name, tensor in model_tensors(joint).items():
+        if name.startswith("extra/"):
+            _restore_extra_state(joint, name, tensors)
+            continue
+        if name not in tensors or (name.startswith("member/") and tensor.shape != tensors[name].shape):
+            raise TrainingError(
+                f"The checkpoint must hold what this recipe trains, but '{name}' is missing or of another shape: "
+                "it belongs to another run; choose another --out, or delete it."
+            )
+        if name.startswith("member/"):
+            tensor.copy_(tensors[name])
+    for key in joint.dictionary:
+        bank = joint.dictionary[key]
+        device = bank.rows.device
+        rows, psi = tensors[f"bank/{key}/rows"], tensors[f"bank/{key}/psi"]
+        if psi.shape != bank.psi.shape or rows.shape[1:] != bank.rows.shape[1:]:
+            raise TrainingError(
+                f"The checkpoint must have {bank.locations} locations of {bank.block[0]}x{bank.block[1]} in "
+                f"bank '{key}', found {len(psi)}: it belongs to another plan."
+            )
+        bank.rows = nn.Parameter(rows.to(device, copy=True), requires_grad=bank.rows.requires_grad)
+        bank.hypermodules = len(rows) // bank.context
+        bank.contexts.copy_(tensors[f"bank/{key}/contexts"])
+        if bank.diagonals is not None:
+            bank.diagonals.copy_(tensors[f"bank/{key}/diagonals"])
+        bank.psi, bank.contest = psi.to(device, copy=True), None
+    joint.refresh()
+
+
+def _restore_extra_state(joint: JointModel, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Of one member, where the state holds it: those of earlier versions do not."""
+    if name in tensors:
+        try:
+            values = from_document(json.loads(tensors[name].cpu().numpy().tobytes()))
+        except ValueError as error:
+            raise TrainingError(
+                f"The checkpoint's '{name}' must be extra state, but {error}: delete the checkpoint to start anew."
+            ) from None
+        set_extra_state(joint[name.partition("/")[2]], values)
+
+
+def pack_contest(contest: Contest | None) -> Tensors:
+    """An open contest's tensors."""
+    if contest is None:
+        return {}
+    found = {"chosen": contest.chosen, "candidates": contest.candidates, "soft": contest.soft.detach()}
+    return found if contest.contexts is None else {**found, "contexts": contest.contexts.detach()}
+
+
+def unpack_contest(bank: Bank, tensors: Mapping[str, Tensor]) -> Contest | None:
+    """The contest that `pack_contest` took apart, in the bank that it belongs to."""
+    if not tensors:
+        return None
+    device = bank.rows.device
+    candidates = tensors["candidates"].to(device)
+    own = tensors.get("contexts")
+    contest = Contest(
+        bank.psi,
+        bank.hypermodules,
+        tensors["chosen"].to(device),
+        candidates[:, 1:],
+        bank.context,
+        0.5,  # where soft weights began no longer matters
+        None if own is None else own.to(device, copy=True),
+    )
+    with torch.no_grad():
+        contest.soft.copy_(tensors["soft"])
+    return contest
+
+
+def random_state() -> tuple[Tensors, dict[str, Any]]:
+    """All global generators that a user's data or members may draw from: tensors, and the rest."""
+    tensors: Tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    version, inner, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    tensors["numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+    return tensors, {"python": [version, list(inner), gauss], "numpy": [kind, *map(float, rest)]}
+
+
+def set_random_state(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
+    """Put the global generators where `random_state` found them."""
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    version, inner, gauss = rest["python"]
+    random.setstate((version, tuple(inner), gauss))
+    kind, position, has, cached = rest["numpy"]
+    keys = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state((kind, keys, int(position), int(has), cached))
+
+
+def write_state(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON document as one file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.new")
+    beside.unlink(missing_ok=True)  # what a kill left, or something that would be waited for
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # safetensors refuses two names for one memory, as tied weights have.
+    seen: dict[int, str] = {}
+    for name, tensor in plain.items():
+        if seen.setdefault(tensor.untyped_storage().data_ptr(), name) != name:
+            plain[name] = tensor.clone()
+    text = json.dumps({**document, "version": VERSION})
+    save_file(plain, beside, metadata={"document": text, "digest": _digest(text, plain)})
+    with beside.open("rb") as file:
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def read_state(path: Path, kind: type[BaseModel] = StateDocument) -> tuple[Tensors, dict[str, Any]]:
+    """What `write_state` wrote, its document typed and its bytes those that were written.
+
+    Raises:
+        TrainingError: where the file is damaged or from another version.
+    """
+    try:
+        metadata = parse_header(path).metadata
+        if "document" not in metadata:
+            raise UnreadableError("has no document in its header")
+        text = metadata["document"]
+        document = dict(as_mapping(parse_json(text, finite=False)))
+        if document.get("version") != VERSION:
+            raise TrainingError(
+                f"The checkpoint {path} must be of version {VERSION}, found {shown(document.get('version'))}: "
+                "go on with the surgery that wrote it, or delete it to start anew."
+            )
+        kind.model_validate_json(text)
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        # States of earlier versions have no digest.
+        if metadata.get("digest", found := _digest(text, tensors)) != found:
+            raise UnreadableError("does not hold what was written")
+    except ValidationError as error:
+        raise _unusable(path, "; ".join(broken_rules(error, 5))) from None
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unusable(path, shown_text(" ".join(str(error).split()))) from None
+    return tensors, document
+
+
+def under(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries whose names begin with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
+
+
+def _unusable(path: Path, why: str) -> TrainingError:
+    return TrainingError(f"The checkpoint {path} cannot be read ({why}): delete it to start anew.")
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(f"{content_hash(tensors)} {text}".encode()).hexdigest()
+
+
+def _of_bank(bank: Bank) -> Tensors:
+    own = {} if bank.diagonals is None else {"diagonals": bank.diagonals}
+    return {"rows": bank.rows, "contexts": bank.contexts, "psi": bank.psi, **own}

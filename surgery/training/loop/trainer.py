@@ -1,0 +1,269 @@
+"""Trainer: members, tasks, optimizer and evolution, one step and one generation at a time. # MUiR, Algorithm 2
+
+A step generates all weights once, runs every task's forward and backward pass at its member's own speed, goes
+back through the dictionary once and steps the optimizer once. Evolutionary decisions come from a generator on
+the CPU and from parameters that are equal in all processes, so every process takes the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.core.joint import JointModel
+from surgery.dictionary.contest import Contest
+from surgery.errors import SurgeryError, TrainingError
+from surgery.settings.training import Training
+from surgery.training.loop.evolution import Resized, carry, conclude, contend, inherit, redraw
+from surgery.training.loop.mixing import harden_stacks, penalty
+from surgery.training.loop.optimizers import make_optimizer, make_scheduler, plain
+from surgery.training.loop.processes import Processes
+from surgery.training.loop.starts import siblings
+from surgery.training.tasks.explain import explain_failure
+from surgery.training.tasks.running_losses import RunningLosses
+from surgery.training.tasks.shared_batches import average_statistics
+from surgery.training.tasks.streams import Stream
+from surgery.training.tasks.task_losses import losses_of
+from surgery.training.tasks.tasks import Batch, Loss, Task
+
+
+class Trainer:
+    """What changes while a joint model is trained.
+
+    Attributes:
+        generation: how many are done.
+        step: how many steps of the present generation are done.
+        identity: by bank the lifelong number of each hypermodule, `[K]`: removals do not change it.
+        moved: share of locations whose hypermodule the last decision changed.
+    """
+
+    def __init__(
+        self,
+        joint: JointModel,
+        tasks: Sequence[Task],
+        config: Training,
+        seed: int,
+        accelerator: Any,
+        losses: Mapping[str, Loss] | None = None,
+        processes: Processes | None = None,
+    ):
+        self.processes = processes or Processes(accelerator)
+        self.joint, self.tasks, self.config, self.accelerator = joint, tuple(tasks), config, accelerator
+        self.generation, self.step, self.moved = 0, 0, 0.0
+        self.losses = dict(losses or losses_of(joint, tasks))
+        joint.to(accelerator.device)
+        self.capacity = {key: bank.hypermodules for key, bank in self.banks.items()}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.identity = {key: torch.arange(count) for key, count in self.capacity.items()}
+        self.born = dict(self.capacity)
+        self.siblings = {key: siblings(joint, key) for key in self.evolving}
+        self.optimizer = make_optimizer(joint, config.optimizer, config.templates.lr)
+        self.hardened = False
+        steps = config.total * config.steps
+        self.scheduler = make_scheduler(self.optimizer, config.optimizer, steps)
+        rank, world = accelerator.process_index, accelerator.num_processes
+        self.streams = {
+            task.name: Stream(task.name, task.data, seed + number, rank, world)
+            for number, task in enumerate(tasks)
+        }
+        self.running = RunningLosses(accelerator)
+        total = sum(task.weight for task in tasks)
+        self.weights = {task.name: task.weight / total for task in tasks}
+
+    @property
+    def banks(self) -> Mapping[str, Any]:
+        """The dictionary's banks by key."""
+        return {key: self.joint.dictionary[key] for key in self.joint.dictionary}
+
+    @property
+    def evolving(self) -> Mapping[str, Any]:
+        """The banks whose alignment can evolve: all but those of templates."""
+        return {plan.key: self.joint.dictionary[plan.key] for plan in self.joint.plan.banks if not plan.stack}
+
+    @property
+    def done(self) -> bool:
+        """Whether all generations are done."""
+        return self.generation >= self.config.total
+
+    # -- one step ------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """One step of the optimizer, and at a generation's ends its evolution.
+
+        Raises:
+            TrainingError: where a loss is not finite; nothing is stepped.
+        """
+        if self.step == 0 and self.config.hardens(self.generation):
+            self.harden()
+        if self.step == 0 and self.config.competes(self.generation):
+            self.contend()
+        if self.step == 0 and self.config.redraws(self.generation):
+            self.redraw()
+        try:
+            self.train_step()
+        except torch.OutOfMemoryError as error:  # a member's own pass is explained where it runs
+            raise TrainingError(
+                "Memory ran out in the dictionary or the optimizer, not in a member: take a smaller "
+                "parameters.context, fewer train.evolution.challengers, or fewer members together."
+            ) from error
+        self.step += 1
+        if self.step == self.config.steps:
+            self.conclude()
+            self.step, self.generation = 0, self.generation + 1
+
+    def train_step(self) -> None:
+        """Every task's forward and backward pass, and one step of the optimizer. # Eq. (1)"""
+        parts: dict[str, Tensor] = {}
+        accumulate = self.config.accumulate
+        with self.joint.step():
+            for task in self.tasks:
+                for _ in range(accumulate):
+                    batch, share = next(self.streams[task.name])
+                    batch = batch.map(self._place)
+                    loss = self._run(task, batch, share * self.weights[task.name] / accumulate)
+                    part = loss.detach() * (share / accumulate)
+                    parts[task.name] = parts[task.name] + part if task.name in parts else part
+        if (extra := penalty(self.joint, self.config.templates)) is not None:
+            self._backward(extra)
+        self.processes.reduce(self.parameters())
+        average_statistics(self.joint.bodies)
+        self.running.add(parts)
+        if self.config.optimizer.clip is not None:
+            self.processes.clip(self.parameters(), self.config.optimizer.clip)
+        optimizer = plain(self.optimizer) if self._direct else self.optimizer
+        optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        for parameter in self.parameters():  # as `zero_grad` does, which tells the profiler first
+            parameter.grad = None
+
+    def _run(self, task: Task, batch: Batch, weight: float) -> Tensor:
+        """One task's forward and backward pass; its loss."""
+        try:
+            with nullcontext() if self.accelerator.mixed_precision == "no" else self.accelerator.autocast():
+                output = self.joint[task.member](*batch.args, **batch.kwargs)
+                loss = self.losses[task.name](output, batch)
+            self.running.look(task.name, loss, self.generation)
+            self._backward(loss * weight)
+        except SurgeryError:
+            raise
+        except Exception as error:  # of the member or of a loss of the user's own
+            raise TrainingError(explain_failure(task, batch, error)) from error
+        return loss
+
+    def losses_so_far(self) -> dict[str, float]:
+        """Each task's mean loss over the steps since the last call.
+
+        Raises:
+            TrainingError: naming the tasks whose loss is not finite.
+        """
+        found = self.check()
+        self.running.sums = {}
+        return found
+
+    def check(self) -> dict[str, float]:
+        """The same, and the steps go on counting.
+
+        Raises:
+            TrainingError: naming the tasks whose loss is not finite.
+        """
+        return self.running.means(self.step or self.config.steps, self.generation)
+
+    # -- one generation ------------------------------------------------------------------------------------
+
+    def contend(self) -> None:
+        """Let alternatives compete for sampled locations of every bank."""
+        alpha = self.config.alpha(self.generation)
+        for key, bank in self.evolving.items():
+            resized = contend(
+                bank,
+                self.config.evolution,
+                alpha,
+                self.capacity[key],
+                self.generator,
+                self.siblings[key],
+            )
+            self._follow(key, resized)
+            if bank.contest is not None:
+                self.enter(bank.contest)
+
+    def conclude(self) -> None:
+        """Decide every contest; unused hypermodules and their optimizer rows go."""
+        if self.config.redraws(self.generation):
+            return
+        changed, locations = 0, 0
+        for key, bank in self.evolving.items():
+            contest = bank.contest
+            if contest is None:
+                continue
+            inherit(plain(self.optimizer), bank)
+            resized, moved = conclude(bank)
+            self._drop([contest.soft, contest.contexts])
+            self._follow(key, resized)
+            changed, locations = changed + moved, locations + bank.locations
+        self.moved = changed / locations if locations else 0.0
+
+    def redraw(self) -> None:
+        """A new alignment by chance, to compare evolution with."""
+        banks = self.evolving.values()
+        changed = sum(redraw(bank, self.config.evolution, self.generator) for bank in banks)
+        self.moved = changed / max(sum(bank.locations for bank in banks), 1)
+
+    def harden(self) -> None:
+        """From here on every layer of a stack takes one template, and mixtures are trained no more."""
+        self._drop([before for before, _ in harden_stacks(self.joint)])
+        self.hardened = True
+
+    def _drop(self, parameters: Sequence[Tensor | None]) -> None:
+        gone = {id(p) for p in parameters if p is not None}
+        for group in self.optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        for parameter in parameters:
+            if parameter is not None:
+                plain(self.optimizer).state.pop(parameter, None)
+
+    def enter(self, contest: Contest) -> None:
+        """Let the optimizer train an open contest."""
+        self._group("soft")["params"].append(contest.soft)
+        if contest.contexts is not None:
+            self._group("contexts")["params"].append(contest.contexts)
+
+    def _follow(self, key: str, resized: Sequence[Resized]) -> None:
+        """Optimizer rows and lifelong numbers follow a bank's rows."""
+        for each in resized:
+            carry(plain(self.optimizer), each)
+            source = each.source[:: self.banks[key].context].cpu() // self.banks[key].context
+            known = self.identity[key][source.clamp_min(0)]
+            fresh = source < 0
+            known[fresh] = torch.arange(self.born[key], self.born[key] + int(fresh.sum()))
+            self.identity[key], self.born[key] = known, self.born[key] + int(fresh.sum())
+
+    # -- internals -----------------------------------------------------------------------------------------
+
+    def _group(self, role: str) -> dict[str, Any]:
+        return next(group for group in self.optimizer.param_groups if group["role"] == role)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained now, in the order of the optimizer's groups."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @property
+    def _direct(self) -> bool:
+        """Whether accelerate would only pass on: no scaled losses, no device that reduces by itself.
+
+        Its wrappers look for packages and signatures in every call, a tenth of a step of small members.
+        """
+        return self.accelerator.scaler is None and self.accelerator.device.type != "xla"
+
+    def _backward(self, loss: Tensor) -> None:
+        if self._direct:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss)
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.accelerator.device, non_blocking=True)

@@ -1,0 +1,206 @@
+"""The lines of a run's log as typed documents, so that whatever a log holds is drawn and printed, or named.
+
+A line may say more than is known here: runs of other versions are read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from surgery.disk.untrusted import broken_rules, shown
+from surgery.settings.quantities import Count, NotNegative
+
+Loss = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
+"""What can be drawn; a run ends where a loss is no longer finite."""
+
+Integer = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+
+class AdaptedLine(_Line):
+    """How a task adapted: by which losses, and to which features."""
+
+    by: dict[str, float] | list[str] = []
+    part: str = ""
+    examples: Count = 0
+    source: str | None = None
+
+
+class TaskLine(_Line):
+    """The member that a task trains, and its metric."""
+
+    member: str
+    metric: str | None = None
+    adapted: AdaptedLine | None = None
+
+
+class StackLine(_Line):
+    """Member and name of each layer of a stack, and how many templates it has."""
+
+    layers: Annotated[list[tuple[str, str]], Field(min_length=1)]
+    templates: Count
+
+
+class SizeLine(_Line):
+    """What a member takes."""
+
+    parameters: Count
+    bytes: Count
+
+
+class StartLine(_Line):
+    """What is trained; `sites` are member, name, bank, start, stop and order."""
+
+    event: Literal["start"]
+    members: list[str]
+    tasks: dict[str, TaskLine]
+    sites: list[tuple[str, str, str, Count, Count, Integer]]
+    stacks: dict[str, StackLine] = {}
+    numbers: Count = 0
+    sizes: dict[str, dict[str, SizeLine]] | None = None
+
+
+class ScoreLine(_Line):
+    """What a task reached; a metric may be NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    loss: Loss | None
+    metric: float | None
+    examples: Count
+    measure: str | None = None
+
+
+class GenerationLine(_Line):
+    """One generation."""
+
+    event: Literal["generation"]
+    generation: Annotated[int, Field(ge=0, lt=1 << 31)]
+    losses: dict[str, Loss]
+    validation: dict[str, ScoreLine]
+    hypermodules: dict[str, Count] = {}
+    numbers: Count = 0
+    moved: NotNegative = 0.0
+    seconds: NotNegative = 0.0
+    share: Annotated[float, Field(ge=0, le=1e6)]
+    subsets: dict[str, Count]
+    alignment: dict[str, list[Integer]]
+    mixtures: dict[str, list[list[Loss]]] = {}
+
+
+class OverlapLine(_Line):
+    """How many hypermodules each two layers of a bank share, and would by chance: square."""
+
+    layers: list[tuple[str, str, str]]
+    observed: list[list[Count]]
+    expected: list[list[NotNegative]]
+
+
+class StatisticLine(_Line):
+    """One row of the comparison of generic and specific hypermodules."""
+
+    tensor: Literal["H", "z"]
+    statistic: str
+    generic: float
+    specific: float
+    p: float
+
+
+class EndLine(_Line):
+    """How a run ended."""
+
+    event: Literal["end"]
+    best: Integer
+    stopped: str = "done"
+    generations: Count = 0
+    numbers: tuple[Count, Count] = (0, 0)
+    trained: Count = 0
+    templates: dict[str, Count] = {}
+    seconds: NotNegative = 0.0
+    first: dict[str, ScoreLine] = {}
+    scores: dict[str, ScoreLine] = {}
+    tests: dict[str, ScoreLine] = {}
+    hypermodules: dict[str, Count] = {}
+    stored_modules: dict[str, Count] = {}
+    sizes: dict[str, dict[str, SizeLine]] = {}
+    overlap: dict[str, OverlapLine] = {}
+    statistics: list[StatisticLine] = []
+
+
+STATES = ("alone", "start", "joint")
+"""In which a run measures what its members take."""
+
+LINES: dict[str, type[_Line]] = {"start": StartLine, "generation": GenerationLine, "end": EndLine}
+"""Kinds of lines by their event; those of other events are kept and not looked at."""
+
+
+def check_line(line: Any, text: bytes) -> str:
+    """What is wrong with a line of a log, as it was parsed and as it was written; empty where nothing is.
+
+    Example:
+        >>> check_line(None, b"null")
+        'must say its event, but is None'
+    """
+    event = line.get("event") if isinstance(line, dict) else None
+    if not isinstance(event, str):
+        return f"must say its event, but is {shown(line)}"
+    if event not in LINES:
+        return ""
+    try:
+        LINES[event].model_validate_json(text)  # of JSON, where a tuple is a list
+    except ValidationError as error:
+        return "; ".join(broken_rules(error, 4))
+    return ""
+
+
+def contradictions(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What cannot be true of lines that are each right by themselves."""
+    start = next((line for line in lines if line["event"] == "start"), None)
+    generations = [line for line in lines if line["event"] == "generation"]
+    if start is None:
+        if lines:
+            yield "no line says what is trained (event 'start')"
+        return
+    tasks = set(start["tasks"])
+    sizes: dict[str, int] = {}
+    for line in generations:
+        place = f"generation {line['generation']}"
+        if lacking := tasks - set(line["losses"]):
+            yield f"{place} has no loss of {shown(sorted(lacking))}"
+        for key, numbers in line.get("alignment", {}).items():
+            if sizes.setdefault(key, len(numbers)) != len(numbers):
+                yield f"{place} aligns {len(numbers)} locations of {shown(key)} in place of {sizes[key]}"
+        yield from _wrong_mixtures(line.get("mixtures", {}), start.get("stacks", {}), place)
+    aligned = [set(line.get("alignment", {})) for line in generations]
+    if any(keys != aligned[0] for keys in aligned):
+        yield "generations do not align the same banks"
+    for site in start.get("sites", []):
+        if site[2] in sizes and not site[3] <= site[4] <= sizes[site[2]]:
+            yield f"the site {shown(site[1])} reaches beyond the locations of its bank"
+    for line in lines:
+        sizes_told = line.get("sizes") if line["event"] == "end" else None
+        if sizes_told and {state: set(sizes_told.get(state, ())) for state in STATES} != {
+            state: set(start["members"]) for state in STATES
+        }:
+            yield f"sizes must be of all members {', '.join(STATES)}, found {shown(sizes_told)}"
+        for key, overlap in line.get("overlap", {}).items() if line["event"] == "end" else ():
+            count = len(overlap["layers"])
+            tables = (overlap["observed"], overlap["expected"])
+            if any(len(table) != count or any(len(row) != count for row in table) for table in tables):
+                yield f"the overlap of {shown(key)} is not square in its {count} layers"
+
+
+def _wrong_mixtures(mixtures: Mapping[str, Any], stacks: Mapping[str, Any], place: str) -> Iterator[str]:
+    if mixtures and set(mixtures) != set(stacks):
+        yield f"{place} has mixtures of {shown(sorted(mixtures))}, but the stacks are {shown(sorted(stacks))}"
+        return
+    for name, rows in mixtures.items():
+        layers, count = len(stacks[name]["layers"]), stacks[name]["templates"]
+        if len(rows) != layers or not count or any(len(row) != count for row in rows):
+            yield f"{place} must mix {layers} layers of {shown(name)} from {count} templates"

@@ -1,0 +1,105 @@
+"""Rehearsal: before the first step one batch of every part of every task's data goes through member, loss and metric.
+
+What does not fit is then said at once, and together, not after a first generation when held-out data are looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.core.joint import JointModel
+from surgery.errors import PlanError, SurgeryError, TrainingError
+from surgery.training.tasks.losses import adapts_by, loss_of
+from surgery.training.tasks.metrics import Meter
+from surgery.training.tasks.tasks import Loss, Task, as_batch
+from surgery.training.tasks.validation import batches_of, measured
+from surgery.util.randomness import seeded, seeded_others
+
+PARTS = {"data": "data", "validation": "validation data", "test": "test data"}
+
+
+@torch.no_grad()
+def rehearse(
+    members: JointModel | Mapping[str, nn.Module],
+    tasks: Sequence[Task],
+    losses: Mapping[str, Loss],
+    seed: int = 0,
+) -> None:
+    """Try the first batches; data that can be iterated over only once are left alone.
+
+    Args:
+        members: by name; their modes are put back as they were.
+        tasks: of these members.
+        losses: by task.
+        seed: of whatever the data draw at random.
+
+    Raises:
+        TrainingError: where a member, a loss or a metric cannot take a batch, or data raise something.
+        PlanError: where data yield something else than batches, or no targets though a metric needs them.
+    """
+    wrong: list[SurgeryError] = []
+    names = dict.fromkeys(task.member for task in tasks)
+    modes = [(module, module.training) for name in names for module in members[name].modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        for task in tasks:
+            for part in PARTS:
+                with seeded(seed), seeded_others(seed):
+                    try:
+                        _try(members[task.member], task, part, losses.get(task.name))
+                    except SurgeryError as error:
+                        wrong.append(error)
+                        break  # the other parts say the same again
+    finally:
+        for module, training in modes:
+            module.training = training
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        kind = TrainingError if all(isinstance(each, TrainingError) for each in wrong) else PlanError
+        raise kind(" ".join(f"{str(each).removesuffix('.')}." for each in wrong))
+
+
+def rehearse_members(modules: Mapping[str, nn.Module], tasks: Sequence[Task], seed: int = 0) -> None:
+    """The same for members that are not joined yet; ways of adaptation, whose source is not there, are left out."""
+    able = [task for task in tasks if not adapts_by(task.loss)]
+    losses = {task.name: loss_of(task.loss, lambda task=task: modules[task.member]) for task in able}
+    rehearse(modules, tasks, losses, seed)
+
+
+def _try(module: nn.Module, task: Task, part: str, loss: Loss | None) -> None:
+    data: Any = getattr(task, part)
+    if data is None or only_once(data):
+        return
+    raw = next(batches_of(task, data, PARTS[part]), None)
+    if raw is None:
+        if part == "data":
+            return  # the stream says what it needs
+        raise PlanError(
+            f"The {PARTS[part]} of task '{task.name}' are empty: give at least one batch, or none at all."
+        )
+    try:
+        batch = as_batch(raw)
+    except PlanError as error:
+        raise PlanError(f"Task '{task.name}', {PARTS[part]}: {error}") from error
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    batch, meter = batch.map(lambda tensor: tensor.to(device)), Meter(task.metric)
+    measured(module, task, batch, loss, meter, PARTS[part])
+    if task.metric is not None and batch.target is None and part != "data":
+        raise PlanError(
+            f"Metric '{meter.name}' of task '{task.name}' compares with targets, but its {PARTS[part]} give none: "
+            "give (inputs, target) pairs, or no metric."
+        )
+    with suppress(ValueError, RuntimeError, TypeError):  # of one batch that is too small for the metric
+        meter.value()
+
+
+def only_once(data: Any) -> bool:
+    """Whether data can be iterated over only once."""
+    return hasattr(data, "__next__")

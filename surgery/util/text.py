@@ -1,0 +1,27 @@
+"""Text: names and errors in one line of a message."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from surgery.disk.untrusted import shown_text
+
+
+def shorten(names: Iterable[Any], limit: int = 8) -> str:
+    """The first few of `names`, and how many more there are.
+
+    Example:
+        >>> shorten(["a", "b", "c"], limit=2)
+        'a, b and 1 more'
+    """
+    found = [str(name) for name in names]
+    rest = len(found) - limit
+    return ", ".join(found[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """An exception's kind and words in one line; an empty message leaves the kind alone."""
+    words = shown_text(" ".join(str(error).split()), 10 * limit)
+    text = f"{type(error).__name__}: {words}" if words else type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,88 @@
+"""The house: every module lies in a room, no import runs upwards, and no modules import one another in a circle."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import surgery
+
+ROOT = Path(surgery.__file__).parent
+
+ROOMS = (
+    "errors", "permission", "version",
+    "disk", "util", "settings.problems", "settings.quantities", "settings.names",
+    "geometry", "members.extra_state", "members.member", "tracing", "inputs", "settings", "members",
+    "storage.precision", "anatomy", "dictionary", "slots", "core", "storage",
+    "fitting", "artifact",
+    "training.tasks", "training.report", "training.loop", "training.distributed", "training",
+    "page", "pipeline",
+)  # fmt: skip
+"""From the bottom to the top: a room imports from itself and from those before it."""
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name below `surgery`."""
+    found = {}
+    for path in ROOT.rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        if name:
+            found[name] = path
+    return found
+
+
+def room(module: str) -> int | None:
+    """The place of a module's room, by the longest name that it begins with."""
+    fitting = [each for each in ROOMS if module == each or module.startswith(f"{each}.")]
+    return ROOMS.index(max(fitting, key=len)) if fitting else None
+
+
+def imports(path: Path, known: dict[str, Path]) -> set[str]:
+    """Modules that a file imports when it is imported itself: not for types, and not within functions."""
+    found = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("surgery."):
+            base = (node.module or "").removeprefix("surgery.")
+            found |= {inner if (inner := f"{base}.{a.name}") in known else base for a in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("surgery.") for a in node.names if a.name.startswith("surgery.")}
+    return found
+
+
+def test_every_module_lies_in_a_room():
+    assert [module for module in modules() if room(module) is None] == []
+    assert {"errors.py", "permission.py", "version.py", "__init__.py"} == {p.name for p in ROOT.glob("*.py")}
+
+
+def test_no_import_runs_upwards():
+    known = modules()
+    upwards = [
+        f"{module} imports {other}"
+        for module, path in known.items()
+        for other in imports(path, known)
+        if (there := room(other)) is None or there > (room(module) or 0)
+    ]
+    assert upwards == []
+
+
+def test_no_circles():
+    known = modules()
+    edges = {module: imports(path, known) - {module} for module, path in known.items()}
+
+    def reach(start: str) -> set[str]:
+        seen: set[str] = set()
+        left = list(edges[start])
+        while left:
+            each = left.pop()
+            if each not in seen:
+                seen.add(each)
+                left += edges.get(each, ())
+        return seen
+
+    assert [module for module in known if module in reach(module)] == []
+
+
+def test_the_architecture_names_every_room():
+    page = (ROOT.parent / "docs" / "architecture.md").read_text()
+    folders = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.rglob("__init__.py")} - {"."}
+    assert [folder for folder in sorted(folders) if f"`surgery/{folder}/`" not in page] == []
