@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from surgery.artifact import load, save
     from surgery.artifact.export import export
     from surgery.artifact.verify import VerifyReport, verify
-    from surgery.core.joint import JointModel, join
+    from surgery.core.joining import join
+    from surgery.core.joint import JointModel
     from surgery.fitting.fit import FitReport, fit
     from surgery.members.member import Inputs, Member, Origin
     from surgery.members.references import load_member
@@ -50,7 +51,8 @@ _HOMES = {
     "artifact": ("load", "save"),
     "artifact.export": ("export",),
     "fitting.fit": ("FitReport", "fit"),
-    "core.joint": ("JointModel", "join"),
+    "core.joining": ("join",),
+    "core.joint": ("JointModel",),
     "members.member": ("Inputs", "Member", "Origin"),
     "pipeline.merge": ("merge",),
     "anatomy.plan": ("Plan", "make_plan"),

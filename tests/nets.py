@@ -6,7 +6,7 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from surgery.core.joint import join
+from surgery.core.joining import join
 from surgery.inputs.probes import tensors_in
 from surgery.members.member import Inputs, Member, Origin
 

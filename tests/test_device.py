@@ -11,7 +11,7 @@ from test_fit import outside_error
 from training_nets import CONFIG, build, net, tasks
 
 import surgery
-from surgery.core.joint import join
+from surgery.core.joining import join
 from surgery.fitting.fit import fit
 from surgery.inputs.probes import probe_inputs
 from surgery.training.loop.interruptions import Interrupted

@@ -7,7 +7,7 @@ import torch
 from nets import Scores, assert_same_bits, family, made, member, mlp, originals, sibling
 from torch import nn
 
-from surgery.core.joint import join
+from surgery.core.joining import join
 from surgery.errors import PlanError
 from surgery.fitting.fit import fit
 from surgery.inputs.probes import probe_inputs, tensors_in

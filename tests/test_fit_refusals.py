@@ -6,7 +6,7 @@ import pytest
 import torch
 from nets import Scores, assert_same_bits, family, loss_of, made, member, originals, run
 
-from surgery.core.joint import join
+from surgery.core.joining import join
 from surgery.errors import PlanError
 from surgery.fitting.fit import fit
 

@@ -18,7 +18,7 @@ from nets import (
 )
 
 from surgery.anatomy.plan import torch_dtype
-from surgery.core.joint import join
+from surgery.core.joining import join
 from surgery.errors import PlanError
 
 SMALL = tuple(name for name in NAMES if name not in HUGE)

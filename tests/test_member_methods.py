@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import surgery
-from surgery.core.joint import join
+from surgery.core.joining import join
 from surgery.errors import PlanError
 from surgery.members.member import Member
 

@@ -12,7 +12,7 @@ from nets import Tied, assert_same_bits, member, open_joint, plain_copy, run
 from torch import nn
 
 import surgery
-from surgery.core.joint import join
+from surgery.core.joining import join
 from surgery.errors import PlanError
 
 KINDS = ("t5", "tied", "lstm", "attention", "bert")

@@ -8,7 +8,7 @@ from torch import nn
 
 from surgery.anatomy.plan import make_plan, place
 from surgery.anatomy.sites import Anatomy, Site
-from surgery.core.joint import join
+from surgery.core.joining import join
 from surgery.core.settle import index_dtype, retire_rare, settle
 from surgery.dictionary.dictionary import Bank
 from surgery.geometry.views import CanonicalView

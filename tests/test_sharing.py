@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nets import assert_same_bits, dictionary_gradients, loss_of, member, plain_copy, run, sibling
 
 from surgery.anatomy.plan import BankPlan
-from surgery.core.joint import join
+from surgery.core.joining import join
 from surgery.dictionary.siblings import principal_rows, sibling_groups
 from surgery.dictionary.subspaces import fit_subspaces
 from surgery.errors import PlanError

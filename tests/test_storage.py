@@ -7,7 +7,7 @@ import torch
 from nets import OWN, assert_same_bits, member, run, sibling
 from torch import nn
 
-from surgery.core.joint import join
+from surgery.core.joining import join
 from surgery.fitting.fit import fit
 from surgery.members.member import Member
 from surgery.storage.precision import Precision, encode

@@ -13,7 +13,7 @@ import surgery
 from surgery.anatomy.plan import make_plan
 from surgery.anatomy.sites import discover
 from surgery.anatomy.template_plan import plan_templates
-from surgery.core.joint import join
+from surgery.core.joining import join
 from surgery.errors import ArtifactError, PlanError
 from surgery.fitting.allocation import Choice
 from surgery.fitting.assembly import Assembler, weights_of

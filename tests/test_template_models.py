@@ -11,7 +11,7 @@ import surgery
 from surgery.anatomy.plan import make_plan
 from surgery.anatomy.sites import discover
 from surgery.anatomy.template_plan import plan_templates
-from surgery.core.joint import join
+from surgery.core.joining import join
 from surgery.dictionary.mixtures import Templates, harden_stack
 from surgery.errors import PlanError
 from surgery.fitting.fit import fit

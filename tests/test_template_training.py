@@ -13,7 +13,7 @@ from torch import nn
 import surgery
 from surgery.anatomy.sites import discover
 from surgery.anatomy.template_plan import plan_templates
-from surgery.core.joint import join
+from surgery.core.joining import join
 from surgery.core.sizes import parameters_of_dictionary
 from surgery.dictionary import generation
 from surgery.dictionary.dictionary import Bank

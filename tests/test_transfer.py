@@ -11,7 +11,7 @@ from torch import nn
 import surgery
 from surgery.anatomy.sites import discover
 from surgery.anatomy.template_plan import plan_templates
-from surgery.core.joint import join
+from surgery.core.joining import join
 from surgery.errors import LoadError, PlanError
 from surgery.pipeline.trial import begin_from_source, best_of, load_source
 from surgery.settings.training import TemplateSettings, Training

@@ -15,7 +15,7 @@ from benchmarks.coverage.catalogue import Entry, build
 from benchmarks.coverage.row import Row
 from surgery.anatomy.plan import make_plan
 from surgery.anatomy.sites import Anatomy, Site, discover
-from surgery.core.joint import join
+from surgery.core.joining import join
 from surgery.errors import PlanError
 from surgery.inputs import example_inputs
 from surgery.inputs.probes import tensors_in

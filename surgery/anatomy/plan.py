@@ -14,6 +14,7 @@ import torch
 from surgery.anatomy.sites import Anatomy, LeftAlone, Site
 from surgery.errors import PlanError
 from surgery.geometry.blocks import BlockGrid
+from surgery.members.member import check_names
 from surgery.util.showing import as_text, plural
 
 
@@ -93,11 +94,7 @@ def make_plan(anatomies: Sequence[Anatomy], block: tuple[int, int] = (16, 16), c
         PlanError: two members of one name; a block that no site can fill; sizes below 1.
     """
     names = [anatomy.member for anatomy in anatomies]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise PlanError(
-            f"Every member needs its own name, but {', '.join(repeated)} is given more than once; "
-            "write NAME=REFERENCE to name a member."
-        )
+    check_names(names)
     m, n = block
     if m < 1 or n < 1 or context < 1:
         raise PlanError(f"Block sides and context must be at least 1, found {m}x{n} and {context}.")

@@ -18,19 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.anatomy.plan import Placement, Plan, leave_alone, make_plan, plan_in_dtypes, torch_dtype
-from surgery.anatomy.sites import discover
+from surgery.anatomy.plan import Placement, Plan, plan_in_dtypes, torch_dtype
 from surgery.core.known import Known, Stamp, stamp, versions
+from surgery.core.opening import open_dictionary
 from surgery.core.sizes import parameters_alone
-from surgery.dictionary.dictionary import Bank, Dictionary, exact_bank, master_dtype
-from surgery.dictionary.generation import Weights, generate_weights, move_dictionary, to_blocks
-from surgery.dictionary.mixtures import Templates, has_templates, reopen_stack, run_lengths
-from surgery.dictionary.opening import fixed_bank, open_bank, open_rest
-from surgery.disk.aligned import align_module
+from surgery.dictionary.dictionary import Dictionary
+from surgery.dictionary.generation import Weights, generate_weights, move_dictionary
+from surgery.dictionary.mixtures import Templates
 from surgery.errors import PlanError
 from surgery.members.extra_state import state_keys
-from surgery.members.member import Member, owners_of
-from surgery.members.occupancy import check_free, check_unoccupied, leave, occupy
+from surgery.members.member import Member, check_names, owners_of
+from surgery.members.occupancy import check_unoccupied, leave, occupy
 from surgery.settings.names import Scale
 from surgery.slots.collapse import collapse
 from surgery.slots.edits import take_edits
@@ -38,7 +36,7 @@ from surgery.slots.extracting import extract
 from surgery.slots.gate import release
 from surgery.slots.hooks import watch
 from surgery.slots.slots import Slots, forget_derived, locate, put_back, reorder, take_out
-from surgery.storage.precision import LARGEST, Encoded, is_tame
+from surgery.storage.precision import Encoded
 from surgery.util.showing import as_html, as_text, plural
 from surgery.util.wording import count
 
@@ -70,7 +68,7 @@ class JointModel(nn.Module):
         known: Known | None = None,
     ):
         super().__init__()
-        check_names(members)
+        check_names(member.name for member in members)
         self.members: dict[str, Member] = {member.name: member for member in members}
         self.bodies = nn.ModuleList([member.module for member in members])
         self.owners = {member.name: owners_of(member.module) for member in members}
@@ -322,22 +320,7 @@ class JointModel(nn.Module):
         """
         self.begin("Opening the dictionary")
         generator = torch.Generator().manual_seed(seed)
-        for keys in self.plan.stacks.values():
-            stack = {key: self.dictionary[key] for key in keys}
-            if not has_templates(stack):
-                runs = run_lengths([p for p in self.plan.placements if p.bank == keys[0]])
-                self.dictionary.banks.update(reopen_stack(stack, templates, generator, runs))
-        for key in [key for key in self.dictionary if self.dictionary[key].singles]:
-            bank, c = self.dictionary[key], self.plan.bank(key).context if context is None else context
-            if bank.hypermodules:
-                opened = open_rest(bank, generator, self._deviations(key), scale)
-            else:
-                opened = (
-                    open_bank(bank, c, generator, self._deviations(key), scale) if c else fixed_bank(bank)
-                )
-            self.dictionary.banks[key] = opened
-        banks = tuple(replace(b, context=self.dictionary[b.key].context) for b in self.plan.banks)
-        self.plan = replace(self.plan, banks=banks)
+        self.plan = open_dictionary(self.plan, self.dictionary, generator, context, templates, scale)
         self.refresh()
         return self
 
@@ -373,17 +356,6 @@ class JointModel(nn.Module):
         return self
 
     # -- internals -----------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _deviations(self, key: str) -> Tensor:
-        """The deviation of the weights of the site of each location of a bank of single rows: `[L]`."""
-        blocks = self.dictionary[key].blocks()
-        sigma = blocks.new_ones(len(blocks))
-        for p in self.plan.placements:
-            if p.bank == key:
-                size = p.grid.stack * p.grid.out * p.grid.into  # padding does not count
-                sigma[p.start : p.stop] = (blocks[p.start : p.stop].square().sum() / size).sqrt()
-        return sigma
 
     def _fill(self, weights: Weights) -> None:
         for (member, site), weight in weights.items():
@@ -489,61 +461,6 @@ class JointModel(nn.Module):
         return self.encoded, self.known, self.__dict__.get("recipe"), self.training, self.bodies.training
 
 
-def join(
-    members: Sequence[Member],
-    plan: Plan | None = None,
-    *,
-    block: tuple[int, int] = (16, 16),
-    context: int = 4,
-) -> JointModel:
-    """Join members into one model whose sites come from one dictionary; nothing changes in what they compute.
-
-    The members' modules become part of the joint model: their sites' parameters move into the dictionary. A module can
-    be part of one joint model only; `extract` gives ordinary copies.
-    Every distinct block starts as its own row, identical blocks (up to an exact factor) share one. Sites with NaN,
-    infinite or huge values, which no sum of rows can hold, stay with their members.
-
-    Args:
-        members: as `load_member` returns them.
-        plan: what goes where; discovered and planned here where not given.
-        block: m x n, used where no plan is given.
-        context: c of the hypermodules that training opens.
-
-    Raises:
-        PlanError: names given twice, a module in two members or in another joint model, a tensor in two members, a
-            block larger than every site, no member at all.
-    """
-    if not members:
-        raise PlanError("A joint model needs at least one member, found none.")
-    check_names(members)
-    check_free({member.name: member.module for member in members})
-    plan = plan or make_plan([discover(member) for member in members], block, context)
-    modules = {member.name: align_module(member.module) for member in members}
-    keys = [(p.site.member, p.site.name) for p in plan.placements]
-    wild = {(name, site) for name, site in keys if not is_tame(_weight(modules[name], site))}
-    plan = leave_alone(plan, wild, f"holds NaN, infinite values or values beyond {LARGEST:.0e}")
-    banks: dict[str, Bank] = {}
-    for bank in plan.banks:
-        banks[bank.key] = exact_bank(
-            _blocks(modules, [p for p in plan.placements if p.bank == bank.key]), bank.block
-        )
-    return JointModel(members, plan, Dictionary(banks))
-
-
-def check_names(members: Sequence[Member]) -> None:
-    """Refuse names that are given twice.
-
-    Raises:
-        PlanError: naming them.
-    """
-    names = [member.name for member in members]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise PlanError(
-            f"Every member needs its own name, but {', '.join(twice)} is given more than once; load a member under "
-            "another one with name=."
-        )
-
-
 def _revived(
     members: list[Member],
     plan: Plan,
@@ -572,25 +489,9 @@ def _keep_slots(joint: JointModel, state: dict[str, Any], prefix: str, *rest: An
                 state.setdefault(f"{prefix}bodies.{number}.{owner}", held)
 
 
-def _blocks(modules: Mapping[str, nn.Module], placements: Sequence[Placement]) -> Tensor:
-    """The blocks of one bank `[L, m*n]`, written site by site: large models have no memory for a second copy."""
-    sites = [(p, _weight(modules[p.site.member], p.site.name)) for p in placements]
-    dtypes = {master_dtype(weight.dtype) for _, weight in sites}
-    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    grid, total = placements[0].grid, max(p.stop for p in placements)
-    blocks = torch.empty(total, grid.m * grid.n, dtype=dtype, device=sites[0][1].device)
-    for p, weight in sites:
-        blocks[p.start : p.stop] = to_blocks(weight, p)
-    return blocks
-
-
 def _held(module: nn.Module, name: str) -> Any:
     """What a member has under a name that it had when it was joined; None where it has nothing by now."""
     try:
         return getattr(*locate(module, name))
     except AttributeError:
         return None
-
-
-def _weight(module: nn.Module, name: str) -> Tensor:
-    return getattr(*locate(module, name)).detach()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import LoadError
+from surgery.errors import LoadError, PlanError
 from surgery.members.extra_state import KEY, document_or_nothing, extra_state_of, state_keys
 
 
@@ -149,3 +150,17 @@ def content_hash(tensors: Mapping[str, Any]) -> str:
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse names of members that are given twice.
+
+    Raises:
+        PlanError: naming them.
+    """
+    counts = Counter(names)
+    if twice := sorted(name for name, count in counts.items() if count > 1):
+        raise PlanError(
+            f"Every member needs its own name, but {', '.join(twice)} is given more than once; write NAME=REFERENCE, "
+            "or load a member under another one with `name`."
+        )

@@ -86,7 +86,7 @@ def merge(
 def _merge(recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_remote_code: bool) -> JointModel:
     """`merge`, with its target checked and held by this process."""
     from surgery.artifact import save
-    from surgery.core.joint import join
+    from surgery.core.joining import join
     from surgery.fitting.fit import fit
 
     prepared = prepared or prepare(recipe, trust_remote_code=trust_remote_code)
@@ -133,15 +133,11 @@ def check(recipe: Recipe, *, overwrite: bool = False) -> None:
             raise LoadError(f"The calibration file must be a readable file or folder, but {path} {found}.")
     if recipe.out is not None:
         check_target(recipe.out, overwrite=overwrite, inputs=input_paths(recipe))
-    from surgery.members.references import parse_reference  # imports torch: last
+    from surgery.members.member import check_names  # imports torch: last
+    from surgery.members.references import parse_reference
 
     names = [model.name or parse_reference(model.model)[0] for model in recipe.models]
-    given = [name or model.model for name, model in zip(names, recipe.models, strict=True)]
-    if repeated := sorted({name for name in given if given.count(name) > 1}):
-        raise PlanError(
-            f"Every member needs its own name, but {', '.join(repeated)} is given more than once; "
-            "write NAME=REFERENCE to name a member."
-        )
+    check_names(name or model.model for name, model in zip(names, recipe.models, strict=True))
 
 
 def input_paths(recipe: Recipe, *, going_on: bool = False) -> list[Path]:
@@ -178,6 +174,7 @@ def prepare(
         SurgeryError: where a member cannot be loaded or traced, a selector matches nothing, or no plan
         exists.
     """
+    from surgery.members.member import check_names
     from surgery.members.references import check_references, parse_reference
 
     check_references(model.model for model in recipe.models)
@@ -185,11 +182,7 @@ def prepare(
     models: list[Model] = []
     for model in track(recipe.models, "Loading members"):
         for member in _load(model, inputs, recipe, trust_remote_code):
-            if any(member.name == other.name for other in members):
-                raise PlanError(
-                    f"Every member needs its own name, but {member.name} is given more than once; "
-                    "write NAME=REFERENCE to name a member."
-                )
+            check_names(each.name for each in (*members, member))
             members.append(member)
             named = {"model": parse_reference(model.model)[1], "name": member.name}
             models.append(model.model_copy(update=named))

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from surgery.artifact import load, save
-from surgery.core.joint import JointModel, join
+from surgery.core.joining import join
+from surgery.core.joint import JointModel
 from surgery.disk.claims import claim_of_first
 from surgery.disk.folders import check_target
 from surgery.disk.records import remove_owned

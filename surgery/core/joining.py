@@ -1,0 +1,77 @@
+"""Joining: the exact start of a joint model, in which every distinct block of its members is a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from surgery.anatomy.plan import Placement, Plan, leave_alone, make_plan
+from surgery.anatomy.sites import discover
+from surgery.core.joint import JointModel
+from surgery.dictionary.dictionary import Bank, Dictionary, exact_bank, master_dtype
+from surgery.dictionary.generation import to_blocks
+from surgery.disk.aligned import align_module
+from surgery.errors import PlanError
+from surgery.members.member import Member, check_names
+from surgery.members.occupancy import check_free
+from surgery.slots.slots import locate
+from surgery.storage.precision import LARGEST, is_tame
+
+
+def join(
+    members: Sequence[Member],
+    plan: Plan | None = None,
+    *,
+    block: tuple[int, int] = (16, 16),
+    context: int = 4,
+) -> JointModel:
+    """Join members into one model whose sites come from one dictionary; nothing changes in what they compute.
+
+    The members' modules become part of the joint model: their sites' parameters move into the dictionary. A module can
+    be part of one joint model only; `extract` gives ordinary copies.
+    Every distinct block starts as its own row, identical blocks (up to an exact factor) share one. Sites with NaN,
+    infinite or huge values, which no sum of rows can hold, stay with their members.
+
+    Args:
+        members: as `load_member` returns them.
+        plan: what goes where; discovered and planned here where not given.
+        block: m x n, used where no plan is given.
+        context: c of the hypermodules that training opens.
+
+    Raises:
+        PlanError: names given twice, a module in two members or in another joint model, a tensor in two members, a
+            block larger than every site, no member at all.
+    """
+    if not members:
+        raise PlanError("A joint model needs at least one member, found none.")
+    check_names(member.name for member in members)
+    check_free({member.name: member.module for member in members})
+    plan = plan or make_plan([discover(member) for member in members], block, context)
+    modules = {member.name: align_module(member.module) for member in members}
+    keys = [(p.site.member, p.site.name) for p in plan.placements]
+    wild = {(name, site) for name, site in keys if not is_tame(_weight(modules[name], site))}
+    plan = leave_alone(plan, wild, f"holds NaN, infinite values or values beyond {LARGEST:.0e}")
+    banks: dict[str, Bank] = {}
+    for bank in plan.banks:
+        banks[bank.key] = exact_bank(
+            _blocks(modules, [p for p in plan.placements if p.bank == bank.key]), bank.block
+        )
+    return JointModel(members, plan, Dictionary(banks))
+
+
+def _blocks(modules: Mapping[str, nn.Module], placements: Sequence[Placement]) -> Tensor:
+    """The blocks of one bank `[L, m*n]`, written site by site: large models have no memory for a second copy."""
+    sites = [(p, _weight(modules[p.site.member], p.site.name)) for p in placements]
+    dtypes = {master_dtype(weight.dtype) for _, weight in sites}
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    grid, total = placements[0].grid, max(p.stop for p in placements)
+    blocks = torch.empty(total, grid.m * grid.n, dtype=dtype, device=sites[0][1].device)
+    for p, weight in sites:
+        blocks[p.start : p.stop] = to_blocks(weight, p)
+    return blocks
+
+
+def _weight(module: nn.Module, name: str) -> Tensor:
+    return getattr(*locate(module, name)).detach()
