@@ -1,9 +1,10 @@
 """Permission: whose Python code may run, as one value that is denied by default.
 
-Code is imported in two places alone, `origins.factory.find_function` and `origins.transformers.remote_class`; both ask
-this value. A reference that the user types, or a recipe of the user's own, may name the user's own functions.
-Text that came with an artifact may name nothing but functions that ship with this package, and nothing that lies
-outside of the artifact is opened because of it. Everything else takes the user's consent, `trust_remote_code`.
+Code is imported in two places alone, `origins.factory.find_function` and
+`origins.transformers_classes.remote_class`; both ask this value. A reference that the user types, or a recipe of the
+user's own, may name the user's own functions. Text that came with an artifact may name nothing but functions that ship
+with this package, and nothing that lies outside of the artifact is opened because of it. Everything else takes the
+user's consent, `trust_remote_code`.
 """
 
 from __future__ import annotations
