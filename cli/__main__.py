@@ -22,6 +22,7 @@ from surgery.version import __version__
 
 from . import demo, evaluate, export, inspect, merge, recipes, report, train, verify
 from .endings import WORDS, requests_raise
+from .flags import flags_of, in_flags
 from .options import FLAG
 
 app = typer.Typer(
@@ -109,8 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
     except SurgeryError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        flag = f" (--{error.setting.replace('_', '-')})" if error.setting else ""
-        print(f"surgery: {error}{flag}", file=sys.stderr)
+        print(f"surgery: {in_flags(str(error), flags_of(app))}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if end.code in WORDS and console.FIRST:  # typer ends an interrupted verb without a word

@@ -12,11 +12,9 @@ class SurgeryError(Exception):
 
     A message that would fill screens, as one that quotes a hostile file might, loses its middle.
 
-    Attributes:
-        setting: the setting that the message asks to change, if it is one alone; the command line names its flag.
+    A message names a setting in backquotes, with its value where it asks for one: `budget`, `resume=True`. The command
+    line puts flags in their place.
     """
-
-    setting: str | None = None
 
     def __init__(self, *arguments: object):
         super().__init__(*(_within(each) if isinstance(each, str) else each for each in arguments))
@@ -28,8 +26,6 @@ class LoadError(SurgeryError):
 
 class ConsentError(LoadError):
     """Code or a file that an artifact or a checkpoint names would be used without the user's consent."""
-
-    setting = "trust_remote_code"
 
 
 class TraceError(SurgeryError):

@@ -55,4 +55,4 @@ class Permission(IntEnum):
             ConsentError: naming what would have happened.
         """
         if self < least:
-            raise ConsentError(f"{what}: read it first, then consent with trust_remote_code")
+            raise ConsentError(f"{what}: read it first, then consent with `trust_remote_code`")

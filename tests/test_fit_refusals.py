@@ -17,7 +17,7 @@ def test_a_budget_that_cannot_be_met_says_the_least_and_changes_nothing():
     before = {name: {k: t.clone() for k, t in joint.collapse(name).items()} for name in joint}
     adapters = {name: next(joint[name].parameters()).requires_grad for name in joint}
     with pytest.raises(
-        PlanError, match=r"budget of 0.001 cannot be met: .* use --budget (0\.\d+) or more"
+        PlanError, match=r"budget of 0.001 cannot be met: .* use `budget=(0\.\d+)` or more"
     ) as caught:
         fit(joint, budget=0.001)
     for name, state in before.items():
@@ -26,7 +26,7 @@ def test_a_budget_that_cannot_be_met_says_the_least_and_changes_nothing():
     with joint.step():
         loss_of(run(joint["mlp"], members[0])).backward()
     assert all(p.grad is not None for p in joint.dictionary.parameters())
-    least = float(str(caught.value).split("--budget ")[1].split(" ")[0])
+    least = float(str(caught.value).split("`budget=")[1].split("`")[0])
     assert fit(joint, budget=least).report.met
 
 
@@ -47,7 +47,7 @@ def test_members_whose_error_cannot_be_measured_are_refused_and_unchanged(build,
     before = originals(members)
     joint = join(members)
     for target in ({"max_error": 0.1}, {"budget": 0.5}):
-        with pytest.raises(PlanError, match=f"Member 'odd' returns {words}.*--max-error 0"):
+        with pytest.raises(PlanError, match=f"Member 'odd' returns {words}.*`max_error=0`"):
             fit(joint, **target)
         for name, module in before.items():
             assert_same_bits(joint.collapse(name), module.state_dict())
@@ -57,7 +57,7 @@ def test_members_whose_error_cannot_be_measured_are_refused_and_unchanged(build,
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ({"max_error": 0.1, "budget": 0.5}, "--max-error and --budget"),
+        ({"max_error": 0.1, "budget": 0.5}, "`max_error` and `budget`"),
         ({"max_error": -1.0}, "0 or more, found -1"),
         ({"max_error": math.nan}, "0 or more, found nan"),
         ({"budget": 0.0}, "above 0 and at most 1, found 0"),

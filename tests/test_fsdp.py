@@ -166,7 +166,7 @@ def test_the_first_version_of_fsdp_is_refused(monkeypatch, version):
     monkeypatch.delenv("FSDP_VERSION", raising=False)
     if version:
         monkeypatch.setenv("FSDP_VERSION", version)
-    with pytest.raises(PlanError, match="add --fsdp_version 2"):
+    with pytest.raises(PlanError, match="launch it with `fsdp_version: 2`"):
         train(fsdp_nets.build(), fsdp_nets.tasks(), cpu=True)
 
 

@@ -169,7 +169,7 @@ def test_blocks_that_share_subspaces_are_fitted_exactly_in_a_joint_model():
 
 def test_a_bank_larger_than_its_sites_is_refused():
     with pytest.raises(
-        PlanError, match=r"must take at most the sites' .* bytes, but takes .*lower --hypermodules"
+        PlanError, match=r"must take at most the sites' .* bytes, but takes .*lower `hypermodules`"
     ):
         fit(join([member("mlp")], block=(8, 8)), hypermodules=48, block=(8, 8), context=8)
 

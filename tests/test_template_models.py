@@ -229,7 +229,7 @@ def test_what_cannot_be_is_refused():
     ):
         with pytest.raises(PlanError, match=words):
             fit(blocks, **options)
-    with pytest.raises(PlanError, match="needs --method hypermodules"):
+    with pytest.raises(PlanError, match="needs `method=hypermodules`"):
         fit(joined(one), hypermodules=3)
 
 

@@ -104,7 +104,7 @@ def make_plan(anatomies: Sequence[Anatomy], block: tuple[int, int] = (16, 16), c
         largest = max(sites, key=lambda site: math.prod(site.view.shape[1:]))
         raise PlanError(
             f"A block of {m}x{n} is larger than every site; the largest is {largest.member}:"
-            f"{largest.name} with {largest.view.shape[1]}x{largest.view.shape[2]}. Use a smaller --block."
+            f"{largest.name} with {largest.view.shape[1]}x{largest.view.shape[2]}. Use a smaller `block`."
         )
     small = [too_small(site, block) for site in sites if site not in fitting]
     left_alone = [entry for anatomy in anatomies for entry in anatomy.left_alone]

@@ -45,7 +45,7 @@ def plan_templates(
     if not pooled:
         raise PlanError(
             "Templates need layers of one structure that are applied one after the other, but the members have none; "
-            "surgery inspect lists stacks. Use --method hypermodules."
+            "surgery inspect lists stacks. Use `method=hypermodules`."
         )
     entries = {
         (anatomy.member, each.name): each

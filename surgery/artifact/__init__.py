@@ -1,4 +1,4 @@
-"""The artifact: the folder that `--out` writes, how it is written, read, verified, and taken apart.
+"""The artifact: the folder that `save` writes, how it is written, read, verified, and taken apart.
 
 folder       save and load
 writing      a stored joint model as files; tensorfiles, card, picture, shares and trim are its parts

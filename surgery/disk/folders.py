@@ -113,7 +113,7 @@ def _check_place(target: Path, overwrite: bool) -> None:
         if not overwrite:
             raise OutputError(
                 f"The target must be new or empty, but {target} exists and holds files; choose another "
-                "folder, or pass --overwrite (in Python overwrite=True)."
+                "folder, or pass `overwrite=True`."
             )
         check_owned(target)
     parent = next(each for each in target.parents if each.exists() or each.is_symlink())

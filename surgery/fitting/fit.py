@@ -247,33 +247,33 @@ def _check_request(
     given = [
         name
         for name, value in (
-            ("--max-error", max_error),
-            ("--budget", budget),
-            ("--hypermodules", hypermodules),
-            ("--templates", templates),
+            ("`max_error`", max_error),
+            ("`budget`", budget),
+            ("`hypermodules`", hypermodules),
+            ("`templates`", templates),
         )
         if value is not None
     ]
     # With K templates given, an error or a budget decides their precisions.
     if len(given) > (1 if templates is None or hypermodules is not None else 2):
         raise PlanError(
-            f"One target is needed, found {' and '.join(given)}; give only one of them, or --templates with "
-            "--max-error or --budget."
+            f"One target is needed, found {' and '.join(given)}; give only one of them, or `templates` with "
+            "`max_error` or `budget`."
         )
     if max_error is not None and not (math.isfinite(max_error) and max_error >= 0):
-        raise PlanError(f"--max-error must be 0 or more, found {max_error}; 0 is lossless, 0.05 the default.")
+        raise PlanError(f"`max_error` must be 0 or more, found {max_error}; 0 is lossless, 0.05 the default.")
     if budget is not None and not 0 < budget <= 1:
         raise PlanError(
-            f"--budget must be above 0 and at most 1, found {budget}: it is a fraction of the bytes."
+            f"`budget` must be above 0 and at most 1, found {budget}: it is a fraction of the bytes."
         )
     if hypermodules is not None and hypermodules < 1:
-        raise PlanError(f"--hypermodules must be at least 1, found {hypermodules}.")
+        raise PlanError(f"`hypermodules` must be at least 1, found {hypermodules}.")
     if templates is not None and templates < 1:
-        raise PlanError(f"--templates must be at least 1, found {templates}.")
+        raise PlanError(f"`templates` must be at least 1, found {templates}.")
     if templates is not None and not joint.plan.stacks:
-        raise PlanError("--templates needs --method templates: a plan that finds stacks of layers.")
+        raise PlanError("`templates` needs `method=templates`: a plan that finds stacks of layers.")
     if hypermodules is not None and joint.plan.stacks:
-        raise PlanError("--hypermodules needs --method hypermodules; stacks of layers take --templates.")
+        raise PlanError("`hypermodules` needs `method=hypermodules`; stacks of layers take `templates`.")
     if block is not None and min(block) < 1:
         raise PlanError(f"Block sides must be at least 1, found {block[0]}x{block[1]}.")
     if strangers := sorted({*(probes or {})} - {*joint.names}):
@@ -297,7 +297,7 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise PlanError(
             f"Device '{device}' is not available here ({str(error).splitlines()[0]}); "
-            "use --device cpu or auto."
+            "use `device=cpu` or `device=auto`."
         ) from error
 
 

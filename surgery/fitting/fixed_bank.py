@@ -43,11 +43,11 @@ def fixed_bank(
     m, n = request.block
     if not plan.placements:
         raise PlanError(
-            f"A bank needs sites that fill a block of {m}x{n}, found none; use a smaller --block."
+            f"A bank needs sites that fill a block of {m}x{n}, found none; use a smaller `block`."
         )
     if request.context > m * n:
         raise PlanError(
-            f"A context of at most {m * n} fits blocks of {m}x{n}, found {request.context}; lower --context."
+            f"A context of at most {m * n} fits blocks of {m}x{n}, found {request.context}; lower `context`."
         )
     banks: dict[str, Bank] = {}
     shares = _divide(request.hypermodules, plan.banks)
@@ -69,7 +69,7 @@ def fixed_bank(
         raise PlanError(
             f"A bank of {request.hypermodules} hypermodules of {request.context} {m}x{n} blocks with its "
             f"contexts must take at most the sites' {whole:,} bytes, but takes {size:,}; lower "
-            "--hypermodules or --context, or use larger blocks."
+            "`hypermodules` or `context`, or use larger blocks."
         )
     tensors |= {
         f"plain/{name}/{key}": encode(t, NATIVE)
@@ -97,7 +97,7 @@ def _divide(total: int, banks: tuple[BankPlan, ...]) -> list[int]:
     locations = sum(bank.locations for bank in banks)
     if not len(banks) <= total <= locations:
         raise PlanError(
-            f"--hypermodules must be {len(banks)} to {locations} for these sites' {locations} blocks, "
+            f"`hypermodules` must be {len(banks)} to {locations} for these sites' {locations} blocks, "
             f"found {total}."
         )
     shares = [max(1, total * bank.locations // locations) for bank in banks]

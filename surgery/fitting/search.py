@@ -166,8 +166,8 @@ class Search:
         if over:
             raise PlanError(
                 f"An error of {bound:g} cannot be met with {self.given} for each stack: in the members' precision the "
-                f"output of {', '.join(f'{name} moves by {e:.3g}' for name, e in over.items())}. Use more --templates, "
-                "a larger --max-error, or leave out --templates, so that the error decides how many."
+                f"output of {', '.join(f'{name} moves by {e:.3g}' for name, e in over.items())}. Use more `templates`, "
+                "a larger `max_error`, or leave out `templates`, so that the error decides how many."
             )
         return found
 
@@ -184,10 +184,10 @@ class Search:
         if choice.nbytes > limit or found.stored.nbytes > budget * self.whole:
             least = max(found.stored.nbytes, choice.nbytes - self.headers) / self.whole
             given = f" with {self.given} for each stack" if self.templates else ""
-            fewer = ", or fewer --templates" if self.templates and self.templates > 1 else ""
+            fewer = ", or fewer `templates`" if self.templates and self.templates > 1 else ""
             raise PlanError(
                 f"A budget of {budget:g} cannot be met{given}: the smallest artifact of these members takes "
-                f"{least:.3f} of their bytes; use --budget {np.ceil(least * 100 + 0.1) / 100:.2f} or more{fewer}."
+                f"{least:.3f} of their bytes; use `budget={np.ceil(least * 100 + 0.1) / 100:.2f}` or more{fewer}."
             )
         if self.in_doubt(found):
             other = self.attempt(self.of_bytes(self.unmixed, budget)[0])

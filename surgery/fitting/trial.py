@@ -42,12 +42,12 @@ class Trial:
         if not any(self.reference):
             raise PlanError(
                 f"Member '{self.name}' returns no floating-point tensor on its probe inputs, so its error "
-                "cannot be measured; pass other inputs, or use --max-error 0."
+                "cannot be measured; pass other inputs, or use `max_error=0`."
             )
         if not all(bool(t.isfinite().all()) for outputs in self.reference for t in outputs):
             raise PlanError(
                 f"Member '{self.name}' returns NaN or inf on its probe inputs; pass real ones with "
-                "--calibrate, or use --max-error 0."
+                "`calibrate`, or use `max_error=0`."
             )
 
     def wear(self, tensors: Mapping[str, Tensor]) -> None:

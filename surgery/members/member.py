@@ -162,5 +162,5 @@ def check_names(names: Iterable[str]) -> None:
     if twice := sorted(name for name, count in counts.items() if count > 1):
         raise PlanError(
             f"Every member needs its own name, but {', '.join(twice)} is given more than once; write NAME=REFERENCE, "
-            "or load a member under another one with `name`."
+            "or give `name` to load_member."
         )

@@ -250,9 +250,7 @@ def plan_members(recipe: Recipe, members: Sequence[Member]) -> tuple[list[Anatom
         norms, stacks = recipe.parameters.mix_norms, recipe.select.stacks
         return anatomies, plan_templates(anatomies, block, context, mix_norms=norms, stacks=stacks)
     if recipe.select.stacks:
-        raise PlanError(
-            "Stacks (--stacks, select.stacks) are for templates: add --method templates, or leave them out."
-        )
+        raise PlanError("Stacks (`stacks`) are for templates: choose `method=templates`, or leave them out.")
     return anatomies, make_plan(anatomies, block, context)
 
 

@@ -111,8 +111,8 @@ def require_source(source: str) -> None:
     """
     if not Path(source).expanduser().is_dir():
         raise LoadError(
-            f"The source {source} does not exist: name a folder that a training run wrote in train.templates.source, "
-            "on the command line --set train.templates.source=DIR."
+            f"The source {source} does not exist: name a folder that a training run wrote "
+            "with `train.templates.source=DIR`."
         )
 
 

@@ -153,7 +153,7 @@ def check_finite(module: nn.Module, what: str) -> None:
     if bad:
         raise LoadError(
             f"{what}: every weight must be finite, but NaN or infinite values are in {shorten(bad, 20)}: "
-            "take another checkpoint, or allow them with allow_nonfinite"
+            "take another checkpoint, or allow them with `allow_nonfinite`"
         )
 
 

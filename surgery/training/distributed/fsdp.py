@@ -80,7 +80,7 @@ class Sharding:
         except (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
             raise PlanError(
                 f"Under FSDP every member's layers must be such that PyTorch's fully_shard takes them, but for "
-                f"'{member}' it says: {' '.join(str(error).split())[:300]}. Train without --use_fsdp, where every "
+                f"'{member}' it says: {' '.join(str(error).split())[:300]}. Train without FSDP, where every "
                 "process holds all members."
             ) from error
         return module
@@ -108,8 +108,7 @@ def check_launch() -> None:
     if _asked() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise PlanError(
             "Joint training needs FSDP of version 2, but accelerate is configured for version 1, which flattens the "
-            "parameters that generated weights have to be told apart by: add --fsdp_version 2 (fsdp_version: 2 in its "
-            "configuration)."
+            "parameters that generated weights have to be told apart by: launch it with `fsdp_version: 2`."
         )
 
 
@@ -162,7 +161,7 @@ def check_members(joint: JointModel, sharding: Sharding) -> None:
     known = {type(module).__name__ for module in joint.bodies.modules()}
     if lost := [name for name in sharding.classes if name not in known]:
         raise PlanError(
-            f"Every --fsdp_transformer_layer_cls_to_wrap must be the class of a layer of some member, but "
+            f"Every `fsdp_transformer_layer_cls_to_wrap` must be the class of a layer of some member, but "
             f"{', '.join(lost)} is not: correct it, or leave it away, and the layers that a member repeats are taken."
         )
 
@@ -176,7 +175,7 @@ def check_losses(tasks: Sequence[Task]) -> None:
     if adapting := [task.name for task in tasks if adapts_by(task.loss)]:
         raise PlanError(
             f"Under FSDP a loss must need nothing but outputs, but {', '.join(adapting)} compares features inside a "
-            "member: adapt it in one process, or in several without --use_fsdp."
+            "member: adapt it in one process, or in several without FSDP."
         )
 
 
@@ -200,8 +199,8 @@ def _refusals(accelerator: Any, settings: Training, plugin: Any) -> list[str]:
     if way in ("DEEPSPEED", "MEGATRON_LM", "TP"):
         bad.append(
             f"{way} splits members in ways of its own, and weights are generated from one dictionary before each step; "
-            "use plain multi-processing (accelerate config, or accelerate launch --multi_gpu), or --use_fsdp "
-            "--fsdp_version 2 where a device has no room for all members"
+            "use plain multi-processing (`distributed_type: MULTI_GPU`), or `distributed_type: FSDP` with "
+            "`fsdp_version: 2` where a device has no room for all members"
         )
     sizes = getattr(accelerator, "parallelism_config", None)
     if sizes is not None and any(
@@ -211,12 +210,12 @@ def _refusals(accelerator: Any, settings: Training, plugin: Any) -> list[str]:
     if plugin is None:
         return bad
     if "CPUOffload" in type(plugin.cpu_offload).__name__:
-        bad.append("rows and their gradients stay on the device; set --fsdp_offload_params false")
+        bad.append("rows and their gradients stay on the device; set `fsdp_offload_params: false`")
     if plugin.ignored_modules:
         bad.append("every module of a member is sharded; leave fsdp_ignored_modules away")
     if accelerator.num_processes > 1:
         if accelerator.mixed_precision == "fp16":
-            bad.append("scaled losses of fp16 are not supported under FSDP; use --mixed_precision bf16")
+            bad.append("scaled losses of fp16 are not supported under FSDP; use `mixed_precision: bf16`")
         if settings.compile:
             bad.append("compiled members are not supported under FSDP; set train.compile=false")
     return bad

@@ -103,5 +103,5 @@ def check_alike(joint: JointModel) -> None:
     if any(not isclose(a, b, rel_tol=1e-6) for each in found for a, b in zip(each, found[0], strict=True)):
         raise PlanError(
             "Under FSDP every process must load all members' weights, but they differ: set "
-            "--fsdp_cpu_ram_efficient_loading false, or load members before training starts its processes."
+            "`fsdp_cpu_ram_efficient_loading: false`, or load members before training starts its processes."
         )

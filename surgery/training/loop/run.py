@@ -53,8 +53,8 @@ def check_folder(folder: Path, resume: bool) -> None:
     if os.path.lexists(folder / STATE):
         if not resume:
             raise PlanError(
-                f"{folder} holds the state of a training run: go on with it (resume=True, on the command line "
-                "--resume auto), or choose another folder."
+                f"{folder} holds the state of a training run: go on with it (`resume=True`), or choose "
+                " another folder."
             )
         if STATE not in read_record(folder):
             read_state(folder / STATE)  # that it can be read says whose it is: older runs have no record
@@ -128,7 +128,7 @@ class Run:
             if self.folder is None or not os.path.lexists(self.folder / STATE):
                 raise
             raise TrainingError(
-                f"{error} The last good state is kept in {self.folder}: go on from it with resume (--resume auto); "
+                f"{error} The last good state is kept in {self.folder}: go on from it with `resume=True`; "
                 "learning rates and clipping may change."
             ) from error
 
@@ -257,7 +257,7 @@ class Run:
         if changed := differences(self.plan, document.get("plan")):
             raise TrainingError(
                 f"The checkpoint in {self.folder} must be of the same members, tasks, settings and seed, but it "
-                f"belongs to another plan ({changed}): run with what it was begun with, choose another --out, or "
+                f"belongs to another plan ({changed}): run with what it was begun with, choose another folder, or "
                 "delete it."
             )
         keep = document["keep"]

@@ -78,7 +78,7 @@ def restore(joint: JointModel, tensors: Mapping[str, Tensor]) -> None:
         if name not in tensors or (name.startswith("member/") and tensor.shape != tensors[name].shape):
             raise TrainingError(
                 f"The checkpoint must hold what this recipe trains, but '{name}' is missing or of another shape: "
-                "it belongs to another run; choose another --out, or delete it."
+                "it belongs to another run; choose another folder, or delete it."
             )
         if name.startswith("member/"):
             tensor.copy_(tensors[name])

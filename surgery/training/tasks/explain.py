@@ -24,7 +24,7 @@ def explain_failure(task: Task, batch: Batch, error: Exception, data: str = "dat
         return (
             f"Under FSDP no part of member '{task.member}' may use a layer's weights but in that layer's own forward "
             f"pass, where they are gathered, but a batch of task '{task.name}' failed with {said}: name larger layers "
-            "(--fsdp_transformer_layer_cls_to_wrap), or none (--fsdp_auto_wrap_policy NO_WRAP)."
+            "(accelerate's `fsdp_transformer_layer_cls_to_wrap`), or none (`fsdp_auto_wrap_policy: NO_WRAP`)."
         )
     target = batch.target
     wanted = f", target {list(target.shape)}" if isinstance(target, Tensor) else ""

@@ -47,7 +47,7 @@ def unpack_loss(loss: Loss, tensors: Mapping[str, Tensor], task: str) -> None:
     if known != set(tensors):
         raise TrainingError(
             f"The checkpoint must hold the state of the loss of {task}, {', '.join(sorted(known)) or 'none'}, but has "
-            f"{', '.join(sorted(tensors)) or 'none'}: it belongs to another run; choose another --out, or delete it."
+            f"{', '.join(sorted(tensors)) or 'none'}: it belongs to another run; choose another folder, or delete it."
         )
     if isinstance(loss, Stateful):
         try:
