@@ -110,6 +110,8 @@ def test_settings_tasks_and_selectors_in_python_come_in_one_error():
         assert said in str(caught.value)
     with pytest.raises(PlanError, match=r"train\.freeze.*0\.wieght"):
         train(build(), tasks(), {"freeze": ["0.wieght"]})
+    with pytest.raises(PlanError, match=r"train\.freeze.*dictionary"):
+        train(build(), tasks(), {"freeze": [r"re:dictionary\.banks.*"]})  # not a member's own
 
 
 class Counting(list):

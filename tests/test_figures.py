@@ -64,7 +64,7 @@ def test_parts_add_up_whatever_the_alignment(seed, hypermodules, context):
     shares = count_shares(stored)
     assert shares.after == sizes.bytes_joint(stored) and shares.before == sizes.bytes_alone(stored)
     parts = sizes.parameters_joint(joint)
-    own = {name: sum(p.numel() for p in joint[name].parameters()) for name in joint.names}
+    own = {name: sum(p.numel() for p in joint.private(name).values()) for name in joint.names}
     now, whole = sizes.parameters_of_dictionary(joint)
     assert round(sum(parts.values())) == now + sum(own.values())
     assert whole + sum(own.values()) == sum(sizes.parameters_alone(joint).values())

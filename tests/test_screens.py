@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
+from rich.text import Text
 from surgery_cli import completion, screen
 from surgery_cli.__main__ import app, with_values
 from surgery_cli.hush import hush
@@ -29,7 +30,8 @@ from surgery.util.progress import reporting, task
 from surgery.util.showing import MOST, as_text
 
 VERBS = ("demo", "inspect", "merge", "train", "evaluate", "report", "verify", "export")
-COMMANDS = typer.main.get_command(app).commands
+COMMAND = typer.main.get_command(app)
+COMMANDS = COMMAND.commands
 
 
 @settings(max_examples=200, deadline=None)
@@ -144,6 +146,18 @@ def test_examples_in_help_are_commands_that_exist(line):
     context = one.make_context(name, rest)
     asked = context.params.get("source") if name == "train" else context.params.get("name")
     assert not asked or str(asked).endswith(".yaml") or asked in recipe_names()
+
+
+def helps(command):
+    for one in getattr(command, "commands", {}).values():
+        yield from helps(one)
+    yield from (command.help, command.epilog, *(getattr(each, "help", None) for each in command.params))
+
+
+@pytest.mark.parametrize("text", sorted({text for text in helps(COMMAND) if text and "[" in text}))
+def test_brackets_in_help_are_styles_or_shown(text):
+    styles = {str(span.style) for span in Text.from_markup(text).spans}
+    assert styles <= {"bold", "cyan", "dim"}, "a backslash goes before a bracket that is meant"
 
 
 def test_values_are_completed():

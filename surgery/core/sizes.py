@@ -137,7 +137,8 @@ def parameters_of_module(module: nn.Module) -> int:
 def parameters_alone(joint: JointModel) -> dict[str, int]:
     """Parameters of each member alone: of its sites, and of what it keeps to itself."""
     return {
-        name: parameters_of_module(joint[name]) + sum(math.prod(p.site.shape) for p in joint.plan.of(name))
+        name: sum(parameter.numel() for parameter in joint.private(name).values())
+        + sum(math.prod(p.site.shape) for p in joint.plan.of(name))
         for name in joint.names
     }
 
@@ -147,10 +148,10 @@ def parameters_joint(joint: JointModel) -> dict[str, float]:
     ones, where one that several members hold is divided among them."""
     holders: dict[int, int] = {}
     for name in joint.names:
-        for parameter in joint[name].parameters():
+        for parameter in joint.private(name).values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     found = {
-        name: sum(parameter.numel() / holders[id(parameter)] for parameter in joint[name].parameters())
+        name: sum(parameter.numel() / holders[id(parameter)] for parameter in joint.private(name).values())
         for name in joint.names
     }
     for plan in joint.plan.banks:

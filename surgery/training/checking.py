@@ -133,7 +133,7 @@ def check_run(
     if settings.trackers and folder is None:
         wrong.append("train.trackers write to a folder: give train(..., folder=...)")
     wrong += _caught(check_trackers, settings.trackers)
-    names = {name: [key for key, _ in joint[name].named_parameters()] for name in joint.names}
+    names = {name: list(joint.private(name)) for name in joint.names}
     for key in ("share", "freeze"):
         wrong += _caught(share_selectors, getattr(settings, key), names, f"train.{key}")
     if wrong:
