@@ -84,7 +84,7 @@ def test_a_large_shared_adapter_is_stored_once(document, tmp_path):
 def test_it_goes_on_from_the_artifact_with_the_same_adapters_shared(whole, document, tmp_path):
     _, before, out = whole
     recipe = Recipe.of({**document, "out": str(tmp_path / "more")})
-    joint, report = train_recipe(recipe, joint=rejoin(out, recipe), cpu=True)
+    joint, report = train_recipe(recipe, joint=rejoin(out, recipe, own=True), cpu=True)
     assert report.trained == before.trained
     assert_shared(joint.collapse())
     assert not torch.equal(joint.collapse("one")[KEYS[0]], surgery.load(out).collapse("one")[KEYS[0]])

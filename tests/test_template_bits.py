@@ -252,7 +252,7 @@ def test_artifacts_load_run_save_again_and_give_single_members(mixing, tmp_path)
 
         rewrite(tmp_path / "two", forget)
         with pytest.raises(ArtifactError, match=r"single\."):
-            surgery.load(tmp_path / "two", modules=modules)
+            surgery.load(tmp_path / "two", modules={each.name: plain_copy(each).module for each in family()})
     joint.open()
     assert all(bank.hypermodules for bank in joint.dictionary.banks.values())
 
