@@ -230,6 +230,10 @@ class JointModel(nn.Module):
 
     leave._torchdynamo_disable = True
 
+    def runs(self, name: str) -> bool:
+        """Whether a part of a member is running, called from outside of it."""
+        return name in self._inside
+
     # -- showing -------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:

@@ -16,7 +16,7 @@ from surgery.errors import PlanError
 from surgery.slots.extracting import extract
 from surgery.slots.gate import Gate
 from surgery.slots.moving import move
-from surgery.slots.slots import Slot
+from surgery.slots.slots import Slot, locate
 
 
 class Move(Gate):
@@ -41,13 +41,29 @@ class Parameters(Gate):
     def __call__(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The module's own parameters, then those of the banks that its weights are generated from."""
+        """The module's own parameters, then those of the banks that its weights are generated from.
+
+        While the member runs they are the weights themselves, under their names, which is what code in a forward
+        pass asks for: a functional call with them works as it does in the original.
+        """
         part = self.part
         yield from type(part).named_parameters(part, prefix, recurse, remove_duplicate)
         start = f"{prefix}." if prefix else ""
+        if self.joint.runs(self.member):
+            yield from self._generated(start, recurse, remove_duplicate)
+            return
         for key in dict.fromkeys(p.bank for p in self.placements(recurse=recurse)):
             for name, parameter in self.joint.dictionary[key].named_parameters():
                 yield f"{start}dictionary.banks.{key}.{name}", parameter
+
+    def _generated(self, start: str, recurse: bool, remove_duplicate: bool) -> Iterator[tuple[str, Any]]:
+        seen: set[int] = set()
+        for name in self.slots(recurse=recurse):
+            holder, attribute = locate(self.part, name)
+            weight = getattr(holder, attribute)
+            if not remove_duplicate or id(weight) not in seen:
+                seen.add(id(weight))
+                yield f"{start}{name}", weight
 
 
 class Freeze(Gate):
