@@ -22,7 +22,7 @@ from benchmarks import zoo
 from benchmarks.baselines import Compressed, LowRank, is_matrix, one_basis, per_matrix, rounding
 from benchmarks.harness import cell, make_header, make_parser, show, write_csv
 from benchmarks.plot import draw
-from benchmarks.tasks import PictureTask, Score, Task, TextTask, wear
+from benchmarks.tasks import PictureTask, Score, Task, TextTask, set_weights
 from surgery import Member
 
 BITS = (8, 6, 5, 4, 3)
@@ -43,9 +43,9 @@ class Bench:
         self.values = sum(t.numel() for t in self.state.values() if is_matrix(t))
 
     def score(self, weights: Mapping[str, Tensor]) -> Score:
-        wear(self.member.module, weights)
+        set_weights(self.member.module, weights)
         score = self.task.score()
-        wear(self.member.module, self.state)
+        set_weights(self.member.module, self.state)
         return score
 
     def row(self, method: str, size: int, found: Compressed, score: Score) -> Row:

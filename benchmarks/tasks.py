@@ -184,7 +184,7 @@ def write_pictures(folder: Path, limit: int | None = None) -> list[int | None]:
     return labels
 
 
-def wear(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def set_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a module other weights in place."""
     with torch.no_grad():
         state = module.state_dict(keep_vars=True)

@@ -186,7 +186,7 @@ def print_sizes(sizes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
 def adapted_words(adapted: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What was adapted, a sentence for each task, from a report as JSON."""
     return [
-        f"{name} adapted by {' and '.join(told['by'])}, without labels: the features that reach '{told['part']}', to "
-        f"those of {told['examples']} examples of {told.get('source', 'the source')}."
-        for name, told in adapted.items()
+        f"{name} adapted by {' and '.join(facts['by'])}, without labels: the features that reach '{facts['part']}', to "
+        f"those of {facts['examples']} examples of {facts.get('source', 'the source')}."
+        for name, facts in adapted.items()
     ]

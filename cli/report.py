@@ -77,9 +77,9 @@ def report(
         page = None if html is None else write_page(view, html or _page_of(source), overwrite=overwrite)
     summary = {} if log is None else summarise(read_log(log))
     if json:
-        told = {"log": None if log is None else str(log), "pictures": [str(path) for path in pictures]}
-        told |= {"page": None if page is None else str(page), "artifact": describe(view)}
-        console.emit(told | summary)
+        facts = {"log": None if log is None else str(log), "pictures": [str(path) for path in pictures]}
+        facts |= {"page": None if page is None else str(page), "artifact": describe(view)}
+        console.emit(facts | summary)
     elif not quiet:
         if view.members:
             print_artifact(view)
@@ -158,7 +158,7 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "validation": (end or last).get("scores", last.get("validation", {})),
         "tests": (end or {}).get("tests", {}),
         "adapted": {
-            name: told["adapted"] for name, told in start.get("tasks", {}).items() if told.get("adapted")
+            name: facts["adapted"] for name, facts in start.get("tasks", {}).items() if facts.get("adapted")
         },
         "hypermodules": (end or last).get("hypermodules", {}),
         "subsets": last.get("subsets", {}) if end is None else end.get("stored_modules", {}),

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 PATIENCE = 0.4  # seconds before anything is shown: a command that is done by then needs no sign of life
-SETTLED = 3.0  # seconds of work from which the time that is left can be told
+SETTLED = 3.0  # seconds of work from which the time that is left can be estimated
 MOST = 3  # tasks shown at once, the innermost
 SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 BAR = 24  # columns of a bar, where there is room
@@ -46,7 +46,7 @@ class Job:
         self.first = self.first or (self.done, now)
 
     def left(self, now: float) -> float | None:
-        """Seconds until it is done; None while nothing can be told."""
+        """Seconds until it is done; None while nothing can be estimated."""
         if self.total is None or self.first is None:
             return None
         steps, since = self.done - self.first[0], now - self.first[1]

@@ -230,8 +230,8 @@ def print_report(report: TrainReport, folder: Path, trust: bool = False) -> None
 
     from . import console, outcome
 
-    told = report.document()
-    outcome.print_scores(told["first"], told["scores"], told["tests"])
+    facts = report.document()
+    outcome.print_scores(facts["first"], facts["scores"], facts["tests"])
     for sentence in outcome.adapted_words(report.adapted):
         console.say(sentence)
     now, whole = report.numbers

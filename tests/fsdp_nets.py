@@ -114,14 +114,14 @@ def held(trainer):
 
 def main(out, folder=None, slow=0.0, config=None, dtype="float64"):
     """Train, resuming where a state is; write each process's weights, and what it decided and held."""
-    rank, step, told = os.environ.get("RANK", "0"), Trainer.train_step, {}
+    rank, step, facts = os.environ.get("RANK", "0"), Trainer.train_step, {}
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / f"{rank}.pid").write_text(str(os.getpid()))
 
     def watched(self):
         time.sleep(slow)
         clip = self.processes.clip
-        self.processes.clip = lambda *args: (told.update(held(self)), clip(*args))
+        self.processes.clip = lambda *args: (facts.update(held(self)), clip(*args))
         step(self)
         del self.processes.clip
 
@@ -142,7 +142,7 @@ def main(out, folder=None, slow=0.0, config=None, dtype="float64"):
         "psi": {key: joint.dictionary[key].psi.tolist() for key in joint.dictionary},
     }
     scores = {name: score.loss for name, score in report.scores.items()}
-    found = {"decided": decided, "scores": scores, "bytes": told}
+    found = {"decided": decided, "scores": scores, "bytes": facts}
     (Path(out) / f"{rank}.json").write_text(json.dumps(found))
 
 

@@ -77,10 +77,10 @@ def test_mixtures_alone_adapt_and_are_measured_with_labels(folder, digits, tmp_p
     assert statistics and all(key.startswith("blocks.") and "norm" not in key for key in moved - statistics)
     assert bool(moved - statistics) == (way != "statistics")
     assert report.tests["digits"].metric is not None and report.scores["digits"].metric is not None
-    told = report.adapted.get("digits")
-    assert (told is None) == (way == "statistics")
-    if told is not None:
-        assert (told["part"], told["examples"], told["source"]) == ("head", 32, str(digits))
+    facts = report.adapted.get("digits")
+    assert (facts is None) == (way == "statistics")
+    if facts is not None:
+        assert (facts["part"], facts["examples"], facts["source"]) == ("head", 32, str(digits))
     score = evaluate_artifact(tmp_path / "adapted", trust_remote_code=True)["digits"]
     assert score.metric is not None and score.examples == 40  # a fifth of them, not the first batches alone
     assert score.loss == (
@@ -97,10 +97,10 @@ def test_the_verbs_say_what_was_adapted(folder, digits, tmp_path):
     words = " ".join(did.output.split())
     assert "digits adapted by moments, without labels: the features that reach 'head'" in words
     assert "64 parameters were trained" in words
-    told = " ".join(runner.invoke(app, ["report", out]).output.split())
-    assert "adapted by moments, without labels" in told
-    told = json.loads(runner.invoke(app, ["evaluate", out, "--trust-remote-code", "--json"]).output)
-    assert told["digits"]["loss"] is None and 0 <= told["digits"]["metric"] <= 1
+    facts = " ".join(runner.invoke(app, ["report", out]).output.split())
+    assert "adapted by moments, without labels" in facts
+    facts = json.loads(runner.invoke(app, ["evaluate", out, "--trust-remote-code", "--json"]).output)
+    assert facts["digits"]["loss"] is None and 0 <= facts["digits"]["metric"] <= 1
     assert " - " in runner.invoke(app, ["evaluate", out, "--trust-remote-code"]).output
 
 

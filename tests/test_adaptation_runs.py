@@ -65,9 +65,9 @@ def test_interrupted_at_any_step_an_adversary_goes_on_bit_for_bit(unbroken, tmp_
 
 def test_the_log_says_what_was_adapted_and_the_members_are_let_go(unbroken):
     _, report, folder = unbroken
-    told = {"by": BOTH, "part": "5", "examples": 90, "settings": {}}
+    facts = {"by": BOTH, "part": "5", "examples": 90, "settings": {}}
     first, *_, last = read_log(folder / "log.jsonl")
-    assert first["tasks"]["adapt"]["adapted"] == last["adapted"]["adapt"] == told == report.adapted["adapt"]
+    assert first["tasks"]["adapt"]["adapted"] == last["adapted"]["adapt"] == facts == report.adapted["adapt"]
     joint = twins()
     train(joint, [task(joint, BOTH)], CONFIG, cpu=True)
     assert not joint["target"][5]._forward_pre_hooks

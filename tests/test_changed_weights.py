@@ -16,7 +16,7 @@ from nets import assert_same_bits
 import surgery
 from surgery.artifact.reports import report_of
 from surgery.storage.stored import loosened, revive, store
-from surgery.storage.trim import thrift
+from surgery.storage.trim import trim
 from surgery.training.train import train
 
 SHORT = {"generations": 1, "steps": 2, "burn_in": 0, "final": 1}
@@ -81,7 +81,7 @@ def stored_and_revived(joint):
     """What an artifact would hold, and the joint model from it."""
     stored = store(joint)
     members = [replace(joint.members[name], module=joint.extract(name)) for name in joint.names]
-    return report_of(joint, stored), revive(members, thrift(stored))
+    return report_of(joint, stored), revive(members, trim(stored))
 
 
 @pytest.mark.parametrize("target", FITS, ids=lambda target: next(iter(target), "error"))

@@ -200,7 +200,7 @@ BAD = {
     "unknown key": (["--set", "parameters.bugdet=1"], "did you mean 'budget'"),
     "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "missing calibration file": (["--calibrate", "nowhere.txt"], "nowhere.txt"),
-    "calibration for a stranger": (["--calibrate", "c=nets.py"], "c"),
+    "calibration for an unknown member": (["--calibrate", "c=nets.py"], "c"),
     "selector without a match": (["--skip", "9.weight"], "9.weight"),
     "no such device": (["--device", "abacus"], "abacus"),
     "existing folder": (["--out", "taken"], "taken"),

@@ -88,10 +88,12 @@ def test_the_command_writes_a_row_for_each_model_and_resumes(tmp_path, capsys):
 
 
 def test_a_row_survives_the_file(tmp_path):
-    told = Row("timm", "a", "A", 7, "meta", "in", 0.5, 0.25, 0.5, 0.25, 'odd, "quoted"\ntext', status="exact")
-    row.write(tmp_path / "c.csv", [told])
-    row.append(tmp_path / "c.csv", told)
-    assert row.read(tmp_path / "c.csv") == [told, told]
+    facts = Row(
+        "timm", "a", "A", 7, "meta", "in", 0.5, 0.25, 0.5, 0.25, 'odd, "quoted"\ntext', status="exact"
+    )
+    row.write(tmp_path / "c.csv", [facts])
+    row.append(tmp_path / "c.csv", facts)
+    assert row.read(tmp_path / "c.csv") == [facts, facts]
 
 
 def test_totals_count_what_was_built():

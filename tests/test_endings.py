@@ -16,7 +16,7 @@ from test_records import CODE, recipe  # noqa: F401  # a fixture
 import surgery
 from surgery.disk.claims import claim, place_of
 from surgery.disk.files import put
-from surgery.disk.records import strangers
+from surgery.disk.records import unowned_files
 from surgery.errors import OutputError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
@@ -146,7 +146,9 @@ def test_a_training_leaves_old_or_new_and_goes_on_wherever_it_ends(run, place, r
         again, old = (*train, "--seed", seed + 1, "--overwrite"), contents(place / "joint")
         ended, said = run(*again, at=at, number=number)
         assert ended == code, (at, number, said)
-        assert contents(place / "joint") == old or (at == TRAIN[0][0] and not strangers(place / "joint")), (
+        assert contents(place / "joint") == old or (
+            at == TRAIN[0][0] and not unowned_files(place / "joint")
+        ), (
             at,
             number,
         )

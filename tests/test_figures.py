@@ -19,7 +19,7 @@ from surgery.core import sizes
 from surgery.members.member import owners_of
 from surgery.settings.training import Evolution
 from surgery.storage.stored import store
-from surgery.storage.trim import thrift
+from surgery.storage.trim import trim
 from surgery.training.loop.starts import start
 from surgery.training.report.comparison import measure, total, verdict, whole_parts
 from surgery.training.report.runlog import find_log, read_log
@@ -120,22 +120,22 @@ def merged(tmp_path_factory):
 
 
 def test_card_screen_manifest_picture_and_plan_agree(merged):
-    folder, told = merged
+    folder, facts = merged
     modules = {name: surgery.load_member(f"{folder}/nets.py:{f}", name=name).module
                for name, f in (("a", "one"), ("b", "two"))}  # fmt: skip
     before = {name: sizes.bytes_of_module(module) for name, module in modules.items()}
-    rows = {row["name"]: row for row in told["members"]}
+    rows = {row["name"]: row for row in facts["members"]}
     assert {name: row["bytes_before"] for name, row in rows.items()} == before
     assert {name: row["parameters"] for name, row in rows.items()} == {
         name: sizes.parameters_of_module(module) for name, module in modules.items()
     }
     manifest = json.loads((folder / "joint" / "manifest.json").read_text())
     report = manifest["report"]
-    assert report["original_bytes"] == before == told["report"]["original_bytes"]
+    assert report["original_bytes"] == before == facts["report"]["original_bytes"]
     assert report["stored_bytes"] == sum(row["bytes_after"] for row in rows.values())
     assert sum(report["saved"].values()) == sum(before.values()) - report["stored_bytes"]
     joint = surgery.load(folder / "joint", modules=modules)
-    shares = count_shares(thrift(store(joint)))  # what the picture is drawn from
+    shares = count_shares(trim(store(joint)))  # what the picture is drawn from
     assert dict(shares.before) == before
     assert shares.after == {name: row["bytes_after"] for name, row in rows.items()}
     card = (folder / "joint" / "README.md").read_text()
@@ -147,13 +147,13 @@ def test_card_screen_manifest_picture_and_plan_agree(merged):
 
 
 def test_the_table_on_the_screen_has_the_figures_of_the_card(tmp_path, merged):
-    folder, told = merged
+    folder, facts = merged
     code, out, err = command(
         "merge", f"a={folder}/nets.py:one", f"b={folder}/nets.py:two", "--out", str(tmp_path / "j"),
         "--max-error", "0.1",
     )  # fmt: skip
     assert code == 0, err
-    for row in told["members"]:
+    for row in facts["members"]:
         line = next(each.split() for each in out.splitlines() if each.split()[:1] == [row["name"]])
         words = [wording.count(row["parameters"]), *wording.size(row["bytes_before"]).split(),
                  *wording.size(row["bytes_after"]).split()]  # fmt: skip
@@ -161,12 +161,12 @@ def test_the_table_on_the_screen_has_the_figures_of_the_card(tmp_path, merged):
 
 
 def test_a_dry_run_and_inspect_count_as_the_merge_does(merged):
-    folder, told = merged
+    folder, facts = merged
     _, shown, _ = command("inspect", f"{folder}/nets.py:one")
-    assert f"{wording.count(told['members'][0]['parameters'])} parameters" in shown
+    assert f"{wording.count(facts['members'][0]['parameters'])} parameters" in shown
     _, out, _ = command("merge", f"a={folder}/nets.py:one", f"b={folder}/nets.py:two", "--dry-run", "--json")
     planned = {row["name"]: (row["parameters"], row["bytes"]) for row in json.loads(out)["members"]}
-    assert planned == {row["name"]: (row["parameters"], row["bytes_before"]) for row in told["members"]}
+    assert planned == {row["name"]: (row["parameters"], row["bytes_before"]) for row in facts["members"]}
 
 
 def test_a_training_run_ends_with_joint_against_alone_against_its_start(tmp_path):

@@ -67,7 +67,7 @@ def test_members_whose_error_cannot_be_measured_are_refused_and_unchanged(build,
         ({"hypermodules": 4, "block": (8, 8), "context": 65}, "at most 64 .* found 65"),
         ({"hypermodules": 4, "block": (999, 8)}, "fill a block of 999x8"),
         ({"max_error": 0.1, "device": "nonsense"}, "Device 'nonsense' is not available"),
-        ({"max_error": 0.1, "probes": {"stranger": []}}, "members, found stranger; the members are mlp"),
+        ({"max_error": 0.1, "probes": {"other": []}}, "members, found other; the members are mlp"),
         ({"max_error": 0.1, "block": (0, 4)}, "at least 1, found 0x4"),
     ],
 )

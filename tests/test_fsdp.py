@@ -56,16 +56,16 @@ def finished(process):
     assert process.returncode == 0, said[-8000:]
 
 
-def told(out, rank=0):
+def facts(out, rank=0):
     return json.loads((out / f"{rank}.json").read_text())
 
 
 def assert_alike(out, expected, ranks=(0, 1)):
     """Weights within rounding, decisions the same, in every process."""
-    wanted, weights = told(expected), load_file(expected / "0.safetensors")
+    wanted, weights = facts(expected), load_file(expected / "0.safetensors")
     for rank in ranks:
-        assert told(out, rank)["decided"] == wanted["decided"]
-        assert told(out, rank)["scores"] == pytest.approx(wanted["scores"], rel=1e-5)
+        assert facts(out, rank)["decided"] == wanted["decided"]
+        assert facts(out, rank)["scores"] == pytest.approx(wanted["scores"], rel=1e-5)
         found = load_file(out / f"{rank}.safetensors")
         assert list(found) == list(weights)
         for name, tensor in weights.items():
@@ -90,13 +90,13 @@ def sharded(tmp_path_factory):
 
 def test_two_sharded_processes_give_the_result_of_one(alone, sharded):
     assert_alike(sharded, alone)
-    psi = told(alone)["decided"]["psi"]
+    psi = facts(alone)["decided"]["psi"]
     assert any(len(set(own)) < len(own) for own in psi.values())  # hypermodules were removed
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_process_holds_its_share(alone, sharded, rank):
-    whole, part = told(alone)["bytes"], told(sharded, rank)["bytes"]
+    whole, part = facts(alone)["bytes"], facts(sharded, rank)["bytes"]
     assert set(part) == {"dictionary", "members", "gradients", "optimizer"}
     for what, size in part.items():
         assert 0.45 < size / whole[what] < 0.55, what

@@ -79,9 +79,9 @@ def test_every_next_command_of_a_training_runs_from_elsewhere_and_after_a_move(
     assert "--trust-remote-code" in printed(shown)[1]
     evaluated = run_all(shown)
     assert (tmp_path / "work" / "recipe").is_dir()
-    told = yaml.safe_load((tmp_path / "work" / "recipe" / "recipe.yaml").read_text())
-    assert told["models"][1]["tasks"][0]["data"] == "../../my project/files/own.npz"
-    assert told["models"][0]["model"] == "../../my project/mine.py:net"
+    facts = yaml.safe_load((tmp_path / "work" / "recipe" / "recipe.yaml").read_text())
+    assert facts["models"][1]["tasks"][0]["data"] == "../../my project/files/own.npz"
+    assert facts["models"][0]["model"] == "../../my project/mine.py:net"
 
     moved = tmp_path / "moved"
     moved.mkdir()

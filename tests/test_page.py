@@ -110,8 +110,8 @@ def test_the_page_of_a_merge_has_the_figures_of_its_manifest(fitted):
     for row in report.detail:
         after[row.member] += row.nbytes
     for name, before in manifest["original_bytes"].items():
-        told = next(row for row in page.rows if row[0] == name)
-        assert told[2:] == [
+        facts = next(row for row in page.rows if row[0] == name)
+        assert facts[2:] == [
             wording.count(manifest["parameters"][name]),
             wording.size(before),
             wording.size(after[name]),
@@ -227,9 +227,9 @@ def test_the_verb_writes_the_page_beside_the_folder_or_where_it_is_told(fitted, 
     monkeypatch.chdir(tmp_path)
     code, out, err = command("report", folder, "--html", "page.html", "--json")
     assert code == 0, err
-    told = json.loads(out)
-    assert told["page"] == "page.html" and check((tmp_path / "page.html").read_text())
-    assert {row["name"] for row in told["artifact"]["members"]} == {"one", "two"}
+    facts = json.loads(out)
+    assert facts["page"] == "page.html" and check((tmp_path / "page.html").read_text())
+    assert {row["name"] for row in facts["artifact"]["members"]} == {"one", "two"}
     code, out, err = command("report", folder, "--html")
     assert code == 0 and (folder.parent / "joint.html").is_file() and "joint.html" in out, err
     code, _, err = command("report", tmp_path)

@@ -16,7 +16,7 @@ from surgery.artifact.export import export
 from surgery.disk.claims import place_of
 from surgery.disk.files import files_below, put
 from surgery.disk.folders import new_folder
-from surgery.disk.records import RECORD, note, owned_files, remove_owned, strangers, write_owned
+from surgery.disk.records import RECORD, note, owned_files, remove_owned, unowned_files, write_owned
 from surgery.errors import OutputError
 from surgery.training.loop.run import BEST, STATE
 from surgery.training.report.pictures import draw_run, write_pictures
@@ -61,7 +61,7 @@ def test_what_is_removed_is_what_was_recorded_and_not_changed(ours, theirs, chan
                     (folder / name).write_bytes(b"changed")
                 held[name] = (folder / name).read_bytes()
         kept = {name: content for name, content in held.items() if content != b"ours"}
-        assert strangers(folder) == sorted(kept)
+        assert unowned_files(folder) == sorted(kept)
         assert remove_owned(folder) == sorted(kept)
         assert contents(folder) == kept if kept else not folder.exists()
 
@@ -118,7 +118,7 @@ def test_a_bad_recipe_leaves_an_earlier_runs_state(recipe, tmp_path):
 
 def test_what_a_run_wrote_is_recorded_as_soon_as_it_is_there(tmp_path):
     train(build(), tasks(), SHORT, folder=tmp_path / "run", cpu=True)
-    assert strangers(tmp_path / "run") == [] and {LOG, STATE} <= set(files_below(tmp_path / "run"))
+    assert unowned_files(tmp_path / "run") == [] and {LOG, STATE} <= set(files_below(tmp_path / "run"))
     assert remove_owned(tmp_path / "run") == [] and not (tmp_path / "run").exists()
 
 

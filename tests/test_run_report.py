@@ -1,4 +1,4 @@
-"""What is told of a training run: sharing against chance, statistics, pictures, and the verb that draws them."""
+"""Records of a training run: sharing against chance, statistics, pictures, and the verb that draws them."""
 
 import io
 import itertools
@@ -128,8 +128,8 @@ def test_a_run_that_still_goes_on_is_drawn_as_far_as_it_is(run, tmp_path):
 def test_the_verb_draws_and_tells(run, tmp_path):
     found = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "pictures"), "--json"])
     assert found.exit_code == 0, found.output
-    told = json.loads(found.stdout)
-    assert told["finished"] and told["generations"] == 6 and told["members"] == ["a", "b"]
+    facts = json.loads(found.stdout)
+    assert facts["finished"] and facts["generations"] == 6 and facts["members"] == ["a", "b"]
     assert {p.name for p in (tmp_path / "pictures").iterdir()} == {*PICTURES, RECORD} - {"mixtures.png"}
     shown = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "pictures")])
     assert "6 generations, finished" in shown.output and "layers.png" in shown.output

@@ -16,7 +16,7 @@ from surgery.storage.stored import adopt, deduplicate, revive, store
 KINDS = (*OWN, "bert", "gpt2", "t5", "llama", "mixtral")
 
 
-def hollow(joint):
+def zeroed(joint):
     """Members of the same architectures with other weights."""
     empty = []
     for one in joint.members.values():
@@ -65,7 +65,7 @@ def joint_of(how, kind):
 def test_store_revive_store_is_identical(kind, how):
     joint = joint_of(how, kind)
     stored = store(joint)
-    again = revive(hollow(joint), stored)
+    again = revive(zeroed(joint), stored)
     assert_same_stored(store(again), stored)
     for name in joint:
         if how in ("opened", "trained"):
@@ -82,7 +82,7 @@ def test_store_revive_store_is_identical(kind, how):
 def test_a_revived_member_is_the_original_bit_for_bit(kind):
     original = {key: t.clone() for key, t in member(kind).module.state_dict().items()}
     joint = join([member(kind)], block=(8, 8))
-    again = revive(hollow(joint), store(joint))
+    again = revive(zeroed(joint), store(joint))
     assert_same_bits(again.collapse(kind), original)
     extracted = again.extract(kind)
     assert_same_bits(extracted.state_dict(), original)
@@ -103,7 +103,7 @@ def test_a_fitted_model_that_was_trained_is_stored_as_it_is_and_the_rest_in_its_
     assert after.plan == before.plan
     kept = {key for key, each in before.tensors.items() if after.tensors[key] is each}
     assert kept and all(not each.precision.bits for key, each in after.tensors.items() if key not in kept)
-    again = revive(hollow(joint), after)
+    again = revive(zeroed(joint), after)
     for name in joint:
         assert_same_bits(again.collapse(name), live[name])
 
@@ -116,7 +116,7 @@ def test_opening_what_was_fitted_or_revived_can_be_stored_and_collapses_to_the_s
     joint.open(4)
     stored = store(joint)
     assert stored.nbytes == closed.nbytes
-    again = revive(hollow(joint), stored)
+    again = revive(zeroed(joint), stored)
     for name, state in before.items():
         assert_same_bits(again.collapse(name), state)
 
@@ -125,7 +125,7 @@ def test_members_that_share_a_stored_tensor_can_be_trained_apart():
     joint = join([member("mlp", "a"), member("mlp", "b")])
     stored = store(joint)
     assert stored.aliases
-    again = revive(hollow(joint), stored)
+    again = revive(zeroed(joint), stored)
     before = again.collapse("b")
     with torch.no_grad():
         for p in again.private("a").values():
@@ -165,7 +165,7 @@ def test_odd_tensors_are_kept():
     original = copy.deepcopy(odd.module.state_dict())
     joint = join([odd, one])
     stored = store(joint)
-    again = revive(hollow(joint), stored)
+    again = revive(zeroed(joint), stored)
     assert_same_bits(again.collapse("odd"), original)
     assert_same_stored(store(again), stored)
 

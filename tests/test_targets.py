@@ -35,7 +35,7 @@ def place(tmp_path):
 
 
 def refused(place, target, model="bert", **more):
-    """What a merge is told before it loads anything."""
+    """What a merge refuses before it loads anything."""
     reference = model.replace("@", f"{place}/")
     document = {"models": [{"model": f"net={reference}"}], "out": str(target), **more}
     with pytest.raises(OutputError) as found:

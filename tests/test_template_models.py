@@ -56,7 +56,7 @@ def joined(*members, block=(8, 8), **options):
     return join(members, plan_templates([discover(each) for each in members], block, **options))
 
 
-def hollow(joint):
+def zeroed(joint):
     empty = []
     for one in joint.members.values():
         module = joint.extract(one.name)
@@ -94,7 +94,7 @@ def test_fewer_templates_store_revive_and_collapse_to_what_runs(kind, mixing):
     base = network(kind)
     joint = joined(base, sibling(base, "sibling", 0.1, 1)).open(templates=Templates(2, mixing))
     stored = store(joint)
-    again = revive(hollow(joint), stored)
+    again = revive(zeroed(joint), stored)
     assert {k: e.precision for k, e in store(again).tensors.items()} == {
         k: e.precision for k, e in stored.tensors.items()
     }

@@ -104,10 +104,10 @@ def test_interrupted_at_any_step_and_resumed_it_ends_as_an_unbroken_run(
     assert same(unbroken[0].collapse(), joint.collapse())
     assert report.best == unbroken[1].best and report.scores == unbroken[1].scores
 
-    def told(folder):
+    def facts(folder):
         return [{k: v for k, v in line.items() if k != "seconds"} for line in read_log(folder / "log.jsonl")]
 
-    assert told(tmp_path) == told(unbroken[2])
+    assert facts(tmp_path) == facts(unbroken[2])
 
 
 def run_program(folder, out, *, slow=False, dropout=0.1, processes=1):
@@ -163,8 +163,8 @@ def test_two_processes_give_the_result_of_one_also_when_killed(tmp_path):
     first, second = weights(tmp_path / "o2"), weights(tmp_path / "o2", rank=1)
     assert all(torch.equal(first[key], second[key]) for key in first)
     expected = weights(tmp_path / "o1")
-    told = [json.loads((tmp_path / out / "0.json").read_text()) for out in ("o1", "o2")]
-    assert told[0] == told[1]  # every decision was the same
+    facts = [json.loads((tmp_path / out / "0.json").read_text()) for out in ("o1", "o2")]
+    assert facts[0] == facts[1]  # every decision was the same
     for key, tensor in expected.items():
         torch.testing.assert_close(
             first[key], tensor, rtol=1e-3, atol=1e-5

@@ -34,7 +34,7 @@ class Exactness:
 
 
 def try_model(entry: Entry, seed: int = 0) -> Row:
-    """Everything about one model; what fails is told in `cause`, with its stage."""
+    """Everything about one model; a failure is described in `cause`, with its stage."""
     row = Row(entry.library, entry.model, entry.implementation)
     stage = "build"
     try:

@@ -16,7 +16,7 @@ from surgery.disk.claims import claim
 from surgery.disk.folders import check_target, new_folder
 from surgery.errors import PlanError
 from surgery.members.member import Member, state_tensors
-from surgery.storage.states import hollow, state_of
+from surgery.storage.states import module_of, state_of
 from surgery.storage.stored import Stored, store
 from surgery.storage.trim import on_cpu, restrict
 
@@ -97,7 +97,7 @@ def _read_plain(source: str | Path, member: str, trust: bool) -> tuple[Member, n
     _check_name(member, manifest.members)
     if origin_of(manifest, member).kind in BARE_KINDS:
         stored, described, _ = _one(source, member)
-        return described, hollow(state_of(stored, member))
+        return described, module_of(state_of(stored, member))
     joint = load(source, members=[member], trust_remote_code=trust)
     return joint.members[member], joint.extract(member)
 
@@ -115,7 +115,7 @@ def _one(source: str | Path | JointModel, member: str) -> tuple[Stored, Member, 
     _check_name(member, manifest.members)
     stored = read_stored(folder, manifest, [member])
     report = restrict_report(manifest.report, [member], len(manifest.members) == 1)
-    return stored, read_member(folder, manifest, member, hollow({})), report
+    return stored, read_member(folder, manifest, member, module_of({})), report
 
 
 def _check_name(member: str, names: Any) -> None:

@@ -50,7 +50,7 @@ def inputs_of(manifest: Manifest, member: str) -> Inputs:
 
 
 def hash_of(manifest: Manifest, member: str) -> str | None:
-    """The content hash of a member's state dict as the artifact gives it back, where it can be told from the manifest.
+    """The content hash of a member's state dict as the artifact gives it back, where the manifest determines it.
 
     A member whose own files hold every tensor as it is has none of its own; if its outputs did not move, it is what was
     fitted.

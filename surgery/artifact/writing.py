@@ -43,7 +43,7 @@ from surgery.members.member import Member, Origin, content_hash
 from surgery.storage.precision import Encoded
 from surgery.storage.states import build_banks, state_of
 from surgery.storage.stored import Stored
-from surgery.storage.trim import on_cpu, thrift
+from surgery.storage.trim import on_cpu, trim
 from surgery.version import __version__
 
 ALLOWANCE = 64 * 1024  # bytes that an artifact may be larger than its members' own files
@@ -62,7 +62,7 @@ def write(
     extras: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
     """Write what is stored of some members; `save` says what the arguments are."""
-    stored = thrift(on_cpu(stored))
+    stored = trim(on_cpu(stored))
     _check_names(members)
     check_dtypes({key.partition("/")[2]: each.dtype for key, each in stored.tensors.items()})
     places = into_artifact(out)

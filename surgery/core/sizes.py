@@ -64,7 +64,7 @@ def count_tensors(stored: Stored) -> tuple[TensorReport, ...]:
     parts = {bank.key: location_bytes(stored, bank).cumsum(0) for bank in stored.plan.banks}
     keys = {key: key for key in stored.tensors if key.startswith("plain/")} | dict(stored.aliases)
     rows: list[TensorReport] = []
-    exact, told = 0.0, 0  # so far, as it is and in whole bytes
+    exact, counted = 0.0, 0  # so far, as it is and in whole bytes
     for member in stored.plan.members:
         prefix = f"plain/{member}/"
         found: list[tuple[str, str, float, int]] = []
@@ -81,8 +81,8 @@ def count_tensors(stored: Stored) -> tuple[TensorReport, ...]:
             found.append((p.site.name, ROWS, part, whole))
         for name, how, part, whole in found:
             exact += part
-            rows.append(TensorReport(member, name, how, round(exact) - told, whole))
-            told = round(exact)
+            rows.append(TensorReport(member, name, how, round(exact) - counted, whole))
+            counted = round(exact)
     return tuple(rows)
 
 

@@ -103,7 +103,7 @@ def check_dtypes(dtypes: Mapping[str, torch.dtype]) -> None:
         more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise OutputError(
             "Every tensor must have a dtype that safetensors files hold, but this is not so of "
-            f"{', '.join(bad[:10])}{more}; convert these, complex128 to complex64 or two real tensors, say."
+            f"{', '.join(bad[:10])}{more}; convert these first, such as complex128 to complex64 or to two real tensors."
         )
 
 

@@ -35,7 +35,7 @@ def new_folder(
         target: where the folder shall be; missing parents are made.
         overwrite: whether an existing folder may be replaced. One that holds anything that this tool did not write
             there, by its own records, is never replaced.
-        need: bytes that will be written, to be told early that a disk is too full.
+        need: bytes that will be written; a disk without room for them is refused early.
         record: whether the new folder gets a record of its files; an artifact's manifest is one already.
 
     Yields:

@@ -48,7 +48,7 @@ def owned_files(folder: Path) -> set[str]:
     return owned | ({MANIFEST} if listed else set())
 
 
-def strangers(folder: Path) -> list[str]:
+def unowned_files(folder: Path) -> list[str]:
     """What `folder` holds that this tool did not write: files, and empty folders with a slash behind, sorted."""
     owned = owned_files(folder)
     empty = [
@@ -66,7 +66,7 @@ def check_owned(folder: Path) -> None:
     Raises:
         OutputError: naming what was not.
     """
-    if others := strangers(folder):
+    if others := unowned_files(folder):
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         raise OutputError(
             f"Only what was written here before may be replaced, but {folder} also holds "
@@ -147,7 +147,7 @@ def remove_owned(folder: Path) -> list[str]:
             (folder / parent).rmdir()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-    return strangers(folder) if folder.is_dir() else []
+    return unowned_files(folder) if folder.is_dir() else []
 
 
 def read_record(folder: Path) -> dict[str, str]:

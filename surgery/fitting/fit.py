@@ -35,7 +35,7 @@ from surgery.slots.slots import assign
 from surgery.storage.precision import NATIVE, stored_bytes
 from surgery.storage.states import build_banks, state_of
 from surgery.storage.stored import Stored, adopt, compressed, expand, extra, store, ties
-from surgery.storage.trim import thrift
+from surgery.storage.trim import trim
 
 
 def fit(
@@ -87,7 +87,7 @@ def fit(
         bank = BankRequest(hypermodules, block or (16, 16), context or 4, seed)
         return _fit_lossy(joint, bank, probes, device)
     if max_error == 0 and templates is None:
-        stored, originals = thrift(store(joint)), _originals(joint)
+        stored, originals = trim(store(joint)), _originals(joint)
         precision = sum(
             stored_bytes(each.shape, each.dtype, NATIVE) - each.nbytes for each in stored.tensors.values()
         )
@@ -137,7 +137,7 @@ def _fit_lossy(
         joint.to(home)
         for part, training in modes:
             part.training = training
-    stored = thrift(outcome.stored)
+    stored = trim(outcome.stored)
     precision = sum(bytes_alone(stored).values()) - stored.nbytes - outcome.sharing
     errors = dict(zip(joint.names, map(float, outcome.errors), strict=True))
     measured = {"seed": request.seed, "given": sorted(given)}
@@ -276,9 +276,9 @@ def _check_request(
         raise PlanError("`hypermodules` needs `method=hypermodules`; stacks of layers take `templates`.")
     if block is not None and min(block) < 1:
         raise PlanError(f"Block sides must be at least 1, found {block[0]}x{block[1]}.")
-    if strangers := sorted({*(probes or {})} - {*joint.names}):
+    if unknown := sorted({*(probes or {})} - {*joint.names}):
         raise PlanError(
-            f"Probe inputs need members, found {', '.join(strangers)}; "
+            f"Probe inputs need members, found {', '.join(unknown)}; "
             f"the members are {', '.join(joint.names)}."
         )
 

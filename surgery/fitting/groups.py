@@ -177,13 +177,13 @@ def _bundle(trial: Trial, tensors: Mapping[str, Tensor]) -> Unit:
     # differentiated.
     matrices = any(tensor.ndim > 1 and tensor.numel() >= GROUP for tensor in tensors.values())
     for precision in (BFLOAT16, *(MATRICES if matrices else VECTORS)):
-        trial.wear({_name(key): decode(encode(t, precision)) for key, t in tensors.items()})
+        trial.set_weights({_name(key): decode(encode(t, precision)) for key, t in tensors.items()})
         error = trial.error() ** 2
         if error < 1.0:
             options.append(precision)
             nbytes.append(unit_bytes(tensors, precision))
             errors.append(error)
-    trial.wear({_name(key): t for key, t in tensors.items()})
+    trial.set_weights({_name(key): t for key, t in tensors.items()})
     return Unit(tensors, {trial.name: 1.0}, tuple(options), tuple(nbytes), tuple(errors))
 
 

@@ -71,9 +71,9 @@ def measured_sensitivities(trial: Trial, names: Sequence[str]) -> dict[str, floa
     """
     own = {name: trial.originals[name] for name in names}
     coarse = {name: decode(encode(tensor, COARSE)) for name, tensor in own.items()}
-    trial.wear(coarse)
+    trial.set_weights(coarse)
     moved = trial.error() ** 2
-    trial.wear(own)
+    trial.set_weights(own)
     change = sum(float((coarse[name] - own[name]).double().square().sum()) for name in names)
     energy = sum(float(tensor.double().square().sum()) for tensor in own.values())
     least = (

@@ -36,7 +36,7 @@ class Trial:
         self.owners = dict(owners)
         self.originals = {name: tensor.to(device) for name, tensor in originals.items()}
         self.probes = [to_device(inputs, device) for inputs in probes]
-        self.wear(self.originals)
+        self.set_weights(self.originals)
         self.module.to(device)  # what is in no state dict
         self.reference = [self._outputs(inputs) for inputs in self.probes]
         if not any(self.reference):
@@ -50,7 +50,7 @@ class Trial:
                 "`calibrate`, or use `max_error=0`."
             )
 
-    def wear(self, tensors: Mapping[str, Tensor]) -> None:
+    def set_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Give the module other weights; tensors not named stay as they are."""
         assign(self.module, dict(tensors), self.owners)
         forget_derived(self.module)

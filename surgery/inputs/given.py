@@ -55,9 +55,9 @@ def outlined(inputs: Inputs) -> str:
         >>> outlined(Inputs((torch.zeros(2, 3),), {"mask": None}))
         'float32 [2, 3], mask None'
     """
-    told = [_outline(value) for value in inputs.args]
-    told += [f"{name} {_outline(value)}" for name, value in inputs.kwargs.items()]
-    return ", ".join(told) or "no arguments"
+    outlines = [_outline(value) for value in inputs.args]
+    outlines += [f"{name} {_outline(value)}" for name, value in inputs.kwargs.items()]
+    return ", ".join(outlines) or "no arguments"
 
 
 def _outline(value: Any) -> str:

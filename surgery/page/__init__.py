@@ -1,6 +1,6 @@
 """The page: what an artifact or a training run is, on one self-contained HTML page.
 
-overview   what is told, from a manifest, stored tensors and a run's log
+overview   what is shown, from a manifest, stored tensors and a run's log
 charts     inline SVG
 render     the page, from page.html.jinja and page.css, and the file
 """

@@ -24,7 +24,7 @@ from surgery.version import __version__
 
 GENERATOR = "model-surgery"
 STYLE, MARKUP = "page.css", "page.html.jinja"
-MOST = 40  # members told one by one
+MOST = 40  # members shown one by one
 _LINES = 8  # tasks drawn in one chart
 _WORDS = {"dictionary": "shared rows", "shared copies": "shared copy", "native": "own dtype"}
 
@@ -64,20 +64,20 @@ def write_page(view: Overview, file: str | Path, *, overwrite: bool = False) -> 
 
 def _page(view: Overview) -> dict[str, Any]:
     members = view.members
-    told = {
+    facts = {
         "title": f"{view.title}: report", "heading": view.title, "lead": _lead(view), "tiles": _tiles(view),
         "verdict": _verdict(view.run), "footer": _footer(view), "run": _training(view.run) if view.run else None,
         "overlap": _overlap(view.run), "members": [], "total": None,
     }  # fmt: skip
     if not members or view.shares is None:
-        return told
+        return facts
     largest = max(max(member.before, member.after) for member in members)
     kinds = list(dict.fromkeys(_kind(kind) for member in members for kind in member.kinds))
     kinds.sort(key=lambda kind: list(_CLASSES).index(kind))
     before, after = sum(m.before for m in members), sum(m.after for m in members)
     most = max([8.0, *(layer.bits for member in members for layer in member.layers)])
     known = [member.parameters for member in members if member.parameters is not None]
-    told |= {
+    facts |= {
         "members": [_member(member, largest) for member in members[:MOST]],
         "kinds": [(kind, _CLASSES[kind], None) for kind in kinds],
         "saved": _saved(view.report),
@@ -90,11 +90,11 @@ def _page(view: Overview) -> dict[str, Any]:
         **_pairs(view),
     }  # fmt: skip
     if len(members) > 1:
-        told["total"] = {
+        facts["total"] = {
             "parameters": count(sum(known)) if len(known) == len(members) else "-",
             "before": size(before), "after": size(after), "share": percent(after / before) if before else "-",
         }  # fmt: skip
-    return told
+    return facts
 
 
 # -- what a page says --------------------------------------------------------------------------------------

@@ -286,9 +286,9 @@ def read_probes(recipe: Recipe, members: Sequence[Member]) -> dict[str, list[Inp
     own = [(model.name, model.calibrate) for model in recipe.models if model.calibrate]
     own += [(name, file) for name, file in entries if name is not None]
     names = [member.name for member in members]
-    if strangers := sorted({name or "" for name, _ in own} - set(names)):
+    if unknown := sorted({name or "" for name, _ in own} - set(names)):
         raise PlanError(
-            f"Calibration files need members, found {', '.join(strangers)}; known: {', '.join(names)}."
+            f"Calibration files need members, found {', '.join(unknown)}; known: {', '.join(names)}."
         )
     probes: dict[str, list[Inputs]] = {}
     for member in members:

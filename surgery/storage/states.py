@@ -76,11 +76,11 @@ class _WithExtraState(nn.Module):
         return self.extra
 
 
-def hollow(state: Mapping[str, Any]) -> nn.Module:
+def module_of(state: Mapping[str, Any]) -> nn.Module:
     """A module with no forward that has exactly this state dict, where a member's class is not at hand.
 
     Example:
-        >>> module = hollow({"a.weight": torch.ones(2), "b": torch.zeros(3, dtype=torch.long)})
+        >>> module = module_of({"a.weight": torch.ones(2), "b": torch.zeros(3, dtype=torch.long)})
         >>> [name for name, _ in module.named_parameters()], [name for name, _ in module.named_buffers()]
         (['a.weight'], ['b'])
     """

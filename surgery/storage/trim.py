@@ -1,6 +1,6 @@
 """Trim: make a stored joint model no larger than it must be, without changing what it decodes to.
 
-`restrict` keeps some members only. `thrift` undoes what does not pay once names and headers are counted: an
+`restrict` keeps some members only. `trim` undoes what does not pay once names and headers are counted: an
 encoding of a tiny tensor that takes more room than the tensor, or a bank that takes more than the weights it
 generates.
 """
@@ -58,7 +58,7 @@ def on_cpu(stored: Stored) -> Stored:
     return replace(stored, tensors={key: _to_cpu(each) for key, each in stored.tensors.items()})
 
 
-def thrift(stored: Stored) -> Stored:
+def trim(stored: Stored) -> Stored:
     """Store plainly what is smaller so, names and headers counted; every decoded value stays what it was."""
     stored = _drop_costly_banks(stored)
     tensors = {

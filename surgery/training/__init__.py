@@ -11,6 +11,6 @@ stateful, shared_batches          what losses may have: a state of their own, me
 processes, sharded, fsdp, shards  several processes that each hold everything, or a part
 train, run, state, runlog         from the start to the end: judged, logged, saved, resumed
 run_plan, interruptions           what a state must agree with to go on, and being asked to stop
-running_losses, trackers          what losses come to, and who else is told
+running_losses, trackers          what losses come to, and where else they are logged
 describing                        the log's first line
 """

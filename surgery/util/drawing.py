@@ -9,7 +9,7 @@ INK, MUTED, GRID, EMPTY = "#1f2933", "#66727f", "#e3e7eb", "#edf0f2"
 PALETTE = (
     "#d55e00", "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#5c4742", "#8c6d31", "#a3b18a", "#4d4d4d",
 )  # fmt: skip
-"""Colours of things that are told apart, the most important first; the first six are apart for the colour-blind too."""
+"""Colours that distinguish things, the most important first; the first six are apart for the colour-blind too."""
 
 
 def new_figure(width: float, height: float) -> Any:

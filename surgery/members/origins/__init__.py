@@ -7,8 +7,8 @@ A new kind of reference is one new file and one line in `KINDS`. Every file offe
 - `build(origin, files, request) -> nn.Module`: the architecture again, without weights;
 - `save_plain(module, origin, files, directory)`: a folder that works without this package;
 
-where something can be found wrong without loading anything, `check(reference)`; where a live module can be told to be
-of that kind, `adopt(module) -> Loaded | None`; and where it does not say with which dtypes it was built,
+where something can be found wrong without loading anything, `check(reference)`; where a live module can be
+recognised, `adopt(module) -> Loaded | None`; and where it does not say with which dtypes it was built,
 `take_dtypes(module, dtypes)`, for what is in no state dict.
 """
 

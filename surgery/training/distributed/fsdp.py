@@ -1,4 +1,4 @@
-"""FSDP: what accelerate was told of sharding, what of it training cannot take, and which modules are gathered at once.
+"""FSDP: accelerate's settings of sharding, those that training cannot take, and which modules are gathered at once.
 
 Read from accelerate's own plugin and the variables that `accelerate launch` sets, so that processes on CPUs, for which
 accelerate itself shards nothing, do the same as those on accelerators.
@@ -108,12 +108,12 @@ def check_launch() -> None:
     if _asked() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise PlanError(
             "Joint training needs FSDP of version 2, but accelerate is configured for version 1, which flattens the "
-            "parameters that generated weights have to be told apart by: launch it with `fsdp_version: 2`."
+            "parameters that generated weights are distinguished by: launch it with `fsdp_version: 2`."
         )
 
 
 def read_sharding(accelerator: Any, settings: Training) -> Sharding | None:
-    """How accelerate was told to shard; None where every process shall hold everything.
+    """How accelerate is set to shard; None where every process shall hold everything.
 
     Raises:
         PlanError: for ways of splitting a model that training cannot take.
@@ -148,12 +148,12 @@ def read_sharding(accelerator: Any, settings: Training) -> Sharding | None:
 
 
 def wants_checkpointing() -> bool:
-    """Whether accelerate was told to recompute activations."""
+    """Whether accelerate is set to recompute activations."""
     return os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true"
 
 
 def check_members(joint: JointModel, sharding: Sharding) -> None:
-    """Raise where a class that accelerate was told of is in no member.
+    """Raise where a class that accelerate's settings name is in no member.
 
     Raises:
         PlanError: naming it.

@@ -1,4 +1,4 @@
-"""Training templates: what regularises their mixtures, hardening, and what is told of them."""
+"""Training templates: what regularises their mixtures, hardening, and what is reported of them."""
 
 from __future__ import annotations
 
@@ -93,13 +93,13 @@ def mixtures_of(joint: JointModel) -> dict[str, list[list[float]]]:
 
 def describe_stacks(joint: JointModel) -> dict[str, Any]:
     """The layers of every stack and how many templates it has, for the log."""
-    told = {}
+    facts = {}
     for name, banks in stacks_of(joint).items():
         key, bank = next(iter(banks.items()))
         placed = sorted((p for p in joint.plan.placements if p.bank == key), key=lambda p: p.start)
-        told[name] = {
+        facts[name] = {
             "layers": [[p.site.member, p.site.name] for p in placed],
             "templates": bank.context,
             "numbers": sum(b.width for b in banks.values()),
         }
-    return told
+    return facts

@@ -133,7 +133,7 @@ class Run:
             ) from error
 
     def _agreed(self, asked: bool) -> bool:
-        """Whether any process is asked to stop, told to all so that all save one step; of several the answer is
+        """Whether any process is asked to stop, known to all so that all save one step; of several the answer is
         that of the step before, for which none waits."""
         accelerator = self.trainer.accelerator
         if accelerator.num_processes == 1:
@@ -316,10 +316,10 @@ class Run:
             scores=scores,
             tests=tests,
             hypermodules={key: bank.hypermodules for key, bank in trainer.evolving.items()},
-            templates={name: told["templates"] for name, told in describe_stacks(joint).items()},
+            templates={name: facts["templates"] for name, facts in describe_stacks(joint).items()},
             numbers=parameters_of_dictionary(joint),
             trained=trained_numbers(joint),
-            adapted={task.name: told for task in trainer.tasks if (told := adapted_of(task)) is not None},
+            adapted={task.name: facts for task in trainer.tasks if (facts := adapted_of(task)) is not None},
             first=self.first_scores,
             sizes=sizes,
             loosened=loosened(joint),

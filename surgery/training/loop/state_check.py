@@ -1,4 +1,4 @@
-"""Whether a state fits the run that is to go on from it, told before anything in memory changes.
+"""Whether a state fits the run that is to go on from it, checked before anything in memory changes.
 
 Each check yields sentences about what is wrong, so that one error names all of it.
 """
@@ -157,9 +157,9 @@ def _wrong_names(
             yield f"'{shown_text(name)}' is none of a state's tensors"
         elif name.startswith("running/") and (tensor.ndim or not tensor.is_floating_point()):
             yield f"'{shown_text(name)}' must be one number, found {list(tensor.shape)}"
-    told = under(tensors, "running/")
-    if told and set(told) != set(trainer.streams):
-        yield f"running losses must be of all tasks, found {shown(sorted(told))}"
+    running = under(tensors, "running/")
+    if running and set(running) != set(trainer.streams):
+        yield f"running losses must be of all tasks, found {shown(sorted(running))}"
 
 
 def _wrong_optimizer(

@@ -1,1 +1,1 @@
-"""What is told of a run: its log, report, pictures and trackers."""
+"""Records of a run: its log, report, pictures and trackers."""

@@ -16,7 +16,7 @@ from surgery.core.joint import JointModel
 from surgery.dictionary.dictionary import Bank
 from surgery.training.report.runlog import users
 
-MOST_LAYERS = 120  # rows of an overlap; longer members are told in groups of consecutive layers
+MOST_LAYERS = 120  # rows of an overlap; longer members are shown in groups of consecutive layers
 STATISTICS = ("stdev", "mean", "norm", "max")
 
 

@@ -9,7 +9,7 @@ from surgery.artifact.shares import count_shares
 from surgery.core.joint import JointModel
 from surgery.core.sizes import parameters_alone, parameters_joint
 from surgery.storage.stored import store
-from surgery.storage.trim import on_cpu, thrift
+from surgery.storage.trim import on_cpu, trim
 from surgery.training.tasks.validation import Score
 from surgery.util.wording import percent, size
 
@@ -23,7 +23,7 @@ def measure(joint: JointModel) -> tuple[Sizes, dict[str, int]]:
     Returns:
         sizes under `alone` and `joint`, see `surgery.core.sizes`; and `surgery.artifact.shares.Shares.modules`.
     """
-    shares = count_shares(thrift(on_cpu(store(joint))))
+    shares = count_shares(trim(on_cpu(store(joint))))
     alone, now = parameters_alone(joint), whole_parts(parameters_joint(joint))
     return {
         "alone": {n: {"parameters": alone[n], "bytes": shares.before[n]} for n in joint.names},
@@ -38,11 +38,11 @@ def whole_parts(parts: Mapping[str, float]) -> dict[str, int]:
         >>> whole_parts({"a": 0.5, "b": 1.5, "c": 1.0})
         {'a': 0, 'b': 2, 'c': 1}
     """
-    found, exact, told = {}, 0.0, 0
+    found, exact, counted = {}, 0.0, 0
     for name, part in parts.items():
         exact += part
-        found[name] = round(exact) - told
-        told = round(exact)
+        found[name] = round(exact) - counted
+        counted = round(exact)
     return found
 
 

@@ -29,9 +29,9 @@ def draw_mixtures(start: Line, generations: Sequence[Line], end: Line | None) ->
     heights = [min(max(1.6, 0.22 * len(stacks[name]["layers"])), _TALLEST) for name in stacks]
     figure = new_figure(9.2, 0.7 + sum(heights) + 0.55 * len(heights))
     rows = figure.subplots(len(stacks), 2, squeeze=False, height_ratios=heights)
-    for (left, right), (name, told) in zip(rows, stacks.items(), strict=True):
+    for (left, right), (name, facts) in zip(rows, stacks.items(), strict=True):
         history = np.array([line["mixtures"][name] for line in logged])  # [generations, layers, K]
-        _over_time(left, history, told["layers"], name)
+        _over_time(left, history, facts["layers"], name)
         _at_the_end(right, history[-1])
     label_generations(rows[-1][0])
     rows[-1][1].set_xlabel("template")

@@ -29,17 +29,17 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def tracked(losses: Mapping[str, float], scores: Mapping[str, Score], **sizes: float) -> dict[str, float]:
-    """What trackers are told after a generation, by name.
+    """What trackers receive after a generation, by name.
 
     Args:
         losses: of the tasks, in training.
         scores: of the tasks on held-out data, where they were measured.
         sizes: of the dictionary.
     """
-    told = {f"loss/{name}": value for name, value in losses.items()} | sizes
+    facts = {f"loss/{name}": value for name, value in losses.items()} | sizes
     for name, score in scores.items():
         if score.loss is not None:
-            told[f"validation/{name}"] = score.loss
+            facts[f"validation/{name}"] = score.loss
         if score.metric is not None:
-            told[f"{score.measure}/{name}"] = score.metric
-    return told
+            facts[f"{score.measure}/{name}"] = score.metric
+    return facts

@@ -55,7 +55,9 @@ def with_sources(
         if adaptation is not None and adapts_by(task.loss):
             member = _member(source, like)
             seen = _features(specs[task.name], adaptation, source, member, recipe.seed, permission, batches)
-            task = replace(task, source=replace(seen, told={"source": folder, "member": member, **seen.told}))
+            task = replace(
+                task, source=replace(seen, facts={"source": folder, "member": member, **seen.facts})
+            )
         found.append(task)
     return found
 

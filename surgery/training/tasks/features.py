@@ -1,4 +1,4 @@
-"""Features: what reaches a part of a member, a head say, of a source that does not change and of a target that does."""
+"""Features: what reaches a part of a member, such as its head, of a fixed source and of a target that is trained."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class SourceFeatures:
         features: `[N, F]` of the source.
         settings: of the way of adaptation, by name.
         seed: of what that draws at random.
-        told: where they come from, as JSON, for log and report.
+        facts: where they come from, as JSON, for log and report.
     """
 
     part: str
     features: Tensor
     settings: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-    told: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
         """As JSON, without the features."""
@@ -40,7 +40,7 @@ class SourceFeatures:
             "part": self.part,
             "examples": len(self.features),
             "settings": dict(self.settings),
-            **self.told,
+            **self.facts,
         }
 
 

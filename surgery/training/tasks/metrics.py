@@ -109,8 +109,8 @@ def measure_of(wanted: str | Mapping[str, Any]) -> Measure:
     if not isinstance(name, str) or not isinstance(given, Mapping | None):
         raise PlanError(f"The arguments of metric '{name}' must be a mapping, found {given!r}.")
     options = dict(given or {})
-    told = ", ".join(f"{key}={value}" for key, value in options.items())
-    title = f"{name}({told})" if told else name
+    written = ", ".join(f"{key}={value}" for key, value in options.items())
+    title = f"{name}({written})" if written else name
     if top := _TOP.fullmatch(name):
         makers = {"Multiclass": known_metrics()["accuracy"][1]["Multiclass"]}
         return _checked(Measure(title, makers, _numbers, options, {"average": "micro", "top_k": int(top[1])}))

@@ -13,7 +13,7 @@ from surgery.errors import TrainingError
 
 
 class RunningLosses:
-    """Sums over the steps since they were last told.
+    """Sums over the steps since they were last reported.
 
     Args:
         accelerator: whose device they are on and whose processes share them.

@@ -24,7 +24,7 @@ class Score:
     """What one task reached.
 
     Attributes:
-        loss: mean over the examples; None where it cannot be told: without targets that it compares with, or, of an
+        loss: mean over the examples; None where it is not defined: without targets that it compares with, or, of an
             artifact, without the source that a member was adapted to.
         metric: None where the task has none.
         examples: how many were seen.
@@ -126,7 +126,7 @@ def batches_of(task: Task, data: Iterable[Any], what: str = "held-out data") -> 
 def measured(
     module: nn.Module, task: Task, batch: Batch, loss: Loss | None, meter: Meter, data: str = "held-out data"
 ) -> Tensor | None:
-    """The loss of one batch, where there is one and it can be told, and the meter updated.
+    """The loss of one batch, where there is one and it is defined, and the meter updated.
 
     Raises:
         TrainingError: where the member, the loss or the metric cannot take the batch.
