@@ -48,6 +48,12 @@ def test_distillation_is_evaluated_against_the_member_as_it_was(recipe, tmp_path
     assert loaded.names == ("net",)
 
 
+def test_a_folder_that_was_not_trained_has_nothing_to_evaluate(recipe, tmp_path):
+    command("merge", "mine.py:net", "--max-error", "0", "--out", tmp_path / "merged", "--quiet")
+    with pytest.raises(PlanError, match=r"merged was not trained and records none: give a folder"):
+        evaluate_artifact(tmp_path / "merged", trust_remote_code=True)
+
+
 def test_without_the_original_evaluation_says_what_is_missing(recipe, tmp_path, monkeypatch):
     recipe["models"][0]["tasks"][0]["loss"] = "distillation"
     train_recipe(Recipe.of(recipe), cpu=True)

@@ -9,7 +9,7 @@ from command_line import surgery as command
 from torch import nn
 
 import surgery
-from surgery.errors import LoadError
+from surgery.errors import LoadError, PlanError
 from surgery.pipeline.train import prepare_training, train_recipe
 from surgery.settings.recipe import Recipe
 from surgery.util.quiet import quiet
@@ -42,6 +42,9 @@ def data(batch, width=6):
 
 def once(batch):
     yield from data(batch)["train"]
+
+def nothing(batch):
+    return {"train": []}
 """
 
 
@@ -94,9 +97,16 @@ def test_data_that_do_not_run_are_refused_with_what_was_given(here, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_data_that_can_be_read_once_are_left_to_training(here):
-    with pytest.raises(LoadError, match="does not tell what its forward takes"):
-        prepare_training(recipe(data="mine.py:once"))
+@pytest.mark.parametrize(
+    ("data", "said"), [("once", "can be iterated over only once"), ("nothing", "have no batch")]
+)
+def test_data_that_show_no_inputs_are_blamed_themselves(here, data, said):
+    with pytest.raises(PlanError, match=rf"data mine\.py:{data} of member 'net' .*{said}: return a list"):
+        prepare_training(recipe(data=f"mine.py:{data}"))
+
+
+def test_data_that_can_be_read_once_are_left_to_training_where_inputs_are_given(here):
+    assert prepare_training(recipe("mine.py:with_inputs", "mine.py:once")).members[0].inputs.kwargs
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,27 @@ def test_what_does_not_fit_is_named_with_its_shapes():
 
 
 @pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (torch.tensor([9, 1, 70]), r"target int64 \[3\] from 1 to 70"),
+        (torch.zeros(3), r"target float32 \[3\]"),
+    ],
+)
+def test_classes_that_do_not_fit_are_named_with_their_range_and_dtype(target, said):
+    with pytest.raises(TrainingError, match=said):
+        train(build(), [Task("t", "a", [(torch.zeros(3, 4), target)])], CONFIG, cpu=True)
+
+
+def test_data_that_hold_nan_are_named_before_the_first_step(tmp_path):
+    bad = [Task("t", "a", [(torch.full((3, 4), torch.nan), torch.zeros(3, dtype=torch.long))])]
+    with pytest.raises(
+        TrainingError, match="first batch of its data it is nan, and the inputs of that batch hold NaN"
+    ):
+        train(build(), bad, CONFIG, folder=tmp_path / "run", cpu=True)
+    assert not (tmp_path / "run" / STATE).exists()
+
+
+@pytest.mark.parametrize(
     ("broken", "said"),
     [
         ([], "there is no task"),

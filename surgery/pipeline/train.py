@@ -240,6 +240,11 @@ def evaluate_artifact(
     """
     joint = load(source, members=members, trust_remote_code=trust_remote_code)
     recipe = recipe_of(joint)
+    if not any(model.tasks for model in recipe.models):
+        raise PlanError(
+            f"An artifact is evaluated on the tasks that it records, but {source} was not trained and records none: "
+            "give a folder that joint training wrote, or measure its members in Python."
+        )
     chosen = [model for model in recipe.models if model.name in joint.names]
     if data is not None:
         chosen = [

@@ -20,6 +20,7 @@ from surgery.settings.names import Mixing, without_target
 from surgery.settings.problems import Strict, problems_of
 from surgery.settings.quantities import Context, NotNegative, Positive, Rate, Seed, Share
 from surgery.settings.training import Adaptation, Training
+from surgery.util.wording import sentence
 
 MAX_ERROR = 0.05
 MOST_ERRORS = 20  # that one message names
@@ -200,7 +201,7 @@ class Recipe(Strict):
         if found is None or wrong:
             more = f"; and {len(wrong) - MOST_ERRORS} more" if len(wrong) > MOST_ERRORS else ""
             broken = "; ".join(shown_text(each, 500) for each in wrong[:MOST_ERRORS])
-            raise PlanError(f"The recipe is not valid: {broken}{more}.")
+            raise PlanError(sentence(f"The recipe is not valid: {broken}{more}"))
         return found
 
     @property

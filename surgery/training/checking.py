@@ -27,6 +27,7 @@ from surgery.training.tasks.metrics import measure_of
 from surgery.training.tasks.sources import ENDINGS, is_function, no_source
 from surgery.training.tasks.sources_hub import PREFIX
 from surgery.training.tasks.sources_text import TEXT_ENDINGS
+from surgery.util.wording import sentence
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel
@@ -64,7 +65,7 @@ def check_recipe(recipe: Recipe, going_on: bool = False) -> None:
     if recipe.train is None:
         raise PlanError("A training recipe needs a section 'train', if only 'train: {}'.")
     if wrong := recipe_problems(recipe.model_dump(), going_on):
-        raise PlanError(f"The recipe is not valid: {'; '.join(wrong)}.")
+        raise PlanError(sentence(f"The recipe is not valid: {'; '.join(wrong)}"))
 
 
 def recipe_problems(document: Mapping[str, Any], going_on: bool = False) -> list[str]:
@@ -138,7 +139,7 @@ def check_run(
         wrong += _caught(share_selectors, getattr(settings, key), names, f"train.{key}")
     if wrong:
         raise PlanError(
-            f"Training needs settings and tasks that fit the joint model; found: {'; '.join(wrong)}."
+            sentence(f"Training needs settings and tasks that fit the joint model; found: {'; '.join(wrong)}")
         )
     return settings
 

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 
+def sentence(text: str) -> str:
+    """Text with the stop that ends a sentence, where it has none.
+
+    Example:
+        >>> sentence("known are mse, mae"), sentence("did you mean 'mse'?")
+        ('known are mse, mae.', "did you mean 'mse'?")
+    """
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
 def size(amount: float) -> str:
     """Bytes, in powers of ten.
 

@@ -38,16 +38,26 @@ class TaskData:
         """The first examples that a model's first task trains on; None for those that the member has otherwise.
 
         A factory's own example inputs stay. Data that can be read only once are left to training.
+
+        Raises:
+            PlanError: where a factory has no example inputs, and its data no batch that can be looked at.
         """
         chosen = member.origin.kind == "factory" and (member.inputs.args or member.inputs.kwargs)
         if chosen or not model.tasks:
             return None
         data = self(model.tasks[0], member).train
-        if only_once(data):
-            return None
-        with seeded(self.seed), seeded_others(self.seed):
-            raw = next(iter(data), None)
+        raw = None
+        if not only_once(data):
+            with seeded(self.seed), seeded_others(self.seed):
+                raw = next(iter(data), None)
         if raw is None:
+            if member.origin.kind == "factory":
+                found = "can be iterated over only once" if only_once(data) else "have no batch"
+                raise PlanError(
+                    f"The data {model.tasks[0].data} of member '{member.name}' must show what its forward takes and "
+                    f"yield batches in every epoch, but they {found}: return a list, a DataLoader or another object "
+                    "that can be iterated over again."
+                )
             return None
         try:
             batch = as_batch(raw)

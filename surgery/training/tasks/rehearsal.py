@@ -14,6 +14,7 @@ from torch import nn
 
 from surgery.core.joint import JointModel
 from surgery.errors import PlanError, SurgeryError, TrainingError
+from surgery.training.tasks.explain import name_nan
 from surgery.training.tasks.losses import adapts_by, loss_of
 from surgery.training.tasks.metrics import Meter
 from surgery.training.tasks.tasks import Loss, Task, as_batch
@@ -90,7 +91,12 @@ def _try(module: nn.Module, task: Task, part: str, loss: Loss | None) -> None:
         raise PlanError(f"Task '{task.name}', {PARTS[part]}: {error}") from error
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     batch, meter = batch.map(lambda tensor: tensor.to(device)), Meter(task.metric)
-    measured(module, task, batch, loss, meter, PARTS[part])
+    found = measured(module, task, batch, loss, meter, PARTS[part])
+    if found is not None and not bool(found.isfinite().all()) and (bad := name_nan(batch)):
+        raise TrainingError(
+            f"The loss of task '{task.name}' must be finite, but on a first batch of its {PARTS[part]} it is "
+            f"{float(found.mean())}, and the {bad} of that batch hold NaN: repair or leave out these examples."
+        )
     if task.metric is not None and batch.target is None and part != "data":
         raise PlanError(
             f"Metric '{meter.name}' of task '{task.name}' compares with targets, but its {PARTS[part]} give none: "
