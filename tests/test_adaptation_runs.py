@@ -131,6 +131,7 @@ def test_two_processes_have_one_discriminator_and_give_the_result_of_one(tmp_pat
         torch.testing.assert_close(first[key], tensor, rtol=1e-3, atol=1e-5)  # sums in another order
 
 
+@pytest.mark.slow
 def test_two_processes_that_were_cut_off_go_on_bit_for_bit_and_share_running_statistics(tmp_path):
     first, second = launch(tmp_path / "whole", tmp_path / "o1", "batch")
     assert all(torch.equal(first[key], second[key]) for key in first)

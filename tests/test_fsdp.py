@@ -102,6 +102,7 @@ def test_each_process_holds_its_share(alone, sharded, rank):
         assert 0.45 < size / whole[what] < 0.55, what
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_as_an_unbroken_run_in_two_processes_and_in_one(alone, tmp_path):
     out, folder = tmp_path / "two", tmp_path / "run"
     process = launch(out, folder=str(folder), slow=0.15)

@@ -43,7 +43,15 @@ def check(member, skipped=0.0, sites=True):
     return anatomy
 
 
-@pytest.mark.parametrize("name", TIMM)
+LARGE = {"sequencer2d_s", "samvit_base_patch16_224", "nfnet_f0", "falcon_h1", "detr"}
+
+
+def but_large(names):
+    """All names, those of large models in the slow tests."""
+    return [pytest.param(each, marks=pytest.mark.slow if each in LARGE else ()) for each in names]
+
+
+@pytest.mark.parametrize("name", but_large(TIMM))
 def test_timm(name):
     torch.manual_seed(0)
     module = timm.create_model(name).eval()
@@ -59,7 +67,7 @@ def test_timm_with_few_layers():
     check(Member("m", module, Inputs((torch.randn(1, 3, 96, 96),)), Origin("timm", "gemma4_vit_167m", "m")))
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", but_large(TRANSFORMERS))
 def test_transformers(name):
     module = shrunk_model(name)
     origin = Origin("transformers", name, type(module).__name__)

@@ -109,6 +109,7 @@ def test_cut_off_and_resumed_it_is_the_same(whole, document, tmp_path, monkeypat
         assert all(torch.equal(tensor, whole[0].collapse(name)[key]) for key, tensor in state.items())
 
 
+@pytest.mark.slow
 def test_two_processes_share_them_too(whole, document, tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(document))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]

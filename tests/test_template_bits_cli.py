@@ -72,6 +72,7 @@ def test_minilm_within_a_budget_end_to_end(minilm, tmp_path):
     assert_same_files(tmp_path / "joint", tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_minilm_within_an_error(minilm, tmp_path):
     code, out, err = command(
         "merge", minilm, "--method", "templates", "--max-error", "0.05", "--out", tmp_path / "joint"

@@ -22,6 +22,11 @@ KINDS = ("bert", "gpt2", "llama", "t5", "mixtral", "attention", "vit", "mixer", 
 MIXING = ("linear", "softmax", "one-hot")
 
 
+def only(kept):
+    """All mixtures, the others than one in the slow tests."""
+    return [pytest.param(each, marks=() if each == kept else pytest.mark.slow) for each in MIXING]
+
+
 def vit():
     return timm.models.VisionTransformer(img_size=32, embed_dim=32, depth=3, num_heads=2, num_classes=5)
 
@@ -189,7 +194,7 @@ def test_hardening_keeps_the_templates_that_contribute_most():
     assert all(bank.context == 1 for bank in store(joint).plan.banks)
 
 
-@pytest.mark.parametrize("mixing", MIXING)
+@pytest.mark.parametrize("mixing", only("linear"))
 def test_error_and_budget_decide_the_number_of_templates(mixing):
     base = network("vit")
     whole = sum(t.numel() * t.element_size() for t in base.module.state_dict().values())

@@ -161,6 +161,8 @@ def hostile(places: dict[str, Path]) -> dict[str, list[list[str]]]:
         model = {"model": reference, "name": "net", "tasks": [{"data": "surgery_recipes.synthetic:data"}]}
         for kind in KINDS:
             add(f"origin-{kind}-{number}", kind, origin(reference=reference), {"models": [model]})
+            if kind != KINDS[number % len(KINDS)]:  # all verbs with one kind, loading with each
+                made[f"origin-{kind}-{number}"] = made[f"origin-{kind}-{number}"][:2]
         add(f"recipe-model-{number}", "transformers", None, {"models": [{**model, "tasks": [
             {"data": "surgery_recipes.synthetic:data", "loss": "distillation"}]}], "train": {}})  # fmt: skip
     for number, data in enumerate(text.format(**words) for text in DATA):
