@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from . import console
@@ -54,7 +55,6 @@ def member_rows(prepared: Prepared) -> list[dict[str, Any]]:
 
     rows = []
     for member in prepared.members:
-        state = member.module.state_dict()
         placed = prepared.plan.of(member.name)
         rows.append(
             {
@@ -64,7 +64,7 @@ def member_rows(prepared: Prepared) -> list[dict[str, Any]]:
                 "parameters": parameters_of_module(member.module),
                 "bytes": bytes_of_module(member.module),
                 "sites": len(placed),
-                "site_parameters": sum(state[p.site.name].numel() for p in placed),
+                "site_parameters": sum(math.prod(p.site.shape) for p in placed),
                 "locations": sum(p.grid.locations for p in placed),
                 "tensors_left_alone": sum(each.member == member.name for each in prepared.plan.left_alone),
                 "real_inputs": member.name in prepared.probes,

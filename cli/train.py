@@ -214,13 +214,13 @@ def print_left(folder: Path) -> None:
     """What is still in the run's folder now that it is done: files that training did not write, and trackers' ones."""
     from surgery.disk.files import files_below
     from surgery.pipeline.train import run_folder
+    from surgery.util.text import shorten
 
     from . import console
 
     left = files_below(run_folder(folder)) if run_folder(folder).is_dir() else []
     if left:
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        console.say(f"{run_folder(folder)} keeps {', '.join(left[:3])}{more}.", style="dim")
+        console.say(f"{run_folder(folder)} keeps {shorten(left, 3)}.", style="dim")
 
 
 def print_report(report: TrainReport, folder: Path, trust: bool = False) -> None:

@@ -14,9 +14,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from surgery.artifact.recorded import misfits, shapes_of, stored_shapes
+from surgery.artifact.recorded import misfits, stored_shapes
 from surgery.errors import LoadError
-from surgery.members.member import Member, Origin
+from surgery.members.member import Member, Origin, shapes_of
 from surgery.members.origins import origin_kind
 from surgery.members.origins.layers import correct_layers
 from surgery.members.origins.module import live_module

@@ -19,8 +19,9 @@ from surgery.disk.untrusted import UnreadableError, parse_json, read_regular, sh
 from surgery.errors import ArtifactError
 from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import from_document
-from surgery.members.member import Inputs, Member, Origin, state_tensors
+from surgery.members.member import Inputs, Member, Origin, shapes_of
 from surgery.storage.stored import Stored
+from surgery.util.text import shorten
 
 LARGEST_SMALL = 1 << 28  # bytes of a tokenizer or a configuration
 DICTIONARY, WEIGHTS = "dictionary", "weights"
@@ -177,25 +178,14 @@ def stored_dtypes(stored: Stored, member: str) -> set[torch.dtype]:
     return {stored.tensors[key].dtype for key in keys} | sites
 
 
-def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of a module's parameters and persistent buffers."""
-    return {name: tuple(tensor.shape) for name, tensor in state_tensors(module).items()}
-
-
 def misfits(stored: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]) -> str:
     """What is missing, unexpected or of another shape among stored tensors, as text; nothing where all fits."""
     missing, unexpected = [n for n in own if n not in stored], [n for n in stored if n not in own]
     other = [f"{n} {stored[n]} for {own[n]}" for n in own if n in stored and stored[n] != own[n]]
     return "; ".join(
-        f"{len(names)} {what}: {_few(names)}"
+        f"{len(names)} {what}: {shorten(shown_text(name) for name in names)}"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", other))
         if names
-    )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(shown_text(name) for name in names[:8]) + (
-        f" and {len(names) - 8} more" if len(names) > 8 else ""
     )
 
 

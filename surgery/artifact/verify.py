@@ -30,6 +30,7 @@ from surgery.slots.collapse import collapse
 from surgery.storage.states import build_banks, state_of
 from surgery.util.copies import duplicate
 from surgery.util.showing import as_html, as_text
+from surgery.util.text import shorten
 
 ROUNDING = 1e-5  # relative: a kernel may add the terms of a block in another order than the recorded one
 SAME_ERROR = (1e-4, 0.02)  # absolute and relative difference between two measurements of one output error
@@ -255,8 +256,7 @@ def _compare_dtypes(original: Mapping[str, Tensor], state: Mapping[str, Tensor])
         for name, tensor in state.items()
         if isinstance(original.get(name), Tensor) and original[name].dtype != tensor.dtype
     ]
-    few = f"{', '.join(other[:3])}{f' and {len(other) - 3} more' if len(other) > 3 else ''}"
-    return [f"its origin must have tensors of the same dtypes, but has {few}"] if other else []
+    return [f"its origin must have tensors of the same dtypes, but has {shorten(other, 3)}"] if other else []
 
 
 def _compare_error(manifest: Manifest, name: str, error: float, recorded: float | None) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import OutputError
+from surgery.util.text import shorten
 
 NAME = "extra_state.json"
 """The file beside a member's weights that holds it."""
@@ -77,10 +78,9 @@ def to_document(values: Mapping[str, Any], whose: str) -> bytes:
     bad: list[str] = []
     document = {key: _encoded(value, key, bad, 0) for key, value in values.items()}
     if bad:
-        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
         raise OutputError(
             f"Extra state must consist of plain values, containers and tensors to be written, but that of '{whose}' "
-            f"holds {', '.join(bad[:8])}{more}: return such from get_extra_state, or leave it out."
+            f"holds {shorten(bad)}: return such from get_extra_state, or leave it out."
         )
     return json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery.errors import LoadError, PlanError
 from surgery.members.extra_state import KEY, document_or_nothing, extra_state_of, state_keys
+from surgery.util.text import shorten
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,16 @@ def state_tensors(module: nn.Module) -> dict[str, Tensor]:
                 found[key] = tensor
                 bad += [f"{key} ({what})"] if (what := _not_dense(tensor)) else []
     if bad:
-        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
         raise LoadError(
-            f"Every tensor of a member must hold dense values, but this is not so of {', '.join(bad[:8])}{more}: run "
+            f"Every tensor of a member must hold dense values, but this is not so of {shorten(bad)}: run "
             "lazy modules once, and make sparse or quantised tensors dense before."
         )
     return found
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of a module's parameters and persistent buffers."""
+    return {name: tuple(tensor.shape) for name, tensor in state_tensors(module).items()}
 
 
 def whole_state(module: nn.Module) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from surgery.disk.records import artifact_files
 from surgery.disk.untrusted import shown_text
 from surgery.errors import LoadError, SurgeryError
 from surgery.inputs import as_inputs, check_runs, example_inputs, forward_error
-from surgery.members.member import Inputs, Member, Origin, state_tensors
+from surgery.members.member import Inputs, Member, Origin, shapes_of, state_tensors
 from surgery.members.origins import KINDS, kind_for, origin_kind
 from surgery.members.origins.base import Loaded, Request
 from surgery.members.origins.bounded import MOST_ELEMENTS, bounded
@@ -337,10 +337,4 @@ def _same_shapes(module: nn.Module, loaded: Loaded) -> bool:
         again = build_architecture(loaded.origin, loaded.files)
     except LoadError:
         return False
-    return _shapes(module) == _shapes(again)
-
-
-def _shapes(module: nn.Module) -> dict[str, Any]:
-    return {
-        name: tuple(value.shape) for name, value in module.state_dict().items() if isinstance(value, Tensor)
-    }
+    return shapes_of(module) == shapes_of(again)

@@ -18,6 +18,7 @@ from torch import Tensor
 from surgery.errors import PlanError
 from surgery.slots.slots import describe, forget_derived
 from surgery.slots.writeback import changes, write
+from surgery.util.text import shorten
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel
@@ -33,7 +34,7 @@ def take_edits(joint: JointModel, names: Sequence[str]) -> None:
         found = [f"{each} of '{name}'" for each, name in replaced]
         raise PlanError(
             "Members must keep the modules and slots that the dictionary fills, but others stand in place of "
-            f"{_few(found)}: make such changes to joint.extract('{replaced[0][1]}'), whose weights are its own, and "
+            f"{shorten(found)}: make such changes to joint.extract('{replaced[0][1]}'), whose weights are its own, and "
             "join that."
         )
     if not any(filling.touched for name in names for filling in joint.slots.fillings.get(name, {}).values()):
@@ -52,7 +53,7 @@ def take_edits(joint: JointModel, names: Sequence[str]) -> None:
         first = given[0][0].site.member
         raise PlanError(
             "Weights that the dictionary generates were changed in place, which it can follow only where each has "
-            f"rows of its own, but not for {_few(reasons)}: change joint.extract('{first}'), whose weights are its "
+            f"rows of its own, but not for {shorten(reasons)}: change joint.extract('{first}'), whose weights are its "
             "own, or call joint.refresh() before, which also takes changes back."
         )
     with joint.still_filled():
@@ -100,8 +101,8 @@ def take(joint: JointModel, name: str, found: Mapping[str, Any], assign: bool, e
     if reasons := [*reasons, *impossible]:
         raise PlanError(
             f"Loading into member '{name}' writes into the dictionary, which can hold given values only where a "
-            f"weight has rows of its own, but not for {_few(reasons)}: load them into joint.extract('{name}'), whose "
-            "weights are its own, and join that again. Nothing was loaded."
+            f"weight has rows of its own, but not for {shorten(reasons)}: load them into joint.extract('{name}'), "
+            "whose weights are its own, and join that again. Nothing was loaded."
         )
     if not errors and changed:
         write(joint.dictionary, changed)
@@ -115,8 +116,3 @@ def _seen(joint: JointModel, name: str, owner: str, value: Any) -> bool:
     """Whether an outer module's share of one `load_state_dict` has seen to a value."""
     known = joint.slots.taken.get((name, owner))
     return known is not None and known[0]() is value and known[1:] == (value._version, joint.versions())
-
-
-def _few(found: Sequence[str], limit: int = 8) -> str:
-    rest = len(found) - limit
-    return ", ".join(found[:limit]) + (f" and {rest} more" if rest > 0 else "")

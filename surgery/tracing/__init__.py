@@ -24,7 +24,7 @@ from surgery.tracing.recorder import Recorder, record
 from surgery.tracing.stubbed import StubbedRecorder
 from surgery.tracing.table import table_uses
 from surgery.tracing.types import Trace, Use
-from surgery.util.silence import torch_silent
+from surgery.util.quiet import torch_silent
 
 __all__ = ["TABLE", "TIERS", "Bounds", "Tier", "Trace", "Use", "trace"]
 

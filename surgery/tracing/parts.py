@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from surgery.members.member import Inputs
 from surgery.tracing.types import Trace, Use
+from surgery.util.text import one_line
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def trace_parts(
         try:
             found = trace(part, inputs)
         except Exception as error:  # the table of module types still knows its parameters
-            notes.append(f"{path} by itself failed: {' '.join(str(error).split())[:200]}")
+            notes.append(f"{path} by itself failed: {one_line(error, 200)}")
             continue
         if found.graph is None:
             continue
