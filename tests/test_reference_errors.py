@@ -103,6 +103,10 @@ def test_damaged_weights(folders, tmp_path):
     with pytest.raises(LoadError, match=r"no config\.json"):
         load_member(str(folder))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "artifact").mkdir()
+    (tmp_path / "artifact" / "manifest.json").write_text("{}")
+    with pytest.raises(LoadError, match=r"is an artifact.*plain export.*merge and train take"):
+        load_member(str(tmp_path / "artifact"))
     with pytest.raises(LoadError, match="is empty"):
         load_member(str(tmp_path / "empty"))
 

@@ -56,6 +56,11 @@ def check_folder(folder: Path, stored: bool) -> None:
     if not any(folder.iterdir()):
         raise LoadError(f"{folder} is empty: give a folder with config.json and weights")
     path = folder / "config.json"
+    if not os.path.lexists(path) and os.path.lexists(folder / "manifest.json"):
+        raise LoadError(
+            f"{folder} is an artifact, which may hold several members: a model alone is the folder that a plain export "
+            "of one of them writes; merge and train take the artifact itself"
+        )
     if not os.path.lexists(path):
         raise LoadError(
             f"{folder} has no config.json: give a folder that save_pretrained wrote, or timm:NAME=weights"
