@@ -110,7 +110,9 @@ def main(arguments: list[str] | None = None) -> None:
     except SurgeryError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        print(f"surgery: {in_flags(str(error), flags_of(app))}", file=sys.stderr)
+        from surgery.util.text import printable
+
+        print(f"surgery: {printable(in_flags(str(error), flags_of(app)))}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if end.code in WORDS and console.FIRST:  # typer ends an interrupted verb without a word

@@ -13,11 +13,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from surgery.util.progress import reporting
+from surgery.util.text import printable
 from surgery.util.wording import count as count
 from surgery.util.wording import percent as percent
 from surgery.util.wording import size as size
@@ -36,6 +38,28 @@ out = Console(
     highlight=False, markup=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE
 )
 err = Console(stderr=True, highlight=False, markup=False)
+
+
+class _Printable:
+    """Anything with its control characters written out; what styles it stays."""
+
+    def __init__(self, inner: ConsoleRenderable):
+        self.inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for text, style, control in console.render(self.inner, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
+class _PrintableHook(RenderHook):
+    """Names and texts come from files of anybody, and a terminal obeys control characters."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Printable(each) for each in renderables]
+
+
+for each in (out, err):
+    each.push_render_hook(_PrintableHook())
 
 
 def shape(sizes: Sequence[int]) -> str:

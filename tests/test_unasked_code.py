@@ -15,16 +15,20 @@ from pathlib import Path
 import pytest
 import torch
 from artifacts import rewrite
+from surgery_cli import console
+from surgery_cli.__main__ import main
 from surgery_recipes import SHIPPED
 from torch import nn
 
 import surgery
 from surgery.errors import ConsentError, LoadError
 from surgery.members.origins.factory import find_function
+from surgery.members.origins.transformers_parts import check_parts
 from surgery.members.references import load_member
 from surgery.permission import Permission
 from surgery.pipeline.train import train_recipe
 from surgery.settings.recipe import Recipe
+from surgery.training.tasks.sources import check_sources
 
 EVIL = """
 from pathlib import Path
@@ -172,6 +176,9 @@ def hostile(places: dict[str, Path]) -> dict[str, list[list[str]]]:
     add("data-folder", "factory", None, {"models": [model], "train": {}})
     source = {"templates": {"source": words["evil"], "count": 2}}
     add("source", "factory", None, {"models": [model], "train": source})
+    add("tracker", "factory", None, {
+        "models": [{**model, "tasks": [{"data": "surgery_recipes.synthetic:data"}]}], "train": {"trackers": ["wandb"]},
+    })  # fmt: skip
     weights = words["evil"] + "/weights.pth"
     for option in ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
         add(f"timm-{option}", "timm", origin(options={option: weights}))
@@ -182,7 +189,20 @@ def hostile(places: dict[str, Path]) -> dict[str, list[list[str]]]:
         "auto-map-elsewhere": {"auto_map": {"AutoModel": "org/name--evil.B"}, "architectures": ["B"]},
         "kernel": {"attn_implementation": "org/kernel"},
         "flash": {"attn_implementation": "flash_attention_2"},
-    }.items():
+        "part-weights": {"model_type": "timm_wrapper", "architectures": ["TimmWrapperModel"],
+                         "architecture": "test_vit", "model_args": {"checkpoint_path": weights}},
+        "part-folder": {"model_type": "timm_wrapper", "architectures": ["TimmWrapperModel"],
+                        "architecture": f"local-dir:{words['evil']}"},
+        "part-hub": {"model_type": "timm_wrapper", "architectures": ["TimmWrapperModel"],
+                     "architecture": "hf-hub:org/name"},
+        "backbone": {"model_type": "upernet", "architectures": ["UperNetForSemanticSegmentation"],
+                     "backbone": "org/name"},
+        "backbone-of-timm": {"model_type": "upernet", "architectures": ["UperNetForSemanticSegmentation"],
+                             "backbone": "resnet18"},
+        "backbone-inside": {"model_type": "detr", "architectures": ["DetrModel"], "use_timm_backbone": True,
+                            "backbone_config": {"model_type": "timm_backbone",
+                                                "backbone": f"local-dir:{words['evil']}"}},
+    }.items():  # fmt: skip
         config = json.loads((places["made"] / "transformers" / "members/net/config.json").read_text())
         folder = places["root"] / "hostile" / f"config-{name}"
         add(f"config-{name}", "transformers", None)
@@ -295,3 +315,44 @@ def test_a_recipe_of_the_user_s_own_may_name_functions_and_one_from_an_artifact_
     assert not (tmp_path / "ran").exists()
     train_recipe(recipe, cpu=True)
     assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["wandb", "mlflow", "all"])
+def test_a_tracker_that_a_recipe_of_an_artifact_names_takes_consent(name):
+    task = {"data": "surgery_recipes.synthetic:data"}
+    recipe = Recipe.of(
+        {"models": [{"name": "net", "model": "x", "tasks": [task]}], "train": {"trackers": [name]}}
+    )
+    with pytest.raises(ConsentError, match=f"the tracker {name}"):
+        check_sources(recipe, Permission.NONE)
+    check_sources(recipe, Permission.OWN)
+    own = recipe.model_copy(update={"train": recipe.train.model_copy(update={"trackers": ("tensorboard",)})})
+    check_sources(own, Permission.NONE)
+
+
+@pytest.mark.parametrize(("config", "error"), [
+    ({"vision_config": {"architecture": "hf-hub:org/name"}}, ConsentError),
+    ({"parts": [{"backbone": "org/name"}]}, ConsentError),
+    ({"a": {"architecture": "resnet18", "model_args": {"cache_dir": "x"}}}, LoadError),
+])  # fmt: skip
+def test_parts_of_a_configuration_are_checked_at_any_depth(config, error):
+    with pytest.raises(error):
+        check_parts(config, "folder", Permission.NONE)
+    check_parts(config, "folder", Permission.ALL)
+    known = {"vision_config": {"architecture": "resnet18.a1_in1k", "model_args": {"in_chans": 1}}}
+    check_parts(known, "folder", Permission.NONE)
+    with pytest.raises(ConsentError):  # files of the user's that a folder of somebody else's names
+        check_parts({"architecture": "local-dir:/x"}, "folder", Permission.OWN)
+
+
+def test_no_text_of_a_file_commands_the_terminal(capfd):
+    text = "a\x1b]0;title\x07\x9b2J\u202eb"
+    table = console.table("name")
+    table.add_row(text)
+    console.out.print(table)
+    console.say(text, style="bold")
+    console.out.print(text)
+    with pytest.raises(SystemExit):
+        main(["report", text])
+    found = "".join(capfd.readouterr())
+    assert not set("\x1b\x07\x9b\u202e") & set(found) and found.count("a\\x1b]0;title") == 4

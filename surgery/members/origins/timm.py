@@ -108,7 +108,7 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
         return build_empty(lambda: _create(origin.architecture, options)).eval()
     with tempfile.TemporaryDirectory() as folder:
         write_files({"config.json": files["config.json"]}, Path(folder))
-        _check_options(origin.architecture, _read_config(Path(folder)).get("model_args") or {})
+        check_options(origin.architecture, _read_config(Path(folder)).get("model_args") or {})
         return build_empty(lambda: _create(origin.architecture, options, f"local-dir:{folder}")).eval()
 
 
@@ -162,7 +162,7 @@ def _load_hub(reference: str, name: str, options: dict[str, Any]) -> Loaded:
 
     if ":" not in name:
         _check_name(name)
-        _check_options(name, options)
+        check_options(name, options)
         if not timm.is_model_pretrained(name):
             raise LoadError(
                 f"timm has no pretrained weights for '{name}': {_alike(name, True)} Local weights are given "
@@ -226,7 +226,7 @@ def _load_folder(reference: str, folder: Path, drawn: bool) -> Loaded:
         )
     state = read_weights(path)
     name = str(config["architecture"])
-    _check_options(name, config.get("model_args") or {})
+    check_options(name, config.get("model_args") or {})
     with bounded(f"'{name}' of {folder}", **by_file([tuple(t.shape) for t in state.values()])):
         module = _create(name, {}, f"local-dir:{folder}")
     state = without_prefix(state, module.state_dict(), str(path))
@@ -251,7 +251,7 @@ def _create(name: str, options: dict[str, Any], source: str | None = None) -> nn
     import timm
 
     _check_name(name)
-    _check_options(name, options)
+    check_options(name, options)
     try:
         with quiet():
             return timm.create_model(source or name, pretrained=False, **options)
@@ -271,7 +271,7 @@ def _check_name(name: str) -> None:
         raise LoadError(f"timm {timm.__version__} has no model '{name}': {_alike(name, False)}")
 
 
-def _check_options(name: str, options: Mapping[str, Any]) -> None:
+def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Options shape the architecture alone: none may name files, weights or configurations, which timm would open."""
     _check_name(name)
     wrong = sorted(set(options) - _known_options(name))

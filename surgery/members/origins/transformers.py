@@ -33,6 +33,7 @@ from surgery.members.origins.transformers_options import (
     renaming,
     wrappers_prefix,
 )
+from surgery.members.origins.transformers_parts import closed_hub
 from surgery.members.origins.transformers_places import (
     FILES,
     bounds_of,
@@ -129,7 +130,7 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
     """
     if "config.json" not in files:
         raise LoadError(f"building '{origin.reference}' again needs its config.json, which the files lack")
-    with tempfile.TemporaryDirectory() as folder, quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet(), closed_hub(request.permission):
         names = ("config.json", "generation_config.json")
         write_files({name: files[name] for name in names if name in files}, Path(folder))
         where = folder

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from surgery.errors import LoadError
-from surgery.members.origins.base import Request
+from surgery.members.origins.base import Request, read_config
+from surgery.members.origins.transformers_parts import check_parts
 from surgery.members.origins.transformers_places import failed
 from surgery.permission import Permission
 
@@ -15,17 +17,21 @@ def read_configuration(where: str, revision: str | None, request: Request, refer
 
     Raises:
         LoadError: where it cannot be read.
-        ConsentError: where it needs code of the checkpoint, or compiled code, and the permission does not cover it.
+        ConsentError: where it needs code of the checkpoint, compiled code or other models, and the permission does
+            not cover it.
     """
     from transformers import AutoConfig
 
     trusted = request.permission >= Permission.ALL
+    if Path(where).is_dir():  # reading it already fetches what it names
+        check_parts(read_config(Path(where) / "config.json"), reference, request.permission)
     try:
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=trusted)
     except Exception as error:
         if "trust_remote_code" in str(error):
             request.permission.require(Permission.ALL, f"{reference} brings its own Python code")
         raise LoadError(failed(where, revision, "reading the configuration", error)) from error
+    check_parts(config, reference, request.permission)
     _check_kernels(config, reference, request.permission)
     return config
 

@@ -32,6 +32,7 @@ from surgery.training.tasks.streams import Batches
 from surgery.training.tasks.tasks import Task
 from surgery.util.text import one_line
 
+_LOCAL_TRACKERS = ("tensorboard",)  # which write to the run's folder and nothing else
 _FUNCTION = re.compile(r"[^:]*:[A-Za-z_]\w*")
 
 
@@ -119,6 +120,8 @@ def check_sources(recipe: Recipe, permission: Permission) -> None:
     outside = [each for data, options in named for each in _outside(data, options)]
     if recipe.train is not None and recipe.train.templates.source is not None:
         outside.append(recipe.train.templates.source)
+    if recipe.train is not None:  # most of them talk to a server, and start processes
+        outside += [f"the tracker {name}" for name in recipe.train.trackers if name not in _LOCAL_TRACKERS]
     if outside:
         found = ", ".join(dict.fromkeys(outside))
         permission.require(Permission.OWN, f"the recipe that came with this artifact uses {found}")
