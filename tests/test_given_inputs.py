@@ -12,8 +12,7 @@ import surgery
 from surgery.errors import LoadError, PlanError
 from surgery.pipeline.train import prepare_training, train_recipe
 from surgery.settings.recipe import Recipe
-from surgery.util.quiet import quiet
-from surgery.util.silence import torch_silent
+from surgery.util.quiet import quiet, torch_silent
 
 SOURCE = """
 import torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from surgery.artifact.folder import load
 from surgery.artifact.manifest import read_manifest
 from surgery.artifact.reading import read_stored
 from surgery.artifact.rebuild import as_exported, as_saved
@@ -16,6 +17,7 @@ from surgery.disk.claims import claim
 from surgery.disk.folders import check_target, new_folder
 from surgery.errors import PlanError
 from surgery.members.member import Member, state_tensors
+from surgery.members.references import write_plain
 from surgery.storage.states import module_of, state_of
 from surgery.storage.stored import Stored, store
 from surgery.storage.trim import on_cpu, restrict
@@ -75,8 +77,6 @@ def export(
 def _export_plain(
     source: str | Path | JointModel, member: str, out: str | Path, overwrite: bool, trust: bool
 ) -> Path:
-    from surgery.members.references import write_plain
-
     if isinstance(source, JointModel):
         _check_name(member, source.names)
         module = source.extract(member)
@@ -91,8 +91,6 @@ def _export_plain(
 
 def _read_plain(source: str | Path, member: str, trust: bool) -> tuple[Member, nn.Module]:
     """One member of an artifact and its module with ordinary weights."""
-    from surgery.artifact.folder import load
-
     manifest = read_manifest(Path(source).expanduser())
     _check_name(member, manifest.members)
     if origin_of(manifest, member).kind in BARE_KINDS:

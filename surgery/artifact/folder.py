@@ -43,6 +43,7 @@ from surgery.members.member import Member
 from surgery.members.occupancy import check_free
 from surgery.members.origins import origin_kind
 from surgery.members.origins.bounded import bounded, by_file
+from surgery.members.references import build_architecture
 from surgery.permission import Permission
 from surgery.settings.names import without_target
 from surgery.slots.slots import locate
@@ -158,8 +159,6 @@ def _build(
     manifest: Manifest, stored: Stored, name: str, files: Mapping[str, bytes], permission: Permission
 ) -> nn.Module:
     """A member's architecture, without weights."""
-    from surgery.members.references import build_architecture
-
     origin = origin_of(manifest, name)
     if origin.kind == "module":
         raise ArtifactError(

@@ -20,6 +20,7 @@ from surgery.members.member import Member, Origin, shapes_of
 from surgery.members.origins import origin_kind
 from surgery.members.origins.layers import correct_layers
 from surgery.members.origins.module import live_module
+from surgery.members.references import build_architecture
 from surgery.storage.stored import Stored
 
 _CODE = ("module", "factory")  # kinds that nothing is built of without running a user's code
@@ -111,8 +112,6 @@ def _misfits(
     origin: Origin, files: Mapping[str, bytes], wanted: Mapping[str, tuple[int, ...]]
 ) -> tuple[str, Collection[str]]:
     """How the architecture that `load` will build differs from tensors of these shapes, and its tensors' names."""
-    from surgery.members.references import build_architecture
-
     try:
         own = shapes_of(build_architecture(origin, files))
     except LoadError as error:

@@ -25,6 +25,7 @@ from surgery.errors import ConsentError, SurgeryError
 from surgery.inputs.probes import outputs_of, probe_inputs, relative_error
 from surgery.members.member import Inputs, Member, Origin, content_hash, whole_state
 from surgery.members.occupancy import check_unoccupied
+from surgery.members.references import load_origin, ships
 from surgery.permission import Permission
 from surgery.slots.collapse import collapse
 from surgery.storage.states import build_banks, state_of
@@ -198,8 +199,6 @@ def _load_origin(
     manifest: Manifest, name: str, given: nn.Module | None, permission: Permission, wanted: bool
 ) -> tuple[Member | None, str]:
     """The member as it was before it was joined, or why it cannot be had."""
-    from surgery.members.references import load_origin, ships
-
     origin = origin_of(manifest, name)
     if given is not None:
         return Member(name, given.eval(), inputs_of(manifest, name), origin), "given"

@@ -11,6 +11,9 @@ from typing import Any
 from torch import nn
 
 from surgery.artifact import load, save
+from surgery.artifact.folder import read_recipe
+from surgery.artifact.manifest import read_manifest
+from surgery.artifact.recorded import origin_of
 from surgery.core.joining import join
 from surgery.core.joint import JointModel
 from surgery.disk.claims import claim_of_first
@@ -273,10 +276,6 @@ def needs_consent(source: str | Path) -> bool:
     Args:
         source: the artifact.
     """
-    from surgery.artifact.folder import read_recipe
-    from surgery.artifact.manifest import read_manifest
-    from surgery.artifact.recorded import origin_of
-
     folder = Path(source).expanduser()
     manifest = read_manifest(folder)
     origins = {name: origin_of(manifest, name) for name in manifest.members}
