@@ -1,4 +1,4 @@
-"""Complaint: what an exception tells about the inputs that caused it: its words, and where it was raised."""
+"""Complaint: the words of an exception that inputs caused, and where it was raised."""
 
 from __future__ import annotations
 

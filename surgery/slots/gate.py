@@ -1,4 +1,4 @@
-"""Gate: something on a module of a member that knows the joint model whose dictionary generates its weights."""
+"""Gate: the link from a member's module to the joint model whose dictionary generates its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State dicts of members: what a dictionary generates is in them, as if it were parameters.
+"""State dicts of members: generated weights are in them as if they were parameters.
 
 `torch.save(module.state_dict())`, safetensors, accelerate, the hub client and `save_pretrained` all ask a module for
 its state dict, and `load_state_dict` gives it one. A member's has every site's weight as it is generated now, in the
