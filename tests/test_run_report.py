@@ -20,7 +20,9 @@ from surgery.settings.training import Evolution
 from surgery.training.loop.starts import start
 from surgery.training.report.analysis import STATISTICS, kinds_of_modules, layer_overlap
 from surgery.training.report.pictures import PICTURES, draw_run, write_pictures
+from surgery.training.report.report import TrainReport
 from surgery.training.report.runlog import find_log, read_log
+from surgery.training.tasks.validation import Score
 from surgery.training.train import train
 
 
@@ -145,3 +147,12 @@ def test_a_folder_that_cannot_be_written_is_named(run, tmp_path):
     with pytest.raises(OutputError, match="could not be written"):
         write_pictures(find_log(run), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_report_is_read_again_as_it_was_written():
+    score = Score(0.5, 0.9, 8, "accuracy")
+    report = TrainReport(
+        generations=1, best=0, scores={"a": score}, tests={"a": score}, first={"a": score}, hypermodules={},
+        numbers=(1, 2), trained=3, stopped="done", seconds=1.0,
+    )  # fmt: skip
+    assert TrainReport.of(json.loads(json.dumps(report.document()))) == report

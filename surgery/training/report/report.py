@@ -96,7 +96,7 @@ class TrainReport:
     def of(cls, document: Mapping[str, Any]) -> TrainReport:
         """The report whose `document` it is, as the last line of a log has it; what is missing is at its default."""
         known = {field.name: document[field.name] for field in fields(cls) if field.name in document}
-        for part in {"scores", "tests"} & set(known):
+        for part in {"scores", "tests", "first"} & set(known):
             known[part] = {name: _score(score) for name, score in known[part].items()}
         return cls(**{**known, "numbers": tuple(known.get("numbers", (0, 0)))})
 
