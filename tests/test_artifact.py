@@ -23,7 +23,7 @@ from surgery.core.known import Known
 from surgery.dictionary.dictionary import Bank, Dictionary
 from surgery.errors import ArtifactError, OutputError
 from surgery.members.member import content_hash
-from surgery.storage.precision import BFLOAT16, Precision, encode
+from surgery.storage.codecs import BFLOAT16, Precision, encode, grouped
 from surgery.storage.stored import Stored, revive, store
 
 
@@ -35,7 +35,7 @@ def same(one: dict, other: dict) -> bool:
     return {k: content_hash(v) for k, v in one.items()} == {k: content_hash(v) for k, v in other.items()}
 
 
-INT4 = Precision(4, 32)
+INT4 = grouped(4, 32)
 
 
 def fitted(precision: Precision = INT4) -> JointModel:
@@ -156,7 +156,7 @@ def test_artifact_is_no_larger_than_its_members(tmp_path: Path):
 def test_encodings_that_do_not_pay_are_undone(tmp_path: Path):
     tiny = seeded(lambda: Tiny(3))
     stored = store(surgery.join([member(tiny, "net", torch.zeros(2, 3))], block=(3, 3)))
-    lossy = {key: encode(each.parts[""], Precision(6, 64)) for key, each in stored.tensors.items()}
+    lossy = {key: encode(each.parts[""], grouped(6, 64)) for key, each in stored.tensors.items()}
     joint = revive(
         [member(seeded(lambda: Tiny(3)), "net", torch.zeros(2, 3))],
         Stored(stored.plan, lossy, stored.aliases, stored.ties),

@@ -49,9 +49,9 @@ def joint() -> surgery.JointModel:
     surgery.fit(joint, max_error=0.05)
     # Padded whatever the search chose: encoded as it could have been.
     for key in ("running_mean", "running_var"):
-        from surgery.storage.precision import Precision, decode, encode
+        from surgery.storage.codecs import decode, encode, grouped
 
-        stored = encode(getattr(joint["odd"].norm, key), Precision(12, 64))
+        stored = encode(getattr(joint["odd"].norm, key), grouped(12, 64))
         joint.encoded[f"plain/odd/norm.{key}"] = stored
         joint["odd"].norm._buffers[key] = decode(stored)
     return joint

@@ -13,7 +13,7 @@ ROOMS = (
     "errors", "permission", "version",
     "disk", "util", "settings.problems", "settings.quantities", "settings.names",
     "geometry", "members.extra_state", "members.member", "tracing", "inputs", "settings", "members",
-    "storage.precision", "anatomy", "dictionary", "slots", "core", "storage",
+    "storage.codecs", "anatomy", "dictionary", "slots", "core", "storage",
     "fitting", "artifact",
     "training.tasks", "training.report", "training.loop", "training.distributed", "training",
     "page", "pipeline",

@@ -21,11 +21,11 @@ from surgery.artifact.folder import load, save
 from surgery.artifact.verify import verify
 from surgery.errors import OutputError, PlanError
 from surgery.members.references import load_member
-from surgery.storage.precision import BFLOAT16, NATIVE, Precision, decode, encode, is_tame
+from surgery.storage.codecs import BFLOAT16, NATIVE, decode, encode, grouped, is_tame
 
 INF = float("inf")
 values = st.sampled_from([INF, -INF, float("nan"), 1e30, -3.4e38, 2e18, 1.0, 0.0, -2.5])
-precisions = st.sampled_from([NATIVE, BFLOAT16, Precision(2, 64), Precision(8, 16), Precision(12, 64)])
+precisions = st.sampled_from([NATIVE, BFLOAT16, grouped(2, 64), grouped(8, 16), grouped(12, 64)])
 
 
 @given(

@@ -10,7 +10,7 @@ from torch import nn
 from surgery.core.joining import join
 from surgery.fitting.fit import fit
 from surgery.members.member import Member
-from surgery.storage.precision import Precision, encode
+from surgery.storage.codecs import NATIVE, encode
 from surgery.storage.stored import adopt, deduplicate, revive, store
 
 KINDS = (*OWN, "bert", "gpt2", "t5", "llama", "mixtral")
@@ -102,7 +102,7 @@ def test_a_fitted_model_that_was_trained_is_stored_as_it_is_and_the_rest_in_its_
     after, live = store(joint), joint.collapse()
     assert after.plan == before.plan
     kept = {key for key, each in before.tensors.items() if after.tensors[key] is each}
-    assert kept and all(not each.precision.bits for key, each in after.tensors.items() if key not in kept)
+    assert kept and all(each.precision.is_native for key, each in after.tensors.items() if key not in kept)
     again = revive(zeroed(joint), after)
     for name in joint:
         assert_same_bits(again.collapse(name), live[name])
@@ -174,7 +174,7 @@ def test_only_tensors_equal_byte_for_byte_are_stored_once():
     zero, negative = torch.zeros(300), -torch.zeros(300)
     stored = store(join([member("mlp")]))
     tensors = {
-        f"plain/mlp/{n}": encode(t, Precision())
+        f"plain/mlp/{n}": encode(t, NATIVE)
         for n, t in {"a": zero, "b": zero.clone(), "c": negative, "d": zero.view(20, 15)}.items()
     }
     found = deduplicate(type(stored)(stored.plan, tensors))

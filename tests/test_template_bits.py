@@ -21,7 +21,7 @@ from surgery.fitting.fit import fit
 from surgery.fitting.stack_layers import read_stack
 from surgery.fitting.template_groups import TemplateOptions, candidates, stack_group
 from surgery.fitting.units import Arrangement, measure, tabulate
-from surgery.storage.precision import NATIVE
+from surgery.storage.codecs import NATIVE
 from surgery.storage.stored import store
 
 MIXING = ("linear", "softmax", "one-hot")

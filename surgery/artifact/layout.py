@@ -18,7 +18,7 @@ from surgery.disk.untrusted import shown, shown_text
 from surgery.errors import ArtifactError
 from surgery.geometry.blocks import BlockGrid
 from surgery.geometry.views import CanonicalView
-from surgery.storage.precision import Encoded, Precision
+from surgery.storage.codecs import Encoded, Precision, always_native
 
 Form = tuple[Precision, torch.dtype, tuple[int, ...]]
 """How a tensor is stored: precision, and the dtype and shape that it decodes to."""
@@ -90,7 +90,7 @@ def encoded_entries(named: Iterable[tuple[str, Encoded]]) -> list[Any]:
     """Tensors that are not stored in their own dtype, grouped by how they are stored."""
     groups: dict[tuple, list[str]] = {}
     for name, encoded in named:
-        if encoded.precision.bits:
+        if not encoded.precision.is_native:
             dtype = str(encoded.dtype).removeprefix("torch.")
             groups.setdefault((str(encoded.precision), dtype, encoded.shape), []).append(name)
     return [[*how, sorted(names)] for how, names in sorted(groups.items())]
@@ -106,12 +106,12 @@ def encoded_forms(groups: Iterable[EncodedGroup], where: str) -> dict[str, Form]
     for precision, dtype, shape, names in groups:
         try:
             form = Precision.parse(precision), _dtype_of(dtype, where), shape
-            if not form[1].is_floating_point or not form[0].bits or 0 in shape:
+            if form[0].is_native or always_native(shape, form[1]):
                 raise ValueError(f"{shown(precision)} of {shown(dtype)}, of shape {shown(shape)}")
         except ValueError as error:
             raise ArtifactError(
                 f"{where} must be stored in a known precision and dtype, but the manifest says "
-                f"{shown_text(str(error))}; copy the artifact again."
+                f"{shown_text(str(error))}; import the module that registers its codec, or copy the artifact again."
             ) from error
         forms.update(dict.fromkeys(names, form))
     return forms

@@ -27,6 +27,7 @@ _FILLS = {
     "int7": "#639cc9", "int6": "#4886b8", "int5": "#3571a2", "int4": "#275c88",
     "int3": "#1b476b", "int2": "#11334f",
 }  # fmt: skip
+_OTHERS = ("#b0579a", "#8c6d31", "#5a5a5a")  # of codecs that have no colour of their own, in turn
 _WORDS = {ROWS: "dictionary rows", COPIES: "shared copies", "native": "own dtype"}
 
 
@@ -65,9 +66,11 @@ def _draw_bytes(ax: Axes, shares: Shares) -> None:
     names = shares.members
     ax.barh(range(len(names)), [before[name] for name in names], 0.7, color=EMPTY, zorder=2)
     start = [0.0] * len(names)
+    others = [kind for kind in kinds if kind not in _FILLS]
+    fills = _FILLS | {kind: _OTHERS[i % len(_OTHERS)] for i, kind in enumerate(others)}
     for kind in kinds:
         width = [sizes[name].get(kind, 0) for name in names]
-        fill = _FILLS.get(kind, INK)
+        fill = fills[kind]
         ax.barh(range(len(names)), width, 0.7, left=start, color=fill, zorder=3, label=_WORDS.get(kind, kind))
         start = [at + each for at, each in zip(start, width, strict=True)]
     for place, name in enumerate(names):
@@ -131,8 +134,8 @@ def _by_width(kinds: Mapping[str, int]) -> dict[str, int]:
     return _sum([{kind.partition("/")[0]: amount} for kind, amount in kinds.items()])
 
 
-def _rank(kind: str) -> int:
-    return list(_FILLS).index(kind) if kind in _FILLS else len(_FILLS)
+def _rank(kind: str) -> tuple[int, str]:
+    return (list(_FILLS).index(kind) if kind in _FILLS else len(_FILLS), kind)
 
 
 def _short(name: str, limit: int = 22) -> str:

@@ -21,7 +21,7 @@ from surgery.artifact.recorded import DICTIONARY, TENSOR_FILE, WEIGHTS, raise_da
 from surgery.artifact.tensorfiles import read_header, read_tensors
 from surgery.disk.files import sha256_of
 from surgery.disk.untrusted import UnreadableError, regular_size, shown_text
-from surgery.storage.precision import NATIVE, Encoded, decode, part_layout
+from surgery.storage.codecs import Encoded, decode, encode_native, part_layout
 from surgery.storage.stored import Stored, parts_of_singles
 from surgery.storage.trim import restrict
 
@@ -155,17 +155,18 @@ def _assemble(
     rest = dict(parts)
     for name, (precision, dtype, shape) in forms.items():
         held: dict[str, Tensor] = {}
-        for part, (kind, size) in part_layout(shape, dtype, precision).items():
+        layout = part_layout(shape, dtype, precision)
+        for part, (kind, size) in layout.items():
             tensor = rest.pop(f"{name}:{part}", None)
             if tensor is None or tensor.dtype != kind or tuple(tensor.shape) != size:
                 found = "there is none" if tensor is None else f"it is {tensor.dtype} {tuple(tensor.shape)}"
                 bad.append(f"{where} must hold {name}:{part} as {kind} {size}, but {found}")
             else:
                 held[part] = tensor
-        if "scale" in held and not bool(held["scale"].isfinite().all()):
-            bad.append(f"{where} holds scales of {name} that are NaN or infinite")
+        if len(held) == len(layout) and (fault := precision.codec.fault(held)):
+            bad.append(f"{where} holds {name} with {fault}")
         named[name] = Encoded(precision, shape, dtype, held)
-    named.update({name: Encoded(NATIVE, tuple(t.shape), t.dtype, {"": t}) for name, t in rest.items()})
+    named.update({name: encode_native(t) for name, t in rest.items()})
     return named, bad
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from surgery.anatomy.plan import BankPlan
 from surgery.core import sizes
 from surgery.core.sizes import count_tensors
-from surgery.storage.precision import decode
+from surgery.storage.codecs import decode
 from surgery.storage.stored import Stored
 
 ROWS = "dictionary"

@@ -40,7 +40,7 @@ from surgery.errors import ArtifactError, OutputError
 from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import to_document
 from surgery.members.member import Member, Origin, content_hash
-from surgery.storage.precision import Encoded
+from surgery.storage.codecs import Encoded
 from surgery.storage.states import build_banks, state_of
 from surgery.storage.stored import Stored
 from surgery.storage.trim import on_cpu, trim

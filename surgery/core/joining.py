@@ -17,7 +17,7 @@ from surgery.errors import PlanError
 from surgery.members.member import Member, check_names
 from surgery.members.occupancy import check_free
 from surgery.slots.slots import locate
-from surgery.storage.precision import LARGEST, is_tame
+from surgery.storage.codecs import LARGEST, is_tame
 
 
 def join(

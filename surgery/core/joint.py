@@ -36,7 +36,7 @@ from surgery.slots.extracting import extract
 from surgery.slots.gate import release
 from surgery.slots.hooks import watch
 from surgery.slots.slots import Slots, forget_derived, locate, put_back, reorder, take_out
-from surgery.storage.precision import Encoded
+from surgery.storage.codecs import Encoded
 from surgery.util.showing import as_html, as_text, plural
 from surgery.util.wording import count
 

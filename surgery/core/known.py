@@ -30,7 +30,7 @@ class Known:
         report: of a fit, or as an artifact holds it; None where there was none.
         hashes: content hash of each member's weights that the report describes, where known.
         original: members whose weights are those that their origin gives.
-        compressed: tensors, by member and first owner, that are stored in fewer bits than their dtype has.
+        compressed: tensors, by member and first owner, that are not stored in their own dtype.
         stale: members whose weights changed since.
     """
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from surgery.anatomy.plan import BankPlan, torch_dtype
 from surgery.members.member import owners_of, state_tensors
-from surgery.storage.precision import decode
+from surgery.storage.codecs import decode
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel

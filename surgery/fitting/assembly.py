@@ -14,7 +14,7 @@ from surgery.core.settle import index_dtype
 from surgery.dictionary.generation import to_weight
 from surgery.fitting.allocation import Choice
 from surgery.fitting.units import Arrangement, SharedRows, Unit
-from surgery.storage.precision import NATIVE, Encoded, Precision, decode, encode
+from surgery.storage.codecs import Encoded, Precision, decode, encode, encode_native
 from surgery.storage.stored import Stored, build_bank, deduplicate
 
 PLAIN = "sharing it does not pay"
@@ -80,9 +80,9 @@ class Assembler:
         if shared.hard:
             psi = contexts.argmax(1).cpu()
         else:
-            parts[f"bank/{key}/contexts"] = encode(contexts, NATIVE)
+            parts[f"bank/{key}/contexts"] = encode_native(contexts)
         count = len(kept) if shared.hard else grid.locations
-        parts[f"bank/{key}/psi"] = encode(psi.to(index_dtype(count)), NATIVE)
+        parts[f"bank/{key}/psi"] = encode_native(psi.to(index_dtype(count)))
         placed = [Placement(site, key, grid, i * grid.locations) for i, site in enumerate(sites)]
         return plan, placed, parts
 

@@ -32,7 +32,7 @@ from surgery.members.member import Inputs, content_hash
 from surgery.settings.names import Mixing, without_target
 from surgery.slots.collapse import collapse
 from surgery.slots.slots import assign
-from surgery.storage.precision import NATIVE, stored_bytes
+from surgery.storage.codecs import NATIVE, stored_bytes
 from surgery.storage.states import build_banks, state_of
 from surgery.storage.stored import Stored, adopt, compressed, expand, extra, store, ties
 from surgery.storage.trim import trim

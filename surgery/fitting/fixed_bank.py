@@ -14,7 +14,7 @@ from surgery.dictionary.dictionary import Bank
 from surgery.dictionary.generation import to_blocks
 from surgery.dictionary.subspaces import fit_subspaces
 from surgery.errors import PlanError
-from surgery.storage.precision import NATIVE, encode
+from surgery.storage.codecs import encode_native
 from surgery.storage.stored import Stored, bank_tensors, deduplicate
 
 
@@ -61,7 +61,7 @@ def fixed_bank(
         )
         rows, psi, contexts = fit_subspaces(blocks, share, request.context, request.seed)
         banks[bank_plan.key] = retire_rare(Bank(request.block, rows, psi, contexts, share))
-    tensors = {key: encode(t, NATIVE) for b in plan.banks for key, t in bank_tensors(b, banks[b.key]).items()}
+    tensors = {key: encode_native(t) for b in plan.banks for key, t in bank_tensors(b, banks[b.key]).items()}
     generated = {(p.site.member, p.site.name) for p in plan.placements}
     size = sum(t.nbytes for t in tensors.values())
     whole = sum(originals[m][s].numel() * originals[m][s].element_size() for m, s in generated)
@@ -72,7 +72,7 @@ def fixed_bank(
             "`hypermodules` or `context`, or use larger blocks."
         )
     tensors |= {
-        f"plain/{name}/{key}": encode(t, NATIVE)
+        f"plain/{name}/{key}": encode_native(t)
         for name, state in originals.items()
         for key, t in state.items()
         if (name, key) not in generated

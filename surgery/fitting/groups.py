@@ -19,19 +19,9 @@ from surgery.fitting.sensitivity import measured_sensitivities, sensitivities
 from surgery.fitting.stack_layers import read_stack
 from surgery.fitting.template_groups import TemplateOptions, stack_group
 from surgery.fitting.trial import Trial
-from surgery.fitting.units import (
-    GROUP,
-    MATRICES,
-    VECTORS,
-    Arrangement,
-    Group,
-    SharedRows,
-    Unit,
-    measure,
-    unit_bytes,
-)
+from surgery.fitting.units import Arrangement, Group, SharedRows, Unit, measure, unit_bytes
 from surgery.geometry.blocks import BlockGrid, tile
-from surgery.storage.precision import BFLOAT16, NATIVE, decode, encode
+from surgery.storage.codecs import NATIVE, decode, encode, ladder
 from surgery.util import progress
 
 Key = tuple[str, str]  # member, tensor name
@@ -175,8 +165,9 @@ def _bundle(trial: Trial, tensors: Mapping[str, Tensor]) -> Unit:
     options, nbytes, errors = [NATIVE], [unit_bytes(tensors, NATIVE)], [0.0]
     # Vectors such as running statistics bear little; matrices are here where a model cannot be
     # differentiated.
-    matrices = any(tensor.ndim > 1 and tensor.numel() >= GROUP for tensor in tensors.values())
-    for precision in (BFLOAT16, *(MATRICES if matrices else VECTORS)):
+    for precision in ladder(list(tensors.values())):
+        if precision.is_native:
+            continue
         trial.set_weights({_name(key): decode(encode(t, precision)) for key, t in tensors.items()})
         error = trial.error() ** 2
         if error < 1.0:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from surgery.fitting.trial import Trial
 from surgery.inputs.probes import tensors_in
 from surgery.slots.slots import locate
-from surgery.storage.precision import Precision, decode, encode
+from surgery.storage.codecs import decode, encode, grouped
 from surgery.util import progress
 
-COARSE = Precision(4, 64)  # how tensors are rounded where derivatives say nothing
+COARSE = grouped(4, 64)  # how tensors are rounded where derivatives say nothing
 LEAST = 1e-8  # relative squared output error that leaving all of such tensors out counts as, at least
 SAMPLES = 2  # for each probe batch; the mean over a tensor averages thousands of entries more
 

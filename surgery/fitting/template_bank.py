@@ -19,7 +19,7 @@ from surgery.dictionary.generation import to_blocks
 from surgery.dictionary.mixtures import Templates, open_stack
 from surgery.fitting.sensitivity import sensitivities
 from surgery.settings.names import Mixing
-from surgery.storage.precision import NATIVE, encode
+from surgery.storage.codecs import encode_native
 from surgery.storage.stored import Stored, bank_tensors, deduplicate
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def template_bank(
         opened |= open_stack({key: banks[key] for key in keys}, how, generator, weights)
     settled = settle_banks(plan, opened)
     tensors = {
-        key: encode(tensor, NATIVE)
+        key: encode_native(tensor)
         for bank in settled.plan.banks
         for key, tensor in bank_tensors(bank, settled.banks[bank.key]).items()
     }
@@ -79,7 +79,7 @@ def template_bank(
         for key, tensor in state.items():
             if (name, key) not in generated:
                 plain = settled.plain.get((name, key), tensor)
-                tensors[f"plain/{name}/{key}"] = encode(plain, NATIVE)
+                tensors[f"plain/{name}/{key}"] = encode_native(plain)
     return deduplicate(Stored(settled.plan, tensors, ties=ties))
 
 

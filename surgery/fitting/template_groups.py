@@ -29,7 +29,7 @@ from surgery.fitting.stack_layers import (
 from surgery.fitting.units import Arrangement, Group, SharedRows, Unit, measure
 from surgery.geometry.blocks import BlockGrid
 from surgery.settings.names import Mixing
-from surgery.storage.precision import NATIVE
+from surgery.storage.codecs import NATIVE
 from surgery.util import progress
 
 EVERY = 8  # up to so many templates, every number of them is tried

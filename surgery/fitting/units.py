@@ -12,14 +12,22 @@ from torch import Tensor
 from surgery.anatomy.sites import Site
 from surgery.fitting.allocation import Table
 from surgery.geometry.blocks import BlockGrid
-from surgery.storage.precision import BFLOAT16, NATIVE, Precision, decode, encode, is_tame, stored_bytes
+from surgery.storage.codecs import (
+    NATIVE,
+    Precision,
+    decode,
+    encode,
+    is_tame,
+    ladder,
+    part_layout,
+    stored_bytes,
+    stored_precision,
+)
 
-GROUP = 64  # values to one scale
 SAMPLE = 1 << 18  # values on which the error of a precision is measured
-ROW_SAMPLE = 1 << 16  # of a tensor that is one row, in whole groups
+ROW_SAMPLE = 1 << 16  # of a tensor that is one row, in pieces
+PIECE = 64  # values of such a row that are sampled together, or as many as are stored together
 PART_BYTES = 160  # a stored part's entry in a file's header and in the manifest, rounded up
-MATRICES = tuple(Precision(bits, GROUP) for bits in (12, 10, 8, 7, 6, 5, 4, 3, 2))
-VECTORS = (Precision(12, GROUP), Precision(8, GROUP))
 
 
 @dataclass(frozen=True)
@@ -94,9 +102,10 @@ class Group:
 def measure(tensors: Mapping[str, Tensor], weight: Mapping[str, float], *, droppable: bool = False) -> Unit:
     """The unit of equal tensors: every precision of their ladder tried, cost and squared error taken."""
     tensor = next(iter(tensors.values()))
-    options: list[Precision | None] = list(ladder(tensor))
-    nbytes = [unit_bytes(tensors, precision) for precision in ladder(tensor)]
-    errors = [squared_error(tensor, precision) for precision in ladder(tensor)]
+    tried = precisions(tensor)
+    options: list[Precision | None] = list(tried)
+    nbytes = [unit_bytes(tensors, precision) for precision in tried]
+    errors = [squared_error(tensor, precision) for precision in tried]
     if droppable:
         options, nbytes = [*options, None], [*nbytes, 0.0]
         errors.append(float(tensor.float().square().sum(dtype=torch.float64)))
@@ -108,29 +117,26 @@ def unit_bytes(tensors: Mapping[str, Tensor], precision: Precision) -> float:
     distinct = {id(tensor): tensor for tensor in tensors.values()}.values()
     total = 0.0
     for tensor in distinct:
-        own = precision if precision == NATIVE or is_tame(tensor) else NATIVE  # as `encode` decides
-        parts = 1 if own.bits in (0, 16) else 2
-        total += stored_bytes(tuple(tensor.shape), tensor.dtype, own) + PART_BYTES * parts
+        shape, own = tuple(tensor.shape), stored_precision(tensor, precision)
+        parts = min(len(part_layout(shape, tensor.dtype, own)), 2)  # further ones have short entries
+        total += stored_bytes(shape, tensor.dtype, own) + PART_BYTES * parts
     return total
 
 
-def ladder(tensor: Tensor) -> tuple[Precision, ...]:
+def precisions(tensor: Tensor) -> tuple[Precision, ...]:
     """Precisions worth trying for a tensor, the finest first."""
-    if tensor.numel() < 16 or not is_tame(tensor):
-        return (NATIVE,)
-    grouped = MATRICES if tensor.ndim > 1 and tensor.numel() >= GROUP else VECTORS
-    return (NATIVE, *((BFLOAT16,) if tensor.element_size() > 2 else ()), *grouped)
+    return ladder([tensor]) if tensor.numel() >= 16 and is_tame(tensor) else (NATIVE,)
 
 
 def squared_error(tensor: Tensor, precision: Precision) -> float:
     """`|decode(encode(tensor)) - tensor|^2`, for a large tensor estimated from rows or groups spread over it."""
-    if precision == NATIVE:
+    if precision.is_native:
         return 0.0
     count, sample, limit = tensor.numel(), tensor, SAMPLE
-    if (
-        tensor.ndim > 1 and len(tensor) == 1 and count > ROW_SAMPLE
-    ):  # the groups of one row are as good as rows
-        tensor, limit = tensor.reshape(-1)[: count // GROUP * GROUP].view(-1, GROUP), ROW_SAMPLE
+    span = precision.codec.span(precision.settings)
+    if tensor.ndim > 1 and len(tensor) == 1 and count > ROW_SAMPLE and 0 < span <= ROW_SAMPLE:
+        piece = span * -(-PIECE // span)  # the groups of one row are as good as rows
+        tensor, limit = tensor.reshape(-1)[: count // piece * piece].view(-1, piece), ROW_SAMPLE
     if tensor.ndim > 1 and tensor.numel() > limit:
         rows = max(1, limit // (tensor.numel() // len(tensor)))
         sample = tensor[torch.linspace(0, len(tensor) - 1, rows, device=tensor.device).long()]

@@ -73,13 +73,13 @@ def _page(view: Overview) -> dict[str, Any]:
         return facts
     largest = max(max(member.before, member.after) for member in members)
     kinds = list(dict.fromkeys(_kind(kind) for member in members for kind in member.kinds))
-    kinds.sort(key=lambda kind: list(_CLASSES).index(kind))
+    kinds.sort(key=_rank)
     before, after = sum(m.before for m in members), sum(m.after for m in members)
     most = max([8.0, *(layer.bits for member in members for layer in member.layers)])
     known = [member.parameters for member in members if member.parameters is not None]
     facts |= {
         "members": [_member(member, largest) for member in members[:MOST]],
-        "kinds": [(kind, _CLASSES[kind], None) for kind in kinds],
+        "kinds": [(kind, _class(kind), None) for kind in kinds],
         "saved": _saved(view.report),
         "errors": _errors(view), "error_words": _error_words(view), "bound": _bound(view.report),
         "ways": [
@@ -103,12 +103,20 @@ _CLASSES = {
     "shared rows": "rows", "shared copy": "copy", "own dtype": "native", "bfloat16": "bf16",
     **{f"int{bits}": f"i{bits}" for bits in (12, 10, 8, 7, 6, 5, 4, 3, 2)},
 }  # fmt: skip
+_OTHER = "other"  # of codecs that have no colour of their own
 
 
 def _kind(kind: str) -> str:
     """A kind of storage as the page names it: how values are grouped does not show."""
-    short = _WORDS.get(kind, kind).partition("/")[0].partition(",")[0]
-    return short if short in _CLASSES else "own dtype"
+    return _WORDS.get(kind, kind).partition("/")[0].partition(",")[0]
+
+
+def _class(kind: str) -> str:
+    return _CLASSES.get(kind, _OTHER)
+
+
+def _rank(kind: str) -> tuple[int, str]:
+    return (list(_CLASSES).index(kind) if kind in _CLASSES else len(_CLASSES), kind)
 
 
 def _lead(view: Overview) -> str:
@@ -149,8 +157,8 @@ def _member(member: MemberView, largest: int) -> dict[str, Any]:
     parts: dict[str, int] = {}
     for kind, amount in member.kinds.items():
         parts[_kind(kind)] = parts.get(_kind(kind), 0) + amount
-    ordered = sorted(parts.items(), key=lambda item: list(_CLASSES).index(item[0]))
-    drawn = [(f"{kind}: {size(amount)}", _CLASSES[kind], float(amount)) for kind, amount in ordered]
+    ordered = sorted(parts.items(), key=lambda item: _rank(item[0]))
+    drawn = [(f"{kind}: {size(amount)}", _class(kind), float(amount)) for kind, amount in ordered]
     return {
         "name": member.name, "origin": member.origin,
         "parameters": "-" if member.parameters is None else count(member.parameters),
@@ -222,7 +230,7 @@ def _layers(member: MemberView, most: float) -> tuple[str, Markup, str]:
     values = [
         (
             f"{layer.name}: {layer.how}, {layer.bits:.2f} bits for each value, {size(layer.nbytes)}",
-            _CLASSES[_kind(layer.how)],
+            _class(_kind(layer.how)),
             layer.bits,
         )
         for layer in member.layers

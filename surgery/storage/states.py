@@ -18,7 +18,7 @@ from surgery.anatomy.plan import Placement, torch_dtype
 from surgery.dictionary.dictionary import Bank
 from surgery.geometry.blocks import untile
 from surgery.members.extra_state import KEY
-from surgery.storage.precision import decode
+from surgery.storage.codecs import decode
 from surgery.storage.stored import Stored, build_bank
 from surgery.util.memory import compact
 

@@ -33,7 +33,7 @@ from surgery.members.member import Member
 from surgery.members.occupancy import check_unoccupied
 from surgery.slots.collapse import follow
 from surgery.slots.slots import assign, locate
-from surgery.storage.precision import NATIVE, Encoded, decode, encode
+from surgery.storage.codecs import Encoded, as_dtype, decode, encode_native
 
 ALIAS_BYTES = 512  # a tensor smaller than this is not worth the manifest's line that would alias it
 
@@ -164,15 +164,15 @@ def build_bank(plan: BankPlan, tensors: Mapping[str, Encoded]) -> Bank:
 
 
 def compressed(plan: Plan, encoded: Mapping[str, Encoded]) -> frozenset[tuple[str, str]]:
-    """Tensors, by member and first owner, that are stored in fewer bits than their dtype has.
+    """Tensors, by member and first owner, that are not stored in their own dtype.
 
     Args:
         plan: what is generated.
         encoded: by storage key, as `expand` returns them.
     """
-    lossy = {tuple(key.split("/", 2)) for key, each in encoded.items() if each.precision.bits}
-    banks = {owner for kind, owner, _ in lossy if kind == "bank"}
-    plain = {(owner, name) for kind, owner, name in lossy if kind == "plain"}
+    found = {tuple(key.split("/", 2)) for key, each in encoded.items() if not each.precision.is_native}
+    banks = {owner for kind, owner, _ in found if kind == "bank"}
+    plain = {(owner, name) for kind, owner, name in found if kind == "plain"}
     return frozenset(plain | {(p.site.member, p.site.name) for p in plan.placements if p.bank in banks})
 
 
@@ -277,13 +277,12 @@ def _assign_plain(member: Member, stored: Stored, encoded: Mapping[str, Encoded]
 def _encode_as_before(tensor: Tensor, before: Encoded | None) -> Encoded:
     """The stored form that a tensor came from where it still decodes to the tensor, else the tensor as it is."""
     if before is not None and before.shape == tuple(tensor.shape):
-        if before.dtype != tensor.dtype and before.precision.bits and tensor.is_floating_point():
-            before = replace(before, dtype=tensor.dtype)  # the model was moved to another dtype
-        if before.dtype == tensor.dtype:
+        before = as_dtype(before, tensor.dtype)  # another one where the model was moved
+        if before is not None:
             old = decode(before).to(tensor.device)
             if old is tensor or _bytes(old).equal(_bytes(tensor)):
                 return before
-    return encode(tensor, NATIVE)
+    return encode_native(tensor)
 
 
 def _fingerprint(encoded: Encoded) -> bytes:

@@ -11,12 +11,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Placement, torch_dtype
 from surgery.core.settle import index_dtype
 from surgery.dictionary.generation import to_weight
-from surgery.storage.precision import NATIVE, Encoded, decode, take_rows
+from surgery.storage.codecs import Encoded, decode, encode_native, take_rows
 from surgery.storage.states import build_banks
 from surgery.storage.stored import Stored
 
@@ -70,7 +69,7 @@ def trim(stored: Stored) -> Stored:
 
 def entry_bytes(name: str, encoded: Encoded) -> int:
     """About what a tensor takes in an artifact: its parts, their entries, and its name in the manifest."""
-    listed = len(name) + 3 if encoded.precision.bits else 0
+    listed = 0 if encoded.precision.is_native else len(name) + 3
     return encoded.nbytes + listed + sum(len(name) + len(part) + ENTRY for part in encoded.parts)
 
 
@@ -79,11 +78,11 @@ def _to_cpu(encoded: Encoded) -> Encoded:
 
 
 def _if_smaller(key: str, encoded: Encoded) -> Encoded:
-    if not encoded.precision.bits:
+    if encoded.precision.is_native:
         return encoded
     name = key.split("/", 2)[2]
-    native = Encoded(NATIVE, encoded.shape, encoded.dtype, {"": decode(encoded)})
-    return native if entry_bytes(name, native) <= entry_bytes(name, encoded) else encoded
+    plain = encode_native(decode(encoded))
+    return plain if entry_bytes(name, plain) <= entry_bytes(name, encoded) else encoded
 
 
 def _drop_costly_banks(stored: Stored) -> Stored:
@@ -99,9 +98,7 @@ def _drop_costly_banks(stored: Stored) -> Stored:
     for p in stored.plan.placements:
         if p.bank in costly:
             weight = to_weight(blocks[p.bank][p.start : p.stop], p)
-            tensors[f"plain/{p.site.member}/{p.site.name}"] = Encoded(
-                NATIVE, p.site.shape, weight.dtype, {"": weight}
-            )
+            tensors[f"plain/{p.site.member}/{p.site.name}"] = encode_native(weight)
             if len(p.site.owners) > 1:
                 ties.setdefault(p.site.member, {})[p.site.name] = p.site.owners
     plan = replace(
@@ -164,9 +161,9 @@ def _restrict_bank(
             place = (single == int(part.partition(".")[2])).nonzero()
             taken |= {f"{prefix}single.{int(s)}": encoded for s in place}
         elif part == "psi":
-            taken[prefix + part] = _native(compact.to(index_dtype(len(used))))
+            taken[prefix + part] = encode_native(compact.to(index_dtype(len(used))))
         elif part == "factor":
-            taken[prefix + part] = _native(decode(encoded)[of_single])
+            taken[prefix + part] = encode_native(decode(encoded)[of_single])
         else:
             rows = {"single": single, "contexts": of_hyper}.get(part, hyper)
             taken[prefix + part] = take_rows(encoded, rows)
@@ -179,7 +176,3 @@ def _restrict_bank(
         moved.append(replace(p, start=start))
         start += p.grid.locations
     return replace(plan, locations=start, context=plan.context if len(hyper) else 1), moved, taken
-
-
-def _native(tensor: Tensor) -> Encoded:
-    return Encoded(NATIVE, tuple(tensor.shape), tensor.dtype, {"": tensor})

@@ -1,0 +1,48 @@
+"""Codecs: ways of storing a tensor, a file each.
+
+codec      what a codec is, precisions and encoded tensors, the registry
+coding     encoding and decoding with any registered codec
+native     tensors as they are
+bfloat16   tensors rounded to bfloat16
+integers   integers of 2 to 12 bits with a scale for each group of values
+
+A new codec is a file here and its name in the loop below; or, outside of this package, a module that registers it when
+it is imported (docs/add_a_codec.md). A fit tries what codecs offer in the order in which they were registered.
+"""
+
+from surgery.storage.codecs.bfloat16 import BFLOAT16, BFloat16
+from surgery.storage.codecs.codec import (
+    CODECS,
+    NATIVE,
+    Codec,
+    Encoded,
+    Layout,
+    Precision,
+    Statistics,
+    register,
+)
+from surgery.storage.codecs.coding import (
+    LARGEST,
+    always_native,
+    as_dtype,
+    decode,
+    encode,
+    encode_native,
+    is_tame,
+    ladder,
+    part_layout,
+    stored_bytes,
+    stored_precision,
+    take_rows,
+)
+from surgery.storage.codecs.integers import Grouping, Integers, grouped
+from surgery.storage.codecs.native import Native
+
+for _codec in (Native(), BFloat16(), Integers()):
+    register(_codec)
+
+__all__ = [
+    "BFLOAT16", "CODECS", "LARGEST", "NATIVE", "BFloat16", "Codec", "Encoded", "Grouping", "Integers", "Layout",
+    "Native", "Precision", "Statistics", "always_native", "as_dtype", "decode", "encode", "encode_native",
+    "grouped", "is_tame", "ladder", "part_layout", "register", "stored_bytes", "stored_precision", "take_rows",
+]  # fmt: skip

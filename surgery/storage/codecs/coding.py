@@ -1,0 +1,125 @@
+"""Encoding and decoding with any registered codec: what the rest of the package calls.
+
+Every function is pure; `decode(encode(x, p))` is the tensor that a model with that precision runs with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from surgery.storage.codecs.codec import CODECS, NATIVE, Encoded, Layout, Precision, Statistics
+
+LARGEST = 1e18  # magnitude from which squares overflow float32: such values, and NaN, have no projection and no scale
+
+
+def is_tame(tensor: Tensor) -> bool:
+    """Whether a tensor is of numbers that can be rounded and summed: real, finite and below `LARGEST`.
+
+    Masks of -inf, sentinels such as 1e30, integers and float8 codes are not.
+
+    Example:
+        >>> is_tame(torch.ones(3)), is_tame(torch.tensor([0.0, -torch.inf])), is_tame(torch.arange(3))
+        (True, False, False)
+    """
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
+        return False
+    if not tensor.numel() or tensor.device.type == "meta":
+        return True
+    low, high = tensor.detach().aminmax()  # NaN where any value is
+    return bool((low > -LARGEST) & (high < LARGEST))
+
+
+def always_native(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether every tensor of this shape and dtype is stored natively: without axes, empty, or of no floating dtype."""
+    return not shape or not math.prod(shape) or not dtype.is_floating_point
+
+
+def stored_precision(tensor: Tensor, precision: Precision) -> Precision:
+    """The precision that `encode` stores a tensor with where it is asked for `precision`."""
+    if precision.is_native or always_native(tuple(tensor.shape), tensor.dtype) or not is_tame(tensor):
+        return NATIVE
+    return precision
+
+
+def encode(tensor: Tensor, precision: Precision, statistics: Statistics | None = None) -> Encoded:
+    """Store a tensor.
+
+    Args:
+        tensor: any; one that has no axes, is empty or is not tame (see `is_tame`) is always stored natively.
+        precision: how to store it.
+        statistics: of its inputs, for codecs that make use of them.
+    """
+    precision, tensor = stored_precision(tensor, precision), tensor.detach()
+    parts = precision.codec.encode(tensor, precision.settings, statistics)
+    return Encoded(precision, tuple(tensor.shape), tensor.dtype, parts)
+
+
+def encode_native(tensor: Tensor) -> Encoded:
+    """A tensor stored as it is."""
+    return Encoded(NATIVE, tuple(tensor.shape), tensor.dtype, {"": tensor.detach()})
+
+
+def decode(encoded: Encoded) -> Tensor:
+    """The tensor that `encoded` stands for, in its dtype and shape, in a storage that holds nothing else."""
+    return encoded.precision.codec.decode(encoded)
+
+
+def part_layout(shape: tuple[int, ...], dtype: torch.dtype, precision: Precision) -> Layout:
+    """Dtype and shape of every part that `encode` makes of such a tensor, without encoding it.
+
+    Example:
+        >>> part_layout((3, 8), torch.float32, Precision.parse("int6/4"))
+        {'q4': (torch.uint8, (12,)), 'q2': (torch.uint8, (6,)), 'scale': (torch.bfloat16, (6,))}
+    """
+    if always_native(shape, dtype):
+        precision = NATIVE
+    return precision.codec.layout(shape, dtype, precision.settings)
+
+
+def stored_bytes(shape: tuple[int, ...], dtype: torch.dtype, precision: Precision) -> int:
+    """Bytes that `encode` of such a tensor takes, without encoding it."""
+    layout = part_layout(shape, dtype, precision).values()
+    return sum(math.prod(size) * kind.itemsize for kind, size in layout)
+
+
+def as_dtype(encoded: Encoded, dtype: torch.dtype) -> Encoded | None:
+    """The same parts as the stored form of a tensor of another dtype; None where they would be other parts.
+
+    Example:
+        >>> one = encode(torch.ones(2, 2), Precision("bfloat16"))
+        >>> decode(as_dtype(one, torch.float64)).dtype, as_dtype(encode_native(torch.ones(2)), torch.float64)
+        (torch.float64, None)
+    """
+    if encoded.dtype == dtype:
+        return encoded
+    now, then = (part_layout(encoded.shape, each, encoded.precision) for each in (encoded.dtype, dtype))
+    return replace(encoded, dtype=dtype) if now == then else None
+
+
+def take_rows(encoded: Encoded, rows: Tensor) -> Encoded:
+    """The stored form of `decode(encoded)[rows]`, without encoding anew.
+
+    Args:
+        encoded: of a tensor of at least two axes, or of a vector whose codec can take single values of it.
+        rows: int64 `[R]`, indices along the first axis.
+
+    Raises:
+        ValueError: for a vector that its codec stores as one row.
+    """
+    parts = encoded.precision.codec.take_rows(encoded, rows)
+    return replace(encoded, shape=(len(rows), *encoded.shape[1:]), parts=parts)
+
+
+def ladder(tensors: Sequence[Tensor]) -> tuple[Precision, ...]:
+    """Precisions that a fit tries for tensors that it stores alike: native, then what each codec offers.
+
+    Example:
+        >>> [str(precision) for precision in ladder([torch.ones(20)])]
+        ['native', 'bfloat16', 'int12/64', 'int8/64']
+    """
+    return tuple(Precision(name, each) for name, codec in CODECS.items() for each in codec.ladder(tensors))

@@ -1,0 +1,235 @@
+"""The codec of grouped integers: 2 to 8, 10 or 12 bits for each value, and a scale for each group of values.
+
+Integers of b bits are symmetric: `value = (code - 2^(b-1)) * scale`, one bfloat16 scale for each group of
+neighbouring values along a row (first axis kept apart). The scale's sign and size are searched so that the squared
+error is least; given codes q, the best scale is the projection <x, q> / <q, q>. Codes are packed without a gap as
+bit planes of 8, 4, 2 and 1 bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from surgery.storage.codecs.codec import Codec, Encoded, Layout, Precision, Statistics
+from surgery.util.memory import compact, empty_large
+
+CHUNK = 1 << 20  # values handled at once while encoding: bounds the memory of the scale search
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,), 10: (8, 2), 12: (8, 4)}
+# By bits: the smallest scale tried, as a fraction of the one that clips nothing, and the number of steps down to it.
+SEARCH = {2: (0.4, 9), 3: (0.65, 9), 4: (0.8, 9), 5: (0.85, 7), 6: (0.92, 7), 7: (0.95, 5), 8: (0.97, 5)}
+
+DECODE_CHUNK = 1 << 18  # values decoded at once: what is between codes and values stays in the cache
+# By bits of a plane: a word that holds as many bytes as a byte holds values, and shifts and masks that spread them.
+_SPREAD = {
+    4: (torch.int16, ((4, 0x0F0F),)),
+    2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
+    1: (torch.int64, ((28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101))),
+}
+
+
+GROUP = 64  # values to one scale in a fit's ladder
+MATRICES, VECTORS = (12, 10, 8, 7, 6, 5, 4, 3, 2), (12, 8)  # bits that a fit tries
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Bits of each value, and how many neighbouring values have one scale."""
+
+    bits: int
+    group: int
+
+
+def grouped(bits: int, group: int) -> Precision:
+    """The precision of grouped integers.
+
+    Args:
+        bits: of each value: 2 to 8, 10 or 12.
+        group: number of neighbouring values to one scale.
+
+    Example:
+        >>> str(grouped(4, 64))
+        'int4/64'
+    """
+    return Precision(Integers.name, Grouping(bits, group))
+
+
+class Integers(Codec[Grouping]):
+    """Integers with a scale for each group of values along a row."""
+
+    name = "int"
+    form = "intB/GROUP with B of 2 to 8, 10 or 12"
+
+    def encode(
+        self, tensor: Tensor, settings: Grouping, statistics: Statistics | None = None
+    ) -> Mapping[str, Tensor]:
+        """Bit planes `q8`, `q4`, `q2`, `q1` of the codes, as many as the bits need, and `scale`."""
+        codes, scales = [], []
+        width = _width(tuple(tensor.shape), settings.group)
+        for rows in _grouped(tensor, settings.group).split(max(1, CHUNK // width)):
+            code, scale = _quantise(rows.float(), settings.bits)
+            codes.append(code)
+            scales.append(scale)
+        planes = _pack(torch.cat(codes).reshape(-1), settings.bits)
+        return {**planes, "scale": torch.cat(scales).reshape(-1)}
+
+    def decode(self, encoded: Encoded) -> Tensor:
+        """Codes times their group's scale."""
+        parts, bits = encoded.parts, encoded.precision.settings.bits
+        width = _width(encoded.shape, encoded.precision.settings.group)
+        scale = parts["scale"].float().unsqueeze(1)
+        values = empty_large((scale.shape[0], width), encoded.dtype, scale.device)
+        step = max(DECODE_CHUNK // (8 * width), 1) * 8  # groups: of all planes, each chunk is whole bytes
+        for start in range(0, len(values), step):
+            out = values[start : start + step]
+            chunk = {f"q{p}": parts[f"q{p}"][start * width * p // 8 :] for p in PLANES[bits]}
+            codes = _unpack(chunk, bits, out.numel()).sub(1 << (bits - 1))
+            # Unsigned bytes wrap around to the signed ones.
+            signed = codes.view(torch.int8) if bits <= 8 else codes
+            if encoded.dtype == torch.float32:  # the usual case, without a copy in between
+                out.copy_(signed.view(-1, width)).mul_(scale[start : start + step])
+                continue
+            real = signed.view(-1, width).to(torch.float32).mul_(scale[start : start + step])
+            out.copy_(real.clamp_(-65504.0, 65504.0) if encoded.dtype == torch.float16 else real)
+        first, rest = _matrix(encoded.shape)
+        # A single row stays contiguous without its padding: it is a view that only a copy makes shorter.
+        return compact(values.view(first, -1)[:, :rest]).contiguous().view(encoded.shape)
+
+    def layout(self, shape: tuple[int, ...], dtype: torch.dtype, settings: Grouping) -> Layout:
+        """Whole bytes for each plane, and bfloat16 scales."""
+        first, rest = _matrix(shape)
+        width = _width(shape, settings.group)
+        groups = first * -(-rest // width)
+        planes = {f"q{p}": (torch.uint8, (-(-groups * width * p // 8),)) for p in PLANES[settings.bits]}
+        return {**planes, "scale": (torch.bfloat16, (groups,))}
+
+    def take_rows(self, encoded: Encoded, rows: Tensor) -> Mapping[str, Tensor]:
+        """Codes unpacked and packed again: groups never reach over a row, but bytes do."""
+        if len(encoded.shape) < 2:
+            raise ValueError(
+                f"a vector of {math.prod(encoded.shape)} held as {encoded.precision} has no rows to take"
+            )
+        bits, scale = encoded.precision.settings.bits, encoded.parts["scale"]
+        groups = scale.numel() // encoded.shape[0]
+        width = _width(encoded.shape, encoded.precision.settings.group)
+        codes = _unpack(encoded.parts, bits, scale.numel() * width).view(encoded.shape[0], -1)[rows]
+        return {**_pack(codes.reshape(-1), bits), "scale": scale.view(-1, groups)[rows].reshape(-1)}
+
+    def write(self, settings: Grouping) -> str:
+        """Bits and group: `4/64`."""
+        return f"{settings.bits}/{settings.group}"
+
+    def read(self, text: str) -> Grouping:
+        """The inverse of `write`."""
+        bits, _, group = text.partition("/")
+        if int(bits) not in PLANES or int(group) < 1:
+            raise ValueError(f"'{text}' must be B/GROUP with B of 2 to 8, 10 or 12")
+        return Grouping(int(bits), int(group))
+
+    def ladder(self, tensors: Sequence[Tensor]) -> tuple[Grouping, ...]:
+        """All widths for matrices; vectors take little room and are kept fine."""
+        matrices = any(tensor.ndim > 1 and tensor.numel() >= GROUP for tensor in tensors)
+        return tuple(Grouping(bits, GROUP) for bits in (MATRICES if matrices else VECTORS))
+
+    def span(self, settings: Grouping) -> int:
+        """A group."""
+        return settings.group
+
+    def fault(self, parts: Mapping[str, Tensor]) -> str:
+        """Scales must be finite."""
+        return "" if bool(parts["scale"].isfinite().all()) else "scales that are NaN or infinite"
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns under which a tensor is grouped: a vector is one row."""
+    return (1, shape[0]) if len(shape) == 1 else (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+
+
+def _width(shape: tuple[int, ...], group: int) -> int:
+    return min(group, _matrix(shape)[1])
+
+
+def _grouped(tensor: Tensor, group: int) -> Tensor:
+    """`tensor` as `[groups, width]`, rows padded with zeros to whole groups."""
+    first, rest = _matrix(tuple(tensor.shape))
+    width = min(group, rest)
+    rows = tensor.reshape(first, rest)
+    if rest % width:
+        rows = torch.nn.functional.pad(rows, (0, -rest % width))
+    return rows.reshape(-1, width)
+
+
+def _quantise(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes (`[G, width]`, uint8 or int16) and bfloat16 scales `[G]` of least squared error among the candidates."""
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+    groups = groups * _inverse(largest)  # to at most 1, so that no square overflows; the largest value is +1
+    best_gain, best = torch.full_like(largest, -1.0), torch.zeros_like(largest)
+    smallest, steps = SEARCH.get(bits, (1.0, 1))  # finer codes lose next to nothing at their full range
+    for end in (low, high) if bits in SEARCH else (low,):
+        for step in range(steps):
+            shrink = 1.0 - (1.0 - smallest) * step / max(steps - 1, 1)
+            q = (
+                (groups * (end / shrink)).round_().clamp_(low, high)
+            )  # which end takes the largest decides the sign
+            xq, qq = (groups * q).sum(1, keepdim=True), (q * q).sum(1, keepdim=True)
+            gain = xq * xq * _inverse(qq)  # |x|^2 minus the error left by the projection
+            better = gain > best_gain
+            best_gain = torch.where(better, gain, best_gain)
+            best = torch.where(better, xq * _inverse(qq), best)
+    scale = (best * largest).to(torch.bfloat16)
+    q = (groups * (largest * _inverse(scale.float()))).round_().clamp_(low, high)
+    return (q - low).to(torch.uint8 if bits <= 8 else torch.int16), scale.squeeze(1)
+
+
+def _inverse(x: Tensor) -> Tensor:
+    """1/x, and 0 where x is 0 or so small that 1/x is infinite."""
+    inverse = x.reciprocal()
+    return torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
+
+
+def _pack(codes: Tensor, bits: int) -> dict[str, Tensor]:
+    """Bit planes of a flat tensor of codes, lowest bits first, each packed to whole bytes."""
+    planes: dict[str, Tensor] = {}
+    shift = 0
+    for plane in PLANES[bits]:
+        values, per_byte = ((codes >> shift) & ((1 << plane) - 1)).to(torch.uint8), 8 // plane
+        values = torch.nn.functional.pad(values, (0, -values.numel() % per_byte)).view(-1, per_byte)
+        packed = values[:, 0].clone()
+        for slot in range(1, per_byte):
+            packed |= values[:, slot] << (slot * plane)
+        planes[f"q{plane}"] = packed
+        shift += plane
+    return planes
+
+
+def _unpack(parts: Mapping[str, Tensor], bits: int, count: int) -> Tensor:
+    """The inverse of `_pack`."""
+    codes, shift = None, 0
+    for plane in PLANES[bits]:
+        values = _spread(parts[f"q{plane}"][: -(-count * plane // 8)], plane)[:count]
+        values = values if bits <= 8 else values.to(torch.int16)
+        values = values << shift if shift else values
+        codes = values if codes is None else codes | values
+        shift += plane
+    assert codes is not None
+    return codes
+
+
+def _spread(packed: Tensor, plane: int) -> Tensor:
+    """Each value of `plane` bits in a byte of its own, the lowest first.
+
+    The bytes are spread inside wider integers, halving the distance each time: a few passes over whole words,
+    where a shift for every value would go byte by byte. Words are little-endian, as wherever torch runs.
+    """
+    if plane == 8:
+        return packed
+    word, steps = _SPREAD[plane]
+    words = packed.to(word, memory_format=torch.contiguous_format)
+    for distance, mask in steps:
+        words.bitwise_or_(words << distance).bitwise_and_(mask)
+    return words.view(torch.uint8)
