@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import surgery
+from surgery.artifact.picture import draw_sharing
+from surgery.artifact.shares import count_shares
 from surgery.errors import ArtifactError
 from surgery.page.overview import look
 from surgery.page.render import render
@@ -29,6 +31,7 @@ from surgery.storage.codecs import (
     take_rows,
 )
 from surgery.storage.stored import store
+from surgery.util.wording import size
 
 PAGE = Path(__file__).parents[1] / "docs" / "add_a_codec.md"
 KEY = "plain/one/2.weight"
@@ -80,7 +83,10 @@ def test_a_codec_from_outside_is_exported_and_shown(joint):
     assert torch.equal(small.collapse("one")["2.weight"], joint.collapse("one")["2.weight"])
     html = render(look("joint"))
     assert "signs" in html and 'class="other"' in html
-    assert "signs" in Path("joint/README.md").read_text()
+    shares = count_shares(store(joint))
+    assert shares.kinds["one"]["signs"] == 32 * 4 + 32 * 4
+    assert f"| {size(shares.after['one'])} |" in Path("joint/README.md").read_text()
+    assert Path("joint/sharing.png").read_bytes() == draw_sharing(shares)
 
 
 def test_what_no_codec_is_registered_for_is_named(joint, monkeypatch):
