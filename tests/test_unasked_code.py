@@ -326,6 +326,7 @@ def test_a_tracker_that_a_recipe_of_an_artifact_names_takes_consent(name):
     with pytest.raises(ConsentError, match=f"the tracker {name}"):
         check_sources(recipe, Permission.NONE)
     check_sources(recipe, Permission.OWN)
+    assert recipe.train is not None
     own = recipe.model_copy(update={"train": recipe.train.model_copy(update={"trackers": ("tensorboard",)})})
     check_sources(own, Permission.NONE)
 
