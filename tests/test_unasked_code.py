@@ -357,3 +357,13 @@ def test_no_text_of_a_file_commands_the_terminal(capfd):
         main(["report", text])
     found = "".join(capfd.readouterr())
     assert not set("\x1b\x07\x9b\u202e") & set(found) and found.count("a\\x1b]0;title") == 4
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors"])
+def test_an_index_of_weights_names_files_of_its_own_folder(places, tmp_path, name):
+    import shutil
+
+    folder = Path(shutil.copytree(places["root"] / "bert", tmp_path / "bert"))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(LoadError, match="files of its own folder"):
+        load_member(str(folder))

@@ -79,6 +79,11 @@ def check_folder(folder: Path, stored: bool) -> None:
             f"{folder} has a config.json but no weights (model.safetensors or pytorch_model.bin): add them, or have "
             f"weights drawn at random with {folder}?pretrained=false"
         )
+    for index in sorted(folder.glob("*.index.json")):  # of weights in several files
+        named = read_config(index).get("weight_map")
+        files = set(map(str, named.values())) if isinstance(named, dict) else set()
+        if outside := sorted(name for name in files if Path(name).is_absolute() or ".." in Path(name).parts):
+            raise LoadError(f"{index} must name files of its own folder, found {', '.join(outside[:3])}")
     for file in weights:
         if file.suffix == ".safetensors":
             check_safetensors(file)
