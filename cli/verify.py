@@ -63,7 +63,7 @@ def print_report(report: VerifyReport) -> None:
         table.add_row(
             each.member,
             "ok" if each.ok else "WRONG",
-            "as recorded" if each.rebuilt else "no",
+            "no" if not each.rebuilt else "weights alone" if each.not_built else "as recorded",
             "-" if each.error is None else console.percent(each.error, digits=2),
             "-" if each.recorded_error is None else console.percent(each.recorded_error, digits=2),
             each.origin,
@@ -74,6 +74,10 @@ def print_report(report: VerifyReport) -> None:
     for each in report.members:
         for reason in each.reasons:
             console.say(f"{each.member}: {reason}")
-    console.say(
-        f"{report.directory}: {'everything matches' if report.ok else 'does NOT match what was written'}."
-    )
+        if each.not_built:
+            why = each.not_built.replace("`trust_remote_code`", "--trust-remote-code")
+            console.say(f"{each.member}: its weights were compared, but its module was not built: {why}.")
+    matches = "everything that was compared matches"
+    if not any(each.not_built for each in report.members):
+        matches = "everything matches"
+    console.say(f"{report.directory}: {matches if report.ok else 'does NOT match what was written'}.")

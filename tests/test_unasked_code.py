@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from artifacts import rewrite
+from command_line import surgery as command
 from surgery_cli import console
 from surgery_cli.__main__ import main
 from surgery_recipes import SHIPPED
@@ -292,6 +293,9 @@ def test_what_the_user_types_runs_and_consent_is_one_word(tmp_path, monkeypatch)
         surgery.load("joint")
     report = surgery.verify("joint")
     assert report.ok and report.members[0].rebuilt and not ran.exists()
+    assert "trust_remote_code" in str(report.members[0].not_built)
+    code, said, _ = command("verify", "joint")
+    assert code == 0 and "weights alone" in said and "--trust-remote-code" in said
     alike = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
     assert surgery.load("joint", modules={"net": alike}).names == ("net",)
     assert not ran.exists()

@@ -50,6 +50,7 @@ class MemberCheck:
         weight_difference: largest absolute difference of any weight from the origin's.
         error: relative L2 error of its outputs against the origin's, on the recorded probe inputs.
         recorded_error: what was measured when it was fitted.
+        not_built: why its module was not built, so that its weights alone were compared; None where it was.
     """
 
     member: str
@@ -60,6 +61,7 @@ class MemberCheck:
     weight_difference: float | None = None
     error: float | None = None
     recorded_error: float | None = None
+    not_built: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,9 +144,10 @@ def verify(
         else:
             given = (modules or {}).get(name)
             origin, where = _load_origin(manifest, name, given, permission, origins)
-            joint, failure = _load_member(folder, name, given, trust_remote_code)
+            joint, failure, not_built = _load_member(folder, name, given, trust_remote_code)
             reasons = [failure] if failure else []
-            checks.append(_check(manifest, name, states(name), joint, reasons, origin, where))
+            check = _check(manifest, name, states(name), joint, reasons, origin, where)
+            checks.append(replace(check, not_built=not_built))
     return VerifyReport(str(folder), files, tuple(checks))
 
 
@@ -222,17 +225,17 @@ def _load_origin(
 
 def _load_member(
     folder: Path, name: str, given: nn.Module | None, trust: bool
-) -> tuple[JointModel | None, str | None]:
-    """The member from the artifact, ready to run, and what is wrong where it cannot be had."""
+) -> tuple[JointModel | None, str | None, str | None]:
+    """The member from the artifact, ready to run; what is wrong where it cannot be had, or why it was not built."""
     modules = None if given is None else {name: duplicate(given)}
     if given is None and origin_of(read_manifest(folder), name).kind == "module":
-        return None, None
+        return None, None, "it was a live module, which Python passes as modules="
     try:
-        return load(folder, modules=modules, members=[name], trust_remote_code=trust), None
+        return load(folder, modules=modules, members=[name], trust_remote_code=trust), None, None
     except ConsentError:  # no fault of the artifact's
-        return None, None
+        return None, None, "its code needs `trust_remote_code`"
     except SurgeryError as error:
-        return None, f"it cannot be rebuilt: {error}"
+        return None, f"it cannot be rebuilt: {error}", None
 
 
 def _compare_hash(
