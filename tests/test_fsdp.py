@@ -142,11 +142,11 @@ def processes(way="MULTI_CPU", count=2, precision="no", **more):
 @pytest.mark.parametrize(
     ("accelerator", "environment", "config", "said"),
     [
-        (processes("DEEPSPEED"), {}, {}, r"DEEPSPEED splits members .*--multi_gpu.*--use_fsdp --fsdp_version 2"),
+        (processes("DEEPSPEED"), {}, {}, r"DEEPSPEED splits members .*MULTI_GPU.*FSDP.*fsdp_version: 2"),
         (processes("MEGATRON_LM"), {}, {}, "MEGATRON_LM splits members"),
         (processes("TP"), {}, {}, "TP splits members"),
-        (processes(), {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "set --fsdp_offload_params false"),
-        (processes(precision="fp16"), {}, {}, "use --mixed_precision bf16"),
+        (processes(), {"FSDP_OFFLOAD_PARAMS": "true"}, {}, "set `fsdp_offload_params: false`"),
+        (processes(precision="fp16"), {}, {}, "use `mixed_precision: bf16`"),
         (processes(), {}, {"compile": True}, "set train.compile=false"),
         (processes(), {"FSDP_IGNORED_MODULES": "head"}, {}, "leave fsdp_ignored_modules away"),
         (processes(parallelism_config=SimpleNamespace(tp_size=2)), {}, {}, "leave the other sizes at 1"),

@@ -227,8 +227,8 @@ def test_what_cannot_be_is_refused():
     one = network("bert")
     blocks = join([plain_copy(one)], make_plan([discover(one)], (8, 8)))
     for options, words in (
-        ({"templates": 2}, "needs --method templates"),
-        ({"templates": 2, "budget": 0.5}, "needs --method templates"),
+        ({"templates": 2}, "needs `method=templates`"),
+        ({"templates": 2, "budget": 0.5}, "needs `method=templates`"),
         ({"templates": 2, "hypermodules": 3}, "only one of them"),
         ({"templates": 0}, "at least 1"),
     ):
@@ -265,7 +265,7 @@ def test_the_command_line_merges_inspects_verifies_and_exports(tmp_path, monkeyp
     assert command("merge", "own.py:net", "--stacks", "*", *templates)[0] == 0
     for options, words in (
         (("--stacks", "body.*", *templates), "there are: *"),
-        (("--stacks", "*", "--dry-run"), "add --method templates"),
+        (("--stacks", "*", "--dry-run"), "choose --method templates"),
     ):
         code, out, err = command("merge", "own.py:net", *options)
         assert code == 2 and words in " ".join(err.split())
