@@ -1,4 +1,4 @@
-"""Files: hashes, what lies below a folder, one file written whole, and errors of the system as sentences."""
+"""Files: hashes, what lies below a folder, files written whole, and errors of the system as sentences."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from surgery.disk.untrusted import open_regular
-from surgery.errors import OutputError
+from surgery.errors import LoadError, OutputError
 
 
 def sha256_of(path: Path) -> str:
@@ -80,3 +81,15 @@ def failure(target: Path, error: BaseException, need: int = 0) -> str:
             "another folder or change its permissions."
         )
     return f"{target} could not be written: {' '.join(str(error).split())}; choose another folder."
+
+
+def write_files(files: Mapping[str, bytes], directory: Path, keep: Iterable[str] = ()) -> None:
+    """Write `files` below `directory`, apart from the paths in `keep`, which the saver wrote itself."""
+    left = set(keep)
+    for relative, content in files.items():
+        target = directory / relative
+        if not target.resolve().is_relative_to(directory.resolve()):
+            raise LoadError(f"a member's file must lie inside its folder; '{relative}' leads out of it")
+        if relative not in left:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)

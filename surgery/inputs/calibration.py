@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.disk.small import write_files
+from surgery.disk.files import write_files
 from surgery.disk.tensorheader import parse_header
 from surgery.disk.untrusted import (
     TEXT_BYTES,

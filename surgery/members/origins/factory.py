@@ -15,7 +15,7 @@ from typing import Any
 from surgery_recipes import SHIPPED
 from torch import nn
 
-from surgery.disk.small import write_files
+from surgery.disk.files import write_files
 from surgery.errors import LoadError
 from surgery.inputs import as_inputs
 from surgery.members.member import Inputs, Origin

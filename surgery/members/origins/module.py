@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from torch import nn
 
-from surgery.disk.small import write_files
+from surgery.disk.files import write_files
 from surgery.errors import LoadError
 from surgery.members.member import Origin
 from surgery.members.origins.base import Loaded, Request

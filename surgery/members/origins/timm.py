@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.disk.small import write_files
+from surgery.disk.files import write_files
 from surgery.disk.untrusted import DOCUMENT_BYTES, as_mapping, read_regular
 from surgery.errors import LoadError
 from surgery.members.member import Origin

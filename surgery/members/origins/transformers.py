@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.disk.small import write_files
+from surgery.disk.files import write_files
 from surgery.disk.untrusted import shown
 from surgery.errors import LoadError
 from surgery.members.member import Origin

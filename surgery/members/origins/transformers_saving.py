@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from surgery.disk.aligned import align_file
-from surgery.disk.small import write_files
+from surgery.disk.files import write_files
 from surgery.members.member import Origin
 from surgery.members.origins.dtypes import widest
 from surgery.members.origins.layers import KEYS

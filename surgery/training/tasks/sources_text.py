@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from surgery.disk.small import write_files
+from surgery.disk.files import write_files
 from surgery.disk.untrusted import TEXT_BYTES, UnreadableError, parse_json, read_regular
 from surgery.errors import LoadError
 from surgery.members.member import Member
