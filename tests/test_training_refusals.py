@@ -48,6 +48,10 @@ def test_data_that_cannot_be_used_are_an_error_that_names_their_task(data, said)
         ([(torch.zeros(3, 5), LABEL[:3])], r"'classes'.*validation data.*\[3, 5\].*mat1 and mat2"),
         (
             [(X * float("nan"), LABEL)],
+            r"'classes' must be finite.*first batch of its validation data.*hold NaN",
+        ),
+        (
+            [(X, LABEL), (X * float("nan"), LABEL)],  # the first batch is tried before the run
             r"'classes' on held-out data must be finite, found nan after generation 1",
         ),
     ],
