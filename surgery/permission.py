@@ -11,7 +11,15 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+import surgery_recipes  # pyright: ignore[reportMissingImports]
+
 from surgery.errors import ConsentError
+
+SHIPPED: frozenset[str] = surgery_recipes.SHIPPED
+"""Functions that an artifact may name without consent, as `package.module:function`."""
+
+PLACES: frozenset[str] = surgery_recipes.PLACES
+"""Options of these functions that name a file or folder of the user's own."""
 
 
 class Permission(IntEnum):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery_recipes import SHIPPED
-
 from surgery.artifact.shares import Shares
+from surgery.permission import SHIPPED
 from surgery.util.wording import percent, size
 
 ROWS = 24  # members listed one by one

@@ -15,11 +15,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery_recipes import PLACES
+from surgery.permission import PLACES
 
 FACTORY = re.compile(r"(?P<where>[^?]*):(?P<name>[A-Za-z_]\w*)")
 TIMM, DATASETS = "timm:", "datasets:"
-SHIPPED = "surgery_recipes."
+OURS = "surgery_recipes."
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 _TIMM_WEIGHTS = re.compile(
     r"(timm:[^?=]*(?:\?(?:.*&)?[^=&]*=[^=&]*)?)=(.+)", re.DOTALL
@@ -93,9 +93,7 @@ class Places:
             return task
         found = self._at(task, {"data": self.data})
         data, options = str(task.get("data", "")), task.get("options")
-        names = (
-            PLACES if data.startswith(SHIPPED) else {"tokenizer"} if FACTORY.fullmatch(data) is None else ()
-        )
+        names = PLACES if data.startswith(OURS) else {"tokenizer"} if FACTORY.fullmatch(data) is None else ()
         if isinstance(options, Mapping):
             found["options"] = self._at(options, dict.fromkeys(names, self.path))
         if isinstance(task.get("adaptation"), Mapping):

@@ -20,7 +20,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from surgery_recipes import SHIPPED
 from torch import Tensor, nn
 
 from surgery.disk.aligned import align_module
@@ -36,7 +35,7 @@ from surgery.members.origins.dtypes import mixed, widen
 from surgery.members.origins.live import check_ordinary, unwrap
 from surgery.members.origins.module import live_module
 from surgery.members.origins.weights import check_finite
-from surgery.permission import Permission
+from surgery.permission import SHIPPED, Permission
 from surgery.util.randomness import all_seeded, member_seed
 from surgery.util.text import one_line
 

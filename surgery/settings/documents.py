@@ -10,12 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from surgery_recipes import SHIPPED
-
 from surgery.disk.places import of_recipe_file
 from surgery.disk.untrusted import RECIPE_BYTES, UnreadableError, parse_yaml, read_regular, shown
 from surgery.errors import PlanError
-from surgery.permission import Permission
+from surgery.permission import SHIPPED, Permission
 
 _CODE = re.compile(r"^(?!timm:|datasets:|hf-hub:|re:).*:[A-Za-z_]\w*$", re.DOTALL)
 """Texts that name a function: `file.py:function` and `package.module:function`."""

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery_recipes import SHIPPED
 from torch import nn
 
 from surgery.disk.files import write_files
@@ -22,7 +21,7 @@ from surgery.members.member import Inputs, Origin
 from surgery.members.origins.base import Loaded, Request, split_options
 from surgery.members.origins.empty import drop_weights
 from surgery.members.origins.weights import save_weights
-from surgery.permission import Permission
+from surgery.permission import SHIPPED, Permission
 from surgery.util.text import one_line, shorten
 
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.(?!py:)[A-Za-z_]\w*)+:[A-Za-z_]\w*")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from surgery_recipes import PLACES, SHIPPED
 from torch import Tensor
 
 from surgery.disk.tensorheader import parse_header
@@ -23,7 +22,7 @@ from surgery.errors import LoadError, PlanError
 from surgery.inputs import floating_dtype
 from surgery.members.member import Member
 from surgery.members.origins.factory import find_function
-from surgery.permission import Permission
+from surgery.permission import PLACES, SHIPPED, Permission
 from surgery.settings.recipe import Recipe, TaskSpec
 from surgery.training.tasks.parts import Parts, Unlabelled, split_rows
 from surgery.training.tasks.sources_hub import PREFIX, from_datasets
