@@ -28,7 +28,7 @@ def test_unused_rows_are_accepted_on_the_command_line_and_in_a_recipe(folder, tm
     assert (
         code == 2
         and "word_embeddings" in said
-        and "allow_nonfinite" in said
+        and "--allow-nonfinite" in said
         and not (tmp_path / "no").exists()
     )
     code, _, said = run(
