@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from surgery.disk.files import write_files
-from surgery.disk.tensorheader import parse_header
 from surgery.disk.untrusted import (
     TEXT_BYTES,
     UnreadableError,
-    check_archive,
     open_regular,
     parse_json,
     read_regular,
 )
 from surgery.errors import LoadError
 from surgery.inputs import floating_dtype
+from surgery.inputs.reading import read_arrays, read_tokenizer
 from surgery.inputs.sample import number
 from surgery.members.member import Inputs, Member
 from surgery.util.quiet import quiet
@@ -80,8 +79,6 @@ def picture_statistics(member: Member, channels: int) -> tuple[Tensor, Tensor]:
 
 def _texts(member: Member, path: Path) -> list[Inputs]:
     """Tokenised lines, padded to the longest of their batch."""
-    from transformers import AutoTokenizer
-
     try:
         text = read_regular(path, TEXT_BYTES).decode()
         lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -95,24 +92,18 @@ def _texts(member: Member, path: Path) -> list[Inputs]:
         raise LoadError(
             f"texts need a tokenizer, and '{member.name}' has none: give .npz arrays of token ids instead"
         )
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        write_files(member.files, Path(folder))
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:
-            raise LoadError(f"the tokenizer of '{member.name}' cannot be read: {one_line(error)}") from error
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        longest = min(512, number(getattr(member.module, "config", None) or object(), _POSITIONS, 512) - 2)
-        batches = []
-        for start in range(0, len(lines), _BATCH):
-            chosen = lines[start : start + _BATCH]
+    tokenizer = read_tokenizer(member.files, f"'{member.name}'")
+    longest = min(512, number(getattr(member.module, "config", None) or object(), _POSITIONS, 512) - 2)
+    batches = []
+    for start in range(0, len(lines), _BATCH):
+        chosen = lines[start : start + _BATCH]
+        with quiet():
             made = dict(
                 tokenizer(chosen, return_tensors="pt", padding=True, truncation=True, max_length=longest)
             )
-            if "decoder_input_ids" in member.inputs.kwargs:
-                made["decoder_input_ids"] = made["input_ids"]
-            batches.append(_call(member, made, path))
+        if "decoder_input_ids" in member.inputs.kwargs:
+            made["decoder_input_ids"] = made["input_ids"]
+        batches.append(_call(member, made, path))
     return batches
 
 
@@ -179,7 +170,7 @@ def _picture_transform(member: Member) -> Any:
 
 def _arrays(member: Member, path: Path) -> list[Inputs]:
     """Arrays named by forward's arguments, or `arg0`, `arg1`, cut into batches along their first axis."""
-    tensors = _read_arrays(path)
+    tensors = read_arrays(path)
     accepted = signature(member.module.forward).parameters
     free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     positional = [f"arg{i}" for i in range(len(tensors)) if f"arg{i}" in tensors]
@@ -209,23 +200,6 @@ def _arrays(member: Member, path: Path) -> list[Inputs]:
         args = tuple(part.pop(name) for name in positional)
         batches.append(Inputs(args, part, path.name))
     return batches
-
-
-def _read_arrays(path: Path) -> dict[str, Tensor]:
-    import numpy as np
-    from safetensors.torch import load_file
-
-    try:
-        check_archive(path)
-        if path.suffix == ".safetensors":
-            parse_header(path)
-            return load_file(str(path))
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: torch.from_numpy(archive[name]) for name in archive.files}
-    except Exception as error:
-        raise LoadError(
-            f"{path} must hold named arrays of numbers, but reading it says {one_line(error)}"
-        ) from error
 
 
 def _call(member: Member, made: Mapping[str, Tensor], path: Path) -> Inputs:

@@ -13,13 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from surgery.disk.tensorheader import parse_header
-from surgery.disk.untrusted import check_archive
 from surgery.errors import LoadError, PlanError
 from surgery.inputs import floating_dtype
+from surgery.inputs.reading import read_arrays
 from surgery.members.member import Member
 from surgery.members.origins.factory import find_function
 from surgery.permission import PLACES, SHIPPED, Permission
@@ -190,21 +188,7 @@ def from_tensors(spec: TaskSpec, member: Member, seed: int, permission: Permissi
 def _read_arrays(path: Path) -> dict[str, Tensor]:
     if not os.path.lexists(path):
         raise LoadError(f"The data file {path} does not exist: check the path and the working folder.")
-    try:
-        check_archive(path)
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            parse_header(path)
-            return load_file(path)
-        import numpy as np
-
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except Exception as error:
-        raise LoadError(
-            f"The data file {path} must hold plain arrays, but reading it says {one_line(error)}."
-        ) from error
+    return read_arrays(path)
 
 
 def is_function(data: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from surgery.disk.files import write_files
 from surgery.disk.untrusted import TEXT_BYTES, UnreadableError, parse_json, read_regular
 from surgery.errors import LoadError
+from surgery.inputs.reading import read_tokenizer
 from surgery.members.member import Member
 from surgery.permission import Permission
 from surgery.training.tasks.parts import Parts, split_rows, take_option
 from surgery.training.tasks.streams import Batches
-from surgery.util.quiet import quiet
 from surgery.util.text import one_line
 
 if TYPE_CHECKING:
@@ -130,24 +128,14 @@ def load_tokenizer(source: Member | Path) -> Any:
     Raises:
         LoadError: where there is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer
-
     if isinstance(source, Member) and not any(name.startswith(_TOKENIZER) for name in source.files):
         raise LoadError(
             f"Texts need a tokenizer, and member '{source.name}' has none: name a folder with one by the option "
             "tokenizer."
         )
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        if isinstance(source, Member):
-            write_files(source.files, Path(folder))
-        place = source if isinstance(source, Path) else folder
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        except Exception as error:
-            raise LoadError(f"The tokenizer in {place} must be readable: {one_line(error)}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    return tokenizer
+    if isinstance(source, Member):
+        return read_tokenizer(source.files, f"member '{source.name}'")
+    return read_tokenizer(source, str(source))
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
