@@ -16,27 +16,29 @@ from typing import Any
 import torch
 
 from benchmarks.harness import judge, make_header, make_parser, show
-from surgery.dictionary.alignment import draw_by_usage, draw_locations, draw_new
-from surgery.dictionary.contest import Contest
-from surgery.dictionary.dictionary import Bank
-from surgery.dictionary.explanation import draw_by_explanation
-from surgery.training.loop.evolution import prune
+from surgery.methods.hypermodules.alignment import draw_by_usage, draw_locations, draw_new
+from surgery.methods.hypermodules.bank import HypermoduleBank
+from surgery.methods.hypermodules.contest import Contest
+from surgery.methods.hypermodules.evolution import prune
+from surgery.methods.hypermodules.explanation import draw_by_explanation
 
 LIMIT = 50.0  # ms, for draw and decide
 BLOCK, CONTEXT, ALPHA, EPSILON = (16, 16), 4, 0.5, 1e-4
 
 
-def make_bank(locations: int, hypermodules: int, seed: int, device: str) -> Bank:
+def make_bank(locations: int, hypermodules: int, seed: int, device: str) -> HypermoduleBank:
     """A bank whose locations use `hypermodules`, each of them at least once."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(hypermodules * CONTEXT, BLOCK[0] * BLOCK[1], generator=generator)
     more = torch.randint(hypermodules, (locations - hypermodules,), generator=generator)
     psi = torch.cat([torch.arange(hypermodules), more])
     contexts = torch.randn(locations, CONTEXT, generator=generator)
-    return Bank(BLOCK, rows, psi, contexts, hypermodules).to(device)
+    return HypermoduleBank(BLOCK, rows, psi, contexts, hypermodules).to(device)
 
 
-def one_generation(bank: Bank, draw: str, challengers: int, generator: torch.Generator) -> dict[str, float]:
+def one_generation(
+    bank: HypermoduleBank, draw: str, challengers: int, generator: torch.Generator
+) -> dict[str, float]:
     """Milliseconds of each part; the bank is left smaller, as training would leave it."""
     device = bank.psi.device.type
     clock = _Clock(device)

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from surgery.dictionary.kernel import generate, transpose
+from surgery.core.kernel import generate, transpose
 
 LOCATIONS, CONTEXT, BLOCK, ALTERNATIVES = 41_472, 4, 256, 2
 TITLES = {

@@ -22,14 +22,15 @@ import surgery
 from benchmarks import zoo
 from benchmarks.harness import judge, make_header, make_parser, show, take_turns
 from surgery import JointModel, Member
-from surgery.dictionary.dictionary import Bank, codes
-from surgery.dictionary.kernel import generate
+from surgery.core.kernel import generate
+from surgery.methods.hypermodules.bank import HypermoduleBank
+from surgery.methods.rows.bank import codes
 
 CONTEXT, SAMPLED, LENGTH, LIMIT = 4, 0.5, 128, 1.15
 TOKENS = (1024, 4096)
 
 
-class CompetingBank(Bank):
+class CompetingBank(HypermoduleBank):
     """A bank in which some locations have one challenger besides their incumbent.
 
     Attributes:
@@ -39,7 +40,7 @@ class CompetingBank(Bank):
         soft: parameter `[P, 2]`, the soft weights s of incumbent and challenger.
     """
 
-    def __init__(self, bank: Bank, fraction: float, generator: torch.Generator):
+    def __init__(self, bank: HypermoduleBank, fraction: float, generator: torch.Generator):
         super().__init__(bank.block, bank.rows.detach(), bank.psi, bank.contexts.detach(), bank.hypermodules)
         order = torch.randperm(bank.locations, generator=generator)
         count = round(fraction * bank.locations)

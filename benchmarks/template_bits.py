@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.harness import make_header, make_parser, show
 from surgery import Member, discover, fit, join, load_member, make_plan
-from surgery.anatomy.template_plan import plan_templates
+from surgery.methods.templates.plan import plan_templates
 
 METHODS: dict[str, dict[str, Any]] = {
     "hypermodules": {},

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import surgery
 from benchmarks.harness import judge, make_header, make_parser, show, take_turns
 from surgery.anatomy.sites import discover
-from surgery.anatomy.template_plan import plan_templates
 from surgery.core.joint import JointModel
-from surgery.dictionary.mixtures import Templates
+from surgery.methods.templates.mixtures import Templates
+from surgery.methods.templates.plan import plan_templates
 
 NETS = {"cnn": cnn, "vit": vit}
 LAYERS, TEMPLATES, LIMIT = 8, 4, 0.05

@@ -31,7 +31,6 @@ from surgery.version import __version__
 if TYPE_CHECKING:
     from surgery.anatomy.plan import Plan, make_plan
     from surgery.anatomy.sites import Anatomy, LeftAlone, Site, discover
-    from surgery.anatomy.template_plan import plan_templates
     from surgery.artifact import load, save
     from surgery.artifact.export import export
     from surgery.artifact.verify import VerifyReport, verify
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from surgery.fitting.fit import FitReport, fit
     from surgery.members.member import Inputs, Member, Origin
     from surgery.members.references import load_member
+    from surgery.methods.templates.plan import plan_templates
     from surgery.pipeline.merge import merge
     from surgery.settings.recipe import Recipe
     from surgery.tracing import trace
@@ -59,7 +59,7 @@ _HOMES = {
     "settings.recipe": ("Recipe",),
     "members.references": ("load_member",),
     "anatomy.sites": ("Anatomy", "LeftAlone", "Site", "discover"),
-    "anatomy.template_plan": ("plan_templates",),
+    "methods.templates.plan": ("plan_templates",),
     "tracing": ("trace",),
     "training.report.report": ("TrainReport",),
     "training.tasks.tasks": ("Task",),

@@ -7,9 +7,9 @@ from torch import nn
 
 import surgery
 from surgery.anatomy.sites import discover
-from surgery.anatomy.template_plan import plan_templates
 from surgery.core.joining import join
 from surgery.errors import PlanError
+from surgery.methods.templates.plan import plan_templates
 from surgery.training.tasks.adaptation import Adversary, Moments
 from surgery.training.tasks.features import features_of
 from surgery.training.tasks.streams import Batches

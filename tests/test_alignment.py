@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery.dictionary import alignment, explanation
-from surgery.dictionary.alignment import (
+from surgery.methods.hypermodules import alignment, explanation
+from surgery.methods.hypermodules.alignment import (
     decide,
     draw_by_usage,
     draw_locations,
@@ -23,7 +23,7 @@ from surgery.dictionary.alignment import (
     starting_weight,
     usage,
 )
-from surgery.dictionary.explanation import (
+from surgery.methods.hypermodules.explanation import (
     draw_by_explanation,
     explained,
     explained_pairs,

@@ -18,11 +18,12 @@ from surgery.anatomy.sites import discover
 from surgery.artifact import load, save
 from surgery.artifact.verify import verify
 from surgery.artifact.writing import ALLOWANCE
+from surgery.core.dictionary import Dictionary
 from surgery.core.joint import JointModel
 from surgery.core.known import Known
-from surgery.dictionary.dictionary import Bank, Dictionary
 from surgery.errors import ArtifactError, OutputError
 from surgery.members.member import content_hash
+from surgery.methods.rows.bank import RowsBank
 from surgery.storage.codecs import BFLOAT16, Precision, encode, grouped
 from surgery.storage.stored import Stored, revive, store
 
@@ -68,7 +69,7 @@ def hypermodules(seed: int = 0) -> JointModel:
     psi = torch.randint(0, 5, (count,), generator=generator)
     contexts = torch.randn(count, 2, generator=generator)
     contexts[psi >= 3, 1] = 0
-    bank = Bank((8, 8), torch.randn(3 * 2 + 2, 64, generator=generator), psi, contexts, 3)
+    bank = RowsBank((8, 8), torch.randn(3 * 2 + 2, 64, generator=generator), psi, contexts, 3)
     joint = JointModel(found, plan, Dictionary({plan.banks[0].key: bank}))
     return revive([member(m, n, torch.zeros(2, 8)) for n, m in modules().items()], store(joint))
 

@@ -6,9 +6,9 @@ from torch import nn
 
 import surgery
 from surgery.errors import PlanError
+from surgery.methods.hypermodules.starts import start
 from surgery.settings.training import Evolution
 from surgery.storage.stored import store
-from surgery.training.loop.starts import start
 from surgery.training.loop.state import restore, snapshot
 from surgery.training.tasks.tasks import Task
 from surgery.training.train import train

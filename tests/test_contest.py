@@ -8,27 +8,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from surgery.dictionary import contest as module
-from surgery.dictionary.contest import Contest
-from surgery.dictionary.dictionary import Bank
-from surgery.dictionary.kernel import DENSE_CODE
+from surgery.core.kernel import DENSE_CODE
+from surgery.methods.hypermodules import contest as module
+from surgery.methods.hypermodules.bank import HypermoduleBank
+from surgery.methods.hypermodules.contest import Contest
 
 SMALL, LARGE = (7, 4), (90, 60)  # locations and hypermodules: a code held dense, and one that is not
 
 
 def make_bank(
     locations: int, hypermodules: int, context: int = 2, width: int = 6, dtype: torch.dtype = torch.float64
-) -> Bank:
+) -> HypermoduleBank:
     g = torch.Generator().manual_seed(locations)
     psi = torch.cat(
         [torch.arange(hypermodules), torch.randint(hypermodules, (locations - hypermodules,), generator=g)]
     )
     rows = torch.randn(hypermodules * context, width, generator=g, dtype=dtype)
     contexts = torch.randn(locations, context, generator=g, dtype=dtype)
-    return Bank((1, width), rows, psi[torch.randperm(locations, generator=g)], contexts, hypermodules)
+    return HypermoduleBank(
+        (1, width), rows, psi[torch.randperm(locations, generator=g)], contexts, hypermodules
+    )
 
 
-def open_contest(bank: Bank, challengers: int = 3, fitted: bool = False, seed: int = 0) -> Contest:
+def open_contest(bank: HypermoduleBank, challengers: int = 3, fitted: bool = False, seed: int = 0) -> Contest:
     """A contest of every second location, its soft weights somewhere on their way."""
     g = torch.Generator().manual_seed(seed)
     chosen = torch.arange(0, bank.locations, 2)
@@ -42,7 +44,7 @@ def open_contest(bank: Bank, challengers: int = 3, fitted: bool = False, seed: i
     return bank.contest
 
 
-def slow_blocks(bank: Bank) -> Tensor:
+def slow_blocks(bank: HypermoduleBank) -> Tensor:
     """Eq. (8), one location, alternative and basis block at a time."""
     contest, c, blocks = bank.contest, bank.context, []
     assert contest is not None
@@ -64,7 +66,7 @@ def slow_blocks(bank: Bank) -> Tensor:
     return torch.stack(blocks)
 
 
-def parameters(bank: Bank) -> list[Tensor]:
+def parameters(bank: HypermoduleBank) -> list[Tensor]:
     contest = bank.contest
     assert contest is not None
     fitted = [] if contest.contexts is None else [contest.contexts]

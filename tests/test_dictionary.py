@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.core.settle import retire_rare
-from surgery.dictionary.dictionary import Bank, codes, duplicates, exact_bank
-from surgery.dictionary.opening import open_bank
+from surgery.methods.hypermodules.opening import open_bank
+from surgery.methods.rows.bank import RowsBank, codes
+from surgery.methods.rows.exact import duplicates, exact_bank
+from surgery.methods.rows.settling import retire_rare
 
 
 def blocks_with_repeats(seed: int, count: int, width: int, dtype=torch.float32) -> torch.Tensor:
@@ -19,7 +20,7 @@ def blocks_with_repeats(seed: int, count: int, width: int, dtype=torch.float32) 
     return base[pick] * factor[:, None]
 
 
-def slow_blocks(bank: Bank) -> torch.Tensor:
+def slow_blocks(bank: RowsBank) -> torch.Tensor:
     """Eq. (5), one location and one basis block at a time."""
     k, c, out = bank.hypermodules, bank.context, []
     for psi, z in zip(bank.psi.tolist(), bank.contexts, strict=True):
@@ -68,7 +69,9 @@ def test_blocks_equal_the_slow_reference_with_gradients(seed, k, c, locations):
     psi = torch.randint(k + singles, (locations,), generator=g)
     contexts = torch.randn(locations, c, generator=g, dtype=torch.float64)
     contexts[psi >= k, 1:] = 0
-    bank = Bank((2, 3), torch.randn(k * c + singles, 6, generator=g, dtype=torch.float64), psi, contexts, k)
+    bank = RowsBank(
+        (2, 3), torch.randn(k * c + singles, 6, generator=g, dtype=torch.float64), psi, contexts, k
+    )
     weight = torch.randn(locations, 6, generator=g, dtype=torch.float64)
     fast = torch.autograd.grad((bank.blocks() * weight).sum(), [bank.rows, bank.contexts])
     slow = torch.autograd.grad((slow_blocks(bank) * weight).sum(), [bank.rows, bank.contexts])
@@ -129,7 +132,9 @@ def test_collapse_keeps_what_was_trained():
 def test_retiring_rare_hypermodules_keeps_blocks_and_the_size_bound(seed, k, c, locations):
     g = torch.Generator().manual_seed(seed)
     psi = torch.randint(k, (locations,), generator=g)
-    bank = Bank((2, 3), torch.randn(k * c, 6, generator=g), psi, torch.randn(locations, c, generator=g), k)
+    bank = RowsBank(
+        (2, 3), torch.randn(k * c, 6, generator=g), psi, torch.randn(locations, c, generator=g), k
+    )
     retired = retire_rare(bank)
     torch.testing.assert_close(retired.blocks(), bank.blocks())
     own = int((retired.psi >= retired.hypermodules).sum())

@@ -8,26 +8,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from surgery.dictionary.dictionary import Bank
+from surgery.methods.hypermodules.bank import HypermoduleBank
+from surgery.methods.hypermodules.evolution import carry, conclude, contend, inherit, prune, redraw, regroup
 from surgery.settings.training import Evolution
-from surgery.training.loop.evolution import carry, conclude, contend, inherit, prune, redraw, regroup
 
 LOCATIONS, CONTEXT, WIDTH = 24, 2, 5
 
 
-def make_bank(locations: int = LOCATIONS, seed: int = 0) -> Bank:
+def make_bank(locations: int = LOCATIONS, seed: int = 0) -> HypermoduleBank:
     """One hypermodule for each location, the pessimistic start."""
     g = torch.Generator().manual_seed(seed)
     rows = torch.randn(locations * CONTEXT, WIDTH, generator=g)
     contexts = torch.randn(locations, CONTEXT, generator=g)
-    return Bank((1, WIDTH), rows, torch.arange(locations), contexts, locations)
+    return HypermoduleBank((1, WIDTH), rows, torch.arange(locations), contexts, locations)
 
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def stepped(bank: Bank) -> torch.optim.Adam:
+def stepped(bank: HypermoduleBank) -> torch.optim.Adam:
     """An optimizer with a history of its own for every row."""
     optimizer = torch.optim.Adam([bank.rows, bank.contexts], lr=0.01)
     (bank.blocks() * torch.arange(1.0, bank.locations + 1).unsqueeze(1)).square().sum().backward()
@@ -36,7 +36,7 @@ def stepped(bank: Bank) -> torch.optim.Adam:
     return optimizer
 
 
-def set_winner(bank: Bank, column: int) -> None:
+def set_winner(bank: HypermoduleBank, column: int) -> None:
     """Let the alternative in this column win everywhere."""
     assert bank.contest is not None
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_only_challengers_that_explain_enough_compete(challengers: int) -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.eye(4).repeat(2, 1)  # hypermodules 0 and 4, 1 and 5, ... generate the same blocks
     contexts = torch.ones(8, 1)
-    bank = Bank((2, 2), rows, torch.arange(8), contexts, 8)
+    bank = HypermoduleBank((2, 2), rows, torch.arange(8), contexts, 8)
     settings = Evolution(fraction=1.0, challengers=challengers, draw="uniform", least=0.5, epsilon=0.0)
     seen = 0
     for _ in range(20):
@@ -155,7 +155,7 @@ def test_only_challengers_that_explain_enough_compete(challengers: int) -> None:
         seen += len(candidates)
         bank.contest = None
     assert 20 < seen < 160
-    with_noise = Bank((2, 2), torch.eye(4), torch.arange(4), torch.ones(4, 1), 4)
+    with_noise = HypermoduleBank((2, 2), torch.eye(4), torch.arange(4), torch.ones(4, 1), 4)
     contend(with_noise, settings.model_copy(update={"draw": "explain"}), 0.5, 4, generator)
     assert with_noise.contest is None and conclude(with_noise) == ([], 0)
 
@@ -201,7 +201,7 @@ def test_adam_s_rows_follow_their_hypermodules() -> None:
     assert optimizer.state[bank.rows]["step"] == step
 
 
-def contested() -> tuple[Bank, torch.optim.Optimizer, nn.Parameter]:
+def contested() -> tuple[HypermoduleBank, torch.optim.Optimizer, nn.Parameter]:
     """A bank with a history, an open contest everywhere, and the contexts that challengers bring."""
     bank = make_bank()
     optimizer = stepped(bank)

@@ -17,10 +17,10 @@ from surgery.artifact.card import make_card
 from surgery.artifact.shares import count_shares
 from surgery.core import sizes
 from surgery.members.member import owners_of
+from surgery.methods.hypermodules.starts import start
 from surgery.settings.training import Evolution
 from surgery.storage.stored import store
 from surgery.storage.trim import trim
-from surgery.training.loop.starts import start
 from surgery.training.report.comparison import measure, total, verdict, whole_parts
 from surgery.training.report.runlog import find_log, read_log
 from surgery.training.tasks.validation import Score

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from surgery.dictionary.explanation import explained, explained_pairs, fit_contexts, scale_contexts
 from surgery.errors import PlanError
 from surgery.geometry.columns import Columns
+from surgery.methods.hypermodules.explanation import explained, explained_pairs, fit_contexts, scale_contexts
 from surgery.settings.training import Training
 from surgery.training.distributed.fsdp import Sharding, read_sharding, uncut
 from surgery.training.distributed.shards import ChunkPart

@@ -8,10 +8,10 @@ from command_line import surgery as command
 from training_nets import CONFIG, build, net, tasks
 
 import surgery
-from surgery.dictionary.dictionary import Bank
-from surgery.dictionary.opening import open_rest
+from surgery.methods.hypermodules.bank import HypermoduleBank
+from surgery.methods.hypermodules.opening import open_rest
+from surgery.methods.hypermodules.starts import start, take_over
 from surgery.settings.training import Evolution
-from surgery.training.loop.starts import start, take_over
 from surgery.training.train import train
 
 KEY, SMALL = "8x8-float32", "4x4-float32"
@@ -46,7 +46,7 @@ def test_opening_the_rest_changes_no_block():
     psi = torch.tensor([0, 2, 1, 3, 0, 2])
     contexts = torch.randn(6, 2, generator=generator)
     contexts[psi >= 2, 1] = 0
-    bank = Bank((2, 3), torch.randn(2 * 2 + 2, 6, generator=generator), psi, contexts, 2)
+    bank = HypermoduleBank((2, 3), torch.randn(2 * 2 + 2, 6, generator=generator), psi, contexts, 2)
     opened = open_rest(bank, generator)
     assert (opened.hypermodules, opened.singles, opened.context) == (4, 0, 2)
     torch.testing.assert_close(opened.blocks(), bank.blocks(), rtol=1e-5, atol=1e-6)

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from surgery.dictionary import kernel
-from surgery.dictionary.kernel import generate, transpose
+from surgery.core import kernel
+from surgery.core.kernel import generate, transpose
 from surgery.util import memory
 
 DTYPES = [torch.float32, torch.float64]

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from surgery.disk.records import RECORD
 from surgery.errors import OutputError, TrainingError
+from surgery.methods.hypermodules.starts import start
 from surgery.settings.training import Evolution
-from surgery.training.loop.starts import start
 from surgery.training.report.analysis import STATISTICS, kinds_of_modules, layer_overlap
 from surgery.training.report.pictures import PICTURES, draw_run, write_pictures
 from surgery.training.report.report import TrainReport

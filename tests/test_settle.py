@@ -8,11 +8,13 @@ from torch import nn
 
 from surgery.anatomy.plan import make_plan, place
 from surgery.anatomy.sites import Anatomy, Site
+from surgery.core.dictionary import index_dtype
 from surgery.core.joining import join
-from surgery.core.settle import index_dtype, retire_rare, settle
-from surgery.dictionary.dictionary import Bank
+from surgery.core.settle import settle
 from surgery.geometry.views import CanonicalView
 from surgery.members.member import Inputs, Member, Origin
+from surgery.methods.rows.bank import RowsBank
+from surgery.methods.rows.settling import retire_rare
 from surgery.storage.stored import revive, store
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -169,7 +171,7 @@ def test_retiring_handles_banks_that_have_single_rows_already(seed, k, c, locati
     psi = torch.randint(k + singles, (locations,), generator=g)
     contexts = torch.randn(locations, c, generator=g)
     contexts[psi >= k, 1:] = 0
-    bank = Bank((2, 3), torch.randn(k * c + singles, 6, generator=g), psi, contexts, k)
+    bank = RowsBank((2, 3), torch.randn(k * c + singles, 6, generator=g), psi, contexts, k)
     retired = retire_rare(bank)
     torch.testing.assert_close(retired.blocks(), bank.blocks())
     own = psi >= k  # a single row and its factor come back bit for bit, as one product did

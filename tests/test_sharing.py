@@ -10,11 +10,11 @@ from nets import assert_same_bits, dictionary_gradients, loss_of, member, plain_
 
 from surgery.anatomy.plan import BankPlan
 from surgery.core.joining import join
-from surgery.dictionary.siblings import principal_rows, sibling_groups
-from surgery.dictionary.subspaces import fit_subspaces
 from surgery.errors import PlanError
 from surgery.fitting.fit import fit
-from surgery.fitting.fixed_bank import _divide
+from surgery.methods.hypermodules.fixed_bank import _divide
+from surgery.methods.hypermodules.subspaces import fit_subspaces
+from surgery.methods.siblings.principal import principal_rows, sibling_groups
 from surgery.storage.stored import store
 
 

@@ -184,6 +184,6 @@ def test_only_tensors_equal_byte_for_byte_are_stored_once():
 @pytest.mark.parametrize("count", [1, 1 << 8, 257, 1 << 16, (1 << 16) + 1, 1 << 31])
 def test_every_type_that_numbers_hypermodules_is_read_again(count):
     from surgery.artifact.reading import INDICES
-    from surgery.core.settle import index_dtype
+    from surgery.core.dictionary import index_dtype
 
     assert index_dtype(count) in INDICES and torch.iinfo(index_dtype(count)).max >= count - 1

@@ -12,15 +12,15 @@ from torch import nn
 import surgery
 from surgery.anatomy.plan import make_plan
 from surgery.anatomy.sites import discover
-from surgery.anatomy.template_plan import plan_templates
 from surgery.core.joining import join
 from surgery.errors import ArtifactError, PlanError
 from surgery.fitting.allocation import Choice
 from surgery.fitting.assembly import Assembler, weights_of
 from surgery.fitting.fit import fit
-from surgery.fitting.stack_layers import read_stack
-from surgery.fitting.template_groups import TemplateOptions, candidates, stack_group
 from surgery.fitting.units import Arrangement, measure, tabulate
+from surgery.methods.templates.arrangements import TemplateOptions, candidates, stack_group
+from surgery.methods.templates.layers import read_stack
+from surgery.methods.templates.plan import plan_templates
 from surgery.storage.codecs import NATIVE
 from surgery.storage.stored import store
 
@@ -182,14 +182,14 @@ def test_a_given_number_of_templates_takes_the_bits_that_the_target_asks_for(mix
 @pytest.mark.parametrize("mixing", MIXING)
 def test_a_number_alone_is_what_it_was(mixing):
     """Every tensor as it is, from templates fitted with the mean sensitivity of layers."""
+    from surgery.core.generation import to_blocks
     from surgery.core.settle import settle_banks
-    from surgery.dictionary.dictionary import exact_bank
-    from surgery.dictionary.generation import to_blocks
-    from surgery.dictionary.mixtures import Templates, open_stack
     from surgery.fitting.fit import pick_device
     from surgery.fitting.sensitivity import sensitivities
     from surgery.fitting.trial import Trial
     from surgery.inputs.probes import probe_inputs
+    from surgery.methods.rows.exact import exact_bank
+    from surgery.methods.templates.mixtures import Templates, open_stack
     from surgery.storage.stored import bank_tensors
 
     members = family()

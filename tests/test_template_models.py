@@ -10,12 +10,12 @@ from torch import nn
 import surgery
 from surgery.anatomy.plan import make_plan
 from surgery.anatomy.sites import discover
-from surgery.anatomy.template_plan import plan_templates
 from surgery.core.joining import join
-from surgery.dictionary.mixtures import Templates, harden_stack
 from surgery.errors import PlanError
 from surgery.fitting.fit import fit
 from surgery.members.member import Member
+from surgery.methods.templates.mixtures import Templates, harden_stack
+from surgery.methods.templates.plan import plan_templates
 from surgery.storage.stored import revive, store
 
 KINDS = ("bert", "gpt2", "llama", "t5", "mixtral", "attention", "vit", "mixer", "convmixer", "convnext")

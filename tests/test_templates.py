@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.dictionary.templates import (
+from surgery.methods.templates.solving import (
     SIGNATURES,
     attraction,
     entropy,

@@ -10,13 +10,13 @@ from torch import nn
 
 import surgery
 from surgery.anatomy.sites import discover
-from surgery.anatomy.template_plan import plan_templates
 from surgery.core.joining import join
 from surgery.errors import LoadError, PlanError
+from surgery.methods.templates.plan import plan_templates
+from surgery.methods.templates.training import stacks_of
+from surgery.methods.templates.transfer import candidates, states_of, trained_numbers, transfer
 from surgery.pipeline.trial import begin_from_source, best_of, load_source
 from surgery.settings.training import TemplateSettings, Training
-from surgery.training.loop.mixing import stacks_of
-from surgery.training.loop.transfer import candidates, states_of, trained_numbers, transfer
 from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
 

@@ -6,8 +6,9 @@ A plan is frozen and printable: a dry run stops here. `make_plan` needs only ana
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from surgery.anatomy.sites import Anatomy, LeftAlone, Site
 from surgery.errors import PlanError
 from surgery.geometry.blocks import BlockGrid
 from surgery.members.member import check_names
+from surgery.settings.names import DEFAULT_METHOD
 from surgery.util.showing import as_text, plural
 
 
@@ -37,8 +39,16 @@ class Placement:
 class BankPlan:
     """One bank: block shape, c, and how many locations draw on it.
 
-    Where it holds one tensor of the templates of a stack, `stack` is that stack's name: a block is the whole tensor, a
-    location is a layer, and c is the number of templates.
+    Attributes:
+        key: its name.
+        block: (m, n).
+        context: c of hypermodules, or the number of templates.
+        dtype: of the members' tensors.
+        locations: L.
+        stack: where it holds one tensor of the templates of a stack, that stack's name: a block is then the whole
+            tensor, and a location is a layer.
+        method: whose bank it is.
+        settings: of that method, as JSON values.
     """
 
     key: str
@@ -47,6 +57,8 @@ class BankPlan:
     dtype: str
     locations: int
     stack: str = ""
+    method: str = DEFAULT_METHOD
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)

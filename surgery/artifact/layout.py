@@ -18,6 +18,7 @@ from surgery.disk.untrusted import shown, shown_text
 from surgery.errors import ArtifactError
 from surgery.geometry.blocks import BlockGrid
 from surgery.geometry.views import CanonicalView
+from surgery.settings.names import DEFAULT_METHOD
 from surgery.storage.codecs import Encoded, Precision, always_native
 
 Form = tuple[Precision, torch.dtype, tuple[int, ...]]
@@ -33,6 +34,8 @@ def plan_entries(plan: Plan) -> tuple[dict[str, Any], list[Any], dict[str, list[
             "dtype": bank.dtype,
             "locations": bank.locations,
             **({"stack": bank.stack} if bank.stack else {}),
+            **({"method": bank.method} if bank.method != _method_of(bank.stack) else {}),
+            **({"settings": dict(bank.settings)} if bank.settings else {}),
         }
         for bank in plan.banks
     }
@@ -61,7 +64,16 @@ def plan_of(manifest: Manifest) -> Plan:
     for key, bank in manifest.banks.items():
         _dtype_of(bank.dtype, f"bank {key}")
     banks = tuple(
-        BankPlan(key, bank.block, bank.context, bank.dtype, bank.locations, bank.stack)
+        BankPlan(
+            key,
+            bank.block,
+            bank.context,
+            bank.dtype,
+            bank.locations,
+            bank.stack,
+            bank.method or _method_of(bank.stack),
+            bank.settings,
+        )
         for key, bank in manifest.banks.items()
     )
     views = [_view(number, entry) for number, entry in enumerate(manifest.views)]
@@ -84,6 +96,11 @@ def plan_of(manifest: Manifest) -> Plan:
             follow[kind.bank] = placement.stop
             placements.append(placement)
     return Plan(tuple(manifest.members), banks, tuple(placements), ())
+
+
+def _method_of(stack: str) -> str:
+    """The method of a bank that a manifest names none for."""
+    return "templates" if stack else DEFAULT_METHOD
 
 
 def encoded_entries(named: Iterable[tuple[str, Encoded]]) -> list[Any]:

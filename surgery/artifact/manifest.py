@@ -110,6 +110,8 @@ class BankEntry(_Entry):
         locations: L.
         encoded: its parts that are not stored in their own dtype.
         stack: the stack of layers whose templates it holds one tensor of.
+        method: whose bank it is; by default `templates` for one of a stack, and else `hypermodules`.
+        settings: of that method.
     """
 
     block: tuple[Positive, Positive]
@@ -118,6 +120,8 @@ class BankEntry(_Entry):
     locations: Count
     encoded: tuple[EncodedGroup, ...] = ()
     stack: str = ""
+    method: str = ""
+    settings: dict[str, Any] = Field(default_factory=dict)
 
 
 class ViewEntry(_Entry):

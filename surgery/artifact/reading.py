@@ -11,22 +11,18 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from surgery.anatomy.plan import BankPlan
 from surgery.artifact.layout import Form, encoded_forms, plan_of
 from surgery.artifact.manifest import Manifest
 from surgery.artifact.recorded import DICTIONARY, TENSOR_FILE, WEIGHTS, raise_damaged, read_extra_state
 from surgery.artifact.tensorfiles import read_header, read_tensors
+from surgery.core.method import tensor_method
 from surgery.disk.files import sha256_of
 from surgery.disk.untrusted import UnreadableError, regular_size, shown_text
-from surgery.storage.codecs import Encoded, decode, encode_native, part_layout
-from surgery.storage.stored import Stored, parts_of_singles
+from surgery.storage.codecs import Encoded, encode_native, part_layout
+from surgery.storage.stored import Stored
 from surgery.storage.trim import restrict
-
-INDICES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)
-"""What an alignment is stored in."""
 
 
 def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Stored:
@@ -64,7 +60,7 @@ def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Sto
     if lost := [key for name in members for key in _same(manifest, name) if key not in tensors]:
         raise_damaged(folder, [f"{key} is stored for several, but no file holds it" for key in lost])
     for bank in plan.banks:
-        raise_damaged(folder, _wrong_bank(bank, stored))
+        raise_damaged(folder, tensor_method(bank.method).wrong_parts(bank, stored.parts(bank.key)))
     raise_damaged(folder, _wrong_ties(stored, members))
     if list(members) == list(manifest.members):
         return stored
@@ -180,43 +176,3 @@ def _wrong_ties(stored: Stored, members: Iterable[str]) -> list[str]:
         for first in stored.ties.get(name, {})
         if f"plain/{name}/{first}" not in held and (name, first) not in placed
     ]
-
-
-def _wrong_bank(bank: BankPlan, stored: Stored) -> list[str]:
-    """What cannot be true of a bank's tensors."""
-    prefix = f"bank/{bank.key}/"
-    parts = {key.removeprefix(prefix): each for key, each in stored.tensors.items() if key.startswith(prefix)}
-    width, c = bank.block[0] * bank.block[1], bank.context
-    rows = [part for part in parts if part.startswith("rows.")]
-    count = parts[rows[0]].shape[0] if rows and parts[rows[0]].shape else 0
-    if "psi" not in parts or parts["psi"].shape != (bank.locations,) or parts["psi"].dtype not in INDICES:
-        return [
-            f"bank {bank.key} must have an alignment of {bank.locations:,} whole numbers, but has "
-            f"{parts['psi'].shape if 'psi' in parts else 'none'}"
-        ]
-    psi = decode(parts["psi"]).long()
-    single = parts_of_singles(parts)
-    apart = single != ["single"]  # each row by itself
-    singles = len(single) if apart else parts["single"].shape[0] if parts["single"].shape else 0
-    shared = int((psi < count).sum())
-    need: dict[str, tuple[int, ...]] = {f"rows.{j}": (count, width) for j in range(c if rows else 0)}
-    need |= {"contexts": (shared, c)} if rows else {}
-    need |= {part: (1 if apart else singles, width) for part in single} if singles else {}
-    need |= {"factor": (bank.locations - shared,)} if "factor" in parts else {}
-    bad = [
-        f"bank {bank.key} must have {part} of {shape}, but has "
-        f"{parts[part].shape if part in parts else 'none'}"
-        for part, shape in need.items()
-        if part not in parts or parts[part].shape != shape
-    ]
-    bad += [f"bank {bank.key} has {part}, which nothing uses" for part in sorted({*parts} - {*need, "psi"})]
-    if len(psi) and (int(psi.min()) < 0 or int(psi.max()) >= count + singles):
-        bad.append(
-            f"bank {bank.key} must have alignments of 0 to {count + singles - 1}, but has "
-            f"{int(psi.min())} to {int(psi.max())}"
-        )
-    for part in need:
-        held = parts[part].parts.get("") if part in parts else None
-        if held is not None and not bool(torch.isfinite(held).all()):
-            bad.append(f"bank {bank.key} has NaN or infinite values in {part}")
-    return bad

@@ -31,7 +31,7 @@ from surgery.artifact.recorded import (
 from surgery.artifact.shares import count_shares
 from surgery.artifact.sketch import sketch
 from surgery.artifact.tensorfiles import read_header
-from surgery.dictionary.dictionary import Bank
+from surgery.core.bank import Bank
 from surgery.disk.aligned import aligned_file_bytes, check_dtypes, write_shards
 from surgery.disk.files import files_below, sha256_of
 from surgery.disk.folders import new_folder

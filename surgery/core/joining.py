@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from surgery.anatomy.plan import Placement, Plan, leave_alone, make_plan
 from surgery.anatomy.sites import discover
+from surgery.core.bank import Bank
+from surgery.core.dictionary import Dictionary, master_dtype
+from surgery.core.generation import to_blocks
 from surgery.core.joint import JointModel
-from surgery.dictionary.dictionary import Bank, Dictionary, exact_bank, master_dtype
-from surgery.dictionary.generation import to_blocks
 from surgery.disk.aligned import align_module
 from surgery.errors import PlanError
 from surgery.members.member import Member, check_names
 from surgery.members.occupancy import check_free
+from surgery.methods.rows.exact import exact_bank
 from surgery.slots.slots import locate
 from surgery.storage.codecs import LARGEST, is_tame
 

@@ -13,18 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from surgery.anatomy.plan import Placement, Plan, plan_in_dtypes, torch_dtype
+from surgery.core.dictionary import Dictionary
+from surgery.core.generation import Weights, generate_weights, move_dictionary
 from surgery.core.known import Known, Stamp, stamp, versions
+from surgery.core.method import Opening
 from surgery.core.opening import open_dictionary
 from surgery.core.sizes import parameters_alone
-from surgery.dictionary.dictionary import Dictionary
-from surgery.dictionary.generation import Weights, generate_weights, move_dictionary
-from surgery.dictionary.mixtures import Templates
 from surgery.errors import PlanError
 from surgery.members.extra_state import state_keys
 from surgery.members.member import Member, check_names, owners_of
@@ -39,6 +39,9 @@ from surgery.slots.slots import Slots, forget_derived, locate, put_back, reorder
 from surgery.storage.codecs import Encoded
 from surgery.util.showing import as_html, as_text, plural
 from surgery.util.wording import count
+
+if TYPE_CHECKING:
+    from surgery.methods.templates.mixtures import Templates
 
 
 class JointModel(nn.Module):
@@ -318,13 +321,14 @@ class JointModel(nn.Module):
             context: c; by default what the plan says. With 0 the rows become hypermodules of one basis block as
                 they are, and coefficients stay 1.
             seed: of the new basis blocks.
-            scale: whether contexts or rows carry the deviations of layers; see `surgery.dictionary.opening.open_bank`.
+            scale: whether contexts or rows carry the deviations; see `methods.hypermodules.opening.open_bank`.
             templates: how the plan's stacks are opened; by default with as many templates as an artifact had, or else
                 one for each distinct layer, so that nothing changes.
         """
         self.begin("Opening the dictionary")
-        generator = torch.Generator().manual_seed(seed)
-        self.plan = open_dictionary(self.plan, self.dictionary, generator, context, templates, scale)
+        options = {"hypermodules": {"context": context, "scale": scale}, "templates": templates}
+        how = Opening(torch.Generator().manual_seed(seed), options)
+        self.plan = open_dictionary(self.plan, self.dictionary, how)
         self.refresh()
         return self
 

@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from surgery.anatomy.plan import BankPlan, torch_dtype
+from surgery.core.method import tensor_method
 from surgery.members.member import owners_of, state_tensors
-from surgery.storage.codecs import decode
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel
@@ -103,27 +102,8 @@ def bytes_of_module(module: nn.Module) -> int:
 
 
 def location_bytes(stored: Stored, bank: BankPlan) -> Tensor:
-    """Bytes that each location takes of a stored bank `[L]`, float64: its part of the rows and its own codes."""
-    prefix = f"bank/{bank.key}/"
-    parts = {key.removeprefix(prefix): each for key, each in stored.tensors.items() if key.startswith(prefix)}
-    psi = decode(parts["psi"]).long().cpu()
-    rows = [part for part in parts if part.startswith("rows.")]
-    hypermodules = parts[rows[0]].shape[0] if rows else 0
-    size = [sum(parts[part].nbytes for part in rows) / max(hypermodules, 1)] * hypermodules
-    if "single" in parts:
-        singles = parts["single"].shape[0]
-        size += [parts["single"].nbytes / max(singles, 1)] * singles
-    else:
-        count = sum(part.startswith("single.") for part in parts)
-        size += [parts[f"single.{s}"].nbytes for s in range(count)]
-    uses = torch.bincount(psi, minlength=len(size)).clamp_min(1)
-    found = (torch.tensor(size, dtype=torch.float64) / uses)[psi]
-    found += parts["psi"].nbytes / max(len(psi), 1)
-    shared = psi < hypermodules
-    for part, mine in (("contexts", shared), ("factor", ~shared)):
-        if part in parts and bool(mine.any()):
-            found += mine * (parts[part].nbytes / int(mine.sum()))
-    return found
+    """Bytes that each location takes of a stored bank `[L]`, float64: its part of what is shared, and its own."""
+    return tensor_method(bank.method).location_bytes(bank, stored.parts(bank.key))
 
 
 # -- parameters --------------------------------------------------------------------------------------------
@@ -171,35 +151,15 @@ def parameters_of_dictionary(joint: JointModel) -> tuple[int, int]:
 def location_parameters(joint: JointModel, key: str) -> Tensor:
     """Parameters that each location takes of a bank after collapse `[L]`, float64.
 
-    A hypermodule that at most c locations use counts as the blocks that it generates, without what pads them:
-    `(L - Lo)*c + K*c*m*n + Lo*m*n`. Coefficients that stay 1 do not count, diagonals do. Templates that are used count
-    as they are, where they are fewer than the layers, and mixtures that are trained once for all tensors of a stack.
-
     Args:
         joint: the joint model.
         key: of the bank.
     """
-    plan, bank = joint.plan.bank(key), joint.dictionary[key]
-    psi, c, width = bank.psi.cpu(), bank.context, bank.width
-    if plan.stack and bank.hypermodules:
-        first = key == joint.plan.stacks[plan.stack][0]
-        used = int((bank.coefficients != 0).any(0).sum())
-        whole = min(used, bank.locations) * width
-        if first and bank.contexts.requires_grad:
-            whole += bank.contexts.numel()
-        return torch.full((bank.locations,), whole / bank.locations, dtype=torch.float64)
-    uses = torch.bincount(psi, minlength=bank.hypermodules + bank.singles)
-    limit = torch.ones_like(uses)
-    limit[: bank.hypermodules] = c
-    own = c if bank.contexts.requires_grad else 0
-    own += 0 if bank.diagonals is None else bank.diagonals.shape[1]
-    many = (uses > limit) & (torch.arange(len(uses)) < bank.hypermodules)
-    part = torch.minimum(uses, limit).double() * width / uses.clamp_min(1) + own * many
-    filled = torch.ones(bank.locations, dtype=torch.float64)
-    for p in joint.plan.placements:
-        if p.bank == key:
-            filled[p.start : p.stop] = math.prod(p.site.shape) / (p.grid.locations * width)
-    return torch.where(many[psi], part[psi], part[psi] * filled)
+    plan = joint.plan.bank(key)
+    first = not plan.stack or key == joint.plan.stacks[plan.stack][0]
+    return joint.dictionary[key].location_parameters(
+        [p for p in joint.plan.placements if p.bank == key], first
+    )
 
 
 def _by_member(stored: Stored, sizes: Mapping[TensorReport, int]) -> dict[str, int]:

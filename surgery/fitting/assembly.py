@@ -10,8 +10,8 @@ from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Placement, Plan
 from surgery.anatomy.sites import LeftAlone
-from surgery.core.settle import index_dtype
-from surgery.dictionary.generation import to_weight
+from surgery.core.dictionary import index_dtype
+from surgery.core.generation import to_weight
 from surgery.fitting.allocation import Choice
 from surgery.fitting.units import Arrangement, SharedRows, Unit
 from surgery.storage.codecs import Encoded, Precision, decode, encode, encode_native

@@ -21,14 +21,14 @@ from surgery.core.joint import JointModel
 from surgery.core.known import Known
 from surgery.core.sizes import bytes_alone, parameters_alone
 from surgery.errors import PlanError
-from surgery.fitting.fixed_bank import BankRequest, fixed_bank
 from surgery.fitting.report import FitReport, StackReport, describe, describe_stacks
 from surgery.fitting.search import Outcome, Request, Search, measure_errors
-from surgery.fitting.template_bank import TemplateRequest, template_bank
-from surgery.fitting.template_groups import TemplateOptions
 from surgery.fitting.trial import Trial
 from surgery.inputs.probes import probe_inputs
 from surgery.members.member import Inputs, content_hash
+from surgery.methods.hypermodules.fixed_bank import BankRequest, fixed_bank
+from surgery.methods.templates.arrangements import TemplateOptions
+from surgery.methods.templates.fixed_bank import TemplateRequest, template_bank
 from surgery.settings.names import Mixing, without_target
 from surgery.slots.collapse import collapse
 from surgery.slots.slots import assign

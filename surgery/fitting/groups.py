@@ -12,15 +12,14 @@ from torch import Tensor
 
 from surgery.anatomy.plan import Plan
 from surgery.anatomy.sites import Site
-from surgery.core.settle import index_dtype
-from surgery.dictionary.dictionary import master_dtype
-from surgery.dictionary.siblings import principal_rows, sibling_groups
+from surgery.core.dictionary import index_dtype, master_dtype
 from surgery.fitting.sensitivity import measured_sensitivities, sensitivities
-from surgery.fitting.stack_layers import read_stack
-from surgery.fitting.template_groups import TemplateOptions, stack_group
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, Group, SharedRows, Unit, measure, unit_bytes
 from surgery.geometry.blocks import BlockGrid, tile
+from surgery.methods.siblings.principal import principal_rows, sibling_groups
+from surgery.methods.templates.arrangements import TemplateOptions, stack_group
+from surgery.methods.templates.layers import read_stack
 from surgery.storage.codecs import NATIVE, decode, encode, ladder
 from surgery.util import progress
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from surgery.anatomy.plan import Plan
 from surgery.core.sizes import TensorReport, count_tensors
-from surgery.fitting.stack_layers import distinct_layers
-from surgery.storage.stored import Stored, parts_of_singles
+from surgery.methods.rows.parts import parts_of_singles
+from surgery.methods.templates.layers import distinct_layers
+from surgery.storage.stored import Stored
 from surgery.util.showing import as_html, as_text
 from surgery.util.wording import percent, size
 

@@ -17,9 +17,9 @@ from surgery.fitting.allocation import Choice, Table, finest, within_bytes, with
 from surgery.fitting.assembly import Assembler, weights_of
 from surgery.fitting.closing import Scales, log_ratio, near
 from surgery.fitting.groups import make_groups, make_scene
-from surgery.fitting.template_groups import TemplateOptions
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import PART_BYTES, barred, tabulate
+from surgery.methods.templates.arrangements import TemplateOptions
 from surgery.storage.stored import Stored
 from surgery.util import progress
 

@@ -233,8 +233,8 @@ def plan_members(recipe: Recipe, members: Sequence[Member]) -> tuple[list[Anatom
     """
     from surgery.anatomy.plan import make_plan
     from surgery.anatomy.sites import discover
-    from surgery.anatomy.template_plan import plan_templates
     from surgery.members.member import state_tensors
+    from surgery.methods.templates.plan import plan_templates
 
     names = {member.name: list(state_tensors(member.module)) for member in members}
     chosen: dict[str, Mapping[str, Any]] = {

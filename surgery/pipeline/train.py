@@ -22,6 +22,7 @@ from surgery.disk.records import remove_owned
 from surgery.errors import ConsentError, LoadError, PlanError, SurgeryError
 from surgery.members.member import Origin
 from surgery.members.references import load_origin, ships
+from surgery.methods.hypermodules.starts import take_over
 from surgery.permission import Permission
 from surgery.pipeline.finished import FOLDER, finished_run, going_on, run_folder
 from surgery.pipeline.merge import Prepared, input_paths, plan_members, prepare
@@ -29,7 +30,6 @@ from surgery.pipeline.trial import begin_from_source, load_source
 from surgery.settings.recipe import Recipe
 from surgery.settings.training import Training
 from surgery.training.checking import check_recipe, check_source
-from surgery.training.loop.starts import take_over
 from surgery.training.report.report import TrainReport
 from surgery.training.report.runlog import NAME as LOG
 from surgery.training.tasks.domains import adapting, with_sources

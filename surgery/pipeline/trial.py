@@ -8,9 +8,9 @@ from copy import deepcopy
 from surgery.artifact import load
 from surgery.core.joint import JointModel
 from surgery.errors import PlanError
+from surgery.methods.templates.transfer import States, candidates, states_of, transfer
 from surgery.settings.training import Training
 from surgery.training.checking import require_source
-from surgery.training.loop.transfer import States, candidates, states_of, transfer
 from surgery.training.tasks.domains import adapting
 from surgery.training.tasks.tasks import Task
 from surgery.training.train import train

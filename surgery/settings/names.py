@@ -3,6 +3,12 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
+DEFAULT_METHOD = "hypermodules"
+"""The method that takes what no other does."""
+
+SHIPPED_METHODS = ("hypermodules", "templates")
+"""Methods of this package that a recipe can name, each a folder of `surgery.methods`."""
+
 Mixing = Literal["linear", "softmax", "one-hot"]
 """Mixtures of templates: any, positive ones that sum to 1, or one template for each layer."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.dictionary.generation import to_weight
+from surgery.core.generation import to_weight
 from surgery.members.extra_state import extra_state_of
 from surgery.members.member import owners_of
 from surgery.slots.edits import take_edits

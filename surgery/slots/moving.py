@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from surgery.anatomy.plan import Placement, Plan, torch_dtype
-from surgery.dictionary.dictionary import Dictionary, master_dtype
-from surgery.dictionary.generation import move_dictionary
+from surgery.core.dictionary import Dictionary, master_dtype
+from surgery.core.generation import move_dictionary
 from surgery.errors import PlanError
 
 if TYPE_CHECKING:
@@ -38,10 +38,10 @@ def move(joint: JointModel, name: str, path: str, change: Callable) -> None:
     dtypes = {p.site.dtype: _after(change, torch_dtype(p.site.dtype)) for p in mine}
     banks: dict[str, object] = {}
     for p in mine:
-        rows = joint.dictionary[p.bank].rows
-        probe = change(torch.empty(0, dtype=torch_dtype(p.site.dtype), device=rows.device))
-        if (probe.device, master_dtype(probe.dtype)) != (rows.device, rows.dtype):
-            banks[p.bank] = joint.dictionary[p.bank]
+        bank = joint.dictionary[p.bank]
+        probe = change(torch.empty(0, dtype=torch_dtype(p.site.dtype), device=bank.device))
+        if (probe.device, master_dtype(probe.dtype)) != (bank.device, bank.dtype):
+            banks[p.bank] = bank
     inside = {id(p) for p in mine}
     others = [p for p in joint.plan.placements if p.bank in banks and id(p) not in inside]
     if others:

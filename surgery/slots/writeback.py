@@ -1,7 +1,7 @@
 """Writing weights back: values given for a site go into the dictionary, where it can hold exactly these.
 
-It can where every block that changed has a row of its own: then the row becomes the block. A row that other locations
-use would change them too, and a sum of several basis blocks comes near a given block but does not reach it.
+Each bank says which of its blocks can become any others. A row can that one location uses, as it is; one that other
+locations use would change them too, and a sum of several basis blocks comes near a given block but does not reach it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import Placement, torch_dtype
-from surgery.dictionary.dictionary import Bank, Dictionary
-from surgery.dictionary.generation import to_blocks, to_weight
+from surgery.core.dictionary import Dictionary
+from surgery.core.generation import to_blocks, to_weight
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ def changes(
     reasons: list[str] = []
     for number, (p, weight) in enumerate(given):
         bank = dictionary[p.bank]
-        weight = weight.detach().to(bank.rows.device, torch_dtype(p.site.dtype))
+        weight = weight.detach().to(bank.device, torch_dtype(p.site.dtype))
         name = (names or {}).get(number, p.site.name)
         generated = bank.blocks(p.start, p.stop)
         if torch.equal(_bits(to_weight(generated, p)), _bits(weight)):
             continue
         blocks, now = to_blocks(weight, p), to_blocks(to_weight(generated, p), p)
         other = (_bits(blocks) != _bits(now)).any(1).nonzero().flatten()
-        if reason := _reason(bank, other + p.start):
+        if reason := bank.refuses(other + p.start):
             settled = to_weight(bank.settled_blocks()[p.start : p.stop], p)
             # What was opened and not trained generates a weight up to rounding, and collapses to it exactly.
             if not torch.equal(_bits(settled), _bits(weight)):
@@ -72,32 +72,7 @@ def changes(
 def write(dictionary: Dictionary, found: Sequence[Change]) -> None:
     """Make changes that `changes` found possible."""
     for change in found:
-        bank = dictionary[change.bank]
-        index, _ = bank.codes()
-        bank.rows[index[change.locations, 0]] = change.blocks
-        contexts = bank.contexts[change.locations]
-        contexts[:, 0] = 1
-        bank.contexts[change.locations] = contexts
-        if bank.origin is not None:
-            bank.origin[change.locations] = change.blocks
-
-
-def _reason(bank: Bank, locations: Tensor) -> str:
-    """Why the blocks at some locations cannot become any others; empty where they can."""
-    if bank.contest is not None:
-        return "alternatives compete for its blocks"
-    if bank.columns is not None:
-        return "several processes hold parts of its blocks"
-    if bank.mixing != "linear" or bank.diagonals is not None:
-        return "it is a mixture of templates"
-    psi = bank.psi[locations]
-    if bank.context > 1 and bool((psi < bank.hypermodules).any()):
-        count = int((psi < bank.hypermodules).sum())
-        return f"{count:,} of {len(psi):,} blocks are sums of {bank.context} basis blocks"
-    users = torch.bincount(bank.psi, minlength=bank.hypermodules + bank.singles)
-    if count := int((users[psi] > 1).sum()):
-        return f"{count:,} of {len(psi):,} blocks share rows with other places"
-    return ""
+        dictionary[change.bank].write(change.locations, change.blocks)
 
 
 def _bits(tensor: Tensor) -> Tensor:

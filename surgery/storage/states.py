@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.anatomy.plan import Placement, torch_dtype
-from surgery.dictionary.dictionary import Bank
+from surgery.core.bank import Bank
 from surgery.geometry.blocks import untile
 from surgery.members.extra_state import KEY
 from surgery.storage.codecs import decode
@@ -57,11 +57,7 @@ def weight_of(p: Placement, bank: Bank) -> Tensor:
     """The weight of one site."""
     parts = []
     for start in range(p.start, p.stop, CHUNK):
-        index, coefficient = bank.codes(start, min(start + CHUNK, p.stop))
-        blocks = coefficient[:, :1] * bank.rows[index[:, 0]]
-        for j in range(1, index.shape[1]):
-            blocks = blocks + coefficient[:, j : j + 1] * bank.rows[index[:, j]]
-        parts.append(blocks)
+        parts.append(bank.portable_blocks(start, min(start + CHUNK, p.stop)))
     weight = p.site.view.to_tensor(untile(torch.cat(parts), p.grid))
     return compact(weight.contiguous().to(torch_dtype(p.site.dtype)))
 

@@ -1,12 +1,7 @@
 """Storage: a joint model as named, encoded tensors, and back.
 
-Keys are `plain/<member>/<name>` for tensors that a member owns and `bank/<key>/<part>` for the dictionary:
-
-    rows.<j>  [K, m*n]  basis block j of every hypermodule; each j may have its own precision
-    single    [S, m*n]  single rows; or, where each may have its own precision, single.<s> [1, m*n]
-    psi       [L]       alignment, in the smallest integer type that holds it
-    contexts  [L', c]   of the locations on hypermodules
-    factor    [L'']     of the locations on single rows; absent where all are 1
+Keys are `plain/<member>/<name>` for tensors that a member owns and `bank/<key>/<part>` for the dictionary.
+What parts there are is the method's affair; those of rows and codes are in `surgery.methods.rows.parts`.
 
 A stored form belongs to the weights that it was made from. A tensor whose live value is what its stored form decodes
 to is written in that form again, so saving what was loaded gives the same bytes; a tensor that changed is stored in
@@ -23,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.anatomy.plan import BankPlan, Plan, torch_dtype
+from surgery.anatomy.plan import BankPlan, Plan
+from surgery.core.bank import Bank
+from surgery.core.dictionary import Dictionary
 from surgery.core.joint import JointModel
 from surgery.core.known import Known
-from surgery.core.settle import index_dtype, settle
-from surgery.dictionary.dictionary import Bank, Dictionary, master_dtype
+from surgery.core.method import tensor_method
+from surgery.core.settle import settle
 from surgery.members.extra_state import extra_state_of, set_extra_state
 from surgery.members.member import Member
 from surgery.members.occupancy import check_unoccupied
@@ -56,6 +53,10 @@ class Stored:
     ties: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    def parts(self, bank: str) -> dict[str, Encoded]:
+        """The parts of a bank by name."""
+        return _parts(self.tensors, bank)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that are stored."""
@@ -77,29 +78,27 @@ def store(joint: JointModel) -> Stored:
     settled = settle(joint, keep)
     live = plain_tensors(joint, settled.plan, settled.plain)
     for plan in settled.plan.banks:
-        live.update(bank_tensors(plan, settled.banks[plan.key], _row_by_row(plan.key, keep, joint)))
+        like = _parts(joint.encoded, plan.key) if plan.key in keep else ()
+        live.update(bank_tensors(plan, settled.banks[plan.key], like))
     known = {key: each for key, each in joint.encoded.items() if key[0] == "p" or key.split("/")[1] in keep}
     tensors = {key: _encode_as_before(tensor, known.get(key)) for key, tensor in live.items()}
     return deduplicate(Stored(settled.plan, tensors, ties=ties(joint), extra=extra(joint)))
 
 
 def _has_stored_form(plan: BankPlan, joint: JointModel) -> bool:
-    """Whether a bank has the parts, shapes and alignment that it was stored with."""
-    prefix, bank = f"bank/{plan.key}/", joint.dictionary[plan.key]
-    before = {key: each for key, each in joint.encoded.items() if key.startswith(prefix)}
-    if not before or bank.diagonals is not None:  # diagonals have no stored form: they become part of blocks
+    """Whether a bank has the parts, shapes and indices that it was stored with."""
+    bank, before = joint.dictionary[plan.key], _parts(joint.encoded, plan.key)
+    if not before or not bank.packable:
         return False
-    live = bank_tensors(plan, bank, f"{prefix}single.0" in before)
-    same = {key: each.shape for key, each in before.items()} == {
-        key: tuple(t.shape) for key, t in live.items()
-    }
-    psi = f"{prefix}psi"
-    return same and torch.equal(decode(before[psi]).long(), live[psi].cpu().long())
-
-
-def _row_by_row(key: str, keep: Collection[str], joint: JointModel) -> bool:
-    """Whether a bank that keeps its form has single rows that are stored one by one."""
-    return key in keep and f"bank/{key}/single.0" in joint.encoded
+    live = bank.pack(plan, before)
+    if {name: each.shape for name, each in before.items()} != {n: tuple(t.shape) for n, t in live.items()}:
+        return False
+    # Indices, such as an alignment: what they point to has no stored form of its own once they are others.
+    return all(
+        torch.equal(decode(before[name]).long(), t.cpu().long())
+        for name, t in live.items()
+        if not t.is_floating_point()
+    )
 
 
 def plain_tensors(
@@ -120,47 +119,26 @@ def plain_tensors(
     return tensors
 
 
-def bank_tensors(plan: BankPlan, bank: Bank, row_by_row: bool = False) -> dict[str, Tensor]:
-    """The parts of one bank by storage key; single rows as one tensor, or each as its own."""
-    k, c = bank.hypermodules, bank.context
-    rows, psi, contexts = bank.rows.detach(), bank.psi, bank.coefficients.detach()
-    shared = psi < k
-    prefix = f"bank/{plan.key}/"
-    parts: dict[str, Tensor] = {}
-    if k:
-        parts.update({f"{prefix}rows.{j}": rows[: k * c].view(k, c, -1)[:, j].contiguous() for j in range(c)})
-        parts[f"{prefix}contexts"] = contexts[shared].contiguous()
-    if bank.singles:
-        single = rows[k * c :].to(torch_dtype(plan.dtype))
-        if row_by_row:
-            parts.update({f"{prefix}single.{s}": single[s : s + 1] for s in range(len(single))})
-        else:
-            parts[f"{prefix}single"] = single
-        if bool((contexts[~shared, 0] != 1).any()):
-            parts[f"{prefix}factor"] = contexts[~shared, 0].contiguous()
-    parts[f"{prefix}psi"] = psi.to(index_dtype(k + bank.singles))
-    return parts
+def bank_tensors(plan: BankPlan, bank: Bank, like: Collection[str] = ()) -> dict[str, Tensor]:
+    """The parts of one bank by storage key.
+
+    Args:
+        plan: of the bank.
+        bank: any that can be packed.
+        like: the parts that it was stored as before.
+    """
+    return {f"bank/{plan.key}/{part}": tensor for part, tensor in bank.pack(plan, like).items()}
 
 
 def build_bank(plan: BankPlan, tensors: Mapping[str, Encoded]) -> Bank:
     """The inverse of `bank_tensors`."""
-    prefix = f"bank/{plan.key}/"
-    parts = {key.removeprefix(prefix): decode(tensors[key]) for key in tensors if key.startswith(prefix)}
-    master = master_dtype(torch_dtype(plan.dtype))
-    bases = [parts[f"rows.{j}"].to(master) for j in range(sum(part.startswith("rows.") for part in parts))]
-    singles = [parts[part].to(master) for part in parts_of_singles(parts)]
-    rows = ([torch.stack(bases, 1).flatten(0, 1)] if bases else []) + singles
-    # A fit on a device measures with rows that lie there; small tensors may lie on the CPU.
-    device = rows[0].device
-    psi = parts["psi"].long().to(device)
-    k, c = (len(bases[0]), len(bases)) if bases else (0, 1)
-    shared = psi < k
-    contexts = torch.zeros(len(psi), c, dtype=master, device=device)
-    if k:
-        contexts[shared] = parts["contexts"].to(device, master)
-    if singles:
-        contexts[~shared, 0] = parts["factor"].to(device, master) if "factor" in parts else 1
-    return Bank(plan.block, torch.cat(rows), psi, contexts, k)
+    parts = {part: decode(each) for part, each in _parts(tensors, plan.key).items()}
+    return tensor_method(plan.method).unpack(plan, parts)
+
+
+def _parts(tensors: Mapping[str, Encoded], key: str) -> dict[str, Encoded]:
+    prefix = f"bank/{key}/"
+    return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
 
 
 def compressed(plan: Plan, encoded: Mapping[str, Encoded]) -> frozenset[tuple[str, str]]:
@@ -193,18 +171,6 @@ def loosened(joint: JointModel) -> dict[str, int]:
         dtype = str(getattr(*locate(joint[member], name)).dtype).removeprefix("torch.")
         found[dtype] = found.get(dtype, 0) + 1
     return found
-
-
-def parts_of_singles(parts: Collection[str]) -> list[str]:
-    """The names of the parts of a bank that hold its single rows, in their order.
-
-    Example:
-        >>> parts_of_singles(["single.1", "psi", "single.0"])
-        ['single.0', 'single.1']
-    """
-    if "single" in parts:
-        return ["single"]
-    return [f"single.{s}" for s in range(sum(part.startswith("single.") for part in parts))]
 
 
 def deduplicate(stored: Stored) -> Stored:

@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 
 from surgery.anatomy.plan import BankPlan, Placement, torch_dtype
-from surgery.core.settle import index_dtype
-from surgery.dictionary.generation import to_weight
+from surgery.core.dictionary import index_dtype
+from surgery.core.generation import to_weight
 from surgery.storage.codecs import Encoded, decode, encode_native, take_rows
 from surgery.storage.states import build_banks
 from surgery.storage.stored import Stored

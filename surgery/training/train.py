@@ -16,6 +16,8 @@ from surgery.anatomy.selectors import share_selectors
 from surgery.core.joint import JointModel
 from surgery.disk.claims import claim_of_first
 from surgery.members.extra_state import extra_state_of, to_document
+from surgery.methods.hypermodules.starts import start
+from surgery.methods.templates.transfer import freeze
 from surgery.settings.training import Training
 from surgery.training.checking import check_run
 from surgery.training.distributed.fsdp import (
@@ -28,9 +30,7 @@ from surgery.training.distributed.fsdp import (
 )
 from surgery.training.loop.run import Run, check_folder
 from surgery.training.loop.sharing_adapters import share_adapters
-from surgery.training.loop.starts import start
 from surgery.training.loop.trainer import Trainer
-from surgery.training.loop.transfer import freeze
 from surgery.training.report.comparison import measure
 from surgery.training.report.report import TrainReport
 from surgery.training.tasks.parts import First

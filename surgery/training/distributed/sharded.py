@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery.anatomy.plan import Placement
+from surgery.core.bank import Bank
+from surgery.core.generation import Weights, to_blocks, to_weight
 from surgery.core.joint import JointModel
-from surgery.dictionary.dictionary import Bank
-from surgery.dictionary.generation import Weights, to_blocks, to_weight
 from surgery.geometry.columns import Columns
 from surgery.members.extra_state import extra_state_of, set_extra_state
 from surgery.slots.gate import unwatched
@@ -60,7 +60,7 @@ class ShardedModel(JointModel):
         self.parts: dict[str, Part] = {}
         self._shard_members()
         self._placed = {key: [p for p in self.plan.placements if p.bank == key] for key in self.dictionary}
-        self._origins: dict[str, tuple[str, Tensor]] = {}
+        self._origins: dict[str, tuple[nn.Parameter, Tensor]] = {}
         for key in self.dictionary:
             self._cut(key, self.dictionary[key])
         self.dictionary._apply(lambda tensor: tensor.to(sharding.device))
@@ -123,7 +123,7 @@ class ShardedModel(JointModel):
         bank.columns = columns
         bank.rows = nn.Parameter(part.own(bank.rows.detach()), requires_grad=bank.rows.requires_grad)
         if bank.origin is not None:  # not needed until the end: it stays on the CPU
-            self._origins[key], bank.origin = (bank.mixing, part.own(bank.origin)), None
+            self._origins[key], bank.origin = (bank.contexts, part.own(bank.origin)), None
 
     def _chunks(self, shape: torch.Size) -> ChunkPart:
         return ChunkPart(shape, self.sharding.rank, self.sharding.world)
@@ -232,8 +232,8 @@ class ShardedModel(JointModel):
         for key in self.dictionary:
             bank, part = self.dictionary[key], self.parts[f"bank/{key}/rows"]
             bank.rows = nn.Parameter(part.whole(bank.rows.detach(), device, True), bank.rows.requires_grad)
-            mixing, origin = self._origins.get(key, ("", None))
-            if origin is not None and mixing == bank.mixing:  # hardening forgets it
+            contexts, origin = self._origins.get(key, (None, None))
+            if origin is not None and contexts is bank.contexts:  # hardening forgets it, with the mixtures
                 bank.origin = part.whole(origin, device, True)
             bank.columns = None
         self.dictionary._apply(lambda tensor: tensor.cpu())

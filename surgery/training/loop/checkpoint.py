@@ -34,8 +34,9 @@ def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
     processes = trainer.processes
     model = processes.whole(model_tensors(trainer.joint))
     tensors = {f"model/{name}": tensor for name, tensor in model.items()}
-    for key, bank in trainer.banks.items():
+    for key, bank in trainer.evolving.items():
         tensors |= {f"contest/{key}/{name}": t for name, t in pack_contest(bank.contest).items()}
+    for key in trainer.banks:
         tensors[f"identity/{key}"] = trainer.identity[key]
     steps: dict[str, Any] = {}
     for number, parameter in enumerate(trainer.parameters()):
@@ -98,6 +99,7 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
         for group in trainer.optimizer.param_groups:
             group["params"] = [bank.rows if p is old[key][0] else p for p in group["params"]]
         trainer.identity[key] = tensors[f"identity/{key}"].clone()
+    for key, bank in trainer.evolving.items():
         bank.contest = unpack_contest(bank, under(tensors, f"contest/{key}/"))
         if bank.contest is not None:
             trainer.enter(bank.contest)

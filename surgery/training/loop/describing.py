@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from surgery.core.sizes import parameters_of_dictionary
+from surgery.methods.templates.training import describe_stacks
 from surgery.settings.training import Training
-from surgery.training.loop.mixing import describe_stacks
 from surgery.training.report.report import adapted_of
 from surgery.training.tasks.metrics import Meter
 

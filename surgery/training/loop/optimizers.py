@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from surgery.core.joint import JointModel
 from surgery.settings.training import Optimizer
@@ -38,26 +39,26 @@ def make_optimizer(
         settings: of the optimizer.
         mixture_lr: learning rate of mixtures; as everything else by default.
     """
-    banks = [joint.dictionary[key] for key in joint.dictionary]
-    blocks = [joint.dictionary[plan.key] for plan in joint.plan.banks if not plan.stack]
-    stacks = [joint.dictionary[keys[0]].contexts for keys in joint.plan.stacks.values()]
-    adapters = joint.adapters()
+    found: dict[str, dict[int, nn.Parameter]] = {"rows": {}, "contexts": {}, "mixtures": {}}
+    decays, rates = {"rows": True}, {}
+    for key in joint.dictionary:
+        for trained in joint.dictionary[key].trained():
+            # One that several banks share is stepped once.
+            found.setdefault(trained.role, {}).update({id(p): p for p in trained.parameters})
+            decays[trained.role], rates[trained.role] = trained.decay, trained.lr
+    rates["mixtures"] = mixture_lr
     decay = settings.weight_decay
     groups: list[dict[str, Any]] = [
-        {"params": [b.rows for b in banks if b.rows.requires_grad], "role": "rows", "weight_decay": decay},
         {
-            "params": [b.contexts for b in blocks if b.contexts.requires_grad]
-            + [b.diagonals for b in blocks if b.diagonals is not None],
-            "role": "contexts",
-            "weight_decay": 0.0,
-        },
-        {
-            "params": [mixtures for mixtures in stacks if mixtures.requires_grad],
-            "role": "mixtures",
-            "weight_decay": 0.0,
-            "lr": mixture_lr or settings.lr,
-        },
-        {"params": adapters, "role": "adapters", "weight_decay": decay},
+            "params": list(parameters.values()),
+            "role": role,
+            "weight_decay": decay if decays.get(role) else 0.0,
+            "lr": rates.get(role) or settings.lr,
+        }
+        for role, parameters in found.items()
+    ]
+    groups += [
+        {"params": joint.adapters(), "role": "adapters", "weight_decay": decay},
         {"params": [], "role": "soft", "weight_decay": 0.0, "lr": settings.soft_lr, "eps": settings.soft_eps},
     ]
     return OPTIMIZERS[settings.name](groups, settings)

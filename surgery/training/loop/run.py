@@ -16,18 +16,18 @@ from torch import Tensor
 from surgery.core.sizes import parameters_of_dictionary
 from surgery.disk.records import check_free, note, read_record
 from surgery.errors import PlanError, TrainingError
+from surgery.methods.templates.training import describe_stacks, mixtures_of
+from surgery.methods.templates.transfer import trained_numbers
 from surgery.settings.training import Training
 from surgery.storage.stored import loosened
 from surgery.training.loop.checkpoint import pack, raise_unfit, unpack
 from surgery.training.loop.describing import describe_run
 from surgery.training.loop.interruptions import Interrupted, stop_signals
-from surgery.training.loop.mixing import describe_stacks, mixtures_of
 from surgery.training.loop.run_plan import differences, flat, make_plan
 from surgery.training.loop.state import Tensors, read_state, restore, snapshot, write_state
 from surgery.training.loop.state_check import wrong_model
 from surgery.training.loop.state_document import BestDocument
 from surgery.training.loop.trainer import Trainer
-from surgery.training.loop.transfer import trained_numbers
 from surgery.training.report.analysis import kinds_of_modules, layer_overlap
 from surgery.training.report.comparison import Sizes, as_scores, measure
 from surgery.training.report.report import TrainReport, adapted_of

@@ -19,16 +19,16 @@ import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.core.joint import JointModel
-from surgery.dictionary.contest import Contest
-from surgery.dictionary.dictionary import Bank
 from surgery.disk.tensorheader import parse_header
 from surgery.disk.untrusted import UnreadableError, as_mapping, broken_rules, parse_json, shown, shown_text
 from surgery.errors import TrainingError
 from surgery.members.extra_state import extra_state_of, from_document, set_extra_state, to_document
 from surgery.members.member import content_hash
+from surgery.methods.hypermodules.bank import HypermoduleBank
+from surgery.methods.hypermodules.contest import Contest
 from surgery.slots.slots import locate
 from surgery.training.loop.state_document import VERSION, StateDocument
 
@@ -43,7 +43,7 @@ def model_tensors(joint: JointModel) -> Tensors:
     found: Tensors = {}
     for key in joint.dictionary:
         bank = joint.dictionary[key]
-        found |= {f"bank/{key}/{name}": t.detach() for name, t in _of_bank(bank).items()}
+        found |= {f"bank/{key}/{name}": t for name, t in bank.state().items()}
     for name in joint.names:
         generated = {owner for p in joint.plan.of(name) for owner in p.site.owners}
         for first in joint.owners[name]:
@@ -83,20 +83,13 @@ def restore(joint: JointModel, tensors: Mapping[str, Tensor]) -> None:
         if name.startswith("member/"):
             tensor.copy_(tensors[name])
     for key in joint.dictionary:
-        bank = joint.dictionary[key]
-        device = bank.rows.device
-        rows, psi = tensors[f"bank/{key}/rows"], tensors[f"bank/{key}/psi"]
-        if psi.shape != bank.psi.shape or rows.shape[1:] != bank.rows.shape[1:]:
+        bank, own = joint.dictionary[key], under(tensors, f"bank/{key}/")
+        if wrong := bank.misfits(own):
             raise TrainingError(
-                f"The checkpoint must have {bank.locations} locations of {bank.block[0]}x{bank.block[1]} in "
-                f"bank '{key}', found {len(psi)}: it belongs to another plan."
+                f"The checkpoint must hold what this recipe trains, but bank '{key}' {wrong[0]}: it belongs to "
+                "another plan."
             )
-        bank.rows = nn.Parameter(rows.to(device, copy=True), requires_grad=bank.rows.requires_grad)
-        bank.hypermodules = len(rows) // bank.context
-        bank.contexts.copy_(tensors[f"bank/{key}/contexts"])
-        if bank.diagonals is not None:
-            bank.diagonals.copy_(tensors[f"bank/{key}/diagonals"])
-        bank.psi, bank.contest = psi.to(device, copy=True), None
+        bank.restore(own)
     joint.refresh()
 
 
@@ -120,7 +113,7 @@ def pack_contest(contest: Contest | None) -> Tensors:
     return found if contest.contexts is None else {**found, "contexts": contest.contexts.detach()}
 
 
-def unpack_contest(bank: Bank, tensors: Mapping[str, Tensor]) -> Contest | None:
+def unpack_contest(bank: HypermoduleBank, tensors: Mapping[str, Tensor]) -> Contest | None:
     """The contest that `pack_contest` took apart, in the bank that it belongs to."""
     if not tensors:
         return None
@@ -223,8 +216,3 @@ def _unusable(path: Path, why: str) -> TrainingError:
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(f"{content_hash(tensors)} {text}".encode()).hexdigest()
-
-
-def _of_bank(bank: Bank) -> Tensors:
-    own = {} if bank.diagonals is None else {"diagonals": bank.diagonals}
-    return {"rows": bank.rows, "contexts": bank.contexts, "psi": bank.psi, **own}

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from surgery.core.joint import JointModel
-from surgery.dictionary.dictionary import Bank
 from surgery.disk.untrusted import shown, shown_text
-from surgery.training.loop.mixing import stacks_of
+from surgery.methods.templates.training import stacks_of
 from surgery.training.loop.optimizers import plain
 from surgery.training.loop.state import Tensors, model_tensors, under
 from surgery.training.tasks.stateful import pack_loss
@@ -33,29 +32,19 @@ def wrong_model(joint: JointModel, tensors: Mapping[str, Tensor]) -> Iterator[st
     """What keeps `restore` from giving a joint model these tensors."""
     wanted = model_tensors(joint)
     for name, tensor in wanted.items():
+        if name.startswith("bank/"):
+            continue
         if name not in tensors:
             yield f"'{shown_text(name)}' is missing"
         elif tensors[name].dtype != tensor.dtype:
             yield f"'{name}' must be {tensor.dtype}, found {tensors[name].dtype}"
-        elif not name.endswith("/rows") and tensors[name].shape != tensor.shape:
+        elif tensors[name].shape != tensor.shape:
             yield f"'{name}' must be {list(tensor.shape)}, found {list(tensors[name].shape)}"
     for name in sorted(set(tensors) - set(wanted))[:5]:
         yield f"'{shown_text(name)}' is none of its tensors"
     for key in joint.dictionary:
-        names = [f"bank/{key}/{part}" for part in ("rows", "psi")]
-        if all(name in tensors for name in names):
-            yield from _wrong_rows(joint.dictionary[key], key, *(tensors[name] for name in names))
-
-
-def _wrong_rows(bank: Bank, key: str, rows: Tensor, psi: Tensor) -> Iterator[str]:
-    width = bank.rows.shape[1]
-    if rows.ndim != 2 or rows.shape[1] != width or not len(rows):
-        yield f"bank {key} must have rows of {width} elements, found {list(rows.shape)}"
-    elif psi.dtype == torch.int64 and psi.shape == bank.psi.shape and len(psi):
-        count = len(rows) // bank.context
-        last = count + len(rows) - count * bank.context - 1
-        if int(psi.min()) < 0 or int(psi.max()) > last:
-            yield f"bank {key} must align locations to 0 to {last}, found {int(psi.min())} to {int(psi.max())}"
+        for wrong in joint.dictionary[key].misfits(under(tensors, f"bank/{key}/")):
+            yield f"bank {key} {wrong}"
 
 
 def wrong_state(

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.joint import JointModel
-from surgery.dictionary.contest import Contest
 from surgery.errors import SurgeryError, TrainingError
+from surgery.methods.hypermodules.contest import Contest
+from surgery.methods.hypermodules.evolution import Resized, carry, conclude, contend, inherit, redraw
+from surgery.methods.hypermodules.starts import siblings
+from surgery.methods.templates.training import harden_stacks, penalty
 from surgery.settings.training import Training
-from surgery.training.loop.evolution import Resized, carry, conclude, contend, inherit, redraw
-from surgery.training.loop.mixing import harden_stacks, penalty
 from surgery.training.loop.optimizers import make_optimizer, make_scheduler, plain
 from surgery.training.loop.processes import Processes
-from surgery.training.loop.starts import siblings
 from surgery.training.tasks.explain import explain_failure
 from surgery.training.tasks.running_losses import RunningLosses
 from surgery.training.tasks.shared_batches import average_statistics

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from surgery.core.joint import JointModel
-from surgery.dictionary.dictionary import Bank
+from surgery.methods.rows.bank import RowsBank
 from surgery.training.report.runlog import users
 
 MOST_LAYERS = 120  # rows of an overlap; longer members are shown in groups of consecutive layers
@@ -111,7 +111,7 @@ def _four(values: Tensor) -> tuple[Tensor, ...]:
     return values.std(correction=0), values.mean(), values.norm(), values.abs().max()
 
 
-def _counts(bank: Bank, locations: Tensor) -> Tensor:
+def _counts(bank: RowsBank, locations: Tensor) -> Tensor:
     """How many of these locations each hypermodule of a bank has `[K]`."""
     psi = bank.psi[locations]
     return torch.bincount(psi[psi < bank.hypermodules], minlength=bank.hypermodules).cpu()

@@ -14,7 +14,7 @@ import numpy as np
 from surgery.disk.records import artifact_files, check_free, write_owned
 from surgery.disk.untrusted import shown_text
 from surgery.errors import TrainingError
-from surgery.training.report.mixture_pictures import draw_mixtures
+from surgery.methods.templates.pictures import draw_mixtures
 from surgery.training.report.runlog import read_log
 from surgery.util.drawing import EMPTY, GRID, INK, MUTED, colours, label_generations, new_figure, png, tidy
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from surgery.anatomy.plan import Placement, torch_dtype
-from surgery.dictionary.dictionary import Bank, Dictionary, master_dtype
+from surgery.core.bank import Bank
+from surgery.core.dictionary import Dictionary, master_dtype
 from surgery.disk.aligned import align
 from surgery.geometry.block_map import read_tensor, write_tensor
 from surgery.geometry.blocks import tile
@@ -42,11 +43,9 @@ def generate_weights(dictionary: Dictionary, placements: Sequence[Placement]) ->
         banks = [dictionary[key] for key in keys]
         mine = sorted((p for key in keys for p in by_bank[key]), key=lambda p: p.start)
         if len(keys) > 1:
-            # Rows of all tensors side by side: a whole stack is one product.
-            made = banks[0].coefficients @ torch.cat([bank.rows for bank in banks], 1)
-            weights |= _cut(made, mine)
-        elif not torch.is_grad_enabled() and _has_tied_layers(banks[0], mine):
-            weights |= _tied_weights(banks[0], mine)
+            weights |= _cut(banks[0].generate_together(banks), mine)
+        elif not torch.is_grad_enabled() and (tied := _tied_weights(banks[0], mine)) is not None:
+            weights |= tied
         else:
             for run in _runs(mine):
                 weights |= _cut(banks[0].blocks(run[0].start, run[-1].stop), run)
@@ -54,16 +53,13 @@ def generate_weights(dictionary: Dictionary, placements: Sequence[Placement]) ->
 
 
 def _together(dictionary: Dictionary, by_bank: Mapping[str, Sequence[Placement]]) -> list[list[str]]:
-    """Keys of banks that are generated in one go: on a device those of the templates of one stack, if all of it is
+    """Keys of banks that are generated in one go: on a device those that belong together, if all of them is
     wanted."""
     groups: dict[object, list[str]] = {}
     for key, mine in by_bank.items():
         bank = dictionary[key]
-        mixed = bank.hypermodules == 1 and not bank.singles and bank.contest is None
-        own = bank.diagonals is not None or bank.columns is not None
-        joined = mixed and not own and len(mine) == bank.locations and _joins(bank.rows.device)
-        group = (id(bank.contexts), bank.rows.dtype) if joined else key
-        groups.setdefault(group, []).append(key)
+        group = bank.together() if len(mine) == bank.locations and _joins(bank.device) else None
+        groups.setdefault(key if group is None else group, []).append(key)
     return list(groups.values())
 
 
@@ -128,24 +124,21 @@ def _parts(blocks: Tensor, placements: Sequence[Placement]) -> list[Tensor]:
     return [part.view(p.grid.locations, -1) for p, part in zip(placements, parts, strict=True)]
 
 
-def _has_tied_layers(bank: Bank, placements: Sequence[Placement]) -> bool:
-    """Whether whole tensors are rows as they are, of which several take one: a signature of templates."""
-    whole = not bank.hypermodules and bank.singles < bank.locations and bank.diagonals is None
-    return whole and all(p.grid.locations == 1 for p in placements) and bool((bank.contexts[:, 0] == 1).all())
-
-
-def _tied_weights(bank: Bank, placements: Sequence[Placement]) -> Weights:
-    """One tensor in memory for all layers that take one row."""
+def _tied_weights(bank: Bank, placements: Sequence[Placement]) -> Weights | None:
+    """One tensor in memory for all layers that take one row, where whole tensors are rows: a signature of templates."""
+    found = bank.repeats() if all(p.grid.locations == 1 for p in placements) else None
+    if found is None:
+        return None
+    of_location, rows = found
     made: dict[tuple, Tensor] = {}
+    weights: Weights = {}
     for p in placements:
-        row = int(bank.psi[p.start])
+        row = int(of_location[p.start])
         form = (row, p.site.shape, p.site.dtype)
         if form not in made:
-            made[form] = to_weight(bank.rows.detach()[row : row + 1].clone(), p)
-    return {
-        (p.site.member, p.site.name): made[int(bank.psi[p.start]), p.site.shape, p.site.dtype]
-        for p in placements
-    }
+            made[form] = to_weight(rows[row : row + 1].clone(), p)
+        weights[p.site.member, p.site.name] = made[form]
+    return weights
 
 
 def move_dictionary(dictionary: Dictionary, change: Callable[[Tensor], Tensor]) -> None:

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from surgery.core.settle import index_dtype
-from surgery.dictionary.siblings import components
-from surgery.dictionary.templates import fit_mixtures
-from surgery.fitting.stack_layers import (
+from surgery.core.dictionary import index_dtype
+from surgery.fitting.units import Arrangement, Group, SharedRows, Unit, measure
+from surgery.geometry.blocks import BlockGrid
+from surgery.methods.siblings.principal import components
+from surgery.methods.templates.layers import (
     StackTensor,
     TemplateRow,
     distinct_layers,
@@ -26,8 +27,7 @@ from surgery.fitting.stack_layers import (
     total_gram,
     unexplained,
 )
-from surgery.fitting.units import Arrangement, Group, SharedRows, Unit, measure
-from surgery.geometry.blocks import BlockGrid
+from surgery.methods.templates.solving import fit_mixtures
 from surgery.settings.names import Mixing
 from surgery.storage.codecs import NATIVE
 from surgery.util import progress

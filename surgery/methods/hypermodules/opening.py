@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from surgery.dictionary.dictionary import Bank
+from surgery.methods.hypermodules.bank import HypermoduleBank
+from surgery.methods.rows.bank import RowsBank
 from surgery.settings.names import Scale
 
 
-def fixed_bank(bank: Bank) -> Bank:
+def fixed_bank(bank: RowsBank) -> HypermoduleBank:
     """Every single row becomes a hypermodule of one basis block, as it is; coefficients are not trained. # c = 0
 
     Args:
@@ -18,19 +19,19 @@ def fixed_bank(bank: Bank) -> Bank:
     if bank.hypermodules:
         raise ValueError("only a bank of single rows can be opened")
     rows, contexts = bank.rows.detach().clone(), bank.contexts.detach()[:, :1].clone()
-    opened = Bank(bank.block, rows, bank.psi.clone(), contexts, len(rows))
+    opened = HypermoduleBank(bank.block, rows, bank.psi.clone(), contexts, len(rows))
     opened.contexts.requires_grad_(False)
     opened.origin = bank.settled_blocks()
     return opened
 
 
 def open_bank(
-    bank: Bank,
+    bank: RowsBank,
     context: int,
     generator: torch.Generator,
     sigma: Tensor | None = None,
     scale: Scale = "contexts",
-) -> Bank:
+) -> HypermoduleBank:
     """The pessimistic start for training: each single row becomes a hypermodule of c basis blocks.
 
     H_k starts as noise of deviation 1/sqrt(c) and contexts are constant with |z| = sigma, sigma the standard
@@ -69,14 +70,16 @@ def open_bank(
         error = rows - torch.einsum("kc,kcd->kd", z, basis)
         basis = basis + torch.einsum("kc,kd->kcd", z, error) / z.square().sum(1)[:, None, None]
     contexts = z[bank.psi] * bank.contexts.detach()[:, :1]
-    opened = Bank(bank.block, basis.reshape(count * context, width), bank.psi.clone(), contexts, count)
+    opened = HypermoduleBank(
+        bank.block, basis.reshape(count * context, width), bank.psi.clone(), contexts, count
+    )
     opened.origin = bank.settled_blocks()
     return opened
 
 
 def open_rest(
-    bank: Bank, generator: torch.Generator, sigma: Tensor | None = None, scale: Scale = "contexts"
-) -> Bank:
+    bank: RowsBank, generator: torch.Generator, sigma: Tensor | None = None, scale: Scale = "contexts"
+) -> HypermoduleBank:
     """Open the single rows of a bank that has hypermodules already; these stay as they are.
 
     Args:
@@ -88,12 +91,12 @@ def open_rest(
     c, count = bank.context, bank.hypermodules
     single = bank.psi >= count
     rows, contexts = bank.rows.detach(), bank.contexts.detach().clone()
-    alone = Bank(bank.block, rows[count * c :], bank.psi[single] - count, contexts[single, :1], 0)
+    alone = RowsBank(bank.block, rows[count * c :], bank.psi[single] - count, contexts[single, :1], 0)
     opened = open_bank(alone, c, generator, None if sigma is None else sigma[single], scale)
     contexts[single] = opened.contexts.detach()
     psi = bank.psi.clone()
     psi[single] = opened.psi + count
     whole = torch.cat([rows[: count * c], opened.rows.detach()])
-    found = Bank(bank.block, whole, psi, contexts, count + opened.hypermodules)
+    found = HypermoduleBank(bank.block, whole, psi, contexts, count + opened.hypermodules)
     found.origin = bank.settled_blocks()
     return found

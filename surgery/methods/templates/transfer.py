@@ -13,15 +13,15 @@ from torch import Tensor
 
 from surgery.anatomy.plan import Placement
 from surgery.anatomy.selectors import matches
+from surgery.core.generation import to_blocks
 from surgery.core.joint import JointModel
-from surgery.dictionary.dictionary import exact_bank
-from surgery.dictionary.generation import to_blocks
-from surgery.dictionary.mixtures import gram_of, mix_banks, sure_mixtures
-from surgery.dictionary.templates import fit_mixtures, solve_templates
 from surgery.errors import PlanError
+from surgery.methods.rows.exact import exact_bank
+from surgery.methods.templates.mixtures import gram_of, mix_banks, sure_mixtures
+from surgery.methods.templates.solving import fit_mixtures, solve_templates
+from surgery.methods.templates.training import how_to_open
 from surgery.settings.training import TemplateSettings
 from surgery.slots.slots import locate
-from surgery.training.loop.mixing import how_to_open
 
 States = Mapping[str, Mapping[str, Tensor]]
 """State dicts of the source's members, by name."""

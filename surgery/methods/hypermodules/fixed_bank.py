@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Plan, place, too_small
-from surgery.core.settle import retire_rare
-from surgery.dictionary.dictionary import Bank
-from surgery.dictionary.generation import to_blocks
-from surgery.dictionary.subspaces import fit_subspaces
+from surgery.core.generation import to_blocks
 from surgery.errors import PlanError
+from surgery.methods.hypermodules.subspaces import fit_subspaces
+from surgery.methods.rows.bank import RowsBank
+from surgery.methods.rows.settling import retire_rare
 from surgery.storage.codecs import encode_native
 from surgery.storage.stored import Stored, bank_tensors, deduplicate
 
@@ -49,7 +49,7 @@ def fixed_bank(
         raise PlanError(
             f"A context of at most {m * n} fits blocks of {m}x{n}, found {request.context}; lower `context`."
         )
-    banks: dict[str, Bank] = {}
+    banks: dict[str, RowsBank] = {}
     shares = _divide(request.hypermodules, plan.banks)
     for bank_plan, share in zip(plan.banks, shares, strict=True):
         blocks = torch.cat(
@@ -60,7 +60,7 @@ def fixed_bank(
             ]
         )
         rows, psi, contexts = fit_subspaces(blocks, share, request.context, request.seed)
-        banks[bank_plan.key] = retire_rare(Bank(request.block, rows, psi, contexts, share))
+        banks[bank_plan.key] = retire_rare(RowsBank(request.block, rows, psi, contexts, share))
     tensors = {key: encode_native(t) for b in plan.banks for key, t in bank_tensors(b, banks[b.key]).items()}
     generated = {(p.site.member, p.site.name) for p in plan.placements}
     size = sum(t.nbytes for t in tensors.values())

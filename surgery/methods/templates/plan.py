@@ -93,7 +93,7 @@ def _place(
             site = Site(member, each.name, each.owners, part.kind, part.shape, part.dtype, view, each.order)
             placed.append(Placement(site, key, BlockGrid(1, 1, width, 1, width), start))
         count = len(stack.layers)
-        found.append((BankPlan(key, (1, width), count, part.dtype, count, stack.name), placed))
+        found.append((BankPlan(key, (1, width), count, part.dtype, count, stack.name, "templates"), placed))
     return found
 
 

@@ -3,7 +3,7 @@
 MUiR (Meyerson and Miikkulainen, arXiv 1906.00097), Algorithms 1 and 2, as pure functions on tensors, without
 a loop over locations: draw locations, draw challengers for each, and decide once training has said which
 alternative carries the most weight. Challengers are drawn by usage, as in the paper; for pretrained weights
-there are those of `surgery.dictionary.explanation`.
+there are those of `surgery.methods.hypermodules.explanation`.
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from surgery.anatomy.plan import Placement
-from surgery.dictionary.dictionary import Bank, exact_bank
-from surgery.dictionary.templates import fit_mixtures, harden, signature, solve_templates
+from surgery.methods.rows.bank import RowsBank
+from surgery.methods.rows.exact import exact_bank
+from surgery.methods.templates.bank import TemplateBank
+from surgery.methods.templates.solving import fit_mixtures, harden, signature, solve_templates
 from surgery.settings.names import Mixing
 
 _SURE = 0.9  # share of its own template in a layer's softmax mixture at an exact start
@@ -37,15 +39,15 @@ class Templates:
     sure: float = _SURE
 
 
-def has_templates(banks: Mapping[str, Bank]) -> bool:
+def has_templates(banks: Mapping[str, RowsBank]) -> bool:
     """Whether the banks of a stack are open: templates with one parameter of mixtures for all of them."""
     shared = {id(bank.contexts) for bank in banks.values()}
     return len(shared) == 1 and all(bank.hypermodules == 1 for bank in banks.values())
 
 
 def reopen_stack(
-    banks: Mapping[str, Bank], how: Templates | None, generator: torch.Generator, runs: Sequence[int] = ()
-) -> dict[str, Bank]:
+    banks: Mapping[str, RowsBank], how: Templates | None, generator: torch.Generator, runs: Sequence[int] = ()
+) -> dict[str, RowsBank]:
     """`open_stack` for banks as they are joined, and for those that come from an artifact.
 
     An artifact stores each tensor's templates in the form that is smallest, so templates that all tensors mix alike are
@@ -69,12 +71,12 @@ def reopen_stack(
 
 
 def open_stack(
-    banks: Mapping[str, Bank],
+    banks: Mapping[str, RowsBank],
     how: Templates,
     generator: torch.Generator,
     weights: Mapping[str, float] | None = None,
     runs: Sequence[int] = (),
-) -> dict[str, Bank]:
+) -> dict[str, TemplateBank]:
     """Templates and mixtures for the banks of one stack.
 
     With as many templates as distinct layers every layer stays what it was.
@@ -130,8 +132,8 @@ def run_lengths(placements: Sequence[Placement]) -> list[int]:
 
 
 def mix_banks(
-    banks: Mapping[str, Bank], rows: Mapping[str, Tensor], mixtures: Tensor, mixing: Mixing
-) -> dict[str, Bank]:
+    banks: Mapping[str, RowsBank], rows: Mapping[str, Tensor], mixtures: Tensor, mixing: Mixing
+) -> dict[str, TemplateBank]:
     """Banks of templates in place of banks with the same locations.
 
     Args:
@@ -143,8 +145,7 @@ def mix_banks(
     shared = _parameter(mixtures, mixing, next(iter(rows.values())))
     opened = {}
     for key, bank in banks.items():
-        opened[key] = Bank(bank.block, rows[key], torch.zeros_like(bank.psi), shared.detach(), 1)
-        opened[key].contexts, opened[key].mixing = shared, mixing
+        opened[key] = TemplateBank(bank.block, rows[key], torch.zeros_like(bank.psi), shared, mixing)
     return opened
 
 
@@ -169,7 +170,7 @@ def gram_of(blocks: Mapping[str, Tensor], weights: Mapping[str, float] | None = 
 
 
 @torch.no_grad()
-def harden_stack(banks: Mapping[str, Bank]) -> Tensor:
+def harden_stack(banks: Mapping[str, TemplateBank]) -> Tensor:
     """Let every layer take the template that contributes most to it, for good; the signature `[L]`."""
     first = next(iter(banks.values()))
     chosen = harden(first.coefficients)
@@ -180,7 +181,7 @@ def harden_stack(banks: Mapping[str, Bank]) -> Tensor:
     return chosen
 
 
-def _distinct(banks: Mapping[str, Bank]) -> Tensor:
+def _distinct(banks: Mapping[str, RowsBank]) -> Tensor:
     """The number of each layer among those that differ in any tensor, in the order of layers: `[L]`.
 
     Raises:

@@ -1,6 +1,6 @@
 """K templates for each stack at the members' precision: the start for training, as a bank of K hypermodules is.
 
-Where an error or a budget is given, `surgery.fitting.template_groups` decides how many templates and how many bits.
+Where an error or a budget is given, `surgery.methods.templates.arrangements` decides on templates and bits.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import Plan
+from surgery.core.generation import to_blocks
 from surgery.core.settle import settle_banks
-from surgery.dictionary.dictionary import Bank, exact_bank
-from surgery.dictionary.generation import to_blocks
-from surgery.dictionary.mixtures import Templates, open_stack
 from surgery.fitting.sensitivity import sensitivities
+from surgery.methods.rows.bank import RowsBank
+from surgery.methods.rows.exact import exact_bank
+from surgery.methods.templates.mixtures import Templates, open_stack
 from surgery.settings.names import Mixing
 from surgery.storage.codecs import encode_native
 from surgery.storage.stored import Stored, bank_tensors, deduplicate
@@ -57,7 +58,7 @@ def template_bank(
         banks=tuple(bank for bank in plan.banks if bank.key in stacked),
         placements=tuple(p for p in plan.placements if p.bank in stacked),
     )
-    banks: dict[str, Bank] = {}
+    banks: dict[str, RowsBank] = {}
     for bank in plan.banks:
         mine = [p for p in plan.placements if p.bank == bank.key]
         blocks = torch.cat([to_blocks(originals[p.site.member][p.site.name], p) for p in mine])
@@ -65,7 +66,7 @@ def template_bank(
     weights = _weights(plan, trials, request.seed)
     generator = torch.Generator().manual_seed(request.seed)
     how = Templates(request.count, request.mixing)
-    opened: dict[str, Bank] = {}
+    opened: dict[str, RowsBank] = {}
     for keys in plan.stacks.values():
         opened |= open_stack({key: banks[key] for key in keys}, how, generator, weights)
     settled = settle_banks(plan, opened)

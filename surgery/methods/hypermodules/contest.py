@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from surgery.dictionary.alignment import decide, starting_weight
-from surgery.dictionary.kernel import DENSE_CODE, TransposedIndex, generate, transpose
+from surgery.core.kernel import DENSE_CODE, TransposedIndex, generate, transpose
+from surgery.methods.hypermodules.alignment import decide, starting_weight
 
 
 class Contest(nn.Module):

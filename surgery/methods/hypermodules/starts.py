@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from surgery.core.joint import JointModel
-from surgery.dictionary.dictionary import Bank
-from surgery.dictionary.mixtures import Templates
 from surgery.errors import PlanError
+from surgery.methods.hypermodules.evolution import regroup
+from surgery.methods.rows.bank import RowsBank
+from surgery.methods.templates.mixtures import Templates
+from surgery.methods.templates.training import how_to_open, settle_parts
 from surgery.settings.training import Evolution, TemplateSettings
-from surgery.training.loop.evolution import regroup
-from surgery.training.loop.mixing import how_to_open, settle_parts
 
 
 def start(
@@ -101,7 +101,7 @@ def take_over(joint: JointModel, loaded: JointModel) -> JointModel:
         psi = torch.empty_like(bank.psi)
         psi[shared], psi[~shared] = source.psi[origin[shared]], count + single
         rows = torch.cat([source.rows.detach()[: count * c], bank.rows.detach()[used]])
-        joint.dictionary.banks[key] = Bank(bank.block, rows, psi, contexts, count)
+        joint.dictionary.banks[key] = RowsBank(bank.block, rows, psi, contexts, count)
     joint.refresh()
     return joint
 

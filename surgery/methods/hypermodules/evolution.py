@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from surgery.dictionary.alignment import draw_by_usage, draw_locations, draw_new, draw_uniformly
-from surgery.dictionary.contest import Contest
-from surgery.dictionary.dictionary import Bank
-from surgery.dictionary.explanation import (
+from surgery.methods.hypermodules.alignment import draw_by_usage, draw_locations, draw_new, draw_uniformly
+from surgery.methods.hypermodules.bank import HypermoduleBank
+from surgery.methods.hypermodules.contest import Contest
+from surgery.methods.hypermodules.explanation import (
     Total,
     draw_by_explanation,
     explained_pairs,
@@ -34,7 +34,7 @@ class Resized:
 
 
 def contend(
-    bank: Bank,
+    bank: HypermoduleBank,
     settings: Evolution,
     alpha: float,
     capacity: int,
@@ -75,7 +75,7 @@ def contend(
     return resized
 
 
-def conclude(bank: Bank) -> tuple[list[Resized], int]:
+def conclude(bank: HypermoduleBank) -> tuple[list[Resized], int]:
     """Close the contest: each location takes its best alternative, unused hypermodules are removed.
 
     Returns:
@@ -94,7 +94,7 @@ def conclude(bank: Bank) -> tuple[list[Resized], int]:
     return prune(bank), moved
 
 
-def redraw(bank: Bank, settings: Evolution, generator: torch.Generator) -> int:
+def redraw(bank: HypermoduleBank, settings: Evolution, generator: torch.Generator) -> int:
     """Sampled locations take any hypermodule by chance, whatever it is worth; how many changed theirs.
 
     Nothing is removed: a hypermodule that nobody uses now may be drawn again.
@@ -108,7 +108,7 @@ def redraw(bank: Bank, settings: Evolution, generator: torch.Generator) -> int:
     return moved
 
 
-def prune(bank: Bank) -> list[Resized]:
+def prune(bank: HypermoduleBank) -> list[Resized]:
     """Remove the hypermodules that no location uses."""
     used, compact = torch.unique(bank.psi, return_inverse=True)
     if len(used) == bank.hypermodules:
@@ -135,7 +135,7 @@ def carry(optimizer: torch.optim.Optimizer, resized: Resized) -> None:
 
 
 @torch.no_grad()
-def inherit(optimizer: torch.optim.Optimizer, bank: Bank) -> None:
+def inherit(optimizer: torch.optim.Optimizer, bank: HypermoduleBank) -> None:
     """Optimizer rows of contexts that challengers brought follow these into the bank, before its contest is concluded.
 
     Adam's moments are of the steps that were taken, fewer than the bank's, so their corrections for that are exchanged.
@@ -157,7 +157,7 @@ def inherit(optimizer: torch.optim.Optimizer, bank: Bank) -> None:
 
 
 @torch.no_grad()
-def _able(bank: Bank, chosen: Tensor, drawn: Tensor, least: float) -> tuple[Tensor, Tensor]:
+def _able(bank: HypermoduleBank, chosen: Tensor, drawn: Tensor, least: float) -> tuple[Tensor, Tensor]:
     """The locations for which a challenger explains enough, and their challengers `[N', lambda]`; those that explain
     too little make room for the best."""
     blocks, rows = bank.blocks()[chosen], _hypermodules(bank)
@@ -169,16 +169,20 @@ def _able(bank: Bank, chosen: Tensor, drawn: Tensor, least: float) -> tuple[Tens
     return chosen[kept], able[kept]
 
 
-def _hypermodules(bank: Bank) -> Tensor:
+def _hypermodules(bank: HypermoduleBank) -> Tensor:
     return bank.rows.detach().view(bank.hypermodules, bank.context, -1)
 
 
-def _total(bank: Bank) -> Total | None:
+def _total(bank: HypermoduleBank) -> Total | None:
     return None if bank.columns is None else bank.columns.total
 
 
 def _draw(
-    bank: Bank, settings: Evolution, chosen: Tensor, generator: torch.Generator, siblings: Tensor | None
+    bank: HypermoduleBank,
+    settings: Evolution,
+    chosen: Tensor,
+    generator: torch.Generator,
+    siblings: Tensor | None,
 ) -> Tensor:
     """Challengers `[N, lambda]` among the hypermodules that are in use."""
     count, challengers = len(chosen), settings.challengers
@@ -207,7 +211,7 @@ def _draw(
         )
 
 
-def _grow(bank: Bank, new: int, generator: torch.Generator) -> Resized:
+def _grow(bank: HypermoduleBank, new: int, generator: torch.Generator) -> Resized:
     """Append new hypermodules of deviation 1/sqrt(c), times what rows have grown to since."""
     old, c = bank.rows, bank.context
     noise = torch.randn(new * c, bank.width, generator=generator, dtype=old.dtype)
@@ -221,13 +225,13 @@ def _grow(bank: Bank, new: int, generator: torch.Generator) -> Resized:
     return _replace(bank, rows, source, bank.hypermodules + new)
 
 
-def _take_rows(bank: Bank, hypermodules: Tensor) -> Resized:
+def _take_rows(bank: HypermoduleBank, hypermodules: Tensor) -> Resized:
     c = bank.context
     source = (hypermodules.unsqueeze(1) * c + torch.arange(c, device=hypermodules.device)).reshape(-1)
     return _replace(bank, bank.rows.detach()[source], source, len(hypermodules))
 
 
-def _replace(bank: Bank, rows: Tensor, source: Tensor, hypermodules: int) -> Resized:
+def _replace(bank: HypermoduleBank, rows: Tensor, source: Tensor, hypermodules: int) -> Resized:
     old = bank.rows
     bank.rows = nn.Parameter(rows, requires_grad=old.requires_grad)
     bank.hypermodules = hypermodules
@@ -237,7 +241,7 @@ def _replace(bank: Bank, rows: Tensor, source: Tensor, hypermodules: int) -> Res
 # Starts ---------------------------------------------------------------------------------------------------
 
 
-def regroup(bank: Bank, group: Tensor, same: bool = False) -> None:
+def regroup(bank: HypermoduleBank, group: Tensor, same: bool = False) -> None:
     """Give all locations with one group number one hypermodule: that of the first of them.
 
     Args:

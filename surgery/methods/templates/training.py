@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from surgery.core.joint import JointModel
-from surgery.dictionary.dictionary import Bank
-from surgery.dictionary.mixtures import Templates, harden_stack, has_templates
-from surgery.dictionary.templates import attraction, entropy
 from surgery.errors import PlanError
+from surgery.methods.templates.bank import TemplateBank
+from surgery.methods.templates.mixtures import Templates, harden_stack, has_templates
+from surgery.methods.templates.solving import attraction, entropy
 from surgery.settings.training import TemplateSettings
 
 
@@ -37,7 +37,7 @@ def settle_parts(joint: JointModel, settings: TemplateSettings) -> None:
             bank.contexts.requires_grad_(settings.learn and bank.mixing != "one-hot")
 
 
-def stacks_of(joint: JointModel) -> dict[str, dict[str, Bank]]:
+def stacks_of(joint: JointModel) -> dict[str, dict[str, TemplateBank]]:
     """The banks of each stack that is open, by key."""
     found = {name: {key: joint.dictionary[key] for key in keys} for name, keys in joint.plan.stacks.items()}
     return {name: banks for name, banks in found.items() if has_templates(banks)}
@@ -62,7 +62,7 @@ def penalty(joint: JointModel, settings: TemplateSettings) -> Tensor | None:
     return torch.stack(terms).mean() if terms else None
 
 
-def _gram(bank: Bank) -> Tensor:
+def _gram(bank: TemplateBank) -> Tensor:
     """Products of templates with one another `[K, K]`; each process goes back into the columns that it holds."""
     gram = bank.rows @ bank.rows.T
     if bank.columns is None:

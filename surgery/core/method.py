@@ -1,0 +1,309 @@
+"""Method: one way of sharing, as everything else of the package sees it, and where methods are found.
+
+There are two kinds. A `TensorMethod` generates *tensors*: it plans which sites it takes, makes banks from which their
+blocks are generated, trains these and stores them. A `ModuleSurgery` replaces *modules*: it says which, what stands in
+their place, and how a plain module comes of that again.
+
+Everything a method needs has a default but for its name, its plan and its bank, so a new one is a few lines
+(docs/add_a_method.md). The methods of this package lie below `surgery.methods`, a folder each; those of other packages
+are found by the entry points `surgery.methods` of installed packages, or registered by an import.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from surgery.core.bank import Bank
+from surgery.errors import PlanError
+from surgery.settings.names import DEFAULT_METHOD, SHIPPED_METHODS
+from surgery.settings.problems import Strict
+from surgery.storage.codecs import Encoded, decode
+from surgery.util.text import one_line
+
+if TYPE_CHECKING:
+    from surgery.anatomy.plan import BankPlan, Plan
+    from surgery.anatomy.sites import Anatomy
+    from surgery.core.replacement import Replacement
+    from surgery.fitting.groups import Scene
+    from surgery.fitting.units import Group
+    from surgery.training.loop.moves import Moves
+    from surgery.training.loop.trainer import Trainer
+
+ENTRY_POINTS = "surgery.methods"
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a recipe asks of a plan.
+
+    Attributes:
+        block: (m, n) of sites that are cut into blocks.
+        context: c of hypermodules.
+        settings: the method's own, as its `settings` class validated them.
+        mix_norms: whether scale and shift of norms are taken too.
+        stacks: patterns of the stacks to take; all by default.
+    """
+
+    block: tuple[int, int] = (16, 16)
+    context: int = 4
+    settings: Any = None
+    mix_norms: bool = False
+    stacks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a dictionary is opened for training.
+
+    Attributes:
+        generator: on the CPU; of all that is drawn.
+        options: by method's name, what only that method reads.
+    """
+
+    generator: torch.Generator
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """What both kinds have.
+
+    Attributes:
+        name: in recipes, artifacts and on the command line.
+        summary: what it does, in one line for `--help`.
+        settings: class of its settings, which a recipe gives under `settings`.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    settings: ClassVar[type[Strict]] = Strict
+
+    @abstractmethod
+    def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Any:
+        """What the method takes of the members, from their anatomies alone, without weights.
+
+        Raises:
+            PlanError: where it can take nothing, or settings do not suit the members.
+        """
+
+
+class TensorMethod(Method):
+    """A method that generates tensors.
+
+    Attributes:
+        form: the layout of stored parts that `unpack` reads; see `Bank.form`.
+        claims: whether `arrange` decides on the sites of its banks, in place of the fit's own ways of storing them.
+    """
+
+    form: ClassVar[str]
+    claims: ClassVar[bool] = True
+
+    @abstractmethod
+    def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Plan:
+        """Which sites go into which banks; what the method has no use for is planned as `make_plan` does."""
+
+    @abstractmethod
+    def make(self, plan: BankPlan, blocks: Tensor, generator: torch.Generator) -> Bank:
+        """The bank that comes nearest to given blocks.
+
+        Args:
+            plan: of the bank, with the method's `settings`.
+            blocks: `[L, m*n]`, float32 or float64.
+            generator: on the CPU.
+        """
+
+    @abstractmethod
+    def unpack(self, plan: BankPlan, parts: Mapping[str, Tensor]) -> Bank:
+        """The inverse of the bank's `pack`, of decoded parts.
+
+        Raises:
+            KeyError: where a part is missing.
+        """
+
+    def wrong_parts(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> list[str]:
+        """What keeps `unpack` from reading parts that somebody else may have written, in words.
+
+        Shapes are checked before values, and both before anything is computed from them. By default a bank is made of
+        the parts, which must have as many locations as planned.
+        """
+        try:
+            bank = self.unpack(plan, {name: decode(each) for name, each in parts.items()})
+        except Exception as error:  # of a method's own, on parts that do not fit
+            return [f"bank {plan.key} cannot be made of its parts: {type(error).__name__}: {one_line(error)}"]
+        if bank.locations != plan.locations:
+            return [f"bank {plan.key} must have {plan.locations} locations, found {bank.locations}"]
+        return []
+
+    def location_bytes(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> Tensor:
+        """Bytes that each location takes of stored parts `[L]`, float64; by default an equal part of all."""
+        whole = sum(each.nbytes for each in parts.values())
+        return torch.full((plan.locations,), whole / max(plan.locations, 1), dtype=torch.float64)
+
+    def open(self, plan: Plan, banks: Mapping[str, Bank], how: Opening) -> dict[str, Bank]:
+        """Banks that can be trained in place of those that a joint model has: joined, fitted or loaded.
+
+        By default a bank of the method's own form stays, and any other is made anew from what it generates.
+
+        Args:
+            plan: of the joint model.
+            banks: of this method, by key.
+            how: generator and options.
+        """
+        made = {}
+        for key, bank in banks.items():
+            own = bank.form == self.form
+            made[key] = bank if own else self.make(plan.bank(key), bank.settled_blocks(), how.generator)
+        return made
+
+    def asks(self, plan: Plan) -> str:
+        """What the settings fix, in words such as `rank 4`: a fit without another target then makes exactly this.
+
+        Empty where a fit may choose whether to use the method at all.
+        """
+        return ""
+
+    def arrange(self, scene: Scene, plan: Plan) -> list[Group]:
+        """What a fit can choose from for the sites of the method's banks; by default apart, or as `make` makes them.
+
+        Args:
+            scene: what is being fitted.
+            plan: of this method's banks alone.
+        """
+        from surgery.fitting.arranging import arrange_made  # where fits are: above this
+
+        return arrange_made(self, scene, plan)
+
+    def moves(self, trainer: Trainer) -> Moves:
+        """What the method does while it is trained; by default nothing but to be stepped by the optimizer."""
+        from surgery.training.loop.moves import Moves  # where training is: above this
+
+        return Moves(self.name, trainer)
+
+
+class ModuleSurgery(Method):
+    """A method that replaces modules.
+
+    The parameters of what stands in their place belong to the member: they are trained, stored and, where they are
+    linear maps, shared as any others.
+    """
+
+    @abstractmethod
+    def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> tuple[Replacement, ...]:
+        """Which modules are replaced, and all that is needed to do so again when an artifact is loaded."""
+
+    @abstractmethod
+    def replace(self, module: nn.Module, replacement: Replacement) -> nn.Module:
+        """What stands in the place of a module.
+
+        Args:
+            module: the member's module, whole, as it was; parameters may be on the meta device.
+            replacement: which part of it, and how.
+        """
+
+    @abstractmethod
+    def collapse(self, module: nn.Module, replacement: Replacement) -> nn.Module:
+        """A plain module that computes what the replaced one does, of the class that was there before.
+
+        Args:
+            module: the member's module, whole, with the replacement in its place.
+            replacement: which part of it.
+
+        Raises:
+            ExportError: where there is none, saying why and what to do.
+        """
+
+
+# -- the registry --------------------------------------------------------------------------------------------
+
+_METHODS: dict[str, Method] = {}
+_Kind = TypeVar("_Kind", bound=type[Method])
+
+
+def register_method(kind: _Kind) -> _Kind:
+    """Make a method known by its name; a decorator for its class.
+
+    Raises:
+        ValueError: where another method has the name.
+    """
+    known = _METHODS.get(kind.name)
+    if known is not None and type(known) is not kind:
+        raise ValueError(f"a method named '{kind.name}' is registered already: {type(known).__qualname__}")
+    _METHODS[kind.name] = kind()
+    return kind
+
+
+def find_method(name: str) -> Method:
+    """The method of this name: registered, of this package, or of an installed one.
+
+    Raises:
+        PlanError: where there is none, naming those that there are.
+
+    Example:
+        >>> find_method("templates").name
+        'templates'
+    """
+    if name not in _METHODS and name in SHIPPED_METHODS:
+        import_module(f"surgery.methods.{name}.method")
+    if name not in _METHODS and name in (points := _installed()):
+        points[name].load()
+    if name not in _METHODS:
+        raise PlanError(
+            f"`method` must be one of {', '.join(method_names())}, found '{name}': install or import the package that "
+            "registers it."
+        )
+    return _METHODS[name]
+
+
+def method_names() -> list[str]:
+    """All methods that can be asked for, those of this package first."""
+    return [*dict.fromkeys((*SHIPPED_METHODS, *_METHODS, *_installed()))]
+
+
+def tensor_method(name: str) -> TensorMethod:
+    """A method that generates tensors.
+
+    Raises:
+        PlanError: where there is none of this name.
+    """
+    found = find_method(name)
+    if not isinstance(found, TensorMethod):
+        raise PlanError(f"Method '{name}' must generate tensors, but it replaces modules.")
+    return found
+
+
+def methods_of(plan: Plan) -> list[TensorMethod]:
+    """The methods of a plan's banks, in their order."""
+    return [tensor_method(name) for name in dict.fromkeys(bank.method for bank in plan.banks)]
+
+
+def keys_of(plan: Plan, method: str) -> list[str]:
+    """The keys of a method's banks."""
+    return [bank.key for bank in plan.banks if bank.method == method]
+
+
+def _installed() -> dict[str, Any]:
+    from importlib.metadata import entry_points
+
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+__all__ = [
+    "DEFAULT_METHOD",
+    "Method",
+    "ModuleSurgery",
+    "Opening",
+    "PlanRequest",
+    "TensorMethod",
+    "find_method",
+    "keys_of",
+    "method_names",
+    "methods_of",
+    "register_method",
+    "tensor_method",
+]

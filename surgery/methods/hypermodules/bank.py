@@ -1,0 +1,123 @@
+"""Hypermodules in training: rows and codes whose alignment is open, with contests and diagonals."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from surgery.anatomy.plan import BankPlan
+from surgery.core.bank import Parts, Trained
+from surgery.methods.hypermodules.contest import Contest
+from surgery.methods.rows.bank import RowsBank
+
+
+class HypermoduleBank(RowsBank):
+    """Hypermodules of c basis blocks, and which of them each location uses.
+
+    Attributes:
+        contest: the alternatives that compete while training decides between them, else None.
+        diagonals: parameter `[L, min(m, n)]`, added to the blocks' own diagonals, else None.
+    """
+
+    form: ClassVar[str] = "rows"
+    contest: Contest | None
+    diagonals: nn.Parameter | None
+
+    def __init__(
+        self, block: tuple[int, int], rows: Tensor, psi: Tensor, contexts: Tensor, hypermodules: int
+    ):
+        super().__init__(block, rows, psi, contexts, hypermodules)
+        self.register_module("contest", None)
+        self.register_parameter("diagonals", None)
+
+    @classmethod
+    def of(cls, bank: RowsBank) -> HypermoduleBank:
+        """The same bank, ready to be trained; parameters are the same objects."""
+        if isinstance(bank, cls):
+            return bank
+        made = cls(bank.block, bank.rows.detach(), bank.psi, bank.contexts.detach(), bank.hypermodules)
+        made.rows, made.contexts, made.origin, made.columns = (
+            bank.rows,
+            bank.contexts,
+            bank.origin,
+            bank.columns,
+        )
+        return made.train(bank.training)
+
+    def blocks(self, start: int = 0, stop: int | None = None, task: str | None = None) -> Tensor:
+        """Generate blocks; while a contest is open, alternatives weighted. # Eq. (5), Eq. (8)"""
+        if self.contest is None:
+            blocks = super().blocks(start, stop)
+        else:
+            with torch.autocast(self.rows.device.type, enabled=False):
+                blocks = self.contest.blocks(self.rows, self.contexts, start, stop)
+        return blocks if self.diagonals is None else self._on_diagonals(blocks, self.diagonals[start:stop])
+
+    def add_diagonals(self) -> None:
+        """Give every location a diagonal of its own, 0 at first."""
+        size = (self.locations, min(self.block))
+        self.diagonals = nn.Parameter(torch.zeros(size, dtype=self.rows.dtype, device=self.rows.device))
+
+    def _on_diagonals(self, blocks: Tensor, diagonals: Tensor) -> Tensor:
+        m, n = self.block
+        places = torch.arange(min(m, n), device=blocks.device) * (n + 1)
+        if self.columns is not None:
+            own = (places >= self.columns.first) & (places < self.columns.first + self.columns.held)
+            places, diagonals = places[own] - self.columns.first, diagonals[:, own]
+        return blocks.index_add(1, places, diagonals)
+
+    @property
+    def own_elements(self) -> int:
+        """As of rows and codes, with the diagonal."""
+        return super().own_elements + (0 if self.diagonals is None else self.diagonals.shape[1])
+
+    @torch.no_grad()
+    def settled_blocks(self) -> Tensor:
+        """As of rows and codes, with diagonals; alternatives do not count."""
+        if self.diagonals is None:
+            return super().settled_blocks()
+        blocks = self._sums()
+        if self.diagonals.any():
+            blocks = self._on_diagonals(blocks, self.diagonals)
+        return self._restored(blocks)
+
+    def trained(self) -> list[Trained]:
+        """Rows; contexts and diagonals."""
+        rows, contexts = super().trained()
+        own = () if self.diagonals is None else (self.diagonals,)
+        return [rows, Trained("contexts", (*contexts.parameters, *own), decay=False)]
+
+    def state(self) -> Parts:
+        """Rows, contexts, alignment and diagonals; an open contest is kept beside it."""
+        own = {} if self.diagonals is None else {"diagonals": self.diagonals.detach()}
+        return {**super().state(), **own}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take a state; no contest is open afterwards."""
+        super().restore(state)
+        if self.diagonals is not None:
+            self.diagonals.copy_(state["diagonals"])
+        self.contest = None
+
+    @property
+    def packable(self) -> bool:
+        """Diagonals have no stored form: they become part of blocks."""
+        return self.diagonals is None
+
+    def pack(self, plan: BankPlan, like: Collection[str] = ()) -> Parts:
+        """As rows and codes."""
+        if self.diagonals is not None:
+            raise ValueError("a bank with diagonals has to be settled before it is stored")
+        return super().pack(plan, like)
+
+    def refuses(self, locations: Tensor) -> str:
+        """As of rows and codes; and nothing is written while alternatives compete, or beside diagonals."""
+        if self.contest is not None:
+            return "alternatives compete for its blocks"
+        if self.diagonals is not None:
+            return "each of its blocks has a diagonal of its own"
+        return super().refuses(locations)

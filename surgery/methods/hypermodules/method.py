@@ -1,0 +1,95 @@
+"""The method of hypermodules: blocks of all sites from one bank for each block shape and dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from surgery.anatomy.plan import BankPlan, Placement, Plan, make_plan
+from surgery.core.bank import Bank
+from surgery.core.method import Opening, PlanRequest, TensorMethod, register_method
+from surgery.methods.hypermodules.bank import HypermoduleBank
+from surgery.methods.hypermodules.opening import fixed_bank, open_bank, open_rest
+from surgery.methods.rows import parts as stored
+from surgery.methods.rows.bank import RowsBank
+from surgery.methods.rows.exact import exact_bank
+from surgery.settings.names import Scale
+from surgery.storage.codecs import Encoded
+
+if TYPE_CHECKING:
+    from surgery.anatomy.sites import Anatomy
+
+
+@dataclass(frozen=True)
+class HypermoduleOpening:
+    """How single rows become hypermodules.
+
+    Attributes:
+        context: c; by default what the plan says. With 0, hypermodules of one basis block with coefficients that stay.
+        scale: what carries the deviations of layers; see `open_bank`.
+    """
+
+    context: int | None = None
+    scale: Scale = "contexts"
+
+
+@register_method
+class Hypermodules(TensorMethod):
+    """Every block is a sum of the basis blocks of the hypermodule that its location uses. # MUiR"""
+
+    name: ClassVar[str] = "hypermodules"
+    summary: ClassVar[str] = "blocks of all sites draw on shared hypermodules"
+    form: ClassVar[str] = "rows"
+    claims: ClassVar[bool] = False
+
+    def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Plan:
+        """Every site in banks of one block shape."""
+        return make_plan(anatomies, request.block, request.context)
+
+    def make(self, plan: BankPlan, blocks: Tensor, generator: torch.Generator) -> Bank:
+        """Every distinct block as a row: nothing is lost."""
+        return exact_bank(blocks, plan.block)
+
+    def unpack(self, plan: BankPlan, parts: Mapping[str, Tensor]) -> Bank:
+        """A bank of rows and codes."""
+        return stored.unpack(plan, parts)
+
+    def wrong_parts(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> list[str]:
+        """What cannot be true of stored rows and codes."""
+        return stored.wrong_parts(plan, parts)
+
+    def location_bytes(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> Tensor:
+        """Rows are divided among the locations that draw on them."""
+        return stored.location_bytes(parts)
+
+    def open(self, plan: Plan, banks: Mapping[str, Bank], how: Opening) -> dict[str, Bank]:
+        """Every single row becomes a hypermodule; hypermodules that there are stay."""
+        given = HypermoduleOpening(**how.options.get(self.name, {}))
+        return {key: self._open(plan, key, bank, how, given) for key, bank in banks.items()}
+
+    def _open(self, plan: Plan, key: str, bank: Bank, how: Opening, given: HypermoduleOpening) -> Bank:
+        if not isinstance(bank, RowsBank):
+            bank = exact_bank(bank.settled_blocks(), bank.block)
+        if not bank.singles:
+            return HypermoduleBank.of(bank)
+        c = plan.bank(key).context if given.context is None else given.context
+        if not c and not bank.hypermodules:
+            return fixed_bank(bank)
+        sigma = _deviations(bank.blocks(), [p for p in plan.placements if p.bank == key])
+        if bank.hypermodules:
+            return open_rest(bank, how.generator, sigma, given.scale)
+        return open_bank(bank, c, how.generator, sigma, given.scale)
+
+
+@torch.no_grad()
+def _deviations(blocks: Tensor, placements: list[Placement]) -> Tensor:
+    """The deviation of the weights of each location's site `[L]`, of the blocks of a bank `[L, m*n]`."""
+    sigma = blocks.new_ones(len(blocks))
+    for p in placements:
+        size = p.grid.stack * p.grid.out * p.grid.into  # padding does not count
+        sigma[p.start : p.stop] = (blocks[p.start : p.stop].square().sum() / size).sqrt()
+    return sigma

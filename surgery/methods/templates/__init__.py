@@ -1,0 +1,1 @@
+"""Templates: the layers of stacks as mixtures of a few (compositional models)."""
