@@ -8,7 +8,6 @@ should use `JointModel.step`, which generates once and goes back through the dic
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -25,7 +24,6 @@ from surgery.core.known import Known, Stamp, stamp, versions
 from surgery.core.method import Opening
 from surgery.core.opening import open_dictionary
 from surgery.core.sizes import parameters_alone
-from surgery.errors import PlanError
 from surgery.members.extra_state import state_keys
 from surgery.members.member import Member, check_names, owners_of
 from surgery.members.occupancy import check_unoccupied, leave, occupy
@@ -33,6 +31,7 @@ from surgery.settings.names import Scale
 from surgery.slots.collapse import collapse
 from surgery.slots.edits import take_edits
 from surgery.slots.extracting import extract
+from surgery.slots.filler import Filler
 from surgery.slots.gate import release
 from surgery.slots.hooks import watch
 from surgery.slots.slots import Slots, forget_derived, locate, put_back, reorder, take_out
@@ -78,17 +77,11 @@ class JointModel(nn.Module):
         self.state_keys = {member.name: state_keys(member.module) for member in members}
         # Members whose hooks change the names in their state dicts.
         self.renamed = {m.name for m in members if {*m.module.state_dict()} != {*self.state_keys[m.name]}}
-        self.slots = Slots()
-        self._filled: dict[
-            str, tuple
-        ] = {}  # per member: versions of the dictionary its slots were filled from
-        self._inside: dict[str, str] = {}  # per member that is running: the path at which it was entered
+        self.slots, self.filler = Slots(), Filler(self)
         self._trainable: dict[
             tuple[str, str], bool
         ] = {}  # `requires_grad` of the parameters that slots replaced
         self._frozen: dict[int, nn.Parameter] = {}  # by `freeze`; coefficients that were fixed before stay so
-        self._untraced: Any = None  # `_enter`, of which no graph is made
-        self._in_step = False
         self.register_load_state_dict_pre_hook(_keep_slots)
         original = frozenset(member.name for member in members if member.original)
         self.occupy(plan, dictionary, encoded or {}, known or Known(original=original))
@@ -161,11 +154,7 @@ class JointModel(nn.Module):
         Raises:
             PlanError: inside `step`, whose gradients it would lose.
         """
-        self._refuse_in_step("Filling the slots")
-        # Tensors made in inference mode could not take part in a later training of adapters.
-        with torch.inference_mode(False), torch.no_grad():
-            self._fill_leaves(self.generate(members))
-        self._filled.update({name: self.versions() for name in members or self.names})
+        self.filler.refresh(members)
 
     def clear(self) -> None:
         """Fill the slots without gradients, so that no graph is held and the model can be copied."""
@@ -186,56 +175,8 @@ class JointModel(nn.Module):
             >>> optimizer.step()
         """
         self.begin("Another step")
-        weights = self.generate()
-        leaves = {
-            key: weight.detach().requires_grad_(weight.requires_grad) for key, weight in weights.items()
-        }
-        self._fill(leaves)
-        self._in_step = True
-        try:
+        with self.filler.step() as leaves:
             yield leaves
-            take_edits(self, self.names)
-            reached = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
-            torch.autograd.backward([weights[key] for key in reached], list(reached.values()))
-        finally:
-            self._in_step = False
-            self._filled.clear()
-
-    def enter(self, name: str, path: str) -> bool:
-        """Before a part of a member runs: make its slots what the dictionary says; whether it had to."""
-        if "torch._dynamo" not in sys.modules:
-            return self._enter(name, path)
-        if self._untraced is None:
-            self._untraced = torch.compiler.disable(self._enter)
-        return self._untraced(name, path)
-
-    enter._torchdynamo_disable = True  # a compiled member breaks its graph once, before its first layer
-
-    def _enter(self, name: str, path: str) -> bool:
-        # Within a backward pass a part runs again for gradient checkpointing, with the weights it had.
-        if self._in_step or (path and (name in self._inside or torch._C._current_graph_task_id() != -1)):
-            return False
-        take_edits(self, [name])
-        self._inside[name] = path
-        if torch.is_grad_enabled() and self._learns():
-            below = f"{path}." if path else ""
-            own = [p for p in self.plan.of(name) if any(owner.startswith(below) for owner in p.site.owners)]
-            self._filled.clear()  # a fused optimizer changes rows and leaves no trace in their versions
-            self._fill(generate_weights(self.dictionary, own))
-        elif self._filled.get(name) != self.versions():
-            self.refresh([name])
-        return True
-
-    def leave(self, name: str, path: str) -> None:
-        """After a part of a member ran."""
-        if self._inside.get(name) == path:
-            del self._inside[name]
-
-    leave._torchdynamo_disable = True
-
-    def runs(self, name: str) -> bool:
-        """Whether a part of a member is running, called from outside of it."""
-        return name in self._inside
 
     # -- showing -------------------------------------------------------------------------------------------
 
@@ -261,23 +202,6 @@ class JointModel(nn.Module):
             ]
             for name in self.names
         ]
-
-    def make_current(self, name: str, below: str = "") -> None:
-        """Before somebody reads a member's slots: make those whose owners begin with `below` what the dictionary says.
-
-        What a forward pass has generated from the dictionary as it is stays, for its backward pass.
-        """
-        if self._in_step:
-            return
-        take_edits(self, [name])
-        if self.is_filled(name):
-            return
-        mine = [p for p in self.plan.of(name) if any(owner.startswith(below) for owner in p.site.owners)]
-        held = self.slots.fillings[name]
-        # By value: a fused optimizer changes rows and leaves no trace in their versions.
-        with torch.inference_mode(False), torch.no_grad():
-            made = generate_weights(self.dictionary, mine)
-            self._fill_leaves({key: t for key, t in made.items() if not torch.equal(held[key[1]].tensor, t)})
 
     # -- state dicts ---------------------------------------------------------------------------------------
 
@@ -365,12 +289,6 @@ class JointModel(nn.Module):
 
     # -- internals -----------------------------------------------------------------------------------------
 
-    def _fill(self, weights: Weights) -> None:
-        for (member, site), weight in weights.items():
-            self.slots.put(member, site, weight)
-        for name in {member for member, _ in weights}:
-            forget_derived(self[name])
-
     def _stamp(self, name: str) -> Stamp:
         """Of all that a member's weights are made of."""
         module, placed = self[name], self.plan.of(name)
@@ -380,34 +298,9 @@ class JointModel(nn.Module):
         made = [t for bank in banks for t in (*bank.parameters(), *bank.buffers())]
         return stamp([t for t in (*own, *made) if isinstance(t, Tensor)])
 
-    def _fill_leaves(self, weights: Weights) -> None:
-        learns = self._learns()
-        # PyTorch picks the order of a product's sums by whether its factors are views and require gradients,
-        # also where nothing is recorded: slots are leaves like the parameters that they replace.
-        self._fill(
-            {
-                key: weight.detach().requires_grad_(learns and self._trainable[key])
-                for key, weight in weights.items()
-            }
-        )
-
-    def _learns(self) -> bool:
-        return any(p.requires_grad for p in self.dictionary.parameters())
-
     def versions(self) -> Stamp:
         """Of everything that weights are generated from; they differ as soon as something is written to."""
         return versions((*self.dictionary.parameters(), *self.dictionary.buffers()))
-
-    def is_filled(self, name: str) -> bool:
-        """Whether a member's slots were filled, without gradients, from the dictionary as it is."""
-        return self._filled.get(name) == self.versions()
-
-    @contextmanager
-    def still_filled(self) -> Iterator[None]:
-        """Inside, the dictionary becomes what slots hold: those that were filled from it are so afterwards."""
-        filled = [name for name in self.names if self.is_filled(name)]
-        yield
-        self._filled.update(dict.fromkeys(filled, self.versions()))
 
     def _dtypes(self) -> list[torch.dtype]:
         """Of the members' tensors, generated ones too."""
@@ -436,12 +329,8 @@ class JointModel(nn.Module):
         Raises:
             PlanError: within a step, and where the dictionary cannot follow what was done to slots.
         """
-        self._refuse_in_step(what)
+        self.filler.refuse_in_step(what)
         take_edits(self, self.names)
-
-    def _refuse_in_step(self, what: str) -> None:
-        if self._in_step:
-            raise PlanError(f"{what} must wait for the end of joint.step(), which is running.")
 
     def _apply(self, fn: Any, recurse: bool = True) -> JointModel:
         self.begin("Moving the model")

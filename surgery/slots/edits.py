@@ -47,7 +47,7 @@ def take_edits(joint: JointModel, names: Sequence[str]) -> None:
         before = joint.slots.fillings[p.site.member][p.site.name]
         if tensor.requires_grad != before.version[2]:
             reasons.append(f"{labels[number]} (its requires_grad was set: use that of the member)")
-        elif found and not joint.is_filled(p.site.member):
+        elif found and not joint.filler.is_filled(p.site.member):
             reasons.append(f"{labels[number]} (the dictionary may have changed since it was generated)")
     if reasons:
         first = given[0][0].site.member
@@ -56,7 +56,7 @@ def take_edits(joint: JointModel, names: Sequence[str]) -> None:
             f"rows of its own, but not for {shorten(reasons)}: change joint.extract('{first}'), whose weights are its "
             "own, or call joint.refresh() before, which also takes changes back."
         )
-    with joint.still_filled():
+    with joint.filler.still_filled():
         write(joint.dictionary, found)
     for p in touched:
         joint.slots.accept(p.site.member, p.site.name)

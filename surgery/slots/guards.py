@@ -49,7 +49,7 @@ class Parameters(Gate):
         part = self.part
         yield from type(part).named_parameters(part, prefix, recurse, remove_duplicate)
         start = f"{prefix}." if prefix else ""
-        if self.joint.runs(self.member):
+        if self.joint.filler.runs(self.member):
             yield from self._generated(start, recurse, remove_duplicate)
             return
         for key in dict.fromkeys(p.bank for p in self.placements(recurse=recurse)):

@@ -27,9 +27,9 @@ class Enter(Gate):
     def __call__(self, module: nn.Module, *args: Any) -> None:
         """Tell the joint model that the module is about to run."""
         if not self.path:
-            self.joint.enter(self.member, "")
+            self.joint.filler.enter(self.member, "")
         # Inside a compiled graph the root's gate, which runs outside of it, has seen to everything.
-        elif not torch.compiler.is_compiling() and self.joint.enter(self.member, self.path):
+        elif not torch.compiler.is_compiling() and self.joint.filler.enter(self.member, self.path):
             module.register_forward_hook(Leave(self.joint, self.member, self.path), always_call=True)
 
 
@@ -38,7 +38,7 @@ class Leave(Gate):
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         """Tell the joint model that the module ran."""
-        self.joint.leave(self.member, self.path)
+        self.joint.filler.leave(self.member, self.path)
         if self.path:
             release(module, Leave, deep=False)
 

@@ -39,7 +39,7 @@ class Give(Gate):
             return
         if len(args) == 2:
             self._keep_vars = args[1]
-            self.joint.make_current(self.member, self.below)
+            self.joint.filler.make_current(self.member, self.below)
             return
         state, prefix, _ = args
         for key in self.own:

@@ -25,6 +25,7 @@ from surgery.core.generation import Weights, to_blocks, to_weight
 from surgery.core.joint import JointModel
 from surgery.geometry.columns import Columns
 from surgery.members.extra_state import extra_state_of, set_extra_state
+from surgery.slots.filler import Filler
 from surgery.slots.gate import unwatched
 from surgery.slots.hooks import Enter, Leave
 from surgery.slots.slots import Slots, locate, put_back, reorder
@@ -32,6 +33,47 @@ from surgery.training.distributed.fsdp import Sharding
 from surgery.training.distributed.shards import ChunkPart, ColumnPart, Part, add_up, reshard
 from surgery.training.loop.state import own_part
 from surgery.util.copies import duplicate
+
+
+class ShardedFiller(Filler):
+    """Gives every process its chunks of the weights that the dictionary generates.
+
+    Args:
+        joint: the joint model, while it is cut.
+    """
+
+    joint: ShardedModel
+
+    def refresh(self, members: Any = None) -> None:
+        """Fill the chunks of all members from the dictionary as it is now; all processes call it."""
+        self.refuse_in_step("Filling the slots")
+        with torch.inference_mode(False), torch.no_grad():
+            self.joint.fill_sites()
+        self.filled = dict.fromkeys(self.joint.names, self.joint.versions())
+
+    def enter(self, name: str, path: str) -> bool:
+        """Before a member runs outside of a step: make its weights what the dictionary says."""
+        if not self.in_step and not self.is_filled(name):
+            self.refresh()
+        return True
+
+    def leave(self, name: str, path: str) -> None:
+        """After a member ran outside of a step: give up what its forward pass gathered."""
+        if not self.in_step:
+            reshard(self.joint[name])
+
+    @contextmanager
+    def step(self) -> Iterator[Weights]:
+        """As in one process; afterwards all gradients are those of the mean over the processes."""
+        edges = self.joint.fill_sites()
+        self.in_step = True
+        try:
+            yield {}
+            self.joint.go_back(edges)
+        finally:
+            self.in_step = False
+            self.filled.clear()
+            reshard(self.joint.bodies)
 
 
 class ShardedModel(JointModel):
@@ -52,8 +94,7 @@ class ShardedModel(JointModel):
         self.sharding, self.plan, self.dictionary = sharding, joint.plan, joint.dictionary
         self.owners, self.state_keys = joint.owners, joint.state_keys
         self.encoded = joint.encoded
-        self._filled, self._inside, self._in_step, self.slots = {}, {}, False, Slots()
-        self._trainable, self._untraced = joint._trainable, None
+        self.slots, self.filler = Slots(), ShardedFiller(self)
         copies = self._copy_members()
         self.members = {name: replace(m, module=copies[name]) for name, m in joint.members.items()}
         self.bodies = nn.ModuleList(copies.values())
@@ -81,7 +122,7 @@ class ShardedModel(JointModel):
             for p in self.plan.of(name):
                 weight = getattr(*locate(copy, p.site.owners[0]))
                 learns = any(x.requires_grad for x in self.dictionary[p.bank].parameters(recurse=False))
-                put_back(copy, p.site.owners, weight, learns and self._trainable[name, p.site.name])
+                put_back(copy, p.site.owners, weight, learns and self.trains(name, p.site.name))
                 joint.slots.put(name, p.site.name, torch.empty_like(weight, device="meta").detach())
             reorder(copy, self.state_keys[name])
         return copies
@@ -134,39 +175,11 @@ class ShardedModel(JointModel):
         """What this process holds of the adapters that are trained, as plain tensors."""
         return [local for _, local in self._adapters]
 
-    def refresh(self, members: Any = None) -> None:
-        """Give every process its chunks of the weights that the dictionary generates now; all of them call it."""
-        self._refuse_in_step("Filling the slots")
-        with torch.inference_mode(False), torch.no_grad():
-            self._generate()
-        self._filled[""] = self.versions()
+    def trains(self, name: str, site: str) -> bool:
+        """As in the joint model that was given."""
+        return self._given[0].trains(name, site)
 
-    def enter(self, name: str, path: str) -> bool:
-        """Before a member runs outside of a step: make its weights what the dictionary says."""
-        if not self._in_step and self._filled.get("") != self.versions():
-            self.refresh()
-        return True
-
-    def leave(self, name: str, path: str) -> None:
-        """After a member ran outside of a step: give up what its forward pass gathered."""
-        if not self._in_step:
-            reshard(self[name])
-
-    @contextmanager
-    def step(self) -> Iterator[Weights]:
-        """As in `JointModel`; afterwards all gradients are those of the mean over the processes."""
-        self._refuse_in_step("Another step")
-        edges = self._generate()
-        self._in_step = True
-        try:
-            yield {}
-            self._go_back(edges)
-        finally:
-            self._in_step = False
-            self._filled.clear()
-            reshard(self.bodies)
-
-    def _generate(self) -> dict[str, Any]:
+    def fill_sites(self) -> dict[str, Any]:
         """Fill all sites; of each bank the edge of the graph at which its blocks' gradients enter."""
         edges: dict[str, Any] = {}
         for key, placements in self._placed.items():
@@ -188,7 +201,7 @@ class ShardedModel(JointModel):
             weight = weight[first : first + len(local)]
         local.detach().copy_(weight)
 
-    def _go_back(self, edges: dict[str, Any]) -> None:
+    def go_back(self, edges: dict[str, Any]) -> None:
         """Carry the sites' gradients into rows and codes, and give all parameters the mean of the processes."""
         for key, placements in self._placed.items():
             bank, gradient = self.dictionary[key], None

@@ -1,0 +1,171 @@
+"""Filler: when the slots of a joint model's members are filled, and with what.
+
+Without gradients slots are filled once and kept until the dictionary changes; with gradients every call from outside
+of a member generates its weights anew; within a step they are leaves that gather gradients, generated once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgery.anatomy.plan import Placement
+from surgery.core.generation import Weights, generate_weights
+from surgery.errors import PlanError
+from surgery.slots.edits import take_edits
+from surgery.slots.slots import forget_derived
+
+if TYPE_CHECKING:
+    from surgery.core.joint import JointModel
+    from surgery.core.known import Stamp
+
+
+class Filler:
+    """Fills the slots of a joint model's members from its dictionary.
+
+    Args:
+        joint: the joint model.
+
+    Attributes:
+        in_step: whether a step is running.
+    """
+
+    def __init__(self, joint: JointModel):
+        self.joint = joint
+        self.in_step = False
+        self.filled: dict[str, Stamp] = {}  # by member: versions of the dictionary that it was filled from
+        self._inside: dict[str, str] = {}  # by member that runs: the path at which it was entered
+        self._untraced: Any = None  # `_enter`, of which no graph is made
+
+    # -- without gradients -----------------------------------------------------------------------------------
+
+    def refresh(self, members: Sequence[str] | None = None) -> None:
+        """Fill slots without gradients, from the dictionary as it is now; see `JointModel.refresh`."""
+        self.refuse_in_step("Filling the slots")
+        # Tensors made in inference mode could not take part in a later training of adapters.
+        with torch.inference_mode(False), torch.no_grad():
+            self._fill_leaves(self.joint.generate(members))
+        self.filled.update({name: self.joint.versions() for name in members or self.joint.names})
+
+    def make_current(self, name: str, below: str = "") -> None:
+        """Before somebody reads a member's slots: make those whose owners begin with `below` what the dictionary says.
+
+        What a forward pass has generated from the dictionary as it is stays, for its backward pass.
+        """
+        if self.in_step:
+            return
+        take_edits(self.joint, [name])
+        if self.is_filled(name):
+            return
+        held = self.joint.slots.fillings[name]
+        # By value: a fused optimizer changes rows and leaves no trace in their versions.
+        with torch.inference_mode(False), torch.no_grad():
+            made = generate_weights(self.joint.dictionary, self._below(name, below))
+            self._fill_leaves({key: t for key, t in made.items() if not torch.equal(held[key[1]].tensor, t)})
+
+    def is_filled(self, name: str) -> bool:
+        """Whether a member's slots were filled, without gradients, from the dictionary as it is."""
+        return self.filled.get(name) == self.joint.versions()
+
+    @contextmanager
+    def still_filled(self) -> Iterator[None]:
+        """Inside, the dictionary becomes what slots hold: those that were filled from it are so afterwards."""
+        filled = [name for name in self.joint.names if self.is_filled(name)]
+        yield
+        self.filled.update(dict.fromkeys(filled, self.joint.versions()))
+
+    # -- a step ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def step(self) -> Iterator[Weights]:
+        """Generate once, and go back through the dictionary once; see `JointModel.step`."""
+        weights = self.joint.generate()
+        leaves = {
+            key: weight.detach().requires_grad_(weight.requires_grad) for key, weight in weights.items()
+        }
+        self._fill(leaves)
+        self.in_step = True
+        try:
+            yield leaves
+            take_edits(self.joint, self.joint.names)
+            reached = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
+            torch.autograd.backward([weights[key] for key in reached], list(reached.values()))
+        finally:
+            self.in_step = False
+            self.filled.clear()
+
+    def refuse_in_step(self, what: str) -> None:
+        """Refuse what would lose the gradients of a step.
+
+        Raises:
+            PlanError: while a step is running.
+        """
+        if self.in_step:
+            raise PlanError(f"{what} must wait for the end of joint.step(), which is running.")
+
+    # -- calls -----------------------------------------------------------------------------------------------
+
+    def enter(self, name: str, path: str) -> bool:
+        """Before a part of a member runs: make its slots what the dictionary says; whether it had to."""
+        if "torch._dynamo" not in sys.modules:
+            return self._enter(name, path)
+        if self._untraced is None:
+            self._untraced = torch.compiler.disable(self._enter)
+        return self._untraced(name, path)
+
+    enter._torchdynamo_disable = True  # a compiled member breaks its graph once, before its first layer
+
+    def _enter(self, name: str, path: str) -> bool:
+        # Within a backward pass a part runs again for gradient checkpointing, with the weights it had.
+        if self.in_step or (path and (name in self._inside or torch._C._current_graph_task_id() != -1)):
+            return False
+        take_edits(self.joint, [name])
+        self._inside[name] = path
+        if torch.is_grad_enabled() and self._learns():
+            self.filled.clear()  # a fused optimizer changes rows and leaves no trace in their versions
+            mine = self._below(name, f"{path}." if path else "")
+            self._fill(generate_weights(self.joint.dictionary, mine))
+        elif not self.is_filled(name):
+            self.joint.refresh([name])
+        return True
+
+    def leave(self, name: str, path: str) -> None:
+        """After a part of a member ran."""
+        if self._inside.get(name) == path:
+            del self._inside[name]
+
+    leave._torchdynamo_disable = True
+
+    def runs(self, name: str) -> bool:
+        """Whether a part of a member is running, called from outside of it."""
+        return name in self._inside
+
+    # -- internals -------------------------------------------------------------------------------------------
+
+    def _below(self, name: str, below: str) -> list[Placement]:
+        """The sites of a member that have an owner whose name begins so."""
+        return [p for p in self.joint.plan.of(name) if any(o.startswith(below) for o in p.site.owners)]
+
+    def _fill(self, weights: Weights) -> None:
+        for (member, site), weight in weights.items():
+            self.joint.slots.put(member, site, weight)
+        for name in {member for member, _ in weights}:
+            forget_derived(self.joint[name])
+
+    def _fill_leaves(self, weights: Weights) -> None:
+        learns = self._learns()
+        # PyTorch picks the order of a product's sums by whether its factors are views and require gradients,
+        # also where nothing is recorded: slots are leaves like the parameters that they replace.
+        self._fill(
+            {
+                key: weight.detach().requires_grad_(learns and self.joint.trains(*key))
+                for key, weight in weights.items()
+            }
+        )
+
+    def _learns(self) -> bool:
+        return any(p.requires_grad for p in self.joint.dictionary.parameters())
