@@ -1,0 +1,137 @@
+"""This checkout against another one: `python -m benchmarks.against FOLDER step joint_step fit`.
+
+FOLDER is a checkout of another commit (`git worktree add FOLDER COMMIT`). Each benchmark runs in both by turns, in
+processes of its own, each with the code and the benchmark of its checkout; rows are matched by what they are of, and
+each of their times is given as the median of the rounds' ratios. Options after `--` go to every benchmark.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.harness import judge, make_header, make_parser, show
+
+HERE = Path(__file__).resolve().parent.parent
+NAMES = ("kernel", "step", "joint_step", "fit", "load", "startup")
+LIMIT = 1.03
+PACKAGES = {"surgery": "surgery", "surgery_cli": "cli", "surgery_recipes": "recipes"}
+TIMES = ("ms", "seconds", "s")
+"""What the name of a column of times ends with."""
+KERNELS = ("copy", "forward", "generate", "prepared", "embedding_bag", "padded_bmm", "gather_bmm")
+"""Columns of times in the kernel's table."""
+CONTROLS = ("plain", "from_pretrained", "python -c pass", "copy", "embedding_bag", "padded_bmm", "gather_bmm")
+"""Rows and columns of what is not ours: how far their ratios lie from 1 is how far the machine's do."""
+
+
+def run(checkout: Path, links: Path, name: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows that a benchmark of a checkout prints as JSON."""
+    environment = {**os.environ, "PYTHONPATH": f"{links}{os.pathsep}{checkout}"}
+    command = [sys.executable, "-P", "-m", f"benchmarks.{name}", "--json", *arguments]
+    made = subprocess.run(command, cwd=links, env=environment, capture_output=True, text=True, check=False)
+    if made.returncode:
+        raise SystemExit(f"{name} in {checkout} ended with {made.returncode}: {made.stderr[-2000:]}")
+    return json.loads(made.stdout[made.stdout.index("{") :])["results"]
+
+
+def fast(name: str, wanted: bool) -> list[str]:
+    """The options that make a benchmark short."""
+    if not wanted:
+        return []
+    return ["--locations", "1000", "--rounds", "1"] if name == "kernel" else ["--fast"]
+
+
+def times_of(row: Mapping[str, Any]) -> dict[str, float]:
+    """The columns of a row that are times; of several of one thing the fastest, on which a machine has least say."""
+    found = {name: float(value) for name, value in row.items() if _is_time(name, value)}
+    fastest = {name for name in found if name.startswith("fastest")}
+    return {name: value for name, value in found.items() if not fastest or name in fastest}
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """What a row is of: its words, and its whole numbers where they come before the first time."""
+    words = []
+    for name, value in row.items():
+        if _is_time(name, value):
+            break
+        words.append(f"{name} {value}" if isinstance(value, int) else str(value))
+    return ", ".join(words)
+
+
+def _is_time(column: str, value: Any) -> bool:
+    """Of the kernel's table every number that is no ratio is one, and has no unit in its name."""
+    return isinstance(value, float) and (column.split()[-1] in TIMES or column in KERNELS)
+
+
+def _links(folder: Path, checkout: Path) -> Path:
+    """A folder from which the packages of a checkout are imported, whatever is installed."""
+    folder.mkdir()
+    for package, source in PACKAGES.items():
+        (folder / package).symlink_to(checkout / source)
+    return folder
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    given = list(sys.argv[1:] if argv is None else argv)
+    given, passed = (
+        (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
+    )
+    parser = make_parser(__doc__)
+    parser.add_argument("other", type=Path, help="a checkout of another commit")
+    parser.add_argument(
+        "names", nargs="*", default=NAMES, help=f"of benchmarks; by default {', '.join(NAMES)}"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="how often each runs in both")
+    options = parser.parse_args(given)
+    common = ["--threads", str(options.threads), *passed]
+    ratios: dict[tuple[str, str, str], list[float]] = {}
+    seconds: dict[tuple[str, str, str], list[float]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        other = options.other.expanduser().resolve()
+        folders = {
+            other: _links(Path(temporary, "other"), other),
+            HERE: _links(Path(temporary, "this"), HERE),
+        }
+        for turn in range(options.rounds):
+            order = list(folders.items()) if turn % 2 == 0 else list(folders.items())[::-1]
+            for name in options.names:
+                found = {
+                    checkout: run(checkout, links, name, [*common, *fast(name, options.fast)])
+                    for checkout, links in order
+                }
+                for before, now in zip(found[other], found[HERE], strict=True):
+                    for column, value in times_of(now).items():
+                        key = (name, name_of(now), column)
+                        ratios.setdefault(key, []).append(value / before[column])
+                        seconds.setdefault(key, []).append(value)
+    results = [
+        {
+            "benchmark": name,
+            "of": row,
+            "what": column,
+            "now": median(seconds[name, row, column]),
+            "ratio": median(each),
+            "least": min(each),
+            "most": max(each),
+        }
+        for (name, row, column), each in ratios.items()
+    ]
+    ours = [r for r in results if r["of"].split(", ")[-1] not in CONTROLS and r["what"] not in CONTROLS]
+    controls = [r["ratio"] for r in results if r not in ours]
+    verdicts = [f"what is not ours: {min(controls):.3g} to {max(controls):.3g}"] if controls else []
+    for name in options.names:
+        found = [r["ratio"] for r in ours if r["benchmark"] == name]
+        verdicts.append(judge(f"{name}, the middle row against before", median(found), LIMIT))
+        verdicts.append(judge(f"{name}, the slowest row against before", max(found), LIMIT))
+    show("against another checkout", make_header("against", options, argv), results, verdicts, options.json)
+
+
+if __name__ == "__main__":
+    main()
