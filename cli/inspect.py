@@ -13,10 +13,10 @@ from .options import (
     FLAG,
     RUN,
     SCREEN,
-    Adapters,
     AllowNonfinite,
     Debug,
     Json,
+    Private,
     Quiet,
     Seed,
     Sites,
@@ -38,23 +38,23 @@ EXAMPLES = """
 surgery inspect timm:resnet18
 surgery inspect ./my-bert --only site --verbose
 surgery inspect ./my-model --inputs batch.npz
-surgery inspect ./my-bert --adapters 're:.*attention.*' --json
+surgery inspect ./my-bert --private 're:.*attention.*' --json
 """
 
 BUFFER = "buffer"  # no parameter
-ROLES = ("site", "adapter", "skipped")
+ROLES = ("site", "private", "skipped")
 
 
 def inspect(
     reference: Annotated[str, typer.Argument(metavar="REF", help=REFERENCE)],
-    adapters: Adapters = None,
+    private: Private = None,
     sites: Sites = None,
     skip: Skip = None,
     seed: Seed = 0,
     trust_remote_code: TrustRemoteCode = False,
     allow_nonfinite: AllowNonfinite = False,
     only: Annotated[
-        Literal["site", "adapter", "skipped"] | None,
+        Literal["site", "private", "skipped"] | None,
         typer.Option("--only", rich_help_panel=SCREEN, help="Rows of one role."),
     ] = None,
     inputs: Annotated[
@@ -81,11 +81,11 @@ def inspect(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Show every site, adapter and skipped tensor of a model, in execution order, with shapes and reasons.
+    """Show every site, private and skipped tensor of a model, in execution order, with shapes and reasons.
 
     A [bold]site[/bold] is a weight tensor that is a linear map: its blocks can be shared. Its canonical
     view is the stack of matrices, [cyan]stack x out x in[/cyan], that is cut into blocks. An
-    [bold]adapter[/bold] is left to its member alone.
+    [bold]private[/bold] is left to its member alone.
     """
     from surgery.anatomy.sites import discover
     from surgery.members.references import load_member
@@ -103,7 +103,7 @@ def inspect(
             allow_nonfinite=allow_nonfinite,
         )
         anatomy = discover(
-            member, adapters=tuple(adapters or ()), sites=tuple(sites or ()), skip=tuple(skip or ())
+            member, private=tuple(private or ()), sites=tuple(sites or ()), skip=tuple(skip or ())
         )
     rows = [row for row in tensors(anatomy) if only in (None, row["role"])]
     uses = uses_by_tensor(anatomy)

@@ -13,12 +13,12 @@ from .options import (
     FLAG,
     RUN,
     TARGET,
-    Adapters,
     AllowNonfinite,
     Debug,
     Device,
     Json,
     Overwrite,
+    Private,
     Quiet,
     Sites,
     Skip,
@@ -154,7 +154,7 @@ def merge(
             help="Basis blocks of a hypermodule; chosen if not given.",
         ),
     ] = None,
-    adapters: Adapters = None,
+    private: Private = None,
     sites: Sites = None,
     skip: Skip = None,
     config: Annotated[
@@ -222,7 +222,7 @@ def merge(
             "mixture": mixture,
             "mix_norms": mix_norms or None,
         },
-        "select": {"adapters": adapters, "sites": sites, "skip": skip, "stacks": stacks},
+        "select": {"private": private, "sites": sites, "skip": skip, "stacks": stacks},
     }
     recipe = read_recipe(config, given, changes or [], trust_remote_code)
     if recipe.out is None and not dry_run:

@@ -17,10 +17,10 @@ _SELECTOR = (
     "Exact tensor name, or [cyan]re:PATTERN[/cyan]; repeatable; [cyan]MEMBER:[/cyan] in front limits it."
 )
 
-Adapters = Annotated[
+Private = Annotated[
     list[str] | None,
     typer.Option(
-        "--adapters", metavar="SEL", rich_help_panel=SELECT, help=f"Leave to its member alone. {_SELECTOR}"
+        "--private", metavar="SEL", rich_help_panel=SELECT, help=f"Leave to its member alone. {_SELECTOR}"
     ),
 ]
 Sites = Annotated[
@@ -29,7 +29,7 @@ Sites = Annotated[
         "--sites",
         metavar="SEL",
         rich_help_panel=SELECT,
-        help="Make it a site although it is an adapter by default. As above.",
+        help="Make it a site although it is private by default. As above.",
     ),
 ]
 Skip = Annotated[

@@ -15,14 +15,14 @@ def test_a_budget_that_cannot_be_met_says_the_least_and_changes_nothing():
     members = family("mlp", 3)
     joint = join(members).open(2)
     before = {name: {k: t.clone() for k, t in joint.collapse(name).items()} for name in joint}
-    adapters = {name: next(joint[name].parameters()).requires_grad for name in joint}
+    private = {name: next(joint[name].parameters()).requires_grad for name in joint}
     with pytest.raises(
         PlanError, match=r"budget of 0.001 cannot be met: .* use `budget=(0\.\d+)` or more"
     ) as caught:
         fit(joint, budget=0.001)
     for name, state in before.items():
         assert_same_bits(joint.collapse(name), state)
-        assert next(joint[name].parameters()).requires_grad == adapters[name]
+        assert next(joint[name].parameters()).requires_grad == private[name]
     with joint.step():
         loss_of(run(joint["mlp"], members[0])).backward()
     assert all(p.grad is not None for p in joint.dictionary.parameters())

@@ -233,7 +233,7 @@ def test_changing_dtype_changes_members_and_keeps_the_dictionary_fine(kind, dtyp
     torch.testing.assert_close(found, wanted)
 
 
-def test_a_frozen_dictionary_filled_in_inference_mode_serves_training_of_adapters():
+def test_a_frozen_dictionary_filled_in_inference_mode_serves_training_of_private_parameters():
     joint, plain = open_joint("tied")
     joint.dictionary.requires_grad_(False)
     with torch.inference_mode():

@@ -57,8 +57,8 @@ def test_gradients_of_calls_and_steps_are_those_of_the_plain_models(kinds):
     for key, gradient in by_step[0].items():
         used = joint.dictionary[key].codes()[0].unique()
         assert bool((gradient[used].abs().sum(1) > 0).all())
-    adapters = [p for body in joint.bodies for p in body.parameters()]
-    assert adapters and all(p.grad is None for p in adapters)
+    private = [p for body in joint.bodies for p in body.parameters()]
+    assert private and all(p.grad is None for p in private)
 
 
 def test_micro_batches_add_up():

@@ -205,7 +205,7 @@ def test_reparametrised_weights_keep_their_axes(wrap):
     assert table == [use.parameter for use in found.uses if use.view is not None][-1:]
 
 
-ADAPTERS = {
+PRIVATE = {
     "scale": (lambda s, x: x * s.w, (12,), "norm"),
     "scale of rank 2": (lambda s, x: x * s.w, (5, 12), "norm"),
     "added": (lambda s, x: x + s.w, (5, 12), "bias"),
@@ -218,11 +218,11 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_adapters_say_what_they_are(name):
-    function, shape, kind = ADAPTERS[name]
+@pytest.mark.parametrize("name", PRIVATE)
+def test_private_kinds_say_what_they_are(name):
+    function, shape, kind = PRIVATE[name]
     _, uses = view_of(Apply(function, *shape))
-    assert {(use.role, use.kind) for use in uses} == {("adapter", kind)}
+    assert {(use.role, use.kind) for use in uses} == {("private", kind)}
     assert all(use.reason for use in uses)
 
 
@@ -260,6 +260,6 @@ def test_module_types_alone():
     assert found.tier == TABLE and found.graph is None and not found.ordered
     kinds = {use.parameter: (use.role, use.kind) for use in found.uses}
     assert set(kinds) == set(module.state_dict())
-    assert kinds["conv.weight"] == ("map", "conv2d") and kinds["depthwise.weight"] == ("adapter", "depthwise")
+    assert kinds["conv.weight"] == ("map", "conv2d") and kinds["depthwise.weight"] == ("private", "depthwise")
     assert kinds["up.weight"] == ("map", "conv_transpose1d") and kinds["embedding.weight"][1] == "embedding"
-    assert kinds["norm.bias"] == ("adapter", "norm") and kinds["attention.in_proj_weight"][0] == "map"
+    assert kinds["norm.bias"] == ("private", "norm") and kinds["attention.in_proj_weight"][0] == "map"

@@ -53,7 +53,7 @@ def test_values_out_of_range_are_errors(parameters):
         ({"modles": []}, "did you mean 'models'"),
         ({"parameters": {"max_eror": 1}}, "did you mean 'max_error'"),
         ({"models": [{"model": "a", "nmae": "x"}]}, "did you mean 'name'"),
-        ({"select": {"zzz": []}}, "known are adapters, sites, skip"),
+        ({"select": {"zzz": []}}, "known are private, sites, skip"),
         ({"method": "magic"}, "method"),
         ({"models": [{"name": "a"}]}, "models.0.model"),
     ],

@@ -176,7 +176,7 @@ def test_values_are_completed():
         ("train", "resume"): {"auto", "never"},
         ("evaluate", "part"): {"test", "validation", "data"},
         ("export", "format"): {"plain", "compressed"},
-        ("inspect", "only"): {"site", "adapter", "skipped"},
+        ("inspect", "only"): {"site", "private", "skipped"},
     }
 
 

@@ -1,4 +1,4 @@
-"""Adapters that three members of a recipe share: from the run to its artifact and on, in one process or two."""
+"""Private that three members of a recipe share: from the run to its artifact and on, in one process or two."""
 
 import os
 import subprocess
@@ -70,7 +70,7 @@ def test_an_artifact_gives_every_member_what_was_shared(whole):
     assert code == 0 and "everything matches" in said, error
 
 
-def test_a_large_shared_adapter_is_stored_once(document, tmp_path):
+def test_a_large_shared_private_tensor_is_stored_once(document, tmp_path):
     wide = [{**m, "model": m["model"].replace("width=16", "width=64")} for m in document["models"]]
     recipe = Recipe.of({**document, "models": wide, "out": str(tmp_path / "joint")})
     train_recipe(recipe, fast_run=True, cpu=True)
@@ -81,7 +81,7 @@ def test_a_large_shared_adapter_is_stored_once(document, tmp_path):
     assert kept == 1
 
 
-def test_it_goes_on_from_the_artifact_with_the_same_adapters_shared(whole, document, tmp_path):
+def test_it_goes_on_from_the_artifact_with_the_same_private_tensors_shared(whole, document, tmp_path):
     _, before, out = whole
     recipe = Recipe.of({**document, "out": str(tmp_path / "more")})
     joint, report = train_recipe(recipe, joint=rejoin(out, recipe, own=True), cpu=True)

@@ -43,8 +43,8 @@ def test_every_tensor_is_a_site_or_left_alone_once(name):
             state[part.name].dtype
         )
     for part in anatomy.left_alone:
-        assert part.reason and part.role in ("adapter", "skipped")
-        assert part.role == "adapter" or part.kind == "buffer", part
+        assert part.reason and part.role in ("private", "skipped")
+        assert part.role == "private" or part.kind == "buffer", part
     for site in anatomy.sites:
         matrices = site.view.to_matrices(state[site.name])
         assert tuple(matrices.shape) == site.view.shape and min(site.shape[:2]) > 1
@@ -87,7 +87,7 @@ def test_experts_are_stacks():
     assert sites["model.layers.1.mlp.experts.down_proj"].view.shape == (4, 32, 64)
 
 
-def test_a_tied_embedding_is_one_adapter_with_two_owners():
+def test_a_tied_embedding_is_one_private_tensor_with_two_owners():
     anatomy = discover(member("gpt2"))
     tied = alone(anatomy, "transformer.wte.weight")
     assert tied.owners == ("transformer.wte.weight", "lm_head.weight") and tied.kind == "embedding"
@@ -106,9 +106,9 @@ def test_first_and_last_maps():
 
 
 def test_selectors():
-    anatomy = discover(chain(), adapters=["1.weight"], sites=["re:[03].weight"], skip=["re:2\\..*"])
+    anatomy = discover(chain(), private=["1.weight"], sites=["re:[03].weight"], skip=["re:2\\..*"])
     assert names(anatomy.sites) == ["0.weight", "3.weight"]
-    assert alone(anatomy, "1.weight").reason == "adapter by request"
+    assert alone(anatomy, "1.weight").reason == "private by request"
     assert alone(anatomy, "2.weight").reason == alone(anatomy, "2.bias").reason == "skipped by request"
     assert alone(anatomy, "2.weight").role == "skipped"
 
@@ -123,7 +123,7 @@ def test_a_depthwise_convolution_can_be_a_site():
 
 def test_all_bad_selectors_in_one_error():
     with pytest.raises(PlanError) as caught:
-        discover(chain(), adapters=["1.wieght"], sites=["0.bias"], skip=["re:nothing.*"])
+        discover(chain(), private=["1.wieght"], sites=["0.bias"], skip=["re:nothing.*"])
     message = str(caught.value)
     assert "close names: 1.weight" in message and "'re:nothing.*' matches no tensor" in message
     assert "'0.bias' has no view as a linear map (is added to its input)" in message

@@ -109,7 +109,7 @@ def test_what_is_tied_embedded_or_asked_for_belongs_to_no_layer():
     one = made(
         "net", nn.Sequential(nn.Linear(3, 8), block(8, 6), block(8, 6), nn.Linear(8, 2)), torch.zeros(1, 3)
     )
-    (run,) = discover(one, adapters=["re:.*0.weight"]).runs
+    (run,) = discover(one, private=["re:.*0.weight"]).runs
     assert [part.name for part in run.parts] == ["0.bias", "2.weight", "2.bias"]
 
 

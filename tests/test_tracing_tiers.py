@@ -231,7 +231,7 @@ def test_uses_say_which_operations_led_to_them():
     assert ways == {"log": ("exp", "neg"), "matrix": ("mean", "sub", "view")}
 
 
-def test_a_table_that_is_read_by_index_is_an_adapter():
+def test_a_table_that_is_read_by_index_is_private():
     class Positions(nn.Module):
         def __init__(self):
             super().__init__()
@@ -242,7 +242,7 @@ def test_a_table_that_is_read_by_index_is_an_adapter():
             return self.out(torch.einsum("bc,ijc->bijc", x, self.table[index]))
 
     uses = {use.parameter: use for use in trace(Positions(), Inputs((X,))).uses}
-    assert (uses["table"].role, uses["table"].kind) == ("adapter", "embedding")
+    assert (uses["table"].role, uses["table"].kind) == ("private", "embedding")
     assert "__getitem__" in uses["table"].reason
 
 

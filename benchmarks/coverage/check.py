@@ -77,11 +77,11 @@ def describe(anatomy: Anatomy, member: Member) -> dict[str, Any]:
         if isinstance(part, Site):
             numbers["sites"] += size
         elif part.kind != "buffer":
-            numbers["adapters" if part.role == "adapter" else "skipped"] += size
-            if part.role != "adapter":
+            numbers["private" if part.role == "private" else "skipped"] += size
+            if part.role != "private":
                 reasons[part.reason] += size
     total = max(sum(numbers.values()), 1)
-    shares = {name: round(numbers[name] / total, 6) for name in ("sites", "adapters", "skipped")}
+    shares = {name: round(numbers[name] / total, 6) for name in ("sites", "private", "skipped")}
     why = "; ".join(f"{reason} ({size / total:.2%})" for reason, size in reasons.most_common(4))
     return {"tier": anatomy.tier, "inputs": anatomy.inputs, "why_skipped": why, **shares}
 

@@ -23,7 +23,7 @@ class Row:
         inputs: that were made up.
         seconds: of tracing, on one thread.
         sites: share of the parameters that are sites.
-        adapters: share that are adapters, with a reason each.
+        private: share that are private, with a reason each.
         skipped: share that is neither.
         why_skipped: reasons, the largest share first.
         outputs: whether the joined model gave the original outputs, bit for bit; empty where not reached.
@@ -40,7 +40,7 @@ class Row:
     inputs: str = ""
     seconds: float = 0.0
     sites: float = 0.0
-    adapters: float = 0.0
+    private: float = 0.0
     skipped: float = 0.0
     why_skipped: str = ""
     outputs: str = ""
@@ -87,7 +87,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 def _row(line: dict[str, str | None]) -> Row | None:
     if set(line) != set(COLUMNS) or None in line.values():
         return None
-    numbers = {"parameters": int, "seconds": float, "sites": float, "adapters": float, "skipped": float}
+    numbers = {"parameters": int, "seconds": float, "sites": float, "private": float, "skipped": float}
     try:
         values = {key: numbers.get(key, str)(str(value)) for key, value in line.items()}
     except ValueError:

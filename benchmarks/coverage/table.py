@@ -43,14 +43,14 @@ def totals(rows: Sequence[Row]) -> dict[str, float | int | str]:
     traced = [row for row in built if row.traced]
     seconds = sorted(row.seconds for row in built if row.tier)
     numbers = sum(row.parameters for row in traced)
-    accounted = sum(row.parameters * (row.sites + row.adapters) for row in traced)
+    accounted = sum(row.parameters * (row.sites + row.private) for row in traced)
     return {
         "tried": len(real),
         "built": len(built),
         "traced": len(traced),
         "exact": sum(row.status == "exact" for row in built),
         "accounted": accounted / numbers if numbers else 0.0,
-        "least": min((row.sites + row.adapters for row in traced), default=0.0),
+        "least": min((row.sites + row.private for row in traced), default=0.0),
         "median": statistics.median(seconds) if seconds else 0.0,
         "p95": seconds[math.ceil(0.95 * len(seconds)) - 1] if seconds else 0.0,
     }
@@ -58,7 +58,7 @@ def totals(rows: Sequence[Row]) -> dict[str, float | int | str]:
 
 def _totals(rows: Sequence[Row], libraries: Sequence[str]) -> list[str]:
     lines = [
-        "| library | models | built | traced to a graph | exact | parameters that are site or adapter "
+        "| library | models | built | traced to a graph | exact | parameters that are site or private "
         "(of all; least of any model) | trace, median | 95% |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
@@ -88,12 +88,12 @@ def _failures(rows: Sequence[Row]) -> list[str]:
 
 
 def _skipped(rows: Sequence[Row]) -> list[str]:
-    """Models of which more than a hundredth is neither site nor adapter."""
+    """Models of which more than a hundredth is neither site nor private."""
     most = sorted((r for r in rows if r.traced and r.skipped > 0.01), key=lambda r: -r.skipped)
     if not most:
         return []
     lines = [f"- `{row.model}` {row.skipped:.1%}: {_cell(row.why_skipped)}" for row in most]
-    return ["More than 1% of the parameters neither site nor adapter:", "", *lines, ""]
+    return ["More than 1% of the parameters neither site nor private:", "", *lines, ""]
 
 
 def _models(rows: Sequence[Row]) -> list[str]:
@@ -102,7 +102,7 @@ def _models(rows: Sequence[Row]) -> list[str]:
     lines += [
         "<details><summary>Every model</summary>",
         "",
-        "| model | class | parameters | tier | seconds | sites | adapters | skipped | outputs | state |",
+        "| model | class | parameters | tier | seconds | sites | private | skipped | outputs | state |",
         "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | --- | --- |",
     ]
     for row in rows:
@@ -110,7 +110,7 @@ def _models(rows: Sequence[Row]) -> list[str]:
             continue
         lines.append(
             f"| {row.model} | {row.implementation} | {row.parameters / 1e6:.2f} M | {row.tier} | {row.seconds:.2f} | "
-            f"{row.sites:.1%} | {row.adapters:.1%} | {row.skipped:.1%} | {row.outputs} | {row.state} |"
+            f"{row.sites:.1%} | {row.private:.1%} | {row.skipped:.1%} | {row.outputs} | {row.state} |"
         )
     return [*lines, "", "</details>"]
 

@@ -1,7 +1,7 @@
 """Sites: which tensors of a member are linear maps, and why every other tensor is left alone.
 
 `discover` turns a trace into an `Anatomy`. No tensor is skipped silently: each one in the state dict is a
-site, an adapter or skipped with its reason.
+site, private or skipped with its reason.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Site:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A tensor that stays with its member: an adapter by nature or by request, or skipped for a reason."""
+    """A tensor that stays with its member: private by nature or by request, or skipped for a reason."""
 
     member: str
     name: str
     owners: tuple[str, ...]
-    role: str  # "adapter" or "skipped"
+    role: str  # "private" or "skipped"
     kind: str  # "embedding", "norm", "bias", "depthwise", "first", "last", "buffer", "unused", ...
     shape: tuple[int, ...]
     dtype: str
@@ -99,7 +99,7 @@ class Anatomy:
 def discover(
     member: Member,
     *,
-    adapters: Sequence[str] = (),
+    private: Sequence[str] = (),
     sites: Sequence[str] = (),
     skip: Sequence[str] = (),
     bounds: Bounds | None = None,
@@ -110,8 +110,8 @@ def discover(
 
     Args:
         member: whose module is traced with its example inputs; it is left exactly as it was.
-        adapters: sites that shall be adapters.
-        sites: tensors that are adapters by default and shall be sites: first and last maps, embeddings,
+        private: sites that shall be private.
+        sites: tensors that are private by default and shall be sites: first and last maps, embeddings,
             depthwise convolutions.
         skip: tensors to leave alone altogether.
         bounds: on the time and the memory of each way of tracing.
@@ -142,8 +142,8 @@ def discover(
         merged[name] = _Found(
             "scripted", None, order, "scripted", "belongs to a scripted module, which has no slots"
         )
-    asked = _Asked(*(_select(owners, chosen) for chosen in (adapters, sites, skip)))
-    _check(owners, {"adapters": adapters, "sites": sites, "skip": skip}, asked, merged, tensors)
+    asked = _Asked(*(_select(owners, chosen) for chosen in (private, sites, skip)))
+    _check(owners, {"private": private, "sites": sites, "skip": skip}, asked, merged, tensors)
     parts = [
         _part(member.name, name, names, tensors[name], merged.get(name), asked, len(merged))
         for name, names in owners.items()
@@ -164,7 +164,7 @@ def discover(
 class _Asked:
     """Tensor names that the selectors chose."""
 
-    adapters: frozenset[str]
+    private: frozenset[str]
     sites: frozenset[str]
     skip: frozenset[str]
 
@@ -176,9 +176,9 @@ class _Found:
     kind: str
     view: CanonicalView | None
     order: int
-    adapter: str = ""  # kind of the adapter, where it is one by default
+    private: str = ""  # its kind, where it is private by default
     reason: str = ""
-    role: str = "adapter"
+    role: str = "private"
 
 
 def _merge_uses(found: Trace) -> dict[str, _Found]:
@@ -198,10 +198,10 @@ def _merge(uses: list[Use], end: str) -> _Found:
         return _Found("embedding", None, order, "embedding", embedding.reason)
     if not maps:
         use = next((use for use in uses if use.role == "unclear"), uses[0])
-        role = "adapter" if use.role == "adapter" else "skipped"
+        role = "private" if use.role == "private" else "skipped"
         return _Found(use.kind, None, order, use.kind, use.reason, role)
     coarse = min(maps, key=lambda use: use.view.shape[0] if use.view else 0)
-    if coarse.role == "adapter":
+    if coarse.role == "private":
         return _Found(coarse.kind, coarse.view, order, coarse.kind, coarse.reason)
     end = "first" if any(use.first for use in maps) else "last" if any(use.last for use in maps) else end
     return _Found(coarse.kind, coarse.view, order, end, _END_REASONS.get(end, ""))
@@ -250,15 +250,15 @@ def _part(
     view = _view(found, shape)
     if view is not None and name in asked.sites:
         return Site(member, name, owners, found.kind, shape, dtype, view, order)
-    if found.adapter:
-        return alone(found.role, found.adapter, found.reason)
-    if view is None or name in asked.adapters:
-        return alone("adapter", found.kind, "adapter by request" if view is not None else found.reason)
+    if found.private:
+        return alone(found.role, found.private, found.reason)
+    if view is None or name in asked.private:
+        return alone("private", found.kind, "private by request" if view is not None else found.reason)
     return Site(member, name, owners, found.kind, shape, dtype, view, order)
 
 
 def _view(found: _Found | None, shape: tuple[int, ...]) -> CanonicalView | None:
-    """The view of a tensor that is a linear map, also of one that is an adapter by default."""
+    """The view of a tensor that is a linear map, also of one that is private by default."""
     if found is not None and found.kind == "embedding" and len(shape) == 2:
         return CanonicalView.of("v d -> 1 d v", shape)
     return None if found is None else found.view

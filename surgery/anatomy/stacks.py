@@ -33,7 +33,7 @@ class Part:
 
     Attributes:
         name: within the layer, for example `attention.query.weight`.
-        kind: layer kind or kind of adapter, for example `linear`, `bias` or `norm`.
+        kind: layer kind or kind of private tensor, for example `linear`, `bias` or `norm`.
         shape: of the tensor.
         dtype: torch name without prefix.
     """

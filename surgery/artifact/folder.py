@@ -2,7 +2,7 @@
 
     manifest.json            versions, members, plan, hashes and sizes of all files, measured errors
     dictionary.safetensors   banks: rows, alignment and contexts
-    members/<name>/          weights.safetensors (adapters and plain tensors), config, tokenizer, preprocessor
+    members/<name>/          weights.safetensors (private and plain tensors), config, tokenizer, preprocessor
     recipe.yaml              how it was made
     README.md, sharing.png   a model card, and a picture of who shares what
 

@@ -99,7 +99,7 @@ class JointModel(nn.Module):
             raise KeyError(f"no member '{name}'; the members are {', '.join(self.members)}")
         return self.members[name].module
 
-    def adapters(self) -> list[nn.Parameter]:
+    def trained_private(self) -> list[nn.Parameter]:
         """What is trained of the members themselves, beside the dictionary."""
         return [p for p in self.bodies.parameters() if p.requires_grad]
 

@@ -128,16 +128,24 @@ class Select(Strict):
     Exact names, of stacks their paths such as `encoder.layer.*`, or `re:` patterns; `MEMBER:` in front limits them.
 
     Attributes:
-        adapters: tensors left to their member alone (private).
+        private: tensors left to their member alone.
         sites: tensors that are shared although they are private by default.
         skip: tensors that are not touched.
         stacks: stacks of layers that take templates, with method templates; all by default.
     """
 
-    adapters: tuple[str, ...] = ()
+    private: tuple[str, ...] = ()
     sites: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     stacks: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_name(cls, given: Any) -> Any:
+        """Recipes that older artifacts record say `adapters`."""
+        if isinstance(given, Mapping) and "adapters" in given and "private" not in given:
+            return {"private" if key == "adapters" else key: value for key, value in given.items()}
+        return given
 
 
 class Recipe(Strict):

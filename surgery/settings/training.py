@@ -12,7 +12,7 @@ from surgery.settings.quantities import Context, Count, NotNegative, Positive, R
 
 
 class Optimizer(Strict):
-    """What steps the dictionary and the adapters.
+    """What steps the dictionary and private parameters.
 
     Attributes:
         name: `adam`, `adamw` or `sgd`.
@@ -20,7 +20,7 @@ class Optimizer(Strict):
         soft_lr: of the soft weights; the paper takes 10 to 100 times `lr`.
         soft_eps: Adam's epsilon for the soft weights: well above their gradients, steps follow a gradient's
             size and not only its sign, so that noise decides less.
-        weight_decay: of rows and adapters, never of contexts and soft weights.
+        weight_decay: of rows and private parameters, never of contexts and soft weights.
         momentum: of `sgd`.
         clip: largest norm of all gradients together; none by default.
         schedule: of `lr` over all steps.
@@ -50,8 +50,8 @@ class Evolution(Strict):
             diagonal (parallel adapters).
         change: whether the alignment evolves (`evolve`); is drawn anew by chance for the sampled locations of every
             generation (`random`), for comparison; or stays (`none`).
-        freeze: whether hypermodules stay as they are, so that nothing but stacks and adapters is trained; with `change`
-            none and `codes` ones.
+        freeze: whether hypermodules stay as they are, so that nothing but stacks and private parameters is trained;
+            with `change` none and `codes` ones.
         fraction: share of the locations that are sampled for a generation (p).
         challengers: alternatives that compete with the incumbent of each sampled location (lambda).
         draw: challengers by `usage`, `uniform`ly, or by how much of a block they `explain`.
@@ -188,8 +188,8 @@ class Training(Strict):
         precision: mixed precision, as accelerate names it.
         freeze: tensors that stay as they are, beside what is generated: exact names, or `re:` patterns, in all
             members that have them, or after `MEMBER:` in one.
-        share: adapters (what is not generated: norms, biases) that are one parameter for all members that have them in
-            one shape; named as for `freeze`.
+        share: private tensors (what is not generated: norms, biases) that are one parameter for all members that have
+            them in one shape; named as for `freeze`.
         compile: whether members are compiled.
         checkpointing: whether members that offer gradient checkpointing use it.
         trackers: accelerate's `log_with`, for example `tensorboard`.

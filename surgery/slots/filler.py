@@ -46,7 +46,7 @@ class Filler:
     def refresh(self, members: Sequence[str] | None = None) -> None:
         """Fill slots without gradients, from the dictionary as it is now; see `JointModel.refresh`."""
         self.refuse_in_step("Filling the slots")
-        # Tensors made in inference mode could not take part in a later training of adapters.
+        # Tensors made in inference mode could not take part in a later training of private parameters.
         with torch.inference_mode(False), torch.no_grad():
             self._fill_leaves(self.joint.generate(members))
         self.filled.update({name: self.joint.versions() for name in members or self.joint.names})

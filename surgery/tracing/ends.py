@@ -19,7 +19,7 @@ _COUNTED = frozenset({"embedding", "depthwise"})
 
 
 def is_map(use: Use) -> bool:
-    """Whether a use counts as a map of the network: linear maps, and adapters that are linear in disguise."""
+    """Whether a use counts as a map of the network: linear maps, and private tensors that are linear in disguise."""
     return use.role == "map" or use.kind in _COUNTED
 
 

@@ -26,7 +26,7 @@ class Lost:
 
     shape: Shape
     reason: str
-    kind: str = ""  # of the adapter that the parameter is seen to be, where it is seen
+    kind: str = ""  # of the private tensor that the parameter is seen to be, where it is seen
 
 
 Origins = dict[str, Layout | Lost]  # by parameter
@@ -127,7 +127,7 @@ def _uses(node: fx.Node, op: str, reading: Reading, values: dict[fx.Node, Value]
     kind = KINDS[reading.kind]
     for name, layout in values[reading.argument].origins.items():
         view, reason = None, kind.reason or "its axes are ambiguous"
-        if isinstance(layout, Lost) and layout.kind and not kind.adapter:
+        if isinstance(layout, Lost) and layout.kind and not kind.private:
             kind, reason = KINDS[layout.kind], layout.reason
         elif isinstance(layout, Lost):
             reason = layout.reason
@@ -137,12 +137,12 @@ def _uses(node: fx.Node, op: str, reading: Reading, values: dict[fx.Node, Value]
         through = values[reading.argument].through.get(name, ())
         use = Use(name, op, "map", reading.kind, _module(node), 0, view, groups=reading.groups, reason=reason)
         use = replace(use, through=through)
-        if kind.adapter:
+        if kind.private:
             reason = layout.reason if isinstance(layout, Lost) and layout.kind == kind.name else kind.reason
-            use = replace(use, role="adapter", kind=kind.name, reason=reason)
+            use = replace(use, role="private", kind=kind.name, reason=reason)
         elif view is None and sum(size > 1 for size in layout.shape) < 2:
             scale = KINDS["norm"].reason if isinstance(layout, Lost) else reason
-            use = replace(use, role="adapter", kind="norm", reason=scale)
+            use = replace(use, role="private", kind="norm", reason=scale)
         elif view is None:
             use = replace(use, role="unclear")
         yield Found(use, node, reading.level)
@@ -155,7 +155,7 @@ def _loose(node: fx.Node, values: dict[fx.Node, Value], inputs: list[fx.Node], o
     for source in inputs:
         if not values[source].live:
             for name in values[source].origins:
-                use = Use(name, op, "adapter", kind, _module(node), 0, reason=reason)
+                use = Use(name, op, "private", kind, _module(node), 0, reason=reason)
                 yield Found(replace(use, through=values[source].through.get(name, ())), node)
 
 

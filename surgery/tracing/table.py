@@ -24,7 +24,7 @@ def table_uses(module: nn.Module, names: Mapping[int, str]) -> tuple[Use, ...]:
         names: state-dict name by `id` of its parameters.
 
     Returns:
-        One use for every owner of a parameter of a known module type, and an adapter for every other vector.
+        One use for every owner of a parameter of a known module type, and every other vector as private.
     """
     uses: dict[str, Use] = {}
     parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -43,7 +43,7 @@ def table_uses(module: nn.Module, names: Mapping[int, str]) -> tuple[Use, ...]:
 def _use(parameter: str, tensor: Tensor, path: str, op: str, kind: str, axes: Axes | None) -> Use:
     if axes is None:
         kind = "depthwise" if kind.startswith("conv") else kind
-        return Use(parameter, op, "adapter", kind, path, 0, reached=False, reason=KINDS[kind].reason)
+        return Use(parameter, op, "private", kind, path, 0, reached=False, reason=KINDS[kind].reason)
     shape = tuple(tensor.shape)
     view = canonical_view(Layout.whole(shape), axes, shape)
     if isinstance(view, str):
@@ -61,5 +61,5 @@ def _vectors(
         if name is not None and name not in known and tensor.dim() < 2:
             path, _, local = key.rpartition(".")
             kind = "bias" if "bias" in local else "norm"
-            uses[key] = Use(name, "", "adapter", kind, path, 0, reached=False, reason=KINDS[kind].reason)
+            uses[key] = Use(name, "", "private", kind, path, 0, reached=False, reason=KINDS[kind].reason)
     return uses

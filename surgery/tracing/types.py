@@ -17,7 +17,7 @@ class Use:
     Attributes:
         parameter: state-dict key; the first owner of a tied tensor.
         op: plain name of the operation, or of the module type where no forward pass reached the parameter.
-        role: `map`, `adapter` or `unclear`.
+        role: `map`, `private` or `unclear`.
         kind: layer kind, for example `conv2d` or `norm`.
         module: path of the module in whose forward the operation ran.
         order: place among all uses.

@@ -4,7 +4,7 @@ tasks, streams, losses, metrics   what a member is trained to do, on what, and h
 config, starts, evolution         the alignment a run begins with, and one generation's changes to it
 optimizers, trainer               one step, one generation
 mixing, mixture_pictures          templates while they are trained
-sharing_adapters                  what members have in common beside blocks
+sharing_private                  what members have in common beside blocks
 transfer, trial                   a new task from templates that are there
 adaptation, features, domains     another domain from them, without labels
 stateful, shared_batches          what losses may have: a state of their own, means over all processes

@@ -29,7 +29,7 @@ from surgery.training.distributed.fsdp import (
     wants_checkpointing,
 )
 from surgery.training.loop.run import Run, check_folder
-from surgery.training.loop.sharing_adapters import share_adapters
+from surgery.training.loop.sharing_private import share_private
 from surgery.training.loop.trainer import Trainer
 from surgery.training.report.comparison import measure
 from surgery.training.report.report import TrainReport
@@ -135,7 +135,7 @@ def _train(
         rehearse(joint, tasks, losses if sharding is None else {}, seed)
         start(joint, settings.evolution, seed, settings.templates)
         names = {name: list(joint.private(name)) for name in joint.names}
-        share_adapters(joint, share_selectors(settings.share, names, "train.share"))
+        share_private(joint, share_selectors(settings.share, names, "train.share"))
         freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
         _prepare_members(joint, settings)
         began = measure(joint)[0] if accelerator.is_main_process else None

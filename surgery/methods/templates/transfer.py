@@ -145,7 +145,7 @@ def _stacked(joint: JointModel) -> list[Placement]:
 
 
 def freeze(joint: JointModel, selectors: Mapping[str, Sequence[str]]) -> None:
-    """Let adapters stay as they are.
+    """Let private tensors stay as they are.
 
     Args:
         joint: any.
@@ -158,5 +158,5 @@ def freeze(joint: JointModel, selectors: Mapping[str, Sequence[str]]) -> None:
 
 
 def trained_numbers(joint: JointModel) -> int:
-    """How many numbers training changes: templates, rows, contexts and mixtures that are not frozen, and adapters."""
+    """How many parameters training changes: rows, contexts and mixtures that are not frozen, and private ones."""
     return sum(p.numel() for p in joint.parameters() if p.requires_grad)

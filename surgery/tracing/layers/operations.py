@@ -48,7 +48,7 @@ class Reading:
     Attributes:
         argument: a graph node.
         kind: a layer kind.
-        axes: roles of the argument's axes; `None` for an adapter.
+        axes: roles of the argument's axes; `None` for one that is private.
         level: place inside operations that apply several maps in turn, such as a whole LSTM.
         groups: of a convolution.
     """
@@ -184,7 +184,7 @@ def attention(call: Call) -> Iterator[Reading]:
 
 
 def every(kind: str, start: int = 1) -> Reader:
-    """Every tensor argument from position `start` on is an adapter of `kind`."""
+    """Every tensor argument from position `start` on is private, of `kind`."""
 
     def read(call: Call) -> Iterator[Reading]:
         for argument in (*call.args[start:], *call.kwargs.values()):

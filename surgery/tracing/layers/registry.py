@@ -37,15 +37,15 @@ class LayerKind:
 
     Attributes:
         name: of the kind.
-        adapter: whether tensors of this kind stay with their member unless asked for.
-        reason: one sentence for an adapter.
+        private: whether tensors of this kind stay with their member unless asked for.
+        reason: one sentence, for one that is private.
         ops: operation name -> reader of its arguments.
         modules: qualified module type -> reader of its parameters, for models that cannot be run.
         meets: operations in which a parameter meets data without being a map.
     """
 
     name: str
-    adapter: bool = False
+    private: bool = False
     reason: str = ""
     ops: Mapping[str, Reader] = field(default_factory=dict)
     modules: Mapping[str, ModuleReader] = field(default_factory=dict)
@@ -74,7 +74,7 @@ def read_call(call: Call) -> tuple[Reading, ...] | None:
 
 
 def kind_met_by(op: str) -> str | None:
-    """The adapter kind of a parameter that meets data in `op`, where one says so."""
+    """The private kind of a parameter that meets data in `op`, where one says so."""
     return _MEETS.get(op)
 
 
@@ -112,7 +112,7 @@ def _matrix(name: str = "weight", axes: Callable[[Shape], Axes] = linear_axes) -
     return read
 
 
-def _adapter(*names: str) -> ModuleReader:
+def _private(*names: str) -> ModuleReader:
     def read(module: Any) -> Iterator[tuple[str, Axes | None]]:
         yield from ((name, None) for name in names if getattr(module, name, None) is not None)
 
@@ -224,21 +224,21 @@ register(
 register(
     LayerKind(
         "embedding",
-        adapter=True,
+        private=True,
         reason="looks up rows by index",
         ops={
             "embedding": operations.every("embedding", start=0),
             "embedding_bag": operations.every("embedding", start=0),
         },
-        modules=_named("torch.nn.modules.sparse.", "Embedding EmbeddingBag", _adapter("weight")),
+        modules=_named("torch.nn.modules.sparse.", "Embedding EmbeddingBag", _private("weight")),
         meets=frozenset({"__getitem__", "index", "index_select", "gather", "take"}),
     )
 )
-register(LayerKind("depthwise", adapter=True, reason="a convolution in which each output reads one channel"))
+register(LayerKind("depthwise", private=True, reason="a convolution in which each output reads one channel"))
 register(
     LayerKind(
         "norm",
-        adapter=True,
+        private=True,
         reason="scales or shifts its input element by element",
         ops=dict.fromkeys(
             _words("layer_norm native_layer_norm batch_norm group_norm rms_norm instance_norm prelu"),
@@ -246,9 +246,9 @@ register(
         ),
         modules={
             **_named(
-                "torch.nn.modules.normalization.", "LayerNorm GroupNorm RMSNorm", _adapter("weight", "bias")
+                "torch.nn.modules.normalization.", "LayerNorm GroupNorm RMSNorm", _private("weight", "bias")
             ),
-            **_named("torch.nn.modules.batchnorm.", "_BatchNorm", _adapter("weight", "bias")),
+            **_named("torch.nn.modules.batchnorm.", "_BatchNorm", _private("weight", "bias")),
         },
         meets=_words(
             "mul mul_ __mul__ __rmul__ __imul__ multiply div div_ __truediv__ __itruediv__ "
@@ -259,7 +259,7 @@ register(
 register(
     LayerKind(
         "bias",
-        adapter=True,
+        private=True,
         reason="is added to its input",
         meets=_words(
             "add add_ __add__ __radd__ __iadd__ sub sub_ __sub__ __rsub__ __isub__ rsub "
@@ -270,7 +270,7 @@ register(
 register(
     LayerKind(
         "input",
-        adapter=True,
+        private=True,
         reason="is itself read as an input of the network",
         meets=_words("cat concat concatenate stack where masked_fill masked_scatter __setitem__ copy_"),
     )

@@ -85,7 +85,7 @@ class ShardedModel(JointModel):
 
     Attributes:
         parts: how each tensor that is held in parts is cut, by its name in `model_tensors`.
-        chunks: how each adapter that is held in parts is cut, by the identity of what the optimizer gets of it.
+        chunks: how each private tensor that is held in parts is cut, by the identity of what the optimizer gets of it.
     """
 
     def __init__(self, joint: JointModel, sharding: Sharding):
@@ -128,7 +128,7 @@ class ShardedModel(JointModel):
         return copies
 
     def _shard_members(self) -> None:
-        """Make the copies FSDP modules; adapters that members share stay whole in every process."""
+        """Make the copies FSDP modules; private tensors that members share stay whole in every process."""
         users = Counter(id(p) for name in self.names for p in self[name].parameters())
         shared = {p for p in self.bodies.parameters() if users[id(p)] > 1}
         for name in self.names:
@@ -146,7 +146,7 @@ class ShardedModel(JointModel):
                 own = getattr(*locate(self[name], first))
                 if own_part(own) is not own:
                     self.parts[f"member/{name}/{first}"] = self._chunks(own.shape)
-        self._adapters: list[tuple[nn.Parameter, nn.Parameter]] = []
+        self._private: list[tuple[nn.Parameter, nn.Parameter]] = []
         self.chunks: dict[int, Part] = {}
         for path, given in self._given[0].bodies.named_parameters():
             number, _, name = path.partition(".")
@@ -154,7 +154,7 @@ class ShardedModel(JointModel):
             # Optimizers get plain tensors: parts of one group need not be of one kind, and steps are faster.
             local = own if own_part(own) is own else nn.Parameter(own_part(own).detach())
             if given.requires_grad:
-                self._adapters.append((own, local))
+                self._private.append((own, local))
             if local is not own:
                 self.chunks[id(local)] = self._chunks(own.shape)
 
@@ -171,9 +171,9 @@ class ShardedModel(JointModel):
 
     # -- generating ------------------------------------------------------------------------------------------
 
-    def adapters(self) -> list[nn.Parameter]:
-        """What this process holds of the adapters that are trained, as plain tensors."""
-        return [local for _, local in self._adapters]
+    def trained_private(self) -> list[nn.Parameter]:
+        """What this process holds of the private parameters that are trained, as plain tensors."""
+        return [local for _, local in self._private]
 
     def trains(self, name: str, site: str) -> bool:
         """As in the joint model that was given."""
@@ -221,7 +221,7 @@ class ShardedModel(JointModel):
         rows = {id(self.dictionary[key].rows) for key in self.dictionary}
         add_up([p.grad for p in self.dictionary.parameters() if p.grad is not None and id(p) not in rows])
         whole = []
-        for parameter, local in self._adapters:
+        for parameter, local in self._private:
             if local is not parameter:
                 local.grad = None if parameter.grad is None else own_part(parameter.grad)
                 parameter.grad = None

@@ -31,8 +31,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """One optimizer for the whole joint model; its groups carry their `role`.
 
-    Roles are `rows`, `contexts`, `mixtures` of templates, `adapters` and `soft`, the last with a learning rate of its
-    own and, between contests, no parameters.
+    Roles are those of the banks, such as `rows`, `contexts` and `mixtures`, then `private` and `soft`, the last with a
+    learning rate of its own and, between contests, no parameters.
 
     Args:
         joint: opened for training.
@@ -58,7 +58,7 @@ def make_optimizer(
         for role, parameters in found.items()
     ]
     groups += [
-        {"params": joint.adapters(), "role": "adapters", "weight_decay": decay},
+        {"params": joint.trained_private(), "role": "private", "weight_decay": decay},
         {"params": [], "role": "soft", "weight_decay": 0.0, "lr": settings.soft_lr, "eps": settings.soft_eps},
     ]
     return OPTIMIZERS[settings.name](groups, settings)

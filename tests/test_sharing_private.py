@@ -1,4 +1,4 @@
-"""Adapters that members share: one parameter, trained by all losses, the same through save and resume."""
+"""Private that members share: one parameter, trained by all losses, the same through save and resume."""
 
 import copy
 
@@ -11,7 +11,7 @@ import surgery
 from surgery.errors import PlanError
 from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.run import STATE
-from surgery.training.loop.sharing_adapters import share_adapters
+from surgery.training.loop.sharing_private import share_private
 from surgery.training.loop.trainer import Trainer
 from surgery.training.train import train
 
@@ -37,7 +37,7 @@ def joined():
 
 
 def norms(joint):
-    return share_adapters(joint, {name: ["re:1\\..*", "4.weight"] for name in joint.names})
+    return share_private(joint, {name: ["re:1\\..*", "4.weight"] for name in joint.names})
 
 
 def test_what_is_shared_begins_as_the_mean_and_the_rest_stays():

@@ -1,4 +1,4 @@
-"""Shared adapters: what the dictionary does not generate, norms and biases say, as one tensor for several members."""
+"""Shared private tensors: what the dictionary does not generate, norms and biases say, as one for several members."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from surgery.errors import PlanError
 from surgery.slots.slots import locate
 
 
-def share_adapters(joint: JointModel, selectors: Mapping[str, Sequence[str]]) -> int:
-    """Make adapters of one name, shape and dtype one parameter for all members that have and select them.
+def share_private(joint: JointModel, selectors: Mapping[str, Sequence[str]]) -> int:
+    """Make private tensors of one name, shape and dtype one parameter for all members that have and select them.
 
     It begins as the mean of what the members had, and is trained by all their losses. Running statistics stay each
     member's own, and an artifact holds the values with each of them.
@@ -30,7 +30,7 @@ def share_adapters(joint: JointModel, selectors: Mapping[str, Sequence[str]]) ->
         PlanError: for a selector that no two members share a tensor by; nothing is changed.
 
     Example:
-        >>> share_adapters(joint, {name: ["re:.*norm.*"] for name in joint.names})
+        >>> share_private(joint, {name: ["re:.*norm.*"] for name in joint.names})
         1536
     """
     alike: dict[tuple, list[tuple[str, nn.Parameter]]] = {}
@@ -44,8 +44,8 @@ def share_adapters(joint: JointModel, selectors: Mapping[str, Sequence[str]]) ->
     asked = dict.fromkeys(selector for chosen in selectors.values() for selector in chosen)
     if lost := [each for each in asked if not any(matches(each, name) for name in names)]:
         raise PlanError(
-            f"Every train.share must select an adapter that two members have in one shape, but {', '.join(lost)} does "
-            "not: correct or remove it."
+            "Every train.share must select a private tensor that two members have in one shape, but "
+            f"{', '.join(lost)} does not: correct or remove it."
         )
     saved = 0
     for (name, *_), found in groups.items():
