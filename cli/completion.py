@@ -1,4 +1,4 @@
-"""Completion: what Tab offers for the values of arguments and options; nothing heavy is imported."""
+"""Shell completion of arguments and options, without importing torch."""
 
 from __future__ import annotations
 

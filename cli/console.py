@@ -1,5 +1,4 @@
-"""What the verbs print: tables and sentences on stdout, progress and errors on stderr, or one JSON
-document."""
+"""Prints tables and sentences on stdout, progress and errors on stderr, or one JSON document."""
 
 from __future__ import annotations
 

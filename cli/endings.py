@@ -1,4 +1,4 @@
-"""Endings: a request to end is an exception, so that what was begun is cleaned up, and has an exit code of its own."""
+"""Turns signals that end the process into exceptions with exit codes, so that cleaning up happens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags: the library's messages name settings in backquotes, the command line's name flags."""
+"""Translates names of settings in the library's messages into flags of the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hush: what libraries log and warn of stays off the screen, unless `--debug` asks for it.
+"""Keeps the logs and warnings of libraries off the screen unless `--debug` is given.
 
 What matters to a user of this command is said by the command itself. Programs that it starts follow.
 """

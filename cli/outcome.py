@@ -1,4 +1,4 @@
-"""How the outcome of a merge or of a training run is shown."""
+"""Shows the outcome of a merge or of a training run."""
 
 from __future__ import annotations
 

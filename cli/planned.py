@@ -1,4 +1,4 @@
-"""What `--dry-run` shows: the plan of a merge, or of a training run, before anything is changed."""
+"""Shows the plan of a merge or of a training run for `--dry-run`, before anything is changed."""
 
 from __future__ import annotations
 

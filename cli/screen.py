@@ -1,4 +1,4 @@
-"""The screen while work goes on: one line for each task, on a terminal, gone when it is done.
+"""The progress display on a terminal: one line for each task, removed when the task ends.
 
 A line is made for the width that there is: what is being done gives way first, then the bar; the clock never breaks.
 """

@@ -1,4 +1,4 @@
-"""Isometric nets: every block maps the same space to itself, so blocks can be mixtures of templates.
+"""Isometric nets, whose blocks map one space to itself and can be mixtures of templates.
 
 Blocks of the CNN are inverted residuals with squeeze-and-excitation, as in the paper on compositional models. Each
 function is a factory, as `surgery_recipes.isometric:cnn?layers=8` in a recipe.

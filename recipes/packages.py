@@ -1,4 +1,4 @@
-"""Data sets that arrive with packages: where they come from, where they are kept, and how to tell them.
+"""Data sets that come with packages: their sources, their place on this machine, and checks of their content.
 
 Nothing is downloaded unless `python -m surgery_recipes.fetch NAME` is run. A data set is a few files with known
 SHA-256, kept in a folder of the user's cache; a folder given by the user may hold other files of the same form.

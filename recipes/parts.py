@@ -1,4 +1,4 @@
-"""What the data functions share: fixed splits, sizes, and batches that are prepared as they are drawn."""
+"""Splits, sizes and lazily prepared batches, shared by the data functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plan: what goes into the dictionary, in which blocks, and what stays with its member.
+"""The plan of a joint model: which sites go into which bank, in which blocks, and what stays private.
 
 A plan is frozen and printable: a dry run stops here. `make_plan` needs only anatomies, no weights.
 """

@@ -1,4 +1,4 @@
-"""Selectors over several members: each applies to every member in which it matches a tensor."""
+"""Selectors that apply to every member in which they match a tensor."""
 
 from __future__ import annotations
 

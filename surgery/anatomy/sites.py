@@ -1,4 +1,4 @@
-"""Sites: which tensors of a member are linear maps, and why every other tensor is left alone.
+"""Finds the tensors of a member that are linear maps, and says why every other tensor is left alone.
 
 `discover` turns a trace into an `Anatomy`. No tensor is skipped silently: each one in the state dict is a
 site, private or skipped with its reason.

@@ -1,4 +1,4 @@
-"""Card: the README of an artifact, a model card that says what the folder holds, how small, how faithful."""
+"""Writes the model card of an artifact."""
 
 from __future__ import annotations
 

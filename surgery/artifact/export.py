@@ -1,4 +1,4 @@
-"""Export: one member taken out, as a folder for its own library, or as the smallest artifact of it alone."""
+"""Exports one member, as a folder for its own library or as an artifact of it alone."""
 
 from __future__ import annotations
 

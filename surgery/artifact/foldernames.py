@@ -1,4 +1,4 @@
-"""Folder names: one for each member that is its own on every disk, also one that knows no case or reserves names."""
+"""Names the folder of each member so that it is unique on case-insensitive file systems too."""
 
 from __future__ import annotations
 

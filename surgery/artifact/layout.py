@@ -1,4 +1,4 @@
-"""Layout: the structure of a stored joint model as the compact entries of a manifest, and back.
+"""Converts between the plan of a stored joint model and the compact entries of a manifest.
 
 Sites of one bank, layer kind, shape and view share an entry, so that a placement is a name and two numbers;
 where a site's blocks start follows from the sites before it.

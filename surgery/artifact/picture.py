@@ -1,4 +1,4 @@
-"""Picture: who shares what, drawn for the top of a model page, in a few kilobytes.
+"""Draws which members share what, as a small SVG for the model card.
 
 Left, what each member took before and takes in the artifact, by kind; right, how many blocks of one member
 draw on rows that another one uses too. Drawn without pyplot, whose state is global, and the same bytes for

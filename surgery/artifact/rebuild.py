@@ -1,4 +1,4 @@
-"""Rebuild: whether a member can be built again from its origin and files as it is when it is saved.
+"""Checks, before a save, that a member can be built again from its origin and files.
 
 Between loading and saving a model may have got another classifier, more words, fewer layers or an adapter. What `load`
 will build is built here first, without weights, and compared. Where it differs, configuration files are made of the

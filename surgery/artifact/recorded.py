@@ -1,4 +1,4 @@
-"""Recorded: what an artifact says of a member besides its tensors, and whether an architecture fits these."""
+"""Reads what an artifact records of a member besides tensors, and checks it against an architecture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shares: who shares what in a stored joint model, counted in bytes and in blocks."""
+"""Counts what members share in a stored joint model, in bytes and in blocks."""
 
 from __future__ import annotations
 

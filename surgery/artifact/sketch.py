@@ -1,4 +1,4 @@
-"""Sketches: example inputs in a few words of JSON, so that a member can be traced again after it was loaded.
+"""Describes example inputs in JSON, so that a loaded member can be traced again.
 
 Shapes and dtypes are kept. Values are kept where they are few whole numbers, such as token ids; real numbers
 are drawn anew from a fixed seed, and many whole numbers become copies of the first one.

@@ -1,4 +1,4 @@
-"""Verify: is an artifact what was written, does each member come back, and how far is it from its origin?
+"""Verifies an artifact: files against the manifest, members against their hashes and origins.
 
 Files are compared with their recorded hashes; each member's state dict is rebuilt and its content hash
 compared; and where a member's origin can still be loaded, its weights and outputs are compared with the

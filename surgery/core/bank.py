@@ -1,4 +1,4 @@
-"""Bank: what a method keeps to generate some tensors of the members, and what everybody else may ask of it.
+"""The interface of a bank: what a method keeps to generate tensors of the members.
 
 A bank has L locations; of each it generates one block of m x n elements. Whatever a method keeps for that, rows and
 codes or two factors of a product, is its own: the joint model, slots, training and artifacts use what stands here.

@@ -1,4 +1,4 @@
-"""Generation: weights of sites to blocks and back, and all weights of some sites at once."""
+"""Generates the weights of sites from blocks, and carries gradients back, for many sites at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Known: what is known of a joint model's weights, and for which members it is still true.
+"""Keeps what is known of a joint model's weights, and for which members it still holds.
 
 A report describes the weights that were measured, and no others. Weights change in many ways, most of them outside of
 this package, so nobody is asked to announce a change: each member's tensors are stamped when something is found out,

@@ -1,4 +1,4 @@
-"""Method: one way of sharing, as everything else of the package sees it, and where methods are found.
+"""The interface of a method of sharing, and the registry of methods.
 
 There are two kinds. A `TensorMethod` generates *tensors*: it plans which sites it takes, makes banks from which their
 blocks are generated, trains these and stores them. A `ModuleSurgery` replaces *modules*: it says which, what stands in

@@ -1,4 +1,4 @@
-"""Opening: the banks of a dictionary become such as can be trained; what they generate stays what it was."""
+"""Replaces the banks of a dictionary by trainable ones that generate the same blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settle: decide, before a joint model is written, what is worth generating and what is plain."""
+"""Decides, before a joint model is stored, which sites are generated and which are plain."""
 
 from __future__ import annotations
 

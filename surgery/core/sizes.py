@@ -1,4 +1,4 @@
-"""Sizes: how large members are alone, and what each of them takes of a joint model; every figure comes from here.
+"""Counts parameters and bytes of members alone and of their parts of a joint model.
 
 *Parameters* of a member are the elements of its `nn.Parameter`s, a tied one once; buffers are none. *Bytes* are those
 of the tensors in its state dict, parameters and buffers, a tied one once. A member *alone* has each of these in its

@@ -1,4 +1,4 @@
-"""Claims: of several runs with one target one writes, and what a killed one left is removed by the next.
+"""Lets one of several runs write to a target, and removes what a killed run left.
 
 Beside a target `out` lies, as long as somebody writes it, the hidden folder `.out.surgery`: a lock, which says whose it
 is, and the folder that is being written. The system gives a lock back when its process ends, however it ends, so that

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and what is refused before anything slow begins.
+"""Writes folders that appear whole or not at all, and refuses bad targets before slow work.
 
 A folder is written in a hidden place beside its target, on the same file system, flushed to the disk and moved into
 place in one step, so that a crash leaves the old folder or the new one and never a mixture.

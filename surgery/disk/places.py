@@ -1,4 +1,4 @@
-"""Places: files and folders that recipes and references name, and what their relative paths are relative to.
+"""Resolves the paths that recipes and references name.
 
 What is typed is relative to the working directory, and so is everything in memory. A recipe's file names what it needs
 relative to itself. An artifact names what lies outside of it relative to its own folder, with `./` or `../` in front:

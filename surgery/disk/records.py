@@ -1,4 +1,4 @@
-"""Records: which files of a folder this tool wrote. Nothing else is ever deleted or replaced.
+"""Records which files of a folder this tool wrote; nothing else is deleted or replaced.
 
 Two kinds of record are read. The manifest of an artifact lists its files with their hashes. Every other folder that
 this tool writes into, a run's, an export, the demo's, one of pictures, holds `.surgery-files`, one line a file as

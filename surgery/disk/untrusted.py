@@ -1,4 +1,4 @@
-"""Untrusted: files and documents that somebody else may have written, read, parsed and shown within bounds.
+"""Reads, parses and quotes files that somebody else may have written, within bounds.
 
 A folder from elsewhere may hold a pipe that never answers, a document of a terabyte, numbers of a thousand digits,
 lists in lists without end, or aliases that unfold to gigabytes. What is read as a document goes through here: a file

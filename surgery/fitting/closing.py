@@ -1,4 +1,4 @@
-"""Closing in on an error bound: by how much what is aimed at must differ from it, as what is measured scatters."""
+"""Chooses the next error bound to aim at from the errors measured so far."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Complaint: the words of an exception that inputs caused, and where it was raised."""
+"""Extracts the message and the place of an exception that inputs caused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Given inputs: example inputs from a user, a factory or a task's data, seen to run before anything is traced."""
+"""Checks example inputs from a user, a factory or a task's data by running the member on them."""
 
 from __future__ import annotations
 

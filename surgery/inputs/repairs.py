@@ -1,4 +1,4 @@
-"""Repairs: what an error says about the inputs that caused it.
+"""Repairs example inputs by what the error they caused says.
 
 A forward pass that fails usually names what it wanted: an argument, a number of channels, a length, a width.
 Each rule reads one kind of sentence and proposes changed arguments; a new rule is a function and a line in

@@ -1,4 +1,4 @@
-"""Sample: what the value of an argument depends on, and how numbers are found in nested configurations."""
+"""The context in which an argument's example value is made, and lookups in nested configurations."""
 
 from __future__ import annotations
 

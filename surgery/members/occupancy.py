@@ -1,4 +1,4 @@
-"""Occupancy: which modules belong to a joint model. One module can serve one joint model only.
+"""Keeps track of which modules belong to which joint model; a module can be part of one only.
 
 Joining takes modules over: their parameters go into a dictionary and come back as slots, which the next forward pass
 fills. A second joint model over the same module would take what is left, and each would fill the slots of both. So a

@@ -1,4 +1,4 @@
-"""The page: what an artifact or a training run is, on one self-contained HTML page.
+"""An artifact or a training run as one self-contained HTML page.
 
 overview   what is shown, from a manifest, stored tensors and a run's log
 charts     inline SVG

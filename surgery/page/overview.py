@@ -1,4 +1,4 @@
-"""Overview: everything that a page tells, gathered from an artifact, from a run's log, or from both."""
+"""Gathers what a page shows from an artifact, a run's log, or both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finished: whether a run's target is already what its recipe was trained to, so that nothing is left to do."""
+"""Checks whether a run's target already holds what its recipe trains."""
 
 from __future__ import annotations
 

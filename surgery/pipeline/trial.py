@@ -1,4 +1,4 @@
-"""Trial: which member of a source a new task should begin as, found by training each of them a little."""
+"""Finds, by short trainings, which member of a source a new task should begin as."""
 
 from __future__ import annotations
 

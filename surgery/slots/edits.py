@@ -1,4 +1,4 @@
-"""Edits: changes that were made to a slot in place are found at its next use.
+"""Detects changes made to a slot in place and writes them into the dictionary.
 
 `weight.mul_(2)`, `nn.init.zeros_(weight)` and `weight.data = ...` change a generated tensor, which the next fill would
 quietly replace. A slot's version tells that it was written to. The values go into the dictionary where it can hold

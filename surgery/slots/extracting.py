@@ -1,4 +1,4 @@
-"""Extracting: a member, or a part of one, as an ordinary module that depends on nothing."""
+"""Copies a member, or a part of one, as an ordinary module."""
 
 from __future__ import annotations
 

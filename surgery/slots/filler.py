@@ -1,4 +1,4 @@
-"""Filler: when the slots of a joint model's members are filled, and with what.
+"""Fills the slots of members with generated weights.
 
 Without gradients slots are filled once and kept until the dictionary changes; with gradients every call from outside
 of a member generates its weights anew; within a step they are leaves that gather gradients, generated once.

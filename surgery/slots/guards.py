@@ -1,4 +1,4 @@
-"""Guards: a member's own methods that would bypass its slots.
+"""Replaces methods of a member that would bypass its slots.
 
 A slot is no parameter, so `to`, `half`, `requires_grad_`, `parameters` and copies would see to everything but the
 weights that are generated, without a word. Each goes to the dictionary where that is what was meant, and refuses where

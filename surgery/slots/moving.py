@@ -1,4 +1,4 @@
-"""Moving: one member to another dtype or device, where its rows can follow."""
+"""Moves one member to another dtype or device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing weights back: values given for a site go into the dictionary, where it can hold exactly these.
+"""Writes given weights of a site into the dictionary where it can hold them exactly.
 
 Each bank says which of its blocks can become any others. A row can that one location uses, as it is; one that other
 locations use would change them too, and a sum of several basis blocks comes near a given block but does not reach it.

@@ -1,4 +1,4 @@
-"""Trim: make a stored joint model no larger than it must be, without changing what it decodes to.
+"""Makes a stored joint model smaller without changing what it decodes to.
 
 `restrict` keeps some members only. `trim` undoes what does not pay once names and headers are counted: an
 encoding of a tiny tensor that takes more room than the tensor, or a bank that takes more than the weights it

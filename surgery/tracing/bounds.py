@@ -1,4 +1,4 @@
-"""Bounds: how long one way of tracing may take, and how much memory, before the next one is tried."""
+"""Bounds the time and memory of one tier of tracing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checking: everything that can be known to be wrong with a training run before anything slow, named in one error.
+"""Checks a training run before slow work and names everything wrong in one error.
 
 One set of rules serves recipes as they are checked, dry runs, runs and `surgery.train` in Python. Nothing
 that a recipe names is loaded, imported or run here. What needs data and members is tried later (`rehearsal.py`).

@@ -1,4 +1,4 @@
-"""Large CPU results in memory that is kept and used again, as PyTorch itself does on GPUs.
+"""Caches memory of large CPU results, as PyTorch does on GPUs.
 
 The C library returns any allocation above 32 MiB to the operating system as soon as it is freed, so every
 step of a training pays for the first touch of fresh pages, which can cost more than the arithmetic that fills

@@ -1,4 +1,4 @@
-"""Quiet: log lines, warnings and bars of other libraries, kept off the screen for a while."""
+"""Silences logs, warnings and progress bars of other libraries for a while."""
 
 from __future__ import annotations
 

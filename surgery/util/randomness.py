@@ -1,4 +1,4 @@
-"""Randomness that is global: seeded for a while, and afterwards as if nothing had happened.
+"""Seeds global random generators for a while and restores them.
 
 This package draws from generators of its own. Models do not: their constructors, a user's factory and a user's data
 draw from the global generators of PyTorch, NumPy and Python.

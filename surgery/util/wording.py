@@ -1,4 +1,4 @@
-"""Wording: sizes, counts and fractions as people read them, the same on the screen, in the card and in pictures."""
+"""Formats sizes, counts and fractions, alike on the screen, in cards and in pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Definitions: whether a file has the function that a reference names, by its text; nothing is run or imported."""
+"""Checks, from its text alone, that a file defines the function that a reference names."""
 
 from __future__ import annotations
 

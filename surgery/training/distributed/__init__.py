@@ -1,1 +1,1 @@
-"""Several processes: what each holds of a joint model, and what they owe one another."""
+"""Training in several processes that each hold a part of the joint model."""

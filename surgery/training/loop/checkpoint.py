@@ -1,4 +1,4 @@
-"""Checkpoint: all that a trainer needs to go on as if it had not been interrupted, taken apart and put together."""
+"""Takes the state of a trainer apart and restores it, so that a resumed run equals an unbroken one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Describing: what the log's first line says of a run."""
+"""Describes a run in the first line of its log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interruptions: Ctrl-C and a request to end, heard between two steps instead of within one."""
+"""Defers Ctrl-C and termination requests to the end of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes: what those that train one joint model together owe one another.
+"""Reductions and gathers among processes that train one joint model.
 
 By default every process holds all of it, and only gradients are averaged. `surgery.training.distributed.sharded`
 has processes of which each holds a part.

@@ -1,4 +1,4 @@
-"""Run: a trainer from where it is to the end, judged, logged and saved after each generation."""
+"""Runs a trainer to its end: validates, logs and saves after each generation."""
 
 from __future__ import annotations
 

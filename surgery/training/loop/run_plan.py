@@ -1,4 +1,4 @@
-"""Run plan: what a saved state and the run that goes on from it must agree in."""
+"""Compares a saved state with the run that resumes from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State: all that a run needs to go on as if it had not been interrupted, in one safetensors file.
+"""Reads and writes the state of a run as one safetensors file.
 
 Tensors by name, everything else as JSON in the file's header: no pickle. A file is written beside its place and
 moved into it, so that a kill leaves the old state or the new one.

@@ -1,4 +1,4 @@
-"""Whether a state fits the run that is to go on from it, checked before anything in memory changes.
+"""Checks that a state fits the run that resumes from it, before anything in memory changes.
 
 Each check yields sentences about what is wrong, so that one error names all of it.
 """

@@ -1,4 +1,4 @@
-"""What the header of a run's state says besides its tensors, as a typed document with bounds."""
+"""The typed header of a run's state."""
 
 from __future__ import annotations
 

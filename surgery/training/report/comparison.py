@@ -1,4 +1,4 @@
-"""Comparison: a joint model against its members alone and against how it began, in parameters and in bytes."""
+"""Compares a joint model with its members alone, in parameters and in bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lines of a run's log as typed documents, so that whatever a log holds is drawn and printed, or named.
+"""The lines of a run's log as typed documents.
 
 A line may say more than is known here: runs of other versions are read too.
 """

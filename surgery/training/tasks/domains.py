@@ -1,4 +1,4 @@
-"""Domains: what tasks that adapt without labels are compared with: their source on the data that it knows."""
+"""Pairs tasks that adapt without labels with their source domain."""
 
 from __future__ import annotations
 

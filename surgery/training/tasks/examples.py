@@ -1,4 +1,4 @@
-"""Examples: a task's own data as the example inputs of its member, read once for tracing and for training."""
+"""Uses a task's own data as the example inputs of its member."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a failed forward or backward pass means for the user, in one sentence."""
+"""Explains a failed forward or backward pass in one sentence."""
 
 from __future__ import annotations
 

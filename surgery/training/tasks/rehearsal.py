@@ -1,4 +1,4 @@
-"""Rehearsal: before the first step one batch of every part of every task's data goes through member, loss and metric.
+"""Runs one batch of every part of every task's data before the first step.
 
 What does not fit is then said at once, and together, not after a first generation when held-out data are looked at.
 """

@@ -1,4 +1,4 @@
-"""Running losses: what the tasks' losses come to over a generation, and whether each of them is finite."""
+"""Accumulates the tasks' losses over a generation and checks that they are finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that share a batch: what a loss needs to compute over all of it what one process would.
+"""Computes a loss over the whole batch when processes each hold a part.
 
 Every process sees its own part of a batch, and its gradients count by the part's share (see `streams.share`). A loss
 that is no mean over examples, of moments say, takes the mean over the whole batch from here.

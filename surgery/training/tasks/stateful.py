@@ -1,4 +1,4 @@
-"""Losses with a state of their own, which training changes: it is part of a run's state, as the members' weights are.
+"""Saves and restores losses that have a trained state of their own.
 
 A loss is any function of a member's output and the batch. One that learns or counts, as a discriminator does, says so
 like PyTorch's modules and optimizers: `state_dict` gives its tensors by name, `load_state_dict` takes them back. Then a

@@ -1,4 +1,4 @@
-"""Streams: a task's data without end, the same for the same seed, from any place on.
+"""Endless, seeded, seekable streams of a task's batches.
 
 Every process reads the same batches and takes its own share of each, so that several processes compute what
 one would.
