@@ -190,7 +190,12 @@ def test_a_discriminator_is_exact_in_mixed_precision():
 
     known = task(joint, "adversary")
     adversary = Adversary(joint["target"], "5", known.source.features)
-    train(joint, [Task("adapt", "target", known.data, loss=spy)], {**CONFIG, "precision": "bf16"}, cpu=True)
+    train(
+        joint,
+        [Task("adapt", "target", known.data, loss=spy)],
+        {**CONFIG, "mixed_precision": "bf16"},
+        cpu=True,
+    )
     assert len(seen) == 1 + 18 and set(map(repr, seen)) == {repr((torch.float32, {torch.float32}))}
     assert (
         float(adversary.optimizer.state[adversary.discriminator[0].weight]["step"]) == 18

@@ -55,7 +55,9 @@ def test_first_losses_are_those_of_the_cpu():
 def test_training_learns_and_its_artifact_runs_on_the_cpu(precision, tmp_path):
     start, joint = build(), build()
     begun = train(start, tasks(), {**CONFIG, **ONE_PHASE, "steps": 1, "optimizer": {"lr": 1e-12}})
-    report = train(joint, tasks(), {**CONFIG, "steps": 40, "precision": precision}, folder=tmp_path / "run")
+    report = train(
+        joint, tasks(), {**CONFIG, "steps": 40, "mixed_precision": precision}, folder=tmp_path / "run"
+    )
     assert all(score.loss < begun.scores[name].loss for name, score in report.scores.items())
     assert_finite(joint)
     out = surgery.save(joint, tmp_path / "artifact")
@@ -76,7 +78,7 @@ def test_compiled_members_train():
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("step", [3, 12, 30])
 def test_interrupted_and_resumed_it_ends_as_an_unbroken_run(tmp_path, monkeypatch, step, precision):
-    settings, whole, joint = {**CONFIG, "precision": precision}, build(), build()
+    settings, whole, joint = {**CONFIG, "mixed_precision": precision}, build(), build()
     report = train(whole, tasks(), settings)
     with monkeypatch.context() as patched, pytest.raises(Interrupted):
         patched.setattr(Trainer, "train_step", stopping(step))
@@ -91,7 +93,7 @@ def test_interrupted_and_resumed_it_ends_as_an_unbroken_run(tmp_path, monkeypatc
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_templates_train(precision):
     joint = stacked.build()
-    report = train(joint, [stacked.task()], {**stacked.CONFIG, "precision": precision})
+    report = train(joint, [stacked.task()], {**stacked.CONFIG, "mixed_precision": precision})
     assert report.templates == {"stack0": 2}
     assert_finite(joint)
 

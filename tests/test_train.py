@@ -330,7 +330,7 @@ def test_accumulating_micro_batches_is_one_large_batch():
 
 
 @pytest.mark.parametrize(
-    "more", [{"precision": "bf16"}, {"checkpointing": True}, {"trackers": ["tensorboard"]}]
+    "more", [{"mixed_precision": "bf16"}, {"checkpointing": True}, {"trackers": ["tensorboard"]}]
 )
 def test_options_run_to_the_end(more, tmp_path):
     if "trackers" in more:
@@ -389,4 +389,5 @@ def test_members_stay_what_they_are():
 
 
 def test_an_unquoted_no_is_a_precision():
-    assert Training.model_validate(yaml.safe_load("precision: no")).precision == "no"
+    assert Training.model_validate(yaml.safe_load("mixed_precision: no")).mixed_precision == "no"
+    assert Training.model_validate({"precision": "bf16"}).mixed_precision == "bf16"  # as older artifacts say

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -185,7 +186,7 @@ class Training(Strict):
         evolution: see `Evolution`.
         templates: see `TemplateSettings`.
         stopping: see `Stopping`.
-        precision: mixed precision, as accelerate names it.
+        mixed_precision: dtype of autocast, as accelerate names it; `no`, or what accelerate was launched with.
         freeze: tensors that stay as they are, beside what is generated: exact names, or `re:` patterns, in all
             members that have them, or after `MEMBER:` in one.
         share: private tensors (what is not generated: norms, biases) that are one parameter for all members that have
@@ -206,7 +207,7 @@ class Training(Strict):
     evolution: Evolution = Evolution()
     templates: TemplateSettings = TemplateSettings()
     stopping: Stopping = Stopping()
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     freeze: tuple[str, ...] = ()
     share: tuple[str, ...] = ()
     compile: bool = False
@@ -214,7 +215,15 @@ class Training(Strict):
     trackers: tuple[str, ...] = ()
     save_seconds: NotNegative = 30.0
 
-    @field_validator("precision", mode="before")
+    @model_validator(mode="before")
+    @classmethod
+    def _former_name(cls, given: Any) -> Any:
+        """Recipes that older artifacts record say `precision`."""
+        if isinstance(given, Mapping) and "precision" in given and "mixed_precision" not in given:
+            return {"mixed_precision" if key == "precision" else key: value for key, value in given.items()}
+        return given
+
+    @field_validator("mixed_precision", mode="before")
     @classmethod
     def _no_is_a_word(cls, value: object) -> object:
         return "no" if value is False else value  # what YAML makes of an unquoted `no`

@@ -107,11 +107,13 @@ def _train(
 
     check_launch()
     joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-    # An earlier run in this process may have had another precision, or stayed on the CPU.
+    # An earlier run in this process may have had another mixed precision, or stayed on the CPU.
     AcceleratorState._reset_state(reset_partial_state=not joined)
     accelerator = Accelerator(
         cpu=cpu or _launched_without_accelerator(),
-        mixed_precision=None if settings.precision == "no" else settings.precision,  # None: as launched
+        mixed_precision=None
+        if settings.mixed_precision == "no"
+        else settings.mixed_precision,  # None: as launched
         log_with=list(settings.trackers) or None,
         project_dir=None if place is None else str(place),
     )

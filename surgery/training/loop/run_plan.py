@@ -16,6 +16,10 @@ from surgery.training.report.report import adapted_of
 from surgery.training.tasks.tasks import Task
 
 
+_FORMER = {"train.precision": "train.mixed_precision"}
+"""Names that settings had when older states were saved."""
+
+
 def make_plan(
     joint: JointModel, tasks: Sequence[Task], config: Training, seed: int, folder: Path | None = None
 ) -> dict[str, Any]:
@@ -48,6 +52,9 @@ def differences(plan: Mapping[str, Any], before: object) -> str:
     if before == plan:
         return ""
     old = flat(before) if isinstance(before, Mapping) else {}
+    old |= {name: old.pop(former) for former, name in _FORMER.items() if former in old}
+    if old == flat(plan):
+        return ""
     changed = [(name, value) for name, value in flat(plan).items() if value != old.get(name)]
     return "; ".join(
         "members or blocks are others"

@@ -18,7 +18,7 @@ def explain_failure(task: Task, batch: Batch, error: Exception, data: str = "dat
         return (
             f"Member '{task.member}' ran out of memory on a batch of task '{task.name}' ({_shapes(batch)}): take "
             "smaller batches and accumulate (train.accumulate), train.checkpointing=true, or "
-            "train.precision=bf16."
+            "train.mixed_precision=bf16."
         )
     if "DTensor" in said:
         return (
