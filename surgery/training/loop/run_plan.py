@@ -15,7 +15,6 @@ from surgery.settings.training import Training
 from surgery.training.report.report import adapted_of
 from surgery.training.tasks.tasks import Task
 
-
 _FORMER = {"train.precision": "train.mixed_precision"}
 """Names that settings had when older states were saved."""
 
