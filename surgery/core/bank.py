@@ -195,6 +195,6 @@ class Bank(nn.Module, ABC):
         return None
 
     @staticmethod
-    def generate_together(banks: Sequence[Bank]) -> Tensor:
+    def generate_together(banks: Sequence[Bank], task: str | None = None) -> Tensor:
         """The blocks of several banks of equal L side by side, `[L, sum of m*n]`."""
-        return torch.cat([bank.blocks() for bank in banks], 1)
+        return torch.cat([bank.blocks(task=task) for bank in banks], 1)

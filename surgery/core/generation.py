@@ -33,8 +33,16 @@ def to_weight(blocks: Tensor, p: Placement) -> Tensor:
     return read_tensor(blocks.contiguous(), p.site.view, p.grid, torch_dtype(p.site.dtype))
 
 
-def generate_weights(dictionary: Dictionary, placements: Sequence[Placement]) -> Weights:
-    """The weights of all `placements`; differentiable once."""
+def generate_weights(
+    dictionary: Dictionary, placements: Sequence[Placement], task: str | None = None
+) -> Weights:
+    """The weights of all `placements`; differentiable once.
+
+    Args:
+        dictionary: that generates them.
+        placements: of the sites that are wanted.
+        task: whose weights, of banks that depend on it.
+    """
     weights: Weights = {}
     by_bank: dict[str, list[Placement]] = {}
     for p in placements:
@@ -43,12 +51,12 @@ def generate_weights(dictionary: Dictionary, placements: Sequence[Placement]) ->
         banks = [dictionary[key] for key in keys]
         mine = sorted((p for key in keys for p in by_bank[key]), key=lambda p: p.start)
         if len(keys) > 1:
-            weights |= _cut(banks[0].generate_together(banks), mine)
+            weights |= _cut(banks[0].generate_together(banks, task), mine)
         elif not torch.is_grad_enabled() and (tied := _tied_weights(banks[0], mine)) is not None:
             weights |= tied
         else:
             for run in _runs(mine):
-                weights |= _cut(banks[0].blocks(run[0].start, run[-1].stop), run)
+                weights |= _cut(banks[0].blocks(run[0].start, run[-1].stop, task), run)
     return weights
 
 

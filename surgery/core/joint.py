@@ -34,6 +34,7 @@ from surgery.slots.extracting import extract
 from surgery.slots.filler import Filler
 from surgery.slots.gate import release
 from surgery.slots.hooks import watch
+from surgery.slots.serving import ServesTasks, listeners
 from surgery.slots.slots import Slots, forget_derived, locate, put_back, reorder, take_out
 from surgery.storage.codecs import Encoded
 from surgery.util.showing import as_html, as_text, plural
@@ -52,6 +53,7 @@ class JointModel(nn.Module):
         encoded: stored form of tensors whose live value is its decoding, by storage key (see
             `surgery.storage.stored`).
         report: what the last fit met and saved; None without one, and once any weight changed.
+        task: the task that is served, see `serving`; None is each method's default.
 
     Example:
         >>> from torch import nn
@@ -78,6 +80,8 @@ class JointModel(nn.Module):
         # Members whose hooks change the names in their state dicts.
         self.renamed = {m.name for m in members if {*m.module.state_dict()} != {*self.state_keys[m.name]}}
         self.slots, self.filler = Slots(), Filler(self)
+        self.task: str | None = None
+        self._listeners: list[ServesTasks] | None = None  # modules that depend on the task, once looked for
         self._trainable: dict[
             tuple[str, str], bool
         ] = {}  # `requires_grad` of the parameters that slots replaced
@@ -143,7 +147,7 @@ class JointModel(nn.Module):
     def generate(self, members: Sequence[str] | None = None) -> Weights:
         """Generate site weights, in their members' dtypes, by `(member, site name)`; differentiable."""
         wanted = [p for p in self.plan.placements if members is None or p.site.member in members]
-        return generate_weights(self.dictionary, wanted)
+        return generate_weights(self.dictionary, wanted, self.task)
 
     def refresh(self, members: Sequence[str] | None = None) -> None:
         """Fill the slots without gradients, from the dictionary as it is now.
@@ -161,12 +165,42 @@ class JointModel(nn.Module):
         self.refresh()
 
     @contextmanager
+    def serving(self, task: str | None) -> Iterator[None]:
+        """Inside, members compute what they do for a task, where a method makes that depend on it.
+
+        Banks that are `by_task` generate that task's weights, and modules that listen (`slots.serving.ServesTasks`) are
+        told. The backward passes of what runs inside belong inside too: gradient checkpointing runs layers again.
+
+        Args:
+            task: name of a task; None for each method's default.
+
+        Example:
+            >>> with joint.step():
+            ...     with joint.serving("mood"):
+            ...         loss(joint["text"](x)).backward()
+        """
+        before = self.task
+        self._serve(task)
+        try:
+            yield
+        finally:
+            self._serve(before)
+
+    def _serve(self, task: str | None) -> None:
+        if self._listeners is None:
+            self._listeners = listeners(self.bodies)
+        self.task = task
+        for each in self._listeners:
+            each.serve_task(task)
+
+    @contextmanager
     def step(self) -> Iterator[Weights]:
         """One training step: generate once, run any forward and backward passes, then go back once.
 
         Inside, the slots hold leaves that gather gradients at the members' own speed; on leaving, one
         backward pass carries them into rows and contexts. Its cost depends neither on batch size nor on the
-        number of members, tasks or micro-batches. After an exception nothing is carried.
+        number of members, tasks or micro-batches. After an exception nothing is carried. Weights that depend on the
+        task that is `serving` are generated once for each task that runs.
 
         Example:
             >>> with joint.step():
@@ -275,6 +309,7 @@ class JointModel(nn.Module):
         """Take a plan, a dictionary and what is known of it after `vacate`; sites of the plan become slots."""
         check_unoccupied({name: self[name] for name in self.names}, self)
         self.plan, self.dictionary, self.encoded = plan, dictionary, dict(encoded)
+        self._listeners = None
         for name in self.names:
             occupy(self, name, self[name])
         for name in self.names:

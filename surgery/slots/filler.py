@@ -17,11 +17,11 @@ from surgery.anatomy.plan import Placement
 from surgery.core.generation import Weights, generate_weights
 from surgery.errors import PlanError
 from surgery.slots.edits import take_edits
+from surgery.slots.serving import StepLeaves, by_task
 from surgery.slots.slots import forget_derived
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel
-    from surgery.core.known import Stamp
 
 
 class Filler:
@@ -37,9 +37,12 @@ class Filler:
     def __init__(self, joint: JointModel):
         self.joint = joint
         self.in_step = False
-        self.filled: dict[str, Stamp] = {}  # by member: versions of the dictionary that it was filled from
+        self.filled: dict[
+            str, tuple
+        ] = {}  # by member: versions of the dictionary that it was filled from, and task
         self._inside: dict[str, str] = {}  # by member that runs: the path at which it was entered
         self._untraced: Any = None  # `_enter`, of which no graph is made
+        self._leaves: StepLeaves | None = None  # what slots hold within a step
 
     # -- without gradients -----------------------------------------------------------------------------------
 
@@ -49,7 +52,7 @@ class Filler:
         # Tensors made in inference mode could not take part in a later training of private parameters.
         with torch.inference_mode(False), torch.no_grad():
             self._fill_leaves(self.joint.generate(members))
-        self.filled.update({name: self.joint.versions() for name in members or self.joint.names})
+        self.filled.update({name: self._generated_from(name) for name in members or self.joint.names})
 
     def make_current(self, name: str, below: str = "") -> None:
         """Before somebody reads a member's slots: make those whose owners begin with `below` what the dictionary says.
@@ -57,6 +60,7 @@ class Filler:
         What a forward pass has generated from the dictionary as it is stays, for its backward pass.
         """
         if self.in_step:
+            self._follow_task(name)
             return
         take_edits(self.joint, [name])
         if self.is_filled(name):
@@ -64,39 +68,40 @@ class Filler:
         held = self.joint.slots.fillings[name]
         # By value: a fused optimizer changes rows and leaves no trace in their versions.
         with torch.inference_mode(False), torch.no_grad():
-            made = generate_weights(self.joint.dictionary, self._below(name, below))
+            made = generate_weights(self.joint.dictionary, self._below(name, below), self.joint.task)
             self._fill_leaves({key: t for key, t in made.items() if not torch.equal(held[key[1]].tensor, t)})
 
     def is_filled(self, name: str) -> bool:
         """Whether a member's slots were filled, without gradients, from the dictionary as it is."""
-        return self.filled.get(name) == self.joint.versions()
+        return self.filled.get(name) == self._generated_from(name)
 
     @contextmanager
     def still_filled(self) -> Iterator[None]:
         """Inside, the dictionary becomes what slots hold: those that were filled from it are so afterwards."""
         filled = [name for name in self.joint.names if self.is_filled(name)]
         yield
-        self.filled.update(dict.fromkeys(filled, self.joint.versions()))
+        self.filled.update({name: self._generated_from(name) for name in filled})
 
     # -- a step ----------------------------------------------------------------------------------------------
 
     @contextmanager
     def step(self) -> Iterator[Weights]:
         """Generate once, and go back through the dictionary once; see `JointModel.step`."""
-        weights = self.joint.generate()
-        leaves = {
-            key: weight.detach().requires_grad_(weight.requires_grad) for key, weight in weights.items()
-        }
-        self._fill(leaves)
+        self._leaves = StepLeaves(self.joint.plan, self.joint.dictionary, self._fill)
         self.in_step = True
         try:
-            yield leaves
+            yield self._leaves.steady
             take_edits(self.joint, self.joint.names)
-            reached = {key: leaf.grad for key, leaf in leaves.items() if leaf.grad is not None}
-            torch.autograd.backward([weights[key] for key in reached], list(reached.values()))
+            self._leaves.go_back()
         finally:
-            self.in_step = False
+            self.in_step, self._leaves = False, None
             self.filled.clear()
+
+    def _follow_task(self, name: str) -> None:
+        """Within a step: let a member's slots hold the weights of the task that is served."""
+        if self._leaves is not None and not self._leaves.follows(name, self.joint.task):
+            take_edits(self.joint, [name])
+            self._leaves.serve(name, self.joint.task)
 
     def refuse_in_step(self, what: str) -> None:
         """Refuse what would lose the gradients of a step.
@@ -121,14 +126,18 @@ class Filler:
 
     def _enter(self, name: str, path: str) -> bool:
         # Within a backward pass a part runs again for gradient checkpointing, with the weights it had.
-        if self.in_step or (path and (name in self._inside or torch._C._current_graph_task_id() != -1)):
+        if self.in_step:
+            if torch._C._current_graph_task_id() == -1:
+                self._follow_task(name)
+            return False
+        if path and (name in self._inside or torch._C._current_graph_task_id() != -1):
             return False
         take_edits(self.joint, [name])
         self._inside[name] = path
         if torch.is_grad_enabled() and self._learns():
             self.filled.clear()  # a fused optimizer changes rows and leaves no trace in their versions
             mine = self._below(name, f"{path}." if path else "")
-            self._fill(generate_weights(self.joint.dictionary, mine))
+            self._fill(generate_weights(self.joint.dictionary, mine, self.joint.task))
         elif not self.is_filled(name):
             self.joint.refresh([name])
         return True
@@ -145,6 +154,11 @@ class Filler:
         return name in self._inside
 
     # -- internals -------------------------------------------------------------------------------------------
+
+    def _generated_from(self, name: str) -> tuple:
+        """Equal as long as a member's weights are."""
+        changes = by_task(self.joint.plan, self.joint.dictionary, name)
+        return self.joint.versions(), self.joint.task if changes else None
 
     def _below(self, name: str, below: str) -> list[Placement]:
         """The sites of a member that have an owner whose name begins so."""

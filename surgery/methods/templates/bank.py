@@ -68,7 +68,7 @@ class TemplateBank(RowsBank):
         return None if self.columns is not None else (id(self.contexts), self.rows.dtype)
 
     @staticmethod
-    def generate_together(banks: Sequence[Bank]) -> Tensor:
+    def generate_together(banks: Sequence[Bank], task: str | None = None) -> Tensor:
         """`coefficients @ [rows of all tensors]`."""
         mine = [bank for bank in banks if isinstance(bank, TemplateBank)]
         return mine[0].coefficients @ torch.cat([bank.rows for bank in mine], 1)

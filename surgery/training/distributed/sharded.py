@@ -49,7 +49,7 @@ class ShardedFiller(Filler):
         self.refuse_in_step("Filling the slots")
         with torch.inference_mode(False), torch.no_grad():
             self.joint.fill_sites()
-        self.filled = dict.fromkeys(self.joint.names, self.joint.versions())
+        self.filled = {name: self._generated_from(name) for name in self.joint.names}
 
     def enter(self, name: str, path: str) -> bool:
         """Before a member runs outside of a step: make its weights what the dictionary says."""
@@ -95,6 +95,7 @@ class ShardedModel(JointModel):
         self.owners, self.state_keys = joint.owners, joint.state_keys
         self.encoded = joint.encoded
         self.slots, self.filler = Slots(), ShardedFiller(self)
+        self.task, self._listeners = None, None
         copies = self._copy_members()
         self.members = {name: replace(m, module=copies[name]) for name, m in joint.members.items()}
         self.bodies = nn.ModuleList(copies.values())

@@ -124,7 +124,8 @@ class Trainer:
                 for _ in range(accumulate):
                     batch, share = next(self.streams[task.name])
                     batch = batch.map(self._place)
-                    loss = self._run(task, batch, share * self.weights[task.name] / accumulate)
+                    with self.joint.serving(task.name):
+                        loss = self._run(task, batch, share * self.weights[task.name] / accumulate)
                     part = loss.detach() * (share / accumulate)
                     parts[task.name] = parts[task.name] + part if task.name in parts else part
         if (extra := penalty(self.joint, self.config.templates)) is not None:

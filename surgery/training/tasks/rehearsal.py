@@ -6,7 +6,7 @@ What does not fit is then said at once, and together, not after a first generati
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def rehearse(
     try:
         for task in tasks:
             for part in PARTS:
-                with seeded(seed), seeded_others(seed):
+                with seeded(seed), seeded_others(seed), _serving(members, task.name):
                     try:
                         _try(members[task.member], task, part, losses.get(task.name))
                     except SurgeryError as error:
@@ -104,6 +104,10 @@ def _try(module: nn.Module, task: Task, part: str, loss: Loss | None) -> None:
         )
     with suppress(ValueError, RuntimeError, TypeError):  # of one batch that is too small for the metric
         meter.value()
+
+
+def _serving(members: JointModel | Mapping[str, nn.Module], task: str) -> AbstractContextManager[None]:
+    return members.serving(task) if isinstance(members, JointModel) else nullcontext()
 
 
 def only_once(data: Any) -> bool:

@@ -82,7 +82,7 @@ def _evaluate(joint: JointModel, task: Task, data: Iterable[Any], loss: Loss | N
     device = next((p.device for p in joint.parameters()), torch.device("cpu"))
     total: Tensor | None = None
     examples = 0
-    with seeded(seed):
+    with seeded(seed), joint.serving(task.name):
         for raw in batches_of(task, data):
             batch = as_batch(raw).map(lambda tensor: tensor.to(device))
             size = max(batch.size, 1)
