@@ -53,7 +53,7 @@ SAID = [
     "'validatoin' is not a known option, did you mean 'validation'?",
     "models.1.tasks.0.adaptation: moments needs it",
     "found 'adma', did you mean 'adam'?",
-    "train.optimizer.lr: input should be greater than 0, found -1",
+    "train.optimizer.lr: must be above 0, found -1",
     "found 'cosin', did you mean 'cosine'?",
     "'train.evolutoin' is not a known key, did you mean 'evolution'?",
     "tensorbored cannot be imported",

@@ -23,14 +23,6 @@ ROOMS = (
 
 
 NOT_YET = {
-    "fitting.fit imports methods.hypermodules.fixed_bank",
-    "fitting.fit imports methods.templates.arrangements",
-    "fitting.fit imports methods.templates.fixed_bank",
-    "fitting.groups imports methods.siblings.principal",
-    "fitting.groups imports methods.templates.arrangements",
-    "fitting.groups imports methods.templates.layers",
-    "fitting.report imports methods.templates.layers",
-    "fitting.search imports methods.templates.arrangements",
     "training.loop.describing imports methods.templates.training",
     "training.loop.run imports methods.templates.training",
     "training.loop.run imports methods.templates.transfer",

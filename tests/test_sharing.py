@@ -12,9 +12,10 @@ from surgery.anatomy.plan import BankPlan
 from surgery.core.joining import join
 from surgery.errors import PlanError
 from surgery.fitting.fit import fit
-from surgery.methods.hypermodules.fixed_bank import _divide
+from surgery.fitting.related import resembling
+from surgery.methods.hypermodules.exactly import _divide
 from surgery.methods.hypermodules.subspaces import fit_subspaces
-from surgery.methods.siblings.principal import principal_rows, sibling_groups
+from surgery.methods.siblings.principal import principal_rows
 from surgery.storage.stored import store
 
 
@@ -73,14 +74,14 @@ def test_siblings_are_found_whatever_their_order_sign_and_size(seed, families):
         factors[i % 3] * (bases[f] + 0.3 * torch.randn(40, 60, generator=g)) for i, f in enumerate(families)
     ]
     expected = [[i for i, f in enumerate(families) if f == family] for family in set(families)]
-    found = sibling_groups(tensors, seed)
+    found = resembling(tensors, seed)
     assert sorted(found) == sorted(group for group in expected if len(group) > 1)
 
 
 def test_small_tensors_are_no_siblings_by_chance():
     g = torch.Generator().manual_seed(0)
-    assert sibling_groups([torch.randn(4, 4, generator=g) for _ in range(50)], 0) == []
-    assert sibling_groups([torch.zeros(9, 9), torch.zeros(9, 9)], 0) == []
+    assert resembling([torch.randn(4, 4, generator=g) for _ in range(50)], 0) == []
+    assert resembling([torch.zeros(9, 9), torch.zeros(9, 9)], 0) == []
 
 
 def in_subspaces(seed, k, c, width, each):

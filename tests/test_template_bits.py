@@ -171,10 +171,10 @@ def test_a_given_number_of_templates_takes_the_bits_that_the_target_asks_for(mix
     assert store(small).nbytes <= 0.1 * whole(small) and small.report.stacks["stack0"].templates == 3
     assert "with 3 templates" in small.report.target
     with pytest.raises(
-        PlanError, match=r"An error of 0\.001 cannot be met with 3 templates .* more `templates`"
+        PlanError, match=r"An error of 0\.001 cannot be met with 3 templates: .* more `templates`"
     ):
         fitted(family(), templates=3, max_error=0.001, mixture=mixing)
-    with pytest.raises(PlanError, match=r"met with 3 templates .* use `budget=0\.\d+` or more, or fewer `t"):
+    with pytest.raises(PlanError, match=r"met with 3 templates: .* use `budget=0\.\d+` or more, or fewer `t"):
         fitted(family(), templates=3, budget=0.01, mixture=mixing)
     assert fitted(family(2), templates=6, max_error=0.0, mixture=mixing).report.errors["s1"] == 0
 

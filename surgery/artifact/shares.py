@@ -10,8 +10,8 @@ from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan
 from surgery.core import sizes
+from surgery.core.method import tensor_method
 from surgery.core.sizes import count_tensors
-from surgery.storage.codecs import decode
 from surgery.storage.stored import Stored
 
 ROWS = "dictionary"
@@ -85,7 +85,7 @@ def _count_copies(stored: Stored, blocks: Tensor) -> None:
 
 def _count_bank(stored: Stored, bank: BankPlan, blocks: Tensor, modules: dict[str, int]) -> None:
     names = stored.plan.members
-    psi = decode(stored.tensors[f"bank/{bank.key}/psi"]).long()
+    psi, hypermodules = tensor_method(bank.method).alignment(bank, stored.parts(bank.key))
     owner = torch.full_like(psi, -1)
     for p in stored.plan.placements:
         if p.bank == bank.key:
@@ -98,9 +98,6 @@ def _count_bank(stored: Stored, bank: BankPlan, blocks: Tensor, modules: dict[st
         also = (uses > 0).long()
         also[number] = uses[number] > 1
         blocks[number] += also @ uses[number]
-    hypermodules = next(
-        (each.shape[0] for key, each in stored.tensors.items() if key == f"bank/{bank.key}/rows.0"), 0
-    )
     if not bank.stack:
         for pattern in (uses[:, :hypermodules] > 0).T.tolist():
             subset = join_names(name for name, used in zip(names, pattern, strict=True) if used)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -24,15 +24,18 @@ from surgery.core.bank import Bank
 from surgery.errors import PlanError
 from surgery.settings.names import DEFAULT_METHOD, SHIPPED_METHODS
 from surgery.settings.problems import Strict
-from surgery.storage.codecs import Encoded, decode
+from surgery.storage.codecs import Encoded, decode, take_rows
 from surgery.util.text import one_line
 
 if TYPE_CHECKING:
-    from surgery.anatomy.plan import BankPlan, Plan
+    from surgery.anatomy.plan import BankPlan, Placement, Plan
     from surgery.anatomy.sites import Anatomy
     from surgery.core.replacement import Replacement
-    from surgery.fitting.groups import Scene
+    from surgery.core.settle import Settled
+    from surgery.fitting.scene import Scene
     from surgery.fitting.units import Group
+    from surgery.settings.target import Target
+    from surgery.storage.stored import Stored
     from surgery.training.loop.moves import Moves
     from surgery.training.loop.trainer import Trainer
 
@@ -99,10 +102,12 @@ class TensorMethod(Method):
     Attributes:
         form: the layout of stored parts that `unpack` reads; see `Bank.form`.
         claims: whether `arrange` decides on the sites of its banks, in place of the fit's own ways of storing them.
+        lever: the setting that `asks` reads, where it is one of the recipe's `parameters`, for advice.
     """
 
     form: ClassVar[str]
     claims: ClassVar[bool] = True
+    lever: ClassVar[str] = ""
 
     @abstractmethod
     def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Plan:
@@ -161,12 +166,65 @@ class TensorMethod(Method):
             made[key] = bank if own else self.make(plan.bank(key), bank.settled_blocks(), how.generator)
         return made
 
-    def asks(self, plan: Plan) -> str:
-        """What the settings fix, in words such as `rank 4`: a fit without another target then makes exactly this.
+    def restrict(
+        self, plan: BankPlan, placements: Sequence[Placement], parts: Mapping[str, Encoded]
+    ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
+        """What of a stored bank some placements need, without decoding what they share.
 
-        Empty where a fit may choose whether to use the method at all.
+        By default parts with as many rows as the bank has locations are cut, where that generates the same blocks, and
+        otherwise all of the bank is kept.
+
+        Args:
+            plan: of the bank.
+            placements: those to keep.
+            parts: of the bank, by name.
+
+        Returns:
+            the plan of what is left, the placements in it, and its parts.
+        """
+        chosen = torch.cat([torch.arange(p.start, p.stop) for p in placements])
+        rows = {name for name, each in parts.items() if each.shape[:1] == (plan.locations,)}
+        cut = {name: take_rows(each, chosen) if name in rows else each for name, each in parts.items()}
+        smaller, moved = replace(plan, locations=len(chosen)), follow_up(placements)
+        whole = self.unpack(plan, {name: decode(each) for name, each in parts.items()})
+        try:
+            own = self.unpack(smaller, {name: decode(each) for name, each in cut.items()})
+            same = torch.equal(own.settled_blocks(), whole.settled_blocks()[chosen])
+        except Exception:  # of a method's own: what else has as many rows belongs to no location
+            same = False
+        return (smaller, moved, cut) if same else (plan, list(placements), dict(parts))
+
+    def alignment(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> tuple[Tensor, int]:
+        """Who shares what in a stored bank: the number of what each location draws on `[L]`, and how many of these
+        numbers, from 0 on, are hypermodules. By default every location has its own.
+        """
+        return torch.arange(plan.locations), 0
+
+    def asks(self, plan: Plan, target: Target) -> str:
+        """What settings fix, in words such as `rank 4`: a fit without another target then makes exactly this.
+
+        With an error bound or a budget besides, precisions follow from these. Empty where a fit may choose whether to
+        use the method at all.
+
+        Args:
+            plan: of the joint model.
+            target: what is asked of the fit.
         """
         return ""
+
+    def exactly(self, scene: Scene, plan: Plan) -> Settled:
+        """The banks that settings ask for, in the members' precision; by default as `make` makes them.
+
+        Args:
+            scene: what is being fitted.
+            plan: of this method's banks alone.
+
+        Raises:
+            PlanError: where there are no such banks.
+        """
+        from surgery.fitting.arranging import make_banks  # where fits are: above this
+
+        return make_banks(self, scene, plan)
 
     def arrange(self, scene: Scene, plan: Plan) -> list[Group]:
         """What a fit can choose from for the sites of the method's banks; by default apart, or as `make` makes them.
@@ -175,9 +233,21 @@ class TensorMethod(Method):
             scene: what is being fitted.
             plan: of this method's banks alone.
         """
-        from surgery.fitting.arranging import arrange_made  # where fits are: above this
+        from surgery.fitting.arranging import arrange_made
 
         return arrange_made(self, scene, plan)
+
+    def report(
+        self, plan: Plan, stored: Stored, originals: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Any]:
+        """What a fit's report says of the stacks of a plan, by name: dataclasses of whole numbers; nothing by default.
+
+        Args:
+            plan: of this method's banks alone, as it was before the fit.
+            stored: what the fit made.
+            originals: of each member.
+        """
+        return {}
 
     def moves(self, trainer: Trainer) -> Moves:
         """What the method does while it is trained; by default nothing but to be stepped by the optimizer."""
@@ -287,6 +357,22 @@ def keys_of(plan: Plan, method: str) -> list[str]:
     return [bank.key for bank in plan.banks if bank.method == method]
 
 
+def plan_of(plan: Plan, method: str) -> Plan:
+    """The plan of one method's banks alone."""
+    keys = keys_of(plan, method)
+    banks = tuple(bank for bank in plan.banks if bank.key in keys)
+    return replace(plan, banks=banks, placements=tuple(p for p in plan.placements if p.bank in keys))
+
+
+def follow_up(placements: Sequence[Placement]) -> list[Placement]:
+    """Placements moved so that they follow one another from location 0 on."""
+    moved, start = [], 0
+    for p in placements:
+        moved.append(replace(p, start=start))
+        start = moved[-1].stop
+    return moved
+
+
 def _installed() -> dict[str, Any]:
     from importlib.metadata import entry_points
 
@@ -301,9 +387,11 @@ __all__ = [
     "PlanRequest",
     "TensorMethod",
     "find_method",
+    "follow_up",
     "keys_of",
     "method_names",
     "methods_of",
+    "plan_of",
     "register_method",
     "tensor_method",
 ]

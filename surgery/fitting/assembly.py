@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Placement, Plan
 from surgery.anatomy.sites import LeftAlone
-from surgery.core.dictionary import index_dtype
 from surgery.core.generation import to_weight
 from surgery.fitting.allocation import Choice
-from surgery.fitting.units import Arrangement, SharedRows, Unit
-from surgery.storage.codecs import Encoded, Precision, decode, encode, encode_native
+from surgery.fitting.units import Arrangement, Unit
+from surgery.storage.codecs import Encoded, Precision, decode, encode
 from surgery.storage.stored import Stored, build_bank, deduplicate
 
 PLAIN = "sharing it does not pay"
@@ -49,42 +47,18 @@ class Assembler:
                     assert precision is not None
                     tensors.update({key: self._encode(unit, key, precision) for key in unit.tensors})
             for shared in arrangement.banks:
-                count = shared.contexts.shape[2]
-                bank, placed, parts = self._bank(shared, picks[:count], len(banks))
-                picks = picks[count:]
+                mine, picks = picks[: shared.count], picks[shared.count :]
+                encoded = [self._part(unit, precision) for unit, precision in mine]
+                bank, placed, parts = shared.assemble(len(banks), encoded)
                 banks.append(bank)
                 placements += placed
-                tensors.update(parts)
-        return deduplicate(Stored(self._plan(banks, placements), tensors, ties=self.ties))
+                tensors.update({f"bank/{bank.key}/{name}": each for name, each in parts.items()})
+        return deduplicate(Stored(with_plain(self.plan, banks, placements), tensors, ties=self.ties))
 
-    def _bank(
-        self, shared: SharedRows, picks: Sequence[tuple[Unit, Precision | None]], number: int
-    ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
-        """Sites as a bank: a hypermodule for each location, of the rows that were kept, or rows as they are."""
-        grid, sites = shared.grid, shared.sites
-        kept = [j for j, (_, precision) in enumerate(picks) if precision is not None]
-        key = shared.key or f"{grid.m}x{grid.n}-{sites[0].dtype}-{number}"
-        context = 1 if shared.hard else len(kept)
-        plan = BankPlan(
-            key, (grid.m, grid.n), context, sites[0].dtype, len(sites) * grid.locations, shared.stack
-        )
-        name = "single" if shared.hard else "rows"
-        parts: dict[str, Encoded] = {}
-        for new, j in enumerate(kept):
-            unit, precision = picks[j]
-            assert precision is not None
-            (own,) = unit.tensors
-            parts[f"bank/{key}/{name}.{new}"] = self._encode(unit, own, precision)
-        contexts = shared.contexts[:, :, kept].flatten(0, 1).contiguous()
-        psi = torch.arange(grid.locations).repeat(len(sites))
-        if shared.hard:
-            psi = contexts.argmax(1).cpu()
-        else:
-            parts[f"bank/{key}/contexts"] = encode_native(contexts)
-        count = len(kept) if shared.hard else grid.locations
-        parts[f"bank/{key}/psi"] = encode_native(psi.to(index_dtype(count)))
-        placed = [Placement(site, key, grid, i * grid.locations) for i, site in enumerate(sites)]
-        return plan, placed, parts
+    def _part(self, unit: Unit, precision: Precision | None) -> Encoded | None:
+        """The one tensor of a bank's unit; None where it is left out."""
+        (own,) = unit.tensors
+        return None if precision is None else self._encode(unit, own, precision)
 
     def _encode(self, unit: Unit, key: str, precision: Precision) -> Encoded:
         known = self._encoded.get((id(unit), key))
@@ -92,14 +66,22 @@ class Assembler:
             known = self._encoded[id(unit), key] = (precision, encode(unit.tensors[key], precision))
         return known[1]
 
-    def _plan(self, banks: Sequence[BankPlan], placements: Sequence[Placement]) -> Plan:
-        generated = {(p.site.member, p.site.name) for p in placements}
-        plain = [
-            LeftAlone(s.member, s.name, s.owners, "plain", s.kind, s.shape, s.dtype, PLAIN, s.order)
-            for s in (p.site for p in self.plan.placements)
-            if (s.member, s.name) not in generated
-        ]
-        return Plan(self.plan.members, tuple(banks), tuple(placements), (*self.plan.left_alone, *plain))
+
+def with_plain(plan: Plan, banks: Sequence[BankPlan], placements: Sequence[Placement]) -> Plan:
+    """The plan of what was fitted: sites that no bank generates are left alone.
+
+    Args:
+        plan: as it was before.
+        banks: that there are now.
+        placements: what they generate.
+    """
+    generated = {(p.site.member, p.site.name) for p in placements}
+    plain = [
+        LeftAlone(s.member, s.name, s.owners, "plain", s.kind, s.shape, s.dtype, PLAIN, s.order)
+        for s in (p.site for p in plan.placements)
+        if (s.member, s.name) not in generated
+    ]
+    return Plan(plan.members, tuple(banks), tuple(placements), (*plan.left_alone, *plain))
 
 
 def weights_of(stored: Stored, member: str) -> dict[str, Tensor]:

@@ -1,41 +1,48 @@
 """Fit a dictionary to pretrained weights, without data: the smallest artifact within an error, or the best in
 a budget.
 
-Three means, each reported for what it saved: *sharing* (equal tensors and blocks, principal rows of siblings,
-or a fixed bank of hypermodules), *precision* (fewer bits for rows and plain tensors), and *leaving alone*.
-Which tensor gets what is a Lagrangian choice (`fitting.allocation`) under estimated sensitivities, corrected
-until the members' measured outputs meet the target (`fitting.search`).
+Three means, each reported for what it saved: *sharing* (equal tensors and blocks, related sites together, what methods
+share), *precision* (fewer bits for parts of banks and plain tensors), and *leaving alone*. Which tensor gets what is a
+Lagrangian choice (`fitting.allocation`) under estimated sensitivities, corrected until the members' measured outputs
+meet the target (`fitting.search`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from surgery.anatomy.plan import Plan
 from surgery.core.joint import JointModel
 from surgery.core.known import Known
+from surgery.core.method import DEFAULT_METHOD
 from surgery.core.sizes import bytes_alone, parameters_alone
 from surgery.errors import PlanError
-from surgery.fitting.report import FitReport, StackReport, describe, describe_stacks
-from surgery.fitting.search import Outcome, Request, Search, measure_errors
+from surgery.fitting.exactly import make_exactly
+from surgery.fitting.report import FitReport, describe, describe_stacks
+from surgery.fitting.scene import Scene, fitted_by
+from surgery.fitting.search import search
 from surgery.fitting.trial import Trial
 from surgery.inputs.probes import probe_inputs
 from surgery.members.member import Inputs, content_hash
-from surgery.methods.hypermodules.fixed_bank import BankRequest, fixed_bank
-from surgery.methods.templates.arrangements import TemplateOptions
-from surgery.methods.templates.fixed_bank import TemplateRequest, template_bank
-from surgery.settings.names import Mixing, without_target
+from surgery.settings.names import PARAMETERS_OF, Mixing, without_target
+from surgery.settings.quantities import Seed
+from surgery.settings.target import Target
 from surgery.slots.collapse import collapse
 from surgery.slots.slots import assign
 from surgery.storage.codecs import NATIVE, stored_bytes
 from surgery.storage.states import build_banks, state_of
 from surgery.storage.stored import Stored, adopt, compressed, expand, extra, store, ties
 from surgery.storage.trim import trim
+
+
+class Asked(Target):
+    """What is asked of one fit: the target, and the seed."""
+
+    seed: Seed = 0
 
 
 def fit(
@@ -53,6 +60,8 @@ def fit(
     device: str = "auto",
 ) -> JointModel:
     """Make a joint model small, in place; `joint.report` says what was met and what each means saved.
+
+    With a plan of a method whose settings fix what it makes, no target makes exactly this, at the members' precision.
 
     Args:
         joint: as `join` returns it.
@@ -72,40 +81,51 @@ def fit(
 
     Raises:
         PlanError: several targets at once, a target out of range, a budget that cannot be met, or an error that
-            cannot be met with so many templates.
+            cannot be met with what settings fix.
 
     Example:
         >>> joint = surgery.fit(surgery.join(members), max_error=0.02)
         >>> joint.report.errors
         {'a': 0.0196, 'b': 0.0193}
     """
-    _check_request(joint, max_error, budget, hypermodules, block, probes, templates)
-    bound = 0.05 if max_error is None else max_error
-    if templates is not None and max_error is None and budget is None:
-        return _fit_lossy(joint, TemplateRequest(templates, mixture, seed), probes, device)
-    if hypermodules is not None:
-        bank = BankRequest(hypermodules, block or (16, 16), context or 4, seed)
-        return _fit_lossy(joint, bank, probes, device)
-    if max_error == 0 and templates is None:
-        stored, originals = trim(store(joint)), _originals(joint)
-        precision = sum(
-            stored_bytes(each.shape, each.dtype, NATIVE) - each.nbytes for each in stored.tensors.values()
-        )
-        errors = dict.fromkeys(joint.names, 0.0)
-        stacks = describe_stacks(joint.plan, stored, originals)
-        known, hashes = joint.known.original, _hashes(joint)
-        report = _report(
-            "lossless", True, stored, originals, precision, errors, _of(hashes, known), stacks=stacks,
-            parameters=parameters_alone(joint),
-        )  # fmt: skip
-        return _adopt(joint, stored, report, known, hashes)
-    options = TemplateOptions(templates, mixture)
-    return _fit_lossy(joint, Request(bound, budget, block, seed, options), probes, device)
+    asked = Asked.of(
+        {
+            "max_error": max_error,
+            "budget": budget,
+            "hypermodules": hypermodules,
+            "templates": templates,
+            "block": block,
+            "context": context,
+            "mixture": mixture,
+            "seed": seed,
+        }
+    )
+    _check_request(joint, asked, probes)
+    fixed = any(method.asks(joint.plan, asked) for method in fitted_by(joint.plan))
+    if asked.max_error == 0 and not fixed:
+        return _fit_lossless(joint)
+    return _fit_lossy(joint, asked, probes, device)
+
+
+def _fit_lossless(joint: JointModel) -> JointModel:
+    """Equal tensors and blocks once, and nothing rounded."""
+    stored, originals = trim(store(joint)), _originals(joint)
+    precision = sum(
+        stored_bytes(each.shape, each.dtype, NATIVE) - each.nbytes for each in stored.tensors.values()
+    )
+    errors = dict.fromkeys(joint.names, 0.0)
+    stacks = describe_stacks(joint.plan, stored, originals)
+    known, hashes = joint.known.original, _hashes(joint)
+    report = _report(
+        "lossless", True, stored, originals, precision, errors, _of(hashes, known), stacks=stacks,
+        parameters=parameters_alone(joint),
+    )  # fmt: skip
+    return _adopt(joint, stored, report, known, hashes)
 
 
 def _fit_lossy(
     joint: JointModel,
-    request: Request | BankRequest | TemplateRequest,
+    asked: Asked,
     probes: Mapping[str, Sequence[Inputs]] | None,
     device: str,
 ) -> JointModel:
@@ -120,14 +140,12 @@ def _fit_lossy(
         joint.bodies.eval()  # a forward pass in training mode would change buffers, and drop at random
         trials = {}
         for name, member in joint.members.items():
-            inputs = given.get(name) or probe_inputs(member, seed=request.seed)
+            inputs = given.get(name) or probe_inputs(member, seed=asked.seed)
             trials[name] = Trial(member, originals[name], joint.owners[name], inputs, place)
-        if isinstance(request, BankRequest):
-            outcome = _bank_of_size(joint, before[0], trials, request)
-        elif isinstance(request, TemplateRequest):
-            outcome = _templates_of_number(joint, before[0], trials, request)
-        else:
-            outcome = Search(before[0], ties(joint), trials, request).run(request)
+        scene = Scene(trials, before[0], asked, asked.seed)
+        free = asked.max_error is None and asked.budget is None
+        made = make_exactly if free and scene.asked else search
+        outcome = made(scene, ties(joint))
     except BaseException:
         for name, member in joint.members.items():
             assign(member.module, originals[name], joint.owners[name])
@@ -140,7 +158,7 @@ def _fit_lossy(
     stored = trim(outcome.stored)
     precision = sum(bytes_alone(stored).values()) - stored.nbytes - outcome.sharing
     errors = dict(zip(joint.names, map(float, outcome.errors), strict=True))
-    measured = {"seed": request.seed, "given": sorted(given)}
+    measured = {"seed": asked.seed, "given": sorted(given)}
     kept = _of(hashes, known)
     stacks = describe_stacks(before[0], stored, originals)
     report = _report(
@@ -189,7 +207,7 @@ def _report(
     errors: Mapping[str, float],
     hashes: Mapping[str, str],
     probes: Mapping[str, object] | None = None,
-    stacks: Mapping[str, StackReport] | None = None,
+    stacks: Mapping[str, Any] | None = None,
     parameters: Mapping[str, int] | None = None,
 ) -> FitReport:
     sizes = bytes_alone(stored)
@@ -199,28 +217,6 @@ def _report(
         target, met, sizes, stored.nbytes, saved, errors, hashes, probes or {}, detail, stacks or {},
         parameters or {},
     )  # fmt: skip
-
-
-def _bank_of_size(
-    joint: JointModel, plan: Plan, trials: Mapping[str, Trial], request: BankRequest
-) -> Outcome:
-    """A bank of K hypermodules and everything else as it is: all that is saved is saved by sharing."""
-    originals = {name: trial.originals for name, trial in trials.items()}
-    stored = fixed_bank(plan, originals, ties(joint), request)
-    whole = sum(bytes_alone(stored).values())
-    target = f"{request.hypermodules} hypermodules"
-    return Outcome(target, stored, measure_errors(stored, trials), True, whole - stored.nbytes)
-
-
-def _templates_of_number(
-    joint: JointModel, plan: Plan, trials: Mapping[str, Trial], request: TemplateRequest
-) -> Outcome:
-    """K templates for stacks and everything else as it is: all that is saved is saved by sharing."""
-    originals = {name: trial.originals for name, trial in trials.items()}
-    stored = template_bank(plan, originals, ties(joint), trials, request)
-    whole = sum(bytes_alone(stored).values())
-    target = f"{request.count} templates"
-    return Outcome(target, stored, measure_errors(stored, trials), True, whole - stored.nbytes)
 
 
 def _originals(joint: JointModel) -> dict[str, dict[str, Tensor]]:
@@ -235,47 +231,20 @@ def _hashes(joint: JointModel) -> dict[str, str]:
     return {name: content_hash(collapse(joint, name)) for name in joint.names}
 
 
-def _check_request(
-    joint: JointModel,
-    max_error: float | None,
-    budget: float | None,
-    hypermodules: int | None,
-    block: tuple[int, int] | None,
-    probes: Mapping[str, Sequence[Inputs]] | None,
-    templates: int | None = None,
-) -> None:
-    given = [
-        name
-        for name, value in (
-            ("`max_error`", max_error),
-            ("`budget`", budget),
-            ("`hypermodules`", hypermodules),
-            ("`templates`", templates),
-        )
-        if value is not None
-    ]
-    # With K templates given, an error or a budget decides their precisions.
-    if len(given) > (1 if templates is None or hypermodules is not None else 2):
-        raise PlanError(
-            f"One target is needed, found {' and '.join(given)}; give only one of them, or `templates` with "
-            "`max_error` or `budget`."
-        )
-    if max_error is not None and not (math.isfinite(max_error) and max_error >= 0):
-        raise PlanError(f"`max_error` must be 0 or more, found {max_error}; 0 is lossless, 0.05 the default.")
-    if budget is not None and not 0 < budget <= 1:
-        raise PlanError(
-            f"`budget` must be above 0 and at most 1, found {budget}: it is a fraction of the bytes."
-        )
-    if hypermodules is not None and hypermodules < 1:
-        raise PlanError(f"`hypermodules` must be at least 1, found {hypermodules}.")
-    if templates is not None and templates < 1:
-        raise PlanError(f"`templates` must be at least 1, found {templates}.")
-    if templates is not None and not joint.plan.stacks:
-        raise PlanError("`templates` needs `method=templates`: a plan that finds stacks of layers.")
-    if hypermodules is not None and joint.plan.stacks:
-        raise PlanError("`hypermodules` needs `method=hypermodules`; stacks of layers take `templates`.")
-    if block is not None and min(block) < 1:
-        raise PlanError(f"Block sides must be at least 1, found {block[0]}x{block[1]}.")
+def _check_request(joint: JointModel, asked: Asked, probes: Mapping[str, Sequence[Inputs]] | None) -> None:
+    """Refuse what the plan or the members have no use for.
+
+    Raises:
+        PlanError: naming it.
+    """
+    methods = [method.name for method in fitted_by(joint.plan)]
+    leading = [name for name in methods if name != DEFAULT_METHOD] or [DEFAULT_METHOD]
+    for method, names in PARAMETERS_OF.items():
+        if (given := [name for name in names if getattr(asked, name, None)]) and method not in leading:
+            raise PlanError(
+                f"`{given[0]}` needs a plan of `method={method}`, but this joint model was planned by "
+                f"{' and '.join(leading)}."
+            )
     if unknown := sorted({*(probes or {})} - {*joint.names}):
         raise PlanError(
             f"Probe inputs need members, found {', '.join(unknown)}; "

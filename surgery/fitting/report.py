@@ -9,29 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from surgery.anatomy.plan import Plan
+from surgery.core.method import methods_of, plan_of
 from surgery.core.sizes import TensorReport, count_tensors
-from surgery.methods.rows.parts import parts_of_singles
-from surgery.methods.templates.layers import distinct_layers
 from surgery.storage.stored import Stored
 from surgery.util.showing import as_html, as_text
 from surgery.util.wording import percent, size
-
-
-@dataclass(frozen=True)
-class StackReport:
-    """How the layers of a stack are stored.
-
-    Attributes:
-        layers: how many there are.
-        templates: K; as many as distinct layers where each keeps its own numbers.
-        original: bytes that the layers had.
-        nbytes: bytes that they have.
-    """
-
-    layers: int
-    templates: int
-    original: int
-    nbytes: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,7 +32,7 @@ class FitReport:
             changed since they came from there, none.
         probes: the seed of made-up probe inputs and which members had real ones.
         detail: every tensor.
-        stacks: of a plan with templates, by name.
+        stacks: what methods say of the stacks of a plan, by name.
         parameters: of each member alone; see `surgery.core.sizes`.
     """
 
@@ -63,7 +45,7 @@ class FitReport:
     hashes: Mapping[str, str] = field(default_factory=dict)
     probes: Mapping[str, Any] = field(default_factory=dict)
     detail: tuple[TensorReport, ...] = ()
-    stacks: Mapping[str, StackReport] = field(default_factory=dict)
+    stacks: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -104,38 +86,15 @@ def describe(stored: Stored, originals: Mapping[str, Mapping[str, Any]]) -> tupl
 
 def describe_stacks(
     plan: Plan, stored: Stored, originals: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, StackReport]:
-    """How the layers of each stack of a plan are stored.
+) -> dict[str, Any]:
+    """What the methods of a plan say of its stacks.
 
     Args:
         plan: as it was before the fit.
         stored: what the fit made.
         originals: by member.
     """
-    size = {(row.member, row.name): row for row in describe(stored, originals)}
-    found = {}
-    for name, keys in plan.stacks.items():
-        layers = {
-            key: sorted((p for p in plan.placements if p.bank == key), key=lambda p: p.start) for key in keys
-        }
-        rows = [size[p.site.member, p.site.name] for placed in layers.values() for p in placed]
-        # A layer that no other draws on may have become plain: it is a template of its own.
-        counts = [
-            _templates_in(stored, bank.key) + len(layers[bank.key]) - bank.locations
-            for bank in stored.plan.banks
-            if bank.stack == name
-        ]
-        if not counts:
-            tensors = [[originals[p.site.member][p.site.name] for p in placed] for placed in layers.values()]
-            counts = [int(distinct_layers(tensors).max()) + 1]
-        total = sum(row.original for row in rows), sum(row.nbytes for row in rows)
-        found[name] = StackReport(len(layers[keys[0]]), max(counts), *total)
+    found: dict[str, Any] = {}
+    for method in methods_of(plan):
+        found |= method.report(plan_of(plan, method.name), stored, originals)
     return found
-
-
-def _templates_in(stored: Stored, key: str) -> int:
-    """How many templates a stored bank has a tensor of."""
-    prefix = f"bank/{key}/"
-    parts = {each.removeprefix(prefix): t for each, t in stored.tensors.items() if each.startswith(prefix)}
-    rows = sum(part.startswith("rows.") for part in parts)
-    return rows or sum(parts[part].shape[0] for part in parts_of_singles(parts))

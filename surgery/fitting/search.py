@@ -11,33 +11,25 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from surgery.anatomy.plan import Plan
+from surgery.core.method import methods_of
 from surgery.errors import PlanError
 from surgery.fitting.allocation import Choice, Table, finest, within_bytes, within_errors
 from surgery.fitting.assembly import Assembler, weights_of
 from surgery.fitting.closing import Scales, log_ratio, near
-from surgery.fitting.groups import make_groups, make_scene
+from surgery.fitting.groups import make_groups
+from surgery.fitting.scene import Scene
 from surgery.fitting.trial import Trial
-from surgery.fitting.units import PART_BYTES, barred, tabulate
-from surgery.methods.templates.arrangements import TemplateOptions
+from surgery.fitting.units import PART_BYTES, barred, doubtful, tabulate
+from surgery.settings.target import MAX_ERROR
 from surgery.storage.stored import Stored
 from surgery.util import progress
 
 ROUNDS = 8  # corrections of the predicted errors by the measured ones
 MORE_ROUNDS = 12  # if none of them met the bound
-DOUBT = 0.1  # of an artifact's bytes: a saving predicted of templates that measuring may well turn round
+DOUBT = (
+    0.1  # of an artifact's bytes: a saving predicted of what methods share that measuring may well turn round
+)
 HEADERS = 48 * 2**10  # bytes of names and headers that a budget does not count
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a lossy fit was asked for."""
-
-    max_error: float
-    budget: float | None
-    block: tuple[int, int] | None
-    seed: int
-    templates: TemplateOptions
 
 
 @dataclass(frozen=True)
@@ -49,6 +41,19 @@ class Outcome:
     errors: np.ndarray
     met: bool
     sharing: int
+
+
+def search(scene: Scene, ties: Mapping) -> Outcome:
+    """Meet an error bound or a budget.
+
+    Args:
+        scene: what is being fitted.
+        ties: as `surgery.storage.stored.ties` returns them.
+
+    Raises:
+        PlanError: where a budget cannot be met, or an error with what settings fix.
+    """
+    return Search(scene, ties).run()
 
 
 @dataclass(frozen=True)
@@ -63,35 +68,36 @@ class Attempt:
 class Search:
     """Choices for some members, tried by running them."""
 
-    def __init__(self, plan: Plan, ties: Mapping, trials: Mapping[str, Trial], request: Request):
-        groups = make_groups(make_scene(trials, plan, request.block, request.seed), request.templates)
-        table, units, arrangements = tabulate(groups, list(trials))
+    def __init__(self, scene: Scene, ties: Mapping):
+        groups = make_groups(scene)
+        table, units, arrangements = tabulate(groups, list(scene.trials))
+        self.scene, self.trials = scene, scene.trials
         self.apart = _apart(table)
         self.table = replace(table, fixed=np.where(barred(groups), np.inf, table.fixed))
-        mixed = np.array([any(bank.stack for bank in a.banks) for a in arrangements], bool)
-        self.mixed = mixed
+        self.doubtful = doubtful(groups)
         self.copies = np.array([max(0, len(unit.tensors) - 1) for unit in units])  # left out of each unit
-        self.unmixed = replace(self.table, fixed=np.where(mixed, np.inf, self.table.fixed))
-        self.fewer = any(group.shared for group in groups)  # templates than layers, whatever it costs
-        self.templates = request.templates.count
-        self.given = f"{self.templates} template{'s' if self.templates != 1 else ''}"
-        self.assembler, self.trials = Assembler(plan, ties, units, arrangements), trials
-        originals = [tensor for trial in trials.values() for tensor in trial.originals.values()]
+        self.unshared = replace(self.table, fixed=np.where(self.doubtful, np.inf, self.table.fixed))
+        self.fixed = any(group.shared for group in groups)  # whatever it costs
+        self.given = ", ".join(scene.asked.values())
+        self.assembler = Assembler(scene.plan, ties, units, arrangements)
+        originals = list(scene.originals.values())
         self.whole = sum(tensor.numel() * tensor.element_size() for tensor in originals)
         self.headers = min(PART_BYTES * len(originals), HEADERS)
 
-    def run(self, request: Request) -> Outcome:
+    def run(self) -> Outcome:
         """Meet what was asked for.
 
         Raises:
             PlanError: where a budget cannot be met.
         """
-        if request.budget is not None:
-            found, target = self.within_budget(request.budget), f"budget {request.budget:g}"
+        budget = self.scene.target.budget
+        bound = MAX_ERROR if self.scene.target.max_error is None else self.scene.target.max_error
+        if budget is not None:
+            found, target = self.within_budget(budget), f"budget {budget:g}"
         else:
-            found, target = self.within_error(request.max_error), f"max-error {request.max_error:g}"
-        target += f" with {self.given}" if self.templates else ""
-        met = request.budget is not None or bool((found.errors <= request.max_error).all())
+            found, target = self.within_error(bound), f"max-error {bound:g}"
+        target += f" with {self.given}" if self.given else ""
+        met = budget is not None or bool((found.errors <= bound).all())
         return Outcome(target, found.stored, found.errors, met, self.saved_by_sharing(found))
 
     def attempt(self, choice: Choice) -> Attempt:
@@ -102,12 +108,13 @@ class Search:
     def within_error(self, bound: float) -> Attempt:
         """The smallest attempt whose measured errors stay within `bound`.
 
-        Where templates are predicted to save little, layers apart are tried too, and what then is smaller counts.
+        Where what methods share is predicted to save little, all of it apart is tried too, and what then is smaller
+        counts.
         """
-        spare = self.most_exact(bound) if self.fewer else None
+        spare = self.most_exact(bound) if self.fixed else None
         best = self.close_in(self.table, bound)
         if self.in_doubt(best):
-            other = self.close_in(self.unmixed, bound)
+            other = self.close_in(self.unshared, bound)
             best = min(
                 (each for each in (best, other) if each), key=lambda each: each.stored.nbytes, default=None
             )
@@ -115,15 +122,15 @@ class Search:
         return best or spare or self.attempt(finest(self.apart))
 
     def in_doubt(self, found: Attempt | None) -> bool:
-        """Whether layers apart, tried by themselves, might be better than what was found.
+        """Whether what methods share, each tensor apart, might be better than what was found.
 
         Several members are then corrected one by one, as none of them draws on another's rows.
         """
-        if self.fewer or not self.mixed.any():
+        if self.fixed or not self.doubtful.any():
             return False
         if found is None:
             return True
-        taken = bool((found.choice.taken & self.mixed).any())
+        taken = bool((found.choice.taken & self.doubtful).any())
         return (taken or len(self.trials) > 1) and self.saved_by_sharing(found) < DOUBT * found.stored.nbytes
 
     def close_in(self, table: Table, bound: float) -> Attempt | None:
@@ -156,7 +163,7 @@ class Search:
         return best
 
     def most_exact(self, bound: float) -> Attempt:
-        """The given number of templates at the members' precision.
+        """What settings fix, in the members' precision.
 
         Raises:
             PlanError: where even that moves outputs by more than `bound`.
@@ -165,16 +172,31 @@ class Search:
         over = {name: e for name, e in zip(self.trials, found.errors, strict=True) if not e <= bound}
         if over:
             raise PlanError(
-                f"An error of {bound:g} cannot be met with {self.given} for each stack: in the members' precision the "
-                f"output of {', '.join(f'{name} moves by {e:.3g}' for name, e in over.items())}. Use more `templates`, "
-                "a larger `max_error`, or leave out `templates`, so that the error decides how many."
+                f"An error of {bound:g} cannot be met with {self.given}: in the members' precision the output of "
+                f"{', '.join(f'{name} moves by {e:.3g}' for name, e in over.items())}. {self.advice()}"
             )
         return found
+
+    def advice(self) -> str:
+        """How an error that cannot be met could be."""
+        if not (levers := self.levers()):
+            return "Change the `settings` of the method, or use a larger `max_error`."
+        return (
+            f"Use more {' or '.join(levers)}, a larger `max_error`, or leave out {' and '.join(levers)}, so that the "
+            "error decides how many."
+        )
+
+    def levers(self, above: int = 0) -> list[str]:
+        """The parameters of a recipe that fix what is made, where they are above a number."""
+        asking = [method for method in methods_of(self.scene.plan) if method.name in self.scene.asked]
+        names = [method.lever for method in asking if method.lever]
+        return [f"`{name}`" for name in names if getattr(self.scene.target, name) > above]
 
     def within_budget(self, budget: float) -> Attempt:
         """The attempt of least predicted error within a fraction of the members' bytes.
 
-        Where templates are predicted to save little, layers apart are tried too, and what is then more exact counts.
+        Where what methods share is predicted to save little, all of it apart is tried too, and what is then more exact
+        counts.
 
         Raises:
             PlanError: where nothing is so small.
@@ -183,14 +205,14 @@ class Search:
         found = self.attempt(choice)
         if choice.nbytes > limit or found.stored.nbytes > budget * self.whole:
             least = max(found.stored.nbytes, choice.nbytes - self.headers) / self.whole
-            given = f" with {self.given} for each stack" if self.templates else ""
-            fewer = ", or fewer `templates`" if self.templates and self.templates > 1 else ""
+            given = f" with {self.given}" if self.given else ""
+            fewer = f", or fewer {' or '.join(levers)}" if (levers := self.levers(above=1)) else ""
             raise PlanError(
                 f"A budget of {budget:g} cannot be met{given}: the smallest artifact of these members takes "
                 f"{least:.3f} of their bytes; use `budget={np.ceil(least * 100 + 0.1) / 100:.2f}` or more{fewer}."
             )
         if self.in_doubt(found):
-            other = self.attempt(self.of_bytes(self.unmixed, budget)[0])
+            other = self.attempt(self.of_bytes(self.unshared, budget)[0])
             if other.stored.nbytes <= budget * self.whole:
                 found = min(found, other, key=lambda each: float((each.errors**2).sum()))
         return found
@@ -211,10 +233,10 @@ class Search:
         """What the same predicted errors would cost more without shared rows, and copies left out."""
         apart, table = within_errors(self.apart, (found.choice.error * (1 + 1e-9)).tolist()), self.table
         copies = sum(found.stored.tensors[first].nbytes for first in found.stored.aliases.values())
-        # Equal tensors of layers that come from templates are no copies any more, but apart they would be.
-        mixed = np.isin(table.group[table.arrangement], table.group[found.choice.taken & self.mixed])
+        # Equal tensors that a method generates are no copies any more, but apart they would be.
+        generated = np.isin(table.group[table.arrangement], table.group[found.choice.taken & self.doubtful])
         size = table.size[np.arange(len(table.size)), apart.option]
-        copies += round(float((size * self.copies)[mixed & apart.taken[table.arrangement]].sum()))
+        copies += round(float((size * self.copies)[generated & apart.taken[table.arrangement]].sum()))
         saved = max(0, round(apart.nbytes - found.choice.nbytes)) + copies
         return max(
             0, min(saved, self.whole - found.stored.nbytes)

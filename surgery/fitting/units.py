@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from surgery.anatomy.sites import Site
+from surgery.anatomy.plan import BankPlan, Placement
 from surgery.fitting.allocation import Table
-from surgery.geometry.blocks import BlockGrid
 from surgery.storage.codecs import (
     NATIVE,
+    Encoded,
     Precision,
     decode,
     encode,
@@ -28,6 +29,10 @@ SAMPLE = 1 << 18  # values on which the error of a precision is measured
 ROW_SAMPLE = 1 << 16  # of a tensor that is one row, in pieces
 PIECE = 64  # values of such a row that are sampled together, or as many as are stored together
 PART_BYTES = 160  # a stored part's entry in a file's header and in the manifest, rounded up
+BANK_BYTES = 400.0  # a bank's entry in the manifest
+
+Key = tuple[str, str]
+"""A tensor: its member and its name there."""
 
 
 @dataclass(frozen=True)
@@ -49,25 +54,24 @@ class Unit:
     errors: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class SharedRows:
-    """Sites that are sums of rows which they share: a bank whose L hypermodules have c basis blocks, one unit for each.
+class Shared(Protocol):
+    """A bank that some sites are generated from, as an arrangement offers it."""
 
-    Attributes:
-        sites: N of one shape.
-        grid: cuts each of them into L blocks.
-        contexts: `[N, L, c]`.
-        key: of the bank; by default it is named by its blocks.
-        stack: the stack of layers whose templates these rows are, for one of its tensors.
-        hard: whether every context is one 1 among zeros, so that a block is a row as it is.
-    """
+    @property
+    def count(self) -> int:
+        """How many units it has: each is one of its parts."""
+        ...
 
-    sites: tuple[Site, ...]
-    grid: BlockGrid
-    contexts: Tensor
-    key: str = ""
-    stack: str = ""
-    hard: bool = False
+    def assemble(
+        self, number: int, parts: Sequence[Encoded | None]
+    ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
+        """The bank as it is stored: its plan, what it generates, and its parts by name.
+
+        Args:
+            number: of the bank in the joint model, by which it may name itself.
+            parts: what was chosen for each unit; None for one that is left out.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,15 +79,14 @@ class Arrangement:
     """One way of storing a group of tensors.
 
     Attributes:
-        units: of all banks, basis block by basis block; without banks, of plain tensors. Units after the banks' only
-            carry an error.
+        units: of all banks, part by part; without banks, of plain tensors. Units after the banks' only carry an error.
         fixed: bytes besides the units.
         banks: what is shared.
     """
 
     units: tuple[Unit, ...]
     fixed: float = 0.0
-    banks: tuple[SharedRows, ...] = ()
+    banks: tuple[Shared, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,12 @@ class Group:
     Attributes:
         arrangements: to choose from; the first shares nothing.
         shared: whether the first cannot be taken, and is there only to measure by it what sharing saves.
+        claimed: whether a method decides on these tensors, so that storing them apart is tried by itself as well.
     """
 
     arrangements: tuple[Arrangement, ...] = field(default_factory=tuple)
     shared: bool = False
+    claimed: bool = False
 
 
 def measure(tensors: Mapping[str, Tensor], weight: Mapping[str, float], *, droppable: bool = False) -> Unit:
@@ -173,3 +178,8 @@ def barred(groups: Sequence[Group]) -> np.ndarray:
     return np.array(
         [group.shared and not i for group in groups for i in range(len(group.arrangements))], bool
     )
+
+
+def doubtful(groups: Sequence[Group]) -> np.ndarray:
+    """Which arrangements share what methods decide on: `[A]`; what is predicted of them is compared with none of it."""
+    return np.array([group.claimed and bool(a.banks) for group in groups for a in group.arrangements], bool)

@@ -9,6 +9,12 @@ DEFAULT_METHOD = "hypermodules"
 SHIPPED_METHODS = ("hypermodules", "templates")
 """Methods of this package that a recipe can name, each a folder of `surgery.methods`."""
 
+PARAMETERS_OF = {"templates": ("templates", "mix_norms"), "hypermodules": ("hypermodules",)}
+"""Parameters of a recipe that only one method reads."""
+
+RELATED = ("siblings",)
+"""Ways of storing related sites together, each a module `related` in a folder of `surgery.methods`."""
+
 Mixing = Literal["linear", "softmax", "one-hot"]
 """Mixtures of templates: any, positive ones that sum to 1, or one template for each layer."""
 

@@ -11,6 +11,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from surgery.disk.untrusted import shown, shown_text
 
+_BOUNDS = {
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "{ge:g} or more",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "finite_number": "a finite number",
+}
+"""Requirements of quantities in the words of all our messages."""
+
 
 class Strict(BaseModel):
     """A part of a recipe: unknown keys are errors, values do not change."""
@@ -101,6 +110,8 @@ def _explain(error: Any, root: type[BaseModel], prefix: str) -> str:
         return f"'{where}' is not a known key, {advice_on(path[-1], keys_of(root, path[:-1]))}"
     message = error["msg"].removeprefix("Value error, ")
     message = shown_text(message[:1].lower() + message[1:], 400)
+    if error["type"] in _BOUNDS:
+        message = f"must be {_BOUNDS[error['type']].format(**error.get('ctx', {}))}"
     found = "" if error["type"] in ("missing", "value_error") else f", found {shown(error['input'])}"
     near = ""
     if error["type"] == "literal_error":

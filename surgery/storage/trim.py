@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 
 from surgery.anatomy.plan import BankPlan, Placement, torch_dtype
-from surgery.core.dictionary import index_dtype
 from surgery.core.generation import to_weight
-from surgery.storage.codecs import Encoded, decode, encode_native, take_rows
+from surgery.core.method import tensor_method
+from surgery.storage.codecs import Encoded, decode, encode_native
 from surgery.storage.states import build_banks
 from surgery.storage.stored import Stored
 
@@ -38,10 +38,10 @@ def restrict(stored: Stored, members: Iterable[str]) -> Stored:
     for bank in stored.plan.banks:
         mine = [p for name in names for p in stored.plan.of(name) if p.bank == bank.key]
         if mine:
-            smaller, moved, parts = _restrict_bank(stored, bank, mine)
+            smaller, moved, parts = tensor_method(bank.method).restrict(bank, mine, stored.parts(bank.key))
             banks.append(smaller)
             placements += moved
-            tensors.update(parts)
+            tensors.update({f"bank/{bank.key}/{part}": each for part, each in parts.items()})
     place = {(p.site.member, p.site.name): i for i, p in enumerate(stored.plan.placements)}
     placements.sort(key=lambda p: (names.index(p.site.member), place[p.site.member, p.site.name]))
     left_alone = tuple(entry for entry in stored.plan.left_alone if entry.member in names)
@@ -137,42 +137,3 @@ def _restrict_plain(stored: Stored, names: tuple[str, ...]) -> tuple[dict[str, E
             holder[first] = key
     kept.update({key: stored.tensors[first] for first, key in holder.items()})
     return kept, aliases
-
-
-def _restrict_bank(
-    stored: Stored, plan: BankPlan, placements: list[Placement]
-) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
-    """One bank with the locations of some placements and the rows that these use."""
-    prefix = f"bank/{plan.key}/"
-    parts = {key.removeprefix(prefix): each for key, each in stored.tensors.items() if key.startswith(prefix)}
-    chosen = torch.cat([torch.arange(p.start, p.stop) for p in placements])
-    count = parts["rows.0"].shape[0] if "rows.0" in parts else 0
-    psi = decode(parts["psi"]).long()
-    used, compact = torch.unique(psi[chosen], return_inverse=True)
-    hyper, single = used[used < count], used[used >= count] - count
-    shared = psi < count
-    number = (
-        torch.where(shared, shared.long().cumsum(0), (~shared).long().cumsum(0)) - 1
-    )  # among its own kind
-    of_hyper, of_single = number[chosen[shared[chosen]]], number[chosen[~shared[chosen]]]
-    taken: dict[str, Encoded] = {}
-    for part, encoded in parts.items():
-        if part.startswith("single."):  # one row: kept under the number that it has among those left
-            place = (single == int(part.partition(".")[2])).nonzero()
-            taken |= {f"{prefix}single.{int(s)}": encoded for s in place}
-        elif part == "psi":
-            taken[prefix + part] = encode_native(compact.to(index_dtype(len(used))))
-        elif part == "factor":
-            taken[prefix + part] = encode_native(decode(encoded)[of_single])
-        else:
-            rows = {"single": single, "contexts": of_hyper}.get(part, hyper)
-            taken[prefix + part] = take_rows(encoded, rows)
-    gone = ([] if len(hyper) else ["rows", "contexts"]) + ([] if len(single) else ["single", "factor"])
-    taken = {
-        key: each for key, each in taken.items() if key.removeprefix(prefix).partition(".")[0] not in gone
-    }
-    moved, start = [], 0
-    for p in placements:
-        moved.append(replace(p, start=start))
-        start += p.grid.locations
-    return replace(plan, locations=start, context=plan.context if len(hyper) else 1), moved, taken

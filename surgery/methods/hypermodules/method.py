@@ -9,19 +9,21 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from surgery.anatomy.plan import BankPlan, Placement, Plan, make_plan
+from surgery.anatomy.plan import Placement, Plan, make_plan
 from surgery.core.bank import Bank
-from surgery.core.method import Opening, PlanRequest, TensorMethod, register_method
+from surgery.core.method import Opening, PlanRequest, register_method
 from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.opening import fixed_bank, open_bank, open_rest
-from surgery.methods.rows import parts as stored
 from surgery.methods.rows.bank import RowsBank
 from surgery.methods.rows.exact import exact_bank
+from surgery.methods.rows.method import RowsMethod
 from surgery.settings.names import Scale
-from surgery.storage.codecs import Encoded
 
 if TYPE_CHECKING:
     from surgery.anatomy.sites import Anatomy
+    from surgery.core.settle import Settled
+    from surgery.fitting.scene import Scene
+    from surgery.settings.target import Target
 
 
 @dataclass(frozen=True)
@@ -38,33 +40,27 @@ class HypermoduleOpening:
 
 
 @register_method
-class Hypermodules(TensorMethod):
+class Hypermodules(RowsMethod):
     """Every block is a sum of the basis blocks of the hypermodule that its location uses. # MUiR"""
 
     name: ClassVar[str] = "hypermodules"
     summary: ClassVar[str] = "blocks of all sites draw on shared hypermodules"
-    form: ClassVar[str] = "rows"
     claims: ClassVar[bool] = False
+    lever: ClassVar[str] = "hypermodules"
 
     def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Plan:
         """Every site in banks of one block shape."""
         return make_plan(anatomies, request.block, request.context)
 
-    def make(self, plan: BankPlan, blocks: Tensor, generator: torch.Generator) -> Bank:
-        """Every distinct block as a row: nothing is lost."""
-        return exact_bank(blocks, plan.block)
+    def asks(self, plan: Plan, target: Target) -> str:
+        """K."""
+        return f"{target.hypermodules} hypermodules" if target.hypermodules else ""
 
-    def unpack(self, plan: BankPlan, parts: Mapping[str, Tensor]) -> Bank:
-        """A bank of rows and codes."""
-        return stored.unpack(plan, parts)
+    def exactly(self, scene: Scene, plan: Plan) -> Settled:
+        """A bank of exactly K hypermodules."""
+        from surgery.methods.hypermodules.exactly import bank_of_size
 
-    def wrong_parts(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> list[str]:
-        """What cannot be true of stored rows and codes."""
-        return stored.wrong_parts(plan, parts)
-
-    def location_bytes(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> Tensor:
-        """Rows are divided among the locations that draw on them."""
-        return stored.location_bytes(parts)
+        return bank_of_size(scene, plan)
 
     def open(self, plan: Plan, banks: Mapping[str, Bank], how: Opening) -> dict[str, Bank]:
         """Every single row becomes a hypermodule; hypermodules that there are stay."""

@@ -9,15 +9,17 @@ factor    [L'']     of the locations on single rows; absent where all are 1
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from surgery.anatomy.plan import BankPlan, torch_dtype
-from surgery.core.dictionary import master_dtype
+from surgery.anatomy.plan import BankPlan, Placement, torch_dtype
+from surgery.core.dictionary import index_dtype, master_dtype
+from surgery.core.method import follow_up
 from surgery.methods.rows.bank import RowsBank
-from surgery.storage.codecs import Encoded, decode
+from surgery.storage.codecs import Encoded, decode, encode_native, take_rows
 
 INDICES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)
 """What an alignment is stored in."""
@@ -117,3 +119,37 @@ def wrong_parts(bank: BankPlan, parts: Mapping[str, Encoded]) -> list[str]:
         if held is not None and not bool(torch.isfinite(held).all()):
             bad.append(f"bank {bank.key} has NaN or infinite values in {part}")
     return bad
+
+
+def alignment(parts: Mapping[str, Encoded]) -> tuple[Tensor, int]:
+    """What each location draws on `[L]`, hypermodules first, and how many hypermodules there are."""
+    return decode(parts["psi"]).long(), count_hypermodules(parts)
+
+
+def restrict(
+    plan: BankPlan, placements: Sequence[Placement], parts: Mapping[str, Encoded]
+) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
+    """One bank with the locations of some placements and the rows that these use."""
+    chosen = torch.cat([torch.arange(p.start, p.stop) for p in placements])
+    psi, count = alignment(parts)
+    used, compact = torch.unique(psi[chosen], return_inverse=True)
+    hyper, single = used[used < count], used[used >= count] - count
+    shared = psi < count
+    # Among its own kind.
+    number = torch.where(shared, shared.long().cumsum(0), (~shared).long().cumsum(0)) - 1
+    of_hyper, of_single = number[chosen[shared[chosen]]], number[chosen[~shared[chosen]]]
+    taken: dict[str, Encoded] = {}
+    for part, encoded in parts.items():
+        if part.startswith("single."):  # one row: kept under the number that it has among those left
+            place = (single == int(part.partition(".")[2])).nonzero()
+            taken |= {f"single.{int(s)}": encoded for s in place}
+        elif part == "psi":
+            taken[part] = encode_native(compact.to(index_dtype(len(used))))
+        elif part == "factor":
+            taken[part] = encode_native(decode(encoded)[of_single])
+        else:
+            taken[part] = take_rows(encoded, {"single": single, "contexts": of_hyper}.get(part, hyper))
+    gone = ([] if len(hyper) else ["rows", "contexts"]) + ([] if len(single) else ["single", "factor"])
+    taken = {part: each for part, each in taken.items() if part.partition(".")[0] not in gone}
+    context = plan.context if len(hyper) else 1
+    return replace(plan, locations=len(chosen), context=context), follow_up(placements), taken

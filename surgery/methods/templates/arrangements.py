@@ -14,15 +14,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from surgery.core.dictionary import index_dtype
-from surgery.fitting.units import Arrangement, Group, SharedRows, Unit, measure
+from surgery.anatomy.plan import Plan
+from surgery.fitting.related import components
+from surgery.fitting.scene import Scene, key_of
+from surgery.fitting.units import BANK_BYTES, Arrangement, Group, Unit, measure
 from surgery.geometry.blocks import BlockGrid
-from surgery.methods.siblings.principal import components
+from surgery.methods.rows.shared import SharedRows
 from surgery.methods.templates.layers import (
     StackTensor,
     TemplateRow,
     distinct_layers,
     layer_scales,
+    read_stack,
     row_dtype,
     total_gram,
     unexplained,
@@ -35,7 +38,6 @@ from surgery.util import progress
 EVERY = 8  # up to so many templates, every number of them is tried
 RELATED = 0.2  # least cosine of two layers of a family; two that are less alike save 0.015 bits a number
 STEP = 1.25  # beyond, each is so many times the one before it
-BANK_BYTES = 400.0  # a bank's entry in the manifest
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,24 @@ class TemplateOptions:
 
     count: int | None = None
     mixing: Mixing = "linear"
+
+
+def arrange_stacks(scene: Scene, plan: Plan) -> list[Group]:
+    """Each stack of a plan as one thing to decide on; a tensor elsewhere that equals one of theirs is decided on by
+    itself.
+
+    Args:
+        scene: what is being fitted.
+        plan: of the stacks.
+    """
+    options = TemplateOptions(scene.target.templates, scene.target.mixture)
+    sensitivity = scene.sensitive_to(key_of(p.site) for p in plan.placements)
+    groups = []
+    for name in plan.stacks:
+        tensors = read_stack(plan, name, scene.originals, sensitivity)
+        apart = scene.apart(key_of(site) for tensor in tensors for site in tensor.sites)
+        groups.append(stack_group(tensors, apart, options, scene.seed))
+    return groups
 
 
 def stack_group(
@@ -79,7 +99,7 @@ def stack_group(
                 _from_templates(tensors, mixtures, combine, options.mixing, droppable, measured)
             )
             task.advance()
-    return Group(tuple(arrangements), shared=bool(counts) and options.count is not None)
+    return Group(tuple(arrangements), shared=bool(counts) and options.count is not None, claimed=True)
 
 
 def candidates(most: int, run: int) -> list[int]:
@@ -160,9 +180,8 @@ def _from_templates(
         width = tensor.weights[0].numel()
         contexts = mixtures.to(row_dtype(tensor, False)).unsqueeze(1)  # one location for each layer
         grid = BlockGrid(1, 1, width, 1, width)
-        banks.append(SharedRows(tensor.sites, grid, contexts, tensor.key, tensor.stack, hard))
-        index = len(contexts) * index_dtype(mixtures.shape[1] if hard else 1).itemsize
-        fixed += BANK_BYTES + index + (0 if hard else contexts.numel() * contexts.element_size())
+        banks.append(SharedRows(tensor.sites, grid, contexts, tensor.key, tensor.stack, hard, "templates"))
+        fixed += BANK_BYTES + banks[-1].fixed_bytes
     left = _by_member(members, unexplained(tensors, mixtures, combine))
     units.append(Unit({}, left, (NATIVE,), (0.0,), (1.0,)))
     return Arrangement(tuple(units), fixed, tuple(banks))

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Plan
 from surgery.core.bank import Bank
-from surgery.core.method import Opening, PlanRequest, TensorMethod, register_method
+from surgery.core.method import Opening, PlanRequest, register_method
 from surgery.methods.rows import parts as stored
 from surgery.methods.rows.bank import RowsBank
-from surgery.methods.rows.exact import exact_bank
+from surgery.methods.rows.method import RowsMethod
 from surgery.methods.templates.bank import TemplateBank
 from surgery.methods.templates.mixtures import has_templates, reopen_stack, run_lengths
 from surgery.methods.templates.plan import plan_templates
-from surgery.storage.codecs import Encoded
+from surgery.util.showing import plural
 
 if TYPE_CHECKING:
     from surgery.anatomy.sites import Anatomy
+    from surgery.core.settle import Settled
+    from surgery.fitting.scene import Scene
+    from surgery.fitting.units import Group
+    from surgery.settings.target import Target
+    from surgery.storage.stored import Stored
 
 
 @register_method
-class TemplatesMethod(TensorMethod):
+class TemplatesMethod(RowsMethod):
     """Every layer of a stack is a mixture of K templates. # Compositional models"""
 
     name: ClassVar[str] = "templates"
     summary: ClassVar[str] = "the layers of stacks are mixtures of templates, the rest is hypermodules"
-    form: ClassVar[str] = "rows"
+    lever: ClassVar[str] = "templates"
 
     def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Plan:
         """A bank for each tensor of a stack's layers, and blocks for what lies outside of stacks."""
@@ -41,22 +45,34 @@ class TemplatesMethod(TensorMethod):
             stacks=request.stacks,
         )
 
-    def make(self, plan: BankPlan, blocks: Tensor, generator: torch.Generator) -> Bank:
-        """Every distinct layer as a template: nothing is lost."""
-        return exact_bank(blocks, plan.block)
-
     def unpack(self, plan: BankPlan, parts: Mapping[str, Tensor]) -> Bank:
         """A bank of rows and codes; templates where there are any."""
         bank = stored.unpack(plan, parts)
         return TemplateBank.of(bank) if bank.hypermodules == 1 and not bank.singles else bank
 
-    def wrong_parts(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> list[str]:
-        """What cannot be true of stored rows and codes."""
-        return stored.wrong_parts(plan, parts)
+    def asks(self, plan: Plan, target: Target) -> str:
+        """K."""
+        return plural(target.templates, "template") if target.templates else ""
 
-    def location_bytes(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> Tensor:
-        """Rows are divided among the locations that draw on them."""
-        return stored.location_bytes(parts)
+    def exactly(self, scene: Scene, plan: Plan) -> Settled:
+        """K templates for each stack."""
+        from surgery.methods.templates.exactly import templates_of_number
+
+        return templates_of_number(scene, plan)
+
+    def arrange(self, scene: Scene, plan: Plan) -> list[Group]:
+        """The layers of each stack apart, or from templates of every number that is worth trying."""
+        from surgery.methods.templates.arrangements import arrange_stacks
+
+        return arrange_stacks(scene, plan)
+
+    def report(
+        self, plan: Plan, stored: Stored, originals: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Any]:
+        """How the layers of each stack are stored."""
+        from surgery.methods.templates.report import report_stacks
+
+        return report_stacks(plan, stored, originals)
 
     def open(self, plan: Plan, banks: Mapping[str, Bank], how: Opening) -> dict[str, Bank]:
         """Templates and mixtures for every stack that has none; those that there are stay."""

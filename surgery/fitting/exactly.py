@@ -1,0 +1,44 @@
+"""Exactly: what settings ask for, in the members' precision, and everything else as it is; only sharing saves bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from surgery.core.method import plan_of, tensor_method
+from surgery.core.sizes import bytes_alone
+from surgery.fitting.assembly import with_plain
+from surgery.fitting.scene import Scene, plain_key
+from surgery.fitting.search import Outcome, measure_errors
+from surgery.storage.codecs import Encoded, encode_native
+from surgery.storage.stored import Stored, bank_tensors, deduplicate
+
+
+def make_exactly(scene: Scene, ties: Mapping[str, Mapping[str, tuple[str, ...]]]) -> Outcome:
+    """Store the banks that settings ask for, and all other tensors plainly.
+
+    Args:
+        scene: what is being fitted.
+        ties: as `surgery.storage.stored.ties` returns them.
+
+    Raises:
+        PlanError: where there are no such banks.
+    """
+    plain, tensors = dict(scene.originals), dict[str, Encoded]()
+    plan = replace(scene.plan, banks=(), placements=())
+    for name in scene.asked:
+        settled = tensor_method(name).exactly(scene, plan_of(scene.plan, name))
+        plain |= settled.plain
+        for bank in settled.plan.banks:
+            parts = bank_tensors(bank, settled.banks[bank.key])
+            tensors |= {key: encode_native(tensor) for key, tensor in parts.items()}
+        banks, placements = settled.plan.banks, settled.plan.placements
+        plan = replace(plan, banks=(*plan.banks, *banks), placements=(*plan.placements, *placements))
+    for p in plan.placements:
+        del plain[p.site.member, p.site.name]
+    tensors |= {plain_key(key): encode_native(tensor) for key, tensor in plain.items()}
+    whole = with_plain(scene.plan, plan.banks, plan.placements)
+    stored = deduplicate(Stored(whole, tensors, ties=ties))
+    saved = sum(bytes_alone(stored).values()) - stored.nbytes
+    target = ", ".join(scene.asked.values())
+    return Outcome(target, stored, measure_errors(stored, scene.trials), True, saved)

@@ -1,0 +1,134 @@
+"""Scene: what is being fitted, as methods see it: members, their tensors, and how sensitive outputs are to each."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from surgery.anatomy.plan import Placement, Plan
+from surgery.anatomy.sites import Site
+from surgery.core.generation import to_blocks
+from surgery.core.method import DEFAULT_METHOD, TensorMethod, methods_of, plan_of, tensor_method
+from surgery.fitting.sensitivity import measured_sensitivities, sensitivities
+from surgery.fitting.trial import Trial
+from surgery.fitting.units import Arrangement, Key, Unit, measure
+from surgery.settings.target import Target
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is being fitted.
+
+    Attributes:
+        trials: members that run, by name.
+        plan: where their tensors go.
+        target: what is asked for.
+        seed: of everything random.
+    """
+
+    trials: Mapping[str, Trial]
+    plan: Plan
+    target: Target
+    seed: int
+
+    @cached_property
+    def originals(self) -> dict[Key, Tensor]:
+        """Every tensor of every member, as it was."""
+        return {
+            (name, tensor): value
+            for name, trial in self.trials.items()
+            for tensor, value in trial.originals.items()
+        }
+
+    @cached_property
+    def sensitivity(self) -> dict[Key, float]:
+        """Relative squared output error per squared error of each tensor that a gradient reaches."""
+        return {
+            (name, tensor): value
+            for name, trial in self.trials.items()
+            for tensor, value in sensitivities(trial, self.seed).items()
+        }
+
+    @cached_property
+    def claims(self) -> tuple[tuple[TensorMethod, Plan], ...]:
+        """Methods that decide on the sites of their banks, each with the plan of these."""
+        methods = [method for method in methods_of(self.plan) if method.claims]
+        return tuple((method, plan_of(self.plan, method.name)) for method in methods)
+
+    @cached_property
+    def claimed(self) -> frozenset[Key]:
+        """Sites that a method decides on."""
+        return frozenset(key_of(p.site) for _, plan in self.claims for p in plan.placements)
+
+    @cached_property
+    def unclaimed(self) -> dict[Key, Site]:
+        """Sites that no method decides on."""
+        sites = {key_of(p.site): p.site for p in self.plan.placements}
+        return {key: site for key, site in sites.items() if key not in self.claimed}
+
+    @cached_property
+    def asked(self) -> dict[str, str]:
+        """What settings fix, in words, by the method that makes it."""
+        found = {method.name: method.asks(self.plan, self.target) for method in fitted_by(self.plan)}
+        return {name: words for name, words in found.items() if words}
+
+    def sensitive_to(self, keys: Iterable[Key]) -> dict[Key, float]:
+        """The sensitivity to some tensors, measured by rounding where no gradient reaches them."""
+        keys = list(keys)
+        missing: dict[str, list[str]] = defaultdict(list)
+        for member, tensor in sorted(set(keys)):
+            if (member, tensor) not in self.sensitivity:
+                missing[member].append(tensor)
+        for member, tensors in missing.items():
+            found = measured_sensitivities(self.trials[member], tensors)
+            self.sensitivity.update({(member, tensor): value for tensor, value in found.items()})
+        return {key: self.sensitivity[key] for key in keys}
+
+    def blocks(self, placements: Sequence[Placement]) -> Tensor:
+        """The original blocks `[L, m*n]` of one bank's placements, in their order."""
+        return torch.cat([to_blocks(self.originals[key_of(p.site)], p) for p in placements])
+
+    def alone(self, keys: Sequence[Key]) -> Unit:
+        """Equal tensors by themselves, stored once."""
+        tensor, weight = self.originals[keys[0]], defaultdict[str, float](float)
+        for key in keys:
+            weight[key[0]] += self.sensitivity.get(key, 0.0)
+        return measure({plain_key(key): tensor for key in keys}, dict(weight))
+
+    def apart(self, keys: Iterable[Key]) -> Arrangement:
+        """Tensors each by itself, equal ones once."""
+        equal = equal_tensors({key: self.originals[key] for key in keys})
+        return Arrangement(tuple(self.alone(each) for each in equal))
+
+
+def fitted_by(plan: Plan) -> list[TensorMethod]:
+    """The methods of a plan's banks; that of all sites where there is none."""
+    return methods_of(plan) or [tensor_method(DEFAULT_METHOD)]
+
+
+def key_of(site: Site) -> Key:
+    """Member and name."""
+    return site.member, site.name
+
+
+def plain_key(key: Key) -> str:
+    """The storage key of a tensor that its member owns."""
+    return f"plain/{key[0]}/{key[1]}"
+
+
+def equal_tensors(tensors: Mapping[Key, Tensor]) -> list[list[Key]]:
+    """Tensors by their bytes: equal ones are decided on and stored once."""
+    found: dict[object, list[Key]] = defaultdict(list)
+    for key, tensor in tensors.items():
+        digest: object = key
+        if tensor.numel() * tensor.element_size() >= 512:
+            raw = tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
+            digest = (tuple(tensor.shape), tensor.dtype, hashlib.sha256(raw.tobytes()).digest())
+        found[digest].append(key)
+    return list(found.values())

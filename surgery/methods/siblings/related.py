@@ -1,0 +1,39 @@
+"""Siblings' way of storing related sites: rows along their principal directions, each with a precision of its own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+
+from surgery.anatomy.sites import Site
+from surgery.core.dictionary import master_dtype
+from surgery.fitting.related import register_way
+from surgery.fitting.scene import Scene, key_of
+from surgery.fitting.units import BANK_BYTES, Arrangement, measure
+from surgery.geometry.blocks import BlockGrid, tile
+from surgery.methods.rows.shared import SharedRows
+from surgery.methods.siblings.principal import principal_rows
+
+
+@register_way("siblings")
+def principal_directions(scene: Scene, sites: Sequence[Site]) -> Arrangement:
+    """Related sites as principal rows: one unit for each row, the later ones droppable."""
+    view = sites[0].view
+    m, n = scene.target.block or view.shape[1:]
+    grid = BlockGrid(*view.shape, m, n)
+    originals = [scene.originals[key_of(site)] for site in sites]
+    master = master_dtype(originals[0].dtype)
+    blocks = torch.stack([tile(view.to_matrices(each), grid).to(master) for each in originals])
+    sensitivity = torch.tensor([scene.sensitivity[key_of(site)] for site in sites], device=blocks.device)
+    rows, contexts, share = principal_rows(blocks, sensitivity)
+    power = sensitivity.sqrt().mean().square().item()  # rows are scaled by root sensitivity over its mean
+    units = []
+    for j in range(len(sites)):
+        weight: dict[str, float] = defaultdict(float)
+        for i, site in enumerate(sites):
+            weight[site.member] += power * share[i, :, j].mean().item()
+        units.append(measure({f"rows.{j}": rows[j]}, dict(weight), droppable=j > 0))
+    bank = SharedRows(tuple(sites), grid, contexts)
+    return Arrangement(tuple(units), bank.fixed_bytes + BANK_BYTES, (bank,))
