@@ -167,8 +167,8 @@ def known_dtypes() -> dict[torch.dtype, str]:
 def _layout(entries: Iterable[Entry], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:
     """The header, padded so that data begin at a multiple of 64 bytes, and the order of the tensors.
 
-    After the tensors that keep the alignment come those that do not, the widest numbers first, so that each begins at
-    least at a multiple of its own.
+    After the tensors that keep the alignment come those that do not, of the widest elements first, so that each begins
+    at least at a multiple of its own.
     """
     names = known_dtypes()
     ordered = sorted(entries, key=lambda e: (_size(e[1], e[2]) % ALIGNMENT != 0, -e[1].itemsize, e[0]))

@@ -21,7 +21,7 @@ from surgery.geometry.views import CanonicalView, axes_of
 
 @dataclass(frozen=True)
 class BlockMap:
-    """How the numbers of `[L, m*n]` blocks lie in a weight whose out and in are axes of its own.
+    """How the elements of `[L, m*n]` blocks lie in a weight whose out and in are axes of its own.
 
     Attributes:
         grid: of the blocks.
@@ -61,7 +61,7 @@ class BlockMap:
             matrices[..., -1, :, rest:].zero_()
 
     def _pairs(self, blocks: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Views of blocks and weight on the same numbers in the same order: of all full tiles, and of each edge."""
+        """Views of blocks and weight on the same elements in the same order: of all full tiles, and of each edge."""
         grid, blocks, weight = self.grid, blocks.view(self.factors), weight.reshape(self.lengths)
         for rows, height in _pieces(grid.out, grid.m):
             for columns, width in _pieces(grid.into, grid.n):

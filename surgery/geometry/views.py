@@ -104,7 +104,7 @@ class CanonicalView:
 
     @property
     def flat(self) -> bool:
-        """Whether this is the tensor in one row, its numbers in the order in which they lie."""
+        """Whether this is the tensor in one row, its elements in the order in which they lie."""
         left, right = self.pattern.split(" -> ")
         return right == f"1 1 ({left})"
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MOST = 1 << 27  # numbers in one example input
+_MOST = 1 << 27  # elements in one example input
 
 
 class TooLargeError(ValueError):

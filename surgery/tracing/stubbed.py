@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from surgery.tracing.bounds import OutOfBoundsError, Watch
 from surgery.tracing.recorder import Recorder, writes_to
 
-LARGEST = 1 << 22  # numbers in a shadow; beyond, computing it would cost what meta tensors save
+LARGEST = 1 << 22  # elements in a shadow; beyond, computing it would cost what meta tensors save
 _SHAPE_ALONE = frozenset(
     [
         "zeros_like",
@@ -147,7 +147,7 @@ def _to_meta(item: Any) -> Any:
 
 
 def _numbers(args: Any, kwargs: Any) -> int:
-    """At most how many numbers a factory such as `arange` or `zeros` is asked for."""
+    """At most how many elements a factory such as `arange` or `zeros` is asked for."""
     sizes = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, int)]
     return max((abs(size) for size in sizes), default=0)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 POOL = 256  # hypermodules among which the best explanation of a block is looked for, unless asked otherwise
-_CHUNK = 1 << 24  # numbers in one intermediate result
+_CHUNK = 1 << 24  # elements in one intermediate result
 _DEPENDENT = 1e-5  # a basis block that is so much shorter without what others span adds nothing
 
 Total = Callable[[Tensor], Tensor]

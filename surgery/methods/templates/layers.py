@@ -1,7 +1,7 @@
-"""The layers of a stack as numbers to fit templates to: one tensor of all of them at a time, read where it lies.
+"""Reads the layers of a stack for fitting templates, one tensor of all of them at a time.
 
 What templates do to a layer depends on inner products of layers alone, `[L, L]` for each tensor, so every number of
-templates is tried without generating a weight; a template's own numbers are made when they are asked for.
+templates is tried without generating a weight; a template's own elements are made when they are asked for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from surgery.anatomy.plan import Plan, torch_dtype
 from surgery.anatomy.sites import Site
 from surgery.core.dictionary import master_dtype
 
-PIECE = 1 << 16  # numbers of every layer that are multiplied at once
+PIECE = 1 << 16  # elements of every layer that are multiplied at once
 
 Key = tuple[str, str]  # member, tensor name
 
@@ -110,7 +110,7 @@ def total_gram(tensors: Sequence[StackTensor]) -> Tensor:
 
 
 def layer_scales(tensors: Sequence[StackTensor]) -> Tensor:
-    """How much more than in the mean an error of a layer counts, as factors of its numbers of mean square 1: `[L]`."""
+    """How much more than in the mean an error of a layer counts, as factors of its elements of mean square 1: `[L]`."""
     energy = torch.stack([each.gram.diagonal() for each in tensors])
     own = torch.stack([each.sensitivity for each in tensors])
     usual = (own.mean(1, keepdim=True) * energy).sum(0).clamp_min(torch.finfo(torch.float64).tiny)

@@ -127,7 +127,7 @@ def attraction(gram: Tensor, mixtures: Tensor) -> Tensor:
     hardening changes little. Mean over layers of `|W[l] - theta[argmax_k A[l, k]]|^2 / mean_k |theta[k]|^2`.
 
     Args:
-        gram: `[K, K]` inner products of the templates, those of their tensors added: K x K numbers in place of L x D.
+        gram: `[K, K]` inner products of the templates, those of their tensors added: K x K elements in place of L x D.
         mixtures: `[L, K]`.
     """
     size = gram.diagonal().mean().detach().clamp_min(torch.finfo(gram.dtype).tiny)

@@ -18,7 +18,7 @@ LARGEST = 1e18  # magnitude from which squares overflow float32: such values, an
 
 
 def is_tame(tensor: Tensor) -> bool:
-    """Whether a tensor is of numbers that can be rounded and summed: real, finite and below `LARGEST`.
+    """Whether a tensor is of elements that can be rounded and summed: real, finite and below `LARGEST`.
 
     Masks of -inf, sentinels such as 1e30, integers and float8 codes are not.
 

@@ -18,7 +18,7 @@ from surgery.training.loop.state import Tensors
 
 
 class ShardedProcesses(Processes):
-    """What processes owe one another where none holds everything.
+    """Reductions and gathers where no process holds everything.
 
     Args:
         accelerator: whose processes these are.
