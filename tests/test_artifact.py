@@ -25,6 +25,7 @@ from surgery.errors import ArtifactError, OutputError
 from surgery.members.member import content_hash
 from surgery.methods.rows.bank import RowsBank
 from surgery.storage.codecs import BFLOAT16, Precision, encode, grouped
+from surgery.storage.keys import PlainKey
 from surgery.storage.stored import Stored, revive, store
 
 
@@ -44,7 +45,7 @@ def fitted(precision: Precision = INT4) -> JointModel:
     joint = pair()
     stored = store(joint)
     tensors = {
-        key: encode(each.parts[""], precision) if key.startswith("plain/") and len(each.shape) == 2 else each
+        key: encode(each.parts[""], precision) if isinstance(key, PlainKey) and len(each.shape) == 2 else each
         for key, each in stored.tensors.items()
     }
     lossy = Stored(stored.plan, tensors, stored.aliases, stored.ties)

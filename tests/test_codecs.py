@@ -30,11 +30,12 @@ from surgery.storage.codecs import (
     register,
     take_rows,
 )
+from surgery.storage.keys import PlainKey
 from surgery.storage.stored import store
 from surgery.util.wording import size
 
 PAGE = Path(__file__).parents[1] / "docs" / "add_a_codec.md"
-KEY = "plain/one/2.weight"
+KEY = PlainKey("one", "2.weight")
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
@@ -117,7 +118,7 @@ def test_a_fit_tries_what_a_codec_offers(page, joint, monkeypatch):
     fresh = artifacts.member(joint.extract("two"), "two", torch.zeros(2, 8))
     fit = surgery.fit(surgery.join([fresh]), max_error=1e-3, seed=0)
     found = {key: str(each.precision) for key, each in store(fit).tensors.items()}
-    assert found["plain/two/2.weight"] == found["plain/two/4.weight"] == "fitted_signs"
+    assert found[PlainKey("two", "2.weight")] == found[PlainKey("two", "4.weight")] == "fitted_signs"
     assert all(error <= 1e-3 for error in fit.report.errors.values())
 
 

@@ -13,6 +13,7 @@ from torch import nn
 import surgery
 from surgery.artifact.export import export
 from surgery.artifact.folder import load, save
+from surgery.storage.keys import PlainKey
 from surgery.storage.states import state_of
 from surgery.storage.stored import store
 
@@ -52,7 +53,7 @@ def joint() -> surgery.JointModel:
         from surgery.storage.codecs import decode, encode, grouped
 
         stored = encode(getattr(joint["odd"].norm, key), grouped(12, 64))
-        joint.encoded[f"plain/odd/norm.{key}"] = stored
+        joint.encoded[PlainKey("odd", f"norm.{key}")] = stored
         joint["odd"].norm._buffers[key] = decode(stored)
     return joint
 

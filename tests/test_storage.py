@@ -11,6 +11,7 @@ from surgery.core.joining import join
 from surgery.fitting.fit import fit
 from surgery.members.member import Member
 from surgery.storage.codecs import NATIVE, encode
+from surgery.storage.keys import PlainKey
 from surgery.storage.stored import adopt, deduplicate, revive, store
 
 KINDS = (*OWN, "bert", "gpt2", "t5", "llama", "mixtral")
@@ -174,16 +175,16 @@ def test_only_tensors_equal_byte_for_byte_are_stored_once():
     zero, negative = torch.zeros(300), -torch.zeros(300)
     stored = store(join([member("mlp")]))
     tensors = {
-        f"plain/mlp/{n}": encode(t, NATIVE)
+        PlainKey("mlp", n): encode(t, NATIVE)
         for n, t in {"a": zero, "b": zero.clone(), "c": negative, "d": zero.view(20, 15)}.items()
     }
     found = deduplicate(type(stored)(stored.plan, tensors))
-    assert dict(found.aliases) == {"plain/mlp/b": "plain/mlp/a"}
+    assert dict(found.aliases) == {PlainKey("mlp", "b"): PlainKey("mlp", "a")}
 
 
 @pytest.mark.parametrize("count", [1, 1 << 8, 257, 1 << 16, (1 << 16) + 1, 1 << 31])
 def test_every_type_that_numbers_hypermodules_is_read_again(count):
-    from surgery.artifact.reading import INDICES
     from surgery.core.dictionary import index_dtype
+    from surgery.methods.rows.parts import INDICES
 
     assert index_dtype(count) in INDICES and torch.iinfo(index_dtype(count)).max >= count - 1

@@ -20,6 +20,7 @@ from surgery.geometry.blocks import BlockGrid
 from surgery.geometry.views import CanonicalView
 from surgery.settings.names import DEFAULT_METHOD
 from surgery.storage.codecs import Encoded, Precision, always_native
+from surgery.storage.keys import piece_name
 
 Form = tuple[Precision, torch.dtype, tuple[int, ...]]
 """How a tensor is stored: precision, and the dtype and shape that it decodes to."""
@@ -103,10 +104,10 @@ def _method_of(stack: str) -> str:
     return "templates" if stack else DEFAULT_METHOD
 
 
-def encoded_entries(named: Iterable[tuple[str, Encoded]]) -> list[Any]:
+def encoded_entries(named: Mapping[str, Encoded]) -> list[Any]:
     """Tensors that are not stored in their own dtype, grouped by how they are stored."""
     groups: dict[tuple, list[str]] = {}
-    for name, encoded in named:
+    for name, encoded in named.items():
         if not encoded.precision.is_native:
             dtype = str(encoded.dtype).removeprefix("torch.")
             groups.setdefault((str(encoded.precision), dtype, encoded.shape), []).append(name)
@@ -136,7 +137,7 @@ def encoded_forms(groups: Iterable[EncodedGroup], where: str) -> dict[str, Form]
 
 def split_parts(name: str, encoded: Encoded) -> dict[str, torch.Tensor]:
     """The tensors that hold `encoded`, by their names in a file: `name` itself, or `name:part`."""
-    return {f"{name}:{part}" if part else name: tensor for part, tensor in encoded.parts.items()}
+    return {piece_name(name, piece): tensor for piece, tensor in encoded.parts.items()}
 
 
 def parts_of(encoded: Mapping[str, Encoded]) -> dict[str, torch.Tensor]:

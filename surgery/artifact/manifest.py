@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -31,6 +31,7 @@ from surgery.disk.untrusted import (
 )
 from surgery.errors import ArtifactError
 from surgery.settings.quantities import Context, Count, Finite, Positive
+from surgery.storage.keys import PlainKey, parse_key
 
 NAME = MANIFEST
 VERSION = 1
@@ -197,6 +198,11 @@ class Manifest(_Entry):
         entry = self.members.get(member)
         return f"members/{(entry and entry.folder) or member}"
 
+    def same_of(self, member: str) -> dict[str, PlainKey]:
+        """By name, the keys of a member's tensors that are stored once for several."""
+        keys = {name: parse_key(text) for name, text in self.members[member].same.items()}
+        return {name: key for name, key in keys.items() if isinstance(key, PlainKey)}
+
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:
     """A manifest without its checksum as the bytes of the file, checksum included."""
@@ -301,19 +307,23 @@ def _contradictions(manifest: Manifest, folder: Path) -> Iterator[str]:
         described = manifest.members.get(member.like) if member.like else member
         if described is None or described.origin is None:
             yield f"{name}: its origin must be given, or that of the member that it is like"
-        for key in member.same.values():
-            if (
-                not key.startswith("plain/")
-                or key.count("/") < 2
-                or key.split("/")[1] not in manifest.members
-            ):
-                yield f"{name}: its tensors must be stored under the keys of members, not {shown(key)}"
+        for text in member.same.values():
+            if not _is_of_member(text, manifest.members):
+                yield f"{name}: its tensors must be stored under the keys of members, not {shown(text)}"
         for placement in member.placements:
             if placement[1] >= len(manifest.views):
                 yield f"{name}: {shown_text(placement[0])} has view {placement[1]} of {len(manifest.views)}"
         for file, lender in member.borrowed.items():
             if not is_safe(file) or f"{manifest.folder_of(lender)}/{file}" not in manifest.files:
                 yield f"{name}: its file '{shown_text(file)}' is borrowed from '{lender}', which has none"
+
+
+def _is_of_member(text: str, members: Collection[str]) -> bool:
+    try:
+        key = parse_key(text)
+    except ValueError:
+        return False
+    return isinstance(key, PlainKey) and key.member in members
 
 
 def _resolved(path: Path) -> Path:

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from surgery.artifact.layout import Form, encoded_forms, plan_of
-from surgery.artifact.manifest import Manifest
+from surgery.artifact.manifest import EncodedGroup, Manifest
 from surgery.artifact.recorded import DICTIONARY, TENSOR_FILE, WEIGHTS, raise_damaged, read_extra_state
 from surgery.artifact.tensorfiles import read_header, read_tensors
 from surgery.core.method import tensor_method
 from surgery.disk.files import sha256_of
 from surgery.disk.untrusted import UnreadableError, regular_size, shown_text
 from surgery.storage.codecs import Encoded, encode_native, part_layout
+from surgery.storage.keys import PartKey, PlainKey, StorageKey, piece_name
 from surgery.storage.stored import Stored
 from surgery.storage.trim import restrict
 
@@ -37,27 +39,24 @@ def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Sto
         folder, _wrong_files(folder, manifest, [path for paths in wanted.values() for path in paths])
     )
     plan = plan_of(manifest)
-    tensors: dict[str, Encoded] = {}
+    tensors: dict[StorageKey, Encoded] = {}
     bad: list[str] = []
     for stem, paths in wanted.items():
-        parts: dict[str, Tensor] = {}
+        held: dict[str, Tensor] = {}
         for path in paths:
-            parts.update(read_tensors(folder / path))
-        for prefix, groups in _sections(manifest, stem):
-            mine = parts if stem != DICTIONARY else _under(parts, prefix)
-            forms = encoded_forms(groups, f"{prefix} in {folder}")
+            held.update(read_tensors(folder / path))
+        for make, groups, mine in _sections(manifest, stem, held):
+            forms = encoded_forms(groups, f"{make('')} in {folder}")
             named, wrong = _assemble(mine, forms, f"{stem} ({', '.join(paths) or 'no file'})")
-            tensors.update({f"{prefix}{name}": encoded for name, encoded in named.items()})
+            tensors.update({make(name): encoded for name, encoded in named.items()})
             bad += wrong
     raise_damaged(folder, bad)
     aliases = {
-        f"plain/{name}/{each}": key
-        for name in manifest.members
-        for each, key in manifest.members[name].same.items()
+        PlainKey(name, each): key for name in manifest.members for each, key in manifest.same_of(name).items()
     }
     ties = {name: entry.ties for name, entry in manifest.members.items() if entry.ties}
     stored = Stored(plan, tensors, aliases, ties, read_extra_state(folder, manifest, members))
-    if lost := [key for name in members for key in _same(manifest, name) if key not in tensors]:
+    if lost := [key for name in members for key in manifest.same_of(name).values() if key not in tensors]:
         raise_damaged(folder, [f"{key} is stored for several, but no file holds it" for key in lost])
     for bank in plan.banks:
         raise_damaged(folder, tensor_method(bank.method).wrong_parts(bank, stored.parts(bank.key)))
@@ -87,7 +86,7 @@ def wrong_hashes(folder: Path, manifest: Manifest) -> dict[str, str]:
 
 def _tensor_files(manifest: Manifest, members: Iterable[str]) -> dict[str, list[str]]:
     """Files by stem: of the dictionary, the members, and those that hold tensors for them."""
-    lenders = {key.split("/", 2)[1] for name in members for key in _same(manifest, name)}
+    lenders = {key.member for name in members for key in manifest.same_of(name).values()}
     stems = [DICTIONARY] if manifest.banks else []
     stems += [
         f"{manifest.folder_of(name)}/{WEIGHTS}" for name in manifest.members if name in {*members, *lenders}
@@ -104,23 +103,20 @@ def _tensor_files(manifest: Manifest, members: Iterable[str]) -> dict[str, list[
     return found
 
 
-def _sections(manifest: Manifest, stem: str) -> Iterator[tuple[str, Iterable]]:
-    """Storage keys' prefixes in a file, each with its encoded tensors."""
+def _sections(
+    manifest: Manifest, stem: str, held: dict[str, Tensor]
+) -> Iterator[tuple[Callable[[str], StorageKey], Iterable[EncodedGroup], dict[str, Tensor]]]:
+    """What files hold, by whose it is: how keys are made of names, what is encoded, and tensors by name."""
     if stem == DICTIONARY:
-        for key, bank in manifest.banks.items():
-            yield f"bank/{key}/", bank.encoded
+        parts: dict[str, dict[str, Tensor]] = {key: {} for key in manifest.banks}
+        for key, tensor in ((PartKey.of_file(name), tensor) for name, tensor in held.items()):
+            if key is not None and key.bank in parts:
+                parts[key.bank][key.part] = tensor
+        for bank, entry in manifest.banks.items():
+            yield partial(PartKey, bank), entry.encoded, parts[bank]
     else:
         name = next(name for name in manifest.members if stem == f"{manifest.folder_of(name)}/{WEIGHTS}")
-        yield f"plain/{name}/", manifest.members[name].encoded
-
-
-def _under(parts: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    start = prefix.removeprefix("bank/")
-    return {name.removeprefix(start): tensor for name, tensor in parts.items() if name.startswith(start)}
-
-
-def _same(manifest: Manifest, member: str) -> Iterable[str]:
-    return manifest.members[member].same.values() if member in manifest.members else ()
+        yield partial(PlainKey, name), manifest.members[name].encoded, held
 
 
 def _wrong_files(folder: Path, manifest: Manifest, paths: Iterable[str]) -> list[str]:
@@ -153,10 +149,10 @@ def _assemble(
         held: dict[str, Tensor] = {}
         layout = part_layout(shape, dtype, precision)
         for part, (kind, size) in layout.items():
-            tensor = rest.pop(f"{name}:{part}", None)
+            tensor = rest.pop(piece_name(name, part), None)
             if tensor is None or tensor.dtype != kind or tuple(tensor.shape) != size:
                 found = "there is none" if tensor is None else f"it is {tensor.dtype} {tuple(tensor.shape)}"
-                bad.append(f"{where} must hold {name}:{part} as {kind} {size}, but {found}")
+                bad.append(f"{where} must hold {piece_name(name, part)} as {kind} {size}, but {found}")
             else:
                 held[part] = tensor
         if len(held) == len(layout) and (fault := precision.codec.fault(held)):
@@ -174,5 +170,5 @@ def _wrong_ties(stored: Stored, members: Iterable[str]) -> list[str]:
         f"{name} must hold {shown_text(first)}, to which others are tied, but holds none"
         for name in members
         for first in stored.ties.get(name, {})
-        if f"plain/{name}/{first}" not in held and (name, first) not in placed
+        if PlainKey(name, first) not in held and (name, first) not in placed
     ]

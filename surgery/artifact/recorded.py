@@ -152,17 +152,7 @@ def check_fit(stored: Stored, member: str, module: nn.Module) -> None:
 
 def stored_shapes(stored: Stored, member: str) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors that are stored for a member, by every name of theirs."""
-    prefix = f"plain/{member}/"
-    shapes = {
-        key.removeprefix(prefix): each.shape for key, each in stored.tensors.items() if key.startswith(prefix)
-    }
-    shapes.update(
-        {
-            key.removeprefix(prefix): stored.tensors[first].shape
-            for key, first in stored.aliases.items()
-            if key.startswith(prefix)
-        }
-    )
+    shapes = {name: each.shape for name, each in stored.plain(member).items()}
     ties = {**stored.ties.get(member, {}), **{p.site.name: p.site.owners for p in stored.plan.of(member)}}
     shapes.update({p.site.name: p.site.shape for p in stored.plan.of(member)})
     shapes.update({name: shapes[first] for first, names in ties.items() if first in shapes for name in names})
@@ -171,11 +161,8 @@ def stored_shapes(stored: Stored, member: str) -> dict[str, tuple[int, ...]]:
 
 def stored_dtypes(stored: Stored, member: str) -> set[torch.dtype]:
     """Dtypes of all tensors that are stored for a member."""
-    prefix = f"plain/{member}/"
-    keys = [key for key in stored.tensors if key.startswith(prefix)]
-    keys += [first for key, first in stored.aliases.items() if key.startswith(prefix)]
     sites = {torch_dtype(p.site.dtype) for p in stored.plan.of(member)}
-    return {stored.tensors[key].dtype for key in keys} | sites
+    return {each.dtype for each in stored.plain(member).values()} | sites
 
 
 def misfits(stored: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]) -> str:

@@ -12,6 +12,7 @@ from surgery.anatomy.plan import BankPlan
 from surgery.core import sizes
 from surgery.core.method import tensor_method
 from surgery.core.sizes import count_tensors
+from surgery.storage.keys import PlainKey
 from surgery.storage.stored import Stored
 
 ROWS = "dictionary"
@@ -73,9 +74,9 @@ def join_names(names: Iterable[str]) -> str:
 
 
 def _count_copies(stored: Stored, blocks: Tensor) -> None:
-    users: dict[str, list[str]] = {}
+    users: dict[PlainKey, list[str]] = {}
     for key, first in stored.aliases.items():
-        users.setdefault(first, [first.split("/", 2)[1]]).append(key.split("/", 2)[1])
+        users.setdefault(first, [first.member]).append(key.member)
     for sharers in users.values():
         number = [stored.plan.members.index(name) for name in sharers]
         for at, one in enumerate(number):

@@ -307,7 +307,7 @@ def _distance(one: Tensor, other: Tensor, relative: bool) -> float:
 
 def _files_of(manifest: Manifest, name: str) -> list[str]:
     """Files that a member is read from."""
-    lenders = {key.split("/", 2)[1] for key in manifest.members[name].same.values()}
+    lenders = {key.member for key in manifest.same_of(name).values()}
     folders = {manifest.folder_of(each) for each in (name, *lenders)}
     tensors = [path for path in manifest.files if path.endswith(".safetensors")]
     mine = [path for path in tensors if path.startswith("dictionary") or path.rpartition("/")[0] in folders]

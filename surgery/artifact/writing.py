@@ -41,6 +41,7 @@ from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import to_document
 from surgery.members.member import Member, Origin, content_hash
 from surgery.storage.codecs import Encoded
+from surgery.storage.keys import PartKey, StorageKey
 from surgery.storage.states import build_banks, state_of
 from surgery.storage.stored import Stored
 from surgery.storage.trim import on_cpu, trim
@@ -64,7 +65,7 @@ def write(
     """Write what is stored of some members; `save` says what the arguments are."""
     stored = trim(on_cpu(stored))
     _check_names(members)
-    check_dtypes({key.partition("/")[2]: each.dtype for key, each in stored.tensors.items()})
+    check_dtypes({_shown(key): each.dtype for key, each in stored.tensors.items()})
     places = into_artifact(out)
     members = [replace(each, origin=_placed(each.origin, places)) for each in members]
     recipe = None if recipe is None else places.recipe(recipe)
@@ -168,13 +169,7 @@ def _describe(
         rest = {"borrowed": borrowed.get(member.name, {}), "folder": place}
         entries[member.name] = _without_defaults({**entry, **held, **rest})
     for key, bank in banks.items():
-        prefix = f"bank/{key}/"
-        parts = (
-            (part.removeprefix(prefix), each)
-            for part, each in stored.tensors.items()
-            if part.startswith(prefix)
-        )
-        bank.update(_without_defaults({"encoded": encoded_entries(parts)}))
+        bank.update(_without_defaults({"encoded": encoded_entries(stored.parts(key))}))
     start = {"format": "surgery", "version": VERSION, "versions": _versions(), "members": entries}
     rest = {"seed": seed, "banks": banks, "views": views, "report": None if report is None else dict(report)}
     return {**start, **_without_defaults(rest)}
@@ -184,14 +179,11 @@ def _describe_tensors(
     stored: Stored, member: Member, banks: Mapping[str, Bank], placements: Sequence[Any]
 ) -> dict[str, Any]:
     """What a manifest says of one member's tensors."""
-    prefix = f"plain/{member.name}/"
     state = state_of(stored, member.name, banks)
     tensors = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
     once = {id(tensor): (key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    encoded = encoded_entries(
-        (key.removeprefix(prefix), each) for key, each in stored.tensors.items() if key.startswith(prefix)
-    )
-    same = {key.removeprefix(prefix): at for key, at in stored.aliases.items() if key.startswith(prefix)}
+    encoded = encoded_entries(stored.own(member.name))
+    same = {key.name: str(at) for key, at in stored.aliases.items() if key.member == member.name}
     return {
         "hash": content_hash(state) if encoded or same or placements else None,
         "bytes": aligned_file_bytes(once.values()) + sum(map(len, member.files.values())),
@@ -220,14 +212,13 @@ def _by_file(stored: Stored, folders: Mapping[str, str]) -> dict[str, dict[str, 
     """Stored tensors by the file, without its ending, and by their names in it."""
     files: dict[str, dict[str, Encoded]] = {}
     for key, encoded in stored.tensors.items():
-        kind, owner, name = key.split("/", 2)
-        stem, inside = (
-            (DICTIONARY, f"{owner}/{name}")
-            if kind == "bank"
-            else (f"members/{folders[owner]}/{WEIGHTS}", name)
-        )
-        files.setdefault(stem, {})[inside] = encoded
+        stem = DICTIONARY if isinstance(key, PartKey) else f"members/{folders[key.member]}/{WEIGHTS}"
+        files.setdefault(stem, {})[key.in_file] = encoded
     return files
+
+
+def _shown(key: StorageKey) -> str:
+    return key.in_file if isinstance(key, PartKey) else f"{key.member}/{key.name}"
 
 
 def _share_files(members: Sequence[Member]) -> tuple[dict[str, dict[str, bytes]], dict[str, dict[str, str]]]:

@@ -37,6 +37,7 @@ from surgery.slots.hooks import watch
 from surgery.slots.serving import ServesTasks, listeners
 from surgery.slots.slots import Slots, forget_derived, locate, put_back, reorder, take_out
 from surgery.storage.codecs import Encoded
+from surgery.storage.keys import StorageKey
 from surgery.util.showing import as_html, as_text, plural
 from surgery.util.wording import count
 
@@ -51,7 +52,7 @@ class JointModel(nn.Module):
         plan: what is generated and what is left alone.
         dictionary: banks of rows, alignment and contexts.
         encoded: stored form of tensors whose live value is its decoding, by storage key (see
-            `surgery.storage.stored`).
+            `surgery.storage.keys`).
         report: what the last fit met and saved; None without one, and once any weight changed.
         task: the task that is served, see `serving`; None is each method's default.
 
@@ -68,7 +69,7 @@ class JointModel(nn.Module):
         members: Sequence[Member],
         plan: Plan,
         dictionary: Dictionary,
-        encoded: Mapping[str, Encoded] | None = None,
+        encoded: Mapping[StorageKey, Encoded] | None = None,
         known: Known | None = None,
     ):
         super().__init__()
@@ -304,7 +305,7 @@ class JointModel(nn.Module):
         self.plan = replace(self.plan, placements=())
 
     def occupy(
-        self, plan: Plan, dictionary: Dictionary, encoded: Mapping[str, Encoded], known: Known
+        self, plan: Plan, dictionary: Dictionary, encoded: Mapping[StorageKey, Encoded], known: Known
     ) -> JointModel:
         """Take a plan, a dictionary and what is known of it after `vacate`; sites of the plan become slots."""
         check_unoccupied({name: self[name] for name in self.names}, self)
@@ -397,7 +398,7 @@ def _revived(
     members: list[Member],
     plan: Plan,
     dictionary: Dictionary,
-    encoded: dict[str, Encoded],
+    encoded: dict[StorageKey, Encoded],
     known: Known,
     recipe: Any,
     training: bool,

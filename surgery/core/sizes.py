@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from surgery.anatomy.plan import BankPlan, torch_dtype
 from surgery.core.method import tensor_method
 from surgery.members.member import owners_of, state_tensors
+from surgery.storage.keys import PlainKey
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel
@@ -57,22 +58,21 @@ def count_tensors(stored: Stored) -> tuple[TensorReport, ...]:
         >>> sum(row.nbytes for row in rows) == store(joint).nbytes
         True
     """
-    users: dict[str, int] = {}
+    users: dict[PlainKey, int] = {}
     for first in stored.aliases.values():
         users[first] = users.get(first, 1) + 1
     parts = {bank.key: location_bytes(stored, bank).cumsum(0) for bank in stored.plan.banks}
-    keys = {key: key for key in stored.tensors if key.startswith("plain/")} | dict(stored.aliases)
+    own = {key: key for key in stored.tensors if isinstance(key, PlainKey)}
     rows: list[TensorReport] = []
     exact, counted = 0.0, 0  # so far, as it is and in whole bytes
     for member in stored.plan.members:
-        prefix = f"plain/{member}/"
         found: list[tuple[str, str, float, int]] = []
-        for key, first in keys.items():
-            if key.startswith(prefix):
+        for key, first in (*own.items(), *stored.aliases.items()):
+            if key.member == member:
                 encoded, sharers = stored.tensors[first], users.get(first, 1)
                 how = f"{COPY}, {encoded.precision}" if sharers > 1 else str(encoded.precision)
                 whole = math.prod(encoded.shape) * encoded.dtype.itemsize
-                found.append((key.removeprefix(prefix), how, encoded.nbytes / sharers, whole))
+                found.append((key.name, how, encoded.nbytes / sharers, whole))
         for p in stored.plan.of(member):
             upto = parts[p.bank]
             part = float(upto[p.stop - 1]) - (float(upto[p.start - 1]) if p.start else 0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from surgery.core.generation import to_weight
 from surgery.fitting.allocation import Choice
 from surgery.fitting.units import Arrangement, Unit
 from surgery.storage.codecs import Encoded, Precision, decode, encode
+from surgery.storage.keys import PartKey, StorageKey
 from surgery.storage.stored import Stored, build_bank, deduplicate
 
 PLAIN = "sharing it does not pay"
@@ -28,11 +30,11 @@ class Assembler:
     arrangements: Sequence[Arrangement]
 
     def __post_init__(self) -> None:
-        self._encoded: dict[tuple[int, str], tuple[Precision, Encoded]] = {}  # by unit and storage key
+        self._encoded: dict[tuple[int, Any], tuple[Precision, Encoded]] = {}  # by unit and its key
 
     def assemble(self, choice: Choice) -> Stored:
         """The stored joint model of a choice."""
-        tensors: dict[str, Encoded] = {}
+        tensors: dict[StorageKey, Encoded] = {}
         banks, placements = [], []
         position = 0
         for number, arrangement in enumerate(self.arrangements):
@@ -52,7 +54,7 @@ class Assembler:
                 bank, placed, parts = shared.assemble(len(banks), encoded)
                 banks.append(bank)
                 placements += placed
-                tensors.update({f"bank/{bank.key}/{name}": each for name, each in parts.items()})
+                tensors.update({PartKey(bank.key, name): each for name, each in parts.items()})
         return deduplicate(Stored(with_plain(self.plan, banks, placements), tensors, ties=self.ties))
 
     def _part(self, unit: Unit, precision: Precision | None) -> Encoded | None:
@@ -60,7 +62,7 @@ class Assembler:
         (own,) = unit.tensors
         return None if precision is None else self._encode(unit, own, precision)
 
-    def _encode(self, unit: Unit, key: str, precision: Precision) -> Encoded:
+    def _encode(self, unit: Unit, key: Any, precision: Precision) -> Encoded:
         known = self._encoded.get((id(unit), key))
         if known is None or known[0] != precision:
             known = self._encoded[id(unit), key] = (precision, encode(unit.tensors[key], precision))
@@ -86,10 +88,7 @@ def with_plain(plan: Plan, banks: Sequence[BankPlan], placements: Sequence[Place
 
 def weights_of(stored: Stored, member: str) -> dict[str, Tensor]:
     """The weights that one member has when it runs from a stored form, by first owner."""
-    prefix = f"plain/{member}/"
-    tensors = {key: stored.tensors[key] for key in stored.tensors if key.startswith(prefix)}
-    tensors |= {key: stored.tensors[first] for key, first in stored.aliases.items() if key.startswith(prefix)}
-    weights = {key.removeprefix(prefix): decode(encoded) for key, encoded in tensors.items()}
+    weights = {name: decode(encoded) for name, encoded in stored.plain(member).items()}
     for bank_plan in stored.plan.banks:
         placements = [p for p in stored.plan.of(member) if p.bank == bank_plan.key]
         if not placements:

@@ -8,9 +8,10 @@ from dataclasses import replace
 from surgery.core.method import plan_of, tensor_method
 from surgery.core.sizes import bytes_alone
 from surgery.fitting.assembly import with_plain
-from surgery.fitting.scene import Scene, plain_key
+from surgery.fitting.scene import Scene
 from surgery.fitting.search import Outcome, measure_errors
 from surgery.storage.codecs import Encoded, encode_native
+from surgery.storage.keys import PlainKey, StorageKey
 from surgery.storage.stored import Stored, bank_tensors, deduplicate
 
 
@@ -24,7 +25,7 @@ def make_exactly(scene: Scene, ties: Mapping[str, Mapping[str, tuple[str, ...]]]
     Raises:
         PlanError: where there are no such banks.
     """
-    plain, tensors = dict(scene.originals), dict[str, Encoded]()
+    plain, tensors = dict(scene.originals), dict[StorageKey, Encoded]()
     plan = replace(scene.plan, banks=(), placements=())
     for name in scene.asked:
         settled = tensor_method(name).exactly(scene, plan_of(scene.plan, name))
@@ -36,7 +37,7 @@ def make_exactly(scene: Scene, ties: Mapping[str, Mapping[str, tuple[str, ...]]]
         plan = replace(plan, banks=(*plan.banks, *banks), placements=(*plan.placements, *placements))
     for p in plan.placements:
         del plain[p.site.member, p.site.name]
-    tensors |= {plain_key(key): encode_native(tensor) for key, tensor in plain.items()}
+    tensors |= {PlainKey(*key): encode_native(tensor) for key, tensor in plain.items()}
     whole = with_plain(scene.plan, plan.banks, plan.placements)
     stored = deduplicate(Stored(whole, tensors, ties=ties))
     saved = sum(bytes_alone(stored).values()) - stored.nbytes

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from surgery.fitting.related import related_sites, ways
-from surgery.fitting.scene import Scene, equal_tensors, plain_key
+from surgery.fitting.scene import Scene, equal_tensors
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, Group, Key, Unit, unit_bytes
 from surgery.storage.codecs import NATIVE, decode, encode, ladder
+from surgery.storage.keys import PlainKey
 from surgery.util import progress
 
 
@@ -40,14 +41,14 @@ def make_groups(scene: Scene) -> list[Group]:
         groups += [Group((Arrangement((unit,)),)) for unit in alone.values()]
         for name, trial in scene.trials.items():
             mine = {
-                plain_key(key): originals[key] for key in originals if key in insensitive and key[0] == name
+                PlainKey(*key): originals[key] for key in originals if key in insensitive and key[0] == name
             }
             groups += [Group((Arrangement((_bundle(trial, mine),)),))] if mine else []
             task.advance(len(mine))
     return [*groups, *(group for method, plan in scene.claims for group in method.arrange(scene, plan))]
 
 
-def _bundle(trial: Trial, tensors: Mapping[str, Tensor]) -> Unit:
+def _bundle(trial: Trial, tensors: Mapping[PlainKey, Tensor]) -> Unit:
     """Tensors that no gradient reaches, such as running statistics: tried together, their effect measured."""
     options, nbytes, errors = [NATIVE], [unit_bytes(tensors, NATIVE)], [0.0]
     # Vectors such as running statistics bear little; matrices are here where a model cannot be
@@ -55,15 +56,11 @@ def _bundle(trial: Trial, tensors: Mapping[str, Tensor]) -> Unit:
     for precision in ladder(list(tensors.values())):
         if precision.is_native:
             continue
-        trial.set_weights({_name(key): decode(encode(t, precision)) for key, t in tensors.items()})
+        trial.set_weights({key.name: decode(encode(t, precision)) for key, t in tensors.items()})
         error = trial.error() ** 2
         if error < 1.0:
             options.append(precision)
             nbytes.append(unit_bytes(tensors, precision))
             errors.append(error)
-    trial.set_weights({_name(key): t for key, t in tensors.items()})
+    trial.set_weights({key.name: t for key, t in tensors.items()})
     return Unit(tensors, {trial.name: 1.0}, tuple(options), tuple(nbytes), tuple(errors))
-
-
-def _name(key: str) -> str:
-    return key.split("/", 2)[2]

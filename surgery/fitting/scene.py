@@ -19,6 +19,7 @@ from surgery.fitting.sensitivity import measured_sensitivities, sensitivities
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, Key, Unit, measure
 from surgery.settings.target import Target
+from surgery.storage.keys import PlainKey
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Scene:
         tensor, weight = self.originals[keys[0]], defaultdict[str, float](float)
         for key in keys:
             weight[key[0]] += self.sensitivity.get(key, 0.0)
-        return measure({plain_key(key): tensor for key in keys}, dict(weight))
+        return measure({PlainKey(*key): tensor for key in keys}, dict(weight))
 
     def apart(self, keys: Iterable[Key]) -> Arrangement:
         """Tensors each by itself, equal ones once."""
@@ -115,11 +116,6 @@ def fitted_by(plan: Plan) -> list[TensorMethod]:
 def key_of(site: Site) -> Key:
     """Member and name."""
     return site.member, site.name
-
-
-def plain_key(key: Key) -> str:
-    """The storage key of a tensor that its member owns."""
-    return f"plain/{key[0]}/{key[1]}"
 
 
 def equal_tensors(tensors: Mapping[Key, Tensor]) -> list[list[Key]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,14 +40,15 @@ class Unit:
     """Tensors that get the same option; equal tensors are one object and are stored once.
 
     Attributes:
-        tensors: what is to be stored, by storage key; nothing where the unit only carries an error.
+        tensors: what is to be stored, by `PlainKey`, or by the name of a part where there is no bank yet; nothing where
+            the unit only carries an error.
         weight: by member, relative squared output error per squared error.
         options: precisions, or None for leaving the tensor out.
         nbytes: bytes of each option.
         errors: squared error of each option.
     """
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[Any, Tensor]
     weight: Mapping[str, float]
     options: tuple[Precision | None, ...]
     nbytes: tuple[float, ...]
@@ -104,7 +105,7 @@ class Group:
     claimed: bool = False
 
 
-def measure(tensors: Mapping[str, Tensor], weight: Mapping[str, float], *, droppable: bool = False) -> Unit:
+def measure(tensors: Mapping[Any, Tensor], weight: Mapping[str, float], *, droppable: bool = False) -> Unit:
     """The unit of equal tensors: every precision of their ladder tried, cost and squared error taken."""
     tensor = next(iter(tensors.values()))
     tried = precisions(tensor)
@@ -117,7 +118,7 @@ def measure(tensors: Mapping[str, Tensor], weight: Mapping[str, float], *, dropp
     return Unit(tensors, weight, tuple(options), tuple(nbytes), tuple(errors))
 
 
-def unit_bytes(tensors: Mapping[str, Tensor], precision: Precision) -> float:
+def unit_bytes(tensors: Mapping[Any, Tensor], precision: Precision) -> float:
     """Bytes of all tensors of a unit, equal ones counted once, with what files say about them."""
     distinct = {id(tensor): tensor for tensor in tensors.values()}.values()
     total = 0.0

@@ -166,10 +166,7 @@ def _member(
 def _layers(member: str, stored: Stored, rows: tuple[TensorReport, ...]) -> tuple[Layer, ...]:
     """A member's tensors of two or more axes, in the order of their names with numbers as numbers."""
     shapes = {p.site.name: p.site.shape for p in stored.plan.of(member)}
-    prefix = f"plain/{member}/"
-    for key, first in ({key: key for key in stored.tensors} | dict(stored.aliases)).items():
-        if key.startswith(prefix):
-            shapes[key.removeprefix(prefix)] = stored.tensors[first].shape
+    shapes |= {name: each.shape for name, each in stored.plain(member).items()}
     found = [
         Layer(row.name, row.how, row.nbytes * 8 / math.prod(shapes[row.name]), row.nbytes)
         for row in rows

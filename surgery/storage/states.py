@@ -39,10 +39,7 @@ def state_of(stored: Stored, member: str, banks: Mapping[str, Bank] | None = Non
         banks: as `build_banks` returns them, where several members are asked for.
     """
     banks = build_banks(stored) if banks is None else banks
-    prefix = f"plain/{member}/"
-    keys = {key: key for key in stored.tensors if key.startswith(prefix)}
-    keys.update({key: first for key, first in stored.aliases.items() if key.startswith(prefix)})
-    state = {key.removeprefix(prefix): decode(stored.tensors[first]) for key, first in keys.items()}
+    state = {name: decode(each) for name, each in stored.plain(member).items()}
     ties = dict(stored.ties.get(member, {}))
     for p in stored.plan.of(member):
         state[p.site.name] = weight_of(p, banks[p.bank])

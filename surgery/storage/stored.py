@@ -1,7 +1,7 @@
 """Storage: a joint model as named, encoded tensors, and back.
 
-Keys are `plain/<member>/<name>` for tensors that a member owns and `bank/<key>/<part>` for the dictionary.
-What parts there are is the method's affair; those of rows and codes are in `surgery.methods.rows.parts`.
+Every tensor has a storage key (`surgery.storage.keys`): of a member, or of a bank. What parts a bank has is its
+method's affair; those of rows and codes are in `surgery.methods.rows.parts`.
 
 A stored form belongs to the weights that it was made from. A tensor whose live value is what its stored form decodes
 to is written in that form again, so saving what was loaded gives the same bytes; a tensor that changed is stored in
@@ -31,6 +31,7 @@ from surgery.members.occupancy import check_unoccupied
 from surgery.slots.collapse import follow
 from surgery.slots.slots import assign, locate
 from surgery.storage.codecs import Encoded, as_dtype, decode, encode_native
+from surgery.storage.keys import PartKey, PlainKey, StorageKey
 
 ALIAS_BYTES = 512  # a tensor smaller than this is not worth the manifest's line that would alias it
 
@@ -48,14 +49,24 @@ class Stored:
     """
 
     plan: Plan
-    tensors: Mapping[str, Encoded]
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[StorageKey, Encoded]
+    aliases: Mapping[PlainKey, PlainKey] = field(default_factory=dict)
     ties: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def parts(self, bank: str) -> dict[str, Encoded]:
         """The parts of a bank by name."""
         return _parts(self.tensors, bank)
+
+    def own(self, member: str) -> dict[str, Encoded]:
+        """By name, the plain tensors of a member that are stored under its own keys."""
+        return _own(self.tensors, member)
+
+    def plain(self, member: str) -> dict[str, Encoded]:
+        """By name, all plain tensors of a member; a tensor that several have in common is one object for them all."""
+        return self.own(member) | {
+            key.name: self.tensors[first] for key, first in self.aliases.items() if key.member == member
+        }
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +91,7 @@ def store(joint: JointModel) -> Stored:
     for plan in settled.plan.banks:
         like = _parts(joint.encoded, plan.key) if plan.key in keep else ()
         live.update(bank_tensors(plan, settled.banks[plan.key], like))
-    known = {key: each for key, each in joint.encoded.items() if key[0] == "p" or key.split("/")[1] in keep}
+    known = {k: each for k, each in joint.encoded.items() if isinstance(k, PlainKey) or k.bank in keep}
     tensors = {key: _encode_as_before(tensor, known.get(key)) for key, tensor in live.items()}
     return deduplicate(Stored(settled.plan, tensors, ties=ties(joint), extra=extra(joint)))
 
@@ -103,10 +114,10 @@ def _has_stored_form(plan: BankPlan, joint: JointModel) -> bool:
 
 def plain_tensors(
     joint: JointModel, plan: Plan, settled: Mapping[tuple[str, str], Tensor]
-) -> dict[str, Tensor]:
+) -> dict[StorageKey, Tensor]:
     """Every tensor that `plan` does not generate, by storage key, once for all its owners."""
     generated = {(p.site.member, p.site.name) for p in plan.placements}
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[StorageKey, Tensor] = {}
     for name in joint.names:
         for first in joint.owners[name]:
             if (name, first) in generated:
@@ -115,11 +126,11 @@ def plain_tensors(
             if tensor is None:
                 holder, attribute = locate(joint[name], first)
                 tensor = getattr(holder, attribute).detach()
-            tensors[f"plain/{name}/{first}"] = tensor
+            tensors[PlainKey(name, first)] = tensor
     return tensors
 
 
-def bank_tensors(plan: BankPlan, bank: Bank, like: Collection[str] = ()) -> dict[str, Tensor]:
+def bank_tensors(plan: BankPlan, bank: Bank, like: Collection[str] = ()) -> dict[StorageKey, Tensor]:
     """The parts of one bank by storage key.
 
     Args:
@@ -127,30 +138,33 @@ def bank_tensors(plan: BankPlan, bank: Bank, like: Collection[str] = ()) -> dict
         bank: any that can be packed.
         like: the parts that it was stored as before.
     """
-    return {f"bank/{plan.key}/{part}": tensor for part, tensor in bank.pack(plan, like).items()}
+    return {PartKey(plan.key, part): tensor for part, tensor in bank.pack(plan, like).items()}
 
 
-def build_bank(plan: BankPlan, tensors: Mapping[str, Encoded]) -> Bank:
+def build_bank(plan: BankPlan, tensors: Mapping[StorageKey, Encoded]) -> Bank:
     """The inverse of `bank_tensors`."""
     parts = {part: decode(each) for part, each in _parts(tensors, plan.key).items()}
     return tensor_method(plan.method).unpack(plan, parts)
 
 
-def _parts(tensors: Mapping[str, Encoded], key: str) -> dict[str, Encoded]:
-    prefix = f"bank/{key}/"
-    return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+def _parts(tensors: Mapping[StorageKey, Encoded], bank: str) -> dict[str, Encoded]:
+    return {key.part: each for key, each in tensors.items() if isinstance(key, PartKey) and key.bank == bank}
 
 
-def compressed(plan: Plan, encoded: Mapping[str, Encoded]) -> frozenset[tuple[str, str]]:
+def _own(tensors: Mapping[StorageKey, Encoded], member: str) -> dict[str, Encoded]:
+    return {k.name: each for k, each in tensors.items() if isinstance(k, PlainKey) and k.member == member}
+
+
+def compressed(plan: Plan, encoded: Mapping[StorageKey, Encoded]) -> frozenset[tuple[str, str]]:
     """Tensors, by member and first owner, that are not stored in their own dtype.
 
     Args:
         plan: what is generated.
         encoded: by storage key, as `expand` returns them.
     """
-    found = {tuple(key.split("/", 2)) for key, each in encoded.items() if not each.precision.is_native}
-    banks = {owner for kind, owner, _ in found if kind == "bank"}
-    plain = {(owner, name) for kind, owner, name in found if kind == "plain"}
+    found = [key for key, each in encoded.items() if not each.precision.is_native]
+    banks = {key.bank for key in found if isinstance(key, PartKey)}
+    plain = {(key.member, key.name) for key in found if isinstance(key, PlainKey)}
     return frozenset(plain | {(p.site.member, p.site.name) for p in plan.placements if p.bank in banks})
 
 
@@ -175,9 +189,11 @@ def loosened(joint: JointModel) -> dict[str, int]:
 
 def deduplicate(stored: Stored) -> Stored:
     """Keep one of several plain tensors that are equal byte for byte, within and across members."""
-    tensors, aliases, seen = {}, {}, {}
+    tensors: dict[StorageKey, Encoded] = {}
+    aliases: dict[PlainKey, PlainKey] = {}
+    seen: dict[bytes, PlainKey] = {}
     for key, encoded in stored.tensors.items():
-        if key.startswith("plain/") and encoded.nbytes >= ALIAS_BYTES:
+        if isinstance(key, PlainKey) and encoded.nbytes >= ALIAS_BYTES:
             first = seen.setdefault(_fingerprint(encoded), key)
             if first != key:
                 aliases[key] = first
@@ -223,19 +239,17 @@ def adopt(joint: JointModel, stored: Stored, known: Known | None = None) -> Join
     return joint.occupy(stored.plan, Dictionary(banks), encoded, known or Known())
 
 
-def expand(stored: Stored) -> dict[str, Encoded]:
+def expand(stored: Stored) -> dict[StorageKey, Encoded]:
     """Encoded tensors by storage key, those that are stored under another key too."""
     return dict(stored.tensors) | {key: stored.tensors[first] for key, first in stored.aliases.items()}
 
 
-def _assign_plain(member: Member, stored: Stored, encoded: Mapping[str, Encoded]) -> None:
-    prefix = f"plain/{member.name}/"
+def _assign_plain(member: Member, stored: Stored, encoded: Mapping[StorageKey, Encoded]) -> None:
     shared = {*stored.aliases, *stored.aliases.values()}
     tensors = {
         # An aliased tensor is stored once but belongs to several: each gets memory of its own.
-        key.removeprefix(prefix): decode(each).clone() if key in shared else decode(each)
-        for key, each in encoded.items()
-        if key.startswith(prefix)
+        name: decode(each).clone() if PlainKey(member.name, name) in shared else decode(each)
+        for name, each in _own(encoded, member.name).items()
     }
     assign(member.module, tensors, dict(stored.ties.get(member.name, {})))
 

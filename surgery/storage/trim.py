@@ -16,6 +16,7 @@ from surgery.anatomy.plan import BankPlan, Placement, torch_dtype
 from surgery.core.generation import to_weight
 from surgery.core.method import tensor_method
 from surgery.storage.codecs import Encoded, decode, encode_native
+from surgery.storage.keys import PartKey, PlainKey, StorageKey
 from surgery.storage.states import build_banks
 from surgery.storage.stored import Stored
 
@@ -41,7 +42,7 @@ def restrict(stored: Stored, members: Iterable[str]) -> Stored:
             smaller, moved, parts = tensor_method(bank.method).restrict(bank, mine, stored.parts(bank.key))
             banks.append(smaller)
             placements += moved
-            tensors.update({f"bank/{bank.key}/{part}": each for part, each in parts.items()})
+            tensors.update({PartKey(bank.key, part): each for part, each in parts.items()})
     place = {(p.site.member, p.site.name): i for i, p in enumerate(stored.plan.placements)}
     placements.sort(key=lambda p: (names.index(p.site.member), place[p.site.member, p.site.name]))
     left_alone = tuple(entry for entry in stored.plan.left_alone if entry.member in names)
@@ -61,7 +62,7 @@ def trim(stored: Stored) -> Stored:
     """Store plainly what is smaller so, names and headers counted; every decoded value stays what it was."""
     stored = _drop_costly_banks(stored)
     tensors = {
-        key: _if_smaller(key, each) if key.startswith("plain/") else each
+        key: _if_smaller(key, each) if isinstance(key, PlainKey) else each
         for key, each in stored.tensors.items()
     }
     return replace(stored, tensors=tensors)
@@ -77,12 +78,11 @@ def _to_cpu(encoded: Encoded) -> Encoded:
     return replace(encoded, parts={name: part.cpu() for name, part in encoded.parts.items()})
 
 
-def _if_smaller(key: str, encoded: Encoded) -> Encoded:
+def _if_smaller(key: PlainKey, encoded: Encoded) -> Encoded:
     if encoded.precision.is_native:
         return encoded
-    name = key.split("/", 2)[2]
     plain = encode_native(decode(encoded))
-    return plain if entry_bytes(name, plain) <= entry_bytes(name, encoded) else encoded
+    return plain if entry_bytes(key.name, plain) <= entry_bytes(key.name, encoded) else encoded
 
 
 def _drop_costly_banks(stored: Stored) -> Stored:
@@ -91,14 +91,14 @@ def _drop_costly_banks(stored: Stored) -> Stored:
         return stored
     banks = build_banks(stored)
     tensors = {
-        key: each for key, each in stored.tensors.items() if key.split("/")[1] not in costly or key[0] != "b"
+        k: each for k, each in stored.tensors.items() if isinstance(k, PlainKey) or k.bank not in costly
     }
     ties = {member: dict(tied) for member, tied in stored.ties.items()}
     blocks = {key: banks[key].settled_blocks() for key in costly}  # as `collapse` has them, bit for bit
     for p in stored.plan.placements:
         if p.bank in costly:
             weight = to_weight(blocks[p.bank][p.start : p.stop], p)
-            tensors[f"plain/{p.site.member}/{p.site.name}"] = encode_native(weight)
+            tensors[PlainKey(p.site.member, p.site.name)] = encode_native(weight)
             if len(p.site.owners) > 1:
                 ties.setdefault(p.site.member, {})[p.site.name] = p.site.owners
     plan = replace(
@@ -110,24 +110,26 @@ def _drop_costly_banks(stored: Stored) -> Stored:
 
 
 def _pays(stored: Stored, bank: BankPlan) -> bool:
-    prefix = f"bank/{bank.key}/"
     placements = [p for p in stored.plan.placements if p.bank == bank.key]
-    shared = sum(entry_bytes(key, each) for key, each in stored.tensors.items() if key.startswith(prefix))
+    parts = stored.parts(bank.key)
+    shared = sum(entry_bytes(str(PartKey(bank.key, part)), each) for part, each in parts.items())
     shared += BANK + sum(len(p.site.name) + PLACEMENT for p in placements)
     itemsize = torch_dtype(bank.dtype).itemsize
     plain = sum(torch.Size(p.site.shape).numel() * itemsize + len(p.site.name) + ENTRY for p in placements)
     return shared < plain
 
 
-def _restrict_plain(stored: Stored, names: tuple[str, ...]) -> tuple[dict[str, Encoded], dict[str, str]]:
+def _restrict_plain(
+    stored: Stored, names: tuple[str, ...]
+) -> tuple[dict[StorageKey, Encoded], dict[PlainKey, PlainKey]]:
     """Plain tensors of some members; one that was stored under another member's key gets a key of its own."""
-    kept = {
-        key: each for key, each in stored.tensors.items() if key[0] == "p" and key.split("/", 2)[1] in names
+    kept: dict[StorageKey, Encoded] = {
+        key: each for key, each in stored.tensors.items() if isinstance(key, PlainKey) and key.member in names
     }
-    aliases: dict[str, str] = {}
-    holder: dict[str, str] = {}  # of tensors whose own key was left out
+    aliases: dict[PlainKey, PlainKey] = {}
+    holder: dict[PlainKey, PlainKey] = {}  # of tensors whose own key was left out
     for key, first in stored.aliases.items():
-        if key.split("/", 2)[1] not in names:
+        if key.member not in names:
             continue
         if first in kept:
             aliases[key] = first
