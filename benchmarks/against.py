@@ -33,7 +33,8 @@ CONTROLS = ("plain", "from_pretrained", "python -c pass", "copy", "embedding_bag
 
 def run(checkout: Path, links: Path, name: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
     """The rows that a benchmark of a checkout prints as JSON."""
-    environment = {**os.environ, "PYTHONPATH": f"{links}{os.pathsep}{checkout}"}
+    paths = [str(links), str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-P", "-m", f"benchmarks.{name}", "--json", *arguments]
     made = subprocess.run(command, cwd=links, env=environment, capture_output=True, text=True, check=False)
     if made.returncode:

@@ -226,3 +226,10 @@ def test_distance_of_embeddings_is_one_less_cosine():
     one, other = torch.nn.functional.normalize(torch.randn(2, 5, 7), dim=2)
     wanted = 1 - torch.nn.functional.cosine_similarity(one, other).mean()
     assert torch.allclose(distance(one, SimpleNamespace(target=other)), wanted, atol=1e-6)
+
+
+def test_a_checkout_against_itself(run):
+    document = run("against", str(ROOT), "startup", "--rounds", "1")
+    assert of(document, "of") == ["python -c pass", "surgery --help", "surgery merge --help"]
+    assert all(0.1 < ratio < 10 for ratio in of(document, "ratio"))
+    assert document["verdicts"][0].startswith("what is not ours:")
