@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import (
     ArtifactError,
     ConsentError,
+    ExportError,
     LoadError,
     OutputError,
     PlanError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from surgery.artifact.verify import VerifyReport, verify
     from surgery.core.joining import join
     from surgery.core.joint import JointModel
+    from surgery.core.replacing import plan_modules
     from surgery.fitting.fit import FitReport, fit
     from surgery.members.member import Inputs, Member, Origin
     from surgery.members.references import load_member
@@ -53,6 +55,7 @@ _HOMES = {
     "fitting.fit": ("FitReport", "fit"),
     "core.joining": ("join",),
     "core.joint": ("JointModel",),
+    "core.replacing": ("plan_modules",),
     "members.member": ("Inputs", "Member", "Origin"),
     "pipeline.merge": ("merge",),
     "anatomy.plan": ("Plan", "make_plan"),
@@ -69,10 +72,10 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Anatomy", "ArtifactError", "ConsentError", "FitReport", "Inputs", "JointModel", "LeftAlone", "LoadError", "Member",
-    "Origin", "OutputError", "Plan", "PlanError", "Recipe", "Site", "SurgeryError", "Task", "TraceError",
-    "TrainReport", "TrainingError", "VerifyReport", "__version__", "discover", "export", "fit", "join", "load",
-    "load_member", "make_plan", "merge", "plan_templates", "save", "trace", "train", "verify",
+    "Anatomy", "ArtifactError", "ConsentError", "ExportError", "FitReport", "Inputs", "JointModel", "LeftAlone",
+    "LoadError", "Member", "Origin", "OutputError", "Plan", "PlanError", "Recipe", "Site", "SurgeryError", "Task",
+    "TraceError", "TrainReport", "TrainingError", "VerifyReport", "__version__", "discover", "export", "fit", "join",
+    "load", "load_member", "make_plan", "merge", "plan_modules", "plan_templates", "save", "trace", "train", "verify",
 ]  # fmt: skip
 
 

@@ -44,6 +44,10 @@ class OutputError(SurgeryError):
     """A target cannot be written: it exists, is read-only, or the disk is full."""
 
 
+class ExportError(SurgeryError):
+    """A member has no plain form: a module of it was replaced by one that no ordinary module equals."""
+
+
 class TrainingError(SurgeryError):
     """Training cannot go on: a loss is not finite, memory ran out, or a checkpoint belongs to another run."""
 

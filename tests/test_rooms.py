@@ -12,9 +12,9 @@ ROOT = Path(surgery.__file__).parent
 ROOMS = (
     "errors", "permission", "version",
     "disk", "util", "settings.problems", "settings.quantities", "settings.names",
-    "geometry", "members.extra_state", "members.member", "tracing", "inputs", "settings", "members",
-    "storage.codecs", "storage.keys", "anatomy",
-    "core.bank", "core.dictionary", "core.kernel", "core.replacement", "core.method",
+    "geometry", "members.extra_state", "members.replacement", "members.member", "tracing", "inputs", "settings",
+    "members",
+    "storage.codecs", "storage.keys", "anatomy", "core.bank", "core.dictionary", "core.kernel", "core.method",
     "methods.rows", "core.generation", "slots", "core", "storage",
     "fitting", "artifact",
     "training.tasks", "training.report", "training.loop", "training.distributed", "training",

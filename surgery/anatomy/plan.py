@@ -16,6 +16,7 @@ from surgery.anatomy.sites import Anatomy, LeftAlone, Site
 from surgery.errors import PlanError
 from surgery.geometry.blocks import BlockGrid
 from surgery.members.member import check_names
+from surgery.members.replacement import Replacement
 from surgery.settings.names import DEFAULT_METHOD
 from surgery.util.showing import as_text, plural
 
@@ -70,17 +71,21 @@ class Plan:
         banks: by block shape and dtype.
         placements: every site whose weights are generated, in member and execution order.
         left_alone: every other tensor with its reason.
+        replacements: of modules, which `join` makes first; sites are those of the members with these in place.
     """
 
     members: tuple[str, ...]
     banks: tuple[BankPlan, ...]
     placements: tuple[Placement, ...]
     left_alone: tuple[LeftAlone, ...]
+    replacements: tuple[Replacement, ...] = ()
 
     def __repr__(self) -> str:
         title = f"Plan of {plural(len(self.members), 'member')}: {plural(len(self.placements), 'site')} in "
         title += f"{plural(len(self.banks), 'bank')}, {plural(len(self.left_alone), 'tensor')} left alone"
-        return as_text(title, [f"{bank.key}: {plural(bank.locations, 'location')}" for bank in self.banks])
+        rows = [f"{each.path} of '{each.member}': replaced by {each.method}" for each in self.replacements]
+        rows += [f"{bank.key}: {plural(bank.locations, 'location')}" for bank in self.banks]
+        return as_text(title, rows)
 
     def of(self, member: str) -> tuple[Placement, ...]:
         """The placements of one member."""

@@ -9,13 +9,13 @@ from surgery.artifact.folder import load
 from surgery.artifact.manifest import read_manifest
 from surgery.artifact.reading import read_stored
 from surgery.artifact.rebuild import as_exported, as_saved
-from surgery.artifact.recorded import origin_of, read_member
+from surgery.artifact.recorded import origin_of, read_member, replacements_of
 from surgery.artifact.reports import report_of, restrict_report
 from surgery.artifact.writing import write
 from surgery.core.joint import JointModel
 from surgery.disk.claims import claim
 from surgery.disk.folders import check_target, new_folder
-from surgery.errors import PlanError
+from surgery.errors import ExportError, PlanError
 from surgery.members.member import Member, state_tensors
 from surgery.members.references import write_plain
 from surgery.storage.states import module_of, state_of
@@ -55,6 +55,7 @@ def export(
     Raises:
         PlanError: where there is no such member or format.
         ArtifactError: where the artifact is damaged.
+        ExportError: where a module of the member was replaced and has no plain form.
         OutputError: where the folder exists, holds other files, cannot be written, or the disk is full.
 
     Example:
@@ -93,7 +94,13 @@ def _read_plain(source: str | Path, member: str, trust: bool) -> tuple[Member, n
     """One member of an artifact and its module with ordinary weights."""
     manifest = read_manifest(Path(source).expanduser())
     _check_name(member, manifest.members)
-    if origin_of(manifest, member).kind in BARE_KINDS:
+    origin, replaced = origin_of(manifest, member), replacements_of(manifest, member)
+    if replaced and origin.kind == "module":
+        raise ExportError(
+            f"Modules of member '{member}' were replaced, and only its architecture, which was a live module, can make "
+            f"ordinary ones of them: load the artifact with modules={{'{member}': a module of it}} and export that."
+        )
+    if origin.kind in BARE_KINDS and not replaced:
         stored, described, _ = _one(source, member)
         return described, module_of(state_of(stored, member))
     joint = load(source, members=[member], trust_remote_code=trust)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from surgery.artifact.recorded import (
     is_original,
     origin_of,
     read_small_files,
+    replacements_of,
     stored_dtypes,
     stored_shapes,
 )
@@ -36,6 +38,7 @@ from surgery.artifact.reports import report_of, restrict_report
 from surgery.artifact.writing import write
 from surgery.core.joint import JointModel
 from surgery.core.known import Known
+from surgery.core.replacing import made_again
 from surgery.disk.places import out_of_artifact
 from surgery.disk.untrusted import RECIPE_BYTES, UnreadableError, as_mapping, parse_yaml, read_regular
 from surgery.errors import ArtifactError
@@ -130,17 +133,7 @@ def load(
     permission = Permission.of_artifact(trust_remote_code)
     check_free({name: module for name, module in (modules or {}).items() if name in names})
     stored = read_stored(folder, manifest, names)
-    found = []
-    for name in names:
-        files = read_small_files(folder, manifest, name)
-        with bounded(f"member '{name}'", **by_file(stored_shapes(stored, name))):
-            module = (modules or {}).get(name) or _build(manifest, stored, name, files, permission)
-        origin, original = origin_of(manifest, name), is_original(manifest, name)
-        member = Member(name, module.eval(), inputs_of(manifest, name), origin, files, original)
-        check_fit(stored, name, module)
-        for owners in (*manifest.members[name].ties.values(), *(p.site.owners for p in stored.plan.of(name))):
-            _tie(member.module, owners)
-        found.append(member)
+    found = [_member(folder, manifest, stored, name, (modules or {}).get(name), permission) for name in names]
     joint = revive(found, stored, _known(manifest, stored, found))
     joint.__dict__["recipe"] = read_recipe(folder, manifest)  # neither a parameter nor a module
     return joint.to(device) if device != "cpu" else joint
@@ -153,6 +146,28 @@ def _known(manifest: Manifest, stored: Stored, members: Sequence[Member]) -> Kno
     hashes = {name: found for name in names if (found := hash_of(manifest, name)) is not None}
     original = frozenset(member.name for member in members if member.original)
     return Known(report, hashes, original, compressed(stored.plan, expand(stored)))
+
+
+def _member(
+    folder: Path,
+    manifest: Manifest,
+    stored: Stored,
+    name: str,
+    given: nn.Module | None,
+    permission: Permission,
+) -> Member:
+    """A member, still without weights; a module that was given is as it was where something does not fit."""
+    files = read_small_files(folder, manifest, name)
+    with ExitStack() as stack:
+        with bounded(f"member '{name}'", **by_file(stored_shapes(stored, name))):
+            module = _build(manifest, stored, name, files, permission) if given is None else given
+            replaced = stack.enter_context(made_again(name, module, replacements_of(manifest, name)))
+        origin, original = origin_of(manifest, name), is_original(manifest, name)
+        member = Member(name, module.eval(), inputs_of(manifest, name), origin, files, original, replaced)
+        check_fit(stored, name, module)
+    for owners in (*manifest.members[name].ties.values(), *(p.site.owners for p in stored.plan.of(name))):
+        _tie(member.module, owners)
+    return member
 
 
 def _build(

@@ -68,6 +68,18 @@ class OriginEntry(_Entry):
     seed: Count | None = None
 
 
+class ReplacementEntry(_Entry):
+    """A module in whose place another stands: the method that replaced it, its path, and how it is done again.
+
+    `package` says where the method comes from.
+    """
+
+    method: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=200)]
+    path: Annotated[str, Field(min_length=1, max_length=LONGEST_PATH)]
+    settings: dict[str, Any] = {}
+    package: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]*$", max_length=200)] = ""
+
+
 class MemberEntry(_Entry):
     """One member.
 
@@ -86,6 +98,7 @@ class MemberEntry(_Entry):
         folder: of its files below `members`, where that is not its name; see `surgery.artifact.foldernames`.
         placements: name, number of its view, order and, where it does not follow the last site of its bank,
             start.
+        replacements: of modules, in the order in which they are made.
     """
 
     origin: OriginEntry | None = None
@@ -99,6 +112,7 @@ class MemberEntry(_Entry):
     borrowed: dict[str, MemberName] = {}
     folder: MemberName | None = None
     placements: tuple[tuple[str, Count, Order] | tuple[str, Count, Order, Count], ...] = ()
+    replacements: tuple[ReplacementEntry, ...] = ()
 
 
 class BankEntry(_Entry):

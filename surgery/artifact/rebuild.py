@@ -15,7 +15,8 @@ from dataclasses import replace
 from torch import nn
 
 from surgery.artifact.recorded import misfits, stored_shapes
-from surgery.errors import LoadError
+from surgery.core.replacing import make_again
+from surgery.errors import ArtifactError, LoadError
 from surgery.members.member import Member, Origin, shapes_of
 from surgery.members.origins import origin_kind
 from surgery.members.origins.layers import correct_layers
@@ -55,7 +56,7 @@ def as_exported(member: Member, module: nn.Module) -> Member:
         member: to be exported.
         module: with ordinary weights.
     """
-    found, bad = _described(member, shapes_of(module))
+    found, bad = _described(replace(member, replaced=()), shapes_of(module))
     if bad:
         warnings.warn(
             f"Member '{member.name}' is not what its configuration builds: there are {bad}. The folder holds all "
@@ -69,9 +70,9 @@ def _described(member: Member, wanted: Mapping[str, tuple[int, ...]]) -> tuple[M
     """The member with an origin and files that build tensors of these shapes, or what does not fit."""
     if member.origin.kind in _CODE or b"auto_map" in member.files.get("config.json", b""):
         return member, ""
-    bad = _misfits(member.origin, member.files, wanted)[0]
+    bad = _misfits(member, wanted)[0]
     for origin, files, note in _anew(member, wanted) if bad else ():
-        if not _misfits(origin, files, wanted)[0]:
+        if not _misfits(replace(member, origin=origin, files=files), wanted)[0]:
             if note:
                 warnings.warn(f"Member '{member.name}': {note}", stacklevel=5)
             return replace(member, origin=origin, files=files), ""
@@ -97,7 +98,7 @@ def _anew(
     files = {**member.files, **found.files}
     yield origin, files, ""
     if "config.json" in files:
-        built = _misfits(origin, files, wanted)[1]
+        built = _misfits(replace(member, origin=origin, files=files), wanted)[1]
         config, notes = correct_layers(json.loads(files["config.json"]), built, wanted)
         if notes:
             written = {**files, "config.json": (json.dumps(config, indent=2) + "\n").encode()}
@@ -108,12 +109,13 @@ def _anew(
             )
 
 
-def _misfits(
-    origin: Origin, files: Mapping[str, bytes], wanted: Mapping[str, tuple[int, ...]]
-) -> tuple[str, Collection[str]]:
-    """How the architecture that `load` will build differs from tensors of these shapes, and its tensors' names."""
+def _misfits(member: Member, wanted: Mapping[str, tuple[int, ...]]) -> tuple[str, Collection[str]]:
+    """How the architecture that `load` will build of a member's origin and files, its replacements made again, differs
+    from tensors of these shapes, and its tensors' names."""
     try:
-        own = shapes_of(build_architecture(origin, files))
-    except LoadError as error:
+        module = build_architecture(member.origin, member.files)
+        make_again(member.name, module, [each.replacement for each in member.replaced])
+    except (LoadError, ArtifactError) as error:
         return f"no module, since {error}", ()
+    own = shapes_of(module)
     return misfits(wanted, own), own.keys()

@@ -20,6 +20,7 @@ from surgery.errors import ArtifactError
 from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import from_document
 from surgery.members.member import Inputs, Member, Origin, shapes_of
+from surgery.members.replacement import Replaced, Replacement
 from surgery.storage.stored import Stored
 from surgery.util.text import shorten
 
@@ -34,6 +35,14 @@ def origin_of(manifest: Manifest, member: str) -> Origin:
     entry = manifest.members[manifest.members[member].like or member].origin
     assert entry is not None  # the manifest was validated
     return Origin(**entry.model_dump())
+
+
+def replacements_of(manifest: Manifest, member: str) -> tuple[Replacement, ...]:
+    """The modules of a member in whose places others stand."""
+    return tuple(
+        Replacement(member, each.path, each.method, each.settings, each.package)
+        for each in manifest.members[member].replacements
+    )
 
 
 def inputs_of(manifest: Manifest, member: str) -> Inputs:
@@ -75,7 +84,9 @@ def read_member(folder: Path, manifest: Manifest, member: str, module: nn.Module
         ArtifactError: where its small files are missing or changed.
     """
     files = read_small_files(folder, manifest, member)
-    return Member(member, module, inputs_of(manifest, member), origin_of(manifest, member), files)
+    replaced = tuple(Replaced(each) for each in replacements_of(manifest, member))
+    origin, inputs = origin_of(manifest, member), inputs_of(manifest, member)
+    return Member(member, module, inputs, origin, files, replaced=replaced)
 
 
 def small_files(manifest: Manifest, member: str) -> dict[str, str]:

@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from surgery.artifact.folder import load
 from surgery.artifact.manifest import NAME, Manifest, checksum_holds, read_manifest
 from surgery.artifact.reading import read_stored, wrong_hashes
-from surgery.artifact.recorded import inputs_of, origin_of, small_files
+from surgery.artifact.recorded import inputs_of, origin_of, replacements_of, small_files
 from surgery.core.joint import JointModel
+from surgery.core.replacing import MissingMethodError, make_again
 from surgery.errors import ConsentError, SurgeryError
-from surgery.inputs.probes import outputs_of, probe_inputs, relative_error
-from surgery.members.member import Inputs, Member, Origin, content_hash, whole_state
+from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
+from surgery.members.member import Member, Origin, content_hash, whole_state
 from surgery.members.occupancy import check_unoccupied
 from surgery.members.references import load_origin, ships
+from surgery.members.replacement import Replacement
 from surgery.permission import Permission
 from surgery.slots.collapse import collapse
 from surgery.storage.states import build_banks, state_of
@@ -188,14 +190,29 @@ def _check(
         return MemberCheck(name, not reasons, tuple(reasons), rebuilt, where, recorded_error=recorded)
     original = whole_state(origin.module)
     where, changed = _compare_hash(manifest, name, original, found)
-    reasons += changed + _compare_dtypes(original, state)
     error = None
     if joint is not None:
         probes = probe_inputs(origin, seed=_seed(manifest))
-        error = relative_error(_over_all(origin.module, probes), _over_all(joint[name], probes))
+        error = relative_error(outputs_over(origin.module, probes), outputs_over(joint[name], probes))
         reasons += _compare_error(manifest, name, error, recorded)
+    if replaced := replacements_of(manifest, name):
+        original, failed = _replaced_state(name, origin.module, replaced)
+        reasons += failed if joint is not None else []
+    reasons += changed + _compare_dtypes(original, state)
     distance = _farthest(original, state)
     return MemberCheck(name, not reasons, tuple(reasons), rebuilt, where, distance, error, recorded)
+
+
+def _replaced_state(
+    name: str, module: nn.Module, replacements: Sequence[Replacement]
+) -> tuple[dict[str, Any], list[str]]:
+    """The state of a copy of an origin's module with the recorded replacements made again, or why there is none."""
+    module = duplicate(module)
+    try:
+        make_again(name, module, replacements)
+    except SurgeryError as error:
+        return {}, [str(error)]
+    return whole_state(module), []
 
 
 def _load_origin(
@@ -234,6 +251,8 @@ def _load_member(
         return load(folder, modules=modules, members=[name], trust_remote_code=trust), None, None
     except ConsentError:  # no fault of the artifact's
         return None, None, "its code needs `trust_remote_code`"
+    except MissingMethodError as error:
+        return None, None, str(error)
     except SurgeryError as error:
         return None, f"it cannot be rebuilt: {error}", None
 
@@ -271,12 +290,6 @@ def _compare_error(manifest: Manifest, name: str, error: float, recorded: float 
     if error <= recorded * (1 + relative) + absolute:
         return []
     return [f"its outputs must stay within the recorded error {recorded:.4f}, but differ by {error:.4f}"]
-
-
-def _over_all(module: nn.Module, probes: Sequence[Inputs]) -> tuple[Tensor, ...]:
-    """A module's output tensors, each over all probe inputs."""
-    batches = [outputs_of(module, batch) for batch in probes]
-    return tuple(torch.cat([t.flatten() for t in tensors]) for tensors in zip(*batches, strict=True))
 
 
 @torch.no_grad()

@@ -166,13 +166,19 @@ def _describe(
         entry = described if like == member.name else {"like": like}
         held = _describe_tensors(stored, member, built, placements.get(member.name, []))
         place = None if folders[member.name] == member.name else folders[member.name]
-        rest = {"borrowed": borrowed.get(member.name, {}), "folder": place}
+        rest = {"borrowed": borrowed.get(member.name, {}), "folder": place, "replacements": _replaced(member)}
         entries[member.name] = _without_defaults({**entry, **held, **rest})
     for key, bank in banks.items():
         bank.update(_without_defaults({"encoded": encoded_entries(stored.parts(key))}))
     start = {"format": "surgery", "version": VERSION, "versions": _versions(), "members": entries}
     rest = {"seed": seed, "banks": banks, "views": views, "report": None if report is None else dict(report)}
     return {**start, **_without_defaults(rest)}
+
+
+def _replaced(member: Member) -> list[dict[str, Any]]:
+    """What a manifest says of the modules of a member that were replaced."""
+    found = ({**asdict(each.replacement), "member": None} for each in member.replaced)
+    return [_without_defaults(each) for each in found]
 
 
 def _describe_tensors(

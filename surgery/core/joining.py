@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from surgery.core.bank import Bank
 from surgery.core.dictionary import Dictionary, master_dtype
 from surgery.core.generation import to_blocks
 from surgery.core.joint import JointModel
+from surgery.core.replacing import modules_replaced
 from surgery.disk.aligned import align_module
 from surgery.errors import PlanError
 from surgery.members.member import Member, check_names
@@ -44,12 +46,19 @@ def join(
 
     Raises:
         PlanError: names given twice, a module in two members or in another joint model, a tensor in two members, a
-            block larger than every site, no member at all.
+            block larger than every site, no member at all; replacements that cannot be made. Modules are then as they
+            were.
     """
     if not members:
         raise PlanError("A joint model needs at least one member, found none.")
     check_names(member.name for member in members)
     check_free({member.name: member.module for member in members})
+    with modules_replaced(members, plan.replacements if plan else (), keep=True) as changed:
+        return _join(changed, plan and replace(plan, replacements=()), block, context)
+
+
+def _join(members: Sequence[Member], plan: Plan | None, block: tuple[int, int], context: int) -> JointModel:
+    """`join`, of members whose modules are replaced."""
     plan = plan or make_plan([discover(member) for member in members], block, context)
     modules = {member.name: align_module(member.module) for member in members}
     keys = [(p.site.member, p.site.name) for p in plan.placements]

@@ -23,6 +23,7 @@ from surgery.core.generation import Weights, generate_weights, move_dictionary
 from surgery.core.known import Known, Stamp, stamp, versions
 from surgery.core.method import Opening
 from surgery.core.opening import open_dictionary
+from surgery.core.replacing import collapse_modules, copy_replaced, put_originals
 from surgery.core.sizes import parameters_alone
 from surgery.members.extra_state import state_keys
 from surgery.members.member import Member, check_names, owners_of
@@ -234,8 +235,9 @@ class JointModel(nn.Module):
                 type(self[name]).__name__,
                 f"{count(alone[name])} parameters",
                 plural(len(self.plan.of(name)), "site"),
+                *([f"{plural(len(member.replaced), 'module')} replaced"] if member.replaced else []),
             ]
-            for name in self.names
+            for name, member in self.members.items()
         ]
 
     # -- state dicts ---------------------------------------------------------------------------------------
@@ -258,11 +260,33 @@ class JointModel(nn.Module):
         """
         if name is None:
             return {each: self.collapse(each) for each in self.names}
-        return self.extract(name).state_dict() if name in self.renamed else collapse(self, name)
+        plain = name not in self.renamed and not self.members[name].replaced
+        return collapse(self, name) if plain else self.extract(name).state_dict()
 
     def extract(self, name: str) -> nn.Module:
-        """A copy of one member with ordinary parameters that depends on nothing here."""
-        return extract(self, name)
+        """A copy of one member with ordinary parameters that depends on nothing here.
+
+        Modules that were replaced become ordinary ones of the class that was there.
+
+        Raises:
+            ExportError: where a method has no ordinary form of a module that it replaced.
+        """
+        return collapse_modules(self.members[name], extract(self, name))
+
+    def member(self, name: str) -> Member:
+        """A copy of one member to be joined anew, replaced modules as they are here."""
+        return self._copied(name, {})
+
+    def original(self, name: str) -> nn.Module:
+        """A copy of one member with those modules in it that were replaced, until a fit or a training is over."""
+        return put_originals(self._copied(name, {}))
+
+    def forget_originals(self) -> None:
+        """From now on members are what they are: what stood in the places of replaced modules is not kept."""
+        self.members = {
+            name: replace(m, replaced=tuple(replace(each, original=None) for each in m.replaced))
+            for name, m in self.members.items()
+        }
 
     def open(
         self,
@@ -373,6 +397,9 @@ class JointModel(nn.Module):
         known, dtypes = self.known, self._dtypes()
         with self.slots.mark("moving"):
             self.bodies._apply(fn)
+            for each in (each for m in self.members.values() for each in m.replaced):
+                if each.original is not None:
+                    each.original._apply(fn)
         move_dictionary(self.dictionary, fn)
         self.plan = plan_in_dtypes(self.plan, lambda dtype: fn(torch.empty(0, dtype=dtype)).dtype)
         if self._dtypes() == dtypes:  # on another device weights are what they were
@@ -388,7 +415,11 @@ class JointModel(nn.Module):
         return _revived, (self._extracted({}), self.plan, self.dictionary, *self._rest())
 
     def _extracted(self, memo: dict) -> list[Member]:
-        return [replace(m, module=extract(self, name, memo=memo)) for name, m in self.members.items()]
+        return [self._copied(name, memo) for name in self.names]
+
+    def _copied(self, name: str, memo: dict) -> Member:
+        member, module = self.members[name], extract(self, name, memo=memo)
+        return replace(member, module=module, replaced=copy_replaced(member, memo))
 
     def _rest(self) -> tuple:
         return self.encoded, self.known, self.__dict__.get("recipe"), self.training, self.bodies.training

@@ -1,8 +1,8 @@
 """The interface of a method of sharing, and the registry of methods.
 
 There are two kinds. A `TensorMethod` generates *tensors*: it plans which sites it takes, makes banks from which their
-blocks are generated, trains these and stores them. A `ModuleSurgery` replaces *modules*: it says which, what stands in
-their place, and how a plain module comes of that again.
+blocks are generated, trains these and stores them. A `ModuleSurgery` (`surgery.core.module_method`) replaces
+*modules*: it says which, what stands in their place, and how a plain module comes of that again.
 
 Everything a method needs has a default but for its name, its plan and its bank, so a new one is a few lines
 (docs/add_a_method.md). The methods of this package lie below `surgery.methods`, a folder each; those of other packages
@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.core.bank import Bank
 from surgery.errors import PlanError
@@ -30,7 +30,6 @@ from surgery.util.text import one_line
 if TYPE_CHECKING:
     from surgery.anatomy.plan import BankPlan, Placement, Plan
     from surgery.anatomy.sites import Anatomy
-    from surgery.core.replacement import Replacement
     from surgery.core.settle import Settled
     from surgery.fitting.scene import Scene
     from surgery.fitting.units import Group
@@ -256,39 +255,6 @@ class TensorMethod(Method):
         return Moves(self.name, trainer)
 
 
-class ModuleSurgery(Method):
-    """A method that replaces modules.
-
-    The parameters of what stands in their place belong to the member: they are trained, stored and, where they are
-    linear maps, shared as any others.
-    """
-
-    @abstractmethod
-    def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> tuple[Replacement, ...]:
-        """Which modules are replaced, and all that is needed to do so again when an artifact is loaded."""
-
-    @abstractmethod
-    def replace(self, module: nn.Module, replacement: Replacement) -> nn.Module:
-        """What stands in the place of a module.
-
-        Args:
-            module: the member's module, whole, as it was; parameters may be on the meta device.
-            replacement: which part of it, and how.
-        """
-
-    @abstractmethod
-    def collapse(self, module: nn.Module, replacement: Replacement) -> nn.Module:
-        """A plain module that computes what the replaced one does, of the class that was there before.
-
-        Args:
-            module: the member's module, whole, with the replacement in its place.
-            replacement: which part of it.
-
-        Raises:
-            ExportError: where there is none, saying why and what to do.
-        """
-
-
 # -- the registry --------------------------------------------------------------------------------------------
 
 _METHODS: dict[str, Method] = {}
@@ -382,7 +348,6 @@ def _installed() -> dict[str, Any]:
 __all__ = [
     "DEFAULT_METHOD",
     "Method",
-    "ModuleSurgery",
     "Opening",
     "PlanRequest",
     "TensorMethod",

@@ -25,9 +25,9 @@ from surgery.fitting.exactly import make_exactly
 from surgery.fitting.report import FitReport, describe, describe_stacks
 from surgery.fitting.scene import Scene, fitted_by
 from surgery.fitting.search import search
-from surgery.fitting.trial import Trial
-from surgery.inputs.probes import probe_inputs
-from surgery.members.member import Inputs, content_hash
+from surgery.fitting.trial import Trial, to_device
+from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
+from surgery.members.member import Inputs, content_hash, whole_state
 from surgery.settings.names import PARAMETERS_OF, Mixing, without_target
 from surgery.settings.quantities import Seed
 from surgery.settings.target import Target
@@ -103,22 +103,22 @@ def fit(
     _check_request(joint, asked, probes)
     fixed = any(method.asks(joint.plan, asked) for method in fitted_by(joint.plan))
     if asked.max_error == 0 and not fixed:
-        return _fit_lossless(joint)
+        return _fit_lossless(joint, probes or {}, asked.seed)
     return _fit_lossy(joint, asked, probes, device)
 
 
-def _fit_lossless(joint: JointModel) -> JointModel:
+def _fit_lossless(joint: JointModel, probes: Mapping[str, Sequence[Inputs]], seed: int) -> JointModel:
     """Equal tensors and blocks once, and nothing rounded."""
     stored, originals = trim(store(joint)), _originals(joint)
     precision = sum(
         stored_bytes(each.shape, each.dtype, NATIVE) - each.nbytes for each in stored.tensors.values()
     )
-    errors = dict.fromkeys(joint.names, 0.0)
+    errors = _errors_of_replacing(joint, probes, seed)
     stacks = describe_stacks(joint.plan, stored, originals)
     known, hashes = joint.known.original, _hashes(joint)
     report = _report(
-        "lossless", True, stored, originals, precision, errors, _of(hashes, known), stacks=stacks,
-        parameters=parameters_alone(joint),
+        "lossless", not any(errors.values()), stored, originals, precision, errors, _of(hashes, known),
+        stacks=stacks, parameters=parameters_alone(joint),
     )  # fmt: skip
     return _adopt(joint, stored, report, known, hashes)
 
@@ -195,6 +195,7 @@ def _adopt(
     same = frozenset(name for name in original if described[name] == hashes[name])
     if (recipe := joint.__dict__.get("recipe")) is not None:
         joint.__dict__["recipe"] = without_target(recipe)
+    joint.forget_originals()  # what the fit compared with
     return adopt(joint, stored, Known(report, described, same, compressed(stored.plan, expand(stored))))
 
 
@@ -228,7 +229,27 @@ def _originals(joint: JointModel) -> dict[str, dict[str, Tensor]]:
 
 
 def _hashes(joint: JointModel) -> dict[str, str]:
-    return {name: content_hash(collapse(joint, name)) for name in joint.names}
+    """Of each member's weights, as it was before modules of it were replaced where these are kept."""
+    return {
+        name: content_hash(
+            whole_state(joint.original(name)) if joint.members[name].replaced else collapse(joint, name)
+        )
+        for name in joint.names
+    }
+
+
+def _errors_of_replacing(
+    joint: JointModel, probes: Mapping[str, Sequence[Inputs]], seed: int
+) -> dict[str, float]:
+    """How far the outputs of members moved with modules replaced, and nothing else: 0 where none was."""
+    errors = dict.fromkeys(joint.names, 0.0)
+    for name, member in joint.members.items():
+        if any(each.original is not None for each in member.replaced):
+            device = _device(joint)
+            inputs = [to_device(each, device) for each in probes.get(name) or probe_inputs(member, seed=seed)]
+            original, module = joint.original(name).eval(), joint.member(name).module.eval()
+            errors[name] = relative_error(outputs_over(original, inputs), outputs_over(module, inputs))
+    return errors
 
 
 def _check_request(joint: JointModel, asked: Asked, probes: Mapping[str, Sequence[Inputs]] | None) -> None:

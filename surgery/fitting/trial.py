@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from surgery.core.replacing import as_it_was
 from surgery.errors import PlanError
 from surgery.inputs.probes import outputs_of
 from surgery.members.member import Inputs, Member
@@ -38,7 +39,9 @@ class Trial:
         self.probes = [to_device(inputs, device) for inputs in probes]
         self.set_weights(self.originals)
         self.module.to(device)  # what is in no state dict
-        self.reference = [self._outputs(inputs) for inputs in self.probes]
+        with as_it_was(member) as original:
+            original.to(device)
+            self.reference = [self._outputs(inputs) for inputs in self.probes]
         if not any(self.reference):
             raise PlanError(
                 f"Member '{self.name}' returns no floating-point tensor on its probe inputs, so its error "

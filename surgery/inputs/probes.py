@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from inspect import signature
 from pathlib import Path
@@ -79,6 +79,12 @@ def outputs_of(module: nn.Module, inputs: Inputs) -> tuple[Tensor, ...]:
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
         torch.manual_seed(0)
         return tuple(tensors_in(module(*inputs.args, **inputs.kwargs)))
+
+
+def outputs_over(module: nn.Module, probes: Sequence[Inputs]) -> tuple[Tensor, ...]:
+    """A module's output tensors, each over all probe inputs."""
+    batches = [outputs_of(module, batch) for batch in probes]
+    return tuple(torch.cat([t.flatten() for t in tensors]) for tensors in zip(*batches, strict=True))
 
 
 def relative_error(reference: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery.errors import LoadError, PlanError
 from surgery.members.extra_state import KEY, document_or_nothing, extra_state_of, state_keys
+from surgery.members.replacement import Replaced
 from surgery.util.text import shorten
 
 
@@ -58,6 +59,7 @@ class Member:
         origin: how to build the architecture again.
         files: small files (config, tokenizer, preprocessor) by their relative path.
         original: whether the weights are those that the origin gives; not after training or a fit.
+        replaced: modules of `module` in whose place others stand, in the order in which they were replaced.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Member:
     origin: Origin
     files: Mapping[str, bytes] = field(default_factory=dict)
     original: bool = True
+    replaced: tuple[Replaced, ...] = ()
 
     def __repr__(self) -> str:
         return (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,7 +221,7 @@ def _load(
 
     chosen = None if name is None else [name]
     joint = load(folder, members=chosen, trust_remote_code=trust_remote_code)
-    return [replace(joint.members[each], module=joint.extract(each)) for each in joint.names]
+    return [joint.member(each) for each in joint.names]
 
 
 def plan_members(recipe: Recipe, members: Sequence[Member]) -> tuple[list[Anatomy], Plan]:

@@ -145,7 +145,9 @@ def _train(
         run = Run(make(joint, tasks, settings, seed, accelerator, losses), settings, seed, place, began)
         if resume:
             run.resume()
-        return run.to_the_end()
+        report = run.to_the_end()
+    joint.forget_originals()  # what was distilled
+    return report
 
 
 def fast(config: Training, tasks: Sequence[Task], batches: int = 2) -> tuple[Training, list[Task]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,15 @@ def make_plan(
     Paths are relative to the run's folder, so that a run may go on from another working directory. Learning rates and
     clipping may change, for a run whose loss was no longer finite.
     """
-    placements = [(p.site.member, p.site.name, p.bank, str(p.grid), p.start) for p in joint.plan.placements]
+    placements: list[Any] = [
+        (p.site.member, p.site.name, p.bank, str(p.grid), p.start) for p in joint.plan.placements
+    ]
     free = {"save_seconds": True, "trackers": True, "optimizer": {"lr", "soft_lr", "clip"}}
     train = config.model_dump(mode="json", exclude=free)
     if (source := config.templates.source) is not None and folder is not None:
         train["templates"]["source"] = into_artifact(folder).path(source)
+    replaced = [asdict(each.replacement) for member in joint.members.values() for each in member.replaced]
+    placements += [json.dumps(replaced, sort_keys=True)] if replaced else []
     return {
         "blocks": hashlib.sha256(json.dumps(placements).encode()).hexdigest(),
         "tasks": ", ".join(f"{task.name} of {task.member}" for task in tasks),
@@ -56,7 +61,7 @@ def differences(plan: Mapping[str, Any], before: object) -> str:
         return ""
     changed = [(name, value) for name, value in flat(plan).items() if value != old.get(name)]
     return "; ".join(
-        "members or blocks are others"
+        "members, their replaced modules or blocks are others"
         if name == "blocks"
         else f"{name} was {shown_text(str(old.get(name)), 100)} and is {shown_text(str(value), 100)}"
         for name, value in changed

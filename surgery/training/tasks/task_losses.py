@@ -32,7 +32,7 @@ def losses_of(joint: JointModel, tasks: Sequence[Task], place: Place | None = No
 
     def original(member: str) -> nn.Module:
         if member not in made:
-            copy = joint.extract(member).eval().requires_grad_(False)
+            copy = joint.original(member).eval().requires_grad_(False)
             made[member] = copy if place is None else place(copy)
         return made[member]
 
