@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from . import console
@@ -42,6 +43,7 @@ def plan_json(prepared: Prepared) -> dict[str, Any]:
             }
             for p in plan.placements
         ],
+        "replacements": [asdict(each) for each in plan.replacements],
         "left_alone": [
             {"member": each.member, "name": each.name, "role": each.role, "reason": each.reason}
             for each in plan.left_alone
@@ -92,6 +94,7 @@ def print_plan(prepared: Prepared, *, verbose: bool) -> None:
         )
     console.heading("Plan (a dry run: nothing is written)")
     console.show(table)
+    _print_replacements(plan)
     _print_stacks(plan)
     banks = console.table("bank", "block", "dtype", ">locations", ">size as it is")
     for bank in plan.banks:
@@ -169,6 +172,16 @@ def _metric(wanted: str | dict[str, Any] | None) -> str:
     from surgery.training.tasks.metrics import measure_of
 
     return "-" if wanted is None else measure_of(wanted).title
+
+
+def _print_replacements(plan: Plan) -> None:
+    if not plan.replacements:
+        return
+    table = console.table("member", "replaced module", "by", "~settings")
+    for each in plan.replacements:
+        settings = ", ".join(f"{key}: {value}" for key, value in each.settings.items())
+        table.add_row(each.member, each.path, each.method, console.clipped(settings))
+    console.show(table)
 
 
 def _print_stacks(plan: Plan) -> None:

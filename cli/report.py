@@ -106,6 +106,7 @@ def describe(view: Overview) -> dict[str, Any] | None:
                 "bytes_before": member.before,
                 "bytes_after": member.after,
                 "output_error": member.error,
+                "replaced": dict(member.replaced),
             }
             for member in view.members
         ],
@@ -134,6 +135,12 @@ def print_artifact(view: Overview) -> None:
     console.say(
         f"Tensors {console.size(after)}, {console.percent(after / (before or 1))} of {console.size(before)}."
     )
+    if any(member.replaced for member in view.members):
+        table = console.table("member", "replaced module", "by")
+        for member in view.members[: outcome.ROWS]:
+            for path, method in [*member.replaced.items()][: outcome.ROWS]:
+                table.add_row(member.name, console.clipped(path), method)
+        console.show(table)
     table = console.table("stored as", ">tensors", ">before", ">after")
     for how, (tensors, original, stored) in view.ways.items():
         table.add_row(how, str(tensors), console.size(original), console.size(stored))

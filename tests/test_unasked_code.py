@@ -185,6 +185,10 @@ def hostile(places: dict[str, Path]) -> dict[str, list[list[str]]]:
         add(f"timm-{option}", "timm", origin(options={option: weights}))
     add("timm-architecture", "timm", origin(architecture=f"local-dir:{words['evil']}"))
     add("class", "transformers", origin(architecture="evil.B"))
+    for number, method in enumerate(("evil", "os", "surgery.methods.rows", "templates", "evil.method")):
+        replaced = {"method": method, "path": "encoder", "settings": {"of": weights}, "package": "evil"}
+        add(f"method-{number}", "transformers", lambda manifest, replaced=replaced: manifest["members"]["net"].update(
+            replacements=[replaced]))  # fmt: skip
     for name, fields in {
         "auto-map": {"auto_map": {"AutoConfig": "evil.A", "AutoModel": "evil.B"}, "model_type": "own"},
         "auto-map-elsewhere": {"auto_map": {"AutoModel": "org/name--evil.B"}, "architectures": ["B"]},

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.artifact.shares import Shares
+from surgery.members.replacement import count_replaced
 from surgery.permission import SHIPPED
 from surgery.util.wording import percent, size
 
@@ -144,6 +145,11 @@ def _contents(manifest: Mapping[str, Any]) -> str:
             f"- {name}: {own[0]['locations']:,} layers from shared templates, {len(own)} tensors of each layer, "
             f"{sum(bank['block'][1] for bank in own):,} parameters"
         )
+    for name, entry in list(manifest["members"].items())[:ROWS]:
+        if replaced := entry.get("replacements"):
+            packages = sorted({each["package"] for each in replaced if each.get("package")})
+            needs = f", which package {' and '.join(packages)} registers" if packages else ""
+            lines.append(f"- {name}: {count_replaced([each['method'] for each in replaced])}{needs}")
     return "## Contents\n\n" + "\n".join([*lines, f"- written with {versions}"])
 
 

@@ -35,6 +35,7 @@ from surgery.storage.keys import PlainKey, parse_key
 
 NAME = MANIFEST
 VERSION = 1
+MOST_REPLACEMENTS = 1 << 12  # of modules, in one member
 LONGEST_PATH = 1024  # bytes of a path inside an artifact; each part has at most 255 in most file systems
 _CHECKSUM = re.compile(r',\n "checksum": "([0-9a-f]{64})"\n}\n\Z')
 
@@ -112,7 +113,7 @@ class MemberEntry(_Entry):
     borrowed: dict[str, MemberName] = {}
     folder: MemberName | None = None
     placements: tuple[tuple[str, Count, Order] | tuple[str, Count, Order, Count], ...] = ()
-    replacements: tuple[ReplacementEntry, ...] = ()
+    replacements: Annotated[tuple[ReplacementEntry, ...], Field(max_length=MOST_REPLACEMENTS)] = ()
 
 
 class BankEntry(_Entry):

@@ -28,6 +28,7 @@ from surgery.core.sizes import parameters_alone
 from surgery.members.extra_state import state_keys
 from surgery.members.member import Member, check_names, owners_of
 from surgery.members.occupancy import check_unoccupied, leave, occupy
+from surgery.members.replacement import count_replaced
 from surgery.settings.names import Scale
 from surgery.slots.collapse import collapse
 from surgery.slots.edits import take_edits
@@ -235,7 +236,7 @@ class JointModel(nn.Module):
                 type(self[name]).__name__,
                 f"{count(alone[name])} parameters",
                 plural(len(self.plan.of(name)), "site"),
-                *([f"{plural(len(member.replaced), 'module')} replaced"] if member.replaced else []),
+                *filter(None, [count_replaced([each.replacement.method for each in member.replaced])]),
             ]
             for name, member in self.members.items()
         ]

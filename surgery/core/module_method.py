@@ -18,6 +18,7 @@ from surgery.core.method import Method, PlanRequest, find_method
 from surgery.errors import ExportError, PlanError
 from surgery.members.replacement import Replacement
 from surgery.settings.problems import Strict, advice_on
+from surgery.util.wording import sentence
 
 if TYPE_CHECKING:
     from surgery.anatomy.sites import Anatomy
@@ -120,7 +121,9 @@ def part_of(module: nn.Module, path: str, member: str) -> nn.Module:
     paths = {name: part for name, part in module.named_modules(remove_duplicate=False) if name}
     if path not in paths:
         short = sorted(paths, key=lambda name: (name.count("."), name))[:8]
-        raise PlanError(f"Member '{member}' has no module '{path}': {advice_on(path, paths, short)}.")
+        raise PlanError(
+            sentence(f"Member '{member}' has no module '{path}': {advice_on(path, paths, short)}")
+        )
     return paths[path]
 
 

@@ -30,6 +30,7 @@ from surgery.slots.slots import forget_derived
 from surgery.util.copies import duplicate
 from surgery.util.randomness import all_seeded
 from surgery.util.text import one_line
+from surgery.util.wording import sentence
 
 
 class MissingMethodError(LoadError):
@@ -107,7 +108,8 @@ def settings_of(method: str, settings: Mapping[str, Any]) -> Any:
     try:
         return kind.model_validate(dict(settings))
     except ValidationError as error:
-        raise PlanError(f"Method '{method}': {'; '.join(problems_of(error, kind, 'settings'))}.") from None
+        wrong = "; ".join(problems_of(error, kind, "settings"))
+        raise PlanError(sentence(f"Method '{method}': {wrong}")) from None
 
 
 # -- in place --------------------------------------------------------------------------------------------------
@@ -216,7 +218,7 @@ def _validated(replacement: Replacement) -> tuple[ModuleSurgery, Any]:
     except ValidationError as error:
         where = f"{replacement.path} of '{replacement.member}'"
         wrong = "; ".join(problems_of(error, method.recorded, where))
-        raise PlanError(f"Method '{replacement.method}': {wrong}.") from None
+        raise PlanError(sentence(f"Method '{replacement.method}': {wrong}")) from None
 
 
 def _made(method: ModuleSurgery, place: Place) -> nn.Module:

@@ -15,6 +15,7 @@ from surgery.inputs.probes import outputs_of
 from surgery.members.member import Inputs, Member
 from surgery.members.replacement import Replaced, Replacement
 from surgery.util.text import one_line, shorten
+from surgery.util.wording import sentence
 
 Calls = Mapping[str, Sequence[str]]
 """What each module gave in one forward pass of the member, call by call, in words; under `""` the member itself."""
@@ -55,7 +56,7 @@ def check_places(members: Sequence[Member], replacements: Sequence[Replacement])
             )
         taken.append(each)
     if bad:
-        raise PlanError(f"Modules cannot be replaced as asked: {'; '.join(dict.fromkeys(bad))}.")
+        raise PlanError(sentence(f"Modules cannot be replaced as asked: {'; '.join(dict.fromkeys(bad))}"))
 
 
 def _overlaps(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+
+from surgery.util.showing import plural
 
 
 @dataclass(frozen=True)
@@ -44,3 +47,17 @@ class Replaced:
     def path(self) -> str:
         """Of the module."""
         return self.replacement.path
+
+
+def count_replaced(methods: Sequence[str]) -> str:
+    """How many modules each method replaced, in words.
+
+    Args:
+        methods: of all replacements.
+
+    Example:
+        >>> count_replaced(["scaled_copy", "scaled_copy"])
+        '2 modules replaced by scaled_copy'
+    """
+    found = Counter(methods)
+    return ", ".join(f"{plural(number, 'module')} replaced by {name}" for name, number in found.items())

@@ -14,7 +14,9 @@ from surgery.artifact.manifest import Manifest, read_manifest
 from surgery.artifact.reading import read_stored
 from surgery.artifact.shares import Shares, count_shares
 from surgery.core.sizes import ROWS, TensorReport, count_tensors
+from surgery.disk.untrusted import shown_text
 from surgery.errors import ArtifactError, TrainingError
+from surgery.members.replacement import count_replaced
 from surgery.storage.stored import Stored
 from surgery.training.report.runlog import find_log, first_validation, read_log
 
@@ -44,6 +46,7 @@ class MemberView:
         kinds: bytes in the folder by how they are stored.
         error: of its output, None where it was not measured.
         layers: its matrices by name.
+        replaced: modules in whose places others stand, by path with the method.
     """
 
     name: str
@@ -54,6 +57,7 @@ class MemberView:
     kinds: Mapping[str, int]
     error: float | None
     layers: tuple[Layer, ...] = ()
+    replaced: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,9 +161,11 @@ def _member(
         if origin.reference == origin.architecture
         else f"{origin.reference} ({origin.architecture})"
     )
+    replaced = {shown_text(each.path): each.method for each in manifest.members[name].replacements}
+    named += f", {count_replaced(list(replaced.values()))}" if replaced else ""
     return MemberView(
         name, named, recorded, shares.before[name], shares.after[name], shares.kinds[name],
-        (report.get("errors") or {}).get(name), _layers(name, stored, rows),
+        (report.get("errors") or {}).get(name), _layers(name, stored, rows), replaced,
     )  # fmt: skip
 
 

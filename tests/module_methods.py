@@ -1,0 +1,67 @@
+"""The method of docs/add_a_method.md that replaces modules, written into a file and imported as a user's is."""
+
+import importlib.util
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import surgery
+
+PAGE = Path(__file__).parents[1] / "docs" / "add_a_method.md"
+NAME = "scaled_copy"
+
+
+def page_code(first_line: str) -> str:
+    """The code of the page that begins with a line."""
+    found = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    return next(code for code in found if code.startswith(first_line))
+
+
+def _imported():
+    if NAME not in sys.modules:
+        path = Path(tempfile.mkdtemp()) / f"{NAME}.py"
+        path.write_text(page_code("# scaled_copy.py"))
+        spec = importlib.util.spec_from_file_location(NAME, path)
+        sys.modules[NAME] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[NAME])
+    return sys.modules[NAME]
+
+
+scaled_copy = _imported()
+
+
+class Net(nn.Module):
+    """Four layers of one structure in a row, between two others."""
+
+    def __init__(self):
+        super().__init__()
+        self.into = nn.Linear(6, 16)
+        self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(4)])
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.into(x)
+        for layer in self.layers:
+            x = torch.relu(layer(x)) + x
+        return self.out(x)
+
+
+def net(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Net().eval()
+
+
+def member(module=None, name="net"):
+    inputs = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    return surgery.load_member(net() if module is None else module, name=name, inputs=inputs)
+
+
+def joined(module=None, copies=None, **options):
+    one = member(module)
+    settings = {"copies": {"layers.3": "layers.1"} if copies is None else copies}
+    return surgery.join([one], surgery.plan_modules([one], NAME, settings, block=(8, 8), **options))

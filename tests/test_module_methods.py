@@ -1,0 +1,505 @@
+"""Methods that replace modules: one from outside the package, as docs/add_a_method.md has it, through everything."""
+
+import copy
+import json
+import pickle
+import signal
+import tempfile
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import transformers
+from artifacts import rewrite
+from command_line import surgery as command
+from module_methods import NAME, Net, joined, member, net, scaled_copy
+from torch import nn
+
+import surgery
+from surgery.artifact.verify import verify
+from surgery.core import method as registry
+from surgery.core.module_method import ModuleSurgery
+from surgery.core.replacing import MissingMethodError
+from surgery.errors import ArtifactError, ExportError, PlanError, TrainingError
+from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
+from surgery.members.replacement import Replacement
+from surgery.training.loop.interruptions import Interrupted
+from surgery.training.loop.trainer import Trainer
+from surgery.training.tasks.streams import Batches
+from surgery.training.tasks.task_losses import losses_of
+from surgery.training.tasks.tasks import as_batch
+
+X = torch.randn(24, 6, generator=torch.Generator().manual_seed(3))
+TRAINING = {
+    "steps": 3, "burn_in": 1, "generations": 2, "final": 0, "save_seconds": 0,
+    "optimizer": {"lr": 0.02, "schedule": "constant", "warmup": 0},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*saved as a live module.*")
+        yield
+
+
+def run(module, x=X):
+    with torch.no_grad():
+        return module(x)
+
+
+def bits(joint):
+    return {name: value for name, value in joint.state_dict().items()}
+
+
+def same(one, other):
+    assert list(one) == list(other)
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def _stored(joint):
+    return surgery.save(joint, Path(tempfile.mkdtemp()) / "joint")
+
+
+# -- planned and joined ----------------------------------------------------------------------------------------
+
+
+def test_a_plan_shows_replacements_and_leaves_the_module_as_it_was():
+    module = net()
+    before = copy.deepcopy(module)
+    plan = surgery.plan_modules([member(module)], NAME, {"copies": {"layers.3": "layers.1"}}, block=(8, 8))
+    assert plan.replacements == (Replacement("net", "layers.3", NAME, {"of": "layers.1"}, NAME),)
+    assert "layers.3 of 'net': replaced by scaled_copy" in repr(plan)
+    assert type(module.layers[3]) is nn.Linear and same(module.state_dict(), before.state_dict())
+    owners = [p.site.owners for p in plan.placements]
+    assert owners == [
+        ("layers.0.weight",), ("layers.1.weight", "layers.3.other.weight"), ("layers.2.weight",),
+    ]  # fmt: skip
+    assert "layers.3.scale" in {each.name for each in plan.left_alone}
+
+
+def test_by_default_the_nearest_layer_of_one_structure_is_copied():
+    plan = surgery.plan_modules([member()], NAME, block=(8, 8))
+    assert [(each.path, each.settings) for each in plan.replacements] == [("layers.3", {"of": "layers.2"})]
+
+
+def test_a_replaced_member_computes_what_the_method_says():
+    joint, expected = joined(), net()
+    expected.layers[3] = scaled_copy.ScaledCopy(expected.layers[1])
+    assert torch.equal(run(joint["net"]), run(expected))
+    assert torch.equal(run(joint.original("net")), run(net()))
+    assert "1 module replaced" in repr(joint)
+    joint["net"].layers[3].scale.data.fill_(0.5)
+    assert torch.equal(run(joint.original("net")), run(net()))
+
+
+def test_replacements_are_made_in_their_order_each_with_those_before_it():
+    copies = {"layers.1": "layers.0", "layers.3": "layers.1", "layers.2": "layers.0"}
+    joint = joined(copies=copies)
+    layers = joint["net"].layers
+    assert layers[3].other is layers[1] and layers[1].other is layers[2].other is layers[0]
+    assert torch.equal(run(joint.original("net")), run(net()))
+
+
+def test_copies_pickles_states_and_moves():
+    joint = joined()
+    joint["net"].layers[3].scale.data.fill_(0.7)
+    expected = run(joint["net"])
+    for twin in (copy.deepcopy(joint), pickle.loads(pickle.dumps(joint))):
+        assert torch.equal(run(twin["net"]), expected)
+        assert torch.equal(run(twin.original("net")), run(net()))
+    fresh = joined(net(1))
+    fresh.load_state_dict(joint.state_dict())
+    assert torch.equal(run(fresh["net"]), expected)
+    joint.to(torch.float64)
+    assert (
+        run(joint["net"], X.double()).dtype == run(joint.original("net"), X.double()).dtype == torch.float64
+    )
+    joint.to(torch.float32)
+    assert torch.equal(run(joint["net"]), expected)
+    module = copy.deepcopy(fresh["net"])
+    assert torch.equal(run(module), expected) and isinstance(module.layers[3], scaled_copy.ScaledCopy)
+
+
+# -- fitted and trained ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", [0, 0.8])
+def test_errors_are_measured_against_the_member_as_it_was(bound):
+    joint = joined()
+    probes = probe_inputs(joint.members["net"], seed=0)
+    surgery.fit(joint, max_error=bound)
+    measured = relative_error(outputs_over(net(), probes), outputs_over(joint["net"], probes))
+    assert joint.report.errors["net"] == pytest.approx(measured, rel=1e-4)
+    assert measured > 0.1 and joint.report.met is (bound > 0)
+    assert joint.members["net"].replaced[0].original is None
+
+
+def test_a_fit_that_fails_leaves_the_joint_model_as_it_was():
+    joint = joined()
+    before = bits(joint)
+    with pytest.raises(PlanError):
+        surgery.fit(joint, budget=1e-6)
+    assert same(bits(joint), before) and torch.equal(run(joint.original("net")), run(net()))
+
+
+def tasks(weight=0.5):
+    y = (X.sum(1) > 0).long()
+    return [
+        surgery.Task(
+            "classes", "net", Batches(X, y, 8), {"cross_entropy": 1.0, "distillation": weight}, "accuracy",
+            validation=Batches(X, y, 8, shuffle=False),
+        )
+    ]  # fmt: skip
+
+
+def test_distillation_is_from_the_member_as_it_was():
+    joint = joined()
+    task = surgery.Task("as before", "net", Batches(X, X, 24), "distillation")
+    loss = losses_of(joint, [task])["as before"]
+    surgery.train(joint, [task], {**TRAINING, "generations": 0}, cpu=True)
+    assert float(loss(run(net()), as_batch((X, None)))) == 0
+    assert float(loss(run(joint["net"]), as_batch((X, None)))) > 0
+
+
+def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
+    unbroken = joined()
+    surgery.train(unbroken, tasks(), TRAINING, cpu=True)
+    scale = float(unbroken["net"].layers[3].scale)
+    assert scale != 1.0 and unbroken.members["net"].replaced[0].original is None
+    count, plain = 0, Trainer.train_step
+
+    def interrupt(self):
+        nonlocal count
+        count += 1
+        if count == 5:
+            signal.raise_signal(signal.SIGINT)
+        plain(self)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupt)
+    with pytest.raises(Interrupted):
+        surgery.train(joined(), tasks(), TRAINING, folder=tmp_path, cpu=True)
+    monkeypatch.setattr(Trainer, "train_step", plain)
+    other = joined(copies={"layers.3": "layers.2"})
+    with pytest.raises(TrainingError, match="replaced modules"):
+        surgery.train(other, tasks(), TRAINING, folder=tmp_path, resume=True, cpu=True)
+    resumed = joined()
+    surgery.train(resumed, tasks(), TRAINING, folder=tmp_path, resume=True, cpu=True)
+    assert same(resumed.collapse("net"), unbroken.collapse("net"))
+
+
+# -- stored ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A fitted joint model and its artifact."""
+    folder = tmp_path_factory.mktemp("saved") / "joint"
+    joint = joined()
+    joint["net"].layers[3].scale.data.fill_(0.75)
+    surgery.save(surgery.fit(joint, max_error=0.8), folder)
+    return joint, folder
+
+
+def test_an_artifact_says_what_was_replaced_and_loads(saved, tmp_path):
+    joint, folder = saved
+    entry = json.loads((folder / "manifest.json").read_text())["members"]["net"]
+    assert entry["replacements"] == [
+        {"path": "layers.3", "method": NAME, "settings": {"of": "layers.1"}, "package": NAME}
+    ]
+    loaded = surgery.load(folder, modules={"net": Net()})
+    assert torch.equal(run(loaded["net"]), run(joint["net"]))
+    assert same(loaded.collapse("net"), joint.collapse("net"))
+    again = surgery.save(loaded, tmp_path / "again")
+    assert {p.name: p.read_bytes() for p in again.iterdir() if p.is_file()} == {
+        p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()
+    }
+    plain = surgery.save(surgery.join([member()], block=(8, 8)), tmp_path / "plain")
+    assert b"replacements" not in (plain / "manifest.json").read_bytes()
+
+
+def test_members_of_an_artifact_are_joined_anew_with_their_replacements(saved, tmp_path):
+    loaded = surgery.load(saved[1], modules={"net": Net()})
+    joint = surgery.join([loaded.member("net")], block=(8, 8))
+    assert torch.equal(run(joint["net"]), run(loaded["net"]))
+    folder = surgery.save(surgery.fit(joint, max_error=0), tmp_path / "joint")
+    assert joint.report.errors == {"net": 0.0} and joint.report.met
+    assert surgery.load(folder, modules={"net": Net()}).collapse("net").keys() == Net().state_dict().keys()
+
+
+def test_a_module_that_was_given_is_as_it_was_where_it_does_not_fit(saved):
+    class Wider(Net):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(16, 7)
+
+    given = Wider()
+    with pytest.raises(ArtifactError, match=r"out\.weight"):
+        surgery.load(saved[1], modules={"net": given})
+    assert type(given.layers[3]) is nn.Linear
+
+
+@pytest.fixture
+def uninstalled(monkeypatch):
+    monkeypatch.delitem(registry._METHODS, NAME)
+
+
+def test_without_the_method_the_error_names_it_and_its_package(saved, uninstalled):
+    needed = "method 'scaled_copy' of package 'scaled_copy', which replaced layers.3 and is not installed"
+    with pytest.raises(MissingMethodError, match=needed):
+        surgery.load(saved[1], modules={"net": Net()})
+    report = verify(saved[1], modules={"net": net()})
+    assert report.ok and needed in (report.members[0].not_built or "")
+
+
+def test_verify_compares_with_the_origin_whose_replacements_are_made_again(reference, tmp_path):
+    one = surgery.load_member(f"net={reference}", trust_remote_code=True)
+    plan = surgery.plan_modules([one], NAME, {"copies": {"layers.3": "layers.1"}}, block=(8, 8))
+    folder = surgery.save(surgery.fit(surgery.join([one], plan), max_error=0.8), tmp_path / "joint")
+    (check,) = verify(folder, origins=True, trust_remote_code=True).members
+    assert (
+        check.ok and check.origin == "same" and check.error == pytest.approx(check.recorded_error, rel=1e-3)
+    )
+    assert check.weight_difference is not None and 0 < check.weight_difference < 1
+    _with_replacement(folder, {"settings": {"of": "into"}})
+    (check,) = verify(folder, origins=True, trust_remote_code=True).members
+    assert not check.ok and any("scaled" in r or "tensors" in r for r in check.reasons)
+
+
+def _with_replacement(folder, values):
+    """A manifest whose only replacement says something else."""
+    rewrite(folder, lambda m: m["members"]["net"]["replacements"][0].update(values))
+
+
+@pytest.fixture
+def reference(tmp_path):
+    source = tmp_path / "models.py"
+    source.write_text(
+        "import torch\nfrom module_methods import net\n"
+        "def make():\n    return net(), (torch.linspace(-1, 1, 48).reshape(8, 6),)\n"
+    )
+    return f"{source}:make"
+
+
+# -- plain again -----------------------------------------------------------------------------------------------
+
+
+def test_collapse_gives_the_class_and_the_state_dict_that_were_there():
+    joint, before = joined(), net()
+    joint["net"].layers[3].scale.data.fill_(0.25)
+    plain = joint.extract("net")
+    assert type(plain.layers[3]) is nn.Linear
+    assert list(plain.state_dict()) == list(before.state_dict()) == list(joint.collapse("net"))
+    assert torch.equal(plain.layers[3].weight, 0.25 * before.layers[1].weight)
+    assert torch.allclose(run(plain), run(joint["net"]), atol=1e-6)
+    assert len({p.data_ptr() for p in plain.parameters()}) == len(list(before.parameters()))
+    assert isinstance(joint["net"].layers[3], scaled_copy.ScaledCopy)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert") / "bert"
+    config = transformers.BertConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def with_copies(reference, copies, folder):
+    one = surgery.load_member(f"one={reference}")
+    plan = surgery.plan_modules([one], NAME, {"copies": copies}, block=(8, 8))
+    joint = surgery.fit(surgery.join([one], plan), max_error=0)
+    return joint, surgery.save(joint, folder)
+
+
+def test_a_plain_export_of_transformers_is_read_without_this_package(bert, tmp_path):
+    query = "encoder.layer.{}.attention.self.query"
+    joint, folder = with_copies(bert, {query.format(2): query.format(0)}, tmp_path / "joint")
+    assert torch.equal(
+        surgery.load(folder)["one"](torch.arange(8)[None]).last_hidden_state,
+        joint["one"](torch.arange(8)[None]).last_hidden_state,
+    )
+    assert verify(folder, origins=True).ok
+    plain = transformers.AutoModel.from_pretrained(surgery.export(folder, "one", tmp_path / "plain"))
+    assert list(plain.state_dict()) == list(transformers.AutoModel.from_pretrained(bert).state_dict())
+    with torch.no_grad():
+        found, expected = (each(torch.arange(8)[None]).last_hidden_state for each in (plain, joint["one"]))
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_block_has_no_plain_form_and_nothing_is_written(bert, tmp_path):
+    copies = {"encoder.layer.2": "encoder.layer.0"}
+    joint, folder = with_copies(bert, copies, tmp_path / "joint")
+    for source in (joint, folder):
+        with pytest.raises(
+            ExportError, match="scaled copy of a BertLayer, into which no factor can be folded: save"
+        ):
+            surgery.export(source, "one", tmp_path / "plain")
+    assert [path.name for path in tmp_path.iterdir()] == ["joint"]
+    compressed = surgery.export(folder, "one", tmp_path / "small", format="compressed")
+    x = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(
+            surgery.load(compressed)["one"](x).last_hidden_state, joint["one"](x).last_hidden_state
+        )
+    assert sum(p.stat().st_size for p in folder.rglob("*.safetensors")) < 0.85 * sum(
+        p.stat().st_size for p in bert.rglob("*.safetensors")
+    )
+
+
+def test_a_plain_export_of_timm_is_read_without_this_package(tmp_path):
+    copies = {"blocks.2.mlp.fc1": "blocks.0.mlp.fc1"}
+    joint, folder = with_copies("timm:test_vit?pretrained=false", copies, tmp_path / "joint")
+    plain = surgery.export(folder, "one", tmp_path / "plain")
+    module = timm.create_model(f"local-dir:{plain}", pretrained=True).eval()
+    x = torch.randn(1, 3, 160, 160, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(run(module, x), run(joint["one"], x), atol=1e-5)
+    with pytest.raises(ExportError, match="live module"):
+        surgery.export(surgery.save(joined(), tmp_path / "live"), "net", tmp_path / "no")
+
+
+# -- bad input -------------------------------------------------------------------------------------------------
+
+
+class Held(Net):
+    """Holds a layer in a list of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.special = [self.layers[3]]
+
+
+class Read(Net):
+    """Reads the width of a layer."""
+
+    def forward(self, x):
+        return super().forward(x) * self.layers[3].in_features
+
+
+class Unequal(Net):
+    """A layer of another width at the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(16, 7)
+
+
+BAD = {
+    "no such path": (
+        Net,
+        {"layer.3": "layers.1"},
+        r"'net' has no module 'layer.3': did you mean 'layers.3'\?",
+    ),
+    "no such source": (
+        Net,
+        {"layers.3": "layers.11"},
+        r"'net' has no module 'layers.11': did you mean 'layers.1'\?",
+    ),
+    "all of it": (Net, {"": "layers.1"}, "all of member 'net' cannot be replaced"),
+    "inputs": (
+        Net,
+        {"layers.3": "into"},
+        "must take its inputs, but with ScaledCopy in place of layers.3 .* shapes",
+    ),
+    "outputs": (Net, {"out": "layers.1"}, r"out of 'net' \(Linear\) gave float32 \[8, 5\], but .* \[8, 16\]"),
+    "within": (Net, {"layers": "into", "layers.3": "layers.1"}, "layers.3 of 'net' is inside layers"),
+    "a container": (Net, {"layers": "into"}, r"layers of 'net' \(ModuleList\) is not called"),
+    "held": (Held, {"layers.3": "layers.1"}, "layers.3 of 'net' is also held by special"),
+    "read": (
+        Read,
+        {"layers.3": "layers.1"},
+        "reads a replaced module by attribute: .* no attribute 'in_features'",
+    ),
+    "settings": (
+        Net,
+        None,
+        r"Method 'scaled_copy': 'settings.copis' is not a known key, did you mean 'copies'\?$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_changes_nothing(case):
+    kind, copies, message = BAD[case]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = kind().eval()
+    one, before = member(module), dict(module.named_modules())
+    settings = {"copis": {}} if copies is None else {"copies": copies}
+    with pytest.raises(PlanError, match=message) as caught:
+        surgery.plan_modules([one], NAME, settings, block=(8, 8))
+    assert len(str(caught.value).strip().split("\n")) == 1
+    assert dict(module.named_modules()) == before
+
+
+class Doubled(ModuleSurgery):
+    """A second method for the same place, that fails where it is asked to."""
+
+    name = "doubled"
+
+    def plan(self, anatomies, request):
+        return [Replacement("net", "layers.3", self.name)]
+
+    def replace(self, place):
+        raise RuntimeError("out of luck")
+
+
+def test_two_methods_on_one_path_and_a_method_that_fails(monkeypatch):
+    monkeypatch.setitem(registry._METHODS, "doubled", Doubled())
+    module = net()
+    one = member(module)
+    mine = Replacement("net", "layers.3", NAME, {"of": "layers.1"})
+    plan = surgery.make_plan([surgery.discover(one)], (8, 8))
+    both = replace(plan, replacements=(mine, Replacement("net", "layers.3", "doubled")))
+    with pytest.raises(
+        PlanError, match="once only, but methods 'scaled_copy' and 'doubled' would do so twice"
+    ):
+        surgery.join([one], both)
+    other = replace(both, replacements=(replace(mine, path="layers.2"), both.replacements[1]))
+    with pytest.raises(PlanError, match=r"'doubled' could not replace layers.3 .*RuntimeError: out of luck"):
+        surgery.join([one], other)
+    again = surgery.load(_stored(joined()), modules={"net": Net()}).member("net")
+    with pytest.raises(PlanError, match="once only"):
+        surgery.plan_modules([again], "doubled", block=(8, 8))
+    assert all(type(layer) is nn.Linear for layer in module.layers)
+    assert torch.equal(run(surgery.join([one], plan)["net"]), run(net()))
+
+
+def test_a_join_that_fails_leaves_the_module_as_it_was(monkeypatch):
+    module = net()
+    one = member(module)
+    plan = surgery.plan_modules([one], NAME, {"copies": {"layers.3": "layers.1"}}, block=(8, 8))
+
+    def fail(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("surgery.core.joining.exact_bank", fail)
+    with pytest.raises(MemoryError):
+        surgery.join([one], plan)
+    assert type(module.layers[3]) is nn.Linear and torch.equal(run(module), run(net()))
+
+
+def test_methods_are_of_their_kind():
+    with pytest.raises(PlanError, match="'templates' must replace modules, but it generates tensors"):
+        surgery.plan_modules([member()], "templates")
+    with pytest.raises(PlanError, match="'scaled_copy' must generate tensors, but it replaces modules"):
+        registry.tensor_method(NAME)
+
+
+# -- shown -----------------------------------------------------------------------------------------------------
+
+
+def test_reports_cards_and_pages_say_what_was_replaced(saved, tmp_path):
+    code, said, _ = command("report", str(saved[1]), "--html", str(tmp_path / "page.html"))
+    assert code == 0 and "layers.3" in said and NAME in said
+    code, said, _ = command("report", str(saved[1]), "--json")
+    assert json.loads(said)["artifact"]["members"][0]["replaced"] == {"layers.3": NAME}
+    words = "1 module replaced by scaled_copy"
+    assert words in (tmp_path / "page.html").read_text() and words in repr(saved[0])
+    assert f"- net: {words}, which package scaled_copy registers" in (saved[1] / "README.md").read_text()
