@@ -223,7 +223,7 @@ def test_an_artifact_says_what_was_replaced_and_loads(saved, tmp_path):
 
 def test_members_of_an_artifact_are_joined_anew_with_their_replacements(saved, tmp_path):
     loaded = surgery.load(saved[1], modules={"net": Net()})
-    joint = surgery.join([loaded.member("net")], block=(8, 8))
+    joint = surgery.join([loaded.copy_member("net")], block=(8, 8))
     assert torch.equal(run(joint["net"]), run(loaded["net"]))
     folder = surgery.save(surgery.fit(joint, max_error=0), tmp_path / "joint")
     assert joint.report.errors == {"net": 0.0} and joint.report.met
@@ -382,12 +382,12 @@ class Read(Net):
         return super().forward(x) * self.layers[3].in_features
 
 
-class Unequal(Net):
-    """A layer of another width at the end."""
+class Scripted(Net):
+    """Layers that are compiled."""
 
     def __init__(self):
         super().__init__()
-        self.out = nn.Linear(16, 7)
+        self.into = torch.jit.script(nn.Sequential(self.into, nn.ReLU()))
 
 
 BAD = {
@@ -464,7 +464,7 @@ def test_two_methods_on_one_path_and_a_method_that_fails(monkeypatch):
     other = replace(both, replacements=(replace(mine, path="layers.2"), both.replacements[1]))
     with pytest.raises(PlanError, match=r"'doubled' could not replace layers.3 .*RuntimeError: out of luck"):
         surgery.join([one], other)
-    again = surgery.load(_stored(joined()), modules={"net": Net()}).member("net")
+    again = surgery.load(_stored(joined()), modules={"net": Net()}).copy_member("net")
     with pytest.raises(PlanError, match="once only"):
         surgery.plan_modules([again], "doubled", block=(8, 8))
     assert all(type(layer) is nn.Linear for layer in module.layers)
@@ -483,6 +483,59 @@ def test_a_join_that_fails_leaves_the_module_as_it_was(monkeypatch):
     with pytest.raises(MemoryError):
         surgery.join([one], plan)
     assert type(module.layers[3]) is nn.Linear and torch.equal(run(module), run(net()))
+
+
+class Wrapped(ModuleSurgery):
+    """What was there, with a trained shift."""
+
+    name = "wrapped"
+
+    def plan(self, anatomies, request):
+        return [Replacement("net", "layers.3", self.name)]
+
+    def replace(self, place):
+        return Shifted(place.current)
+
+
+class Shifted(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.shift = inner, nn.Parameter(torch.rand(16))
+
+    def forward(self, x):
+        return self.inner(x) + self.shift
+
+
+class Twice(Net):
+    """The last layer has a second name."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = self.layers[3]
+
+    def forward(self, x):
+        return super().forward(x) + self.again(x @ torch.ones(6, 16)).sum()
+
+
+def test_a_module_may_stay_within_what_replaces_it_and_have_two_names(monkeypatch, tmp_path):
+    monkeypatch.setitem(registry._METHODS, "wrapped", Wrapped())
+    module = Twice().eval()
+    before = copy.deepcopy(module)
+    one = member(module)
+    joint = surgery.join([one], surgery.plan_modules([one], "wrapped", block=(8, 8)))
+    again = surgery.join([member(copy.deepcopy(before))], block=(8, 8))
+    assert joint["net"].again is joint["net"].layers[3] and not torch.equal(run(joint["net"]), run(before))
+    for twin in (joint, copy.deepcopy(joint), pickle.loads(pickle.dumps(joint))):
+        assert torch.equal(run(twin.original("net")), run(before))
+    surgery.fit(joint, max_error=0.5)
+    surgery.fit(again, max_error=0)
+    probes = probe_inputs(again.members["net"], seed=0)
+    measured = relative_error(outputs_over(before, probes), outputs_over(joint["net"], probes))
+    assert joint.report.errors["net"] == pytest.approx(measured, rel=1e-4)
+    loaded = surgery.load(surgery.save(joint, tmp_path / "joint"), modules={"net": Twice()})
+    assert torch.equal(run(loaded["net"]), run(joint["net"]))
+    with pytest.raises(ExportError, match="no ordinary form of Shifted: save the joint model"):
+        joint.extract("net")
 
 
 def test_methods_are_of_their_kind():

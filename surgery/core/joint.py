@@ -274,7 +274,7 @@ class JointModel(nn.Module):
         """
         return collapse_modules(self.members[name], extract(self, name))
 
-    def member(self, name: str) -> Member:
+    def copy_member(self, name: str) -> Member:
         """A copy of one member to be joined anew, replaced modules as they are here."""
         return self._copied(name, {})
 

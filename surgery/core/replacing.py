@@ -28,7 +28,7 @@ from surgery.members.replacement import Replaced, Replacement
 from surgery.settings.problems import problems_of
 from surgery.slots.slots import forget_derived
 from surgery.util.copies import duplicate
-from surgery.util.randomness import all_seeded
+from surgery.util.randomness import all_seeded, member_seed
 from surgery.util.text import one_line
 from surgery.util.wording import sentence
 
@@ -225,7 +225,7 @@ def _made(method: ModuleSurgery, place: Place) -> nn.Module:
     """What a method puts in a place, where the member is and in its mode."""
     at, old = place.replacement, place.current
     try:
-        with all_seeded(0):
+        with all_seeded(member_seed(0, f"{at.member}/{at.path}")):
             new = method.replace(place)
         if not isinstance(new, nn.Module) or new is old:
             raise TypeError(f"replace returned {'the same module' if new is old else type(new).__name__}")

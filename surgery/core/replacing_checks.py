@@ -49,6 +49,11 @@ def check_places(members: Sequence[Member], replacements: Sequence[Replacement])
         except PlanError as error:
             bad.append(str(error).removesuffix("."))
             continue
+        if any(isinstance(up, torch.jit.ScriptModule) for up in _above(module, each.path)):
+            bad.append(
+                f"{what} is inside a scripted module, whose parts are compiled: script the model afterwards"
+            )
+            continue
         bad += _overlaps(each, part, module, taken)
         if (holder := next(_holders(module, part), None)) is not None:
             bad.append(
@@ -57,6 +62,12 @@ def check_places(members: Sequence[Member], replacements: Sequence[Replacement])
         taken.append(each)
     if bad:
         raise PlanError(sentence(f"Modules cannot be replaced as asked: {'; '.join(dict.fromkeys(bad))}"))
+
+
+def _above(module: nn.Module, path: str) -> list[nn.Module]:
+    """The modules that a path leads through, without its last."""
+    steps = path.split(".")
+    return [module.get_submodule(".".join(steps[:depth])) for depth in range(len(steps))]
 
 
 def _overlaps(

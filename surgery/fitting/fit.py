@@ -247,7 +247,7 @@ def _errors_of_replacing(
         if any(each.original is not None for each in member.replaced):
             device = _device(joint)
             inputs = [to_device(each, device) for each in probes.get(name) or probe_inputs(member, seed=seed)]
-            original, module = joint.original(name).eval(), joint.member(name).module.eval()
+            original, module = joint.original(name).eval(), joint.copy_member(name).module.eval()
             errors[name] = relative_error(outputs_over(original, inputs), outputs_over(module, inputs))
     return errors
 

@@ -221,7 +221,7 @@ def _load(
 
     chosen = None if name is None else [name]
     joint = load(folder, members=chosen, trust_remote_code=trust_remote_code)
-    return [joint.member(each) for each in joint.names]
+    return [joint.copy_member(each) for each in joint.names]
 
 
 def plan_members(recipe: Recipe, members: Sequence[Member]) -> tuple[list[Anatomy], Plan]:

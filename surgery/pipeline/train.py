@@ -65,7 +65,7 @@ def prepare_again(folder: str | Path, recipe: Recipe, *, trust_remote_code: bool
     """
     check_sources(recipe, Permission.of_artifact(trust_remote_code))
     loaded = load(folder, trust_remote_code=trust_remote_code)
-    members = tuple(loaded.member(name) for name in loaded.names)
+    members = tuple(loaded.copy_member(name) for name in loaded.names)
     anatomies, plan = plan_members(recipe, members)
     return Prepared(recipe, members, tuple(anatomies), plan, {})
 
@@ -210,7 +210,7 @@ def rejoin(
     """
     check_sources(recipe, _permission(own, trust_remote_code))
     loaded = load(folder, trust_remote_code=trust_remote_code)
-    members = [loaded.member(name) for name in loaded.names]
+    members = [loaded.copy_member(name) for name in loaded.names]
     plan = plan_members(recipe, members)[1]
     joint = take_over(join(members, plan), loaded)
     joint.encoded = dict(loaded.encoded)  # what training leaves as it is keeps its stored form
