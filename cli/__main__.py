@@ -10,12 +10,13 @@ import functools
 import inspect as introspection
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from surgery.errors import SurgeryError
 from surgery.version import __version__
@@ -41,7 +42,21 @@ def _add(module: ModuleType) -> None:
     paragraphs = introspection.cleandoc(verb.__doc__ or "").split("\n\n")
     text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
     examples = "".join(f"\n  {line}" for line in module.EXAMPLES.strip().splitlines())
-    app.command(name, help=text, epilog=f"[dim]Examples[/dim]{examples}")(_with_a_sign_of_life(verb))
+    epilog, late = f"[dim]Examples[/dim]{examples}", getattr(module, "LATE_HELP", {})
+    app.command(name, cls=_with_late_help(late), help=text, epilog=epilog)(_with_a_sign_of_life(verb))
+
+
+def _with_late_help(late: Mapping[str, Callable[[], str]]) -> type[TyperCommand]:
+    """A command whose options say what they can be only when help is asked for: it depends on what is installed."""
+
+    class Verb(TyperCommand):
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            for option in self.params:
+                if isinstance(option, TyperOption) and option.name in late:
+                    option.help = late[option.name]()
+            super().format_help(ctx, formatter)
+
+    return Verb
 
 
 def _with_a_sign_of_life(verb: Callable[..., None]) -> Callable[..., None]:

@@ -20,6 +20,13 @@ def recipes(incomplete: str) -> Iterator[tuple[str, str]]:
             yield name, read_text(name).partition("\n")[0].lstrip("# ")
 
 
+def methods(incomplete: str) -> Iterator[tuple[str, str]]:
+    """The methods that are known, each with what it does."""
+    from surgery.settings.methods import method_names, summary_of
+
+    yield from ((name, summary_of(name)) for name in method_names() if name.startswith(incomplete))
+
+
 def devices(incomplete: str) -> Iterator[str]:
     """Devices that PyTorch knows; whether one is there is seen when it is used."""
     yield from (name for name in DEVICES if name.startswith(incomplete))

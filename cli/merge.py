@@ -39,6 +39,21 @@ surgery merge --config recipe.yaml --set parameters.budget=0.3 --dry-run
 """
 
 
+def method_help() -> str:
+    """The methods that are known, by name."""
+    from surgery.settings.methods import method_names, summary_of
+    from surgery.settings.names import DEFAULT_METHOD
+
+    found = {name: summary_of(name) for name in method_names()}
+    rows = [f"[cyan]{name}[/cyan]{f': {summary}' if summary else ''}" for name, summary in found.items()]
+    own = "[cyan]--set settings.KEY=VALUE[/cyan] gives it settings of its own."
+    return f"How tensors are shared. {'; '.join(rows)}. {own} [dim]default: {DEFAULT_METHOD}[/dim]"
+
+
+LATE_HELP = {"method": method_help}
+"""Help that depends on what is installed, made when it is asked for."""
+
+
 def merge(
     references: Annotated[
         list[str] | None,
@@ -100,12 +115,13 @@ def merge(
         ),
     ] = None,
     method: Annotated[
-        Literal["hypermodules", "templates"] | None,
+        str | None,
         typer.Option(
             "--method",
+            metavar="NAME",
             rich_help_panel=DICTIONARY,
-            help="hypermodules, the default; or templates: repeated layers become mixtures of K of them, and the "
-            "target decides K and the bits of every tensor together.",
+            autocompletion=completion.methods,
+            help="How tensors are shared.",
         ),
     ] = None,
     mixture: Annotated[
@@ -237,7 +253,8 @@ def read_recipe(config: str | None, given: dict[str, Any], changes: list[str], t
     """The recipe of a command line: a file, overridden by options, overridden by `--set`."""
     from surgery.settings.documents import check_code, override
     from surgery.settings.documents import read_recipe as read_document
-    from surgery.settings.recipe import TARGETS, Recipe
+    from surgery.settings.recipe import Recipe
+    from surgery.settings.target import TARGETS
 
     document = read_document(config) if config else {}
     if config:

@@ -18,7 +18,7 @@ def plan_json(prepared: Prepared) -> dict[str, Any]:
     """A plan as plain JSON values."""
     plan, recipe = prepared.plan, prepared.recipe
     return {
-        "recipe": recipe.resolved(),
+        "recipe": prepared.resolved(),
         "out": recipe.out,
         "members": member_rows(prepared),
         "banks": [
@@ -28,6 +28,8 @@ def plan_json(prepared: Prepared) -> dict[str, Any]:
                 "dtype": b.dtype,
                 "locations": b.locations,
                 "stack": b.stack or None,
+                "method": b.method,
+                "settings": dict(b.settings),
             }
             for b in plan.banks
         ],
@@ -125,20 +127,21 @@ def print_plan(prepared: Prepared, *, verbose: bool) -> None:
 
 def _say_fit(prepared: Prepared, rows: list[dict[str, Any]]) -> None:
     """The target of a merge, and what errors would be measured on."""
-    recipe = prepared.recipe
+    recipe, parameters = prepared.recipe, prepared.recipe.parameters
     name, value = recipe.target
-    chosen = "as given" if recipe.parameters.block else "chosen by the fit where rows are shared"
+    asked = ", ".join(prepared.asked.values()) + (" for each stack" if parameters.templates else "")
+    chosen = "blocks as given" if parameters.block else "blocks chosen by the fit where rows are shared"
     words = f"{name.replace('_', '-')} {value:g}"
-    if recipe.method == "templates":
-        chosen = f"{chosen}, mixtures {recipe.parameters.mixture}"
-        if name == "templates":
-            chosen = f"outside stacks left as they are, mixtures {recipe.parameters.mixture}"
-        elif recipe.parameters.templates:
-            words += f" with {recipe.parameters.templates} templates for each stack"
-        else:
-            words += ", which decides the number of templates too"
+    if asked and parameters.max_error is None and parameters.budget is None:
+        words, chosen = asked, "everything else as it is"
+    elif asked:
+        words += f" with {asked}"
+    elif prepared.plan.stacks:
+        words += ", which decides the number of templates too"
+    if prepared.plan.stacks:
+        chosen += f", mixtures {parameters.mixture}"
     real = [row["name"] for row in rows if row["real_inputs"]]
-    console.say(f"Would be fitted: {words}, blocks {chosen}, seed {recipe.seed}.")
+    console.say(f"Would be fitted: {words}, {chosen}, seed {recipe.seed}.")
     console.say(
         f"Errors would be measured on {'real inputs for ' + ', '.join(real) if real else 'made-up inputs'}."
     )

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from surgery.artifact.verify import VerifyReport, verify
     from surgery.core.joining import join
     from surgery.core.joint import JointModel
+    from surgery.core.method import plan_with
     from surgery.core.replacing import plan_modules
     from surgery.fitting.fit import FitReport, fit
     from surgery.members.member import Inputs, Member, Origin
@@ -55,6 +56,7 @@ _HOMES = {
     "fitting.fit": ("FitReport", "fit"),
     "core.joining": ("join",),
     "core.joint": ("JointModel",),
+    "core.method": ("plan_with",),
     "core.replacing": ("plan_modules",),
     "members.member": ("Inputs", "Member", "Origin"),
     "pipeline.merge": ("merge",),
@@ -75,7 +77,8 @@ __all__ = [
     "Anatomy", "ArtifactError", "ConsentError", "ExportError", "FitReport", "Inputs", "JointModel", "LeftAlone",
     "LoadError", "Member", "Origin", "OutputError", "Plan", "PlanError", "Recipe", "Site", "SurgeryError", "Task",
     "TraceError", "TrainReport", "TrainingError", "VerifyReport", "__version__", "discover", "export", "fit", "join",
-    "load", "load_member", "make_plan", "merge", "plan_modules", "plan_templates", "save", "trace", "train", "verify",
+    "load", "load_member", "make_plan", "merge", "plan_modules", "plan_templates", "plan_with",
+    "save", "trace", "train", "verify",
 ]  # fmt: skip
 
 

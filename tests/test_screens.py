@@ -161,6 +161,9 @@ def test_brackets_in_help_are_styles_or_shown(text):
 
 
 def test_values_are_completed():
+    offered_methods = dict(completion.methods(""))
+    assert [*offered_methods][:2] == ["hypermodules", "templates"] and all(offered_methods.values())
+    assert [name for name, _ in completion.methods("temp")] == ["templates"]
     found = [name for name, _ in completion.recipes("synthetic_")]
     assert found == [name for name in recipe_names() if name.startswith("synthetic_")] and found
     offered = {}
@@ -171,7 +174,6 @@ def test_values_are_completed():
                 if typing.get_origin(each) is typing.Literal:
                     offered[verb, name] = set(typing.get_args(each))
     assert offered == {
-        ("merge", "method"): {"hypermodules", "templates"},
         ("merge", "mixture"): {"linear", "softmax", "one-hot"},
         ("train", "resume"): {"auto", "never"},
         ("evaluate", "part"): {"test", "validation", "data"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -102,16 +103,37 @@ class Plan:
         return {name: tuple(b.key for b in self.banks if b.stack == name) for name in names}
 
 
-def make_plan(anatomies: Sequence[Anatomy], block: tuple[int, int] = (16, 16), context: int = 4) -> Plan:
+def make_plan(
+    anatomies: Sequence[Anatomy],
+    block: tuple[int, int] | None = (16, 16),
+    context: int = 4,
+    *,
+    method: str = DEFAULT_METHOD,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Plan:
     """Place every site of every member in banks of `block`-shaped blocks, one bank for each dtype.
 
     Sites smaller than a block in either direction are left alone.
 
+    Args:
+        anatomies: of all members.
+        block: m x n; None for whole matrices, a bank for each shape of them.
+        context: c.
+        method: whose banks these are.
+        settings: of that method, as JSON values.
+
     Raises:
         PlanError: two members of one name; a block that no site can fill; sizes below 1.
     """
+    if method != DEFAULT_METHOD or settings:
+        plan = make_plan(anatomies, block, context)
+        own = tuple(replace(bank, method=method, settings=dict(settings)) for bank in plan.banks)
+        return replace(plan, banks=own)
     names = [anatomy.member for anatomy in anatomies]
     check_names(names)
+    if block is None:
+        whole = [(site, site.view.shape[1:]) for anatomy in anatomies for site in anatomy.sites]
+        return place(names, whole, context, [each for anatomy in anatomies for each in anatomy.left_alone])
     m, n = block
     if m < 1 or n < 1 or context < 1:
         raise PlanError(f"Block sides and context must be at least 1, found {m}x{n} and {context}.")

@@ -14,18 +14,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from surgery.core.bank import Bank
 from surgery.errors import PlanError
-from surgery.settings.names import DEFAULT_METHOD, SHIPPED_METHODS
-from surgery.settings.problems import Strict
+from surgery.settings.methods import REGISTERED, load_method, method_names
+from surgery.settings.names import DEFAULT_METHOD
+from surgery.settings.problems import Strict, problems_of
 from surgery.storage.codecs import Encoded, decode, take_rows
 from surgery.util.text import one_line
+from surgery.util.wording import sentence
 
 if TYPE_CHECKING:
     from surgery.anatomy.plan import BankPlan, Placement, Plan
@@ -37,8 +40,6 @@ if TYPE_CHECKING:
     from surgery.storage.stored import Stored
     from surgery.training.loop.moves import Moves
     from surgery.training.loop.trainer import Trainer
-
-ENTRY_POINTS = "surgery.methods"
 
 
 @dataclass(frozen=True)
@@ -203,13 +204,14 @@ class TensorMethod(Method):
         """What settings fix, in words such as `rank 4`: a fit without another target then makes exactly this.
 
         With an error bound or a budget besides, precisions follow from these. Empty where a fit may choose whether to
-        use the method at all.
+        use the method at all. By default the settings of the method's banks, where they have any.
 
         Args:
-            plan: of the joint model.
+            plan: of this method's banks alone.
             target: what is asked of the fit.
         """
-        return ""
+        settings = plan.banks[0].settings if plan.banks else {}
+        return ", ".join(f"{name} {value}" for name, value in settings.items())
 
     def exactly(self, scene: Scene, plan: Plan) -> Settled:
         """The banks that settings ask for, in the members' precision; by default as `make` makes them.
@@ -257,7 +259,6 @@ class TensorMethod(Method):
 
 # -- the registry --------------------------------------------------------------------------------------------
 
-_METHODS: dict[str, Method] = {}
 _Kind = TypeVar("_Kind", bound=type[Method])
 
 
@@ -267,10 +268,10 @@ def register_method(kind: _Kind) -> _Kind:
     Raises:
         ValueError: where another method has the name.
     """
-    known = _METHODS.get(kind.name)
+    known = REGISTERED.get(kind.name)
     if known is not None and type(known) is not kind:
         raise ValueError(f"a method named '{kind.name}' is registered already: {type(known).__qualname__}")
-    _METHODS[kind.name] = kind()
+    REGISTERED[kind.name] = kind()
     return kind
 
 
@@ -284,21 +285,52 @@ def find_method(name: str) -> Method:
         >>> find_method("templates").name
         'templates'
     """
-    if name not in _METHODS and name in SHIPPED_METHODS:
-        import_module(f"surgery.methods.{name}.method")
-    if name not in _METHODS and name in (points := _installed()):
-        points[name].load()
-    if name not in _METHODS:
-        raise PlanError(
-            f"`method` must be one of {', '.join(method_names())}, found '{name}': install or import the package that "
-            "registers it."
-        )
-    return _METHODS[name]
+    return load_method(name)
 
 
-def method_names() -> list[str]:
-    """All methods that can be asked for, those of this package first."""
-    return [*dict.fromkeys((*SHIPPED_METHODS, *_METHODS, *_installed()))]
+def settings_of(method: str, given: Mapping[str, Any]) -> Strict:
+    """Settings of a method, validated by its class.
+
+    Args:
+        method: its name.
+        given: what a recipe says under `settings`.
+
+    Raises:
+        PlanError: naming all that is wrong.
+    """
+    kind = find_method(method).settings
+    try:
+        return kind.model_validate(dict(given))
+    except ValidationError as error:
+        wrong = "; ".join(problems_of(error, kind, "settings"))
+        raise PlanError(sentence(f"Settings of method {method} are not valid: {wrong}")) from None
+
+
+def plan_with(
+    anatomies: Sequence[Anatomy],
+    method: str,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    block: tuple[int, int] = (16, 16),
+    context: int = 4,
+) -> Plan:
+    """Plan members by a method that generates tensors.
+
+    Args:
+        anatomies: of all members.
+        method: its name.
+        settings: its own.
+        block: m x n, where it cuts sites into blocks.
+        context: c, where it has hypermodules.
+
+    Raises:
+        PlanError: for settings that do not suit the method or the members.
+
+    Example:
+        >>> plan = surgery.plan_with([surgery.discover(member)], "low_rank", {"rank": 4})  # doctest: +SKIP
+    """
+    request = PlanRequest(block, context, settings_of(method, settings))
+    return tensor_method(method).plan(anatomies, request)
 
 
 def tensor_method(name: str) -> TensorMethod:
@@ -339,12 +371,6 @@ def follow_up(placements: Sequence[Placement]) -> list[Placement]:
     return moved
 
 
-def _installed() -> dict[str, Any]:
-    from importlib.metadata import entry_points
-
-    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
-
-
 __all__ = [
     "DEFAULT_METHOD",
     "Method",
@@ -357,6 +383,8 @@ __all__ = [
     "method_names",
     "methods_of",
     "plan_of",
+    "plan_with",
     "register_method",
+    "settings_of",
     "tensor_method",
 ]

@@ -18,7 +18,7 @@ from torch import nn
 
 from surgery.anatomy.plan import Plan, make_plan
 from surgery.anatomy.sites import Anatomy, discover
-from surgery.core.method import PlanRequest, find_method
+from surgery.core.method import PlanRequest, settings_of
 from surgery.core.module_method import ModuleSurgery, Place, module_method
 from surgery.core.replacing_checks import check_calls, check_places, record_calls
 from surgery.errors import ArtifactError, LoadError, PlanError, SurgeryError
@@ -96,20 +96,6 @@ def plan_modules(
     with modules_replaced(members, replacements) as changed:
         plan = make_plan([discover(each) for each in changed], block, context)
     return replace(plan, replacements=replacements)
-
-
-def settings_of(method: str, settings: Mapping[str, Any]) -> Any:
-    """A method's settings, validated by its class.
-
-    Raises:
-        PlanError: naming all that is wrong.
-    """
-    kind = find_method(method).settings
-    try:
-        return kind.model_validate(dict(settings))
-    except ValidationError as error:
-        wrong = "; ".join(problems_of(error, kind, "settings"))
-        raise PlanError(sentence(f"Method '{method}': {wrong}")) from None
 
 
 # -- in place --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from surgery.core.sizes import bytes_alone, parameters_alone
 from surgery.errors import PlanError
 from surgery.fitting.exactly import make_exactly
 from surgery.fitting.report import FitReport, describe, describe_stacks
-from surgery.fitting.scene import Scene, fitted_by
+from surgery.fitting.scene import Scene, asked_of, fitted_by
 from surgery.fitting.search import search
 from surgery.fitting.trial import Trial, to_device
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
@@ -101,8 +101,7 @@ def fit(
         }
     )
     _check_request(joint, asked, probes)
-    fixed = any(method.asks(joint.plan, asked) for method in fitted_by(joint.plan))
-    if asked.max_error == 0 and not fixed:
+    if asked.max_error == 0 and not asked_of(joint.plan, asked):
         return _fit_lossless(joint, probes or {}, asked.seed)
     return _fit_lossy(joint, asked, probes, device)
 

@@ -76,8 +76,7 @@ class Scene:
     @cached_property
     def asked(self) -> dict[str, str]:
         """What settings fix, in words, by the method that makes it."""
-        found = {method.name: method.asks(self.plan, self.target) for method in fitted_by(self.plan)}
-        return {name: words for name, words in found.items() if words}
+        return asked_of(self.plan, self.target)
 
     def sensitive_to(self, keys: Iterable[Key]) -> dict[Key, float]:
         """The sensitivity to some tensors, measured by rounding where no gradient reaches them."""
@@ -111,6 +110,17 @@ class Scene:
 def fitted_by(plan: Plan) -> list[TensorMethod]:
     """The methods of a plan's banks; that of all sites where there is none."""
     return methods_of(plan) or [tensor_method(DEFAULT_METHOD)]
+
+
+def asked_of(plan: Plan, target: Target) -> dict[str, str]:
+    """What settings fix, in words, by the method that makes it.
+
+    Args:
+        plan: of a joint model.
+        target: what is asked of its fit.
+    """
+    found = {each.name: each.asks(plan_of(plan, each.name), target) for each in fitted_by(plan)}
+    return {name: words for name, words in found.items() if words}
 
 
 def key_of(site: Site) -> Key:

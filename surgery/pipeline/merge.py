@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ from surgery.anatomy.selectors import share_selectors
 from surgery.disk.claims import claim_of_first
 from surgery.disk.folders import check_target
 from surgery.errors import LoadError, PlanError
-from surgery.settings.recipe import Model, Recipe
+from surgery.settings.recipe import Model, Recipe, method_settings
+from surgery.settings.target import Target
 from surgery.util.progress import task, track
 
 if TYPE_CHECKING:
@@ -48,6 +49,17 @@ class Prepared:
     plan: Plan
     probes: Mapping[str, Sequence[Inputs]]
     data: Any = None
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """What settings fix, in words, by the method that makes it."""
+        from surgery.fitting.scene import asked_of
+
+        return asked_of(self.plan, self.recipe.parameters)
+
+    def resolved(self) -> dict[str, Any]:
+        """What an artifact records of the recipe."""
+        return self.recipe.resolved(fixed=bool(self.asked))
 
 
 def merge(
@@ -90,26 +102,19 @@ def _merge(recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_rem
     from surgery.fitting.fit import fit
 
     prepared = prepared or prepare(recipe, trust_remote_code=trust_remote_code)
-    name, value = recipe.target
     with task("Joining") as work:
         joint = join(prepared.members, prepared.plan)
         work.describe("Fitting")
         joint = fit(
             joint,
-            max_error=value if name == "max_error" else None,
-            budget=value if name == "budget" else None,
-            hypermodules=int(value) if name == "hypermodules" else None,
-            block=recipe.parameters.block,
-            context=recipe.parameters.context,
-            templates=recipe.parameters.templates,
-            mixture=recipe.parameters.mixture,
+            **{name: getattr(recipe.parameters, name) for name in Target.model_fields},
             probes=prepared.probes or None,
             seed=recipe.seed,
             device=recipe.device,
         )
         if recipe.out is not None:
             work.describe(f"Writing {recipe.out}")
-            save(joint, recipe.out, overwrite=overwrite, recipe=prepared.recipe.resolved())
+            save(joint, recipe.out, overwrite=overwrite, recipe=prepared.resolved())
     return joint
 
 
@@ -187,7 +192,8 @@ def prepare(
             named = {"model": parse_reference(model.model)[1], "name": member.name}
             models.append(model.model_copy(update=named))
     anatomies, plan = plan_members(recipe, members)
-    named = recipe.model_copy(update={"models": tuple(models)})
+    settings = method_settings(recipe.method, recipe.settings)
+    named = recipe.model_copy(update={"models": tuple(models), "settings": settings})
     with task("Reading calibration files"):
         probes = read_probes(named, members)
     return Prepared(named, tuple(members), tuple(anatomies), plan, probes)
@@ -233,29 +239,35 @@ def plan_members(recipe: Recipe, members: Sequence[Member]) -> tuple[list[Anatom
     """
     from surgery.anatomy.plan import make_plan
     from surgery.anatomy.sites import discover
+    from surgery.core.method import PlanRequest, TensorMethod, find_method, settings_of
+    from surgery.core.replacing import modules_replaced, plan_replacements
     from surgery.members.member import state_tensors
-    from surgery.methods.templates.plan import plan_templates
 
     names = {member.name: list(state_tensors(member.module)) for member in members}
     chosen: dict[str, Mapping[str, Any]] = {
         option: share_selectors(selectors, names, what=f"--{option}")
         for option, selectors in recipe.select.model_dump(exclude={"stacks"}).items()
     }
-    anatomies = [
-        discover(member, **_selectors(chosen, member.name)) for member in track(members, "Finding sites")
-    ]
+
+    def find(members: Sequence[Member]) -> list[Anatomy]:
+        found = track(members, "Finding sites")
+        return [
+            discover(each, **{option: shared[each.name] for option, shared in chosen.items()})
+            for each in found
+        ]
+
+    anatomies = find(members)
     block = recipe.parameters.block or starting_block(anatomies)
     context = recipe.parameters.context or 4
-    if recipe.method == "templates":
-        norms, stacks = recipe.parameters.mix_norms, recipe.select.stacks
-        return anatomies, plan_templates(anatomies, block, context, mix_norms=norms, stacks=stacks)
-    if recipe.select.stacks:
-        raise PlanError("Stacks (`stacks`) are for templates: choose `method=templates`, or leave them out.")
-    return anatomies, make_plan(anatomies, block, context)
-
-
-def _selectors(chosen: Mapping[str, Mapping[str, Any]], member: str) -> dict[str, Any]:
-    return {option: shared[member] for option, shared in chosen.items()}
+    settings = settings_of(recipe.method, recipe.settings)
+    request = PlanRequest(block, context, settings, recipe.parameters.mix_norms, recipe.select.stacks)
+    method = find_method(recipe.method)
+    if isinstance(method, TensorMethod):
+        return anatomies, method.plan(anatomies, request)
+    replacements = plan_replacements(recipe.method, members, anatomies, request)
+    with modules_replaced(members, replacements) as changed:
+        anatomies = find(changed)
+        return anatomies, replace(make_plan(anatomies, block, context), replacements=replacements)
 
 
 def starting_block(anatomies: Sequence[Anatomy]) -> tuple[int, int]:

@@ -6,8 +6,11 @@ from typing import Any, Literal
 DEFAULT_METHOD = "hypermodules"
 """The method that takes what no other does."""
 
-SHIPPED_METHODS = ("hypermodules", "templates")
-"""Methods of this package that a recipe can name, each a folder of `surgery.methods`."""
+SHIPPED_METHODS = {
+    "hypermodules": "blocks of all sites draw on shared hypermodules",
+    "templates": "the layers of stacks are mixtures of templates, the rest is hypermodules",
+}
+"""Methods of this package that a recipe can name, each a folder of `surgery.methods`, with what they do in one line."""
 
 PARAMETERS_OF = {"templates": ("templates", "mix_norms"), "hypermodules": ("hypermodules",)}
 """Parameters of a recipe that only one method reads."""

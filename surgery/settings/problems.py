@@ -27,6 +27,19 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class InnerError(ValueError):
+    """What is wrong with a part of a document whose class depends on another key.
+
+    Attributes:
+        error: of pydantic.
+        root: the class of that part.
+    """
+
+    def __init__(self, error: ValidationError, root: type[BaseModel]):
+        super().__init__("; ".join(problems_of(error, root)))
+        self.error, self.root = error, root
+
+
 def advice_on(name: str, known: Iterable[str], show: Sequence[str] | None = None) -> str:
     """What to say to an unknown name: the nearest known one, or which ones there are.
 
@@ -42,7 +55,9 @@ def advice_on(name: str, known: Iterable[str], show: Sequence[str] | None = None
     names = list(known)
     small = {each.lower(): each for each in reversed(names)}
     near = difflib.get_close_matches(str(name).lower(), small, n=1)
-    return f"did you mean '{small[near[0]]}'?" if near else f"known are {', '.join(show or names)}"
+    if near:
+        return f"did you mean '{small[near[0]]}'?"
+    return f"known are {', '.join(show or names)}" if names else "there are none"
 
 
 def problems_of(error: ValidationError, root: type[BaseModel], prefix: str = "") -> list[str]:
@@ -56,6 +71,11 @@ def problems_of(error: ValidationError, root: type[BaseModel], prefix: str = "")
     found: dict[str, str] = {}
     for each in error.errors(include_url=False):
         path = [str(part) for part in each["loc"]]
+        inner = each.get("ctx", {}).get("error")
+        if isinstance(inner, InnerError):
+            words = problems_of(inner.error, inner.root, _dotted(prefix, path))
+            found |= {f"{'.'.join(path)} {number}": problem for number, problem in enumerate(words)}
+            continue
         branch = next((n for n, part in enumerate(path) if part == "str" or part.startswith("dict[")), None)
         if branch is None:
             found[".".join(path)] = _explain(each, root, prefix)

@@ -9,35 +9,47 @@ may run) is not part of what an artifact records.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from surgery.disk.untrusted import shown, shown_text
+from surgery.disk.untrusted import shown_text
 from surgery.errors import PlanError
-from surgery.settings.names import Mixing, without_target
-from surgery.settings.problems import Strict, problems_of
-from surgery.settings.quantities import Context, NotNegative, Positive, Rate, Seed, Share
+from surgery.settings.methods import load_method, method_names, unknown_method
+from surgery.settings.names import DEFAULT_METHOD, PARAMETERS_OF, without_target
+from surgery.settings.problems import InnerError, Strict, problems_of
+from surgery.settings.quantities import Positive, Rate, Seed
+from surgery.settings.target import MAX_ERROR, TARGETS, Target
 from surgery.settings.training import Adaptation, Training
 from surgery.util.wording import sentence
 
-MAX_ERROR = 0.05
 MOST_ERRORS = 20  # that one message names
-TARGETS = ("max_error", "budget", "hypermodules", "templates")
 
 
-def parse_block(value: Any) -> Any:
-    """`"16x16"` -> `(16, 16)`; anything else is left for validation to judge."""
-    if isinstance(value, str):
-        sides = value.lower().split("x")
-        if len(sides) != 2 or not all(side.strip().isdecimal() for side in sides):
-            raise ValueError(f"a block is written MxN, for example 16x16, not {shown(value)}")
-        return tuple(int(side) for side in sides)
-    return value
+def known_method(name: object) -> object:
+    """A method's name, where there is such a method."""
+    if name not in method_names():
+        raise ValueError(unknown_method(name))
+    return name
 
 
-Block = Annotated[tuple[Positive, Positive], BeforeValidator(parse_block)]
+def method_settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a method as JSON values, with its defaults; its package is imported for it.
+
+    Args:
+        method: its name.
+        given: what a recipe says under `settings`.
+
+    Raises:
+        InnerError: naming what is wrong.
+        PlanError: where the method cannot be imported.
+    """
+    kind = load_method(method).settings
+    try:
+        return kind.model_validate(dict(given)).model_dump(mode="json")
+    except ValidationError as error:
+        raise InnerError(error, kind) from None
 
 
 class TaskSpec(Strict):
@@ -83,43 +95,14 @@ class Model(Strict):
     tasks: tuple[TaskSpec, ...] = ()
 
 
-class Parameters(Strict):
+class Parameters(Target):
     """The target, and the shape of the dictionary; what is not given is chosen by the fit.
 
-    At most one of the four targets is given, or `templates` with `max_error` or `budget`; with none, `max_error` is
-    0.05.
-
     Attributes:
-        max_error: the smallest artifact whose members' outputs move by at most this much.
-        budget: the most exact artifact of this share of the members' bytes.
-        hypermodules: a bank of so many.
-        templates: so many for each stack, with method templates: at the members' precision, or in the precisions that
-            `max_error` or `budget` asks for.
-        block: sides of the blocks that are shared, such as `16x16`.
-        context: basis blocks of a hypermodule (c).
-        mixture: of templates: `linear`, positive ones that sum to 1 (`softmax`), or one template a layer (`one-hot`).
-        mix_norms: whether scale and shift of norms are mixed too; running statistics never are.
+        mix_norms: whether scale and shift of norms are mixed too, with method templates; running statistics never are.
     """
 
-    max_error: NotNegative | None = None
-    budget: Share | None = None
-    hypermodules: Positive | None = None
-    templates: Context | None = None
-    block: Block | None = None
-    context: Context | None = None
-    mixture: Mixing = "linear"
     mix_norms: bool = False
-
-    @model_validator(mode="after")
-    def _one_target(self) -> Parameters:
-        given = [name for name in TARGETS if getattr(self, name) is not None]
-        # With templates given, an error or a budget decides their precisions.
-        if len(given) > (1 if self.templates is None or self.hypermodules is not None else 2):
-            raise ValueError(
-                f"only one of {', '.join(TARGETS)} can be the target, or templates with max_error or budget, "
-                f"found {' and '.join(given)}"
-            )
-        return self
 
 
 class Select(Strict):
@@ -153,8 +136,9 @@ class Recipe(Strict):
 
     Attributes:
         models: the members.
-        method: of sharing, `hypermodules` for all blocks, or `templates` for stacks of layers and hypermodules
-            for the rest.
+        method: of sharing, `hypermodules` for all blocks, `templates` for stacks of layers and hypermodules for the
+            rest, or one of an installed package.
+        settings: of the method, where it has any.
         parameters: target and dictionary.
         select: which tensors.
         calibrate: files with real inputs, each used for every member that it suits.
@@ -171,7 +155,8 @@ class Recipe(Strict):
     """
 
     models: tuple[Model, ...] = ()
-    method: Literal["hypermodules", "templates"] = "hypermodules"
+    method: Annotated[str, BeforeValidator(known_method)] = DEFAULT_METHOD
+    settings: dict[str, Any] = Field(default_factory=dict)
     parameters: Parameters = Parameters()
     select: Select = Select()
     calibrate: tuple[str, ...] = ()
@@ -181,10 +166,15 @@ class Recipe(Strict):
     train: Training | None = None
     out: str | None = None
 
+    @field_validator("settings")
+    @classmethod
+    def _settings_of_the_method(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """Those that are given are all right, and what is not given has its default."""
+        return method_settings(info.data["method"], given) if given and "method" in info.data else given
+
     @model_validator(mode="after")
     def _method_suits(self) -> Recipe:
-        own = {"templates": ("templates", "mix_norms"), "hypermodules": ("hypermodules",)}
-        for method, names in own.items():
+        for method, names in PARAMETERS_OF.items():
             given = [name for name in names if getattr(self.parameters, name)]
             if given and self.method != method:
                 raise ValueError(f"parameters.{given[0]} needs method {method}, found method {self.method}")
@@ -220,18 +210,24 @@ class Recipe(Strict):
                 return name, value
         return "max_error", MAX_ERROR
 
-    def resolved(self) -> dict[str, Any]:
-        """What an artifact records: every value in force, in plain types, without where it was written."""
+    def resolved(self, *, fixed: bool = False) -> dict[str, Any]:
+        """What an artifact records: every value in force, in plain types, without where it was written.
+
+        Args:
+            fixed: whether settings of the method fix what is made, so that no error is the target by default.
+        """
         document = self.model_dump(mode="json", exclude={"out"} if self.train else {"out", "train"})
         if not self.allow_nonfinite:  # most recipes have nothing to say of it
             del document["allow_nonfinite"]
         for model in document["models"]:
             if not model["tasks"]:
                 del model["tasks"]
-        if self.train is None:
+        if not self.settings:
+            del document["settings"]
+        if self.train is None and (self.parameters.given() or not fixed):
             name, value = self.target
             document["parameters"][name] = value
-        else:  # training meets no target of a fit, so that it must claim none
+        elif self.train is not None:  # training meets no target of a fit, so that it must claim none
             document = without_target(document)
         if self.parameters.block:
             document["parameters"]["block"] = "x".join(map(str, self.parameters.block))

@@ -12,12 +12,13 @@ from torch import Tensor
 from surgery.anatomy.plan import Placement, Plan, make_plan
 from surgery.core.bank import Bank
 from surgery.core.method import Opening, PlanRequest, register_method
+from surgery.errors import PlanError
 from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.opening import fixed_bank, open_bank, open_rest
 from surgery.methods.rows.bank import RowsBank
 from surgery.methods.rows.exact import exact_bank
 from surgery.methods.rows.method import RowsMethod
-from surgery.settings.names import Scale
+from surgery.settings.names import SHIPPED_METHODS, Scale
 
 if TYPE_CHECKING:
     from surgery.anatomy.sites import Anatomy
@@ -44,12 +45,16 @@ class Hypermodules(RowsMethod):
     """Every block is a sum of the basis blocks of the hypermodule that its location uses. # MUiR"""
 
     name: ClassVar[str] = "hypermodules"
-    summary: ClassVar[str] = "blocks of all sites draw on shared hypermodules"
+    summary: ClassVar[str] = SHIPPED_METHODS["hypermodules"]
     claims: ClassVar[bool] = False
     lever: ClassVar[str] = "hypermodules"
 
     def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Plan:
         """Every site in banks of one block shape."""
+        if request.stacks:
+            raise PlanError(
+                "Stacks (`stacks`) are for templates: choose `method=templates`, or leave them out."
+            )
         return make_plan(anatomies, request.block, request.context)
 
     def asks(self, plan: Plan, target: Target) -> str:

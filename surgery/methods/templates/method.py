@@ -16,6 +16,7 @@ from surgery.methods.rows.method import RowsMethod
 from surgery.methods.templates.bank import TemplateBank
 from surgery.methods.templates.mixtures import has_templates, reopen_stack, run_lengths
 from surgery.methods.templates.plan import plan_templates
+from surgery.settings.names import SHIPPED_METHODS
 from surgery.util.showing import plural
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class TemplatesMethod(RowsMethod):
     """Every layer of a stack is a mixture of K templates. # Compositional models"""
 
     name: ClassVar[str] = "templates"
-    summary: ClassVar[str] = "the layers of stacks are mixtures of templates, the rest is hypermodules"
+    summary: ClassVar[str] = SHIPPED_METHODS["templates"]
     lever: ClassVar[str] = "templates"
 
     def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Plan:

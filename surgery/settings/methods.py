@@ -1,0 +1,67 @@
+"""Methods by name: of this package, registered ones, and of installed packages; naming them imports none of them."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from surgery.disk.untrusted import shown
+from surgery.errors import PlanError
+from surgery.settings.names import SHIPPED_METHODS
+from surgery.settings.problems import advice_on
+
+ENTRY_POINTS = "surgery.methods"
+
+REGISTERED: dict[str, Any] = {}
+"""Methods whose modules were imported, by name."""
+
+
+@cache
+def installed() -> dict[str, EntryPoint]:
+    """Methods that installed packages offer, by name."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+
+
+def method_names() -> list[str]:
+    """All methods that can be asked for, those of this package first."""
+    return [*dict.fromkeys((*SHIPPED_METHODS, *REGISTERED, *installed()))]
+
+
+def summary_of(name: str) -> str:
+    """What a method does in one line; of one that is installed and not imported, what its package says of itself."""
+    if name in SHIPPED_METHODS:
+        return SHIPPED_METHODS[name]
+    if name in REGISTERED:
+        return REGISTERED[name].summary
+    point = installed().get(name)
+    return (point.dist.metadata.get("Summary") or "") if point is not None and point.dist is not None else ""
+
+
+def unknown_method(name: object) -> str:
+    """What is wrong with the name of a method that is not known, in words."""
+    advice = advice_on(str(name), method_names())
+    near = f", {advice}" if advice.startswith("did you") else ""
+    return f"must be one of {', '.join(method_names())}, found {shown(name)}{near}"
+
+
+def load_method(name: str) -> Any:
+    """The method of this name, its module imported.
+
+    Raises:
+        PlanError: where there is none, naming those that there are, or its package cannot be imported.
+    """
+    if name not in REGISTERED and name in SHIPPED_METHODS:
+        import_module(f"surgery.methods.{name}.method")
+    if name not in REGISTERED and name in installed():
+        point = installed()[name]
+        try:
+            point.load()
+        except ImportError as error:
+            raise PlanError(
+                f"Method '{name}' needs {point.value}, which cannot be imported: {error}."
+            ) from error
+    if name not in REGISTERED:
+        raise PlanError(f"`method` {unknown_method(name)}; install or import the package that registers it.")
+    return REGISTERED[name]
