@@ -262,7 +262,7 @@ def _check_request(joint: JointModel, asked: Asked, probes: Mapping[str, Sequenc
     for method, names in PARAMETERS_OF.items():
         if (given := [name for name in names if getattr(asked, name, None)]) and method not in leading:
             raise PlanError(
-                f"`{given[0]}` needs a plan of `method={method}`, but this joint model was planned by "
+                f"`{given[0]}` needs `method={method}`, but this joint model was planned by method "
                 f"{' and '.join(leading)}."
             )
     if unknown := sorted({*(probes or {})} - {*joint.names}):
