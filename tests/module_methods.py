@@ -17,8 +17,7 @@ NAME = "scaled_copy"
 
 def page_code(first_line: str) -> str:
     """The code of the page that begins with a line."""
-    section = PAGE.read_text().partition("## A method that replaces modules")[2]
-    found = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    found = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     return next(code for code in found if code.startswith(first_line))
 
 

@@ -20,12 +20,13 @@ from torch import nn
 
 import surgery
 from surgery.artifact.verify import verify
-from surgery.core import method as registry
+from surgery.core.method import tensor_method
 from surgery.core.module_method import ModuleSurgery
 from surgery.core.replacing import MissingMethodError
 from surgery.errors import ArtifactError, ExportError, PlanError, TrainingError
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.replacement import Replacement
+from surgery.settings import methods as registry
 from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.trainer import Trainer
 from surgery.training.tasks.streams import Batches
@@ -244,7 +245,7 @@ def test_a_module_that_was_given_is_as_it_was_where_it_does_not_fit(saved):
 
 @pytest.fixture
 def uninstalled(monkeypatch):
-    monkeypatch.delitem(registry._METHODS, NAME)
+    monkeypatch.delitem(registry.REGISTERED, NAME)
 
 
 def test_without_the_method_the_error_names_it_and_its_package(saved, uninstalled):
@@ -419,7 +420,7 @@ BAD = {
     "settings": (
         Net,
         None,
-        r"Method 'scaled_copy': 'settings.copis' is not a known key, did you mean 'copies'\?$",
+        r"Settings of method scaled_copy are not valid: 'settings.copis' is not a known key, did you mean 'copies'\?$",
     ),
 }
 
@@ -451,7 +452,7 @@ class Doubled(ModuleSurgery):
 
 
 def test_two_methods_on_one_path_and_a_method_that_fails(monkeypatch):
-    monkeypatch.setitem(registry._METHODS, "doubled", Doubled())
+    monkeypatch.setitem(registry.REGISTERED, "doubled", Doubled())
     module = net()
     one = member(module)
     mine = Replacement("net", "layers.3", NAME, {"of": "layers.1"})
@@ -518,7 +519,7 @@ class Twice(Net):
 
 
 def test_a_module_may_stay_within_what_replaces_it_and_have_two_names(monkeypatch, tmp_path):
-    monkeypatch.setitem(registry._METHODS, "wrapped", Wrapped())
+    monkeypatch.setitem(registry.REGISTERED, "wrapped", Wrapped())
     module = Twice().eval()
     before = copy.deepcopy(module)
     one = member(module)
@@ -542,7 +543,7 @@ def test_methods_are_of_their_kind():
     with pytest.raises(PlanError, match="'templates' must replace modules, but it generates tensors"):
         surgery.plan_modules([member()], "templates")
     with pytest.raises(PlanError, match="'scaled_copy' must generate tensors, but it replaces modules"):
-        registry.tensor_method(NAME)
+        tensor_method(NAME)
 
 
 # -- shown -----------------------------------------------------------------------------------------------------
