@@ -10,6 +10,7 @@ from . import console
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel
+    from surgery.fitting.report import FitReport
 
 PRECISION = "fewer bits for each number: rounding, not sharing"
 SHARING = "what members or layers have in common, stored once"
@@ -25,13 +26,19 @@ def result_json(joint: JointModel, folder: Path) -> dict[str, Any]:
         "out": str(folder),
         "disk_bytes": disk_bytes(folder),
         "members": outcome_rows(joint),
-        "report": joint.report.to_json(),
+        "report": fit_report(joint).to_json(),
     }
+
+
+def fit_report(joint: JointModel) -> FitReport:
+    """What a fit met whose weights are as it made them."""
+    assert joint.report is not None
+    return joint.report
 
 
 def outcome_rows(joint: JointModel) -> list[dict[str, Any]]:
     """For each member its size before and after, and how far its output moved."""
-    report = joint.report
+    report = fit_report(joint)
     return [
         {
             "name": name,
@@ -39,7 +46,7 @@ def outcome_rows(joint: JointModel) -> list[dict[str, Any]]:
             "sites": sum(p.site.member == name for p in joint.plan.placements),
             "bytes_before": report.original_bytes[name],
             "bytes_after": sum(row.nbytes for row in report.detail if row.member == name),
-            "output_error": report.errors.get(name),
+            "output_error": report.error(name),
         }
         for name in joint.names
     ]
@@ -52,7 +59,7 @@ def disk_bytes(folder: Path) -> int:
 
 def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
     """What a merge did: members, what saved how much, how tensors are stored."""
-    report = joint.report
+    report = fit_report(joint)
     before, weights = sum(report.original_bytes.values()), report.stored_bytes
     disk = disk_bytes(folder)
     members = "1 member" if len(joint.names) == 1 else f"{len(joint.names)} members"
@@ -71,7 +78,7 @@ def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
             console.percent(row["output_error"], digits=2),
         )
     console.show(table)
-    given = report.probes.get("given") or []
+    given = report.probes.given
     inputs = f"real inputs for {', '.join(given)}, made-up ones for the rest" if given else "made-up inputs"
     if set(given) == set(joint.names):
         inputs = "the real inputs given"
@@ -89,8 +96,12 @@ def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
 
 def _print_templates(joint: JointModel) -> None:
     """How many templates each stack's layers come from, and what these take."""
+    from surgery.fitting.report import StackReport
+
     table = console.table("stack", ">layers", ">templates", ">before", ">after", "~")
-    for name, stack in joint.report.stacks.items():
+    for name, stack in fit_report(joint).stacks.items():
+        if not isinstance(stack, StackReport):
+            continue
         note = KEPT_APART if stack.templates == stack.layers else ""
         sizes = console.size(stack.original), console.size(stack.nbytes)
         table.add_row(name, str(stack.layers), str(stack.templates), *sizes, note)
@@ -100,7 +111,7 @@ def _print_templates(joint: JointModel) -> None:
 
 def print_means(joint: JointModel) -> None:
     """What each means saved, and how many tensors are stored in which way."""
-    report = joint.report
+    report = fit_report(joint)
     saved = console.table("saved by", ">bytes", "~")
     sharing, precision = report.saved["sharing"], report.saved["precision"]
     saved.add_row("precision", console.size(precision), PRECISION)

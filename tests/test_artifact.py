@@ -22,6 +22,7 @@ from surgery.core.dictionary import Dictionary
 from surgery.core.joint import JointModel
 from surgery.core.known import Known
 from surgery.errors import ArtifactError, OutputError
+from surgery.fitting.report import FitReport, Probes
 from surgery.members.member import content_hash
 from surgery.methods.rows.bank import RowsBank
 from surgery.storage.codecs import BFLOAT16, Precision, encode, grouped
@@ -49,13 +50,13 @@ def fitted(precision: Precision = INT4) -> JointModel:
         for key, each in stored.tensors.items()
     }
     lossy = Stored(stored.plan, tensors, stored.aliases, stored.ties)
-    report = {
-        "target": "max-error 0.5",
-        "met": True,
-        "errors": {"one": 0.1, "two": float("nan")},
-        "saved": {"sharing": 10, "precision": 20},
-        "probes": {"seed": 7, "given": []},
-    }
+    report = FitReport(
+        "max-error 0.5",
+        True,
+        errors={"one": 0.1, "two": float("nan")},
+        saved={"sharing": 10, "precision": 20},
+        probes=Probes(7),
+    )
     fresh = [member(m, name, torch.zeros(2, 8)) for name, m in modules().items()]
     return revive(fresh, lossy, Known(report))
 
@@ -208,10 +209,10 @@ def test_report_recipe_and_inputs_come_back(tmp_path: Path):
     joint = fitted()
     out = save(joint, tmp_path / "out", recipe={"seed": 3, "parameters": {"block": (8, 8)}})
     loaded = load(out, modules=modules())
-    assert loaded.report["errors"] == {"one": 0.1, "two": None}
+    assert loaded.report.errors["one"] == 0.1 and loaded.report.error("two") is None
     assert loaded.__dict__["recipe"] == {"seed": 3, "parameters": {"block": [8, 8]}}
     assert loaded.members["one"].inputs.args[0].shape == (2, 8)
-    assert load(out, modules=modules(), members=["one"]).report["errors"] == {"one": 0.1}
+    assert load(out, modules=modules(), members=["one"]).report.errors == {"one": 0.1}
     card = (out / "README.md").read_text()
     assert "| one |" in card and "10.00%" in card and "sharing.png" in card
     assert (out / "sharing.png").stat().st_size < 20_000

@@ -15,6 +15,7 @@ from nets import assert_same_bits
 
 import surgery
 from surgery.artifact.reports import report_of
+from surgery.fitting.report import FitReport
 from surgery.storage.stored import loosened, revive, store
 from surgery.storage.trim import trim
 from surgery.training.train import train
@@ -93,8 +94,8 @@ def test_what_changed_after_a_fit_comes_back_as_it_is_and_nothing_is_said_of_it(
     report, found = stored_and_revived(joint)
     for name, state in live.items():
         assert_same_bits(found.collapse(name), state)
-    assert report.keys() == {"original_bytes", "parameters", "hashes", "changed"}
-    assert report["changed"] == ["one", "two"] and joint.report is None
+    assert report.to_json().keys() == {"original_bytes", "parameters", "hashes", "changed"}
+    assert report.changed == ("one", "two") and joint.report is None
 
 
 def test_one_value_changed_without_a_trace_is_found_when_it_is_saved():
@@ -102,7 +103,7 @@ def test_one_value_changed_without_a_trace_is_found_when_it_is_saved():
     joint["one"][0].weight.data[0, 1] += 0.5
     live = joint.collapse("one")
     report, found = stored_and_revived(joint)
-    assert report["changed"] == ["one"]
+    assert report.changed == ("one",)
     assert_same_bits(found.collapse("one"), live)
 
 
@@ -114,7 +115,7 @@ def test_templates_that_were_changed_come_back_as_they_are():
     live = joint.collapse("one")
     report, found = stored_and_revived(joint)
     assert_same_bits(found.collapse("one"), live)
-    assert report["changed"] == ["one"] and "stacks" not in report
+    assert report.changed == ("one",) and not report.stacks
 
 
 def test_artifact_and_card_say_what_changed_and_are_written_the_same_again(tmp_path):
@@ -139,8 +140,8 @@ def test_a_member_that_did_not_change_keeps_its_form_and_its_error(tmp_path):
         joint["two"][0].weight.add_(0.1)
     found = again(joint, tmp_path / "joint")
     report = found.known.report
-    assert report["changed"] == ["two"] and report["errors"] == {"one": errors["one"]}
-    assert "target" not in report and "met" not in report
+    assert report.changed == ("two",) and report.errors == {"one": errors["one"]}
+    assert not report.target and not {"target", "met"} & report.to_json().keys()
     manifest = json.loads((tmp_path / "joint" / "manifest.json").read_text())
     held = {name: each["encoded"] for name, each in manifest["members"].items()}
     assert "0.weight" in str(held["one"]) and "0.weight" not in str(held["two"])
@@ -149,7 +150,7 @@ def test_a_member_that_did_not_change_keeps_its_form_and_its_error(tmp_path):
 def test_a_fused_optimizer_is_noticed_by_members_that_share_what_it_changed():
     twins = [member(seeded(stack, 1), name, torch.zeros(2, 8)) for name in ("a", "b")]
     joint = surgery.join(twins, block=(8, 8))
-    joint.report = {"errors": {}}
+    joint.report = FitReport()
     x = torch.randn(2, 8)
     with torch.no_grad():
         joint["b"](x)
@@ -191,7 +192,7 @@ def test_a_trained_model_is_fitted_again_and_verified_against_nothing_that_it_is
     assert not loosened(joint)
     assert joint.report.met and joint.report.target == "max-error 0.1" and joint.report.hashes == {}
     found = again(joint, tmp_path / "joint")
-    assert found.report["errors"] == joint.report.errors
+    assert found.report.errors == joint.report.errors
     for name in joint.names:
         assert_same_bits(found.collapse(name), joint.collapse(name))
     origins = {"one": seeded(stack, 1), "two": seeded(stack, 2)}
@@ -214,8 +215,8 @@ def test_what_holds_of_all_members_together_is_not_said_of_some(tmp_path):
         folder = tmp_path / str(kept)
         surgery.save(fitted(**target), folder)
         report = surgery.load(folder, members=["one"], modules={"one": stack()}).report
-        assert ("target" in report, report.get("met", False)) == (kept, kept)
-        assert set(report["errors"]) == {"one"}
+        assert (bool(report.target), report.met) == (kept, kept)
+        assert set(report.errors) == {"one"}
 
 
 def test_training_what_was_fitted_says_so_and_how_to_compress_it(tmp_path):
@@ -263,7 +264,7 @@ def test_merged_trained_and_merged_again_from_the_command_line(tmp_path, monkeyp
     live = surgery.load("trained", trust_remote_code=True)
     command("merge", "trained", "--max-error", "0.03", "--out", "again", *trust)
     found = surgery.load("again", trust_remote_code=True)
-    assert found.report["met"] and found.report["hashes"] == {}
+    assert found.report.met and found.report.hashes == {}
     x = torch.randn(9, 4)
     with torch.no_grad():
         moved = (found["net"](x) - live["net"](x)).norm() / live["net"](x).norm()

@@ -114,7 +114,7 @@ def test_extra_state_is_carried_everywhere(tmp_path, value):
     folder = surgery.save(joint, tmp_path / "joint")
     loaded = surgery.load(folder, modules={"net": Outer(), "other": Outer()})
     assert same(loaded["net"].inner.value, value) and loaded["other"].inner.value is None
-    assert loaded.report["errors"] == {"net": 0.0, "other": 0.0}
+    assert loaded.report.errors == {"net": 0.0, "other": 0.0}
     again = surgery.save(loaded, tmp_path / "again")
     for path in ("manifest.json", "members/net/extra_state.json"):
         assert (folder / path).read_bytes() == (again / path).read_bytes()

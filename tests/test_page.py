@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import surgery
 from surgery.errors import ArtifactError, OutputError
+from surgery.fitting.report import FitReport
 from surgery.page import charts, look, render, write_page
 from surgery.page.charts import Series
 from surgery.page.overview import Layer, MemberView, Overview
@@ -177,7 +178,7 @@ def test_any_name_stays_text(name, bits, how):
     from surgery.artifact.shares import Shares
 
     shares = Shares((printable,), {printable: {how: 5}}, {printable: 10}, ((1,),), {printable: 2})
-    page = check(render(Overview(printable, (member,), shares, {how: (1, 10, 5)}, {"target": printable})))
+    page = check(render(Overview(printable, (member,), shares, {how: (1, 10, 5)}, FitReport(printable))))
     assert EVIL[0] in " ".join(page.words)
 
 

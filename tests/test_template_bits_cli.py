@@ -81,7 +81,7 @@ def test_minilm_within_an_error(minilm, tmp_path):
     words = " ".join(out.split())
     assert "Target max-error 0.05: met" in words and "stack0 6 6" in words
     report = surgery.load(tmp_path / "joint").report
-    assert report["stored_bytes"] < 0.22 * sum(report["original_bytes"].values())
+    assert report.stored_bytes < 0.22 * sum(report.original_bytes.values())
 
 
 def test_a_family_shares_says_how_many_templates_and_trains_on(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.artifact.shares import Shares
+from surgery.fitting.report import FitReport
 from surgery.members.replacement import count_replaced
 from surgery.permission import SHIPPED
 from surgery.util.wording import percent, size
@@ -27,11 +28,14 @@ surgery export . --member {name} --format plain --out {name}
 ```"""
 
 
-def make_card(manifest: Mapping[str, Any], shares: Shares, *, picture: bool = True) -> str:
+def make_card(
+    manifest: Mapping[str, Any], report: FitReport | None, shares: Shares, *, picture: bool = True
+) -> str:
     """The text of `README.md`, from what the manifest records and nothing else.
 
     Args:
         manifest: as it will be written.
+        report: of the fit.
         shares: bytes by member, as `count_shares` returns them.
         picture: whether `sharing.png` is written too.
     """
@@ -51,8 +55,8 @@ def make_card(manifest: Mapping[str, Any], shares: Shares, *, picture: bool = Tr
     sections = [
         _opening(shares),
         f"![Who shares what]({PICTURE})" if picture else "",
-        _table(manifest, shares),
-        _report(manifest.get("report")),
+        _table(manifest, report, shares),
+        _report(report),
         _use(members),
         _contents(manifest),
     ]
@@ -76,12 +80,11 @@ def _opening(shares: Shares) -> str:
     )
 
 
-def _table(manifest: Mapping[str, Any], shares: Shares) -> str:
+def _table(manifest: Mapping[str, Any], report: FitReport | None, shares: Shares) -> str:
     members: Mapping[str, Any] = manifest["members"]
-    errors = (manifest.get("report") or {}).get("errors") or {}
     lines = ["| member | from | before | here | output moved |", "| --- | --- | ---: | ---: | ---: |"]
     for name in list(members)[:ROWS]:
-        error = errors.get(name)
+        error = None if report is None else report.error(name)
         moved = "not measured" if error is None else percent(error, digits=2)
         origin = _cell(_origin(members, name))
         now = size(shares.after[name])
@@ -91,27 +94,27 @@ def _table(manifest: Mapping[str, Any], shares: Shares) -> str:
     return "\n".join(lines)
 
 
-def _report(report: Mapping[str, Any] | None) -> str:
-    if not report:
+def _report(report: FitReport | None) -> str:
+    if report is None:
         return ""
     lines = []
-    if target := report.get("target"):
-        lines.append(f"Target: {target}, {'met' if report.get('met') else 'not met'}.")
-    if saved := report.get("saved"):
-        parts = (f"{size(max(amount, 0))} by {means}" for means, amount in saved.items())
+    if report.target:
+        lines.append(f"Target: {report.target}, {'met' if report.met else 'not met'}.")
+    if report.saved:
+        parts = (f"{size(max(amount, 0))} by {means}" for means, amount in report.saved.items())
         lines.append(f"Saved: {', '.join(parts)}.")
-    if report.get("errors"):
-        given = (report.get("probes") or {}).get("given")
+    if report.errors:
+        given = report.probes.given
         real = f", real ones for {', '.join(given)}" if given else ""
         lines.append(
             "Output moved: relative L2 difference from the original's outputs, the largest over output "
             f"tensors, on seeded made-up inputs{real}."
         )
-        if others := [name for name in report["errors"] if name not in (report.get("hashes") or {})]:
+        if others := [name for name in report.errors if name not in report.hashes]:
             lines.append(
                 f"{', '.join(others)} had been changed before: outputs are compared with those before the fit."
             )
-    if changed := report.get("changed"):
+    if changed := report.changed:
         lines.append(
             f"Weights of {', '.join(changed)} changed after the fit: what changed is stored in its own dtype, and what "
             "the fit had measured of it is left out."

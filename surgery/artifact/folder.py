@@ -91,7 +91,7 @@ def save(
     members = [as_saved(member, stored) for member in joint.members.values()]
     report, loaded = report_of(joint, stored), joint.__dict__.get("recipe")
     if recipe is None and loaded is not None:
-        recipe = loaded if "target" in (report or {}) else without_target(loaded)
+        recipe = loaded if report is not None and report.target else without_target(loaded)
     return write(stored, members, report, out, overwrite, recipe, max_shard_size, extras or {})
 
 
@@ -115,7 +115,7 @@ def load(
         device: where the weights go.
 
     Returns:
-        the joint model; its `report` is a dict, its `recipe` the recipe that the artifact holds.
+        the joint model, with report and recipe as far as the artifact holds them.
 
     Raises:
         ArtifactError: where files are missing or damaged, or do not match the manifest or the architecture.

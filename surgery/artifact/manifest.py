@@ -30,7 +30,8 @@ from surgery.disk.untrusted import (
     shown_text,
 )
 from surgery.errors import ArtifactError
-from surgery.settings.quantities import Context, Count, Finite, Positive
+from surgery.fitting.report import Digest, FitReport
+from surgery.settings.quantities import Context, Count, Positive
 from surgery.storage.keys import PlainKey, parse_key
 
 NAME = MANIFEST
@@ -39,7 +40,6 @@ MOST_REPLACEMENTS = 1 << 12  # of modules, in one member
 LONGEST_PATH = 1024  # bytes of a path inside an artifact; each part has at most 255 in most file systems
 _CHECKSUM = re.compile(r',\n "checksum": "([0-9a-f]{64})"\n}\n\Z')
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 MemberName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=200)]
 Order = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
 EncodedGroup = tuple[str, str, tuple[Count, ...], tuple[str, ...]]
@@ -150,50 +150,6 @@ class ViewEntry(_Entry):
     sizes: dict[str, Count] = {}
 
 
-class ProbesEntry(_Entry):
-    """The seed of made-up probe inputs, and the members that had real ones."""
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-
-    seed: Count | None = None
-    given: tuple[str, ...] | None = None
-
-
-class ReportEntry(_Entry):
-    """What a fit met, as `surgery.fitting.report.FitReport`; NaN and infinities are None, and more may be said.
-
-    `changed` names members whose weights changed after the fit: nothing that it measured is said of them.
-    """
-
-    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
-
-    target: str | None = None
-    met: bool | None = None
-    original_bytes: dict[str, Count] | None = None
-    parameters: dict[str, Count] | None = None
-    stored_bytes: Count | None = None
-    saved: dict[str, Order] | None = None
-    errors: dict[str, Finite | None] | None = None
-    hashes: dict[str, Digest] | None = None
-    probes: ProbesEntry | None = None
-    stacks: dict[str, dict[str, Count]] | None = None
-    changed: tuple[str, ...] | None = None
-
-
-def check_report(report: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A report as it is, where all that is known of reports is of its type.
-
-    Raises:
-        ValueError: where it is not.
-    """
-    if report is not None:
-        try:
-            ReportEntry.model_validate_json(json.dumps(report))  # of JSON, where a tuple is a list
-        except ValidationError as error:
-            raise ValueError("; ".join(broken_rules(error))) from None
-    return report
-
-
 class Manifest(_Entry):
     """All of `manifest.json`."""
 
@@ -204,7 +160,7 @@ class Manifest(_Entry):
     members: dict[MemberName, MemberEntry]
     banks: dict[str, BankEntry] = {}
     views: tuple[ViewEntry, ...] = ()
-    report: Annotated[dict[str, Any] | None, AfterValidator(check_report)] = None
+    report: FitReport | None = None
     files: dict[str, FileEntry]
     checksum: Digest
 

@@ -65,15 +65,15 @@ def hash_of(manifest: Manifest, member: str) -> str | None:
     A member whose own files hold every tensor as it is has none of its own; if its outputs did not move, it is what was
     fitted.
     """
-    report = manifest.report or {}
-    if manifest.members[member].hash is None and (report.get("errors") or {}).get(member) == 0:
-        return (report.get("hashes") or {}).get(member)
+    report = manifest.report
+    if manifest.members[member].hash is None and report is not None and report.errors.get(member) == 0:
+        return report.hashes.get(member)
     return manifest.members[member].hash
 
 
 def is_original(manifest: Manifest, member: str) -> bool:
     """Whether a member's weights are known to be those that its origin gave."""
-    known = ((manifest.report or {}).get("hashes") or {}).get(member)
+    known = None if manifest.report is None else manifest.report.hashes.get(member)
     return known is not None and known == hash_of(manifest, member)
 
 

@@ -23,6 +23,7 @@ from surgery.artifact.recorded import inputs_of, origin_of, replacements_of, sma
 from surgery.core.joint import JointModel
 from surgery.core.replacing import MissingMethodError, make_again
 from surgery.errors import ConsentError, SurgeryError
+from surgery.fitting.report import FitReport
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.member import Member, Origin, content_hash, whole_state
 from surgery.members.occupancy import check_unoccupied
@@ -185,7 +186,8 @@ def _check(
         )
     if joint is not None and (moved := _farthest(collapse(joint, name), state, relative=True)) > ROUNDING:
         reasons.append(f"its module must hold its state dict, but differs by {moved:.1e}")
-    recorded = ((manifest.report or {}).get("errors") or {}).get(name)
+    report = manifest.report or FitReport()
+    recorded = report.error(name)
     if origin is None:
         return MemberCheck(name, not reasons, tuple(reasons), rebuilt, where, recorded_error=recorded)
     original = whole_state(origin.module)
@@ -233,7 +235,7 @@ def _load_origin(
         return None, "not compared: its code may not run"
     except SurgeryError as error:
         return None, f"not reached: {error}"
-    hashes = (manifest.report or {}).get("hashes") or {}
+    hashes = (manifest.report or FitReport()).hashes
     unknown = found.origin.seed is not None and origin.seed is None  # written before seeds were recorded
     if unknown and content_hash(whole_state(found.module)) != hashes.get(name):
         return None, "not compared: its weights were drawn at random, from a seed that was not recorded"
@@ -260,7 +262,7 @@ def _load_member(
 def _compare_hash(
     manifest: Manifest, name: str, original: Mapping[str, Tensor], rebuilt: str
 ) -> tuple[str, list[str]]:
-    recorded = ((manifest.report or {}).get("hashes") or {}).get(name)
+    recorded = (manifest.report or FitReport()).hashes.get(name)
     found = content_hash(original)
     if recorded is None:
         return ("same" if found == rebuilt else "found"), []
@@ -281,10 +283,9 @@ def _compare_dtypes(original: Mapping[str, Tensor], state: Mapping[str, Tensor])
 
 
 def _compare_error(manifest: Manifest, name: str, error: float, recorded: float | None) -> list[str]:
-    report = manifest.report or {}
-    given = (report.get("probes") or {}).get("given") or ()
+    report = manifest.report or FitReport()
     # Real probe inputs are not kept; and without a hash it was not the origin that the fit began from.
-    if recorded is None or name in given or name not in (report.get("hashes") or {}):
+    if recorded is None or name in report.probes.given or name not in report.hashes:
         return []
     absolute, relative = SAME_ERROR
     if error <= recorded * (1 + relative) + absolute:
@@ -339,5 +340,5 @@ def _pinned(origin: Origin) -> Origin:
 
 
 def _seed(manifest: Manifest) -> int:
-    seed = ((manifest.report or {}).get("probes") or {}).get("seed", manifest.seed)
-    return seed if isinstance(seed, int) else 0
+    seed = (manifest.report or FitReport()).probes.seed
+    return manifest.seed or 0 if seed is None else seed

@@ -37,6 +37,7 @@ from surgery.disk.files import files_below, sha256_of
 from surgery.disk.folders import new_folder
 from surgery.disk.places import Places, into_artifact
 from surgery.errors import ArtifactError, OutputError
+from surgery.fitting.report import FitReport
 from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import to_document
 from surgery.members.member import Member, Origin, content_hash
@@ -55,7 +56,7 @@ _LIBRARIES = ("torch", "transformers", "timm")
 def write(
     stored: Stored,
     members: Sequence[Member],
-    report: Mapping[str, Any] | None,
+    report: FitReport | None,
     out: str | Path,
     overwrite: bool,
     recipe: Mapping[str, Any] | None,
@@ -91,7 +92,7 @@ def write(
         for relative, content in extras.items():
             _put(folder / relative, content)
         manifest = _describe(stored, members, report, recipe, borrowed, folders)
-        _write_front(folder, manifest, stored, sum(map(len, extras.values())))
+        _write_front(folder, manifest, report, stored, sum(map(len, extras.values())))
         _check_readable(folder, stored, out)
     return Path(out).expanduser().resolve()
 
@@ -127,7 +128,9 @@ def _placed(origin: Origin, places: Places) -> Origin:
     )
 
 
-def _write_front(folder: Path, manifest: dict[str, Any], stored: Stored, beside: int) -> None:
+def _write_front(
+    folder: Path, manifest: dict[str, Any], report: FitReport | None, stored: Stored, beside: int
+) -> None:
     """Write card, picture and manifest; the picture is left out where the members are so small that it would
     make the artifact too large, `beside` bytes of what is no part of the models not counted."""
     shares = count_shares(stored)
@@ -135,7 +138,7 @@ def _write_front(folder: Path, manifest: dict[str, Any], stored: Stored, beside:
     before = _forget_known_bytes(manifest, written)
     picture = draw_sharing(shares)
     for drawn in (picture, None):
-        front = {"README.md": make_card(manifest, shares, picture=drawn is not None).encode()}
+        front = {"README.md": make_card(manifest, report, shares, picture=drawn is not None).encode()}
         front |= {PICTURE: drawn} if drawn is not None else {}
         files = {**written, **{name: _entry(content) for name, content in front.items()}}
         content = manifest_bytes({**manifest, "files": dict(sorted(files.items()))})
@@ -149,7 +152,7 @@ def _write_front(folder: Path, manifest: dict[str, Any], stored: Stored, beside:
 def _describe(
     stored: Stored,
     members: Sequence[Member],
-    report: Mapping[str, Any] | None,
+    report: FitReport | None,
     recipe: Mapping[str, Any] | None,
     borrowed: Mapping[str, Mapping[str, str]],
     folders: Mapping[str, str],
@@ -157,7 +160,7 @@ def _describe(
     """The manifest without its files; whatever is at its default is left out."""
     banks, views, placements = plan_entries(stored.plan)
     built = build_banks(stored)
-    seed = (recipe or {}).get("seed", ((report or {}).get("probes") or {}).get("seed"))
+    seed = (recipe or {}).get("seed", None if report is None else report.probes.seed)
     entries: dict[str, Any] = {}
     first: dict[str, str] = {}  # members by what their origin and inputs are
     for member in members:
@@ -171,7 +174,12 @@ def _describe(
     for key, bank in banks.items():
         bank.update(_without_defaults({"encoded": encoded_entries(stored.parts(key))}))
     start = {"format": "surgery", "version": VERSION, "versions": _versions(), "members": entries}
-    rest = {"seed": seed, "banks": banks, "views": views, "report": None if report is None else dict(report)}
+    rest = {
+        "seed": seed,
+        "banks": banks,
+        "views": views,
+        "report": None if report is None else report.to_json(),
+    }
     return {**start, **_without_defaults(rest)}
 
 

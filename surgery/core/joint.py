@@ -44,6 +44,7 @@ from surgery.util.showing import as_html, as_text, plural
 from surgery.util.wording import count
 
 if TYPE_CHECKING:
+    from surgery.fitting.report import FitReport
     from surgery.methods.templates.mixtures import Templates
 
 
@@ -130,13 +131,13 @@ class JointModel(nn.Module):
         return replace(known, original=known.original - moved, stale=known.stale | moved)
 
     @property
-    def report(self) -> Any:
+    def report(self) -> FitReport | None:
         """What the last fit met and saved; None without one, and once any weight changed."""
         known = self.known
         return None if known.stale else known.report
 
     @report.setter
-    def report(self, report: Any) -> None:
+    def report(self, report: FitReport | None) -> None:
         known = self.known
         self.keep_known(Known(report, original=known.original, compressed=known.compressed))
 

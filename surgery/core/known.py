@@ -11,10 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from surgery.fitting.report import FitReport
 
 SAMPLE = 8  # values of a tensor that are looked at
 
@@ -27,14 +30,14 @@ class Known:
     """What was found out about the weights of a joint model.
 
     Attributes:
-        report: of a fit, or as an artifact holds it; None where there was none.
+        report: of a fit, as far as an artifact still holds it; None where there was none.
         hashes: content hash of each member's weights that the report describes, where known.
         original: members whose weights are those that their origin gives.
         compressed: tensors, by member and first owner, that are not stored in their own dtype.
         stale: members whose weights changed since.
     """
 
-    report: Any = None
+    report: FitReport | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)
     original: frozenset[str] = frozenset()
     compressed: frozenset[tuple[str, str]] = frozenset()

@@ -22,7 +22,7 @@ from surgery.core.method import DEFAULT_METHOD
 from surgery.core.sizes import bytes_alone, parameters_alone
 from surgery.errors import PlanError
 from surgery.fitting.exactly import make_exactly
-from surgery.fitting.report import FitReport, describe, describe_stacks
+from surgery.fitting.report import FitReport, Probes, describe, describe_stacks
 from surgery.fitting.scene import Scene, asked_of, fitted_by
 from surgery.fitting.search import search
 from surgery.fitting.trial import Trial, to_device
@@ -157,7 +157,7 @@ def _fit_lossy(
     stored = trim(outcome.stored)
     precision = sum(bytes_alone(stored).values()) - stored.nbytes - outcome.sharing
     errors = dict(zip(joint.names, map(float, outcome.errors), strict=True))
-    measured = {"seed": asked.seed, "given": sorted(given)}
+    measured = Probes(asked.seed, tuple(sorted(given)))
     kept = _of(hashes, known)
     stacks = describe_stacks(before[0], stored, originals)
     report = _report(
@@ -206,7 +206,7 @@ def _report(
     precision: int,
     errors: Mapping[str, float],
     hashes: Mapping[str, str],
-    probes: Mapping[str, object] | None = None,
+    probes: Probes | None = None,
     stacks: Mapping[str, Any] | None = None,
     parameters: Mapping[str, int] | None = None,
 ) -> FitReport:
@@ -214,7 +214,8 @@ def _report(
     saved = {"sharing": sum(sizes.values()) - stored.nbytes - precision, "precision": precision}
     detail = describe(stored, originals)
     return FitReport(
-        target, met, sizes, stored.nbytes, saved, errors, hashes, probes or {}, detail, stacks or {},
+        target, met, sizes, stored.nbytes, saved, errors, hashes, probes or Probes(), detail,
+        stacks or {},
         parameters or {},
     )  # fmt: skip
 

@@ -1,52 +1,112 @@
-"""What a fit met, what each of its means saved, and how every tensor is stored."""
+"""What a fit met, what each of its means saved, and how every tensor is stored.
+
+A report is the same value in memory and in a manifest, which pydantic reads it from: types and bounds of its fields are
+what somebody else's manifest is held to.
+"""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Annotated, Any, ClassVar
 
+from pydantic import BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from surgery.anatomy.plan import Plan
 from surgery.core.method import methods_of, plan_of
 from surgery.core.sizes import TensorReport, count_tensors
+from surgery.settings.quantities import Count
 from surgery.storage.stored import Stored
 from surgery.util.showing import as_html, as_text
 from surgery.util.wording import percent, size
 
 
-@dataclass(frozen=True, repr=False)
-class FitReport:
-    """The outcome of a fit.
+def _read_error(value: Any) -> Any:
+    """An error as JSON has it, which cannot say NaN."""
+    if value is None:
+        return math.nan
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"an error must be a finite number or null, found {value}")
+    return value
+
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Error = Annotated[float, BeforeValidator(_read_error)]
+Signed = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What outputs were measured on.
 
     Attributes:
-        target: what was asked for, in words.
-        met: whether the target was met.
-        original_bytes: of each member's tensors alone; see `surgery.core.sizes`.
-        stored_bytes: of all stored tensors, index included.
-        saved: bytes that `sharing` and `precision` each saved; sharing's are what the same tensors would have
-            cost apart, at the precisions they would then have had.
-        errors: measured relative L2 output error of each member on the probe inputs.
-        hashes: content hash of each member's state dict before the fit, to know its origin by; of members that had
-            changed since they came from there, none.
-        probes: the seed of made-up probe inputs and which members had real ones.
-        detail: every tensor.
-        stacks: what methods say of the stacks of a plan, by name.
-        parameters: of each member alone; see `surgery.core.sizes`.
+        seed: of made-up inputs; None where nothing had to be measured.
+        given: members that had real inputs.
     """
 
-    target: str
-    met: bool
-    original_bytes: Mapping[str, int]
-    stored_bytes: int
-    saved: Mapping[str, int]
-    errors: Mapping[str, float]
-    hashes: Mapping[str, str] = field(default_factory=dict)
-    probes: Mapping[str, Any] = field(default_factory=dict)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", strict=True)
+
+    seed: Count | None = None
+    given: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StackReport:
+    """How the layers of a stack are stored.
+
+    Attributes:
+        layers: how many there are.
+        templates: K; as many as distinct layers where each keeps its own parameters.
+        original: bytes that the layers had.
+        nbytes: bytes that they have.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    layers: Count
+    templates: Count
+    original: Count
+    nbytes: Count
+
+
+@dataclass(frozen=True, repr=False)
+class FitReport:
+    """The outcome of a fit; of an artifact, as far as it still holds for the weights there.
+
+    Attributes:
+        target: what was asked for, in words; empty where weights changed since.
+        met: whether the target was met.
+        original_bytes: of each member's tensors alone; see `surgery.core.sizes`.
+        stored_bytes: of all stored tensors, index included; 0 for some members alone, or where weights changed since.
+        saved: bytes that `sharing` and `precision` each saved; sharing's are what the same tensors would have
+            cost apart, at the precisions they would then have had.
+        errors: measured relative L2 output error of each member on the probe inputs; NaN where outputs are no numbers.
+        hashes: content hash of each member's state dict before the fit, to know its origin by; of members that had
+            changed since they came from there, none.
+        probes: what outputs were measured on.
+        detail: every tensor; nothing after a load.
+        stacks: what methods say of the stacks of a plan, by name.
+        parameters: of each member alone; see `surgery.core.sizes`.
+        changed: members whose weights changed after the fit: nothing that it measured is said of them.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", strict=True)
+
+    target: str = ""
+    met: bool = False
+    original_bytes: Mapping[str, Count] = field(default_factory=dict)
+    stored_bytes: Count = 0
+    saved: Mapping[str, Signed] = field(default_factory=dict)
+    errors: Mapping[str, Error] = field(default_factory=dict)
+    hashes: Mapping[str, Digest] = field(default_factory=dict)
+    probes: Probes = Probes()
     detail: tuple[TensorReport, ...] = ()
-    stacks: Mapping[str, Any] = field(default_factory=dict)
-    parameters: Mapping[str, int] = field(default_factory=dict)
+    stacks: Mapping[str, StackReport | Mapping[str, Count]] = field(default_factory=dict)
+    parameters: Mapping[str, Count] = field(default_factory=dict)
+    changed: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return as_text(f"FitReport: {self._summary()}", [", ".join(row) for row in self._rows()])
@@ -55,27 +115,65 @@ class FitReport:
         columns = ("member", "before", "after", "output moved by")
         return as_html("Fit", columns, self._rows(), [f"{self._summary()}."])
 
+    def error(self, member: str) -> float | None:
+        """How far a member's outputs moved; None where that was not measured, or is no number."""
+        found = self.errors.get(member, math.nan)
+        return found if math.isfinite(found) else None
+
+    @property
+    def bound(self) -> float | None:
+        """The error that the target allows each member; None where it is another one."""
+        found = _BOUND.match(self.target)
+        return float(found[1]) if found else None
+
     def _summary(self) -> str:
         before = sum(self.original_bytes.values())
-        saved = ", ".join(f"{size(amount)} by {means}" for means, amount in self.saved.items())
-        return (
-            f"{self.target}, {'met' if self.met else 'NOT met'}; {size(self.stored_bytes)} of {size(before)} "
-            f"({percent(self.stored_bytes / max(before, 1))}); saved {saved}"
-        )
+        said = [f"{self.target}, {'met' if self.met else 'NOT met'}"] if self.target else []
+        if self.stored_bytes:
+            ratio = percent(self.stored_bytes / max(before, 1))
+            said.append(f"{size(self.stored_bytes)} of {size(before)} ({ratio})")
+        if self.saved:
+            said.append(
+                f"saved {', '.join(f'{size(each)} by {means}' for means, each in self.saved.items())}"
+            )
+        if self.changed:
+            said.append(f"weights of {', '.join(self.changed)} changed since")
+        return "; ".join(said) or "nothing is known of these weights"
 
     def _rows(self) -> list[list[str]]:
-        after = dict.fromkeys(self.original_bytes, 0)
+        after: dict[str, int] = {}
         for row in self.detail:
-            after[row.member] += row.nbytes
+            after[row.member] = after.get(row.member, 0) + row.nbytes
+        moved = {name: self.error(name) for name in self.original_bytes}
         return [
-            [name, size(before), size(after[name]), percent(self.errors.get(name, 0.0), digits=2)]
+            [
+                name,
+                size(before),
+                size(after[name]) if name in after else "-",
+                "-" if (error := moved[name]) is None else percent(error, digits=2),
+            ]
             for name, before in self.original_bytes.items()
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain JSON values, the detail left out, and stacks where there are none."""
-        found = {key: value for key, value in asdict(self).items() if key != "detail"}
-        return found if self.stacks else {key: value for key, value in found.items() if key != "stacks"}
+        """All of it as plain JSON values, the detail left out, and what there is nothing to say of."""
+        always = _MEASURED if self.saved else ("met",) if self.target else ()
+        found = asdict(replace(self, detail=()))
+        found["probes"] = {} if self.probes == Probes() else found["probes"]
+        return {k: _finite(each) for k, each in found.items() if k in always or each}
+
+
+_BOUND = re.compile(r"max-error (\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?: |$)")
+_MEASURED = ("target", "met", "original_bytes", "stored_bytes", "saved", "errors", "hashes", "probes")
+
+
+def _finite(value: Any) -> Any:
+    """JSON values with NaN and infinities as None, which JSON cannot say."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe(stored: Stored, originals: Mapping[str, Mapping[str, Any]]) -> tuple[TensorReport, ...]:

@@ -16,6 +16,7 @@ from surgery.artifact.shares import Shares, count_shares
 from surgery.core.sizes import ROWS, TensorReport, count_tensors
 from surgery.disk.untrusted import shown_text
 from surgery.errors import ArtifactError, TrainingError
+from surgery.fitting.report import FitReport
 from surgery.members.replacement import count_replaced
 from surgery.storage.stored import Stored
 from surgery.training.report.runlog import find_log, first_validation, read_log
@@ -95,7 +96,7 @@ class Overview:
     members: tuple[MemberView, ...] = ()
     shares: Shares | None = None
     ways: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
-    report: Mapping[str, Any] = field(default_factory=dict)
+    report: FitReport = field(default_factory=FitReport)
     versions: Mapping[str, str] = field(default_factory=dict)
     run: Run | None = None
 
@@ -119,7 +120,7 @@ def look(source: str | Path) -> Overview:
     manifest = read_manifest(folder)
     stored = read_stored(folder, manifest, list(manifest.members))
     shares, rows = count_shares(stored), count_tensors(stored)
-    report = manifest.report if isinstance(manifest.report, Mapping) else {}
+    report = manifest.report or FitReport()
     return Overview(
         folder.resolve().name,
         tuple(_member(name, manifest, stored, shares, rows, report, run) for name in manifest.members),
@@ -149,13 +150,13 @@ def _member(
     stored: Stored,
     shares: Shares,
     rows: tuple[TensorReport, ...],
-    report: Mapping[str, Any],
+    report: FitReport,
     run: Run | None,
 ) -> MemberView:
     origin = manifest.members[manifest.members[name].like or name].origin
     assert origin is not None  # the manifest was validated
     trained = ((run.start.get("sizes") if run else None) or {}).get("alone", {}).get(name, {})
-    recorded = (report.get("parameters") or {}).get(name, trained.get("parameters"))
+    recorded = report.parameters.get(name, trained.get("parameters"))
     named = (
         origin.reference
         if origin.reference == origin.architecture
@@ -165,7 +166,7 @@ def _member(
     named += f", {count_replaced(list(replaced.values()))}" if replaced else ""
     return MemberView(
         name, named, recorded, shares.before[name], shares.after[name], shares.kinds[name],
-        (report.get("errors") or {}).get(name), _layers(name, stored, rows), replaced,
+        report.error(name), _layers(name, stored, rows), replaced,
     )  # fmt: skip
 
 

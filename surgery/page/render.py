@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from surgery.disk.files import put
 from surgery.errors import OutputError
+from surgery.fitting.report import FitReport
 from surgery.page import charts
 from surgery.page.charts import Series
 from surgery.page.overview import MemberView, Overview, Run
@@ -168,32 +169,18 @@ def _member(member: MemberView, largest: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _saved(report: Mapping[str, Any]) -> str:
-    saved = report.get("saved")
-    if not isinstance(saved, Mapping) or not saved:
-        return ""
-    return (
-        "Saved: " + ", ".join(f"{size(max(amount, 0))} by {means}" for means, amount in saved.items()) + "."
-    )
+def _saved(report: FitReport) -> str:
+    means = ", ".join(f"{size(max(amount, 0))} by {means}" for means, amount in report.saved.items())
+    return f"Saved: {means}." if means else ""
 
 
-def _bound(report: Mapping[str, Any]) -> str:
-    allowed = _allowed(report)
-    return "" if allowed is None else percent(allowed, digits=2)
-
-
-def _allowed(report: Mapping[str, Any]) -> float | None:
-    """The error that a fit was allowed, read back from its target in words."""
-    name, _, value = str(report.get("target", "")).partition(" ")
-    try:
-        return float(value.split()[0]) if name == "max-error" else None
-    except (ValueError, IndexError):
-        return None
+def _bound(report: FitReport) -> str:
+    return "" if report.bound is None else percent(report.bound, digits=2)
 
 
 def _errors(view: Overview) -> list[tuple[str, Markup, str]]:
     found = [(m.name, m.error) for m in view.members[:MOST] if m.error is not None]
-    allowed = _allowed(view.report)
+    allowed = view.report.bound
     largest = max([error for _, error in found] + ([allowed] if allowed else []), default=0.0) * 1.02
     return [
         (name, charts.bar([(name, "f0", error)], largest, mark=allowed), percent(error, digits=2))
@@ -210,7 +197,7 @@ def _error_words(view: Overview) -> str:
             if not view.run
             else ("Training changed these weights on purpose: its scores are below.")
         )
-    given = (report.get("probes") or {}).get("given") or []
+    given = report.probes.given
     inputs = (
         f"real inputs for {', '.join(map(str, given))}, made-up ones for the rest"
         if given
@@ -220,9 +207,9 @@ def _error_words(view: Overview) -> str:
         inputs = "real inputs"
     if all(member.error == 0 for member in view.members):
         return "Lossless: every member is what it was, bit for bit."
-    return (
-        f"Target {report.get('target')}: {'met' if report.get('met') else 'not met'}, measured on {inputs}."
-    )
+    if not report.target:
+        return f"Measured on {inputs}; its target is none for weights that changed since."
+    return f"Target {report.target}: {'met' if report.met else 'not met'}, measured on {inputs}."
 
 
 def _layers(member: MemberView, most: float) -> tuple[str, Markup, str]:

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from surgery.anatomy.plan import Plan
 from surgery.core.sizes import count_tensors
+from surgery.fitting.report import StackReport
 from surgery.methods.rows.parts import parts_of_singles
 from surgery.methods.templates.layers import distinct_layers
 from surgery.storage.stored import Stored
-
-
-@dataclass(frozen=True)
-class StackReport:
-    """How the layers of a stack are stored.
-
-    Attributes:
-        layers: how many there are.
-        templates: K; as many as distinct layers where each keeps its own parameters.
-        original: bytes that the layers had.
-        nbytes: bytes that they have.
-    """
-
-    layers: int
-    templates: int
-    original: int
-    nbytes: int
 
 
 def report_stacks(
