@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 import surgery
 from benchmarks.harness import judge, make_header, make_parser, show, take_turns
-from surgery.settings.training import Evolution, Training
+from surgery.methods.hypermodules.settings import Evolution
+from surgery.settings.training import Training
 from surgery.training.loop.trainer import Trainer
 from surgery.training.tasks.tasks import Task
 from surgery.training.train import start

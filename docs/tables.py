@@ -28,15 +28,10 @@ def page_with_tables(text: str) -> str:
 
 def tables() -> str:
     """All of them."""
+    from surgery.methods.hypermodules.settings import Evolution
+    from surgery.methods.templates.settings import TemplateSettings
     from surgery.settings.recipe import Model, Parameters, Recipe, Select, TaskSpec
-    from surgery.settings.training import (
-        Adaptation,
-        Evolution,
-        Optimizer,
-        Stopping,
-        TemplateSettings,
-        Training,
-    )
+    from surgery.settings.training import Adaptation, Optimizer, Stopping, Training
 
     parts = [
         "### Keys of a recipe",
@@ -65,7 +60,8 @@ def tables() -> str:
 
 def keys(prefix: str, model: type[BaseModel]) -> str:
     """One table: every key with its values, its default and its meaning."""
-    meanings = attributes(model)
+    kinds = [each for each in reversed(model.__mro__) if issubclass(each, BaseModel) and each.model_fields]
+    meanings = {name: text for each in kinds for name, text in attributes(each).items()}
     if lost := set(model.model_fields) - set(meanings):
         raise AssertionError(f"{model.__name__} does not say what {', '.join(sorted(lost))} means")
     schema = model.model_json_schema()

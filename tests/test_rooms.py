@@ -12,6 +12,7 @@ ROOT = Path(surgery.__file__).parent
 ROOMS = (
     "errors", "permission", "version",
     "disk", "util", "settings.problems", "settings.quantities", "settings.names",
+    "methods.hypermodules.settings", "methods.templates.settings",
     "geometry", "members.extra_state", "members.replacement", "members.member", "tracing", "inputs", "settings",
     "members",
     "storage.codecs", "storage.keys", "anatomy", "core.bank", "core.dictionary", "core.kernel", "core.method",

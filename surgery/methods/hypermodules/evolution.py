@@ -21,7 +21,7 @@ from surgery.methods.hypermodules.explanation import (
     fit_contexts,
     scale_contexts,
 )
-from surgery.settings.training import Evolution
+from surgery.methods.hypermodules.settings import Evolution
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from torch import Tensor
 from surgery.core.joint import JointModel
 from surgery.errors import PlanError
 from surgery.methods.hypermodules.evolution import regroup
+from surgery.methods.hypermodules.settings import Evolution
 from surgery.methods.rows.bank import RowsBank
 from surgery.methods.templates.mixtures import Templates
+from surgery.methods.templates.settings import TemplateSettings
 from surgery.methods.templates.training import how_to_open, settle_parts
-from surgery.settings.training import Evolution, TemplateSettings
 
 
 def start(

@@ -11,8 +11,8 @@ from surgery.core.joint import JointModel
 from surgery.errors import PlanError
 from surgery.methods.templates.bank import TemplateBank
 from surgery.methods.templates.mixtures import Templates, harden_stack, has_templates
+from surgery.methods.templates.settings import TemplateSettings
 from surgery.methods.templates.solving import attraction, entropy
-from surgery.settings.training import TemplateSettings
 
 
 def how_to_open(settings: TemplateSettings) -> Templates:

@@ -18,9 +18,9 @@ from surgery.core.joint import JointModel
 from surgery.errors import PlanError
 from surgery.methods.rows.exact import exact_bank
 from surgery.methods.templates.mixtures import gram_of, mix_banks, sure_mixtures
+from surgery.methods.templates.settings import TemplateSettings
 from surgery.methods.templates.solving import fit_mixtures, solve_templates
 from surgery.methods.templates.training import how_to_open
-from surgery.settings.training import TemplateSettings
 from surgery.slots.slots import locate
 
 States = Mapping[str, Mapping[str, Tensor]]

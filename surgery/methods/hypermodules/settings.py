@@ -1,0 +1,76 @@
+"""Settings of hypermodules in training, as they stand under `train.evolution` in a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from surgery.settings.names import Scale
+from surgery.settings.problems import Strict
+from surgery.settings.quantities import Positive, Rate, Share
+
+
+class Evolution(Strict):
+    """The alignment and how it changes (MUiR, Algorithm 2).
+
+    Attributes:
+        start: `own`, every location its own hypermodule (the pessimistic start); `order`, the k-th location
+            of each member shares (classical hard sharing by topological order); `random`, each location one
+            of `hypermodules` by chance; `given`, as it is in the joint model, where equal blocks share.
+        codes: what a location has of its own: a trained `contexts` of c coefficients; `ones`, nothing, so that
+            blocks are hypermodules of one basis block as they are (c = 0); `diagonals`, such a block plus a
+            diagonal (parallel adapters).
+        change: whether the alignment evolves (`evolve`); is drawn anew by chance for the sampled locations of every
+            generation (`random`), for comparison; or stays (`none`).
+        freeze: whether hypermodules stay as they are, so that nothing but stacks and private parameters is trained;
+            with `change` none and `codes` ones.
+        fraction: share of the locations that are sampled for a generation (p).
+        challengers: alternatives that compete with the incumbent of each sampled location (lambda).
+        draw: challengers by `usage`, `uniform`ly, or by how much of a block they `explain`.
+        power: exponent of the share of a block's energy that a hypermodule explains, in an `explain` draw;
+            the higher, the rarer are challengers that could not take over the block.
+        least: share of a block's energy that a challenger must explain to compete at all: a pretrained block is not
+            disturbed by what could not take it over. From 0, anything, to 1.
+        siblings: whether the same location of members with the same tensor is tried first; with `explain`.
+        contexts: challengers use the location's `own` context, one `fitted` to its block by least squares, or
+            a fitted one `scaled` so that the block that it generates is as long as the incumbent's: a fit alone
+            shortens every block that a challenger does not wholly explain, which costs it the contest.
+        scale: what carries the deviation of a layer's weights: its `contexts`, as in the paper, so that a location
+            can use any hypermodule with the context it has; or `rows`, so that a learning rate means what it means
+            in plain training, for pretrained members. With `rows`, challengers should have contexts of their own.
+        alpha: probability of not choosing the incumbent, at the start of a generation; the number of
+            challengers over that of alternatives makes all alike.
+        final_alpha: what `alpha` falls to, geometrically, until the last generation; none keeps it.
+        epsilon: probability that a challenger is a new hypermodule.
+        hypermodules: K of a `random` start.
+    """
+
+    start: Literal["own", "order", "random", "given"] = "own"
+    codes: Literal["contexts", "ones", "diagonals"] = "contexts"
+    change: Literal["evolve", "random", "none"] = "evolve"
+    freeze: bool = False
+    fraction: Share = 0.5
+    challengers: Positive = 1
+    draw: Literal["usage", "uniform", "explain"] = "usage"
+    power: Rate = 1.0
+    least: Annotated[float, Field(ge=0, le=1)] = 0.0
+    siblings: bool = False
+    contexts: Literal["own", "fitted", "scaled"] = "own"
+    scale: Scale = "contexts"
+    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    final_alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
+    epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-4
+    hypermodules: Positive | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Evolution:
+        if self.start == "random" and self.hypermodules is None:
+            raise ValueError("a random start needs 'hypermodules', how many there are to share")
+        if self.freeze and (self.change != "none" or self.codes != "ones"):
+            raise ValueError(
+                f"hypermodules that freeze need change none and codes ones, found {self.change} and {self.codes}"
+            )
+        if self.codes != "contexts" and self.contexts != "own":
+            raise ValueError(f"codes that are {self.codes} have no contexts, so none can be {self.contexts}")
+        return self
