@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ import transformers
 from artifacts import rewrite
 from command_line import surgery as command
 from module_methods import NAME, Net, joined, member, net, scaled_copy
+from safetensors.torch import load_file
 from torch import nn
 
 import surgery
@@ -23,7 +25,7 @@ from surgery.artifact.verify import verify
 from surgery.core.method import tensor_method
 from surgery.core.module_method import ModuleSurgery
 from surgery.core.replacing import MissingMethodError
-from surgery.errors import ArtifactError, ExportError, PlanError, TrainingError
+from surgery.errors import ArtifactError, ConsentError, ExportError, PlanError, TrainingError
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.replacement import Replacement
 from surgery.settings import methods as registry
@@ -52,6 +54,10 @@ def run(module, x=X):
         return module(x)
 
 
+def layer(module, number) -> Any:
+    return module.get_submodule(f"layers.{number}")
+
+
 def bits(joint):
     return {name: value for name, value in joint.state_dict().items()}
 
@@ -74,7 +80,7 @@ def test_a_plan_shows_replacements_and_leaves_the_module_as_it_was():
     plan = surgery.plan_modules([member(module)], NAME, {"copies": {"layers.3": "layers.1"}}, block=(8, 8))
     assert plan.replacements == (Replacement("net", "layers.3", NAME, {"of": "layers.1"}, NAME),)
     assert "layers.3 of 'net': replaced by scaled_copy" in repr(plan)
-    assert type(module.layers[3]) is nn.Linear and same(module.state_dict(), before.state_dict())
+    assert type(layer(module, 3)) is nn.Linear and same(module.state_dict(), before.state_dict())
     owners = [p.site.owners for p in plan.placements]
     assert owners == [
         ("layers.0.weight",), ("layers.1.weight", "layers.3.other.weight"), ("layers.2.weight",),
@@ -93,7 +99,7 @@ def test_a_replaced_member_computes_what_the_method_says():
     assert torch.equal(run(joint["net"]), run(expected))
     assert torch.equal(run(joint.original("net")), run(net()))
     assert "1 module replaced" in repr(joint)
-    joint["net"].layers[3].scale.data.fill_(0.5)
+    layer(joint["net"], 3).scale.data.fill_(0.5)
     assert torch.equal(run(joint.original("net")), run(net()))
 
 
@@ -107,7 +113,7 @@ def test_replacements_are_made_in_their_order_each_with_those_before_it():
 
 def test_copies_pickles_states_and_moves():
     joint = joined()
-    joint["net"].layers[3].scale.data.fill_(0.7)
+    layer(joint["net"], 3).scale.data.fill_(0.7)
     expected = run(joint["net"])
     for twin in (copy.deepcopy(joint), pickle.loads(pickle.dumps(joint))):
         assert torch.equal(run(twin["net"]), expected)
@@ -122,7 +128,7 @@ def test_copies_pickles_states_and_moves():
     joint.to(torch.float32)
     assert torch.equal(run(joint["net"]), expected)
     module = copy.deepcopy(fresh["net"])
-    assert torch.equal(run(module), expected) and isinstance(module.layers[3], scaled_copy.ScaledCopy)
+    assert torch.equal(run(module), expected) and isinstance(layer(module, 3), scaled_copy.ScaledCopy)
 
 
 # -- fitted and trained ----------------------------------------------------------------------------------------
@@ -169,7 +175,7 @@ def test_distillation_is_from_the_member_as_it_was():
 def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
     unbroken = joined()
     surgery.train(unbroken, tasks(), TRAINING, cpu=True)
-    scale = float(unbroken["net"].layers[3].scale)
+    scale = float(layer(unbroken["net"], 3).scale)
     assert scale != 1.0 and unbroken.members["net"].replaced[0].original is None
     count, plain = 0, Trainer.train_step
 
@@ -200,7 +206,7 @@ def saved(tmp_path_factory):
     """A fitted joint model and its artifact."""
     folder = tmp_path_factory.mktemp("saved") / "joint"
     joint = joined()
-    joint["net"].layers[3].scale.data.fill_(0.75)
+    layer(joint["net"], 3).scale.data.fill_(0.75)
     surgery.save(surgery.fit(joint, max_error=0.8), folder)
     return joint, folder
 
@@ -240,7 +246,7 @@ def test_a_module_that_was_given_is_as_it_was_where_it_does_not_fit(saved):
     given = Wider()
     with pytest.raises(ArtifactError, match=r"out\.weight"):
         surgery.load(saved[1], modules={"net": given})
-    assert type(given.layers[3]) is nn.Linear
+    assert type(layer(given, 3)) is nn.Linear
 
 
 @pytest.fixture
@@ -265,6 +271,10 @@ def test_verify_compares_with_the_origin_whose_replacements_are_made_again(refer
         check.ok and check.origin == "same" and check.error == pytest.approx(check.recorded_error, rel=1e-3)
     )
     assert check.weight_difference is not None and 0 < check.weight_difference < 1
+    with pytest.raises(ConsentError, match="trust_remote_code"):
+        surgery.export(folder, "net", tmp_path / "plain")
+    plain = surgery.export(folder, "net", tmp_path / "plain", trust_remote_code=True)
+    net().load_state_dict(load_file(next(plain.glob("*.safetensors"))))
     _with_replacement(folder, {"settings": {"of": "into"}})
     (check,) = verify(folder, origins=True, trust_remote_code=True).members
     assert not check.ok and any("scaled" in r or "tensors" in r for r in check.reasons)
@@ -290,14 +300,14 @@ def reference(tmp_path):
 
 def test_collapse_gives_the_class_and_the_state_dict_that_were_there():
     joint, before = joined(), net()
-    joint["net"].layers[3].scale.data.fill_(0.25)
+    layer(joint["net"], 3).scale.data.fill_(0.25)
     plain = joint.extract("net")
-    assert type(plain.layers[3]) is nn.Linear
+    assert type(layer(plain, 3)) is nn.Linear
     assert list(plain.state_dict()) == list(before.state_dict()) == list(joint.collapse("net"))
-    assert torch.equal(plain.layers[3].weight, 0.25 * before.layers[1].weight)
+    assert torch.equal(layer(plain, 3).weight, 0.25 * layer(before, 1).weight)
     assert torch.allclose(run(plain), run(joint["net"]), atol=1e-6)
     assert len({p.data_ptr() for p in plain.parameters()}) == len(list(before.parameters()))
-    assert isinstance(joint["net"].layers[3], scaled_copy.ScaledCopy)
+    assert isinstance(layer(joint["net"], 3), scaled_copy.ScaledCopy)
 
 
 @pytest.fixture(scope="module")
@@ -483,7 +493,7 @@ def test_a_join_that_fails_leaves_the_module_as_it_was(monkeypatch):
     monkeypatch.setattr("surgery.core.joining.exact_bank", fail)
     with pytest.raises(MemoryError):
         surgery.join([one], plan)
-    assert type(module.layers[3]) is nn.Linear and torch.equal(run(module), run(net()))
+    assert type(layer(module, 3)) is nn.Linear and torch.equal(run(module), run(net()))
 
 
 class Wrapped(ModuleSurgery):
@@ -525,7 +535,7 @@ def test_a_module_may_stay_within_what_replaces_it_and_have_two_names(monkeypatc
     one = member(module)
     joint = surgery.join([one], surgery.plan_modules([one], "wrapped", block=(8, 8)))
     again = surgery.join([member(copy.deepcopy(before))], block=(8, 8))
-    assert joint["net"].again is joint["net"].layers[3] and not torch.equal(run(joint["net"]), run(before))
+    assert joint["net"].again is layer(joint["net"], 3) and not torch.equal(run(joint["net"]), run(before))
     for twin in (joint, copy.deepcopy(joint), pickle.loads(pickle.dumps(joint))):
         assert torch.equal(run(twin.original("net")), run(before))
     surgery.fit(joint, max_error=0.5)
