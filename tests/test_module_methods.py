@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import transformers
+import yaml
 from artifacts import rewrite
 from command_line import surgery as command
 from module_methods import NAME, Net, joined, member, net, scaled_copy
@@ -28,6 +29,7 @@ from surgery.core.replacing import MissingMethodError
 from surgery.errors import ArtifactError, ConsentError, ExportError, PlanError, TrainingError
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.replacement import Replacement
+from surgery.pipeline.train import prepare_again, rejoin, train_recipe
 from surgery.settings import methods as registry
 from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.trainer import Trainer
@@ -293,6 +295,56 @@ def reference(tmp_path):
         "def make():\n    return net(), (torch.linspace(-1, 1, 48).reshape(8, 6),)\n"
     )
     return f"{source}:make"
+
+
+# -- by recipes ------------------------------------------------------------------------------------------------
+
+
+def recipe(tmp_path, **more):
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom module_methods import net\n"
+        "def make():\n    return net(), (torch.linspace(-1, 1, 48).reshape(8, 6),)\n"
+        "def data():\n    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))\n"
+        "    y = (x.sum(1) > 0).long()\n    return [(x[:8], y[:8]), (x[8:], y[8:])]\n"
+    )
+    task = {"data": f"{tmp_path}/own.py:data", "loss": {"cross_entropy": 1.0, "distillation": 1.0}}
+    settings = {"copies": {"layers.3": "layers.1"}}
+    model = {
+        "model": f"{tmp_path}/own.py:make",
+        "name": "net",
+        **({"tasks": [task]} if "train" in more else {}),
+    }
+    given = {"models": [model], "method": NAME, "settings": settings, "parameters": {"block": "8x8"}}
+    return {**given, "out": f"{tmp_path}/joint", **more}
+
+
+def test_a_merge_by_recipe_and_its_dry_run(tmp_path):
+    document = recipe(tmp_path, select={"skip": ["layers.3.scale"]})
+    document["parameters"] |= {"max_error": 0.8}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
+    code, said, _ = command("merge", "--config", str(tmp_path / "recipe.yaml"), "--dry-run")
+    assert code == 0 and "layers.3" in said and "of: layers.1" in said and not (tmp_path / "joint").exists()
+    code, said, _ = command("merge", "--config", str(tmp_path / "recipe.yaml"), "--dry-run", "--json")
+    assert code == 0 and json.loads(said)["replacements"][0]["settings"] == {"of": "layers.1"}
+    joint = surgery.merge(surgery.Recipe.of(document))
+    again = surgery.load(tmp_path / "joint", trust_remote_code=True)
+    assert torch.equal(run(again["net"]), run(joint["net"])) and joint.report.met
+    wrong = surgery.Recipe.of({**document, "out": None, "settings": {"copies": {"layers.9": "layers.1"}}})
+    with pytest.raises(PlanError, match=r"'net' has no module 'layers.9': did you mean"):
+        surgery.merge(wrong)
+
+
+def test_a_recipe_trains_and_what_it_made_is_trained_further(tmp_path):
+    train = {"steps": 2, "generations": 1, "burn_in": 0, "optimizer": {"lr": 0.01}}
+    joint, report = train_recipe(surgery.Recipe.of(recipe(tmp_path, train=train)), cpu=True)
+    assert joint.members["net"].replaced and report.generations
+    folder, given = tmp_path / "joint", surgery.Recipe.of(recipe(tmp_path, train=train, out=None))
+    again = rejoin(folder, given, own=True, trust_remote_code=True)
+    assert [each.path for each in again.members["net"].replaced] == ["layers.3"]
+    assert torch.equal(run(again["net"]), run(joint["net"]))
+    further, _ = train_recipe(given, joint=again, cpu=True)
+    assert not same(further.collapse("net"), joint.collapse("net"))
+    assert prepare_again(folder, given, trust_remote_code=True).plan.replacements == ()
 
 
 # -- plain again -----------------------------------------------------------------------------------------------

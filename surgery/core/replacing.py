@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from surgery.anatomy.plan import Plan, make_plan
-from surgery.anatomy.sites import Anatomy, discover
+from surgery.anatomy.sites import discover
 from surgery.core.method import PlanRequest, settings_of
 from surgery.core.module_method import ModuleSurgery, Place, module_method
 from surgery.core.replacing_checks import check_calls, check_places, record_calls
@@ -25,6 +25,7 @@ from surgery.errors import ArtifactError, LoadError, PlanError, SurgeryError
 from surgery.members.member import Inputs, Member, Origin
 from surgery.members.origins.empty import empty_parameters
 from surgery.members.replacement import Replaced, Replacement
+from surgery.settings.methods import method_names
 from surgery.settings.problems import problems_of
 from surgery.slots.slots import forget_derived
 from surgery.util.copies import duplicate
@@ -41,23 +42,26 @@ class MissingMethodError(LoadError):
 
 
 def plan_replacements(
-    method: str, members: Sequence[Member], anatomies: Sequence[Anatomy], request: PlanRequest
+    method: str, members: Sequence[Member], request: PlanRequest, *, going_on: bool = False
 ) -> tuple[Replacement, ...]:
     """The replacements that a method asks for, with the settings that they record.
 
     Args:
         method: its name.
         members: as they are; nothing is changed.
-        anatomies: of these.
         request: its settings are the method's own.
+        going_on: whether members in which the method replaced modules already, as those of an artifact, stay as they
+            are.
 
     Raises:
         PlanError: where the method can replace nothing, or asks for what is not there.
     """
     found = module_method(method)
     package = type(found).__module__.partition(".")[0]
-    asked = found.plan(anatomies, request)
-    if not asked:
+    if going_on:
+        members = [m for m in members if all(each.replacement.method != method for each in m.replaced)]
+    asked = found.plan([discover(each) for each in members], request) if members else ()
+    if members and not asked:
         raise PlanError(
             f"Method '{method}' found no module to replace in {_named(members)}: check `settings`."
         )
@@ -90,9 +94,8 @@ def plan_modules(
         >>> plan = surgery.plan_modules([member], "scaled_copy", {"copies": {"layers.3": "layers.1"}})
         >>> joint = surgery.join([member], plan)
     """
-    asked = settings_of(method, settings or {})
-    request = PlanRequest(block, context, asked)
-    replacements = plan_replacements(method, members, [discover(each) for each in members], request)
+    request = PlanRequest(block, context, settings_of(method, settings or {}))
+    replacements = plan_replacements(method, members, request)
     with modules_replaced(members, replacements) as changed:
         plan = make_plan([discover(each) for each in changed], block, context)
     return replace(plan, replacements=replacements)
@@ -179,11 +182,13 @@ def made_again(
     for each in replacements:
         try:
             module_method(each.method)
-        except PlanError:
+        except PlanError as error:
             package = f" of package '{each.package}'" if each.package else ""
+            needs = f"Member '{name}' needs method '{each.method}'{package}, which replaced {each.path}"
+            if each.method in method_names():
+                raise MissingMethodError(f"{needs}: {error}") from error
             raise MissingMethodError(
-                f"Member '{name}' needs method '{each.method}'{package}, which replaced {each.path} and is not "
-                "installed here: install that package, or import it before loading."
+                f"{needs} and is not installed here: install that package, or import it before loading."
             ) from None
     bare = Member(name, module, Inputs(), Origin("module", name, name))
     empty = any(p.is_meta for p in module.parameters())

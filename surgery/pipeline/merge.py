@@ -230,17 +230,44 @@ def _load(
     return [joint.copy_member(each) for each in joint.names]
 
 
-def plan_members(recipe: Recipe, members: Sequence[Member]) -> tuple[list[Anatomy], Plan]:
+def plan_members(
+    recipe: Recipe, members: Sequence[Member], *, going_on: bool = False
+) -> tuple[list[Anatomy], Plan]:
     """What was found in each member, and where its sites go, by a recipe's selectors and parameters.
 
+    Args:
+        recipe: with a method, which may replace modules first: anatomies are then of members with these in place.
+        members: left as they are.
+        going_on: whether members in which the method replaced modules already stay as they are.
+
     Raises:
-        PlanError: where a selector matches nothing, or no plan exists.
+        PlanError: where a selector matches nothing, no plan exists, or modules cannot be replaced.
         TraceError: where a member cannot be traced.
     """
     from surgery.anatomy.plan import make_plan
-    from surgery.anatomy.sites import discover
     from surgery.core.method import PlanRequest, TensorMethod, find_method, settings_of
     from surgery.core.replacing import modules_replaced, plan_replacements
+
+    method, settings = find_method(recipe.method), settings_of(recipe.method, recipe.settings)
+
+    def request(anatomies: Sequence[Anatomy] = ()) -> PlanRequest:
+        block = recipe.parameters.block or starting_block(anatomies)
+        norms, stacks = recipe.parameters.mix_norms, recipe.select.stacks
+        return PlanRequest(block, recipe.parameters.context or 4, settings, norms, stacks)
+
+    if isinstance(method, TensorMethod):
+        anatomies = _find_sites(recipe, members)
+        return anatomies, method.plan(anatomies, request(anatomies))
+    replacements = plan_replacements(recipe.method, members, request(), going_on=going_on)
+    with modules_replaced(members, replacements) as changed:
+        anatomies = _find_sites(recipe, changed)
+    asked = request(anatomies)
+    return anatomies, replace(make_plan(anatomies, asked.block, asked.context), replacements=replacements)
+
+
+def _find_sites(recipe: Recipe, members: Sequence[Member]) -> list[Anatomy]:
+    """What is found in each member, by the recipe's selectors."""
+    from surgery.anatomy.sites import discover
     from surgery.members.member import state_tensors
 
     names = {member.name: list(state_tensors(member.module)) for member in members}
@@ -248,26 +275,10 @@ def plan_members(recipe: Recipe, members: Sequence[Member]) -> tuple[list[Anatom
         option: share_selectors(selectors, names, what=f"--{option}")
         for option, selectors in recipe.select.model_dump(exclude={"stacks"}).items()
     }
-
-    def find(members: Sequence[Member]) -> list[Anatomy]:
-        found = track(members, "Finding sites")
-        return [
-            discover(each, **{option: shared[each.name] for option, shared in chosen.items()})
-            for each in found
-        ]
-
-    anatomies = find(members)
-    block = recipe.parameters.block or starting_block(anatomies)
-    context = recipe.parameters.context or 4
-    settings = settings_of(recipe.method, recipe.settings)
-    request = PlanRequest(block, context, settings, recipe.parameters.mix_norms, recipe.select.stacks)
-    method = find_method(recipe.method)
-    if isinstance(method, TensorMethod):
-        return anatomies, method.plan(anatomies, request)
-    replacements = plan_replacements(recipe.method, members, anatomies, request)
-    with modules_replaced(members, replacements) as changed:
-        anatomies = find(changed)
-        return anatomies, replace(make_plan(anatomies, block, context), replacements=replacements)
+    return [
+        discover(each, **{option: shared[each.name] for option, shared in chosen.items()})
+        for each in track(members, "Finding sites")
+    ]
 
 
 def starting_block(anatomies: Sequence[Anatomy]) -> tuple[int, int]:

@@ -66,7 +66,7 @@ def prepare_again(folder: str | Path, recipe: Recipe, *, trust_remote_code: bool
     check_sources(recipe, Permission.of_artifact(trust_remote_code))
     loaded = load(folder, trust_remote_code=trust_remote_code)
     members = tuple(loaded.copy_member(name) for name in loaded.names)
-    anatomies, plan = plan_members(recipe, members)
+    anatomies, plan = plan_members(recipe, members, going_on=True)
     return Prepared(recipe, members, tuple(anatomies), plan, {})
 
 
@@ -211,7 +211,7 @@ def rejoin(
     check_sources(recipe, _permission(own, trust_remote_code))
     loaded = load(folder, trust_remote_code=trust_remote_code)
     members = [loaded.copy_member(name) for name in loaded.names]
-    plan = plan_members(recipe, members)[1]
+    plan = plan_members(recipe, members, going_on=True)[1]
     joint = take_over(join(members, plan), loaded)
     joint.encoded = dict(loaded.encoded)  # what training leaves as it is keeps its stored form
     joint.keep_known(replace(loaded.known, stale=frozenset(joint.names)))  # as they are to be trained
