@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan
-from surgery.core import sizes
 from surgery.core.method import tensor_method
-from surgery.core.sizes import count_tensors
+from surgery.core.sizes import COPY, count_tensors
 from surgery.storage.keys import PlainKey
 from surgery.storage.stored import Stored
 
@@ -55,9 +54,11 @@ def count_shares(stored: Stored) -> Shares:
     """
     names = stored.plan.members
     rows = count_tensors(stored)
+    generated = {(p.site.member, p.site.name) for p in stored.plan.placements}
     kinds: dict[str, dict[str, int]] = {name: {} for name in names}
     for row in rows:
-        kind = row.how.replace(sizes.ROWS, ROWS).replace(sizes.COPY, COPIES).partition(",")[0]
+        kind = row.how.replace(COPY, COPIES).partition(",")[0]
+        kind = ROWS if (row.member, row.name) in generated else kind
         kinds[row.member][kind] = kinds[row.member].get(kind, 0) + row.nbytes
     before = {name: sum(row.original for row in rows if row.member == name) for name in names}
     blocks = torch.zeros(len(names), len(names), dtype=torch.int64)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from surgery.core.joint import JointModel
     from surgery.storage.stored import Stored
 
-ROWS, COPY = "shared rows", "shared copy"
+COPY = "shared copy"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class TensorReport:
     Attributes:
         member: whose it is.
         name: first owner.
-        how: `shared rows`, `shared copy` with its precision, or the precision of a plain tensor.
+        how: as its method says, such as `shared rows`; `shared copy` with its precision, or the precision of a plain
+            tensor.
         nbytes: its part of the artifact; shared bytes are divided among their users.
         original: bytes that it takes alone, in its own dtype.
     """
@@ -65,6 +66,7 @@ def count_tensors(stored: Stored) -> tuple[TensorReport, ...]:
     own = {key: key for key in stored.tensors if isinstance(key, PlainKey)}
     rows: list[TensorReport] = []
     exact, counted = 0.0, 0  # so far, as it is and in whole bytes
+    words = {bank.key: how_stored(bank.method) for bank in stored.plan.banks}
     for member in stored.plan.members:
         found: list[tuple[str, str, float, int]] = []
         for key, first in (*own.items(), *stored.aliases.items()):
@@ -77,12 +79,17 @@ def count_tensors(stored: Stored) -> tuple[TensorReport, ...]:
             upto = parts[p.bank]
             part = float(upto[p.stop - 1]) - (float(upto[p.start - 1]) if p.start else 0.0)
             whole = math.prod(p.site.shape) * torch_dtype(p.site.dtype).itemsize
-            found.append((p.site.name, ROWS, part, whole))
+            found.append((p.site.name, words[p.bank], part, whole))
         for name, how, part, whole in found:
             exact += part
             rows.append(TensorReport(member, name, how, round(exact) - counted, whole))
             counted = round(exact)
     return tuple(rows)
+
+
+def how_stored(method: str) -> str:
+    """How reports say that a tensor of a method's bank is stored."""
+    return tensor_method(method).stored_as or method
 
 
 def bytes_alone(stored: Stored) -> dict[str, int]:

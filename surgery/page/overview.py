@@ -13,7 +13,7 @@ from surgery.artifact.manifest import NAME as MANIFEST
 from surgery.artifact.manifest import Manifest, read_manifest
 from surgery.artifact.reading import read_stored
 from surgery.artifact.shares import Shares, count_shares
-from surgery.core.sizes import ROWS, TensorReport, count_tensors
+from surgery.core.sizes import TensorReport, count_tensors, how_stored
 from surgery.disk.untrusted import shown_text
 from surgery.errors import ArtifactError, TrainingError
 from surgery.fitting.report import FitReport
@@ -125,7 +125,7 @@ def look(source: str | Path) -> Overview:
         folder.resolve().name,
         tuple(_member(name, manifest, stored, shares, rows, report, run) for name in manifest.members),
         shares,
-        _ways(rows),
+        _ways(stored, rows),
         report,
         manifest.versions,
         run,
@@ -182,12 +182,13 @@ def _layers(member: str, stored: Stored, rows: tuple[TensorReport, ...]) -> tupl
     return tuple(sorted(found, key=lambda layer: _natural(layer.name)))
 
 
-def _ways(rows: tuple[TensorReport, ...]) -> dict[str, tuple[int, int, int]]:
+def _ways(stored: Stored, rows: tuple[TensorReport, ...]) -> dict[str, tuple[int, int, int]]:
+    generated = {how_stored(bank.method) for bank in stored.plan.banks}
     ways: dict[str, tuple[int, int, int]] = {}
     for row in rows:
         tensors, before, after = ways.get(row.how, (0, 0, 0))
         ways[row.how] = (tensors + 1, before + row.original, after + row.nbytes)
-    return dict(sorted(ways.items(), key=lambda item: (item[0] != ROWS, -item[1][1])))
+    return dict(sorted(ways.items(), key=lambda item: (item[0] not in generated, -item[1][1])))
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

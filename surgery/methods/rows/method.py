@@ -20,6 +20,7 @@ class RowsMethod(TensorMethod):
     """What such methods have in common: everything about stored parts."""
 
     form: ClassVar[str] = "rows"
+    stored_as: ClassVar[str] = "shared rows"
 
     def make(self, plan: BankPlan, blocks: Tensor, generator: torch.Generator) -> Bank:
         """Every distinct block as a row: nothing is lost."""
