@@ -1,0 +1,108 @@
+"""The frontier of families: output error, score kept, bytes and seconds of every method at every size.
+
+    python -m benchmarks.frontier --family vit --csv vit.csv --plot vit.png
+    python -m benchmarks.frontier --family sentiment --methods surgery rounding GPTQ
+
+Sizes are of the members' float32 bytes, in bytes of files. Settings of peers are chosen on validation data.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from benchmarks.frontier.families import FAMILIES, make_family
+from benchmarks.frontier.families.base import default_cache
+from benchmarks.frontier.peers.all import PEERS
+from benchmarks.frontier.picture import draw
+from benchmarks.frontier.spectra import spectra
+from benchmarks.frontier.table import FRACTIONS, Contest, Row
+from benchmarks.harness import make_header, make_parser, show, write_csv
+
+OURS = "surgery"
+
+
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """At each size the method with the least error, and how far this package is from it."""
+    said = []
+    for within in dict.fromkeys(row["within"] for row in rows):
+        here = [row for row in rows if row["within"] == within and row["error"] is not None]
+        mine = [row for row in here if row["method"].startswith(OURS)]
+        peers = [row for row in here if not row["method"].startswith(OURS)]
+        if not peers:
+            continue
+        best = min(peers, key=lambda row: row["error"])
+        text = f"{within}: best peer {best['method']}, error {best['error']:.3f}, kept {best['kept']:.1%}"
+        if mine:
+            own = min(mine, key=lambda row: row["error"])
+            verdict = "met" if own["error"] <= best["error"] else "MISSED"
+            text += f"; {own['method']} {own['error']:.3f}, kept {own['kept']:.1%}: never worse: {verdict}"
+        said.append(text)
+    return said
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--family", choices=FAMILIES, default="vit")
+    parser.add_argument("--members", type=int, help="how many members at most; all by default")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", help=f"{OURS} and {', '.join(p.name for p in PEERS)}"
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", type=float, default=FRACTIONS, help="fractions of the float32 bytes"
+    )
+    parser.add_argument(
+        "--finalists", type=int, default=6, help="settings of a peer that are run at each size"
+    )
+    parser.add_argument("--cache", type=Path, help="folder of trained families; the user's cache by default")
+    parser.add_argument("--csv", type=Path, help="write the table there")
+    parser.add_argument("--plot", type=Path, help="draw error against size there, .png or .svg")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    known = [OURS, *(peer.name for peer in PEERS)]
+    if unknown := sorted(set(options.methods or ()) - set(known)):
+        sys.exit(f"Methods are {', '.join(known)}; found {', '.join(unknown)}.")
+    chosen = known if options.methods is None else options.methods
+    fractions = options.sizes[:1] if options.fast and options.sizes is FRACTIONS else options.sizes
+    family = make_family(
+        options.family, options.cache or default_cache(), options.seed, options.fast, options.members
+    )
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        contest = Contest(family, Path(folder), options.seed, options.finalists)
+        peers = [peer for peer in PEERS if peer.name in chosen]
+        for row in contest.rows(peers, fractions, OURS in chosen):
+            rows.append(row)
+            if not options.json:
+                error = "-" if row["error"] is None else f"{row['error']:.4f}"
+                print(
+                    f"{row['within']:>4} {row['method']}: {error} ({row['setting']})",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            if options.csv:
+                write_csv(options.csv, rows)
+        scores = contest.judge.scores()
+        spectrum = spectra(contest.scene)
+    for row in spectrum:
+        row[family.measure] = scores.get(row["member"])
+    if options.plot:
+        draw(rows, options.plot)
+    header = make_header("frontier", options, argv)
+    said = [
+        f"{len(family.states)} members, {family.whole:,} bytes in float32, mean {family.measure} "
+        f"{mean(scores.values()):.4f}; trained in {family.seconds:.0f} s (0: from the cache)",
+        *verdicts(rows),
+    ]
+    if not options.json:
+        show("Members, and where the energy of their differences lies", header, spectrum, [], False)
+    show(f"Frontier of the family {family.name}", header, rows, said, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Families: models of one architecture with what they have learned, data and a score, made by recipe and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks.frontier.families.base import Batch, Family, Task
+
+__all__ = ["FAMILIES", "Batch", "Family", "Task", "make_family"]
+
+FAMILIES = ("vit", "sentiment", "mhc", "noise")
+
+
+def make_family(
+    name: str, cache: Path, seed: int = 0, fast: bool = False, members: int | None = None
+) -> Family:
+    """A family, trained where the cache does not have it.
+
+    Args:
+        name: one of `FAMILIES`.
+        cache: folder for trained weights; one of another recipe or seed is not taken.
+        seed: of everything drawn at random.
+        fast: tiny models, barely trained, on made-up data.
+        members: how many at most.
+    """
+    from benchmarks.frontier.families import mhc, noise, sentiment, vit
+
+    makers: dict[str, Callable[[Path, int, bool], Family]] = {
+        "vit": vit.make, "sentiment": sentiment.make, "mhc": mhc.make, "noise": noise.make,
+    }  # fmt: skip
+    family = makers[name](cache, seed, fast)
+    return family if members is None else family.first(members)

@@ -1,0 +1,160 @@
+"""What every family is, and where trained weights are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples of one task.
+
+    Attributes:
+        args: positional inputs, each `[N, ...]`.
+        kwargs: inputs by name, each `[N, ...]`.
+        target: `[N, ...]`.
+    """
+
+    target: Tensor
+    args: tuple[Tensor, ...] = ()
+    kwargs: Mapping[str, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def rows(self, rows: Any) -> Batch:
+        """Some of the examples."""
+        kwargs = None if self.kwargs is None else {name: t[rows] for name, t in self.kwargs.items()}
+        return Batch(self.target[rows], tuple(t[rows] for t in self.args), kwargs)
+
+    def split(self, size: int) -> Iterator[Batch]:
+        """In pieces of at most so many examples."""
+        for start in range(0, len(self), size):
+            yield self.rows(slice(start, start + size))
+
+    def run(self, module: nn.Module) -> Tensor:
+        """The outputs of a module for these examples."""
+        return module(*self.args, **(self.kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a member is for.
+
+    Attributes:
+        calibration: training examples, the only ones that a method may look at.
+        validation: examples by which a method's settings are chosen.
+        test: examples that are measured once.
+        score: of outputs `[N, ...]` and targets, more is better; None where there is nothing to compare with.
+    """
+
+    calibration: Batch
+    validation: Batch
+    test: Batch
+    score: Callable[[Tensor, Tensor], float] | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one architecture.
+
+    Attributes:
+        name: of the family.
+        build: makes the architecture, whose weights are then replaced.
+        states: by member, its weights.
+        base: weights from which all were trained; None where there are none.
+        tasks: by member.
+        measure: name of the score.
+        sites: what surgery takes for linear maps, where its own choice leaves out too much.
+        seconds: how long training took; 0 where it came from the cache.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    states: Mapping[str, State]
+    base: State | None
+    tasks: Mapping[str, Task]
+    measure: str
+    sites: tuple[str, ...] | None = None
+    seconds: float = 0.0
+
+    def module(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """The architecture with some weights, in eval mode."""
+        module = self.build().eval()
+        module.load_state_dict(state)
+        return module.requires_grad_(False)
+
+    @property
+    def whole(self) -> int:
+        """Bytes of all members' weights as they are."""
+        return sum(t.numel() * t.element_size() for state in self.states.values() for t in state.values())
+
+    def first(self, members: int) -> Family:
+        """The same with fewer members."""
+        names = list(self.states)[:members]
+        return replace(
+            self,
+            states={name: self.states[name] for name in names},
+            tasks={name: self.tasks[name] for name in names},
+        )
+
+
+def default_cache() -> Path:
+    """`$XDG_CACHE_HOME/model-surgery/frontier`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "model-surgery" / "frontier"
+
+
+class Cache:
+    """Trained weights of one recipe in a folder, a file for each model.
+
+    The recipe is part of the folder's name, so weights of another recipe, another seed or another version of torch are
+    never taken for these.
+
+    Args:
+        folder: of all families.
+        name: of this one.
+        recipe: all that training depends on, as JSON can hold it.
+    """
+
+    def __init__(self, folder: Path, name: str, recipe: Mapping[str, Any]):
+        text = json.dumps({**recipe, "torch": torch.__version__}, sort_keys=True)
+        self.folder = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self.recipe, self.seconds = text, 0.0
+
+    def get(self, name: str, train: Callable[[], State]) -> State:
+        """A model's weights: from its file, or trained and written."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            start = time.perf_counter()
+            state = {key: t.detach().contiguous().clone() for key, t in train().items()}
+            self.seconds += time.perf_counter() - start
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "recipe.json").write_text(self.recipe, encoding="utf-8")
+            part = path.with_suffix(".part")
+            save_file(state, part)
+            part.replace(path)
+        return load_file(path)
+
+
+def generator_of(seed: int, *names: str) -> torch.Generator:
+    """A generator for one purpose, so that what one purpose draws does not move another's."""
+    digest = hashlib.sha256("/".join((str(seed), *names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def accuracy(outputs: Tensor, target: Tensor) -> float:
+    """The share of examples whose class has the largest output."""
+    return float((outputs.argmax(1) == target).double().mean())

@@ -1,0 +1,42 @@
+"""Copies of one network, each with noise of its own on every matrix: differences of full rank, nothing to be found.
+
+The network is the base of `vit`, on clothes. Whoever claims to share here anything but the common part is mistaken.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from benchmarks.frontier.families import vit
+from benchmarks.frontier.families.base import Family, State, Task, accuracy, generator_of
+
+COPIES = 6
+AMOUNT = 0.05  # deviation of the noise, of each matrix' own
+
+
+def make(cache: Path, seed: int, fast: bool) -> Family:
+    """The family, from the trained base of `vit`."""
+    base = vit.base_of(cache, seed, fast)
+    sizes = vit.FAST if fast else vit.Sizes()
+    source = vit.made_up if fast else vit.pictures_of
+    parts = {
+        part: vit.see_some(*source("fashion", part), "plain", count, generator_of(0, "noise", part))
+        for part, count in (
+            ("train", vit.CALIBRATION),
+            ("validation", sizes.validation),
+            ("test", sizes.test),
+        )
+    }
+    task = Task(parts["train"], parts["validation"], parts["test"], accuracy)
+    states: dict[str, State] = {}
+    for number in range(2 if fast else COPIES):
+        generator = generator_of(seed, "noise", str(number))
+        states[f"copy{number}"] = {
+            name: t + AMOUNT * t.std() * torch.randn(t.shape, generator=generator)
+            if t.dim() > 1
+            else t.clone()
+            for name, t in base.items()
+        }
+    return Family("noise", lambda: vit.build(sizes), states, base, dict.fromkeys(states, task), "accuracy")
