@@ -10,6 +10,7 @@ import adaptation_nets
 import pytest
 import torch
 from adaptation_nets import CONFIG, task, twins
+from processes import Started, forks
 from safetensors.torch import load_file
 from torch import nn
 
@@ -107,6 +108,10 @@ def test_a_module_as_loss_keeps_its_state_through_an_interrupt(tmp_path):
 # Several processes --------------------------------------------------------------------------------------------
 
 
+def weights(out):
+    return [load_file(out / f"{rank}.safetensors") for rank in (0, 1)]
+
+
 def launch(folder, out, norm, die=0):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(PROGRAM)]
@@ -119,12 +124,14 @@ def launch(folder, out, norm, die=0):
         assert done.returncode and not Path(out).exists()
         return None
     assert done.returncode == 0, done.stdout[-3000:]
-    return [load_file(Path(out) / f"{rank}.safetensors") for rank in (0, 1)]
+    return weights(out)
 
 
+@forks
 def test_two_processes_have_one_discriminator_and_give_the_result_of_one(tmp_path):
     one = run(None, BOTH, norm="layer")[0]
-    first, second = launch(tmp_path / "run", tmp_path / "out", "layer")
+    Started(adaptation_nets.main, str(tmp_path / "run"), str(tmp_path / "out"), "layer", 0, ranks=2).succeed()
+    first, second = weights(tmp_path / "out")
     assert first.keys() == one.keys()
     for key, tensor in one.items():
         assert torch.equal(first[key], second[key]), key

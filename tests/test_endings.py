@@ -1,26 +1,23 @@
 """Runs that end at any moment leave old or new and never half; the next start cleans up what is theirs alone."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
-from pathlib import Path
+import time
 
+import killed_runs
 import pytest
 from artifacts import contents
 from command_line import surgery as in_this_process
+from processes import SECONDS, Started, forks
 from test_records import CODE, recipe  # noqa: F401  # a fixture
 
-import surgery
 from surgery.disk.claims import claim, place_of
 from surgery.disk.files import put
 from surgery.disk.records import unowned_files
 from surgery.errors import OutputError
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
-PROGRAM = Path(__file__).parent / "killed_runs.py"
+pytestmark = forks
 KILL, TERM, INT = (signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)
 MERGE = [
     ("surgery.pipeline.merge:prepare:after", KILL),
@@ -54,48 +51,10 @@ def some_or_all(moments, some):
     )
 
 
-HOLDS = """
-import sys
-sys.path[:0] = [{0!r}]
-from surgery.disk.claims import claim
-with claim({1!r}):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-class Runs:
-    """Commands in processes of their own, of a program that has imported everything."""
-
-    def __init__(self, reference):
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "ACCELERATE_USE_CPU": "true",
-            "PYTHONWARNINGS": "ignore",
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-
-    def __call__(self, *arguments, at=None, number=0):
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(json.dumps([[str(each) for each in arguments], at, int(number)]) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    nets = tmp_path_factory.mktemp("nets")
-    (nets / "mine.py").write_text(CODE)
-    runs = Runs(f"{nets}/mine.py:net")
-    yield runs
-    runs.process.communicate()
+def run(*arguments, at=None, number=0):
+    """The command in a process of its own: how it ended, and what it said."""
+    (code,), said = Started(killed_runs.run, [str(each) for each in arguments], at, int(number)).wait()
+    return code, said
 
 
 @pytest.fixture
@@ -113,7 +72,7 @@ def mine(place):
 
 
 @some_or_all(MERGE, 3)
-def test_a_merge_leaves_old_or_new_wherever_it_ends(run, place, tmp_path, moments):
+def test_a_merge_leaves_old_or_new_wherever_it_ends(place, tmp_path, moments):
     joint = place / "joint"
     merge = ("merge", f"a={tmp_path}/mine.py:net", f"b={tmp_path}/mine.py:net", "--max-error", 0, "--quiet")
     assert run(*merge, "--out", joint, "--seed", 1)[0] == 0
@@ -139,7 +98,7 @@ def test_a_merge_leaves_old_or_new_wherever_it_ends(run, place, tmp_path, moment
 
 
 @some_or_all(TRAIN, 2)
-def test_a_training_leaves_old_or_new_and_goes_on_wherever_it_ends(run, place, recipe, moments):  # noqa: F811
+def test_a_training_leaves_old_or_new_and_goes_on_wherever_it_ends(place, recipe, moments):  # noqa: F811
     train = ("train", recipe, "--out", place / "joint", "--cpu", "--quiet", "--set", "train.save_seconds=0")
     assert run(*train)[0] == 0
     for seed, (at, (number, code)) in enumerate(moments):
@@ -159,7 +118,7 @@ def test_a_training_leaves_old_or_new_and_goes_on_wherever_it_ends(run, place, r
     assert contents(place)[".other.surgery/new-1/half"] == b"of another target"
 
 
-def test_a_finished_run_is_gone_on_with_by_doing_nothing(run, place, recipe):  # noqa: F811
+def test_a_finished_run_is_gone_on_with_by_doing_nothing(place, recipe):  # noqa: F811
     train = ("train", recipe, "--out", place / "joint", "--cpu", "--resume", "auto")
     assert run(*train, "--fast-dev-run")[0] == 0
     ended, said = run(*train)
@@ -174,19 +133,20 @@ def test_a_finished_run_is_gone_on_with_by_doing_nothing(run, place, recipe):  #
     assert contents(place / "joint") == before
 
 
-def holder(target):
-    """A process that holds a target until its stdin ends."""
-    code = HOLDS.format(str(Path(surgery.__file__).parent.parent), str(target))
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    return process
+def hold(target, held):
+    """Hold a target until the process is killed."""
+    with claim(target):
+        held.touch()
+        time.sleep(SECONDS)
 
 
 def test_of_two_runs_with_one_target_the_second_is_refused_with_the_first_ones_process(tmp_path):
     target = tmp_path / "joint"
-    first = holder(target)
+    first = Started(hold, target, tmp_path / "held")
+    while not (tmp_path / "held").exists():
+        assert first.processes[0].is_alive(), first.wait()
+        time.sleep(0.01)
+    (tmp_path / "held").unlink()
     put(place_of(target) / "new-1" / "half", b"being written")
     with pytest.raises(OutputError, match=rf"process {first.pid} on {socket.gethostname()}"), claim(target):
         pass
@@ -194,7 +154,7 @@ def test_of_two_runs_with_one_target_the_second_is_refused_with_the_first_ones_p
     with claim(tmp_path / "other"):  # no business of the first's
         pass
     first.kill()
-    first.communicate()
+    first.wait()
     with claim(target), claim(target):
         assert [each.name for each in place_of(target).iterdir()] == ["lock"]
     assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import fsdp_nets
 import pytest
 import torch
+from processes import ALONE, SECONDS, Started, forks
 from safetensors.torch import load_file
 from torch import nn
 
@@ -31,6 +32,9 @@ from surgery.training.train import train
 PROGRAM = Path(fsdp_nets.__file__)
 
 
+FSDP2 = ("--fsdp_version", "2")
+
+
 def free_port():
     """Below the range from which systems give ports to whoever asks, so that nobody takes it until it is used."""
     while True:
@@ -40,20 +44,35 @@ def free_port():
             return port
 
 
+def flags_of(*more):
+    """Those of `accelerate launch`."""
+    known = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", str(free_port())]
+    known += ["--num_cpu_threads_per_process", "1"]
+    return [*known, "--dynamo_backend", "no", "--mixed_precision", "no", "--use_fsdp", *(more or FSDP2)]
+
+
 def launch(out, *flags, **arguments):
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--main_process_port", str(free_port()), "--dynamo_backend", "no"]
-    command += ["--mixed_precision", "no", "--use_fsdp", *(flags or ("--fsdp_version", "2"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *flags_of(*flags)]
     return subprocess.Popen(
         [*command, str(PROGRAM), json.dumps({"out": str(out), **arguments})],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, **ALONE}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
 def finished(process):
-    said = process.communicate(timeout=240)[0]
+    said = process.communicate(timeout=SECONDS)[0]
     assert process.returncode == 0, said[-8000:]
+
+
+def environment_of(*flags):
+    """What `accelerate launch` gives to the processes that it starts."""
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    given = launch_command_parser().parse_args([*flags_of(*flags), str(PROGRAM)])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "environ", {})
+        return prepare_multi_gpu_env(given)
 
 
 def facts(out, rank=0):
@@ -84,16 +103,18 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     out = tmp_path_factory.mktemp("sharded")
-    finished(launch(out))
+    Started(fsdp_nets.main, str(out), ranks=2, environment=environment_of()).succeed()
     return out
 
 
+@forks
 def test_two_sharded_processes_give_the_result_of_one(alone, sharded):
     assert_alike(sharded, alone)
     psi = facts(alone)["decided"]["psi"]
     assert any(len(set(own)) < len(own) for own in psi.values())  # hypermodules were removed
 
 
+@forks
 @pytest.mark.parametrize("rank", [0, 1])
 def test_each_process_holds_its_share(alone, sharded, rank):
     whole, part = facts(alone)["bytes"], facts(sharded, rank)["bytes"]

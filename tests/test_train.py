@@ -1,11 +1,8 @@
 """Joint training: the loop, its log, its refusals, and that a killed run ends as an unbroken one does."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +12,7 @@ import pytest
 import torch
 import training_nets
 import yaml
+from processes import SECONDS, Started, forks
 from safetensors.torch import load_file
 from torch import nn
 from training_nets import CONFIG, build, tasks
@@ -30,8 +28,6 @@ from surgery.training.report.runlog import read_log
 from surgery.training.tasks.streams import Batches, Stream, share
 from surgery.training.tasks.tasks import Task, as_batch
 from surgery.training.train import train
-
-PROGRAM = Path(training_nets.__file__)
 
 
 def same(one, other):
@@ -110,56 +106,44 @@ def test_interrupted_at_any_step_and_resumed_it_ends_as_an_unbroken_run(
     assert facts(tmp_path) == facts(unbroken[2])
 
 
-def run_program(folder, out, *, slow=False, dropout=0.1, processes=1):
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-port=0"]
-        command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    command += [str(PROGRAM), str(folder), str(out), "slow" if slow else "fast", str(dropout)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finished(process):
-    said = process.communicate(timeout=240)[0]
-    assert process.returncode == 0, said[-2000:]
-
-
 def weights(out, rank=0):
     return load_file(Path(out) / f"{rank}.safetensors")
 
 
+def started(folder, out, *, slow=False, dropout=0.1, ranks=1):
+    return Started(training_nets.main, str(folder), str(out), slow, dropout, ranks=ranks)
+
+
+def killed(run, folder, generations=0):
+    """Let a run be killed somewhere within a generation, after a state is written and some generations are logged."""
+    deadline = time.monotonic() + SECONDS
+    while not (folder / STATE).exists() or len(read_log(folder / "log.jsonl")) < generations + 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(0.12)
+    run.kill()
+    assert run.wait()[0] == [-signal.SIGKILL] * len(run.processes)
+
+
+@forks
 def test_killed_without_warning_and_resumed_it_ends_as_an_unbroken_run(unbroken, tmp_path):
-    process = run_program(tmp_path / "run", tmp_path / "out", slow=True)
-    state = tmp_path / "run" / STATE
-    for _ in range(1200):
-        if state.exists() and len(read_log(tmp_path / "run" / "log.jsonl")) >= 4:
-            break
-        time.sleep(0.05)
-    time.sleep(0.12)  # somewhere within a generation
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL and not (tmp_path / "out").exists()
-    finished(run_program(tmp_path / "run", tmp_path / "out"))
+    run = started(tmp_path / "run", tmp_path / "out", slow=True)
+    killed(run, tmp_path / "run", generations=3)
+    assert not (tmp_path / "out").exists()
+    started(tmp_path / "run", tmp_path / "out").succeed()
     expected = {f"{m}/{k}": t for m, s in unbroken[0].collapse().items() for k, t in s.items()}
     got = weights(tmp_path / "out")
     assert all(torch.equal(got[key], tensor) for key, tensor in expected.items())
 
 
+@forks
 def test_two_processes_give_the_result_of_one_also_when_killed(tmp_path):
-    one = run_program(tmp_path / "one", tmp_path / "o1", dropout=0.0)
-    finished(one)
-    two = run_program(tmp_path / "two", tmp_path / "o2", dropout=0.0, processes=2, slow=True)
-    for _ in range(2400):
-        if (tmp_path / "two" / STATE).exists():
-            break
-        time.sleep(0.05)
-    two.send_signal(signal.SIGKILL)
-    subprocess.run(["pkill", "-9", "-f", str(tmp_path / "two")], check=False)
-    two.communicate()
-    finished(run_program(tmp_path / "two", tmp_path / "o2", dropout=0.0, processes=2))
+    one = started(tmp_path / "one", tmp_path / "o1", dropout=0.0)
+    one.succeed()
+    two = started(tmp_path / "two", tmp_path / "o2", dropout=0.0, ranks=2, slow=True)
+    killed(two, tmp_path / "two")
+    assert not (tmp_path / "o2").exists()
+    started(tmp_path / "two", tmp_path / "o2", dropout=0.0, ranks=2).succeed()
     first, second = weights(tmp_path / "o2"), weights(tmp_path / "o2", rank=1)
     assert all(torch.equal(first[key], second[key]) for key in first)
     expected = weights(tmp_path / "o1")

@@ -48,8 +48,9 @@ def data(**options):
 """
 
 DRIVER = """
-import json, os, sys, sysconfig, tempfile
-from pathlib import Path
+import functools, json, os, sys, typer.main
+
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 import torch, timm, transformers, safetensors.torch, surgery, surgery_cli.__main__, surgery_recipes
 from typer.testing import CliRunner

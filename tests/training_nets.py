@@ -1,13 +1,16 @@
-"""Two small networks with a task each, for training tests; also run as a program, to be killed or launched."""
+"""Two small networks with a task each, for training tests, and a training for processes of their own."""
 
 import json
-import sys
+import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
 from torch import nn
 
 import surgery
+from surgery.training.loop.trainer import Trainer
 from surgery.training.tasks.streams import Batches
 from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
@@ -53,13 +56,7 @@ def tasks():
 
 def main(folder, out, slow, dropout):
     """Train, resuming where a state is; write the collapsed weights of every rank."""
-    from accelerate import PartialState
-
     if slow:
-        import time
-
-        from surgery.training.loop.trainer import Trainer
-
         plain = Trainer.train_step
 
         def step(self):
@@ -72,13 +69,7 @@ def main(folder, out, slow, dropout):
     rank = PartialState().process_index
     weights = {f"{m}/{k}": t.contiguous() for m, s in joint.collapse().items() for k, t in s.items()}
     Path(out).mkdir(parents=True, exist_ok=True)
-    from safetensors.torch import save_file
-
     save_file({k: t.clone() for k, t in weights.items()}, Path(out) / f"{rank}.safetensors")
     (Path(out) / f"{rank}.json").write_text(
         json.dumps({"best": report.best, "hypermodules": dict(report.hypermodules)})
     )
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3] == "slow", float(sys.argv[4]))

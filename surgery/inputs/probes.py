@@ -17,6 +17,7 @@ from surgery.inputs.calibration import picture_statistics, read_calibration
 from surgery.inputs.sample import Sample, find
 from surgery.inputs.text import end_token, text_length, vocabulary
 from surgery.members.member import Inputs, Member
+from surgery.util.randomness import seeded
 
 _LENGTH = 32  # tokens of made-up text
 _TEXT = {"input_ids", "decoder_input_ids", "attention_mask", "decoder_attention_mask", "token_type_ids"}
@@ -76,8 +77,9 @@ def outputs_of(module: nn.Module, inputs: Inputs) -> tuple[Tensor, ...]:
         [torch.Size([2, 5]), torch.Size([1, 5]), torch.Size([1, 5])]
     """
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=list(devices), enabled=bool(devices)), seeded(0), torch.no_grad():
+        if devices:
+            torch.manual_seed(0)
         return tuple(tensors_in(module(*inputs.args, **inputs.kwargs)))
 
 

@@ -1,0 +1,16 @@
+"""What makes all tests faster and changes none."""
+
+import functools
+import gc
+import os
+
+import typer.main
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # workers share the cores among them
+typer.main.get_command = functools.cache(typer.main.get_command)  # a process builds its commands once
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # modules stay: each collection looks at what tests make alone
