@@ -2,6 +2,8 @@
 
 trial        members running with trial weights
 sensitivity  how much each tensor's error moves its member's output
+metric       what any error in a site's weight costs, also one that lies along few directions
+moments      second moments of what every site is multiplied with
 scene        what is being fitted, as methods see it: members, their tensors, sensitivities, the target
 units        what can be stored in more than one way, what each way costs and how wrong it is
 groups       every tensor of every member as such units: alone, with related ones, or as a method arranges it

@@ -5,6 +5,7 @@ coding     encoding and decoding with any registered codec
 native     tensors as they are
 bfloat16   tensors rounded to bfloat16
 integers   integers of 2 to 12 bits with a scale for each group of values
+feedback   rounding that makes up for its errors in later columns, where the inputs' second moment is known
 
 A new codec is a file here and its name in the loop below; or, outside of this package, a module that registers it when
 it is imported (docs/add_a_codec.md). A fit tries what codecs offer in the order in which they were registered.

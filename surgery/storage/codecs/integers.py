@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from surgery.storage.codecs.codec import Codec, Encoded, Layout, Precision, Statistics
+from surgery.storage.codecs.feedback import feed_back
 from surgery.util.memory import compact, empty_large
 
 CHUNK = 1 << 20  # values handled at once while encoding: bounds the memory of the scale search
@@ -70,10 +71,18 @@ class Integers(Codec[Grouping]):
         """Bit planes `q8`, `q4`, `q2`, `q1` of the codes, as many as the bits need, and `scale`."""
         codes, scales = [], []
         width = _width(tuple(tensor.shape), settings.group)
-        for rows in _grouped(tensor, settings.group).split(max(1, CHUNK // width)):
-            code, scale = _quantise(rows.float(), settings.bits)
-            codes.append(code)
-            scales.append(scale)
+        if fits(tensor, statistics):
+            assert statistics is not None
+            rows, moment = _columns(tensor, width), _padded(statistics.second_moment, width)
+            for part in rows.split(max(1, CHUNK // rows.shape[1])):
+                code, scale = _fed_back(part, moment, width, settings.bits)
+                codes.append(code)
+                scales.append(scale)
+        else:
+            for rows in _grouped(tensor, settings.group).split(max(1, CHUNK // width)):
+                code, scale = _quantise(rows.float(), settings.bits)
+                codes.append(code)
+                scales.append(scale)
         planes = _pack(torch.cat(codes).reshape(-1), settings.bits)
         return {**planes, "scale": torch.cat(scales).reshape(-1)}
 
@@ -163,8 +172,66 @@ def _grouped(tensor: Tensor, group: int) -> Tensor:
     return rows.reshape(-1, width)
 
 
+def fits(tensor: Tensor, statistics: Statistics | None) -> bool:
+    """Whether statistics are of the inputs of a tensor's rows, flattened: of a linear map or a convolution."""
+    columns = _matrix(tuple(tensor.shape))[1]
+    return statistics is not None and tensor.ndim > 1 and statistics.second_moment.shape == (columns, columns)
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """Integers of some bits times a scale for each row.
+
+    Attributes:
+        largest: `[R, 1]`, of each row the value of greatest magnitude.
+        scale: `[R, 1]`, bfloat16.
+        bits: of each value.
+    """
+
+    largest: Tensor
+    scale: Tensor
+    bits: int
+
+    def codes(self, column: Tensor) -> Tensor:
+        """The nearest integers `[R, w]`, as floats."""
+        low, high = -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+        # First to at most 1, so that nothing overflows.
+        scaled = (column * _inverse(self.largest)) * (self.largest * _inverse(self.scale.float()))
+        return scaled.round_().clamp_(low, high)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Integers times their scale."""
+        return codes * self.scale.float()
+
+
+def _fed_back(rows: Tensor, moment: Tensor, width: int, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes `[R * groups, width]` and scales `[R * groups]` of rows whose errors are fed back."""
+    found = feed_back(rows, moment, width, lambda groups: _grid(groups, bits))
+    scale = torch.cat([grid.values(torch.ones_like(rows[:, :1])) for grid in found.grids], 1)
+    codes = (found.codes + (1 << (bits - 1))).to(torch.uint8 if bits <= 8 else torch.int16)
+    return codes.view(-1, width), scale.to(torch.bfloat16).reshape(-1)
+
+
+def _columns(tensor: Tensor, width: int) -> Tensor:
+    """`tensor` as float32 `[rows, n]`, with zeros to whole groups."""
+    return _grouped(tensor, width).view(len(tensor), -1).float()
+
+
+def _padded(moment: Tensor, width: int) -> Tensor:
+    """`moment` as float32, with zeros for the columns that fill up the last group."""
+    more = -len(moment) % width
+    return torch.nn.functional.pad(moment.float(), (0, more, 0, more))
+
+
 def _quantise(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes (`[G, width]`, uint8 or int16) and bfloat16 scales `[G]` of least squared error among the candidates."""
+    grid = _grid(groups, bits)
+    codes = grid.codes(groups) + (1 << (bits - 1))
+    return codes.to(torch.uint8 if bits <= 8 else torch.int16), grid.scale.squeeze(1)
+
+
+def _grid(groups: Tensor, bits: int) -> IntegerGrid:
+    """The grid of least squared error among the candidates, for `groups [G, width]`."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
     groups = groups * _inverse(largest)  # to at most 1, so that no square overflows; the largest value is +1
@@ -181,9 +248,7 @@ def _quantise(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
             better = gain > best_gain
             best_gain = torch.where(better, gain, best_gain)
             best = torch.where(better, xq * _inverse(qq), best)
-    scale = (best * largest).to(torch.bfloat16)
-    q = (groups * (largest * _inverse(scale.float()))).round_().clamp_(low, high)
-    return (q - low).to(torch.uint8 if bits <= 8 else torch.int16), scale.squeeze(1)
+    return IntegerGrid(largest, (best * largest).to(torch.bfloat16), bits)
 
 
 def _inverse(x: Tensor) -> Tensor:

@@ -1,0 +1,102 @@
+"""Products of low rank in a metric: exact where they are whole, best and priced exactly where they are truncated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgery.fitting.metric import Draws, Metric
+from surgery.methods.siblings.lowrank import factors
+
+
+def made(out, n, seed, samples):
+    """A difference, and moments of inputs and outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    d = torch.randn(out, n, generator=generator, dtype=torch.float64)
+    x = torch.randn(samples, n, generator=generator, dtype=torch.float64)
+    g = torch.randn(2 * out, out, generator=generator, dtype=torch.float64)
+    return d, x.T @ x, g.T @ g + 1e-3 * torch.eye(out)
+
+
+def price(error, into, out):
+    return float(((out @ error @ into) * error).sum())
+
+
+CASES = given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 99), st.integers(1, 12), st.booleans())
+
+
+@CASES
+@settings(max_examples=60, deadline=None)
+def test_full_rank_is_exact_and_every_tail_is_what_the_truncation_costs(out, n, seed, samples, both):
+    d, into, metric = made(out, n, seed, samples)
+    found = factors(d, into, metric if both else None)
+    g = metric if both else torch.eye(out, dtype=torch.float64)
+    torch.testing.assert_close(found.product(), d)
+    whole = price(d, into, g)
+    for rank, tail in enumerate(found.tails.tolist()):
+        assert price(d - found.product(rank), into, g) == pytest.approx(tail, rel=1e-6, abs=1e-9 * whole)
+
+
+@CASES
+@settings(max_examples=30, deadline=None)
+def test_no_product_of_the_rank_costs_less(out, n, seed, samples, both):
+    d, into, metric = made(out, n, seed, samples)
+    g = metric if both else torch.eye(out, dtype=torch.float64)
+    found = factors(d, into, metric if both else None)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for rank in range(min(out, n)):
+        u = torch.randn(out, rank, generator=generator, dtype=torch.float64) + found.contexts[:, :rank]
+        # The best rows for these contexts: weighted least squares.
+        rows = torch.linalg.lstsq(u.T @ g @ u, u.T @ g @ d).solution if rank else d[:0]
+        assert price(d - u @ rows, into, g) >= float(found.tails[rank]) * (1 - 1e-6) - 1e-9
+
+
+def test_with_identities_it_is_the_plain_svd():
+    d, _, _ = made(7, 5, 0, 1)
+    found, (u, s, v) = factors(d, torch.eye(5), torch.eye(7)), torch.linalg.svd(d, full_matrices=False)
+    torch.testing.assert_close(found.energy, s.square())
+    torch.testing.assert_close(found.product(2), u[:, :2] * s[:2] @ v[:2])
+
+
+def test_both_factors_of_a_direction_are_of_one_size():
+    d, into, out = made(6, 8, 1, 20)
+    found = factors(d, into, out)
+    torch.testing.assert_close(found.rows.square().mean(1), found.contexts.square().mean(0))
+
+
+def test_a_metric_of_draws_prices_independent_errors_as_sensitivities_do():
+    generator = torch.Generator().manual_seed(0)
+    draws, power = Draws(), 0.0
+    for _ in range(200):
+        g = torch.randn(6, 1, generator=generator) @ torch.randn(1, 9, generator=generator)
+        draws.add(g)
+        power += float(g.square().mean()) / 200
+    metric = draws.metric(200)
+    errors = [torch.randn(6, 9, generator=generator) for _ in range(200)]
+    mean = sum(metric.price(e) / float(e.square().sum()) for e in errors) / 200
+    assert mean == pytest.approx(power, rel=0.05)
+    assert Metric.independent(power, 6, 9).price(errors[0]) == pytest.approx(
+        power * float(errors[0].square().sum())
+    )
+
+
+def test_a_metric_of_draws_prices_any_error_where_gradients_are_products():
+    """Gradients `a b^T` with independent a and b are exactly what the Kronecker product assumes."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(6, 6, generator=generator), torch.randn(9, 9, generator=generator)
+    error = torch.randn(6, 1, generator=generator) @ torch.randn(1, 9, generator=generator)
+    draws, moved, n = Draws(), 0.0, 4000
+    for _ in range(n):
+        g = (left @ torch.randn(6, 1, generator=generator)) @ (torch.randn(1, 9, generator=generator) @ right)
+        draws.add(g)
+        moved += float((g * error).sum() ** 2) / n
+    assert draws.metric(n).price(error) == pytest.approx(moved, rel=0.25)
+
+
+def test_draws_without_a_usable_gradient_have_no_metric():
+    draws = Draws()
+    assert draws.metric(1) is None
+    draws.add(torch.zeros(2, 3))
+    assert draws.metric(1) is None
