@@ -108,12 +108,13 @@ def make_trainer(
     joint = surgery.join([deepcopy(member) for member in members])
     settings = Training(evolution=Evolution(fraction=0.5, challengers=1))
     accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision="bf16" if options.bf16 else "no")
-    start(joint, settings.evolution, options.seed)
+    start(joint, settings, options.seed)
     tasks = [Task(name, name, Again(batch)) for name, batch in batches.items()]
     trainer = Trainer(joint, tasks, settings, options.seed, accelerator)
     joint.bodies.train()
     if competing:
-        trainer.contend()
+        for each in trainer.moves:
+            each.before_generation()
     return trainer
 
 

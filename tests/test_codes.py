@@ -6,9 +6,9 @@ from torch import nn
 
 import surgery
 from surgery.errors import PlanError
-from surgery.methods.hypermodules.starts import start
-from surgery.settings.training import Evolution
+from surgery.settings.training import Evolution, Training
 from surgery.storage.stored import store
+from surgery.training.loop.starting import start
 from surgery.training.loop.state import restore, snapshot
 from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
@@ -37,7 +37,7 @@ def batches(seed=0):
 @pytest.mark.parametrize("codes", ["contexts", "ones", "diagonals"])
 def test_every_kind_of_code_starts_exactly(codes):
     joint = joined()
-    start(joint, Evolution(codes=codes), seed=0)
+    start(joint, Training(evolution=Evolution(codes=codes)), seed=0)
     for seed in range(2):
         for name, tensor in net(seed).state_dict().items():
             assert torch.equal(joint.collapse(f"net{seed}")[name], tensor)
@@ -82,7 +82,7 @@ def test_ones_without_sharing_are_plain_training():
 
 def test_order_shares_the_same_place_of_every_member():
     joint = joined()
-    start(joint, Evolution(codes="ones", start="order", change="none"), seed=0)
+    start(joint, Training(evolution=Evolution(codes="ones", start="order", change="none")), seed=0)
     first, second = (joint.collapse(name)["2.weight"] for name in joint.names)
     assert torch.equal(first, second)
 
@@ -98,7 +98,7 @@ def test_alternatives_compete_without_contexts():
 
 def test_diagonals_are_part_of_a_state():
     joint = joined()
-    start(joint, Evolution(codes="diagonals"), seed=0)
+    start(joint, Training(evolution=Evolution(codes="diagonals")), seed=0)
     bank = joint.dictionary["8x4-float32"]
     with torch.no_grad():
         bank.diagonals.normal_()
@@ -112,7 +112,7 @@ def test_diagonals_are_part_of_a_state():
 def test_a_diagonal_is_added_to_the_block():
     joint = joined(1)
     before = joint.collapse("net0")["2.weight"].clone()
-    start(joint, Evolution(codes="diagonals"), seed=0)
+    start(joint, Training(evolution=Evolution(codes="diagonals")), seed=0)
     bank = joint.dictionary["8x4-float32"]
     with torch.no_grad():
         bank.diagonals[0] = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -126,4 +126,4 @@ def test_codes_that_cannot_be_are_refused():
         Evolution(codes="ones", contexts="fitted")
     joint = joined().open()
     with pytest.raises(PlanError, match="joined anew"):
-        start(joint, Evolution(codes="diagonals"), seed=0)
+        start(joint, Training(evolution=Evolution(codes="diagonals")), seed=0)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from surgery.methods.hypermodules.bank import HypermoduleBank
-from surgery.methods.hypermodules.evolution import carry, conclude, contend, inherit, prune, redraw, regroup
+from surgery.methods.hypermodules.evolution import conclude, contend, inherit, prune, redraw, regroup
 from surgery.settings.training import Evolution
+from surgery.training.loop.optimizers import carry
 
 LOCATIONS, CONTEXT, WIDTH = 24, 2, 5
 

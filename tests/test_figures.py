@@ -17,10 +17,10 @@ from surgery.artifact.card import make_card
 from surgery.artifact.shares import count_shares
 from surgery.core import sizes
 from surgery.members.member import owners_of
-from surgery.methods.hypermodules.starts import start
-from surgery.settings.training import Evolution
+from surgery.settings.training import Evolution, Training
 from surgery.storage.stored import store
 from surgery.storage.trim import trim
+from surgery.training.loop.starting import start
 from surgery.training.report.comparison import measure, total, verdict, whole_parts
 from surgery.training.report.runlog import find_log, read_log
 from surgery.training.tasks.validation import Score
@@ -56,7 +56,7 @@ def test_parameters_are_those_of_pytorch_and_bytes_those_of_the_state_dict():
 @given(st.integers(0, 2**31 - 1), st.integers(1, 12), st.integers(1, 3))
 def test_parts_add_up_whatever_the_alignment(seed, hypermodules, context):
     joint = training_nets.build(context=context)
-    start(joint, Evolution(start="random", hypermodules=hypermodules), seed)
+    start(joint, Training(evolution=Evolution(start="random", hypermodules=hypermodules)), seed)
     stored = store(joint)
     rows = sizes.count_tensors(stored)
     assert sum(row.nbytes for row in rows) == stored.nbytes == sum(sizes.bytes_joint(stored).values())
@@ -73,7 +73,7 @@ def test_parts_add_up_whatever_the_alignment(seed, hypermodules, context):
 
 def test_a_start_without_sharing_is_the_members_alone():
     joint = training_nets.build(block=(16, 16))
-    start(joint, Evolution(start="own"), 0)
+    start(joint, Training(evolution=Evolution(start="own")), 0)
     found, modules = measure(joint)
     assert found["joint"] == found["alone"] and not modules
 
@@ -81,12 +81,12 @@ def test_a_start_without_sharing_is_the_members_alone():
 def test_pictures_of_modules_and_of_sharing_tell_of_the_same_sharing():
     """A pair of members has blocks on shared rows exactly where a stored hypermodule has both."""
     joint = training_nets.build(context=1)
-    start(joint, Evolution(start="random", hypermodules=3), 0)
+    start(joint, Training(evolution=Evolution(start="random", hypermodules=3)), 0)
     shares = count_shares(store(joint))
     both = sum(count for names, count in shares.modules.items() if names == "a+b")
     assert both and shares.blocks[0][1] and shares.blocks[1][0]
     start_again = training_nets.build(context=4)
-    start(start_again, Evolution(), 0)  # every hypermodule has one location, so collapse takes it away
+    start(start_again, Training(), 0)  # every hypermodule has one location, so collapse takes it away
     alone = count_shares(store(start_again))
     assert not alone.modules and alone.blocks == ((0, 0), (0, 0))
 

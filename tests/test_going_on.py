@@ -10,8 +10,9 @@ from training_nets import CONFIG, build, net, tasks
 import surgery
 from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.opening import open_rest
-from surgery.methods.hypermodules.starts import start, take_over
-from surgery.settings.training import Evolution
+from surgery.methods.hypermodules.starts import take_over
+from surgery.settings.training import Evolution, Training
+from surgery.training.loop.starting import start
 from surgery.training.train import train
 
 KEY, SMALL = "8x8-float32", "4x4-float32"
@@ -33,7 +34,7 @@ def test_a_start_separates_what_is_equal_or_leaves_it_shared(kind, modules, code
     joint = twins()
     before, x = joint.collapse(), torch.randn(5, 4)
     expected = joint["b"](x)
-    start(joint, Evolution(start=kind, codes=codes), seed=0)
+    start(joint, Training(evolution=Evolution(start=kind, codes=codes)), seed=0)
     bank = joint.dictionary[KEY]
     assert bank.hypermodules == modules == len(set(bank.psi.tolist()))
     torch.testing.assert_close(joint["b"](x), expected, rtol=1e-5, atol=1e-6)
@@ -69,7 +70,7 @@ def test_an_alignment_is_taken_over_from_an_artifact(artifact):
         surgery.load_member(loaded.extract(name), name=name, inputs=torch.zeros(2, 4)) for name in "ab"
     ]
     joint = take_over(surgery.join(members, block=(4, 4), context=1), loaded)
-    start(joint, Evolution(start="given"), seed=0)
+    start(joint, Training(evolution=Evolution(start="given")), seed=0)
     now, then = joint.dictionary[SMALL], trained.dictionary[SMALL]
     together = (now.psi[:, None] == now.psi) & (now.psi < kept)[:, None]
     assert bool((then.psi[:, None] == then.psi)[together].all())

@@ -24,24 +24,6 @@ ROOMS = (
 """From the bottom to the top: a room imports from itself and from those before it."""
 
 
-NOT_YET = {
-    "training.loop.describing imports methods.templates.training",
-    "training.loop.run imports methods.templates.training",
-    "training.loop.run imports methods.templates.transfer",
-    "training.loop.state imports methods.hypermodules.bank",
-    "training.loop.state imports methods.hypermodules.contest",
-    "training.loop.state_check imports methods.templates.training",
-    "training.loop.trainer imports methods.hypermodules.contest",
-    "training.loop.trainer imports methods.hypermodules.evolution",
-    "training.loop.trainer imports methods.hypermodules.starts",
-    "training.loop.trainer imports methods.templates.training",
-    "training.report.pictures imports methods.templates.pictures",
-    "training.train imports methods.hypermodules.starts",
-    "training.train imports methods.templates.transfer",
-}
-"""Imports that run upwards until methods register what they do; a line goes as soon as its import does."""
-
-
 def modules() -> dict[str, Path]:
     """Every module of the package by its name below `surgery`."""
     found = {}
@@ -83,7 +65,7 @@ def test_no_import_runs_upwards():
         for other in imports(path, known)
         if (there := room(other)) is None or there > (room(module) or 0)
     ]
-    assert sorted(upwards) == sorted(NOT_YET)
+    assert upwards == []
 
 
 def test_no_circles():

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from surgery.disk.records import RECORD
 from surgery.errors import OutputError, TrainingError
-from surgery.methods.hypermodules.starts import start
-from surgery.settings.training import Evolution
-from surgery.training.report.analysis import STATISTICS, kinds_of_modules, layer_overlap
-from surgery.training.report.pictures import PICTURES, draw_run, write_pictures
+from surgery.methods.hypermodules.analysis import STATISTICS, kinds_of_modules, layer_overlap
+from surgery.settings.training import Training
+from surgery.training.loop.starting import start
+from surgery.training.report.pictures import draw_run, pictures_of, write_pictures
 from surgery.training.report.report import TrainReport
 from surgery.training.report.runlog import find_log, read_log
 from surgery.training.tasks.validation import Score
@@ -29,7 +29,7 @@ from surgery.training.train import train
 def opened(psi=None, seed=0):
     """Two small members with one bank, their alignment as it starts or as given."""
     joint = training_nets.build()
-    start(joint, Evolution(), seed)
+    start(joint, Training(), seed)
     if psi is not None:
         key = next(iter(joint.dictionary))
         joint.dictionary[key].psi = torch.tensor(psi)
@@ -113,7 +113,7 @@ def pixels(content):
 
 def test_every_picture_is_drawn_and_shows_something(run):
     drawn = draw_run(find_log(run))
-    assert set(drawn) == set(PICTURES) - {"mixtures.png"}  # there are no templates
+    assert set(drawn) == set(pictures_of({})) - {"mixtures.png"}  # there are no templates
     for content in drawn.values():
         assert len(np.unique(pixels(content), axis=0)) > 8
     assert drawn == draw_run(find_log(run)), "the same log gives the same bytes"
@@ -132,7 +132,9 @@ def test_the_verb_draws_and_tells(run, tmp_path):
     assert found.exit_code == 0, found.output
     facts = json.loads(found.stdout)
     assert facts["finished"] and facts["generations"] == 6 and facts["members"] == ["a", "b"]
-    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {*PICTURES, RECORD} - {"mixtures.png"}
+    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {*pictures_of({}), RECORD} - {
+        "mixtures.png"
+    }
     shown = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "pictures")])
     assert "6 generations, finished" in shown.output and "layers.png" in shown.output
 

@@ -16,7 +16,6 @@ from surgery.core import generation
 from surgery.core.joining import join
 from surgery.core.sizes import parameters_of_dictionary
 from surgery.errors import PlanError
-from surgery.methods.hypermodules.starts import start
 from surgery.methods.templates.bank import TemplateBank
 from surgery.methods.templates.mixtures import Templates
 from surgery.methods.templates.plan import plan_templates
@@ -24,6 +23,7 @@ from surgery.methods.templates.training import penalty, stacks_of
 from surgery.settings.training import Evolution, TemplateSettings, Training
 from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.run import STATE
+from surgery.training.loop.starting import start
 from surgery.training.loop.trainer import Trainer
 from surgery.training.report.pictures import draw_run
 from surgery.training.report.runlog import read_log
@@ -181,7 +181,7 @@ def test_what_is_frozen_stays(settings, templates, mixtures):
     joint = build()
     config = {**CONFIG, "final": 0, "templates": {"count": 2, "start": "sequential", **settings}}
     twin = build()
-    start(twin, Evolution(), 0, TemplateSettings(count=2, **{"start": "sequential", **settings}))
+    start(twin, Training(templates=TemplateSettings(count=2, **{"start": "sequential", **settings})), 0)
     train(joint, [task()], {**config, "stopping": {"keep": "last"}}, cpu=True)
     for name, banks in stacks_of(joint).items():
         for key, bank in banks.items():
@@ -193,7 +193,7 @@ def test_what_is_frozen_stays(settings, templates, mixtures):
 @pytest.mark.parametrize("start_by", ["uniform", "random", "sequential", "cyclic", "progressive", "fit"])
 def test_a_deeper_model_has_no_more_templates(start_by):
     joint = build(layers=9)
-    start(joint, Evolution(), 0, TemplateSettings(count=2, start=start_by))
+    start(joint, Training(templates=TemplateSettings(count=2, start=start_by)), 0)
     for banks in stacks_of(joint).values():
         for bank in banks.values():
             assert bank.rows.shape[0] == 2 and bank.locations == 9 and bank.mixing == "softmax"
@@ -206,7 +206,7 @@ def test_a_signature_is_that_of_each_member(start_by, one):
     with torch.no_grad():
         members[1].module[1].into.weight.mul_(2)  # not the same layers
     joint = join(members, plan_templates([discover(each) for each in members], (4, 4), 2))
-    start(joint, Evolution(), 0, TemplateSettings(count=3, start=start_by))
+    start(joint, Training(templates=TemplateSettings(count=3, start=start_by)), 0)
     for banks in stacks_of(joint).values():
         chosen = next(iter(banks.values())).coefficients.argmax(1).tolist()
         assert chosen == one * 2
@@ -215,7 +215,7 @@ def test_a_signature_is_that_of_each_member(start_by, one):
 def test_the_penalty_draws_mixtures_to_signatures_and_templates_together():
     joint = build()
     settings = TemplateSettings(count=2, start="random", entropy=1.0, attraction=1.0, sure=0.7)
-    start(joint, Evolution(), 0, settings)
+    start(joint, Training(templates=settings), 0)
     (banks,) = stacks_of(joint).values()
     first = next(iter(banks.values()))
     before = first.coefficients.max(1).values.mean()
@@ -256,7 +256,7 @@ def test_settings_that_cannot_be_are_refused():
         with pytest.raises(PlanError, match="found linear ones"):
             train(build(), [task()], {"templates": {"count": 2, "mixing": "linear", **wrong}}, cpu=True)
     with pytest.raises(PlanError, match="codes to contexts or ones"):
-        start(build(), Evolution(start="given", codes="diagonals"), 0)
+        start(build(), Training(evolution=Evolution(start="given", codes="diagonals")), 0)
 
 
 @pytest.mark.parametrize("mixing", ["softmax", "linear"])

@@ -11,10 +11,11 @@ from torch import nn
 import surgery
 from surgery.anatomy.sites import discover
 from surgery.core.joining import join
+from surgery.core.sizes import parameters_trained
 from surgery.errors import LoadError, PlanError
 from surgery.methods.templates.plan import plan_templates
 from surgery.methods.templates.training import stacks_of
-from surgery.methods.templates.transfer import candidates, states_of, trained_numbers, transfer
+from surgery.methods.templates.transfer import candidates, states_of, transfer
 from surgery.pipeline.trial import begin_from_source, best_of, load_source
 from surgery.settings.training import TemplateSettings, Training
 from surgery.training.tasks.tasks import Task
@@ -90,7 +91,7 @@ def test_only_mixtures_norms_and_head_are_trained(states):
     assert "1.into.weight" in changed and "1.norm.weight" in changed and "6.weight" in changed
     assert not {"0.weight", "0.bias", "5.bias"} & changed
     # 4 layers x 3 templates, 4 norms of 24, a head of 34, and the one site outside stacks.
-    assert report.trained == trained_numbers(joint) == 12 + 4 * 24 + 34 + 16 * 8
+    assert report.trained == parameters_trained(joint) == 12 + 4 * 24 + 34 + 16 * 8
 
 
 def test_the_best_source_is_found_by_trying_each(states, tmp_path):

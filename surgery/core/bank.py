@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -30,12 +30,16 @@ class Trained:
         parameters: those that are trained.
         decay: whether they decay as weights do.
         lr: learning rate; by default that of the run.
+        scheduled: whether the learning rate follows the run's schedule.
+        options: of the optimizer, such as `eps`.
     """
 
     role: str
     parameters: tuple[nn.Parameter, ...]
     decay: bool = True
     lr: float | None = None
+    scheduled: bool = True
+    options: Mapping[str, float] = field(default_factory=dict)
 
 
 class Bank(nn.Module, ABC):

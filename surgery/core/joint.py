@@ -111,6 +111,10 @@ class JointModel(nn.Module):
         """What is trained of the members themselves, beside the dictionary."""
         return [p for p in self.bodies.parameters() if p.requires_grad]
 
+    def stepped(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What the optimizer gets for a private parameter."""
+        return parameter
+
     def private(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters that are a member's own, trained or not; its `named_parameters` has the dictionary's too."""
         return dict(nn.Module.named_parameters(self[name]))
@@ -310,8 +314,18 @@ class JointModel(nn.Module):
             templates: how the plan's stacks are opened; by default with as many templates as an artifact had, or else
                 one for each distinct layer, so that nothing changes.
         """
+        return self.open_by(
+            {"hypermodules": {"context": context, "scale": scale}, "templates": templates}, seed
+        )
+
+    def open_by(self, options: Mapping[str, Any], seed: int = 0) -> JointModel:
+        """Make every bank trainable; outputs stay what they were, where a method's options let them.
+
+        Args:
+            options: by method, as its `open` reads them.
+            seed: of all that is drawn.
+        """
         self.begin("Opening the dictionary")
-        options = {"hypermodules": {"context": context, "scale": scale}, "templates": templates}
         how = Opening(torch.Generator().manual_seed(seed), options)
         self.plan = open_dictionary(self.plan, self.dictionary, how)
         self.refresh()

@@ -12,7 +12,7 @@ are found by the entry points `surgery.methods` of installed packages, or regist
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -33,13 +33,18 @@ from surgery.util.wording import sentence
 if TYPE_CHECKING:
     from surgery.anatomy.plan import BankPlan, Placement, Plan
     from surgery.anatomy.sites import Anatomy
+    from surgery.core.joint import JointModel
     from surgery.core.settle import Settled
     from surgery.fitting.scene import Scene
     from surgery.fitting.units import Group
     from surgery.settings.target import Target
+    from surgery.settings.training import Training
     from surgery.storage.stored import Stored
     from surgery.training.loop.moves import Moves
     from surgery.training.loop.trainer import Trainer
+
+Picture = Callable[[dict[str, Any], Sequence[dict[str, Any]], dict[str, Any] | None], bytes | None]
+"""Draws lines of a run's log as a PNG file: the first, those of generations, and the last where there is one."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,32 @@ class Method(ABC):
         Raises:
             PlanError: where it can take nothing, or settings do not suit the members.
         """
+
+    # -- training ------------------------------------------------------------------------------------------
+
+    def unsuited(self, joint: JointModel, config: Training) -> list[str]:
+        """Why a joint model cannot be trained by the settings of a run, in sentences, before anything changes."""
+        return []
+
+    def start(self, joint: JointModel, config: Training, generator: torch.Generator) -> None:
+        """Prepare what is the method's of a joint model that is open, before the optimizer is made.
+
+        Args:
+            joint: to be trained.
+            config: settings of the run.
+            generator: on the CPU, of the run's seed.
+        """
+        return
+
+    def moves(self, trainer: Trainer) -> Moves:
+        """What the method does while it is trained; by default nothing but to be stepped by the optimizer."""
+        from surgery.training.loop.moves import Moves  # where training is: above this
+
+        return Moves(self.name, trainer)
+
+    def pictures(self) -> dict[str, Picture]:
+        """What is drawn of a run's log, by file name: functions that return a PNG file, or None for nothing."""
+        return {}
 
 
 class TensorMethod(Method):
@@ -252,11 +283,26 @@ class TensorMethod(Method):
         """
         return {}
 
-    def moves(self, trainer: Trainer) -> Moves:
-        """What the method does while it is trained; by default nothing but to be stepped by the optimizer."""
-        from surgery.training.loop.moves import Moves  # where training is: above this
+    def training_options(self, config: Training) -> Any:
+        """What `open` finds in its options when a run begins; None where the method has no use for them."""
+        return None
 
-        return Moves(self.name, trainer)
+    def take_over(self, joint: JointModel, loaded: JointModel) -> None:
+        """Give members that were joined anew the method's banks of the artifact that they came from.
+
+        By default a bank goes on where the method made it and its sites lie as they did.
+
+        Args:
+            joint: as `join` made it; its banks are replaced in place.
+            loaded: as `load` returned it.
+        """
+        for key in keys_of(joint.plan, self.name):
+            mine, theirs = (
+                [(p.site.member, p.site.name, p.grid, p.start) for p in each.plan.placements if p.bank == key]
+                for each in (joint, loaded)
+            )
+            if mine and mine == theirs and loaded.dictionary[key].form == self.form:
+                joint.dictionary.banks[key] = loaded.dictionary[key]
 
 
 # -- the registry --------------------------------------------------------------------------------------------
@@ -352,6 +398,12 @@ def methods_of(plan: Plan) -> list[TensorMethod]:
     return [tensor_method(name) for name in dict.fromkeys(bank.method for bank in plan.banks)]
 
 
+def active_methods(joint: JointModel) -> list[Method]:
+    """The methods that a joint model uses: of its banks, and those that replaced modules."""
+    replaced = [each.replacement.method for member in joint.members.values() for each in member.replaced]
+    return [*methods_of(joint.plan), *(find_method(name) for name in dict.fromkeys(replaced))]
+
+
 def keys_of(plan: Plan, method: str) -> list[str]:
     """The keys of a method's banks."""
     return [bank.key for bank in plan.banks if bank.method == method]
@@ -377,8 +429,10 @@ __all__ = [
     "DEFAULT_METHOD",
     "Method",
     "Opening",
+    "Picture",
     "PlanRequest",
     "TensorMethod",
+    "active_methods",
     "find_method",
     "follow_up",
     "keys_of",

@@ -155,6 +155,11 @@ def parameters_of_dictionary(joint: JointModel) -> tuple[int, int]:
     return round(now), sum(math.prod(p.site.shape) for p in joint.plan.placements)
 
 
+def parameters_trained(joint: JointModel) -> int:
+    """Parameters that training changes: of the dictionary and private ones, but for those that are frozen."""
+    return sum(parameter.numel() for parameter in joint.parameters() if parameter.requires_grad)
+
+
 def location_parameters(joint: JointModel, key: str) -> Tensor:
     """Parameters that each location takes of a bank after collapse `[L]`, float64.
 

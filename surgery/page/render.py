@@ -359,12 +359,17 @@ def _share(run: Run) -> Chart | None:
 
 
 def _modules(run: Run) -> Chart | None:
-    from surgery.training.report.pictures import ranked_subsets
+    from surgery.methods.hypermodules.pictures import ranked_subsets
 
     steps = [line["generation"] + 1 for line in run.generations]
     names = [name for name in ranked_subsets(run.generations) if name][:_LINES]
     series = [
-        Series(name.replace("+", " + "), steps, [line["subsets"].get(name, 0) for line in run.generations], k)
+        Series(
+            name.replace("+", " + "),
+            steps,
+            [line.get("subsets", {}).get(name, 0) for line in run.generations],
+            k,
+        )
         for k, name in enumerate(names)
     ]
     most = max((y for each in series for y in each.y), default=0)

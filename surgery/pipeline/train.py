@@ -16,13 +16,13 @@ from surgery.artifact.manifest import read_manifest
 from surgery.artifact.recorded import origin_of
 from surgery.core.joining import join
 from surgery.core.joint import JointModel
+from surgery.core.method import methods_of
 from surgery.disk.claims import claim_of_first
 from surgery.disk.folders import check_target
 from surgery.disk.records import remove_owned
 from surgery.errors import ConsentError, LoadError, PlanError, SurgeryError
 from surgery.members.member import Origin
 from surgery.members.references import load_origin, ships
-from surgery.methods.hypermodules.starts import take_over
 from surgery.permission import Permission
 from surgery.pipeline.finished import FOLDER, finished_run, going_on, run_folder
 from surgery.pipeline.merge import Prepared, input_paths, plan_members, prepare
@@ -212,7 +212,10 @@ def rejoin(
     loaded = load(folder, trust_remote_code=trust_remote_code)
     members = [loaded.copy_member(name) for name in loaded.names]
     plan = plan_members(recipe, members, going_on=True)[1]
-    joint = take_over(join(members, plan), loaded)
+    joint = join(members, plan)
+    for method in methods_of(plan):
+        method.take_over(joint, loaded)
+    joint.refresh()
     joint.encoded = dict(loaded.encoded)  # what training leaves as it is keeps its stored form
     joint.keep_known(replace(loaded.known, stale=frozenset(joint.names)))  # as they are to be trained
     return joint

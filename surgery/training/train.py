@@ -16,8 +16,6 @@ from surgery.anatomy.selectors import share_selectors
 from surgery.core.joint import JointModel
 from surgery.disk.claims import claim_of_first
 from surgery.members.extra_state import extra_state_of, to_document
-from surgery.methods.hypermodules.starts import start
-from surgery.methods.templates.transfer import freeze
 from surgery.settings.training import Training
 from surgery.training.checking import check_run
 from surgery.training.distributed.fsdp import (
@@ -30,6 +28,7 @@ from surgery.training.distributed.fsdp import (
 )
 from surgery.training.loop.run import Run, check_folder
 from surgery.training.loop.sharing_private import share_private
+from surgery.training.loop.starting import freeze, start
 from surgery.training.loop.trainer import Trainer
 from surgery.training.report.comparison import measure
 from surgery.training.report.report import TrainReport
@@ -135,7 +134,7 @@ def _train(
     with made_losses(joint, tasks, place_original) as losses:
         # Under FSDP an original that is distilled is elsewhere than the members are until they are cut.
         rehearse(joint, tasks, losses if sharding is None else {}, seed)
-        start(joint, settings.evolution, seed, settings.templates)
+        start(joint, settings, seed)
         names = {name: list(joint.private(name)) for name in joint.names}
         share_private(joint, share_selectors(settings.share, names, "train.share"))
         freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))

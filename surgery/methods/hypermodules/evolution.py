@@ -1,12 +1,10 @@
 """One generation's changes to a bank: alternatives are drawn, one is chosen, what nobody uses is removed.
 
 A bank changes size as its alignment evolves. Each function here changes the bank in place and says where every
-row of its parameters came from, so that the optimizer's state can follow (see `carry`).
+row of its parameters came from, so that the optimizer's state can follow (`training.loop.optimizers.carry`).
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +20,7 @@ from surgery.methods.hypermodules.explanation import (
     scale_contexts,
 )
 from surgery.methods.hypermodules.settings import Evolution
-
-
-@dataclass(frozen=True)
-class Resized:
-    """A parameter that took another's place: row r of `new` was row `source[r]` of `old`, -1 where it is new."""
-
-    old: nn.Parameter
-    new: nn.Parameter
-    source: Tensor
+from surgery.training.loop.optimizers import Resized
 
 
 def contend(
@@ -115,23 +105,6 @@ def prune(bank: HypermoduleBank) -> list[Resized]:
         return []
     bank.psi = compact
     return [_take_rows(bank, used)]
-
-
-def carry(optimizer: torch.optim.Optimizer, resized: Resized) -> None:
-    """Put a resized parameter in its predecessor's place in an optimizer; new rows start without history."""
-    for group in optimizer.param_groups:
-        group["params"] = [resized.new if p is resized.old else p for p in group["params"]]
-    state = optimizer.state.pop(resized.old, None)
-    if state is None:
-        return
-    fresh = resized.source < 0
-    moved = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.shape == resized.old.shape:
-            value = value[resized.source.clamp_min(0)]
-            value[fresh] = 0
-        moved[key] = value
-    optimizer.state[resized.new] = moved
 
 
 @torch.no_grad()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import Placement, Plan, make_plan
 from surgery.core.bank import Bank
-from surgery.core.method import Opening, PlanRequest, register_method
+from surgery.core.method import Opening, Picture, PlanRequest, register_method
 from surgery.errors import PlanError
 from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.opening import fixed_bank, open_bank, open_rest
@@ -22,9 +22,13 @@ from surgery.settings.names import SHIPPED_METHODS, Scale
 
 if TYPE_CHECKING:
     from surgery.anatomy.sites import Anatomy
+    from surgery.core.joint import JointModel
     from surgery.core.settle import Settled
     from surgery.fitting.scene import Scene
     from surgery.settings.target import Target
+    from surgery.settings.training import Training
+    from surgery.training.loop.moves import Moves
+    from surgery.training.loop.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,43 @@ class Hypermodules(RowsMethod):
         """Every single row becomes a hypermodule; hypermodules that there are stay."""
         given = HypermoduleOpening(**how.options.get(self.name, {}))
         return {key: self._open(plan, key, bank, how, given) for key, bank in banks.items()}
+
+    # -- training ------------------------------------------------------------------------------------------
+
+    def training_options(self, config: Training) -> dict[str, Any]:
+        """Hypermodules of one basis block where locations have no contexts."""
+        settings = config.evolution
+        return {"context": None if settings.codes == "contexts" else 0, "scale": settings.scale}
+
+    def unsuited(self, joint: JointModel, config: Training) -> list[str]:
+        """Codes that cannot go on from what there is."""
+        from surgery.methods.hypermodules.starts import wrong_start
+
+        return wrong_start(joint, config.evolution)
+
+    def start(self, joint: JointModel, config: Training, generator: torch.Generator) -> None:
+        """Give every bank the alignment to begin with."""
+        from surgery.methods.hypermodules.starts import align
+
+        align(joint, config.evolution, generator)
+
+    def take_over(self, joint: JointModel, loaded: JointModel) -> None:
+        """Hypermodules go on in all blocks that the artifact has too."""
+        from surgery.methods.hypermodules.starts import take_over
+
+        take_over(joint, loaded)
+
+    def moves(self, trainer: Trainer) -> Moves:
+        """Evolution."""
+        from surgery.methods.hypermodules.moves import HypermoduleMoves
+
+        return HypermoduleMoves(self.name, trainer)
+
+    def pictures(self) -> dict[str, Picture]:
+        """Who uses hypermodules, which layers share, and the alignment over time."""
+        from surgery.methods.hypermodules.pictures import draw_alignment, draw_layers, draw_subsets
+
+        return {"modules.png": draw_subsets, "layers.png": draw_layers, "alignment.png": draw_alignment}
 
     def _open(self, plan: Plan, key: str, bank: Bank, how: Opening, given: HypermoduleOpening) -> Bank:
         if not isinstance(bank, RowsBank):

@@ -3,73 +3,58 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.core.joint import JointModel
-from surgery.errors import PlanError
+from surgery.core.method import keys_of
 from surgery.methods.hypermodules.evolution import regroup
 from surgery.methods.hypermodules.settings import Evolution
 from surgery.methods.rows.bank import RowsBank
-from surgery.methods.templates.mixtures import Templates
-from surgery.methods.templates.settings import TemplateSettings
-from surgery.methods.templates.training import how_to_open, settle_parts
 
 
-def start(
-    joint: JointModel, settings: Evolution, seed: int, templates: TemplateSettings | None = None
-) -> None:
-    """Open every bank for training and give it the alignment that `settings.start` names.
-
-    Args:
-        joint: as `join` made it, or loaded from an artifact.
-        settings: of the evolution.
-        seed: of new basis blocks, and of a random alignment or signature.
-        templates: of the plan's stacks.
-    """
-    templates = templates or TemplateSettings()
+def wrong_start(joint: JointModel, settings: Evolution) -> list[str]:
+    """Why the alignment of a joint model cannot begin as `settings.start` and `settings.codes` say, in sentences."""
     if settings.start == "given" and settings.codes == "diagonals":
-        raise PlanError(
+        return [
             "Codes that are diagonals cannot go on from a given alignment, because collapse took them away: set "
             "train.evolution.codes to contexts or ones."
-        )
-    _open(joint, settings, seed, how_to_open(templates))
-    settle_parts(joint, templates)
-    generator = torch.Generator().manual_seed(seed)
-    for plan in joint.plan.banks:
-        if plan.stack:
-            continue
-        bank = joint.dictionary[plan.key]
+        ]
+    keys = keys_of(joint.plan, "hypermodules")
+    opened = [key for key in keys if getattr(joint.dictionary[key], "hypermodules", 0)]
+    if settings.codes != "contexts" and opened:
+        return [
+            f"Codes that are {settings.codes} need members joined anew, but {', '.join(opened)} already has "
+            "hypermodules with contexts: start from the members, or leave evolution.codes away."
+        ]
+    return []
+
+
+def align(joint: JointModel, settings: Evolution, generator: torch.Generator) -> None:
+    """Give every bank of hypermodules the alignment that `settings.start` names.
+
+    Args:
+        joint: open.
+        settings: of the evolution.
+        generator: of a random alignment.
+    """
+    for key in keys_of(joint.plan, "hypermodules"):
+        bank: Any = joint.dictionary[key]
+        if settings.codes == "diagonals":
+            bank.add_diagonals()
         if settings.start == "own":
             regroup(bank, torch.arange(bank.locations), same=True)
         elif settings.start == "order":
-            regroup(bank, by_order(joint, plan.key))
+            regroup(bank, by_order(joint, key))
         elif settings.start == "random":
             count = min(settings.hypermodules or bank.locations, bank.locations)
             regroup(bank, torch.randint(count, (bank.locations,), generator=generator))
         bank.rows.requires_grad_(not settings.freeze)
-    joint.refresh()
 
 
-def _open(joint: JointModel, settings: Evolution, seed: int, templates: Templates) -> None:
-    """Hypermodules for every bank, of c basis blocks or, where locations have no contexts, of one."""
-    if settings.codes == "contexts":
-        joint.open(seed=seed, templates=templates, scale=settings.scale)
-        return
-    blocks = [bank.key for bank in joint.plan.banks if not bank.stack]
-    if opened := [key for key in blocks if joint.dictionary[key].hypermodules]:
-        raise PlanError(
-            f"Codes that are {settings.codes} need members joined anew, but {', '.join(opened)} already has "
-            "hypermodules with contexts: start from the members, or leave evolution.codes away."
-        )
-    joint.open(context=0, seed=seed, templates=templates)
-    if settings.codes == "diagonals":
-        for key in blocks:
-            joint.dictionary[key].add_diagonals()
-
-
-def take_over(joint: JointModel, loaded: JointModel) -> JointModel:
+def take_over(joint: JointModel, loaded: JointModel) -> None:
     """Give a joint model the hypermodules of another one with the same members and weights.
 
     An artifact keeps as plain tensors what was not worth generating, so its plan may hold fewer sites; these stay
@@ -81,7 +66,7 @@ def take_over(joint: JointModel, loaded: JointModel) -> JointModel:
         loaded: as `load` returned it.
     """
     places = {(p.site.member, p.site.name): p for p in loaded.plan.placements}
-    for key in (bank.key for bank in joint.plan.banks if not bank.stack):
+    for key in keys_of(joint.plan, "hypermodules"):
         mine = [p for p in joint.plan.placements if p.bank == key]
         pairs = [
             (p, places[p.site.member, p.site.name]) for p in mine if (p.site.member, p.site.name) in places
@@ -103,8 +88,6 @@ def take_over(joint: JointModel, loaded: JointModel) -> JointModel:
         psi[shared], psi[~shared] = source.psi[origin[shared]], count + single
         rows = torch.cat([source.rows.detach()[: count * c], bank.rows.detach()[used]])
         joint.dictionary.banks[key] = RowsBank(bank.block, rows, psi, contexts, count)
-    joint.refresh()
-    return joint
 
 
 def by_order(joint: JointModel, key: str) -> Tensor:

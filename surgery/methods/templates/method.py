@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Plan
 from surgery.core.bank import Bank
-from surgery.core.method import Opening, PlanRequest, register_method
+from surgery.core.method import Opening, Picture, PlanRequest, register_method
 from surgery.methods.rows import parts as stored
 from surgery.methods.rows.bank import RowsBank
 from surgery.methods.rows.method import RowsMethod
@@ -21,11 +22,16 @@ from surgery.util.showing import plural
 
 if TYPE_CHECKING:
     from surgery.anatomy.sites import Anatomy
+    from surgery.core.joint import JointModel
     from surgery.core.settle import Settled
     from surgery.fitting.scene import Scene
     from surgery.fitting.units import Group
+    from surgery.methods.templates.mixtures import Templates
     from surgery.settings.target import Target
+    from surgery.settings.training import Training
     from surgery.storage.stored import Stored
+    from surgery.training.loop.moves import Moves
+    from surgery.training.loop.trainer import Trainer
 
 
 @register_method
@@ -86,3 +92,38 @@ class TemplatesMethod(RowsMethod):
             runs = run_lengths([p for p in plan.placements if p.bank == keys[0]])
             opened.update(reopen_stack(stack, how.options.get(self.name), how.generator, runs))
         return opened
+
+    # -- training ------------------------------------------------------------------------------------------
+
+    def training_options(self, config: Training) -> Templates:
+        """How many templates, in which mixtures."""
+        from surgery.methods.templates.training import how_to_open
+
+        return how_to_open(config.templates)
+
+    def unsuited(self, joint: JointModel, config: Training) -> list[str]:
+        """Mixtures that cannot be what the settings ask of them."""
+        from surgery.methods.templates.training import wrong_settings
+
+        return wrong_settings(config.templates)
+
+    def start(self, joint: JointModel, config: Training, generator: torch.Generator) -> None:
+        """Freeze what shall stay as it is."""
+        from surgery.methods.templates.training import settle_parts
+
+        settle_parts(joint, config.templates)
+
+    def take_over(self, joint: JointModel, loaded: JointModel) -> None:
+        """Nothing: templates are found again by fitting as many to what they generate."""
+
+    def moves(self, trainer: Trainer) -> Moves:
+        """Regularisers and hardening."""
+        from surgery.methods.templates.moves import TemplateMoves
+
+        return TemplateMoves(self.name, trainer)
+
+    def pictures(self) -> dict[str, Picture]:
+        """Mixtures over time."""
+        from surgery.methods.templates.pictures import draw_mixtures
+
+        return {"mixtures.png": draw_mixtures}

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from surgery.core.joint import JointModel
-from surgery.errors import PlanError
 from surgery.methods.templates.bank import TemplateBank
 from surgery.methods.templates.mixtures import Templates, harden_stack, has_templates
 from surgery.methods.templates.settings import TemplateSettings
@@ -20,17 +19,18 @@ def how_to_open(settings: TemplateSettings) -> Templates:
     return Templates(settings.count, settings.mixing, settings.start, settings.sure)
 
 
-def settle_parts(joint: JointModel, settings: TemplateSettings) -> None:
-    """Freeze what shall stay as it is: templates, or mixtures.
-
-    Raises:
-        PlanError: where linear mixtures, whose shares are no probabilities, shall be hardened or have an entropy.
-    """
+def wrong_settings(settings: TemplateSettings) -> list[str]:
+    """Linear mixtures, whose shares are no probabilities, can neither harden nor have an entropy: a sentence."""
     if settings.mixing == "linear" and (settings.harden or settings.entropy or settings.attraction):
-        raise PlanError(
+        return [
             "Hardening, entropy and attraction of templates need mixtures of positive shares, found linear ones: set "
             "templates.mixing (in a recipe parameters.mixture) to softmax."
-        )
+        ]
+    return []
+
+
+def settle_parts(joint: JointModel, settings: TemplateSettings) -> None:
+    """Freeze what shall stay as it is: templates, or mixtures."""
     for banks in stacks_of(joint).values():
         for bank in banks.values():
             bank.rows.requires_grad_(not settings.freeze)
@@ -70,16 +70,11 @@ def _gram(bank: TemplateBank) -> Tensor:
     return gram + (bank.columns.total(gram.detach().clone()) - gram.detach())
 
 
-def harden_stacks(joint: JointModel) -> list[tuple[Tensor, Tensor]]:
-    """Give every layer the template that contributes most to it; the parameters before and after, of each stack."""
-    changed = []
+def harden_stacks(joint: JointModel) -> None:
+    """Give every layer the template that contributes most to it."""
     for banks in stacks_of(joint).values():
-        first = next(iter(banks.values()))
-        before = first.contexts
         harden_stack(banks)
-        changed.append((before, first.contexts))
     joint.refresh()
-    return changed
 
 
 def mixtures_of(joint: JointModel) -> dict[str, list[list[float]]]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import Placement
-from surgery.anatomy.selectors import matches
 from surgery.core.generation import to_blocks
 from surgery.core.joint import JointModel
 from surgery.errors import PlanError
@@ -142,21 +141,3 @@ def _copy_sites(joint: JointModel, state: Mapping[str, Tensor]) -> None:
 def _stacked(joint: JointModel) -> list[Placement]:
     keys = {key for keys in joint.plan.stacks.values() for key in keys}
     return [p for p in joint.plan.placements if p.bank in keys]
-
-
-def freeze(joint: JointModel, selectors: Mapping[str, Sequence[str]]) -> None:
-    """Let private tensors stay as they are.
-
-    Args:
-        joint: any.
-        selectors: by member, exact names or `re:` patterns of tensors that no stack and no bank generates.
-    """
-    for name, chosen in selectors.items():
-        for key, parameter in joint.private(name).items():
-            if any(matches(selector, key) for selector in chosen):
-                parameter.requires_grad_(False)
-
-
-def trained_numbers(joint: JointModel) -> int:
-    """How many parameters training changes: rows, contexts and mixtures that are not frozen, and private ones."""
-    return sum(p.numel() for p in joint.parameters() if p.requires_grad)

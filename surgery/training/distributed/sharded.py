@@ -176,6 +176,10 @@ class ShardedModel(JointModel):
         """What this process holds of the private parameters that are trained, as plain tensors."""
         return [local for _, local in self._private]
 
+    def stepped(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What this process holds of a private parameter."""
+        return next((local for own, local in self._private if own is parameter), parameter)
+
     def trains(self, name: str, site: str) -> bool:
         """As in the joint model that was given."""
         return self._given[0].trains(name, site)

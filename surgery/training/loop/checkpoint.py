@@ -5,20 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.errors import TrainingError
+from surgery.training.loop.moves import pack_moves, state_of
 from surgery.training.loop.optimizers import plain
-from surgery.training.loop.state import (
-    Tensors,
-    model_tensors,
-    pack_contest,
-    random_state,
-    restore,
-    set_random_state,
-    under,
-    unpack_contest,
-)
+from surgery.training.loop.state import Tensors, model_tensors, random_state, restore, set_random_state, under
 from surgery.training.loop.state_check import wrong_state
 from surgery.training.tasks.stateful import pack_loss, unpack_loss
 
@@ -34,10 +26,8 @@ def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
     processes = trainer.processes
     model = processes.whole(model_tensors(trainer.joint))
     tensors = {f"model/{name}": tensor for name, tensor in model.items()}
-    for key, bank in trainer.evolving.items():
-        tensors |= {f"contest/{key}/{name}": t for name, t in pack_contest(bank.contest).items()}
-    for key in trainer.banks:
-        tensors[f"identity/{key}"] = trainer.identity[key]
+    own, facts = pack_moves(trainer.moves)
+    tensors |= own
     steps: dict[str, Any] = {}
     for number, parameter in enumerate(trainer.parameters()):
         for name, value in plain(trainer.optimizer).state.get(parameter, {}).items():
@@ -62,9 +52,7 @@ def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
     return tensors, {
         "generation": trainer.generation,
         "step": trainer.step,
-        "moved": trainer.moved,
-        "hardened": trainer.hardened,
-        "born": trainer.born,
+        **facts,
         "optimizer": steps,
         "schedule": None if trainer.scheduler is None else trainer.scheduler.last_epoch,
         "streams": {name: stream.state() for name, stream in trainer.streams.items()},
@@ -84,25 +72,16 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
         trainer.tasks
     ):  # a loss of the user's own may refuse what has the right names
         unpack_loss(trainer.losses[task.name], under(tensors, f"loss/{number}/"), task.name)
-    if document.get("hardened"):
-        trainer.harden()
-    old = {key: (bank.rows, bank.contexts) for key, bank in trainer.banks.items()}
+    before = named(trainer.joint.dictionary)
     processes = trainer.processes
     restore(trainer.joint, processes.own(under(tensors, "model/")))
-    trainer.generation, trainer.step, trainer.moved = (
-        document["generation"],
-        document["step"],
-        document["moved"],
-    )
-    trainer.born = dict(document["born"])
-    for key, bank in trainer.banks.items():
-        for group in trainer.optimizer.param_groups:
-            group["params"] = [bank.rows if p is old[key][0] else p for p in group["params"]]
-        trainer.identity[key] = tensors[f"identity/{key}"].clone()
-    for key, bank in trainer.evolving.items():
-        bank.contest = unpack_contest(bank, under(tensors, f"contest/{key}/"))
-        if bank.contest is not None:
-            trainer.enter(bank.contest)
+    trainer.generation, trainer.step = document["generation"], document["step"]
+    after = named(trainer.joint.dictionary)
+    changed = {id(p): after[name] for name, p in before.items() if after.get(name, p) is not p}
+    for group in trainer.optimizer.param_groups:
+        group["params"] = [changed.get(id(p), p) for p in group["params"]]
+    for each in trainer.moves:
+        each.unpack(*state_of(each, tensors, document))
     inner = plain(trainer.optimizer)
     for number, parameter in enumerate(trainer.parameters()):
         found: dict[str, Any] = {
@@ -127,6 +106,11 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
     rank = trainer.accelerator.process_index
     rank = rank if rank < len(document["random"]) else 0  # there may be more processes now
     set_random_state(under(tensors, f"random/{rank}/"), document["random"][rank])
+
+
+def named(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module, one that has several names under each."""
+    return dict(module.named_parameters(remove_duplicate=False))
 
 
 def raise_unfit(wrong: Iterable[str]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from surgery.core.sizes import parameters_of_dictionary
-from surgery.methods.templates.training import describe_stacks
 from surgery.settings.training import Training
+from surgery.training.loop.moves import told
 from surgery.training.report.report import adapted_of
 from surgery.training.tasks.metrics import Meter
 
@@ -15,17 +15,8 @@ if TYPE_CHECKING:
 
 
 def describe_run(trainer: Trainer, config: Training, seed: int) -> dict[str, Any]:
-    """Members, tasks, banks, sites, stacks and settings of what is trained, as JSON."""
+    """Members, tasks, sites, methods and settings of what is trained, as JSON."""
     joint = trainer.joint
-    banks = {
-        key: {
-            "block": list(bank.block),
-            "context": bank.context,
-            "locations": bank.locations,
-            "hypermodules": bank.hypermodules,
-        }
-        for key, bank in trainer.evolving.items()
-    }
     sites = [
         [p.site.member, p.site.name, p.bank, p.start, p.stop, p.site.order] for p in joint.plan.placements
     ]
@@ -40,9 +31,9 @@ def describe_run(trainer: Trainer, config: Training, seed: int) -> dict[str, Any
     return {
         "members": list(joint.names),
         "tasks": tasks,
-        "banks": banks,
         "sites": sites,
-        "stacks": describe_stacks(joint),
+        "method_names": [each.name for each in trainer.moves],
+        **told(trainer.moves, "describe"),
         "numbers": parameters_of_dictionary(joint)[1],
         "config": config.model_dump(mode="json"),
         "seed": seed,

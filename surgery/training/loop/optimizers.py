@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from surgery.core.bank import Trained
 from surgery.core.joint import JointModel
 from surgery.settings.training import Optimizer
+
+if TYPE_CHECKING:
+    from surgery.training.loop.moves import Moves
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda groups, settings: torch.optim.Adam(groups, lr=settings.lr, fused=True),
@@ -27,47 +32,54 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def make_optimizer(
-    joint: JointModel, settings: Optimizer, mixture_lr: float | None = None
+    joint: JointModel, settings: Optimizer, moves: Sequence[Moves] = ()
 ) -> torch.optim.Optimizer:
     """One optimizer for the whole joint model; its groups carry their `role`.
 
-    Roles are those of the banks, such as `rows`, `contexts` and `mixtures`, then `private` and `soft`, the last with a
-    learning rate of its own and, between contests, no parameters.
+    Those of banks come first, what decays before what does not, then private parameters, then what methods have
+    besides. A run's state numbers parameters in this order.
 
     Args:
         joint: opened for training.
         settings: of the optimizer.
-        mixture_lr: learning rate of mixtures; as everything else by default.
+        moves: of the methods whose parameters are trained.
     """
-    found: dict[str, dict[int, nn.Parameter]] = {"rows": {}, "contexts": {}, "mixtures": {}}
-    decays, rates = {"rows": True}, {}
-    for key in joint.dictionary:
-        for trained in joint.dictionary[key].trained():
-            # One that several banks share is stepped once.
-            found.setdefault(trained.role, {}).update({id(p): p for p in trained.parameters})
-            decays[trained.role], rates[trained.role] = trained.decay, trained.lr
-    rates["mixtures"] = mixture_lr
-    decay = settings.weight_decay
-    groups: list[dict[str, Any]] = [
-        {
-            "params": list(parameters.values()),
-            "role": role,
-            "weight_decay": decay if decays.get(role) else 0.0,
-            "lr": rates.get(role) or settings.lr,
-        }
-        for role, parameters in found.items()
-    ]
-    groups += [
-        {"params": joint.trained_private(), "role": "private", "weight_decay": decay},
-        {"params": [], "role": "soft", "weight_decay": 0.0, "lr": settings.soft_lr, "eps": settings.soft_eps},
-    ]
-    return OPTIMIZERS[settings.name](groups, settings)
+    found = sorted(_merged(t for each in moves for t in each.groups()), key=lambda t: (not t.decay, t.role))
+    more = [_stepped(joint, t) for each in moves for t in each.more_groups()]
+    apart = {id(p) for trained in more for p in trained.parameters}
+    private = [p for p in joint.trained_private() if id(p) not in apart]
+    groups = [*found, Trained("private", tuple(private)), *more]
+    return OPTIMIZERS[settings.name]([_group(trained, settings) for trained in groups], settings)
+
+
+def _group(trained: Trained, settings: Optimizer) -> dict[str, Any]:
+    return {
+        "params": list(trained.parameters),
+        "role": trained.role,
+        "weight_decay": settings.weight_decay if trained.decay else 0.0,
+        "lr": trained.lr or settings.lr,
+        "scheduled": trained.scheduled,
+        **trained.options,
+    }
+
+
+def _merged(groups: Iterable[Trained]) -> list[Trained]:
+    """Groups that are stepped alike as one; a parameter that several banks share is stepped once."""
+    found: dict[tuple, tuple[Trained, dict[int, nn.Parameter]]] = {}
+    for each in groups:
+        key = (each.role, each.decay, each.lr, each.scheduled, tuple(sorted(each.options.items())))
+        found.setdefault(key, (each, {}))[1].update({id(p): p for p in each.parameters})
+    return [replace(each, parameters=tuple(own.values())) for each, own in found.values()]
+
+
+def _stepped(joint: JointModel, trained: Trained) -> Trained:
+    return replace(trained, parameters=tuple(joint.stepped(p) for p in trained.parameters))
 
 
 def make_scheduler(
     optimizer: torch.optim.Optimizer, settings: Optimizer, steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR | None:
-    """The learning rate over all steps; the soft weights' stays as it is. None where nothing changes."""
+    """The learning rate over all steps, of groups that follow it. None where nothing changes."""
     if settings.schedule == "constant" and not settings.warmup:
         return None
     shape = SCHEDULES[settings.schedule]
@@ -77,10 +89,51 @@ def make_scheduler(
             return (step + 1) / settings.warmup
         return shape((step - settings.warmup) / max(1, steps - settings.warmup))
 
-    factors = [(lambda step: 1.0) if g["role"] == "soft" else factor for g in optimizer.param_groups]
+    factors = [factor if g["scheduled"] else (lambda step: 1.0) for g in optimizer.param_groups]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
 
 
 def plain(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside accelerate's, or itself."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+@dataclass(frozen=True)
+class Resized:
+    """A parameter that took another's place: row r of `new` was row `source[r]` of `old`, -1 where it is new."""
+
+    old: nn.Parameter
+    new: nn.Parameter
+    source: Tensor
+
+
+def carry(optimizer: torch.optim.Optimizer, resized: Resized) -> None:
+    """Put a resized parameter in its predecessor's place in an optimizer; new rows start without history."""
+    for group in optimizer.param_groups:
+        group["params"] = [resized.new if p is resized.old else p for p in group["params"]]
+    state = optimizer.state.pop(resized.old, None)
+    if state is None:
+        return
+    fresh = resized.source < 0
+    moved = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.shape == resized.old.shape:
+            value = value[resized.source.clamp_min(0)]
+            value[fresh] = 0
+        moved[key] = value
+    optimizer.state[resized.new] = moved
+
+
+def drop(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Step some parameters no more, and forget what was kept of them."""
+    gone = {id(p): p for p in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+    for parameter in gone.values():
+        optimizer.state.pop(parameter, None)
+
+
+def enter(optimizer: torch.optim.Optimizer, role: str, parameter: nn.Parameter) -> None:
+    """Step one more parameter, in the first group of a role."""
+    group = next(group for group in optimizer.param_groups if group["role"] == role)
+    group["params"].append(parameter)

@@ -13,26 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.core.sizes import parameters_of_dictionary
+from surgery.core.sizes import parameters_of_dictionary, parameters_trained
 from surgery.disk.records import check_free, note, read_record
 from surgery.errors import PlanError, TrainingError
-from surgery.methods.templates.training import describe_stacks, mixtures_of
-from surgery.methods.templates.transfer import trained_numbers
 from surgery.settings.training import Training
 from surgery.storage.stored import loosened
 from surgery.training.loop.checkpoint import pack, raise_unfit, unpack
 from surgery.training.loop.describing import describe_run
 from surgery.training.loop.interruptions import Interrupted, stop_signals
+from surgery.training.loop.moves import told
 from surgery.training.loop.run_plan import differences, flat, make_plan
 from surgery.training.loop.state import Tensors, read_state, restore, snapshot, write_state
 from surgery.training.loop.state_check import wrong_model
 from surgery.training.loop.state_document import BestDocument
 from surgery.training.loop.trainer import Trainer
-from surgery.training.report.analysis import kinds_of_modules, layer_overlap
 from surgery.training.report.comparison import Sizes, as_scores, measure
 from surgery.training.report.report import TrainReport, adapted_of
 from surgery.training.report.runlog import NAME as LOG
-from surgery.training.report.runlog import STRIP, RunLog, first_validation, read_log, subsets
+from surgery.training.report.runlog import RunLog, first_validation, read_log
 from surgery.training.report.trackers import tracked
 from surgery.training.tasks.validation import Score, evaluate
 from surgery.util.progress import task as progress_task
@@ -148,14 +146,13 @@ class Run:
         trainer, config = self.trainer, self.config
         losses = trainer.losses_so_far()
         last = generation + 1 == config.total
-        if config.hardens(generation):  # what was better before is not what will be exported
+        if any(each.begins_anew(generation) for each in trainer.moves):
             self.best_score, self.kept, self.stale = float("inf"), None, 0
         scores: dict[str, Score] = {}
         if last or (generation + 1) % config.validate_every == 0:
             scores = evaluate(trainer.joint, trainer.tasks, trainer.losses, seed=self.seed)
             self.first_scores = scores | self.first_scores
             self._judge(generation, scores, losses)
-        sizes = {key: bank.hypermodules for key, bank in trainer.evolving.items()}
         now, whole = parameters_of_dictionary(trainer.joint)
         self.log.write(
             "generation",
@@ -163,27 +160,21 @@ class Run:
             phase=config.phase(generation),
             losses=losses,
             validation={name: score.document() for name, score in scores.items()},
-            hypermodules=sizes,
             numbers=now,
             share=now / max(whole, 1),
-            moved=trainer.moved,
-            subsets=subsets(trainer.joint),
-            alignment=self._alignment(),
-            mixtures=mixtures_of(trainer.joint),
+            **told(trainer.moves, "log"),
             best=self.best == generation,
             seconds=self.seconds,
         )
         if config.trackers:
-            sized = {
-                "share": now / max(whole, 1),
-                "hypermodules": sum(sizes.values()),
-                "moved": trainer.moved,
-            }
-            trainer.accelerator.log(tracked(losses, scores, **sized), generation)
+            sizes = {"share": now / max(whole, 1)}
+            for each in trainer.moves:
+                sizes |= each.tracked()
+            trainer.accelerator.log(tracked(losses, scores, **sizes), generation)
         mean = sum(trainer.weights[name] * value for name, value in losses.items())
         work.describe(
             f"Generation {generation + 1}/{config.total}, loss {mean:.4g}, "
-            + (f"{sum(sizes.values())} hypermodules, {trainer.moved:.0%} moved, " if sizes else "")
+            + "".join(f"{words}, " for each in trainer.moves for words in each.words())
             + f"{now / max(whole, 1):.0%} of the parameters"
         )
         if last or self._due():
@@ -208,14 +199,6 @@ class Run:
                 self.kept, self.unsaved_best = snapshot(self.trainer.joint), True
         else:
             self.stale += 1
-
-    def _alignment(self) -> dict[str, list[int]]:
-        """The lifelong number of every location's hypermodule, of banks small enough to be looked at whole."""
-        return {
-            key: self.trainer.identity[key][bank.psi.cpu()].tolist()
-            for key, bank in self.trainer.evolving.items()
-            if bank.locations <= STRIP
-        }
 
     # -- saving --------------------------------------------------------------------------------------------
 
@@ -315,18 +298,18 @@ class Run:
             best=best,
             scores=scores,
             tests=tests,
-            hypermodules={key: bank.hypermodules for key, bank in trainer.evolving.items()},
-            templates={name: facts["templates"] for name, facts in describe_stacks(joint).items()},
             numbers=parameters_of_dictionary(joint),
-            trained=trained_numbers(joint),
+            trained=parameters_trained(joint),
             adapted={task.name: facts for task in trainer.tasks if (facts := adapted_of(task)) is not None},
             first=self.first_scores,
             sizes=sizes,
             loosened=loosened(joint),
             stopped=stopped,
             seconds=self.seconds,
+            **told(trainer.moves, "reached"),
         )
-        self.log.write("end", **report.document(), **self._analysis(), stored_modules=modules)
+        analysis = told(trainer.moves, "analyse")
+        self.log.write("end", **report.document(), **analysis, stored_modules=modules)
         for tracker in trainer.accelerator.trackers:  # `end_training` would part the processes too
             tracker.finish()
         return report
@@ -337,10 +320,3 @@ class Run:
             return {}, {}
         now, modules = measure(self.trainer.joint)
         return {**self.began, "joint": now["joint"]}, modules
-
-    def _analysis(self) -> dict[str, Any]:
-        """Which layers share, and what sets shared hypermodules apart, in the state that was kept."""
-        joint = self.trainer.joint
-        shared = [key for key, bank in self.trainer.evolving.items() if bank.hypermodules]
-        overlap = {key: layer_overlap(joint, key) for key in shared}
-        return {"overlap": overlap, "statistics": kinds_of_modules(joint)}

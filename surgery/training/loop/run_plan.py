@@ -37,7 +37,9 @@ def make_plan(
         train["templates"]["source"] = into_artifact(folder).path(source)
     replaced = [asdict(each.replacement) for member in joint.members.values() for each in member.replaced]
     placements += [json.dumps(replaced, sort_keys=True)] if replaced else []
+    settings = {bank.key: dict(bank.settings) for bank in joint.plan.banks if bank.settings}
     return {
+        **({"banks": settings} if settings else {}),
         "blocks": hashlib.sha256(json.dumps(placements).encode()).hexdigest(),
         "tasks": ", ".join(f"{task.name} of {task.member}" for task in tasks),
         "losses": [_told(task, folder) for task in tasks],

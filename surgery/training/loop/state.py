@@ -27,8 +27,6 @@ from surgery.disk.untrusted import UnreadableError, as_mapping, broken_rules, pa
 from surgery.errors import TrainingError
 from surgery.members.extra_state import extra_state_of, from_document, set_extra_state, to_document
 from surgery.members.member import content_hash
-from surgery.methods.hypermodules.bank import HypermoduleBank
-from surgery.methods.hypermodules.contest import Contest
 from surgery.slots.slots import locate
 from surgery.training.loop.state_document import VERSION, StateDocument
 
@@ -36,7 +34,7 @@ Tensors = dict[str, Tensor]
 
 
 def model_tensors(joint: JointModel) -> Tensors:
-    """Everything of a joint model that training changes, contests left out; the tensors are its own.
+    """Everything of a joint model that training changes; the tensors are its own.
 
     Of what several processes hold in parts, each gets its part.
     """
@@ -103,35 +101,6 @@ def _restore_extra_state(joint: JointModel, name: str, tensors: Mapping[str, Ten
                 f"The checkpoint's '{name}' must be extra state, but {error}: delete the checkpoint to start anew."
             ) from None
         set_extra_state(joint[name.partition("/")[2]], values)
-
-
-def pack_contest(contest: Contest | None) -> Tensors:
-    """An open contest's tensors."""
-    if contest is None:
-        return {}
-    found = {"chosen": contest.chosen, "candidates": contest.candidates, "soft": contest.soft.detach()}
-    return found if contest.contexts is None else {**found, "contexts": contest.contexts.detach()}
-
-
-def unpack_contest(bank: HypermoduleBank, tensors: Mapping[str, Tensor]) -> Contest | None:
-    """The contest that `pack_contest` took apart, in the bank that it belongs to."""
-    if not tensors:
-        return None
-    device = bank.rows.device
-    candidates = tensors["candidates"].to(device)
-    own = tensors.get("contexts")
-    contest = Contest(
-        bank.psi,
-        bank.hypermodules,
-        tensors["chosen"].to(device),
-        candidates[:, 1:],
-        bank.context,
-        0.5,  # where soft weights began no longer matters
-        None if own is None else own.to(device, copy=True),
-    )
-    with torch.no_grad():
-        contest.soft.copy_(tensors["soft"])
-    return contest
 
 
 def random_state() -> tuple[Tensors, dict[str, Any]]:

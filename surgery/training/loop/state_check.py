@@ -15,9 +15,9 @@ from torch import Tensor
 
 from surgery.core.joint import JointModel
 from surgery.disk.untrusted import shown, shown_text
-from surgery.methods.templates.training import stacks_of
+from surgery.training.loop.moves import is_read, state_of, unknown_facts
 from surgery.training.loop.optimizers import plain
-from surgery.training.loop.state import Tensors, model_tensors, under
+from surgery.training.loop.state import model_tensors, under
 from surgery.training.tasks.stateful import pack_loss
 
 if TYPE_CHECKING:
@@ -62,56 +62,16 @@ def wrong_state(
     yield from wrong
     if wrong:  # what follows is measured against these
         return
-    opened: dict[str, Tensors] = {}
-    for key, bank in trainer.banks.items():
-        rows, psi = own[f"bank/{key}/rows"], own[f"bank/{key}/psi"]
-        count = len(rows) // bank.context
-        opened[key] = under(tensors, f"contest/{key}/")
-        if opened[key]:
-            evolves = key in trainer.evolving
-            yield from (
-                _wrong_contest(opened[key], psi, count, bank.context)
-                if evolves
-                else (f"{key} has a contest",)
-            )
-        yield from _wrong_identity(tensors.get(f"identity/{key}"), document["born"].get(key), count, key)
+    for each in trainer.moves:
+        mine, facts = state_of(each, tensors, document)
+        if wrong := [*each.wrong(mine, facts, own)]:
+            yield from wrong
+            return
     yield from _wrong_progress(trainer, document)
     yield from _wrong_names(trainer, tensors, document)
-    yield from _wrong_optimizer(trainer, tensors, document, own, opened)
+    yield from _wrong_optimizer(trainer, tensors, document, own)
     yield from _wrong_losses(trainer, tensors)
     yield from _wrong_random(trainer, tensors, document)
-
-
-def _wrong_contest(parts: Tensors, psi: Tensor, count: int, context: int) -> Iterator[str]:
-    names = {"chosen", "candidates", "soft"}
-    if not names <= set(parts) <= names | {"contexts"}:
-        yield f"a contest must have {', '.join(sorted(names))} and maybe contexts, found {shown(sorted(parts))}"
-        return
-    chosen, candidates, soft = parts["chosen"], parts["candidates"], parts["soft"]
-    contexts = parts.get("contexts")
-    whole = chosen.dtype == candidates.dtype == torch.int64 and soft.is_floating_point()
-    flat = chosen.ndim == 1 and len(chosen) and candidates.ndim == 2 and candidates.shape[1] > 1
-    if not whole or not flat or len(candidates) != len(chosen) or soft.shape != candidates.shape:
-        shapes = {name: [str(t.dtype), *t.shape] for name, t in parts.items()}
-        yield f"a contest must have a soft weight for each candidate of each location chosen, found {shown(shapes)}"
-        return
-    if int(chosen[0]) < 0 or int(chosen[-1]) >= len(psi) or not bool((chosen[1:] > chosen[:-1]).all()):
-        yield f"a contest must be of some of the {len(psi)} locations in their order"
-    elif int(candidates.min()) < 0 or int(candidates.max()) >= count or int(psi.max()) >= count:
-        yield f"a contest must be among hypermodules 0 to {count - 1}, found up to {int(candidates.max())}"
-    elif not torch.equal(candidates[:, 0].cpu(), psi.cpu()[chosen.cpu()]):
-        yield "a contest must have each location's own hypermodule as its first candidate"
-    shape = (len(chosen), candidates.shape[1] - 1, context)
-    if contexts is not None and (tuple(contexts.shape) != shape or not contexts.is_floating_point()):
-        yield f"challengers must have contexts of {list(shape)}, found {list(contexts.shape)}"
-
-
-def _wrong_identity(identity: Tensor | None, born: int | None, count: int, key: str) -> Iterator[str]:
-    if identity is None or identity.dtype != torch.int64 or tuple(identity.shape) != (count,) or born is None:
-        found = None if identity is None else list(identity.shape)
-        yield f"the {count} hypermodules of bank {key} must be numbered, found {found} and {born} born"
-    elif count and (int(identity.min()) < 0 or int(identity.max()) >= born):
-        yield f"hypermodules of bank {key} must have numbers below {born}, found up to {int(identity.max())}"
 
 
 def _wrong_progress(trainer: Trainer, document: Mapping[str, Any]) -> Iterator[str]:
@@ -128,21 +88,20 @@ def _wrong_progress(trainer: Trainer, document: Mapping[str, Any]) -> Iterator[s
         yield f"first losses are of unknown tasks {shown(sorted(unknown))}"
     if (schedule is None) != (trainer.scheduler is None) or (schedule or 0) > config.total * config.steps:
         yield f"the step of the learning rate's schedule cannot be {schedule}"
-    if document.get("hardened") and not config.templates.harden:
-        yield "templates are hardened, which the settings do not ask for"
+    if unknown := unknown_facts(trainer.moves, document):
+        yield f"it is of methods that this run does not use: {shown(unknown)}"
 
 
 def _wrong_names(
     trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[str, Any]
 ) -> Iterator[str]:
     """Tensors that nothing would read, as those of another version or another run."""
-    known = [f"contest/{key}/" for key in trainer.banks] + [
-        f"loss/{number}/" for number in range(len(trainer.tasks))
-    ]
+    known = [f"loss/{number}/" for number in range(len(trainer.tasks))]
     known += ["model/", "optimizer/", *(f"random/{rank}/" for rank in range(len(document["random"])))]
-    single = {f"identity/{key}" for key in trainer.banks} | {f"running/{name}" for name in trainer.streams}
+    single = {"random/evolution", *(f"running/{name}" for name in trainer.streams)}
     for name, tensor in tensors.items():
-        if name not in single and name != "random/evolution" and not name.startswith(tuple(known)):
+        read = name in single or name.startswith(tuple(known))
+        if not read and not any(is_read(each, name) for each in trainer.moves):
             yield f"'{shown_text(name)}' is none of a state's tensors"
         elif name.startswith("running/") and (tensor.ndim or not tensor.is_floating_point()):
             yield f"'{shown_text(name)}' must be one number, found {list(tensor.shape)}"
@@ -156,18 +115,22 @@ def _wrong_optimizer(
     tensors: Mapping[str, Tensor],
     document: Mapping[str, Any],
     own: Mapping[str, Tensor],
-    opened: Mapping[str, Tensors],
 ) -> Iterator[str]:
     """The optimizer's parameters as they will be once the state is in place, and what is kept of each."""
-    rows = {id(bank.rows): own[f"bank/{key}/rows"] for key, bank in trainer.banks.items()}
-    gone: set[int] = set()
-    if document.get("hardened") and not trainer.hardened:
-        gone = {id(next(iter(banks.values())).contexts) for banks in stacks_of(trainer.joint).values()}
+    likes: dict[int, Tensor] = {}  # banks may have had more or fewer rows
+    for key in trainer.joint.dictionary:
+        for name, parameter in trainer.joint.dictionary[key].named_parameters():
+            likes[id(parameter)] = own.get(f"bank/{key}/{name}", parameter)
+    states = [(each, *state_of(each, tensors, document)) for each in trainer.moves]
+    gone = {id(p) for each, _, facts in states for p in each.leaving(facts)}
     listed: list[tuple[Any, Any]] = []  # what each will look like, and the parameter that is there now
+    entering = [each.entering(mine) for each, mine, _ in states]
+    roles: set[str] = set()
     for group in trainer.optimizer.param_groups:
-        listed += [(rows.get(id(p), p), p) for p in group["params"] if id(p) not in gone]
-        part = {"soft": "soft", "contexts": "contexts"}.get(group["role"])
-        listed += [(parts[part], None) for parts in opened.values() if part in parts]
+        listed += [(likes.get(id(p), p), p) for p in group["params"] if id(p) not in gone]
+        if group["role"] not in roles:  # `enter` takes the first group of a role
+            listed += [(like, None) for each in entering for like in each.get(group["role"], ())]
+        roles.add(group["role"])
     inner = plain(trainer.optimizer)
     wanted = MOMENTS.get(type(inner).__name__)
     names = {name.split("/")[1] for name in tensors if name.startswith("optimizer/")}

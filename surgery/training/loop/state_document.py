@@ -47,14 +47,15 @@ class RandomState(_Part):
 
 
 class StateDocument(_Part):
-    """All that `surgery.training.loop.checkpoint.pack` and `Run` write besides tensors."""
+    """All that `surgery.training.loop.checkpoint.pack` and `Run` write besides tensors.
+
+    What the methods of this package say besides is checked by their moves.
+    """
 
     version: Literal[2]
     generation: Annotated[int, Field(ge=0, lt=1 << 31)]
     step: Annotated[int, Field(ge=0, lt=1 << 31)]
-    moved: NotNegative
-    hardened: bool = False
-    born: dict[str, Annotated[int, Field(ge=0, lt=1 << 53)]]
+    methods: dict[str, dict[str, Any]] = {}
     optimizer: dict[str, Finite | bool]
     schedule: Count | None = None
     streams: dict[str, StreamState]

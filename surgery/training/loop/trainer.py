@@ -1,8 +1,8 @@
 """Trainer: members, tasks, optimizer and evolution, one step and one generation at a time. # MUiR, Algorithm 2
 
 A step generates all weights once, runs every task's forward and backward pass at its member's own speed, goes
-back through the dictionary once and steps the optimizer once. Evolutionary decisions come from a generator on
-the CPU and from parameters that are equal in all processes, so every process takes the same ones.
+back through the dictionary once and steps the optimizer once. What methods decide comes from a generator on the CPU
+and from parameters that are equal in all processes, so every process decides alike.
 """
 
 from __future__ import annotations
@@ -16,11 +16,8 @@ from torch import Tensor, nn
 
 from surgery.core.joint import JointModel
 from surgery.errors import SurgeryError, TrainingError
-from surgery.methods.hypermodules.contest import Contest
-from surgery.methods.hypermodules.evolution import Resized, carry, conclude, contend, inherit, redraw
-from surgery.methods.hypermodules.starts import siblings
-from surgery.methods.templates.training import harden_stacks, penalty
 from surgery.settings.training import Training
+from surgery.training.loop.moves import moves_of
 from surgery.training.loop.optimizers import make_optimizer, make_scheduler, plain
 from surgery.training.loop.processes import Processes
 from surgery.training.tasks.explain import explain_failure
@@ -37,8 +34,7 @@ class Trainer:
     Attributes:
         generation: how many are done.
         step: how many steps of the present generation are done.
-        identity: by bank the lifelong number of each hypermodule, `[K]`: removals do not change it.
-        moved: share of locations whose hypermodule the last decision changed.
+        moves: what each method does while it is trained.
     """
 
     def __init__(
@@ -53,16 +49,12 @@ class Trainer:
     ):
         self.processes = processes or Processes(accelerator)
         self.joint, self.tasks, self.config, self.accelerator = joint, tuple(tasks), config, accelerator
-        self.generation, self.step, self.moved = 0, 0, 0.0
+        self.generation, self.step = 0, 0
         self.losses = dict(losses or losses_of(joint, tasks))
         joint.to(accelerator.device)
-        self.capacity = {key: bank.hypermodules for key, bank in self.banks.items()}
         self.generator = torch.Generator().manual_seed(seed)
-        self.identity = {key: torch.arange(count) for key, count in self.capacity.items()}
-        self.born = dict(self.capacity)
-        self.siblings = {key: siblings(joint, key) for key in self.evolving}
-        self.optimizer = make_optimizer(joint, config.optimizer, config.templates.lr)
-        self.hardened = False
+        self.moves = moves_of(self)
+        self.optimizer = make_optimizer(joint, config.optimizer, self.moves)
         steps = config.total * config.steps
         self.scheduler = make_scheduler(self.optimizer, config.optimizer, steps)
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -75,14 +67,9 @@ class Trainer:
         self.weights = {task.name: task.weight / total for task in tasks}
 
     @property
-    def banks(self) -> Mapping[str, Any]:
-        """The dictionary's banks by key."""
-        return {key: self.joint.dictionary[key] for key in self.joint.dictionary}
-
-    @property
-    def evolving(self) -> Mapping[str, Any]:
-        """The banks whose alignment can evolve: all but those of templates."""
-        return {plan.key: self.joint.dictionary[plan.key] for plan in self.joint.plan.banks if not plan.stack}
+    def steps(self) -> int:
+        """How many steps are done in all."""
+        return self.generation * self.config.steps + self.step
 
     @property
     def done(self) -> bool:
@@ -92,17 +79,14 @@ class Trainer:
     # -- one step ------------------------------------------------------------------------------------------
 
     def advance(self) -> None:
-        """One step of the optimizer, and at a generation's ends its evolution.
+        """One step of the optimizer, and at a generation's ends what methods do there.
 
         Raises:
             TrainingError: where a loss is not finite; nothing is stepped.
         """
-        if self.step == 0 and self.config.hardens(self.generation):
-            self.harden()
-        if self.step == 0 and self.config.competes(self.generation):
-            self.contend()
-        if self.step == 0 and self.config.redraws(self.generation):
-            self.redraw()
+        if self.step == 0:
+            for each in self.moves:
+                each.before_generation()
         try:
             self.train_step()
         except torch.OutOfMemoryError as error:  # a member's own pass is explained where it runs
@@ -112,24 +96,30 @@ class Trainer:
             ) from error
         self.step += 1
         if self.step == self.config.steps:
-            self.conclude()
+            for each in self.moves:
+                each.after_generation()
             self.step, self.generation = 0, self.generation + 1
 
     def train_step(self) -> None:
         """Every task's forward and backward pass, and one step of the optimizer. # Eq. (1)"""
         parts: dict[str, Tensor] = {}
         accumulate = self.config.accumulate
+        for each in self.moves:
+            each.before_step()
         with self.joint.step():
             for task in self.tasks:
                 for _ in range(accumulate):
                     batch, share = next(self.streams[task.name])
                     batch = batch.map(self._place)
+                    for each in self.moves:
+                        each.before_pass(task.name)
                     with self.joint.serving(task.name):
                         loss = self._run(task, batch, share * self.weights[task.name] / accumulate)
                     part = loss.detach() * (share / accumulate)
                     parts[task.name] = parts[task.name] + part if task.name in parts else part
-        if (extra := penalty(self.joint, self.config.templates)) is not None:
-            self._backward(extra)
+        for each in self.moves:
+            if (extra := each.penalty()) is not None:
+                self._backward(extra)
         self.processes.reduce(self.parameters())
         average_statistics(self.joint.bodies)
         self.running.add(parts)
@@ -174,79 +164,7 @@ class Trainer:
         """
         return self.running.means(self.step or self.config.steps, self.generation)
 
-    # -- one generation ------------------------------------------------------------------------------------
-
-    def contend(self) -> None:
-        """Let alternatives compete for sampled locations of every bank."""
-        alpha = self.config.alpha(self.generation)
-        for key, bank in self.evolving.items():
-            resized = contend(
-                bank,
-                self.config.evolution,
-                alpha,
-                self.capacity[key],
-                self.generator,
-                self.siblings[key],
-            )
-            self._follow(key, resized)
-            if bank.contest is not None:
-                self.enter(bank.contest)
-
-    def conclude(self) -> None:
-        """Decide every contest; unused hypermodules and their optimizer rows go."""
-        if self.config.redraws(self.generation):
-            return
-        changed, locations = 0, 0
-        for key, bank in self.evolving.items():
-            contest = bank.contest
-            if contest is None:
-                continue
-            inherit(plain(self.optimizer), bank)
-            resized, moved = conclude(bank)
-            self._drop([contest.soft, contest.contexts])
-            self._follow(key, resized)
-            changed, locations = changed + moved, locations + bank.locations
-        self.moved = changed / locations if locations else 0.0
-
-    def redraw(self) -> None:
-        """A new alignment by chance, to compare evolution with."""
-        banks = self.evolving.values()
-        changed = sum(redraw(bank, self.config.evolution, self.generator) for bank in banks)
-        self.moved = changed / max(sum(bank.locations for bank in banks), 1)
-
-    def harden(self) -> None:
-        """From here on every layer of a stack takes one template, and mixtures are trained no more."""
-        self._drop([before for before, _ in harden_stacks(self.joint)])
-        self.hardened = True
-
-    def _drop(self, parameters: Sequence[Tensor | None]) -> None:
-        gone = {id(p) for p in parameters if p is not None}
-        for group in self.optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in gone]
-        for parameter in parameters:
-            if parameter is not None:
-                plain(self.optimizer).state.pop(parameter, None)
-
-    def enter(self, contest: Contest) -> None:
-        """Let the optimizer train an open contest."""
-        self._group("soft")["params"].append(contest.soft)
-        if contest.contexts is not None:
-            self._group("contexts")["params"].append(contest.contexts)
-
-    def _follow(self, key: str, resized: Sequence[Resized]) -> None:
-        """Optimizer rows and lifelong numbers follow a bank's rows."""
-        for each in resized:
-            carry(plain(self.optimizer), each)
-            source = each.source[:: self.banks[key].context].cpu() // self.banks[key].context
-            known = self.identity[key][source.clamp_min(0)]
-            fresh = source < 0
-            known[fresh] = torch.arange(self.born[key], self.born[key] + int(fresh.sum()))
-            self.identity[key], self.born[key] = known, self.born[key] + int(fresh.sum())
-
     # -- internals -----------------------------------------------------------------------------------------
-
-    def _group(self, role: str) -> dict[str, Any]:
-        return next(group for group in self.optimizer.param_groups if group["role"] == role)
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained now, in the order of the optimizer's groups."""

@@ -62,6 +62,7 @@ class StartLine(_Line):
     tasks: dict[str, TaskLine]
     sites: list[tuple[str, str, str, Count, Count, Integer]]
     stacks: dict[str, StackLine] = {}
+    method_names: list[str] = []
     numbers: Count = 0
     sizes: dict[str, dict[str, SizeLine]] | None = None
 
@@ -89,8 +90,8 @@ class GenerationLine(_Line):
     moved: NotNegative = 0.0
     seconds: NotNegative = 0.0
     share: Annotated[float, Field(ge=0, le=1e6)]
-    subsets: dict[str, Count]
-    alignment: dict[str, list[Integer]]
+    subsets: dict[str, Count] = {}
+    alignment: dict[str, list[Integer]] = {}
     mixtures: dict[str, list[list[Loss]]] = {}
 
 

@@ -30,6 +30,7 @@ class TrainReport:
             `surgery.training.report.comparison`.
         trained: how many numbers training changed.
         adapted: by task that adapted to another domain, by which losses and to what; see `adapted_of`.
+        methods: what other methods reached, by their names.
         loosened: how many tensors had been compressed by a fit and changed since, by the dtype in which they are stored
             now; nothing where there was no fit.
         stopped: why the run ended.
@@ -47,6 +48,7 @@ class TrainReport:
     adapted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     first: Mapping[str, Score] = field(default_factory=dict)
     sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     loosened: Mapping[str, int] = field(default_factory=dict)
     stopped: str = "done"
     seconds: float = 0.0
@@ -90,7 +92,8 @@ class TrainReport:
         tests = {name: score.document() for name, score in self.tests.items()}
         first = {name: score.document() for name, score in self.first.items()}
         sizes = {"hypermodules": dict(self.hypermodules), "templates": dict(self.templates)}
-        return {**vars(self), "scores": scores, "tests": tests, "first": first, **sizes}
+        rest = {key: value for key, value in vars(self).items() if key != "methods" or value}
+        return {**rest, "scores": scores, "tests": tests, "first": first, **sizes}
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> TrainReport:

@@ -12,17 +12,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from surgery.artifact.shares import join_names
-from surgery.core.joint import JointModel
 from surgery.disk.untrusted import LOG_BYTES, UnreadableError, parse_json, read_regular
 from surgery.errors import TrainingError
 from surgery.training.report.log_lines import check_line, contradictions
 
 NAME = "log.jsonl"
-STRIP = 1024  # locations up to which a bank's whole alignment is logged
 
 
 class RunLog:
@@ -130,31 +124,3 @@ def find_log(source: str | Path) -> Path:
     raise TrainingError(
         f"{source} must be a folder that surgery train wrote or is writing, but there is no {NAME} in it."
     )
-
-
-def subsets(joint: JointModel) -> dict[str, int]:
-    """How many hypermodules each set of members uses, the members' names joined by `+`. # Fig. 3a
-
-    Those that collapse replaces by the blocks that they generate, because at most c locations use them, share nothing:
-    they are counted under the empty name.
-    """
-    found: dict[str, int] = {}
-    for key in (bank.key for bank in joint.plan.banks if not bank.stack):
-        bank, used = joint.dictionary[key], users(joint, key)
-        uses = torch.bincount(bank.psi, minlength=bank.hypermodules)[: bank.hypermodules]
-        used[uses <= bank.context] = False
-        patterns, counts = torch.unique(used, dim=0, return_counts=True)
-        for pattern, count in zip(patterns.tolist(), counts.tolist(), strict=True):
-            subset = join_names(name for name, uses in zip(joint.names, pattern, strict=True) if uses)
-            found[subset] = found.get(subset, 0) + count
-    return dict(sorted(found.items(), key=lambda item: (item[0].count("+"), item[0])))
-
-
-def users(joint: JointModel, key: str) -> Tensor:
-    """Which members use each hypermodule of a bank: `[K, members]`, boolean."""
-    bank = joint.dictionary[key]
-    uses = torch.zeros(bank.hypermodules, len(joint.names), dtype=torch.bool, device=bank.psi.device)
-    for p in joint.plan.placements:
-        if p.bank == key:
-            uses[bank.psi[p.start : p.stop], joint.names.index(p.site.member)] = True
-    return uses

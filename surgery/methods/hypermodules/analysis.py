@@ -12,12 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.artifact.shares import join_names
 from surgery.core.joint import JointModel
+from surgery.core.method import keys_of
 from surgery.methods.rows.bank import RowsBank
-from surgery.training.report.runlog import users
 
 MOST_LAYERS = 120  # rows of an overlap; longer members are shown in groups of consecutive layers
 STATISTICS = ("stdev", "mean", "norm", "max")
+
+
+def subsets(joint: JointModel) -> dict[str, int]:
+    """How many hypermodules each set of members uses, the members' names joined by `+`. # Fig. 3a
+
+    Those that collapse replaces by the blocks that they generate, because at most c locations use them, share nothing:
+    they are counted under the empty name.
+    """
+    found: dict[str, int] = {}
+    for key in keys_of(joint.plan, "hypermodules"):
+        bank, used = joint.dictionary[key], users(joint, key)
+        uses = torch.bincount(bank.psi, minlength=bank.hypermodules)[: bank.hypermodules]
+        used[uses <= bank.context] = False
+        patterns, counts = torch.unique(used, dim=0, return_counts=True)
+        for pattern, count in zip(patterns.tolist(), counts.tolist(), strict=True):
+            subset = join_names(name for name, uses in zip(joint.names, pattern, strict=True) if uses)
+            found[subset] = found.get(subset, 0) + count
+    return dict(sorted(found.items(), key=lambda item: (item[0].count("+"), item[0])))
+
+
+def users(joint: JointModel, key: str) -> Tensor:
+    """Which members use each hypermodule of a bank: `[K, members]`, boolean."""
+    bank = joint.dictionary[key]
+    uses = torch.zeros(bank.hypermodules, len(joint.names), dtype=torch.bool, device=bank.psi.device)
+    for p in joint.plan.placements:
+        if p.bank == key:
+            uses[bank.psi[p.start : p.stop], joint.names.index(p.site.member)] = True
+    return uses
 
 
 def layer_overlap(joint: JointModel, key: str) -> dict[str, Any]:
@@ -64,7 +93,7 @@ def kinds_of_modules(joint: JointModel) -> list[dict[str, Any]]:
         One entry for each tensor and statistic, with `generic`, `specific`, `p` and how many there are of each
         kind; empty where there are not two of each.
     """
-    keys = [bank.key for bank in joint.plan.banks if not bank.stack]
+    keys = keys_of(joint.plan, "hypermodules")
     found = [_statistics(joint, key) for key in keys if joint.dictionary[key].hypermodules]
     if not found:
         return []

@@ -1,0 +1,289 @@
+"""What hypermodules do while they are trained: the alignment evolves, generation by generation.
+
+# MUiR, Algorithm 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from surgery.core.bank import Parts, Trained
+from surgery.disk.untrusted import shown
+from surgery.methods.hypermodules.analysis import kinds_of_modules, layer_overlap, subsets
+from surgery.methods.hypermodules.bank import HypermoduleBank
+from surgery.methods.hypermodules.contest import Contest
+from surgery.methods.hypermodules.evolution import conclude, contend, inherit, redraw
+from surgery.methods.hypermodules.starts import siblings
+from surgery.training.loop.moves import Facts, Moves
+from surgery.training.loop.optimizers import Resized, carry, drop, enter, plain
+from surgery.training.loop.state import under
+
+if TYPE_CHECKING:
+    from surgery.training.loop.trainer import Trainer
+
+STRIP = 1024  # locations up to which a bank's whole alignment is logged
+_LARGEST = 1 << 53  # number of a hypermodule in a state
+
+
+class HypermoduleMoves(Moves):
+    """Evolution of the alignment.
+
+    Attributes:
+        capacity: by bank how many hypermodules there may be, K at the start.
+        identity: by bank the lifelong number of each hypermodule, `[K]`: removals do not change it.
+        born: by bank how many numbers were given.
+        moved: share of locations whose hypermodule the last decision changed.
+    """
+
+    top: ClassVar[bool] = True
+
+    def __init__(self, name: str, trainer: Trainer):
+        super().__init__(name, trainer)
+        self.capacity = {key: bank.hypermodules for key, bank in self.banks.items()}
+        self.identity = {key: torch.arange(count) for key, count in self.capacity.items()}
+        self.born = dict(self.capacity)
+        self.siblings = {key: siblings(self.joint, key) for key in self.banks}
+        self.moved = 0.0
+
+    @property
+    def banks(self) -> dict[str, HypermoduleBank]:
+        """The banks of hypermodules by key."""
+        return super().banks
+
+    # -- parameters ----------------------------------------------------------------------------------------
+
+    def more_groups(self) -> list[Trained]:
+        """Soft weights, with a learning rate of their own; between contests there are none."""
+        settings = self.config.optimizer
+        options = {"eps": settings.soft_eps}
+        return [Trained("soft", (), False, settings.soft_lr, scheduled=False, options=options)]
+
+    # -- a generation --------------------------------------------------------------------------------------
+
+    def before_generation(self) -> None:
+        """Let alternatives compete, or draw an alignment, where the settings say so."""
+        if self.config.competes(self.trainer.generation):
+            self.contend()
+        if self.config.redraws(self.trainer.generation):
+            self.redraw()
+
+    def after_generation(self) -> None:
+        """Decide what competed."""
+        if not self.config.redraws(self.trainer.generation):
+            self.conclude()
+
+    def contend(self) -> None:
+        """Let alternatives compete for sampled locations of every bank."""
+        settings, alpha = self.config.evolution, self.config.alpha(self.trainer.generation)
+        for key, bank in self.banks.items():
+            resized = contend(bank, settings, alpha, self.capacity[key], self.generator, self.siblings[key])
+            self._follow(key, resized)
+            if bank.contest is not None:
+                self._enter(bank.contest)
+
+    def conclude(self) -> None:
+        """Decide every contest; unused hypermodules and their optimizer rows go."""
+        changed, locations = 0, 0
+        for key, bank in self.banks.items():
+            contest = bank.contest
+            if contest is None:
+                continue
+            inherit(plain(self.trainer.optimizer), bank)
+            resized, moved = conclude(bank)
+            drop(plain(self.trainer.optimizer), _parameters(contest).values())
+            self._follow(key, resized)
+            changed, locations = changed + moved, locations + bank.locations
+        self.moved = changed / locations if locations else 0.0
+
+    def redraw(self) -> None:
+        """A new alignment by chance, to compare evolution with."""
+        banks = self.banks.values()
+        changed = sum(redraw(bank, self.config.evolution, self.generator) for bank in banks)
+        self.moved = changed / max(sum(bank.locations for bank in banks), 1)
+
+    def _enter(self, contest: Contest) -> None:
+        for role, parameter in _parameters(contest).items():
+            enter(plain(self.trainer.optimizer), role, parameter)
+
+    def _follow(self, key: str, resized: Sequence[Resized]) -> None:
+        """Optimizer rows and lifelong numbers follow a bank's rows."""
+        for each in resized:
+            carry(plain(self.trainer.optimizer), each)
+            source = each.source[:: self.banks[key].context].cpu() // self.banks[key].context
+            known = self.identity[key][source.clamp_min(0)]
+            fresh = source < 0
+            known[fresh] = torch.arange(self.born[key], self.born[key] + int(fresh.sum()))
+            self.identity[key], self.born[key] = known, self.born[key] + int(fresh.sum())
+
+    # -- its state -----------------------------------------------------------------------------------------
+
+    def pack(self) -> tuple[Parts, Facts]:
+        """Open contests and lifelong numbers."""
+        tensors: Parts = {}
+        for key, bank in self.banks.items():
+            tensors |= {f"contest/{key}/{name}": t for name, t in pack_contest(bank.contest).items()}
+            tensors[f"identity/{key}"] = self.identity[key]
+        return tensors, {"moved": self.moved, "born": dict(self.born)}
+
+    def reads(self, name: str) -> bool:
+        """Those of its banks."""
+        return any(name == f"identity/{key}" or name.startswith(f"contest/{key}/") for key in self.banks)
+
+    def wrong(self, tensors: Parts, facts: Facts, model: Mapping[str, Tensor]) -> Iterator[str]:
+        """What cannot be true of contests and numbers, beside rows and an alignment that are as they should be."""
+        moved, born = facts.get("moved"), facts.get("born")
+        if isinstance(moved, bool) or not isinstance(moved, int | float) or not 0 <= moved <= 1:
+            yield f"the share of locations that moved must lie between 0 and 1, found {shown(moved)}"
+        if not isinstance(born, Mapping) or not all(
+            type(n) is int and 0 <= n < _LARGEST for n in born.values()
+        ):
+            yield f"hypermodules that were born must be counted, found {shown(born)}"
+            return
+        for key, bank in self.banks.items():
+            rows, psi = model[f"bank/{key}/rows"], model[f"bank/{key}/psi"]
+            count = len(rows) // bank.context
+            if parts := under(tensors, f"contest/{key}/"):
+                yield from wrong_contest(parts, psi, count, bank.context)
+            yield from wrong_identity(tensors.get(f"identity/{key}"), born.get(key), count, key)
+
+    def entering(self, tensors: Parts) -> dict[str, list[Tensor]]:
+        """Soft weights and contexts of open contests."""
+        found: dict[str, list[Tensor]] = {}
+        for key in self.banks:
+            parts = under(tensors, f"contest/{key}/")
+            for role in ("soft", "contexts"):
+                if role in parts:
+                    found.setdefault(role, []).append(parts[role])
+        return found
+
+    def unpack(self, tensors: Parts, facts: Facts) -> None:
+        """Open the contests that were open."""
+        self.moved = float(facts["moved"])
+        self.born = {key: facts["born"][key] for key in self.banks}
+        for key, bank in self.banks.items():
+            self.identity[key] = tensors[f"identity/{key}"].clone()
+            bank.contest = unpack_contest(bank, under(tensors, f"contest/{key}/"))
+            if bank.contest is not None:
+                self._enter(bank.contest)
+
+    # -- what it tells -------------------------------------------------------------------------------------
+
+    def describe(self) -> Facts:
+        """Shapes and numbers of the banks."""
+        banks = {
+            key: {
+                "block": list(bank.block),
+                "context": bank.context,
+                "locations": bank.locations,
+                "hypermodules": bank.hypermodules,
+            }
+            for key, bank in self.banks.items()
+        }
+        return {"banks": banks}
+
+    def log(self) -> Facts:
+        """How many there are, who uses them, and the alignment of banks that are small enough to be seen whole."""
+        alignment = {
+            key: self.identity[key][bank.psi.cpu()].tolist()
+            for key, bank in self.banks.items()
+            if bank.locations <= STRIP
+        }
+        return {**self.reached(), "moved": self.moved, "subsets": subsets(self.joint), "alignment": alignment}
+
+    def words(self) -> list[str]:
+        """How many, and how much of the alignment changed."""
+        return [f"{self._count} hypermodules", f"{self.moved:.0%} moved"]
+
+    def tracked(self) -> dict[str, float]:
+        """The same."""
+        return {"hypermodules": self._count, "moved": self.moved}
+
+    def reached(self) -> Facts:
+        """How many there are in each bank."""
+        return {"hypermodules": {key: bank.hypermodules for key, bank in self.banks.items()}}
+
+    def analyse(self) -> Facts:
+        """Which layers share, and what sets shared hypermodules apart."""
+        shared = [key for key, bank in self.banks.items() if bank.hypermodules]
+        overlap = {key: layer_overlap(self.joint, key) for key in shared}
+        return {"overlap": overlap, "statistics": kinds_of_modules(self.joint)}
+
+    @property
+    def _count(self) -> int:
+        return sum(bank.hypermodules for bank in self.banks.values())
+
+
+def _parameters(contest: Contest) -> dict[str, nn.Parameter]:
+    """What is trained of a contest, by role."""
+    found = {"soft": contest.soft}
+    return found if contest.contexts is None else {**found, "contexts": contest.contexts}
+
+
+# -- contests in a state -------------------------------------------------------------------------------------
+
+
+def pack_contest(contest: Contest | None) -> Parts:
+    """An open contest's tensors."""
+    if contest is None:
+        return {}
+    found = {"chosen": contest.chosen, "candidates": contest.candidates, "soft": contest.soft.detach()}
+    return found if contest.contexts is None else {**found, "contexts": contest.contexts.detach()}
+
+
+def unpack_contest(bank: HypermoduleBank, tensors: Mapping[str, Tensor]) -> Contest | None:
+    """The contest that `pack_contest` took apart, in the bank that it belongs to."""
+    if not tensors:
+        return None
+    device = bank.rows.device
+    candidates = tensors["candidates"].to(device)
+    own = tensors.get("contexts")
+    contest = Contest(
+        bank.psi,
+        bank.hypermodules,
+        tensors["chosen"].to(device),
+        candidates[:, 1:],
+        bank.context,
+        0.5,  # where soft weights began no longer matters
+        None if own is None else own.to(device, copy=True),
+    )
+    with torch.no_grad():
+        contest.soft.copy_(tensors["soft"])
+    return contest
+
+
+def wrong_contest(parts: Mapping[str, Tensor], psi: Tensor, count: int, context: int) -> Iterator[str]:
+    """What cannot be true of a contest among `count` hypermodules of `context` basis blocks, aligned by psi `[L]`."""
+    names = {"chosen", "candidates", "soft"}
+    if not names <= set(parts) <= names | {"contexts"}:
+        yield f"a contest must have {', '.join(sorted(names))} and maybe contexts, found {shown(sorted(parts))}"
+        return
+    chosen, candidates, soft = parts["chosen"], parts["candidates"], parts["soft"]
+    contexts = parts.get("contexts")
+    whole = chosen.dtype == candidates.dtype == torch.int64 and soft.is_floating_point()
+    flat = chosen.ndim == 1 and len(chosen) and candidates.ndim == 2 and candidates.shape[1] > 1
+    if not whole or not flat or len(candidates) != len(chosen) or soft.shape != candidates.shape:
+        shapes = {name: [str(t.dtype), *t.shape] for name, t in parts.items()}
+        yield f"a contest must have a soft weight for each candidate of each location chosen, found {shown(shapes)}"
+        return
+    if int(chosen[0]) < 0 or int(chosen[-1]) >= len(psi) or not bool((chosen[1:] > chosen[:-1]).all()):
+        yield f"a contest must be of some of the {len(psi)} locations in their order"
+    elif int(candidates.min()) < 0 or int(candidates.max()) >= count or int(psi.max()) >= count:
+        yield f"a contest must be among hypermodules 0 to {count - 1}, found up to {int(candidates.max())}"
+    elif not torch.equal(candidates[:, 0].cpu(), psi.cpu()[chosen.cpu()]):
+        yield "a contest must have each location's own hypermodule as its first candidate"
+    shape = (len(chosen), candidates.shape[1] - 1, context)
+    if contexts is not None and (tuple(contexts.shape) != shape or not contexts.is_floating_point()):
+        yield f"challengers must have contexts of {list(shape)}, found {list(contexts.shape)}"
+
+
+def wrong_identity(identity: Any, born: Any, count: int, key: str) -> Iterator[str]:
+    """What cannot be true of the lifelong numbers of a bank's `count` hypermodules, of which `born` were given."""
+    if identity is None or identity.dtype != torch.int64 or tuple(identity.shape) != (count,) or born is None:
+        found = None if identity is None else list(identity.shape)
+        yield f"the {count} hypermodules of bank {key} must be numbered, found {found} and {born} born"
+    elif count and (int(identity.min()) < 0 or int(identity.max()) >= born):
+        yield f"hypermodules of bank {key} must have numbers below {born}, found up to {int(identity.max())}"

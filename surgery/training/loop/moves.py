@@ -1,0 +1,233 @@
+"""What a method does while its banks are trained, beyond being stepped by the optimizer.
+
+The trainer, a run, its state and its log know methods by this interface alone. By default a method does nothing: its
+parameters are stepped, its banks saved and restored. A subclass draws noise for a step, regularises, changes its banks
+between generations, keeps a state of its own, and says what the log holds of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from surgery.core.bank import Parts, Trained
+from surgery.core.method import active_methods, keys_of
+from surgery.disk.untrusted import shown, shown_text
+
+if TYPE_CHECKING:
+    from surgery.core.joint import JointModel
+    from surgery.settings.training import Training
+    from surgery.training.loop.trainer import Trainer
+
+Facts = dict[str, Any]
+"""JSON values by name."""
+
+
+class Moves:
+    """What one method does during a run; of one trainer.
+
+    Args:
+        name: of the method.
+        trainer: that asks it; it has no optimizer yet.
+
+    Attributes:
+        top: whether its state and what it tells the log lie at the top, as those of the methods of this package do; of
+            any other they lie under the method's name.
+    """
+
+    top: ClassVar[bool] = False
+
+    def __init__(self, name: str, trainer: Trainer):
+        self.name, self.trainer = name, trainer
+
+    # -- what it has to do with ----------------------------------------------------------------------------
+
+    @property
+    def joint(self) -> JointModel:
+        """The joint model that is trained; its plan has the method's settings."""
+        return self.trainer.joint
+
+    @property
+    def config(self) -> Training:
+        """Settings of the run."""
+        return self.trainer.config
+
+    @property
+    def generator(self) -> torch.Generator:
+        """On the CPU, the same in every process and part of a run's state: all that is decided is drawn from it."""
+        return self.trainer.generator
+
+    @property
+    def banks(self) -> dict[str, Any]:
+        """The method's banks by key."""
+        return {key: self.joint.dictionary[key] for key in keys_of(self.joint.plan, self.name)}
+
+    # -- parameters ----------------------------------------------------------------------------------------
+
+    def groups(self) -> list[Trained]:
+        """What the optimizer steps of the method's banks, with learning rates of roles."""
+        return [trained for bank in self.banks.values() for trained in bank.trained()]
+
+    def more_groups(self) -> list[Trained]:
+        """Groups besides: private parameters that are stepped in another way, and those that are empty at first."""
+        return []
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        """Before each step: draw what all tensors of the method share in it, or set a temperature."""
+
+    def before_pass(self, task: str) -> None:
+        """Before each forward pass of a step, with the task that it serves."""
+
+    def penalty(self) -> Tensor | None:
+        """What is added to the losses of a step, weighted; computed from parameters anew. None where nothing is."""
+        return None
+
+    # -- a generation --------------------------------------------------------------------------------------
+
+    def before_generation(self) -> None:
+        """Before the first step of a generation."""
+
+    def after_generation(self) -> None:
+        """After the last step of a generation."""
+
+    def begins_anew(self, generation: int) -> bool:
+        """Whether states of before a generation are not what will be exported, however good they were."""
+        return False
+
+    # -- its state -----------------------------------------------------------------------------------------
+
+    def pack(self) -> tuple[Parts, Facts]:
+        """Tensors and JSON values, equal in all processes, that `unpack` needs beside the banks' own state."""
+        return {}, {}
+
+    def reads(self, name: str) -> bool:
+        """Whether `unpack` has a use for a tensor of this name; asked of those that lie at the top."""
+        return False
+
+    def wrong(self, tensors: Parts, facts: Facts, model: Mapping[str, Tensor]) -> Iterator[str]:
+        """What keeps `unpack` from taking a state, in words; nothing in memory changes.
+
+        By default the names, dtypes and shapes must be those that `pack` returns now.
+
+        Args:
+            tensors: as `pack` returned them.
+            facts: as well.
+            model: tensors of the joint model in the same state, `bank/<key>/<name>` and others, which fit already.
+        """
+        mine, said = self.pack()
+        if set(tensors) != set(mine) or set(facts) != set(said):
+            found, wanted = sorted({*tensors, *facts}), sorted({*mine, *said})
+            yield f"of method {self.name} it must hold {shown(wanted)}, found {shown(found)}"
+            return
+        for name, own in mine.items():
+            if (tensors[name].dtype, tensors[name].shape) != (own.dtype, own.shape):
+                yield (
+                    f"'{shown_text(name)}' of method {self.name} must be {own.dtype} {list(own.shape)}, found "
+                    f"{tensors[name].dtype} {list(tensors[name].shape)}"
+                )
+
+    def leaving(self, facts: Facts) -> list[nn.Parameter]:
+        """The parameters that `unpack` takes out of the optimizer."""
+        return []
+
+    def entering(self, tensors: Parts) -> dict[str, list[Tensor]]:
+        """The parameters that `unpack` gives to the optimizer, by role in order: tensors of their shape and dtype."""
+        return {}
+
+    def unpack(self, tensors: Parts, facts: Facts) -> None:
+        """Take a state in which nothing is wrong; the banks have been restored."""
+
+    # -- what it tells -------------------------------------------------------------------------------------
+
+    def describe(self) -> Facts:
+        """For the log's first line: what is trained."""
+        return {}
+
+    def log(self) -> Facts:
+        """For the log's line of a generation, after it."""
+        return {}
+
+    def words(self) -> list[str]:
+        """For the line that is shown while a run goes on, such as `12 hypermodules`."""
+        return []
+
+    def tracked(self) -> dict[str, float]:
+        """For trackers, after a generation."""
+        return {}
+
+    def reached(self) -> Facts:
+        """For the report: what was reached."""
+        return {}
+
+    def analyse(self) -> Facts:
+        """For the log's last line, beside the report."""
+        return {}
+
+
+# -- all of a trainer's moves --------------------------------------------------------------------------------
+
+
+def moves_of(trainer: Trainer) -> tuple[Moves, ...]:
+    """Those of all methods of a trainer's joint model."""
+    return tuple(method.moves(trainer) for method in active_methods(trainer.joint))
+
+
+def told(moves: tuple[Moves, ...], what: str) -> Facts:
+    """What all methods say, each at the top or under `methods` and its name.
+
+    Args:
+        moves: of all methods.
+        what: the function of `Moves` that says it.
+    """
+    found: Facts = {}
+    below: Facts = {}
+    for each in moves:
+        said = getattr(each, what)()
+        if each.top:
+            found |= said
+        elif said:
+            below[each.name] = said
+    return {**found, "methods": below} if below else found
+
+
+def pack_moves(moves: tuple[Moves, ...]) -> tuple[Parts, Facts]:
+    """The states of all methods in one."""
+    tensors: Parts = {}
+    facts: Facts = {}
+    below: Facts = {}
+    for each in moves:
+        mine, said = each.pack()
+        tensors |= {f"{_prefix(each)}{name}": tensor for name, tensor in mine.items()}
+        if each.top:
+            facts |= said
+        elif said:
+            below[each.name] = said
+    return tensors, {**facts, "methods": below} if below else facts
+
+
+def state_of(move: Moves, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> tuple[Parts, Facts]:
+    """A method's part of what `pack_moves` put together: of those at the top, all."""
+    if move.top:
+        return dict(tensors), dict(document)
+    prefix = _prefix(move)
+    mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return mine, dict(document.get("methods", {}).get(move.name, {}))
+
+
+def is_read(move: Moves, name: str) -> bool:
+    """Whether a tensor of a run's state is a method's."""
+    return move.reads(name) if move.top else name.startswith(_prefix(move))
+
+
+def unknown_facts(moves: tuple[Moves, ...], document: Mapping[str, Any]) -> list[str]:
+    """Methods that left something in a state, and that this run does not use."""
+    return sorted(set(document.get("methods", {})) - {each.name for each in moves if not each.top})
+
+
+def _prefix(move: Moves) -> str:
+    return "" if move.top else f"method/{move.name}/"
