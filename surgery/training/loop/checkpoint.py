@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from surgery.errors import TrainingError
@@ -85,7 +86,7 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
     inner = plain(trainer.optimizer)
     for number, parameter in enumerate(trainer.parameters()):
         found: dict[str, Any] = {
-            name: processes.own_state(parameter, value).to(parameter.device, copy=True)
+            name: _as_kept(processes.own_state(parameter, value), parameter)
             for name, value in under(tensors, f"optimizer/{number}/").items()
         }
         found |= under(document["optimizer"], f"{number}/")
@@ -106,6 +107,13 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
     rank = trainer.accelerator.process_index
     rank = rank if rank < len(document["random"]) else 0  # there may be more processes now
     set_random_state(under(tensors, f"random/{rank}/"), document["random"][rank])
+
+
+def _as_kept(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """What an optimizer keeps of a parameter, where the parameter is, with its strides: fused steps look at memory."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device, copy=True)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def named(module: nn.Module) -> dict[str, nn.Parameter]:
