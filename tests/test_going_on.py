@@ -69,7 +69,8 @@ def test_an_alignment_is_taken_over_from_an_artifact(artifact):
     members = [
         surgery.load_member(loaded.extract(name), name=name, inputs=torch.zeros(2, 4)) for name in "ab"
     ]
-    joint = take_over(surgery.join(members, block=(4, 4), context=1), loaded)
+    joint = surgery.join(members, block=(4, 4), context=1)
+    take_over(joint, loaded)
     start(joint, Training(evolution=Evolution(start="given")), seed=0)
     now, then = joint.dictionary[SMALL], trained.dictionary[SMALL]
     together = (now.psi[:, None] == now.psi) & (now.psi < kept)[:, None]

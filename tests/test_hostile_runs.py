@@ -104,7 +104,9 @@ MODEL, CONTEST = f"model/bank/{BANK}", f"contest/{BANK}"
     (say("optimizer", [1]), "optimizer"),
     (say("random", []), "random"),
     (say("keep", None), "keep"),
-    (say("hardened", True), "templates are hardened"),
+    (say("hardened", True), r"methods that this run does not use: \['hardened'\]"),
+    (say("moved", 2), "must lie between 0 and 1, found 2"),
+    (say("born", {"x": -1}), "must be counted"),
     (say("plan", {"x" * 10**6: 1}), "belongs to another plan"),
 ])  # fmt: skip
 def test_a_state_that_does_not_fit(copy, change, said):

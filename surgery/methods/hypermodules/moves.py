@@ -130,8 +130,10 @@ class HypermoduleMoves(Moves):
         return tensors, {"moved": self.moved, "born": dict(self.born)}
 
     def reads(self, name: str) -> bool:
-        """Those of its banks."""
-        return any(name == f"identity/{key}" or name.startswith(f"contest/{key}/") for key in self.banks)
+        """Those of its banks, and two facts."""
+        return name in ("moved", "born") or any(
+            name == f"identity/{key}" or name.startswith(f"contest/{key}/") for key in self.banks
+        )
 
     def wrong(self, tensors: Parts, facts: Facts, model: Mapping[str, Tensor]) -> Iterator[str]:
         """What cannot be true of contests and numbers, beside rows and an alignment that are as they should be."""

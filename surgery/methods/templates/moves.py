@@ -77,8 +77,8 @@ class TemplateMoves(Moves):
         return {}, {"hardened": self.hardened}
 
     def reads(self, name: str) -> bool:
-        """States of earlier versions number templates."""
-        return any(name == f"identity/{key}" for key in self.banks)
+        """States of earlier versions number templates too."""
+        return name in ("hardened", "born") or any(name == f"identity/{key}" for key in self.banks)
 
     def wrong(self, tensors: Parts, facts: Facts, model: Mapping[str, Tensor]) -> Iterator[str]:
         """Templates that are hard where they shall not be."""

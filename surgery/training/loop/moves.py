@@ -7,7 +7,7 @@ between generations, keeps a state of its own, and says what the log holds of it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -106,7 +106,7 @@ class Moves:
         return {}, {}
 
     def reads(self, name: str) -> bool:
-        """Whether `unpack` has a use for a tensor of this name; asked of those that lie at the top."""
+        """Whether `unpack` has a use for a tensor or a JSON value of this name; asked of those that lie at the top."""
         return False
 
     def wrong(self, tensors: Parts, facts: Facts, model: Mapping[str, Tensor]) -> Iterator[str]:
@@ -224,9 +224,17 @@ def is_read(move: Moves, name: str) -> bool:
     return move.reads(name) if move.top else name.startswith(_prefix(move))
 
 
-def unknown_facts(moves: tuple[Moves, ...], document: Mapping[str, Any]) -> list[str]:
-    """Methods that left something in a state, and that this run does not use."""
-    return sorted(set(document.get("methods", {})) - {each.name for each in moves if not each.top})
+def unread(moves: tuple[Moves, ...], document: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """What a state says of methods that this run does not use.
+
+    Args:
+        moves: of all methods.
+        document: of the state.
+        known: names in it that are of no method.
+    """
+    top = {name for name, value in document.items() if value and name not in known}
+    found = {name for name in top if not any(each.reads(name) for each in moves if each.top)}
+    return sorted(found | set(document.get("methods", {})) - {each.name for each in moves if not each.top})
 
 
 def _prefix(move: Moves) -> str:

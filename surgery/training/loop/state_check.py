@@ -15,9 +15,10 @@ from torch import Tensor
 
 from surgery.core.joint import JointModel
 from surgery.disk.untrusted import shown, shown_text
-from surgery.training.loop.moves import is_read, state_of, unknown_facts
+from surgery.training.loop.moves import is_read, state_of, unread
 from surgery.training.loop.optimizers import plain
 from surgery.training.loop.state import model_tensors, under
+from surgery.training.loop.state_document import StateDocument
 from surgery.training.tasks.stateful import pack_loss
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _wrong_progress(trainer: Trainer, document: Mapping[str, Any]) -> Iterator[s
         yield f"first losses are of unknown tasks {shown(sorted(unknown))}"
     if (schedule is None) != (trainer.scheduler is None) or (schedule or 0) > config.total * config.steps:
         yield f"the step of the learning rate's schedule cannot be {schedule}"
-    if unknown := unknown_facts(trainer.moves, document):
+    if unknown := unread(trainer.moves, document, StateDocument.model_fields):
         yield f"it is of methods that this run does not use: {shown(unknown)}"
 
 
