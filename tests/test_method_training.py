@@ -16,6 +16,7 @@ from surgery.core.bank import Bank, Parts, Trained
 from surgery.core.joining import join
 from surgery.core.method import TensorMethod
 from surgery.errors import PlanError, TrainingError
+from surgery.settings.methods import REGISTERED
 from surgery.settings.problems import Strict
 from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.moves import Moves
@@ -150,7 +151,7 @@ class Products(TensorMethod):
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
-    monkeypatch.setitem(registry._METHODS, "products", Products())
+    monkeypatch.setitem(REGISTERED, "products", Products())
 
 
 CONFIG = {
@@ -186,7 +187,7 @@ def run(joint, folder=None, **more):
 def unbroken(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry._METHODS, "products", Products())
+        patch.setitem(REGISTERED, "products", Products())
         joint = build()
         return joint, run(joint, folder), folder
 
