@@ -17,6 +17,7 @@ SHARING = "what members or layers have in common, stored once"
 KEPT_APART = "as many templates as layers: fewer do not pay here"
 ROWS = 24  # members listed one by one
 Scores = Mapping[str, Mapping[str, Any] | None]
+REPLACING = "modules of members in whose places others stand"
 NO_SHARING = "nothing that these members have in common pays for its index"
 
 
@@ -116,6 +117,8 @@ def print_means(joint: JointModel) -> None:
     sharing, precision = report.saved["sharing"], report.saved["precision"]
     saved.add_row("precision", console.size(precision), PRECISION)
     saved.add_row("sharing", console.size(sharing), SHARING if sharing else NO_SHARING)
+    if "replacing" in report.saved:
+        saved.add_row("replacing", console.size(report.saved["replacing"]), REPLACING)
     console.show(saved)
     ways: dict[str, list[int]] = {}
     for each in report.detail:

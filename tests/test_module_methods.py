@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import shutil
 import signal
 import tempfile
 import warnings
@@ -145,6 +146,12 @@ def test_errors_are_measured_against_the_member_as_it_was(bound):
     assert joint.report.errors["net"] == pytest.approx(measured, rel=1e-4)
     assert measured > 0.1 and joint.report.met is (bound > 0)
     assert joint.members["net"].replaced[0].original is None
+    whole = [p.numel() for p in net().parameters()]
+    assert joint.report.original_bytes == {"net": 4 * sum(whole)} and joint.report.parameters["net"] == sum(
+        whole
+    )
+    assert joint.report.saved["replacing"] == 4 * (16 * 16 + 16 - 1)
+    assert sum(joint.report.saved.values()) == 4 * sum(whole) - joint.report.stored_bytes
 
 
 def test_a_fit_that_fails_leaves_the_joint_model_as_it_was():
@@ -326,7 +333,9 @@ def test_a_merge_by_recipe_and_its_dry_run(tmp_path):
     assert code == 0 and "layers.3" in said and "of: layers.1" in said and not (tmp_path / "joint").exists()
     code, said, _ = command("merge", "--config", str(tmp_path / "recipe.yaml"), "--dry-run", "--json")
     assert code == 0 and json.loads(said)["replacements"][0]["settings"] == {"of": "layers.1"}
-    joint = surgery.merge(surgery.Recipe.of(document))
+    code, said, _ = command("merge", "--config", str(tmp_path / "recipe.yaml"))
+    assert code == 0 and "replacing" in said and "1.1 kB" in said
+    joint = surgery.merge(surgery.Recipe.of(document), overwrite=True)
     again = surgery.load(tmp_path / "joint", trust_remote_code=True)
     assert torch.equal(run(again["net"]), run(joint["net"])) and joint.report.met
     wrong = surgery.Recipe.of({**document, "out": None, "settings": {"copies": {"layers.9": "layers.1"}}})
@@ -511,6 +520,46 @@ class Doubled(ModuleSurgery):
 
     def replace(self, place):
         raise RuntimeError("out of luck")
+
+
+HOSTILE = {
+    "unknown method": (
+        {"method": "os", "package": "os"},
+        MissingMethodError,
+        "method 'os' of package 'os', .* not inst",
+    ),
+    "method of tensors": (
+        {"method": "templates"},
+        MissingMethodError,
+        "must replace modules, but it generates tensors",
+    ),
+    "a path for a name": ({"method": "../evil"}, ArtifactError, "must describe an artifact"),
+    "a package's code": ({"package": "import os"}, ArtifactError, "must describe an artifact"),
+    "settings": (
+        {"settings": {"of": 3, "run": "rm"}},
+        ArtifactError,
+        "'scaled_copy': .*of.*'.*run' is not a known key",
+    ),
+    "no such path": (
+        {"path": "layers.9"},
+        ArtifactError,
+        "cannot be built as it was saved: .* no module 'layers.9'",
+    ),
+    "no such source": ({"settings": {"of": "x" * 3000}}, ArtifactError, "cannot be built as it was saved"),
+    "other shapes": ({"settings": {"of": "out"}}, ArtifactError, "of another shape|missing|unexpected"),
+    "itself": ({"path": ""}, ArtifactError, "must describe an artifact"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_what_a_stranger_s_manifest_says_is_checked_before_anything_is_built(saved, tmp_path, case):
+    values, kind, message = HOSTILE[case]
+    folder = shutil.copytree(saved[1], tmp_path / "joint")
+    _with_replacement(folder, values)
+    given = Net()
+    with pytest.raises(kind, match=message) as caught:
+        surgery.load(folder, modules={"net": given})
+    assert len(str(caught.value)) < 4100 and type(layer(given, 3)) is nn.Linear
 
 
 def test_two_methods_on_one_path_and_a_method_that_fails(monkeypatch):

@@ -10,7 +10,7 @@ meet the target (`fitting.search`).
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from surgery.core.joint import JointModel
 from surgery.core.known import Known
 from surgery.core.method import DEFAULT_METHOD
-from surgery.core.sizes import bytes_alone, parameters_alone
+from surgery.core.sizes import bytes_alone, bytes_of_module, parameters_alone, parameters_of_module
 from surgery.errors import PlanError
 from surgery.fitting.exactly import make_exactly
 from surgery.fitting.report import FitReport, Probes, describe, describe_stacks
@@ -114,12 +114,11 @@ def _fit_lossless(joint: JointModel, probes: Mapping[str, Sequence[Inputs]], see
     )
     errors = _errors_of_replacing(joint, probes, seed)
     stacks = describe_stacks(joint.plan, stored, originals)
-    known, hashes = joint.known.original, _hashes(joint)
+    known, was = joint.known.original, _as_they_were(joint)
     report = _report(
-        "lossless", not any(errors.values()), stored, originals, precision, errors, _of(hashes, known),
-        stacks=stacks, parameters=parameters_alone(joint),
-    )  # fmt: skip
-    return _adopt(joint, stored, report, known, hashes)
+        "lossless", not any(errors.values()), stored, originals, precision, errors, was, known, stacks=stacks
+    )
+    return _adopt(joint, stored, report, known, was.hashes)
 
 
 def _fit_lossy(
@@ -130,7 +129,7 @@ def _fit_lossy(
 ) -> JointModel:
     """Fit on ordinary weights; whatever goes wrong, the joint model is left as it was."""
     place, given = pick_device(device), {name: batches for name, batches in (probes or {}).items() if batches}
-    originals, hashes, home = _originals(joint), _hashes(joint), _device(joint)
+    originals, was, home = _originals(joint), _as_they_were(joint), _device(joint)
     before = (joint.plan, joint.dictionary, joint.encoded, joint.known)
     known = joint.known.original
     modes = [(part, part.training) for part in joint.bodies.modules()]
@@ -158,18 +157,11 @@ def _fit_lossy(
     precision = sum(bytes_alone(stored).values()) - stored.nbytes - outcome.sharing
     errors = dict(zip(joint.names, map(float, outcome.errors), strict=True))
     measured = Probes(asked.seed, tuple(sorted(given)))
-    kept = _of(hashes, known)
     stacks = describe_stacks(before[0], stored, originals)
     report = _report(
-        outcome.target, outcome.met, stored, originals, precision, errors, kept, measured, stacks,
-        parameters_alone(joint),
-    )  # fmt: skip
-    return _adopt(joint, stored, report, known, hashes)
-
-
-def _of(hashes: Mapping[str, str], original: Collection[str]) -> dict[str, str]:
-    """The hashes that an origin can be known by: those of members whose weights are still the origin's."""
-    return {name: found for name, found in hashes.items() if name in original}
+        outcome.target, outcome.met, stored, originals, precision, errors, was, known, measured, stacks
+    )
+    return _adopt(joint, stored, report, known, was.hashes)
 
 
 def _adopt(
@@ -205,18 +197,22 @@ def _report(
     originals: Mapping[str, Mapping[str, Tensor]],
     precision: int,
     errors: Mapping[str, float],
-    hashes: Mapping[str, str],
+    was: AsTheyWere,
+    known: Collection[str],
     probes: Probes | None = None,
     stacks: Mapping[str, Any] | None = None,
-    parameters: Mapping[str, int] | None = None,
 ) -> FitReport:
     sizes = bytes_alone(stored)
     saved = {"sharing": sum(sizes.values()) - stored.nbytes - precision, "precision": precision}
+    whole = {**sizes, **was.nbytes}
+    if was.nbytes:
+        saved["replacing"] = sum(whole.values()) - sum(sizes.values())
+    # An origin can be known by its hash: of members whose weights are still the origin's.
+    hashes = {name: found for name, found in was.hashes.items() if name in known}
     detail = describe(stored, originals)
     return FitReport(
-        target, met, sizes, stored.nbytes, saved, errors, hashes, probes or Probes(), detail,
-        stacks or {},
-        parameters or {},
+        target, met, whole, stored.nbytes, saved, errors, hashes, probes or Probes(), detail, stacks or {},
+        was.parameters,
     )  # fmt: skip
 
 
@@ -228,14 +224,31 @@ def _originals(joint: JointModel) -> dict[str, dict[str, Tensor]]:
     }
 
 
-def _hashes(joint: JointModel) -> dict[str, str]:
-    """Of each member's weights, as it was before modules of it were replaced where these are kept."""
-    return {
-        name: content_hash(
-            whole_state(joint.original(name)) if joint.members[name].replaced else collapse(joint, name)
-        )
-        for name in joint.names
-    }
+@dataclass(frozen=True)
+class AsTheyWere:
+    """Members before a fit, and before modules of them were replaced where these are still kept.
+
+    Attributes:
+        hashes: of each member's weights.
+        parameters: of each member.
+        nbytes: of each member in which modules were replaced.
+    """
+
+    hashes: Mapping[str, str]
+    parameters: Mapping[str, int]
+    nbytes: Mapping[str, int]
+
+
+def _as_they_were(joint: JointModel) -> AsTheyWere:
+    hashes, parameters, nbytes = {}, parameters_alone(joint), {}
+    for name, member in joint.members.items():
+        if all(each.original is None for each in member.replaced):
+            hashes[name] = content_hash(collapse(joint, name))
+            continue
+        module = joint.original(name)
+        hashes[name] = content_hash(whole_state(module))
+        parameters[name], nbytes[name] = parameters_of_module(module), bytes_of_module(module)
+    return AsTheyWere(hashes, parameters, nbytes)
 
 
 def _errors_of_replacing(
