@@ -6,13 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-SEED, CASES = 0, 500
+import pytest
+
+SEED = 0
 
 
-def test_mutated_files_end_in_an_error_or_as_they_were(tmp_path):
+@pytest.mark.parametrize("cases", [150, pytest.param(500, marks=pytest.mark.slow)])
+def test_mutated_files_end_in_an_error_or_as_they_were(tmp_path, cases):
     script = Path(__file__).with_name("fuzzing.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "corpus"), str(SEED), str(CASES)],
+        [sys.executable, str(script), str(tmp_path / "corpus"), str(SEED), str(cases)],
         capture_output=True,
         text=True,
         env={
@@ -25,6 +28,6 @@ def test_mutated_files_end_in_an_error_or_as_they_were(tmp_path):
     assert done.returncode == 0, tail
     found = json.loads(done.stdout.splitlines()[-1])
     assert not found["faults"], "\n".join(found["faults"])
-    assert sum(found["ends"].values()) == CASES, tail
+    assert sum(found["ends"].values()) == cases, tail
     # Mutations that nothing notices, or that everything refuses at once, would show nothing.
-    assert found["ends"]["works"] > CASES // 10 and found["ends"]["refused"] > CASES // 3, tail
+    assert found["ends"]["works"] > cases // 10 and found["ends"]["refused"] > cases // 3, tail

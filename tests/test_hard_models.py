@@ -18,11 +18,12 @@ from surgery.members.member import Inputs, Member, Origin
 
 X = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(0))
 
-TIMM = {  # name -> what makes it small
-    "nf_resnet26": 64, "nfnet_f0": 64, "sequencer2d_s": None, "levit_128s": None, "samvit_base_patch16_224": None,
-    "mvitv2_tiny": None, "hiera_tiny_224": None, "twins_pcpvt_small": None, "mobilevit_xxs": 64,
-    "tiny_vit_5m_224": None,
-    "convnext_atto": 64, "tf_efficientnet_lite0": 64, "test_vit": None,
+TIMM = {  # name -> a side of its inputs and options that make it small
+    "nf_resnet26": (64, {}), "nfnet_f0": (64, {}), "sequencer2d_s": (None, {}), "levit_128s": (None, {}),
+    "samvit_base_patch16_224": (None, {}), "mvitv2_tiny": (None, {}),
+    "hiera_tiny_224": (None, {"stages": (1, 1, 2, 1)}), "twins_pcpvt_small": (None, {"depths": (1, 1, 2, 1)}),
+    "mobilevit_xxs": (64, {}), "tiny_vit_5m_224": (None, {"depths": (1, 1, 2, 1)}), "convnext_atto": (64, {}),
+    "tf_efficientnet_lite0": (64, {}), "test_vit": (None, {}),
 }  # fmt: skip
 TRANSFORMERS = (
     "gpt2", "bert", "t5", "bart", "llama", "qwen2", "falcon", "mixtral", "deepseek_v3", "mamba", "rwkv", "jamba",
@@ -43,7 +44,10 @@ def check(member, skipped=0.0, sites=True):
     return anatomy
 
 
-LARGE = {"sequencer2d_s", "samvit_base_patch16_224", "nfnet_f0", "falcon_h1", "detr"}
+LARGE = {
+    "sequencer2d_s", "samvit_base_patch16_224", "nfnet_f0", "mvitv2_tiny", "falcon_h1", "detr", "qwen2_vl", "swin_t",
+    "raft_large",
+}  # fmt: skip
 
 
 def but_large(names):
@@ -54,8 +58,8 @@ def but_large(names):
 @pytest.mark.parametrize("name", but_large(TIMM))
 def test_timm(name):
     torch.manual_seed(0)
-    module = timm.create_model(name).eval()
-    size = TIMM[name]
+    size, options = TIMM[name]
+    module = timm.create_model(name, **options).eval()
     side = (size, size) if size else module.pretrained_cfg["input_size"][1:]
     check(Member(name, module, Inputs((torch.randn(1, 3, *side),)), Origin("timm", name, name)))
 
@@ -74,15 +78,11 @@ def test_transformers(name):
     check(Member(name, module, example_inputs(module, origin), origin), UNUSED.get(name, 0.0))
 
 
-@pytest.mark.parametrize(
-    ("name", "inputs"),
-    [
-        ("swin_t", (torch.zeros(1, 3, 64, 64),)),
-        ("raft_large", (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))),
-    ],
-)
-def test_torchvision(name, inputs):
+@pytest.mark.parametrize("name", but_large(["swin_t", "raft_large"]))
+def test_torchvision(name):
     torch.manual_seed(0)
+    pair = torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128)
+    inputs = pair if name == "raft_large" else (torch.zeros(1, 3, 64, 64),)
     module = torchvision.models.get_model(name, weights=None).eval()
     check(Member(name, module, Inputs(inputs), Origin("module", name, type(module).__name__)))
 

@@ -4,12 +4,14 @@ import gzip
 import importlib.util
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
 import torch
-from surgery_recipes import packages
+from surgery_recipes import packages, pretrained
+from surgery_recipes import sentiment as recipe_of_sentiment
 from surgery_recipes.brown import brown, read_texts
 from surgery_recipes.fashion import fashion_mnist
 from surgery_recipes.mnist import mnist
@@ -92,29 +94,75 @@ SMALLER = {
     "cross_architecture": ["models.1.model=surgery_recipes.pretrained:minilm_regressor?layers=1"],
 }
 SIZES = ("train", "validation", "test")
+PRETRAINED = ("sentiment", "cross_architecture")
+
+
+def changed(name, folder, out, *more, batch=16):
+    """A recipe on the data of a folder, in small batches."""
+    document = override(read_document(name), [*SMALLER.get(name, ()), f"out={out}", *more])
+    for model in document["models"]:
+        for task in model["tasks"]:
+            options = {k: v for k, v in task.get("options", {}).items() if k not in SIZES}
+            task["options"] = {**options, "folder": str(folder)}
+            task["batch"] = min(task["batch"], batch)
+    return Recipe.of(document)
+
+
+@pytest.fixture(scope="module")
+def nine(folder, tmp_path_factory):
+    """The recipe of nine tasks, trained once: its folder, joint model and report."""
+    out = tmp_path_factory.mktemp("nine") / "joint"
+    return out, *train_recipe(changed("nine_tasks", folder, out, batch=8), fast_run=True, cpu=True)
+
+
+@pytest.fixture
+def small_encoder(tmp_path, monkeypatch):
+    """Instead of MiniLM an encoder of 32 numbers with the same vocabulary."""
+    from transformers import BertConfig, BertModel
+
+    place = tmp_path / "encoder"
+    shutil.copytree(
+        pretrained.minilm_folder(), place, ignore=shutil.ignore_patterns("*.safetensors", "*.bin")
+    )
+    known = json.loads((place / "config.json").read_text())
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    BertModel(BertConfig(**{**known, **sizes})).save_pretrained(place)
+    for module in (pretrained, recipe_of_sentiment):
+        monkeypatch.setattr(module, "minilm_folder", lambda: place)
+
+
+@needs_weights
+@pytest.mark.parametrize("name", PRETRAINED)
+@pytest.mark.usefixtures("small_encoder")
+def test_recipes_of_pretrained_encoders_run_with_a_small_one(name, folder, tmp_path):
+    recipe = changed(name, folder, tmp_path / "joint")
+    check_run(tmp_path / "joint", *train_recipe(recipe, fast_run=True, cpu=True), recipe)
 
 
 @pytest.mark.parametrize(
     "name",
     ["crossmodal_small", "crossmodal", "isometric", "nine_tasks"]
-    + [pytest.param(name, marks=needs_weights) for name in ("sentiment", "cross_architecture")],
+    + [pytest.param(name, marks=[needs_weights, pytest.mark.slow]) for name in PRETRAINED],
 )
-def test_every_recipe_runs_from_end_to_end(name, folder, tmp_path):
-    document = override(read_document(name), [*SMALLER[name], f"out={tmp_path / 'joint'}"])
-    for model in document["models"]:
-        for task in model["tasks"]:
-            options = {k: v for k, v in task.get("options", {}).items() if k not in SIZES}
-            task["options"] = {**options, "folder": str(folder)}
-            task["batch"] = min(task["batch"], 16)
-    joint, report = train_recipe(Recipe.of(document), fast_run=True, cpu=True)
-    names = {model["name"] for model in document["models"]}
+def test_every_recipe_runs_from_end_to_end(name, folder, tmp_path, request):
+    recipe, out = changed(name, folder, tmp_path / "joint"), tmp_path / "joint"
+    if name == "nine_tasks":
+        out, joint, report = request.getfixturevalue("nine")
+    else:
+        joint, report = train_recipe(recipe, fast_run=True, cpu=True)
+    check_run(out, joint, report, recipe)
+
+
+def check_run(out, joint, report, recipe):
+    """What must be true of every run, and of what it wrote."""
+    names = {model.name for model in recipe.models}
     assert set(report.tests) == set(report.scores) == set(joint.names) == names
     assert all(np.isfinite(score.loss) for score in report.tests.values())
     assert 0 < report.numbers[0] <= report.numbers[1]
     assert len(names) == 1 or any(
         len({p.site.member for p in joint.plan.placements if p.bank == key}) > 1 for key in joint.dictionary
     )
-    loaded = surgery.load(tmp_path / "joint")
+    loaded = surgery.load(out)
     for member in joint.names:
         inputs = joint.members[member].inputs
         with torch.no_grad():
@@ -189,29 +237,20 @@ def test_digits_and_clothes_are_seen_in_other_ways(folder):
         mnist(folder=str(folder), view="rotated+blurred")
 
 
-def test_transfer_goes_on_from_nine_tasks(folder, tmp_path):
-    def changed(name, *more):
-        document = override(read_document(name), [f"out={tmp_path / name}", *more])
-        for model in document["models"]:
-            for task in model["tasks"]:
-                view = {"view": task["options"]["view"]}
-                task.update(batch=8, options={**view, "folder": str(folder)})
-        return Recipe.of(document)
-
-    train_recipe(changed("nine_tasks"), fast_run=True, cpu=True)
-    still = ("train.optimizer.lr=1e-12", "train.templates.lr=1e-12", f"out={tmp_path / 'again'}")
-    again = changed("nine_tasks", *still)
-    before = rejoin(tmp_path / "nine_tasks", again, trust_remote_code=True)
+def test_transfer_goes_on_from_nine_tasks(nine, folder, tmp_path):
+    given = nine[0]
+    still = ("train.optimizer.lr=1e-12", "train.templates.lr=1e-12")
+    again = changed("nine_tasks", folder, tmp_path / "again", *still, batch=8)
+    before = rejoin(given, again, trust_remote_code=True)
     expected = before.collapse("mnist_shear")
     after, _ = train_recipe(again, joint=before, fast_run=True, cpu=True)
     for key, tensor in after.collapse("mnist_shear").items():
         if "running" not in key:  # eight templates give the 72 layers back that came from eight
             torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-5)
-    source = f"train.templates.source={tmp_path / 'nine_tasks'}"
-    recipe = changed("transfer", source, "train.templates.like=mnist_shear")
+    source = (f"train.templates.source={given}", "train.templates.like=mnist_shear")
+    recipe = changed("transfer", folder, tmp_path / "transfer", *source, batch=8)
     joint, report = train_recipe(recipe, fast_run=True, cpu=True, trust_remote_code=True)
-    given = surgery.load(tmp_path / "nine_tasks", trust_remote_code=True)
-    stem = given.collapse("mnist_shear")["stem.weight"]
+    stem = surgery.load(given, trust_remote_code=True).collapse("mnist_shear")["stem.weight"]
     assert torch.equal(joint.collapse("inverted")["stem.weight"], stem)
     assert report.templates == {"stack0": 8}
     assert report.trained < 0.05 * sum(p.numel() for p in joint.extract("inverted").parameters())

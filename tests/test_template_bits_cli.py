@@ -45,9 +45,24 @@ def minilm():
     return minilm_folder()
 
 
-def test_minilm_within_a_budget_end_to_end(minilm, tmp_path):
+@pytest.fixture(params=["small", pytest.param("minilm", marks=pytest.mark.slow)])
+def encoder(request, tmp_path):
+    """A folder of six unrelated layers: small ones with random weights, or MiniLM's."""
+    if request.param == "minilm":
+        return request.getfixturevalue("minilm")
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 256}
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=600, max_position_embeddings=64, **sizes)).save_pretrained(
+        tmp_path / "bert"
+    )
+    return tmp_path / "bert"
+
+
+def test_an_encoder_within_a_budget_end_to_end(encoder, tmp_path):
     code, out, err = command(
-        "merge", f"minilm={minilm}", "--method", "templates", "--budget", "0.25", "--out", tmp_path / "joint", "--json"
+        "merge", f"minilm={encoder}", "--method", "templates", "--budget", "0.25", "--out", tmp_path / "joint", "--json"
     )  # fmt: skip
     assert code == 0, err
     report = json.loads(out)["report"]
