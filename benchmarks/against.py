@@ -2,7 +2,9 @@
 
 FOLDER is a checkout of another commit (`git worktree add FOLDER COMMIT`). Each benchmark runs in both by turns, in
 processes of its own, each with the code and the benchmark of its checkout; rows are matched by what they are of, and
-each of their times is given as the median of the rounds' ratios. Options after `--` go to every benchmark.
+each of their times is given as the median of the rounds' ratios. Most benchmarks time something beside ours, such as
+plain models: *relative* is a ratio over the ratio of these in the same round, so that a process that had a slower
+machine does not count. Options after `--` go to every benchmark.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ KERNELS = ("copy", "forward", "generate", "prepared", "embedding_bag", "padded_b
 """Columns of times in the kernel's table."""
 CONTROLS = ("plain", "from_pretrained", "python -c pass", "copy", "embedding_bag", "padded_bmm", "gather_bmm")
 """Rows and columns of what is not ours: how far their ratios lie from 1 is how far the machine's do."""
+Key = tuple[str, str, str]
+"""Benchmark, what a row is of, and the column."""
 
 
 def run(checkout: Path, links: Path, name: str, arguments: Sequence[str]) -> list[dict[str, Any]]:
@@ -71,6 +75,23 @@ def _is_time(column: str, value: Any) -> bool:
     return isinstance(value, float) and (column.split()[-1] in TIMES or column in KERNELS)
 
 
+def is_control(key: Key) -> bool:
+    """Whether a time is of what is not ours."""
+    return key[1].split(", ")[-1] in CONTROLS or key[2] in CONTROLS
+
+
+def beside(key: Key, ratios: Mapping[Key, float]) -> float:
+    """The ratio of what is not ours beside a row: at the same size where there is such a row, else in the benchmark."""
+    controls = {each: ratio for each, ratio in ratios.items() if is_control(each)}
+    near = [ratio for each, ratio in controls.items() if _size(each) == _size(key)]
+    return median(near or controls.values()) if controls else 1.0
+
+
+def _size(key: Key) -> str:
+    """What a row says before the name of what it times; of the kernel's table the name is the column's."""
+    return key[1] if key[2] in KERNELS else key[1].rpartition(", ")[0]
+
+
 def _links(folder: Path, checkout: Path) -> Path:
     """A folder from which the packages of a checkout are imported, whatever is installed."""
     folder.mkdir()
@@ -92,8 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often each runs in both")
     options = parser.parse_args(given)
     common = ["--threads", str(options.threads), *passed]
-    ratios: dict[tuple[str, str, str], list[float]] = {}
-    seconds: dict[tuple[str, str, str], list[float]] = {}
+    ratios: dict[Key, list[float]] = {}
+    relative: dict[Key, list[float]] = {}
+    seconds: dict[Key, list[float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         other = options.other.expanduser().resolve()
         folders = {
@@ -107,11 +129,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                     checkout: run(checkout, links, name, [*common, *fast(name, options.fast)])
                     for checkout, links in order
                 }
+                round_of: dict[Key, float] = {}
                 for before, now in zip(found[other], found[HERE], strict=True):
                     for column, value in times_of(now).items():
-                        key = (name, name_of(now), column)
-                        ratios.setdefault(key, []).append(value / before[column])
-                        seconds.setdefault(key, []).append(value)
+                        round_of[name, name_of(now), column] = value / before[column]
+                        seconds.setdefault((name, name_of(now), column), []).append(value)
+                for key, ratio in round_of.items():
+                    ratios.setdefault(key, []).append(ratio)
+                    relative.setdefault(key, []).append(ratio / beside(key, round_of))
     results = [
         {
             "benchmark": name,
@@ -121,14 +146,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             "ratio": median(each),
             "least": min(each),
             "most": max(each),
+            "relative": median(relative[name, row, column]),
         }
         for (name, row, column), each in ratios.items()
     ]
-    ours = [r for r in results if r["of"].split(", ")[-1] not in CONTROLS and r["what"] not in CONTROLS]
+    ours = [r for r in results if not is_control((r["benchmark"], r["of"], r["what"]))]
     controls = [r["ratio"] for r in results if r not in ours]
     verdicts = [f"what is not ours: {min(controls):.3g} to {max(controls):.3g}"] if controls else []
     for name in options.names:
-        found = [r["ratio"] for r in ours if r["benchmark"] == name]
+        found = [r["relative"] for r in ours if r["benchmark"] == name]
         verdicts.append(judge(f"{name}, the middle row against before", median(found), LIMIT))
         verdicts.append(judge(f"{name}, the slowest row against before", max(found), LIMIT))
     show("against another checkout", make_header("against", options, argv), results, verdicts, options.json)
