@@ -7,11 +7,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from places import DOCS
 from torch import nn
 
 import surgery
 
-PAGE = Path(__file__).parents[1] / "docs" / "add_a_method.md"
+PAGE = DOCS / "add_a_method.md"
 NAME = "scaled_copy"
 
 

@@ -203,3 +203,17 @@ def assert_gradients(found, expected, tolerance):
         for key in other:
             difference = (one[key] - other[key]).norm()
             assert float(difference) <= tolerance * float(other[key].norm()), key
+
+
+def outside_error(before, after, probes):
+    """Relative L2 error of each output over all probes, written anew: the largest."""
+    with torch.no_grad():
+        pairs = [
+            (tensors_in(before(*p.args, **p.kwargs)), tensors_in(after(*p.args, **p.kwargs))) for p in probes
+        ]
+    worst = 0.0
+    for number in range(len(pairs[0][0])):
+        wanted = torch.cat([one[number].double().flatten() for one, _ in pairs])
+        found = torch.cat([other[number].double().flatten() for _, other in pairs])
+        worst = max(worst, float((found - wanted).norm() / (wanted.norm() or 1.0)))
+    return worst

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_template_training import Layer
+from stacked_nets import Layer
 from torch import nn
 
 import surgery

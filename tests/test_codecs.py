@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import DOCS
 
 import surgery
 from surgery.artifact.picture import draw_sharing
@@ -34,7 +35,7 @@ from surgery.storage.keys import PlainKey
 from surgery.storage.stored import store
 from surgery.util.wording import size
 
-PAGE = Path(__file__).parents[1] / "docs" / "add_a_codec.md"
+PAGE = DOCS / "add_a_codec.md"
 KEY = PlainKey("one", "2.weight")
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 

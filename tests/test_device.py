@@ -4,10 +4,9 @@ import signal
 
 import adaptation_nets
 import pytest
-import test_template_training as stacked
+import stacked_nets as stacked
 import torch
-from nets import family, originals
-from test_fit import outside_error
+from nets import family, originals, outside_error
 from training_nets import CONFIG, build, net, tasks
 
 import surgery

@@ -4,28 +4,14 @@ import copy
 
 import pytest
 import torch
-from nets import Scores, assert_same_bits, family, made, member, mlp, originals, sibling
+from nets import Scores, assert_same_bits, family, made, member, mlp, originals, outside_error, sibling
 from torch import nn
 
 from surgery.core.joining import join
 from surgery.errors import PlanError
 from surgery.fitting.fit import fit
-from surgery.inputs.probes import probe_inputs, tensors_in
+from surgery.inputs.probes import probe_inputs
 from surgery.storage.stored import store
-
-
-def outside_error(before, after, probes):
-    """Relative L2 error of each output over all probes, written anew: the largest."""
-    with torch.no_grad():
-        pairs = [
-            (tensors_in(before(*p.args, **p.kwargs)), tensors_in(after(*p.args, **p.kwargs))) for p in probes
-        ]
-    worst = 0.0
-    for number in range(len(pairs[0][0])):
-        wanted = torch.cat([one[number].double().flatten() for one, _ in pairs])
-        found = torch.cat([other[number].double().flatten() for _, other in pairs])
-        worst = max(worst, float((found - wanted).norm() / (wanted.norm() or 1.0)))
-    return worst
 
 
 def check_report(joint, before):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fuzzing
 import pytest
 
 SEED = 0
@@ -13,7 +14,7 @@ SEED = 0
 
 @pytest.mark.parametrize("cases", [150, pytest.param(500, marks=pytest.mark.slow)])
 def test_mutated_files_end_in_an_error_or_as_they_were(tmp_path, cases):
-    script = Path(__file__).with_name("fuzzing.py")
+    script = Path(fuzzing.__file__)
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path / "corpus"), str(SEED), str(cases)],
         capture_output=True,

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from artifacts import modules, pair, rewrite
-from test_untrusted import special
+from special_files import special
 from tiny_transformers import save_tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

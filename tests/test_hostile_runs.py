@@ -11,7 +11,7 @@ import torch
 from command_line import surgery as command
 from fuzzing import RUN, fingerprint, interrupted_run, run_tasks
 from safetensors import safe_open
-from test_untrusted import special
+from special_files import special
 from training_nets import build
 
 from surgery.errors import TrainingError

@@ -19,6 +19,7 @@ import yaml
 from command_line import surgery as command
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import DOCS
 
 import surgery
 from surgery.core.method import find_method, tensor_method
@@ -37,7 +38,7 @@ from surgery.settings.target import Target
 from surgery.storage.codecs import NATIVE
 from surgery.storage.stored import store
 
-PAGE = Path(__file__).parents[1] / "docs" / "add_a_method.md"
+PAGE = DOCS / "add_a_method.md"
 OWN = """
 import torch
 from torch import nn

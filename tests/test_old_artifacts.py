@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import DATA
 from torch import nn
 
 import surgery
 from surgery.members.member import content_hash
 
-ARCHIVE = Path(__file__).parent / "data" / "artifacts_1.zip"
+ARCHIVE = DATA / "artifacts_1.zip"
 
 
 @pytest.fixture(scope="module")

@@ -3,17 +3,16 @@
 import ast
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import typer
+from places import ROOT
 from surgery_cli.__main__ import app, with_values
 
 from surgery.artifact.card import USE
 from surgery.settings.documents import override, read_document, recipe_names
 from surgery.settings.recipe import Recipe
 
-ROOT = Path(__file__).parents[1]
 COMMAND = typer.main.get_command(app)
 
 

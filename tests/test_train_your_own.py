@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import surgery as command
+from places import DOCS
 
-DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "train_your_own.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from nets import made
-from test_template_training import network, task
+from stacked_nets import network, task
 from torch import nn
 
 import surgery
