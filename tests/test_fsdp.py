@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from surgery.errors import PlanError
-from surgery.geometry.columns import Columns
 from surgery.methods.hypermodules.explanation import explained, explained_pairs, fit_contexts, scale_contexts
 from surgery.settings.training import Training
+from surgery.training.distributed.columns import SomeColumns
 from surgery.training.distributed.fsdp import Sharding, read_sharding, uncut
 from surgery.training.distributed.shards import ChunkPart
 from surgery.training.loop.run import STATE
@@ -205,7 +205,7 @@ def test_one_process_has_nothing_to_shard(monkeypatch):
 @pytest.mark.parametrize(("width", "world"), [(12, 3), (7, 2), (2, 4), (1, 1)])
 def test_columns_put_together_are_the_whole(width, world):
     whole = torch.randn(5, width)
-    columns = [Columns(width, rank, world) for rank in range(world)]
+    columns = [SomeColumns(width, rank, world) for rank in range(world)]
     parts = torch.stack([each.cut(whole) for each in columns])
     assert torch.equal(columns[0].join(parts), whole)
     assert parts.shape[-1] == -(-width // world)

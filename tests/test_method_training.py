@@ -1,11 +1,13 @@
 """A method that is no part of the package trains: draws, penalties, states, logs and pictures by one interface."""
 
+import os
 import signal
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from processes import Started, forks
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import surgery
@@ -18,6 +20,7 @@ from surgery.core.method import TensorMethod
 from surgery.errors import PlanError, TrainingError
 from surgery.settings.methods import REGISTERED
 from surgery.settings.problems import Strict
+from surgery.training.distributed.fsdp import check_banks
 from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.moves import Moves
 from surgery.training.loop.run import STATE
@@ -160,20 +163,20 @@ CONFIG = {
 }  # fmt: skip
 
 
-def network():
+def network(dropout=0.1):
     torch.manual_seed(0)
-    layers = nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.Dropout(0.1), nn.Linear(16, 16), nn.ReLU()
+    layers = nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.Dropout(dropout), nn.Linear(16, 16), nn.ReLU()
     return nn.Sequential(*layers, nn.Linear(16, 2))
 
 
-def build(**settings):
-    member = surgery.load_member(network(), name="net", inputs=torch.randn(2, 4))
+def build(dropout=0.1, **settings):
+    member = surgery.load_member(network(dropout), name="net", inputs=torch.randn(2, 4))
     request = registry.PlanRequest((8, 8), settings=Settings(**settings))
     return join([member], Products().plan([discover(member)], request))
 
 
-def task():
-    x = torch.randn(48, 4, generator=torch.Generator().manual_seed(0))
+def task(dtype=torch.float32):
+    x = torch.randn(48, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     y = (x.sum(1) > 0).long()
     held = Batches(x[32:], y[32:], 16, shuffle=False)
     return Task("signs", "net", Batches(x[:32], y[:32], 16), "cross_entropy", "accuracy", validation=held)
@@ -300,3 +303,44 @@ def test_what_was_trained_is_saved_and_loaded(unbroken, tmp_path):
     wanted, found = joint.collapse("net"), loaded.collapse("net")
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     assert not any("psi" in name for name in load_file(next((tmp_path / "joint").glob("*.safetensors"))))
+
+
+# Several processes ------------------------------------------------------------------------------------------
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def in_parts(out):
+    """Train as one of some processes; in float64 nothing depends on the order in which they add up."""
+    REGISTERED["products"] = Products()
+    joint, kinds, plain = build(dropout=0.0).to(torch.float64), set(), Trainer.train_step
+    Trainer.train_step = lambda self: (kinds.add(type(self.joint).__name__), plain(self))
+    try:
+        train(joint, [task(torch.float64)], CONFIG, cpu=True)
+    finally:
+        Trainer.train_step = plain
+    rank = os.environ.get("RANK", "0")
+    assert kinds == {"ShardedModel" if "RANK" in os.environ else "JointModel"}
+    save_file({k: t.clone() for k, t in joint.collapse("net").items()}, f"{out}/{rank}.safetensors")
+
+
+@forks
+def test_sharded_processes_hold_its_banks_whole_and_give_the_result_of_one(tmp_path):
+    (tmp_path / "one").mkdir()
+    in_parts(tmp_path / "one")
+    Started(in_parts, str(tmp_path), ranks=2, environment=FSDP).succeed()
+    wanted = load_file(tmp_path / "one" / "0.safetensors")
+    for rank in (0, 1):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_sharded_processes_refuse_weights_that_depend_on_the_task(monkeypatch):
+    joint = build()
+    check_banks(joint)
+    bank = next(iter(joint.dictionary.banks.values()))
+    monkeypatch.setattr(type(bank), "by_task", True)
+    with pytest.raises(PlanError, match="the same for every task, but products generates others"):
+        check_banks(joint)

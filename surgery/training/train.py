@@ -20,6 +20,7 @@ from surgery.settings.training import Training
 from surgery.training.checking import check_run
 from surgery.training.distributed.fsdp import (
     Sharding,
+    check_banks,
     check_launch,
     check_losses,
     check_members,
@@ -135,6 +136,8 @@ def _train(
         # Under FSDP an original that is distilled is elsewhere than the members are until they are cut.
         rehearse(joint, tasks, losses if sharding is None else {}, seed)
         start(joint, settings, seed)
+        if sharding is not None:
+            check_banks(joint)
         names = {name: list(joint.private(name)) for name in joint.names}
         share_private(joint, share_selectors(settings.share, names, "train.share"))
         freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))

@@ -39,12 +39,7 @@ class HypermoduleBank(RowsBank):
         if isinstance(bank, cls):
             return bank
         made = cls(bank.block, bank.rows.detach(), bank.psi, bank.contexts.detach(), bank.hypermodules)
-        made.rows, made.contexts, made.origin, made.columns = (
-            bank.rows,
-            bank.contexts,
-            bank.origin,
-            bank.columns,
-        )
+        made.rows, made.contexts, made.origin = bank.rows, bank.contexts, bank.origin
         return made.train(bank.training)
 
     def blocks(self, start: int = 0, stop: int | None = None, task: str | None = None) -> Tensor:
@@ -64,9 +59,8 @@ class HypermoduleBank(RowsBank):
     def _on_diagonals(self, blocks: Tensor, diagonals: Tensor) -> Tensor:
         m, n = self.block
         places = torch.arange(min(m, n), device=blocks.device) * (n + 1)
-        if self.columns is not None:
-            own = (places >= self.columns.first) & (places < self.columns.first + self.columns.held)
-            places, diagonals = places[own] - self.columns.first, diagonals[:, own]
+        own, places = self.columns.find(places)
+        diagonals = diagonals[:, own]
         return blocks.index_add(1, places, diagonals)
 
     @property

@@ -147,7 +147,7 @@ def _hypermodules(bank: HypermoduleBank) -> Tensor:
 
 
 def _total(bank: HypermoduleBank) -> Total | None:
-    return None if bank.columns is None else bank.columns.total
+    return bank.columns.total if bank.columns.partial else None
 
 
 def _draw(
@@ -188,11 +188,7 @@ def _grow(bank: HypermoduleBank, new: int, generator: torch.Generator) -> Resize
     """Append new hypermodules of deviation 1/sqrt(c), times what rows have grown to since."""
     old, c = bank.rows, bank.context
     noise = torch.randn(new * c, bank.width, generator=generator, dtype=old.dtype)
-    if bank.columns is None:
-        size = old.detach().square().mean().sqrt()
-    else:
-        noise = bank.columns.cut(noise)
-        size = (bank.columns.total(old.detach().square().sum()) / (len(old) * bank.width)).sqrt()
+    noise, size = bank.columns.cut(noise), bank.columns.mean(old.detach().square()).sqrt()
     rows = torch.cat([old.detach(), noise.to(old.device) * size])
     source = torch.cat([torch.arange(len(old)), torch.full((new * c,), -1)]).to(old.device)
     return _replace(bank, rows, source, bank.hypermodules + new)

@@ -25,7 +25,7 @@ from surgery.anatomy.plan import BankPlan, Placement, torch_dtype
 from surgery.core.bank import Bank, Parts, Trained
 from surgery.core.dictionary import index_dtype
 from surgery.core.kernel import DENSE_CODE, TransposedIndex, generate, transpose
-from surgery.geometry.columns import Columns
+from surgery.methods.rows.columns import Columns
 
 
 class RowsBank(Bank):
@@ -39,7 +39,7 @@ class RowsBank(Bank):
         psi: int64 buffer `[L]`; below K a hypermodule, else single row `psi - K`.
         contexts: parameter `[L, c]`; a location on a single row uses column 0 as its factor, the rest is 0.
         origin: `[L, m*n]`, what every block was when the bank was opened for training; None where it never was.
-        columns: which columns of its rows and blocks this process holds, where several share them, else None.
+        columns: which columns of its rows and blocks this process holds.
     """
 
     form: ClassVar[str] = "rows"
@@ -47,13 +47,13 @@ class RowsBank(Bank):
     contexts: nn.Parameter
     psi: Tensor
     origin: Tensor | None
+    columns: Columns = Columns()
 
     def __init__(
         self, block: tuple[int, int], rows: Tensor, psi: Tensor, contexts: Tensor, hypermodules: int
     ):
         super().__init__()
         self.block, self.context, self.hypermodules = block, contexts.shape[1], hypermodules
-        self.columns: Columns | None = None
         if rows.shape[1] != block[0] * block[1] or psi.shape[0] != contexts.shape[0]:
             raise ValueError(
                 f"rows {tuple(rows.shape)}, psi {tuple(psi.shape)}, contexts {tuple(contexts.shape)} "
@@ -265,7 +265,7 @@ class RowsBank(Bank):
 
     def refuses(self, locations: Tensor) -> str:
         """A block can become any other where it has a row of its own: the row becomes the block."""
-        if self.columns is not None:
+        if self.columns.partial:
             return "several processes hold parts of its blocks"
         psi = self.psi[locations]
         if self.context > 1 and bool((psi < self.hypermodules).any()):

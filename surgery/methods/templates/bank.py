@@ -38,7 +38,7 @@ class TemplateBank(RowsBank):
         if isinstance(bank, cls):
             return bank
         made = cls(bank.block, bank.rows.detach(), bank.psi, bank.contexts, "linear")
-        made.rows, made.origin, made.columns = bank.rows, bank.origin, bank.columns
+        made.rows, made.origin = bank.rows, bank.origin
         return made.train(bank.training)
 
     @property
@@ -65,7 +65,7 @@ class TemplateBank(RowsBank):
 
     def together(self) -> object | None:
         """Banks of one stack, whose rows side by side make a whole stack one product."""
-        return None if self.columns is not None else (id(self.contexts), self.rows.dtype)
+        return None if self.columns.partial else (id(self.contexts), self.rows.dtype)
 
     @staticmethod
     def generate_together(banks: Sequence[Bank], task: str | None = None) -> Tensor:

@@ -64,10 +64,7 @@ def penalty(joint: JointModel, settings: TemplateSettings) -> Tensor | None:
 
 def _gram(bank: TemplateBank) -> Tensor:
     """Products of templates with one another `[K, K]`; each process goes back into the columns that it holds."""
-    gram = bank.rows @ bank.rows.T
-    if bank.columns is None:
-        return gram
-    return gram + (bank.columns.total(gram.detach().clone()) - gram.detach())
+    return bank.columns.summed(bank.rows @ bank.rows.T)
 
 
 def harden_stacks(joint: JointModel) -> None:

@@ -166,6 +166,20 @@ def check_members(joint: JointModel, sharding: Sharding) -> None:
         )
 
 
+def check_banks(joint: JointModel) -> None:
+    """Refuse weights that depend on the task: FSDP's modules are filled once for a step.
+
+    Raises:
+        PlanError: naming the methods that generate them.
+    """
+    banks = [plan for plan in joint.plan.banks if joint.dictionary[plan.key].by_task]
+    if names := dict.fromkeys(plan.method for plan in banks):
+        raise PlanError(
+            f"Under FSDP weights must be the same for every task, but {', '.join(names)} generates others for each: "
+            "train in one process, or in several without FSDP."
+        )
+
+
 def check_losses(tasks: Sequence[Task]) -> None:
     """Refuse losses that look inside a member: while it is cut, a copy of it runs.
 

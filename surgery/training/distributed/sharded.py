@@ -1,7 +1,8 @@
 """Sharded: joint training in which each process holds a part of everything that is large.
 
 Of every bank a process holds some columns of all rows, with their gradients and optimizer state: a bank is cut, and
-all that changes it stays what it was (`surgery.geometry.columns`). Members are PyTorch's FSDP modules. Before a step
+all that changes it stays what it was (`methods.rows.columns`); banks without rows are whole in every process. Members
+are PyTorch's FSDP modules. Before a step
 each process generates its columns of all blocks; site by site these are gathered, made a weight, and each keeps its
 chunk.
 Forward and backward passes gather weights layer by layer, as FSDP does. Afterwards each site's gradient is gathered in
@@ -23,12 +24,13 @@ from surgery.anatomy.plan import Placement
 from surgery.core.bank import Bank
 from surgery.core.generation import Weights, to_blocks, to_weight
 from surgery.core.joint import JointModel
-from surgery.geometry.columns import Columns
 from surgery.members.extra_state import extra_state_of, set_extra_state
+from surgery.methods.rows.bank import RowsBank
 from surgery.slots.filler import Filler
 from surgery.slots.gate import unwatched
 from surgery.slots.hooks import Enter, Leave
 from surgery.slots.slots import Slots, locate, put_back, reorder
+from surgery.training.distributed.columns import SomeColumns
 from surgery.training.distributed.fsdp import Sharding
 from surgery.training.distributed.shards import ChunkPart, ColumnPart, Part, add_up, reshard
 from surgery.training.loop.state import own_part
@@ -103,6 +105,7 @@ class ShardedModel(JointModel):
         self._shard_members()
         self._placed = {key: [p for p in self.plan.placements if p.bank == key] for key in self.dictionary}
         self._origins: dict[str, tuple[nn.Parameter, Tensor]] = {}
+        self._rows: dict[str, RowsBank] = {}  # banks that are cut; all others are whole in every process
         for key in self.dictionary:
             self._cut(key, self.dictionary[key])
         self.dictionary._apply(lambda tensor: tensor.to(sharding.device))
@@ -122,7 +125,7 @@ class ShardedModel(JointModel):
         for name, copy in copies.items():
             for p in self.plan.of(name):
                 weight = getattr(*locate(copy, p.site.owners[0]))
-                learns = any(x.requires_grad for x in self.dictionary[p.bank].parameters(recurse=False))
+                learns = any(x.requires_grad for x in self.dictionary[p.bank].parameters())
                 put_back(copy, p.site.owners, weight, learns and self.trains(name, p.site.name))
                 joint.slots.put(name, p.site.name, torch.empty_like(weight, device="meta").detach())
             reorder(copy, self.state_keys[name])
@@ -160,12 +163,21 @@ class ShardedModel(JointModel):
                 self.chunks[id(local)] = self._chunks(own.shape)
 
     def _cut(self, key: str, bank: Bank) -> None:
-        columns = Columns(bank.width, self.sharding.rank, self.sharding.world)
+        if not isinstance(bank, RowsBank):
+            return
+        columns = SomeColumns(bank.width, self.sharding.rank, self.sharding.world)
         part = self.parts[f"bank/{key}/rows"] = ColumnPart(columns)
-        bank.columns = columns
+        self._rows[key], bank.columns = bank, columns
         bank.rows = nn.Parameter(part.own(bank.rows.detach()), requires_grad=bank.rows.requires_grad)
         if bank.origin is not None:  # not needed until the end: it stays on the CPU
             self._origins[key], bank.origin = (bank.contexts, part.own(bank.origin)), None
+
+    def part_of(self, parameter: nn.Parameter) -> Part | None:
+        """How a parameter is cut, as the optimizer gets it; None where every process holds all of it."""
+        for key, bank in self._rows.items():
+            if bank.rows is parameter:
+                return self.parts[f"bank/{key}/rows"]
+        return self.chunks.get(id(parameter))
 
     def _chunks(self, shape: torch.Size) -> ChunkPart:
         return ChunkPart(shape, self.sharding.rank, self.sharding.world)
@@ -198,9 +210,10 @@ class ShardedModel(JointModel):
 
     @torch.no_grad()
     def _fill_site(self, p: Placement, own: Tensor) -> None:
-        columns = self.dictionary[p.bank].columns
-        assert columns is not None
-        weight, site = to_weight(columns.gather(own), p), self._sites[p.site.member, p.site.name]
+        weight, site = (
+            to_weight(self._columns(p.bank).gather(own), p),
+            self._sites[p.site.member, p.site.name],
+        )
         if (local := own_part(site)) is not site:
             first = self._chunks(site.shape).rows * self.sharding.rank
             weight = weight[first : first + len(local)]
@@ -209,30 +222,44 @@ class ShardedModel(JointModel):
     def go_back(self, edges: dict[str, Any]) -> None:
         """Carry the sites' gradients into rows and codes, and give all parameters the mean of the processes."""
         for key, placements in self._placed.items():
-            bank, gradient = self.dictionary[key], None
-            columns = bank.columns
-            assert columns is not None
+            bank, columns = self.dictionary[key], self._columns(key)
+            gradient: Tensor | None = None
             for p in placements:
                 site = self._sites[p.site.member, p.site.name]
                 if site.grad is None:
                     continue
                 if gradient is None:
-                    gradient = bank.rows.new_zeros(bank.locations, columns.held)
+                    size = (bank.locations, columns.held)
+                    gradient = torch.zeros(size, dtype=bank.dtype, device=bank.device)
                 gradient[p.start : p.stop] = columns.cut(to_blocks(self._whole_gradient(site), p))
                 site.grad = None
             if gradient is not None and key in edges:
                 torch.autograd.backward([edges[key]], [gradient])
         # A process knows of a code's gradient what its own columns say: the whole is the sum.
-        rows = {id(self.dictionary[key].rows) for key in self.dictionary}
-        add_up([p.grad for p in self.dictionary.parameters() if p.grad is not None and id(p) not in rows])
+        codes = {id(p): p for bank in self._rows.values() for p in bank.parameters() if p is not bank.rows}
+        add_up([p.grad for p in codes.values() if p.grad is not None])
         whole = []
         for parameter, local in self._private:
-            if local is not parameter:
-                local.grad = None if parameter.grad is None else own_part(parameter.grad)
-                parameter.grad = None
-            elif parameter.grad is not None:
+            if local is parameter and parameter.grad is not None:
                 whole.append(parameter.grad.div_(self.sharding.world))
+        self.hand_over()
         add_up(whole)
+
+    def hand_over(self) -> None:
+        """Give the optimizer's tensors the gradients of the private parameters that they are parts of."""
+        for parameter, local in self._private:
+            if local is not parameter and parameter.grad is not None:
+                own = own_part(parameter.grad)
+                local.grad = own if local.grad is None else local.grad + own
+                parameter.grad = None
+
+    def _columns(self, key: str) -> SomeColumns:
+        """The columns of a bank that this process holds."""
+        bank = self._rows.get(key)
+        if bank is None:
+            return SomeColumns(self.dictionary[key].width, 0, 1)
+        assert isinstance(bank.columns, SomeColumns)
+        return bank.columns
 
     def _whole_gradient(self, site: nn.Parameter) -> Tensor:
         gradient: Any = site.grad
@@ -247,13 +274,13 @@ class ShardedModel(JointModel):
     def give_back(self) -> JointModel:
         """The joint model that this was made of, with what was learnt, whole in every process and on the CPU."""
         joint, device = self._given[0], self.sharding.device
-        for key in self.dictionary:
-            bank, part = self.dictionary[key], self.parts[f"bank/{key}/rows"]
+        for key, bank in self._rows.items():
+            part = self.parts[f"bank/{key}/rows"]
             bank.rows = nn.Parameter(part.whole(bank.rows.detach(), device, True), bank.rows.requires_grad)
             contexts, origin = self._origins.get(key, (None, None))
             if origin is not None and contexts is bank.contexts:  # hardening forgets it, with the mixtures
                 bank.origin = part.whole(origin, device, True)
-            bank.columns = None
+            del bank.columns
         self.dictionary._apply(lambda tensor: tensor.cpu())
         for name in self.names:
             set_extra_state(joint[name], extra_state_of(self[name]))

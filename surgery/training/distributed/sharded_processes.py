@@ -30,7 +30,8 @@ class ShardedProcesses(Processes):
         self.model = model
 
     def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Nothing: `ShardedModel.step` leaves gradients as they shall be."""
+        """Gradients of losses are as they shall be after a step; what a penalty added is handed over."""
+        self.model.hand_over()
 
     @torch.no_grad()
     def clip(self, parameters: Sequence[nn.Parameter], norm: float) -> None:
@@ -83,11 +84,7 @@ class ShardedProcesses(Processes):
         return self.model.give_back()
 
     def _part(self, parameter: nn.Parameter) -> Part | None:
-        """How a parameter is cut; None where every process holds all of it."""
-        for key in self.model.dictionary:
-            if self.model.dictionary[key].rows is parameter:
-                return self.model.parts[f"bank/{key}/rows"]
-        return self.model.chunks.get(id(parameter))
+        return self.model.part_of(parameter)
 
 
 def check_alike(joint: JointModel) -> None:

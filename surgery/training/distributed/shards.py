@@ -1,6 +1,6 @@
 """Shards: tensors of which each process holds a part, put together on the CPU and taken apart again.
 
-Two kinds of parts: columns of a bank's rows (`surgery.geometry.columns.Columns`), and chunks along the first axis, as
+Two kinds of parts: columns of a bank's rows (`training.distributed.columns`), and chunks along the first axis, as
 PyTorch's `fully_shard` cuts parameters. Tensors go over the device in pieces, so that none is ever whole there.
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from surgery.geometry.columns import Columns, gather_flat
+from surgery.training.distributed.columns import SomeColumns, gather_flat
 
 _PIECE = 1 << 22  # numbers of each process that go over the device at once
 
@@ -36,7 +36,7 @@ class Part(Protocol):
 class ColumnPart:
     """Columns of rows `[R, m*n]`."""
 
-    columns: Columns
+    columns: SomeColumns
 
     def own(self, whole: Tensor) -> Tensor:
         """`[R, m*n]` to `[R, held]`."""

@@ -9,13 +9,16 @@ too, so processes add up what they found.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from surgery.methods.rows.columns import Columns
+
 
 @dataclass(frozen=True)
-class Columns:
+class SomeColumns(Columns):
     """Consecutive columns of a bank, the same number in every process; the last ones are padded with zeros.
 
     Attributes:
@@ -24,10 +27,11 @@ class Columns:
         world: how many processes share them.
 
     Example:
-        >>> Columns(whole=3, rank=1, world=2).cut(torch.tensor([[1.0, 2.0, 3.0]]))
+        >>> SomeColumns(whole=3, rank=1, world=2).cut(torch.tensor([[1.0, 2.0, 3.0]]))
         tensor([[3., 0.]])
     """
 
+    partial: ClassVar[bool] = True
     whole: int
     rank: int
     world: int
@@ -49,8 +53,23 @@ class Columns:
         found[:, : own.shape[1]] = own
         return found
 
+    def summed(self, values: Tensor) -> Tensor:
+        """The value of all processes, with the gradient of this one's part."""
+        return values + (self.total(values.detach().clone()) - values.detach())
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all columns; padding is zero and does not count."""
+        return self.total(tensor.sum()) / (len(tensor) * self.whole)
+
+    def find(self, places: Tensor) -> tuple[Tensor | slice, Tensor]:
+        """Which of some columns are held, a mask, and where these are."""
+        own = (places >= self.first) & (places < self.first + self.held)
+        return own, places[own] - self.first
+
     def gather(self, own: Tensor) -> Tensor:
         """All columns `[N, m*n]` from what every process holds of them, `[N, held]`; all processes call it."""
+        if self.world == 1:
+            return own
         return self.join(gather_flat(own.reshape(-1), self.world).view(-1, *own.shape))
 
     def join(self, parts: Tensor) -> Tensor:
