@@ -25,6 +25,7 @@ from surgery.errors import ArtifactError, OutputError
 from surgery.fitting.report import FitReport, Probes
 from surgery.members.member import content_hash
 from surgery.methods.rows.bank import RowsBank
+from surgery.settings.recipe import Recipe
 from surgery.storage.codecs import BFLOAT16, Precision, encode, grouped
 from surgery.storage.keys import PlainKey
 from surgery.storage.stored import Stored, revive, store
@@ -210,7 +211,7 @@ def test_report_recipe_and_inputs_come_back(tmp_path: Path):
     out = save(joint, tmp_path / "out", recipe={"seed": 3, "parameters": {"block": (8, 8)}})
     loaded = load(out, modules=modules())
     assert loaded.report.errors["one"] == 0.1 and loaded.report.error("two") is None
-    assert loaded.__dict__["recipe"] == {"seed": 3, "parameters": {"block": [8, 8]}}
+    assert loaded.recipe == Recipe.of({"seed": 3, "parameters": {"block": "8x8"}})
     assert loaded.members["one"].inputs.args[0].shape == (2, 8)
     assert load(out, modules=modules(), members=["one"]).report.errors == {"one": 0.1}
     card = (out / "README.md").read_text()

@@ -6,6 +6,8 @@ import copy
 import json
 import math
 import pickle
+from hashlib import sha256
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +17,15 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 import surgery
+from surgery.anatomy.plan import starting_block
 from surgery.core.sizes import TensorReport
 from surgery.errors import ArtifactError
 from surgery.fitting.report import FitReport, Probes, StackReport
+from surgery.members.member import Inputs
+from surgery.pipeline.merge import merge
+from surgery.pipeline.train import evaluate_artifact, train_recipe
+from surgery.settings.names import without_target
+from surgery.settings.recipe import Recipe
 
 SIZES = st.dictionaries(st.sampled_from("abc"), st.integers(0, 1 << 53), max_size=3)
 REPORTS = st.builds(
@@ -90,4 +98,186 @@ def test_a_report_that_is_none_is_an_error_of_the_artifact(change, said, tmp_pat
         lambda m: m.update(report=m["report"] | change if isinstance(change, dict) else change),
     )
     with pytest.raises(ArtifactError, match=said.partition(":")[0]):
+        surgery.load(tmp_path / "joint", modules=modules())
+
+
+# -- recipes -----------------------------------------------------------------------------------------------
+
+FACTORY = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)]
+    return nn.Sequential(*layers), torch.zeros(2, 4)
+
+def data():
+    x = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
+    return {"train": [(x, (x.sum(1) > 0).long())]}
+"""
+TASKS = [{"data": "mine.py:data"}]
+TRAIN = {"generations": 1, "steps": 2, "burn_in": 0, "final": 1}
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch) -> None:
+    """A network and its data in a file of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(FACTORY)
+
+
+def merged(out: str | None = "small", **parameters) -> surgery.JointModel:
+    document = {"models": [{"model": "mine.py:make", "name": "net"}], "parameters": parameters, "out": out}
+    return merge(Recipe.of(document), trust_remote_code=True)
+
+
+def trained(out: str = "trained") -> surgery.JointModel:
+    model = {"model": "mine.py:make", "name": "net", "tasks": TASKS}
+    recipe = Recipe.of({"models": [model], "train": TRAIN, "parameters": {"block": "8x8"}, "out": out})
+    return train_recipe(recipe, trust_remote_code=True, cpu=True)[0]
+
+
+def load(folder: str) -> surgery.JointModel:
+    return surgery.load(folder, trust_remote_code=True)
+
+
+RECIPES = st.builds(
+    lambda parameters, names, seed, nonfinite, train: Recipe.of(
+        {
+            "models": [{"model": name, "name": name, "tasks": TASKS if train else []} for name in names],
+            "parameters": parameters,
+            "seed": seed,
+            "allow_nonfinite": nonfinite,
+            **({"train": train} if train else {}),
+        }
+    ),
+    st.sampled_from(
+        [{}, {"max_error": 0.1}, {"budget": 0.5, "block": "4x8"}, {"hypermodules": 7, "context": 2}]
+    ),
+    st.lists(st.sampled_from("abc"), max_size=3, unique=True),
+    st.integers(0, 9),
+    st.booleans(),
+    st.sampled_from([None, TRAIN]),
+)
+
+
+@given(RECIPES)
+def test_what_an_artifact_records_of_a_recipe_is_read_back_and_written_the_same(recipe: Recipe):
+    document = recipe.resolved()
+    found = Recipe.of(document)
+    assert json.dumps(found.document()) == json.dumps(document) == json.dumps(recipe.recorded().document())
+    assert found.document() == Recipe.of(found.document()).document()
+    assert found.without_target().document() == without_target(document)
+
+
+def test_a_recipe_is_a_field_after_a_merge_a_load_and_in_copies(mine):
+    joint = merged(budget=0.5)
+    found = load("small")
+    for each in (joint, found, copy.deepcopy(found), pickle.loads(pickle.dumps(found))):
+        assert each.recipe is not None and each.recipe.target == ("budget", 0.5)
+        assert [model.name for model in each.recipe.models] == ["net"]
+    surgery.save(found, "again")
+    assert contents(Path("again")) == contents(Path("small"))
+
+
+def test_fitted_again_a_recipe_says_the_new_target_and_what_it_was_made_from(mine):
+    merged(max_error=0.05)
+    joint = surgery.fit(load("small"), budget=0.4)
+    surgery.save(joint, "again")
+    recipe = load("again").recipe
+    assert recipe is not None and recipe.target == ("budget", 0.4) and recipe.parameters.max_error is None
+    assert [model.model for model in recipe.models] == ["small"]  # whose weights are others than the origin's
+    assert recipe.recorded() == recipe
+    same = merge(recipe.model_copy(update={"out": "same"}), trust_remote_code=True)
+    assert same.report is not None and same.report.met
+
+
+def test_written_over_what_it_was_made_from_a_recipe_has_no_target(mine):
+    merged(max_error=0.05)
+    surgery.save(surgery.fit(load("small"), budget=0.4), "small", overwrite=True)
+    assert load("small").recipe.parameters.given() == []
+
+
+def test_drawn_by_another_seed_members_are_named_by_their_artifact(mine):
+    merged(max_error=0)
+    recipe = surgery.fit(load("small"), max_error=0.1, seed=1).recipe
+    assert [model.model for model in recipe.models] == ["small"] and recipe.seed == 1
+
+
+def test_without_loss_a_recipe_keeps_to_the_origin(mine):
+    merged(max_error=0)
+    surgery.save(surgery.fit(load("small"), max_error=0.1), "again")
+    recipe = load("again").recipe
+    assert recipe is not None and recipe.target == ("max_error", 0.1)
+    assert [model.model for model in recipe.models] == ["mine.py:make"]
+
+
+def test_a_recipe_of_joining_and_fitting_in_python_does_the_same_again(mine):
+    made = surgery.load_member("mine.py:make", name="net", trust_remote_code=True)
+    joint = surgery.join([made], block=starting_block([surgery.discover(made)]))
+    assert joint.recipe is None
+    surgery.fit(joint, max_error=0.02)
+    surgery.save(joint, "python")
+    recipe = load("python").recipe
+    assert recipe is not None and recipe.target == ("max_error", 0.02)
+    again = merge(recipe, trust_remote_code=True)
+    for key, tensor in joint.collapse("net").items():
+        assert torch.equal(tensor, again.collapse("net")[key])
+
+
+@pytest.mark.parametrize("case", ["live", "plan", "block", "probes", "changed"])
+def test_what_no_recipe_can_tell_has_none(case, mine):
+    live = member(seeded(stack, 1), "net", torch.zeros(2, 8))
+    made = live if case == "live" else surgery.load_member("mine.py:make", name="net", trust_remote_code=True)
+    found = surgery.discover(made)
+    plan = surgery.make_plan([found], (4, 4)) if case == "plan" else None
+    joint = surgery.join([made], plan, block=(8, 8) if case == "block" else starting_block([found]))
+    if case == "changed":
+        with torch.no_grad():
+            joint["net"][6].bias.add_(1)
+    probes = {"net": [Inputs((torch.ones(3, 4),))]} if case == "probes" else None
+    assert surgery.fit(joint, max_error=0.05, probes=probes).recipe is None
+
+
+def test_changed_after_a_fit_a_recipe_has_no_target(mine):
+    joint = merged(None, max_error=0.05)
+    assert joint.recipe is not None and joint.recipe.parameters.max_error == 0.05
+    with torch.no_grad():
+        joint["net"][6].bias.add_(1)
+    assert joint.report is None and joint.recipe.parameters.max_error is None
+    surgery.save(joint, "changed")
+    assert "max_error: null" in Path("changed/recipe.yaml").read_text()
+    assert surgery.fit(joint, budget=0.5).recipe.parameters.given() == []  # from weights that no recipe names
+
+
+def test_a_merge_of_what_was_trained_keeps_its_tasks(mine):
+    assert trained().recipe.train is not None
+    small = merge(Recipe.of({"models": [{"model": "trained"}], "out": "small"}), trust_remote_code=True)
+    assert small.recipe.models[0].tasks and small.recipe.train is None
+    scores = evaluate_artifact("small", trust_remote_code=True)
+    assert scores.keys() == {"net"}
+    fitted_again = surgery.fit(load("trained"), budget=0.5).recipe
+    assert fitted_again.train is None and fitted_again.models[0].model == "trained"
+    assert fitted_again.models[0].tasks and fitted_again.target == ("budget", 0.5)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "models: 3",
+        "nothing: 1",
+        "parameters: {max_error: lots}",
+        "method: unheard-of",
+        "- 1",
+        "train: {steps: -1}",
+        "{",
+    ],
+)
+def test_a_recipe_that_is_none_is_an_error_of_the_artifact(text, tmp_path):
+    surgery.save(fitted(), tmp_path / "joint", recipe={"seed": 1})
+    (tmp_path / "joint" / "recipe.yaml").write_text(text)
+    entry = {"bytes": len(text), "sha256": sha256(text.encode()).hexdigest()}
+    rewrite(tmp_path / "joint", lambda m: m["files"].update({"recipe.yaml": entry}))
+    with pytest.raises(ArtifactError, match=r"recipe\.yaml"):
         surgery.load(tmp_path / "joint", modules=modules())

@@ -83,7 +83,7 @@ def test_an_encoder_within_a_budget_end_to_end(encoder, tmp_path):
         torch.equal(tensor, joint.collapse("minilm")[key])
         for key, tensor in plain.module.state_dict().items()
     )
-    surgery.save(joint, tmp_path / "again", recipe=joint.__dict__["recipe"])
+    surgery.save(joint, tmp_path / "again", recipe=joint.recipe)
     assert_same_files(tmp_path / "joint", tmp_path / "again")
 
 

@@ -21,6 +21,11 @@ from surgery.members.replacement import Replacement
 from surgery.settings.names import DEFAULT_METHOD
 from surgery.util.showing import as_text, plural
 
+SIDE, CONTEXT = (
+    16,
+    4,
+)  # of the blocks and hypermodules that a plan starts from; a fit chooses its own unless given
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -225,3 +230,10 @@ def torch_dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def starting_block(anatomies: Sequence[Anatomy]) -> tuple[int, int]:
+    """16 x 16, or the largest power of two that fits a site where all sites are smaller."""
+    sides = [min(site.view.shape[1:]) for anatomy in anatomies for site in anatomy.sites]
+    side = min(SIDE, 1 << (max(sides, default=SIDE).bit_length() - 1))
+    return side, side

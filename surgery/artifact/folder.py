@@ -41,14 +41,14 @@ from surgery.core.known import Known
 from surgery.core.replacing import made_again
 from surgery.disk.places import out_of_artifact
 from surgery.disk.untrusted import RECIPE_BYTES, UnreadableError, as_mapping, parse_yaml, read_regular
-from surgery.errors import ArtifactError
+from surgery.errors import ArtifactError, PlanError
 from surgery.members.member import Member
 from surgery.members.occupancy import check_free
 from surgery.members.origins import origin_kind
 from surgery.members.origins.bounded import bounded, by_file
 from surgery.members.references import build_architecture
 from surgery.permission import Permission
-from surgery.settings.names import without_target
+from surgery.settings.recipe import Recipe
 from surgery.slots.slots import locate
 from surgery.storage.stored import Stored, compressed, expand, revive, store
 
@@ -58,7 +58,7 @@ def save(
     out: str | Path,
     *,
     overwrite: bool = False,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: Recipe | Mapping[str, Any] | None = None,
     max_shard_size: int | str = "5GB",
     extras: Mapping[str, bytes] | None = None,
 ) -> Path:
@@ -68,7 +68,7 @@ def save(
         joint: joined, fitted or trained.
         out: the folder; it appears whole or not at all.
         overwrite: whether an artifact that is already there is replaced.
-        recipe: how it was made; by default the one that a loaded joint model came with.
+        recipe: how it was made; by default what the joint model says itself, see `JointModel.recipe`.
         max_shard_size: of one file, in bytes or as text such as `"5GB"`.
         extras: further files by their path in the folder, such as the log of a training run.
 
@@ -81,7 +81,7 @@ def save(
     Raises:
         OutputError: where the folder exists, holds other files, cannot be written, the disk is full, or what was
             written cannot be loaded.
-        PlanError: where a generated weight of a member was replaced.
+        PlanError: where a generated weight of a member was replaced, or the recipe is none.
 
     Example:
         >>> surgery.save(joint, "joint")
@@ -89,10 +89,15 @@ def save(
     """
     stored = store(joint)
     members = [as_saved(member, stored) for member in joint.members.values()]
-    report, loaded = report_of(joint, stored), joint.__dict__.get("recipe")
-    if recipe is None and loaded is not None:
-        recipe = loaded if report is not None and report.target else without_target(loaded)
-    return write(stored, members, report, out, overwrite, recipe, max_shard_size, extras or {})
+    report = report_of(joint, stored)
+    if recipe is None:
+        told = joint.recipe
+        # What was made of the artifact that is written over has lost what it was made of.
+        holds = told is None or (report is not None and report.target and not _made_of(told, Path(out)))
+    else:
+        told, holds = recipe if isinstance(recipe, Recipe) else Recipe.of(recipe), True
+    told = told if told is None or holds else told.without_target()
+    return write(stored, members, report, out, overwrite, told, max_shard_size, extras or {})
 
 
 def load(
@@ -134,18 +139,26 @@ def load(
     check_free({name: module for name, module in (modules or {}).items() if name in names})
     stored = read_stored(folder, manifest, names)
     found = [_member(folder, manifest, stored, name, (modules or {}).get(name), permission) for name in names]
-    joint = revive(found, stored, _known(manifest, stored, found))
-    joint.__dict__["recipe"] = read_recipe(folder, manifest)  # neither a parameter nor a module
+    joint = revive(found, stored, _known(folder, manifest, stored, found))
     return joint.to(device) if device != "cpu" else joint
 
 
-def _known(manifest: Manifest, stored: Stored, members: Sequence[Member]) -> Known:
+def _made_of(recipe: Recipe, out: Path) -> bool:
+    return any(
+        Path(model.model).expanduser().resolve() == out.expanduser().resolve() for model in recipe.models
+    )
+
+
+def _known(folder: Path, manifest: Manifest, stored: Stored, members: Sequence[Member]) -> Known:
     """What an artifact says of the weights of some of its members."""
     names = [member.name for member in members]
     report = restrict_report(manifest.report, names, len(names) == len(manifest.members))
     hashes = {name: found for name in names if (found := hash_of(manifest, name)) is not None}
     original = frozenset(member.name for member in members if member.original)
-    return Known(report, hashes, original, compressed(stored.plan, expand(stored)))
+    recipe = read_recipe(folder, manifest)
+    recipe = None if recipe is None else recipe.of_members(names)
+    forms, sources = compressed(stored.plan, expand(stored)), dict.fromkeys(names, str(folder))
+    return Known(report, hashes, original, forms, recipe=recipe, sources=sources)
 
 
 def _member(
@@ -205,11 +218,11 @@ def _chosen(manifest: Manifest, members: Sequence[str] | None) -> list[str]:
     return [name for name in manifest.members if members is None or name in members]
 
 
-def read_recipe(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
+def read_recipe(folder: Path, manifest: Manifest) -> Recipe | None:
     """The recipe in an artifact, its relative paths those of the working directory; None where it has none.
 
     Raises:
-        ArtifactError: where it cannot be read.
+        ArtifactError: where it cannot be read, or is no recipe.
     """
     entry = manifest.files.get("recipe.yaml")
     if entry is None:
@@ -218,6 +231,11 @@ def read_recipe(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
         data = read_regular(folder / "recipe.yaml", RECIPE_BYTES)
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise UnreadableError("is not the file that was recorded")
-        return out_of_artifact(folder).recipe(as_mapping(parse_yaml(data.decode())))
+        return Recipe.of(out_of_artifact(folder).recipe(as_mapping(parse_yaml(data.decode()))))
     except (UnreadableError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{folder / 'recipe.yaml'} {error}; copy the artifact again.") from None
+    except PlanError as error:
+        raise ArtifactError(
+            f"{folder / 'recipe.yaml'} must be a recipe. {error} Copy the artifact again, or install the packages that "
+            "it was written with."
+        ) from None

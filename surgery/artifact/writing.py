@@ -41,6 +41,7 @@ from surgery.fitting.report import FitReport
 from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import to_document
 from surgery.members.member import Member, Origin, content_hash
+from surgery.settings.recipe import Recipe
 from surgery.storage.codecs import Encoded
 from surgery.storage.keys import PartKey, StorageKey
 from surgery.storage.states import build_banks, state_of
@@ -59,7 +60,7 @@ def write(
     report: FitReport | None,
     out: str | Path,
     overwrite: bool,
-    recipe: Mapping[str, Any] | None,
+    recipe: Recipe | None,
     max_shard_size: int | str = "5GB",
     extras: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
@@ -69,7 +70,7 @@ def write(
     check_dtypes({_shown(key): each.dtype for key, each in stored.tensors.items()})
     places = into_artifact(out)
     members = [replace(each, origin=_placed(each.origin, places)) for each in members]
-    recipe = None if recipe is None else places.recipe(recipe)
+    document = None if recipe is None else places.recipe(recipe.document())
     extra = {name: to_document(values, name) for name, values in stored.extra.items()}
     own, borrowed = _share_files(members)
     folders = folder_names(member.name for member in members)
@@ -87,11 +88,11 @@ def write(
                 _put(folder / "members" / folders[name] / relative, content)
         for name, content in extra.items():
             _put(folder / "members" / folders[name] / EXTRA_STATE, content)
-        if recipe is not None:
-            _put(folder / "recipe.yaml", _recipe_bytes(recipe))
+        if document is not None:
+            _put(folder / "recipe.yaml", _recipe_bytes(document))
         for relative, content in extras.items():
             _put(folder / relative, content)
-        manifest = _describe(stored, members, report, recipe, borrowed, folders)
+        manifest = _describe(stored, members, report, document, borrowed, folders)
         _write_front(folder, manifest, report, stored, sum(map(len, extras.values())))
         _check_readable(folder, stored, out)
     return Path(out).expanduser().resolve()

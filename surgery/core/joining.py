@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from surgery.anatomy.plan import Placement, Plan, leave_alone, make_plan
-from surgery.anatomy.sites import discover
+from surgery.anatomy.plan import CONTEXT, Placement, Plan, leave_alone, make_plan, starting_block
+from surgery.anatomy.sites import Anatomy, discover
 from surgery.core.bank import Bank
 from surgery.core.dictionary import Dictionary, master_dtype
 from surgery.core.generation import to_blocks
@@ -20,6 +20,7 @@ from surgery.errors import PlanError
 from surgery.members.member import Member, check_names
 from surgery.members.occupancy import check_free
 from surgery.methods.rows.exact import exact_bank
+from surgery.settings.recipe import Recipe
 from surgery.slots.slots import locate
 from surgery.storage.codecs import LARGEST, is_tame
 
@@ -59,7 +60,10 @@ def join(
 
 def _join(members: Sequence[Member], plan: Plan | None, block: tuple[int, int], context: int) -> JointModel:
     """`join`, of members whose modules are replaced."""
-    plan = plan or make_plan([discover(member) for member in members], block, context)
+    told = None
+    if plan is None:
+        anatomies = [discover(member) for member in members]
+        plan, told = make_plan(anatomies, block, context), _told(members, anatomies, block, context)
     modules = {member.name: align_module(member.module) for member in members}
     keys = [(p.site.member, p.site.name) for p in plan.placements]
     wild = {(name, site) for name, site in keys if not is_tame(_weight(modules[name], site))}
@@ -69,7 +73,26 @@ def _join(members: Sequence[Member], plan: Plan | None, block: tuple[int, int], 
         banks[bank.key] = exact_bank(
             _blocks(modules, [p for p in plan.placements if p.bank == bank.key]), bank.block
         )
-    return JointModel(members, plan, Dictionary(banks))
+    joint = JointModel(members, plan, Dictionary(banks))
+    if told is not None:
+        joint.keep_known(replace(joint.known, joined=told))
+    return joint
+
+
+def _told(
+    members: Sequence[Member], anatomies: Sequence[Anatomy], block: tuple[int, int], context: int
+) -> Recipe | None:
+    """The recipe by which a merge joins the same members by the same plan; None where there is none."""
+    if context != CONTEXT:
+        return None
+    if any(
+        m.origin.kind == "module" or not m.original or m.inputs.source == "given" or m.replaced
+        for m in members
+    ):
+        return None
+    models = [{"model": member.origin.reference, "name": member.name} for member in members]
+    parameters = {} if block == starting_block(anatomies) else {"block": block}
+    return Recipe.of({"models": models, "parameters": parameters})
 
 
 def _blocks(modules: Mapping[str, nn.Module], placements: Sequence[Placement]) -> Tensor:

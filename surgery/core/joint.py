@@ -46,6 +46,7 @@ from surgery.util.wording import count
 if TYPE_CHECKING:
     from surgery.fitting.report import FitReport
     from surgery.methods.templates.mixtures import Templates
+    from surgery.settings.recipe import Recipe
 
 
 class JointModel(nn.Module):
@@ -57,6 +58,7 @@ class JointModel(nn.Module):
         encoded: stored form of tensors whose live value is its decoding, by storage key (see
             `surgery.storage.keys`).
         report: what the last fit met and saved; None without one, and once any weight changed.
+        recipe: how the weights were made, as far as a recipe can tell; without a target once any weight changed.
         task: the task that is served, see `serving`; None is each method's default.
 
     Example:
@@ -143,7 +145,19 @@ class JointModel(nn.Module):
     @report.setter
     def report(self, report: FitReport | None) -> None:
         known = self.known
-        self.keep_known(Known(report, original=known.original, compressed=known.compressed))
+        self.keep_known(
+            Known(report, original=known.original, compressed=known.compressed, recipe=known.recipe)
+        )
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """How the weights were made, as far as a recipe can tell; without a target once any weight changed."""
+        known = self.known
+        return known.recipe.without_target() if known.recipe is not None and known.stale else known.recipe
+
+    @recipe.setter
+    def recipe(self, recipe: Recipe | None) -> None:
+        self.keep_known(replace(self.known, recipe=recipe))
 
     def keep_known(self, known: Known) -> None:
         """Bind what is known to the weights as they are now."""
@@ -438,7 +452,7 @@ class JointModel(nn.Module):
         return replace(member, module=module, replaced=copy_replaced(member, memo))
 
     def _rest(self) -> tuple:
-        return self.encoded, self.known, self.__dict__.get("recipe"), self.training, self.bodies.training
+        return self.encoded, self.known, self.training, self.bodies.training
 
 
 def _revived(
@@ -447,14 +461,11 @@ def _revived(
     dictionary: Dictionary,
     encoded: dict[StorageKey, Encoded],
     known: Known,
-    recipe: Any,
     training: bool,
     bodies: bool,
 ) -> JointModel:
     """A copied or unpickled joint model."""
     joint = JointModel(members, plan, dictionary, encoded, known)
-    if recipe is not None:
-        joint.__dict__["recipe"] = recipe
     joint.training, joint.bodies.training = training, bodies
     return joint
 

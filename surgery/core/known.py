@@ -18,6 +18,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from surgery.fitting.report import FitReport
+    from surgery.settings.recipe import Recipe
 
 SAMPLE = 8  # values of a tensor that are looked at
 
@@ -35,6 +36,9 @@ class Known:
         original: members whose weights are those that their origin gives.
         compressed: tensors, by member and first owner, that are not stored in their own dtype.
         stale: members whose weights changed since.
+        recipe: how they were made; None where that cannot be told.
+        joined: a recipe that joins the same, where they are as they were joined and a recipe could say so.
+        sources: artifacts that members were loaded from and that hold their weights, by member.
     """
 
     report: FitReport | None = None
@@ -42,6 +46,9 @@ class Known:
     original: frozenset[str] = frozenset()
     compressed: frozenset[tuple[str, str]] = frozenset()
     stale: frozenset[str] = frozenset()
+    recipe: Recipe | None = None
+    joined: Recipe | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 def stamp(tensors: Iterable[Tensor]) -> Stamp:

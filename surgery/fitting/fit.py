@@ -22,13 +22,14 @@ from surgery.core.method import DEFAULT_METHOD
 from surgery.core.sizes import bytes_alone, bytes_of_module, parameters_alone, parameters_of_module
 from surgery.errors import PlanError
 from surgery.fitting.exactly import make_exactly
+from surgery.fitting.recording import recipe_of_fit
 from surgery.fitting.report import FitReport, Probes, describe, describe_stacks
 from surgery.fitting.scene import Scene, asked_of, fitted_by
 from surgery.fitting.search import search
 from surgery.fitting.trial import Trial, to_device
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.member import Inputs, content_hash, whole_state
-from surgery.settings.names import PARAMETERS_OF, Mixing, without_target
+from surgery.settings.names import PARAMETERS_OF, Mixing
 from surgery.settings.quantities import Seed
 from surgery.settings.target import Target
 from surgery.slots.collapse import collapse
@@ -101,12 +102,19 @@ def fit(
         }
     )
     _check_request(joint, asked, probes)
-    if asked.max_error == 0 and not asked_of(joint.plan, asked):
-        return _fit_lossless(joint, probes or {}, asked.seed)
-    return _fit_lossy(joint, asked, probes, device)
+    fixed = bool(asked_of(joint.plan, asked))
+    recipe = recipe_of_fit(
+        joint.known, joint.members, asked, seed=seed, device=device, measured=bool(probes), fixed=fixed
+    )
+    if asked.max_error == 0 and not fixed:
+        _fit_lossless(joint, probes or {}, asked.seed)
+    else:
+        _fit_lossy(joint, asked, probes, device)
+    joint.recipe = recipe
+    return joint
 
 
-def _fit_lossless(joint: JointModel, probes: Mapping[str, Sequence[Inputs]], seed: int) -> JointModel:
+def _fit_lossless(joint: JointModel, probes: Mapping[str, Sequence[Inputs]], seed: int) -> None:
     """Equal tensors and blocks once, and nothing rounded."""
     stored, originals = trim(store(joint)), _originals(joint)
     precision = sum(
@@ -114,11 +122,12 @@ def _fit_lossless(joint: JointModel, probes: Mapping[str, Sequence[Inputs]], see
     )
     errors = _errors_of_replacing(joint, probes, seed)
     stacks = describe_stacks(joint.plan, stored, originals)
-    known, was = joint.known.original, _as_they_were(joint)
+    before, was = joint.known, _as_they_were(joint)
     report = _report(
-        "lossless", not any(errors.values()), stored, originals, precision, errors, was, known, stacks=stacks
-    )
-    return _adopt(joint, stored, report, known, was.hashes)
+        "lossless", not any(errors.values()), stored, originals, precision, errors, was, before.original,
+        stacks=stacks,
+    )  # fmt: skip
+    _adopt(joint, stored, report, before, was.hashes)
 
 
 def _fit_lossy(
@@ -126,12 +135,11 @@ def _fit_lossy(
     asked: Asked,
     probes: Mapping[str, Sequence[Inputs]] | None,
     device: str,
-) -> JointModel:
+) -> None:
     """Fit on ordinary weights; whatever goes wrong, the joint model is left as it was."""
     place, given = pick_device(device), {name: batches for name, batches in (probes or {}).items() if batches}
     originals, was, home = _originals(joint), _as_they_were(joint), _device(joint)
     before = (joint.plan, joint.dictionary, joint.encoded, joint.known)
-    known = joint.known.original
     modes = [(part, part.training) for part in joint.bodies.modules()]
     joint.vacate()
     try:
@@ -159,35 +167,36 @@ def _fit_lossy(
     measured = Probes(asked.seed, tuple(sorted(given)))
     stacks = describe_stacks(before[0], stored, originals)
     report = _report(
-        outcome.target, outcome.met, stored, originals, precision, errors, was, known, measured, stacks
-    )
-    return _adopt(joint, stored, report, known, was.hashes)
+        outcome.target, outcome.met, stored, originals, precision, errors, was, before[3].original, measured,
+        stacks,
+    )  # fmt: skip
+    _adopt(joint, stored, report, before[3], was.hashes)
 
 
 def _adopt(
     joint: JointModel,
     stored: Stored,
     report: FitReport,
-    original: Collection[str],
+    before: Known,
     hashes: Mapping[str, str],
-) -> JointModel:
+) -> None:
     """Give a joint model what was fitted, with what is now known of it: the report describes these weights alone.
 
     Args:
         joint: changed in place.
         stored: what the fit made.
         report: of it.
-        original: members whose weights were their origin's before the fit.
+        before: what was known before the fit.
         hashes: of each member's weights before the fit.
     """
     stored = replace(stored, extra=extra(joint))
     banks = build_banks(stored)
     described = {name: content_hash(state_of(stored, name, banks)) for name in joint.names}
-    same = frozenset(name for name in original if described[name] == hashes[name])
-    if (recipe := joint.__dict__.get("recipe")) is not None:
-        joint.__dict__["recipe"] = without_target(recipe)
+    same = frozenset(name for name in before.original if described[name] == hashes[name])
+    sources = {name: folder for name, folder in before.sources.items() if described[name] == hashes[name]}
     joint.forget_originals()  # what the fit compared with
-    return adopt(joint, stored, Known(report, described, same, compressed(stored.plan, expand(stored))))
+    forms = compressed(stored.plan, expand(stored))
+    adopt(joint, stored, Known(report, described, same, forms, sources=sources))
 
 
 def _report(

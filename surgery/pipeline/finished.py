@@ -60,10 +60,11 @@ def finished_run(recipe: Recipe, *, fast_run: bool = False) -> TrainReport | Non
         config.get(key) != given[key] for key in ("steps", "generations", "burn_in", "final")
     ):  # a fast run
         return None
-    names = [model.get("name") for model in trained.get("models", ())]
+    names = [model.name for model in trained.models]
     places = into_artifact(out)
     if not any(
-        places.recipe(_plain(each, names)) == places.recipe(trained) for each in (recipe, going_on(recipe))
+        places.recipe(_plain(each, names)) == places.recipe(trained.resolved())
+        for each in (recipe, going_on(recipe))
     ):
         return None
     if os.environ.get("RANK", "0") == "0":

@@ -17,7 +17,7 @@ from surgery.anatomy.selectors import share_selectors
 from surgery.disk.claims import claim_of_first
 from surgery.disk.folders import check_target
 from surgery.errors import LoadError, PlanError
-from surgery.settings.recipe import Model, Recipe, method_settings
+from surgery.settings.recipe import Model, Recipe, TaskSpec, method_settings
 from surgery.settings.target import Target
 from surgery.util.progress import task, track
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from surgery.anatomy.sites import Anatomy
     from surgery.core.joint import JointModel
     from surgery.members.member import Inputs, Member
-
-SIDE = 16  # of the block that a plan starts from; the fit chooses its own unless one is given
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,10 @@ def _merge(recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_rem
             seed=recipe.seed,
             device=recipe.device,
         )
+        joint.recipe = Recipe.of(prepared.resolved())
         if recipe.out is not None:
             work.describe(f"Writing {recipe.out}")
-            save(joint, recipe.out, overwrite=overwrite, recipe=prepared.resolved())
+            save(joint, recipe.out, overwrite=overwrite)
     return joint
 
 
@@ -186,11 +185,13 @@ def prepare(
     members: list[Member] = []
     models: list[Model] = []
     for model in track(recipe.models, "Loading members"):
-        for member in _load(model, inputs, recipe, trust_remote_code):
+        for member, tasks in _load(model, inputs, recipe, trust_remote_code):
             check_names(each.name for each in (*members, member))
             members.append(member)
-            named = {"model": parse_reference(model.model)[1], "name": member.name}
-            models.append(model.model_copy(update=named))
+            entry: dict[str, Any] = {"model": parse_reference(model.model)[1], "name": member.name}
+            if tasks and not model.tasks and recipe.train is None:  # what it was trained to do it still does
+                entry["tasks"] = tasks
+            models.append(model.model_copy(update=entry))
     anatomies, plan = plan_members(recipe, members)
     settings = method_settings(recipe.method, recipe.settings)
     named = recipe.model_copy(update={"models": tuple(models), "settings": settings})
@@ -204,8 +205,11 @@ def _load(
     inputs: Callable[[Model, Member], Inputs | None] | None,
     recipe: Recipe,
     trust_remote_code: bool,
-) -> list[Member]:
-    """What a recipe's entry names: one member, or those of a folder that surgery wrote, as they are there."""
+) -> list[tuple[Member, tuple[TaskSpec, ...]]]:
+    """What a recipe's entry names: one member, or those of a folder that surgery wrote, as they are there.
+
+    Each comes with the tasks that the folder says it was trained to do.
+    """
     from surgery.disk.records import artifact_files
     from surgery.members.references import load_member, parse_reference
 
@@ -213,21 +217,22 @@ def _load(
     folder, name = Path(reference).expanduser(), model.name or name
     if not folder.is_dir() or not artifact_files(folder):
         given = None if inputs is None else partial(inputs, model)
-        return [
-            load_member(
-                model.model,
-                name=name,
-                inputs=given,
-                seed=recipe.seed,
-                trust_remote_code=trust_remote_code,
-                allow_nonfinite=recipe.allow_nonfinite,
-            )
-        ]
+        member = load_member(
+            model.model,
+            name=name,
+            inputs=given,
+            seed=recipe.seed,
+            trust_remote_code=trust_remote_code,
+            allow_nonfinite=recipe.allow_nonfinite,
+        )
+        return [(member, ())]
     from surgery.artifact import load
 
     chosen = None if name is None else [name]
     joint = load(folder, members=chosen, trust_remote_code=trust_remote_code)
-    return [joint.copy_member(each) for each in joint.names]
+    recorded = joint.recipe.models if joint.recipe is not None else ()
+    tasks = {model.name: model.tasks for model in recorded}
+    return [(joint.copy_member(each), tasks.get(each, ())) for each in joint.names]
 
 
 def plan_members(
@@ -244,7 +249,7 @@ def plan_members(
         PlanError: where a selector matches nothing, no plan exists, or modules cannot be replaced.
         TraceError: where a member cannot be traced.
     """
-    from surgery.anatomy.plan import make_plan
+    from surgery.anatomy.plan import make_plan, starting_block
     from surgery.core.method import PlanRequest, TensorMethod, find_method, settings_of
     from surgery.core.replacing import modules_replaced, plan_replacements
 
@@ -279,13 +284,6 @@ def _find_sites(recipe: Recipe, members: Sequence[Member]) -> list[Anatomy]:
         discover(each, **{option: shared[each.name] for option, shared in chosen.items()})
         for each in track(members, "Finding sites")
     ]
-
-
-def starting_block(anatomies: Sequence[Anatomy]) -> tuple[int, int]:
-    """16 x 16, or the largest power of two that fits a site where all sites are smaller."""
-    sides = [min(site.view.shape[1:]) for anatomy in anatomies for site in anatomy.sites]
-    side = min(SIDE, 1 << (max(sides, default=SIDE).bit_length() - 1))
-    return side, side
 
 
 def split_calibration(entry: str) -> tuple[str | None, str]:

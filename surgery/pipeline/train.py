@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -168,9 +167,10 @@ def _train_recipe(
     if folder is not None and overwrite and not resume and _is_main():
         remove_owned(folder)  # an earlier run's, now that nothing else can go wrong
     report = train(joint, tasks, config, folder=folder, resume=resume, seed=recipe.seed, cpu=cpu)
+    joint.recipe = recipe.recorded()
     if recipe.out is not None and folder is not None and _is_main():
         extras = {f"{FOLDER}/{LOG}": (folder / LOG).read_bytes(), **_pictures(folder / LOG)}
-        save(joint, recipe.out, overwrite=overwrite, recipe=recipe.resolved(), extras=extras)
+        save(joint, recipe.out, overwrite=overwrite, recipe=joint.recipe, extras=extras)
         remove_owned(folder)
     return joint, report
 
@@ -284,7 +284,7 @@ def needs_consent(source: str | Path) -> bool:
     origins = {name: origin_of(manifest, name) for name in manifest.members}
     if any(is_foreign(origin) for origin in origins.values()):
         return True
-    recipe = Recipe.of(read_recipe(folder, manifest) or {})
+    recipe = read_recipe(folder, manifest) or Recipe()
     try:
         check_sources(recipe.model_copy(update={"train": None}), Permission.NONE)
     except ConsentError:
@@ -329,12 +329,11 @@ def recipe_of(joint: JointModel) -> Recipe:
     Raises:
         PlanError: where it has none.
     """
-    document: Any = joint.__dict__.get("recipe")
-    if not document:
+    if joint.recipe is None:
         raise PlanError(
             "The artifact must hold a recipe with tasks, but has no recipe: it was saved from Python."
         )
-    return Recipe.of(document)
+    return joint.recipe
 
 
 def _pictures(log: Path) -> dict[str, bytes]:

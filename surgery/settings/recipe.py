@@ -8,7 +8,7 @@ may run) is not part of what an artifact records.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 import yaml
@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, fi
 from surgery.disk.untrusted import shown_text
 from surgery.errors import PlanError
 from surgery.settings.methods import load_method, method_names, unknown_method
-from surgery.settings.names import DEFAULT_METHOD, PARAMETERS_OF, without_target
+from surgery.settings.names import DEFAULT_METHOD, FIT_TARGETS, PARAMETERS_OF, without_target
 from surgery.settings.problems import InnerError, Strict, problems_of
 from surgery.settings.quantities import Positive, Rate, Seed
 from surgery.settings.target import MAX_ERROR, TARGETS, Target
@@ -232,6 +232,36 @@ class Recipe(Strict):
         if self.parameters.block:
             document["parameters"]["block"] = "x".join(map(str, self.parameters.block))
         return document
+
+    def recorded(self, *, fixed: bool = False) -> Recipe:
+        """The same recipe with every value in force given, as `resolved` says."""
+        return Recipe.of(self.resolved(fixed=fixed))
+
+    def document(self) -> dict[str, Any]:
+        """What is given, in plain types, without where it was written.
+
+        Example:
+            >>> Recipe.of({"parameters": {"block": "8x8"}, "out": "joint"}).document()
+            {'parameters': {'block': '8x8'}}
+        """
+        document = self.model_dump(mode="json", exclude_unset=True, exclude={"out"})
+        if self.parameters.block:
+            document["parameters"]["block"] = "x".join(map(str, self.parameters.block))
+        return document
+
+    def without_target(self) -> Recipe:
+        """The same without the target of a fit: for weights that were not made by that fit alone."""
+        given = {name: None for name in FIT_TARGETS if name in self.parameters.model_fields_set}
+        return (
+            self.model_copy(update={"parameters": self.parameters.model_copy(update=given)})
+            if given
+            else self
+        )
+
+    def of_members(self, names: Collection[str]) -> Recipe:
+        """The same for some of the members; unchanged where it names none of them."""
+        models = tuple(model for model in self.models if model.name in names)
+        return self.model_copy(update={"models": models}) if 0 < len(models) < len(self.models) else self
 
     def to_yaml(self) -> str:
         """`resolved` as YAML that `read_recipe` reads."""
