@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from surgery.settings.names import Mixing
 
 from . import completion
 from .options import (
@@ -125,7 +127,7 @@ def merge(
         ),
     ] = None,
     mixture: Annotated[
-        Literal["linear", "softmax", "one-hot"] | None,
+        Mixing | None,
         typer.Option(
             "--mixture",
             rich_help_panel=DICTIONARY,

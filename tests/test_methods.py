@@ -47,6 +47,13 @@ def net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 5)), torch.randn(4, 6)
 """
+DATA = """
+def data():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(32, 6, generator=generator)
+    y = torch.stack([x.sum(1)] * 5, 1)
+    return {"train": [(x, y)], "validation": [(x, y)]}
+"""
 
 
 def blocks(language: str) -> list[str]:
@@ -275,7 +282,7 @@ def test_the_command_line_runs_the_page(package, tmp_path, monkeypatch):
     code, out, err = command("merge", "--help")
     assert code == 0 and re.search(r"low_rank:\s*[\w│ \n]*two\s", out.replace("│", "")), err
     for line in blocks("bash")[0].splitlines():
-        code, out, err = command(*shlex.split(line)[1:], *(["--quiet"] if "merge" in line else []))
+        code, _, err = command(*shlex.split(line)[1:], *(["--quiet"] if "merge" in line else []))
         assert code == 0, err
     recipe = yaml.safe_load(Path("joint/recipe.yaml").read_text())
     assert (recipe["method"], recipe["settings"]) == ("low_rank", {"rank": 4})
@@ -300,10 +307,39 @@ def test_the_command_line_runs_the_page(package, tmp_path, monkeypatch):
     assert one == other, [name for name in one if one[name] != other.get(name)]
 
 
+def test_a_recipe_trains_it_and_what_came_of_it_is_evaluated(package, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN + DATA)
+    recipe = {
+        "models": [
+            {"model": "own.py:net", "tasks": [{"data": "own.py:data", "loss": "mse", "metric": "mse"}]}
+        ],
+        "method": "low_rank",
+        "settings": {"rank": 4},
+        "train": {"steps": 4, "burn_in": 0, "generations": 2, "final": 0},
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, err = command("train", "recipe.yaml", "--out", "trained", "--cpu", "--quiet")
+    assert code == 0, err
+    trained = surgery.load("trained", trust_remote_code=True)
+    assert int(torch.linalg.matrix_rank(trained.collapse("net")["2.weight"])) == 4
+    assert {bank.method for bank in trained.plan.banks} == {"low_rank"}
+    assert yaml.safe_load(Path("trained/recipe.yaml").read_text())["settings"] == {"rank": 4}
+    for verb in ("evaluate", "verify"):
+        code, _, err = command(verb, "trained", "--trust-remote-code")
+        assert code == 0, err
+    code, _, err = command("train", "trained", "--out", "further", "--cpu", "--quiet", "--trust-remote-code")
+    assert code == 0, err
+    further = surgery.load("further", trust_remote_code=True)
+    assert int(torch.linalg.matrix_rank(further.collapse("net")["2.weight"])) == 4
+
+
 def test_an_artifact_of_a_method_that_is_not_there_names_it(joint, monkeypatch):
     monkeypatch.delitem(REGISTERED, "low_rank")
     monkeypatch.setattr("surgery.settings.methods.installed", dict)
-    with pytest.raises((ArtifactError, PlanError), match=r"'low_rank'.* install or import the package"):
+    with pytest.raises(
+        ArtifactError, match=r"Bank 32x32-float32 .* 'low_rank'.* install or import the package"
+    ):
         surgery.load("joint", modules=modules())
 
 
@@ -311,9 +347,22 @@ def test_parts_from_a_stranger_are_refused(joint):
     def longer(manifest):
         next(iter(manifest["banks"].values()))["locations"] += 1
 
-    artifacts.rewrite(Path("joint"), longer)
-    with pytest.raises(ArtifactError, match=r"must have \d+ locations, found \d+"):
-        surgery.load("joint", modules=modules())
+    def another(**changes):
+        return lambda manifest: next(iter(manifest["banks"].values())).update(changes)
+
+    for change, words in (
+        (another(settings={"rank": 4, "more": 1}), "'settings.more' is not a known key"),
+        (another(settings={"rank": -4}), "settings.rank: must be 1 or more, found -4"),
+        (another(settings={"rank": 4}, method="none"), "'none', which is not known here"),
+        (another(method="low_rank"), None),
+        (longer, r"must have \d+ locations, found \d+"),
+    ):
+        artifacts.rewrite(Path("joint"), change)
+        if words is None:
+            surgery.load("joint", modules=modules())
+            continue
+        with pytest.raises(ArtifactError, match=words):
+            surgery.load("joint", modules=modules())
 
 
 def test_nothing_of_the_package_knows_its_name():
