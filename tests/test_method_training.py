@@ -17,7 +17,9 @@ from surgery.core import method as registry
 from surgery.core.bank import Bank, Parts, Trained
 from surgery.core.joining import join
 from surgery.core.method import TensorMethod
+from surgery.core.module_method import ModuleSurgery
 from surgery.errors import PlanError, TrainingError
+from surgery.members.replacement import Replacement
 from surgery.settings.methods import REGISTERED
 from surgery.settings.problems import Strict
 from surgery.training.distributed.fsdp import check_banks
@@ -303,6 +305,140 @@ def test_what_was_trained_is_saved_and_loaded(unbroken, tmp_path):
     wanted, found = joint.collapse("net"), loaded.collapse("net")
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     assert not any("psi" in name for name in load_file(next((tmp_path / "joint").glob("*.safetensors"))))
+
+
+# Modules ----------------------------------------------------------------------------------------------------
+
+
+class RouteSettings(Strict):
+    """Of `Routes`."""
+
+    path: str = "2"
+    tasks: tuple[str, ...] = ("signs", "sums")
+    lr: float = 0.5
+    budget: float = 1.0
+
+
+class Routed(nn.Module):
+    """Components of which each task takes some: gates are drawn for each forward pass of training."""
+
+    def __init__(self, first, tasks):
+        super().__init__()
+        torch.manual_seed(1)
+        self.parts = nn.ModuleList([first, nn.Linear(first.in_features, first.out_features)])
+        self.logits = nn.Parameter(torch.zeros(len(tasks), len(self.parts)))
+        self.names, self.task, self.noise, self.temperature = tuple(tasks), None, None, 1.0
+
+    def serve_task(self, task):
+        self.task = task
+
+    def gates(self):
+        own = self.logits[self.names.index(self.task)] if self.task in self.names else self.logits.mean(0)
+        if self.training and self.noise is not None:
+            return ((own + self.noise) / self.temperature).sigmoid()
+        return (own >= 0).to(own)
+
+    def forward(self, x):
+        gates = self.gates()
+        return sum(g * part(x) for g, part in zip(gates, self.parts, strict=True)) / gates.sum().clamp_min(1)
+
+
+class RouteMoves(Moves):
+    """Draws gates, lowers their temperature, and keeps to a budget of components."""
+
+    def __init__(self, name, trainer):
+        super().__init__(name, trainer)
+        self.modules = [m for m in self.joint.bodies.modules() if isinstance(m, Routed)]
+        replaced = [each for member in self.joint.members.values() for each in member.replaced]
+        self.settings = RouteSettings(**replaced[0].replacement.settings)
+        self.passes: list[str] = []
+
+    def more_groups(self):
+        own = tuple(module.logits for module in self.modules)
+        return [Trained("logits", own, decay=False, lr=self.settings.lr, scheduled=False)]
+
+    def before_step(self):
+        for module in self.modules:
+            module.temperature = max(0.5, 50 / (self.trainer.steps + 1) ** 0.5)
+
+    def before_pass(self, task):
+        self.passes.append(task)
+        for module in self.modules:
+            uniform = torch.rand(2, generator=self.generator).clamp(1e-6, 1 - 1e-6)
+            module.noise = (uniform / (1 - uniform)).log()
+
+    def penalty(self):
+        over = [(m.logits.sigmoid().sum(1) - self.settings.budget).relu().mean() for m in self.modules]
+        return torch.stack(over).sum()
+
+    def log(self):
+        return {"gates": [m.logits.sigmoid().tolist() for m in self.modules], "passes": len(self.passes)}
+
+    def pack(self):
+        return {}, {"passes": len(self.passes)}
+
+    def unpack(self, tensors, facts):
+        self.passes = [""] * facts["passes"]
+
+
+class Routes(ModuleSurgery):
+    """Components that tasks choose from."""
+
+    name, settings, recorded = "routes", RouteSettings, RouteSettings
+
+    def plan(self, anatomies, request):
+        own = request.settings.model_dump(mode="json")
+        return [Replacement(each.member, request.settings.path, self.name, own) for each in anatomies]
+
+    def replace(self, place):
+        return Routed(place.current, place.how.tasks)
+
+    def moves(self, trainer):
+        return RouteMoves(self.name, trainer)
+
+
+def routed():
+    torch.manual_seed(0)
+    member = surgery.load_member(network(dropout=0.0), name="net", inputs=torch.randn(2, 4))
+    return join([member], surgery.plan_modules([member], "routes", block=(8, 8)))
+
+
+def two_tasks():
+    return [replace(task(), name=name, weight=weight) for name, weight in (("signs", 1.0), ("sums", 3.0))]
+
+
+def test_routes_between_modules_are_a_method_like_any_other(tmp_path, monkeypatch):
+    monkeypatch.setitem(REGISTERED, "routes", Routes())
+    config, groups, plain = {**CONFIG, "accumulate": 2}, [], Trainer.train_step
+    joint = routed()
+    train(joint, two_tasks(), config, folder=tmp_path / "whole", cpu=True)
+    first, *lines, _ = read_log(tmp_path / "whole" / "log.jsonl")
+    assert first["method_names"] == ["hypermodules", "routes"]
+    facts = [line["methods"]["routes"] for line in lines]
+    assert [each["passes"] for each in facts] == [16, 32, 48, 64]  # two tasks, two batches, four steps
+    gates = torch.tensor(facts[-1]["gates"][0])
+    assert gates.shape == (2, 2) and bool((gates.sum(1) < 0.95).all())  # the budget, from 1 on
+    module = joint["net"][2]
+    assert not torch.equal(module.logits[0], module.logits[1])
+    count = 0
+
+    def interrupt(self):
+        nonlocal count
+        count += 1
+        groups.append({group["role"]: group["lr"] for group in self.optimizer.param_groups})
+        if count == 7:
+            signal.raise_signal(signal.SIGINT)
+        plain(self)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupt)
+    with pytest.raises(Interrupted):
+        train(routed(), two_tasks(), config, folder=tmp_path / "parts", cpu=True)
+    assert groups[-1]["logits"] == 0.5 and groups[-1]["private"] < 0.01
+    monkeypatch.setattr(Trainer, "train_step", plain)
+    again = routed()
+    train(again, two_tasks(), config, folder=tmp_path / "parts", resume=True, cpu=True)
+    one, other = (dict(nn.Module.named_parameters(each["net"])) for each in (joint, again))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 # Several processes ------------------------------------------------------------------------------------------
