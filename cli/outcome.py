@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.errors import first_few
+
 from . import console
 
 if TYPE_CHECKING:
@@ -190,7 +192,7 @@ def print_sizes(sizes: Mapping[str, Mapping[str, Mapping[str, int]]]) -> None:
         for title, of in ((name, "parameters"), ("", "bytes")):
             add(title, of, [sizes[state][name][of] for state in states])
     if len(names) > ROWS:
-        table.add_row(f"and {len(names) - ROWS} more", *[""] * 5)
+        table.add_row(first_few(names, ROWS)[-1], *[""] * 5)
     if len(names) > 1:
         for title, of in (("together", "parameters"), ("", "bytes")):
             add(title, of, [total(sizes[state], of) for state in states], "bold")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from surgery.errors import first_few
+
 from . import completion
 from .options import RUN, Debug, Json, Overwrite, Quiet
 
@@ -129,7 +131,7 @@ def print_artifact(view: Overview) -> None:
             "not measured" if member.error is None else console.percent(member.error, digits=2),
         )
     if len(view.members) > outcome.ROWS:
-        table.add_row(f"and {len(view.members) - outcome.ROWS} more", *[""] * 4)
+        table.add_row(first_few(view.members, outcome.ROWS)[-1], *[""] * 4)
     console.show(table)
     before, after = (sum(getattr(m, key) for m in view.members) for key in ("before", "after"))
     console.say(

@@ -4,7 +4,39 @@ The command line prints the sentence alone and exits with code 2; anything that 
 fault of this package and keeps its traceback.
 """
 
+from collections.abc import Iterable
+from typing import Any
+
 LONGEST = 4000  # characters of an error: it is read on a screen
+
+
+def first_few(things: Iterable[Any], limit: int) -> list[str]:
+    """The first few things as text, and how many more there are.
+
+    Example:
+        >>> first_few(["a", "b", "c"], limit=2)
+        ['a', 'b', 'and 1 more']
+    """
+    found = list(things)
+    shown, rest = [str(thing) for thing in found[:limit]], len(found) - limit
+    return [*shown, f"and {rest} more"] if rest > 0 else shown
+
+
+def shorten(names: Iterable[Any], limit: int = 8, separator: str = ", ") -> str:
+    """The first few of `names` in one line, and how many more there are.
+
+    Args:
+        names: as text.
+        limit: how many are named.
+        separator: between them, such as `"; "` between sentences.
+
+    Example:
+        >>> shorten(["a", "b", "c"], limit=2), shorten(["a is bad", "so is b"], 1, "; ")
+        ('a, b and 1 more', 'a is bad; and 1 more')
+    """
+    *found, last = first_few(names, limit) or [""]
+    before = " " if separator == ", " and len(found) == limit and last.startswith("and ") else separator
+    return f"{separator.join(found)}{before}{last}" if found else last
 
 
 class SurgeryError(Exception):

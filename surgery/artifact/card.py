@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.artifact.shares import Shares
+from surgery.errors import first_few
 from surgery.fitting.report import FitReport
 from surgery.members.replacement import count_replaced
 from surgery.permission import SHIPPED
@@ -90,7 +91,7 @@ def _table(manifest: Mapping[str, Any], report: FitReport | None, shares: Shares
         now = size(shares.after[name])
         lines.append(f"| {name} | {origin} | {size(shares.before[name])} | {now} | {moved} |")
     if len(members) > ROWS:
-        lines.append(f"| and {len(members) - ROWS} more | | | | |")
+        lines.append(f"| {first_few(members, ROWS)[-1]} | | | | |")
     return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ from surgery.disk.untrusted import (
     shown,
     shown_text,
 )
-from surgery.errors import ArtifactError
+from surgery.errors import ArtifactError, first_few
 from surgery.fitting.report import Digest, FitReport
 from surgery.settings.quantities import Context, Count, Positive
 from surgery.storage.keys import PlainKey, parse_key
@@ -217,7 +217,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         raise ArtifactError(_broken(path, broken_rules(error))) from None
     if broken := list(_contradictions(manifest, folder)):
-        raise ArtifactError(_broken(path, broken))
+        raise ArtifactError(_broken(path, first_few(broken, 10)))
     return _placed(manifest, folder)
 
 
@@ -306,8 +306,7 @@ def _resolved(path: Path) -> Path:
 
 
 def _broken(path: Path, broken: list[str]) -> str:
-    more = f"; and {len(broken) - 10} more" if len(broken) > 10 else ""
-    return f"{path} must describe an artifact, but {'; '.join(broken[:10])}{more}; copy the artifact again."
+    return f"{path} must describe an artifact, but {'; '.join(broken)}; copy the artifact again."
 
 
 def _indent(value: Any, depth: int, level: int = 1) -> str:

@@ -191,7 +191,5 @@ def raise_damaged(folder: Path, bad: Sequence[str]) -> None:
     """Raise one error for everything that is wrong with an artifact's files, if anything is."""
     if bad:
         raise ArtifactError(
-            f"The artifact {folder} is damaged: {'; '.join(bad[:10])}"
-            f"{f'; and {len(bad) - 10} more' if len(bad) > 10 else ''}; copy it again, or write it "
-            "anew."
+            f"The artifact {folder} is damaged: {shorten(bad, 10, '; ')}; copy it again, or write it anew."
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import OutputError
+from surgery.errors import OutputError, shorten
 
 ALIGNMENT = 64  # bytes; PyTorch's own on the CPU, and the width of its widest vectors
 
@@ -100,10 +100,9 @@ def check_dtypes(dtypes: Mapping[str, torch.dtype]) -> None:
     """
     known = known_dtypes()
     if bad := [f"{name} ({str(dtype)[6:]})" for name, dtype in dtypes.items() if dtype not in known]:
-        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise OutputError(
             "Every tensor must have a dtype that safetensors files hold, but this is not so of "
-            f"{', '.join(bad[:10])}{more}; convert these first, such as complex128 to complex64 or to two real tensors."
+            f"{shorten(bad, 10)}; convert these first, such as complex128 to complex64 or to two real tensors."
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from surgery.disk.files import failure, files_below, put, sha256_of
 from surgery.disk.untrusted import DOCUMENT_BYTES, UnreadableError, is_regular, parse_json, read_regular
-from surgery.errors import OutputError
+from surgery.errors import OutputError, shorten
 
 RECORD, MANIFEST = ".surgery-files", "manifest.json"
 _CHANGING = "-"  # in place of a hash
@@ -67,10 +67,9 @@ def check_owned(folder: Path) -> None:
         OutputError: naming what was not.
     """
     if others := unowned_files(folder):
-        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         raise OutputError(
             f"Only what was written here before may be replaced, but {folder} also holds "
-            f"{', '.join(others[:5])}{more}, which no record says, or which were changed since; move these away or "
+            f"{shorten(others, 5)}, which no record says, or which were changed since; move these away or "
             "choose another folder."
         )
 

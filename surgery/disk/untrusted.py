@@ -21,6 +21,8 @@ from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from surgery.errors import first_few
+
 if TYPE_CHECKING:
     import yaml
     from pydantic import ValidationError
@@ -343,14 +345,14 @@ def shown_text(text: str, most: int = 200) -> str:
 
 def broken_rules(error: ValidationError, most: int = 10) -> list[str]:
     """What a typed document breaks, each with its place and what was found, the first `most` of them."""
-    found = error.errors(include_url=False, include_context=False)
     rules = []
+    found = error.errors(include_url=False, include_context=False)
     for each in found[:most]:
         place = ".".join(shown_text(str(part), 40) for part in each["loc"][:12])
         message = shown_text(each["msg"].removeprefix("Value error, "), 300)
         given = "" if each["type"] in ("missing", "value_error") else f", found {shown(each['input'])}"
         rules.append(f"{place}: {message}{given}" if place else f"{message}{given}")
-    return [*rules, f"and {len(found) - most} more"] if len(found) > most else rules
+    return first_few([*rules, *found[most:]], most)
 
 
 def as_mapping(value: Any) -> Mapping[str, Any]:

@@ -9,21 +9,19 @@ module is free again once its joint model has let it go or is no more.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import PlanError
+from surgery.errors import PlanError, shorten
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel
 
 _occupants: dict[int, tuple[weakref.ref[nn.Module], weakref.ref[JointModel], str]] = {}
 """By the identity of a module: the module, the joint model that it belongs to, and as which member."""
-
-LISTED = 8  # names in an error
 
 
 def occupy(joint: JointModel, name: str, module: nn.Module) -> None:
@@ -63,8 +61,8 @@ def check_free(modules: Mapping[str, nn.Module]) -> None:
     check_unoccupied(modules)
     if bad := _shared_modules(modules) or _shared_tensors(modules):
         raise PlanError(
-            f"Members need modules and tensors of their own, but {_listed(bad)}; give one of them a copy.deepcopy, and "
-            "what is equal is shared."
+            f"Members need modules and tensors of their own, but {shorten(bad, separator='; ')}; give one of them a "
+            "copy.deepcopy, and what is equal is shared."
         )
 
 
@@ -87,8 +85,8 @@ def check_unoccupied(modules: Mapping[str, nn.Module], joint: JointModel | None 
                 taken.setdefault((name, owner[1]), found)
     if taken:
         raise PlanError(
-            f"Members need modules of their own, but {_listed(list(taken.values()))}; take an ordinary copy out of "
-            "that joint model with its extract, or load the member again."
+            f"Members need modules of their own, but {shorten(taken.values(), separator='; ')}; take an "
+            "ordinary copy out of that joint model with its extract, or load the member again."
         )
 
 
@@ -137,11 +135,6 @@ def _place(tensor: Tensor) -> object:
     if not strided or tensor.device.type == "meta" or not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
-
-
-def _listed(bad: Sequence[str]) -> str:
-    more = f"; and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
-    return f"{'; '.join(bad[:LISTED])}{more}"
 
 
 def _named(member: str, path: str, part: nn.Module) -> str:

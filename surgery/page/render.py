@@ -20,6 +20,7 @@ from surgery.page.charts import Series
 from surgery.page.overview import MemberView, Overview, Run
 from surgery.training.report.comparison import as_scores, share_of, total, verdict
 from surgery.util.showing import plural
+from surgery.util.text import shorten
 from surgery.util.wording import count, percent, size
 from surgery.version import __version__
 
@@ -123,10 +124,9 @@ def _rank(kind: str) -> tuple[int, str]:
 def _lead(view: Overview) -> str:
     if not view.members:
         return "A training run, as far as it is."
-    names = ", ".join(member.name for member in view.members[:6])
-    more = f" and {len(view.members) - 6} more" if len(view.members) > 6 else ""
+    names = shorten((member.name for member in view.members), 6)
     kind = "trained jointly" if view.run else "joined into one folder"
-    return f"{plural(len(view.members), 'model')} {kind}: {names}{more}."
+    return f"{plural(len(view.members), 'model')} {kind}: {names}."
 
 
 def _tiles(view: Overview) -> list[tuple[str, str]]:

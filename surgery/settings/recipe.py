@@ -15,7 +15,7 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from surgery.disk.untrusted import shown_text
-from surgery.errors import PlanError
+from surgery.errors import PlanError, shorten
 from surgery.settings.methods import load_method, method_names, unknown_method
 from surgery.settings.names import DEFAULT_METHOD, FIT_TARGETS, PARAMETERS_OF, without_target
 from surgery.settings.problems import InnerError, Strict, problems_of
@@ -197,9 +197,8 @@ class Recipe(Strict):
         except ValidationError as error:
             wrong = [*problems_of(error, cls), *wrong]
         if found is None or wrong:
-            more = f"; and {len(wrong) - MOST_ERRORS} more" if len(wrong) > MOST_ERRORS else ""
-            broken = "; ".join(shown_text(each, 500) for each in wrong[:MOST_ERRORS])
-            raise PlanError(sentence(f"The recipe is not valid: {broken}{more}"))
+            broken = shorten((shown_text(each, 500) for each in wrong), MOST_ERRORS, "; ")
+            raise PlanError(sentence(f"The recipe is not valid: {broken}"))
         return found
 
     @property

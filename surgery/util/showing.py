@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from surgery.errors import first_few
+
 MOST = 8  # rows of a text, and lines of an object
 
 
@@ -16,9 +18,7 @@ def as_text(title: str, rows: Sequence[str] = ()) -> str:
         JointModel of 1 member
           net  3.2k parameters
     """
-    shown = [f"  {row}" for row in rows[:MOST]]
-    more = [f"  and {len(rows) - MOST} more"] if len(rows) > MOST else []
-    return "\n".join([title, *shown, *more])
+    return "\n".join([title, *(f"  {row}" for row in first_few(rows, MOST))])
 
 
 def as_html(

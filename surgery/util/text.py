@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
 
 from surgery.disk.untrusted import shown_text
+from surgery.errors import first_few, shorten
 
-
-def shorten(names: Iterable[Any], limit: int = 8) -> str:
-    """The first few of `names`, and how many more there are.
-
-    Example:
-        >>> shorten(["a", "b", "c"], limit=2)
-        'a, b and 1 more'
-    """
-    found = [str(name) for name in names]
-    rest = len(found) - limit
-    return ", ".join(found[:limit]) + (f" and {rest} more" if rest > 0 else "")
+__all__ = ["first_few", "one_line", "printable", "shorten"]
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import TrainingError
+from surgery.errors import TrainingError, shorten
 from surgery.training.loop.moves import pack_moves, state_of
 from surgery.training.loop.optimizers import plain
 from surgery.training.loop.state import Tensors, model_tensors, random_state, restore, set_random_state, under
@@ -124,8 +124,7 @@ def named(module: nn.Module) -> dict[str, nn.Parameter]:
 def raise_unfit(wrong: Iterable[str]) -> None:
     """Raise one error for everything that keeps a state from fitting, if anything does."""
     if found := list(wrong):
-        more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
         raise TrainingError(
-            f"The checkpoint must hold what this run trains, but {'; '.join(found[:8])}{more}: it is damaged or "
+            f"The checkpoint must hold what this run trains, but {shorten(found, 8, '; ')}: it is damaged or "
             "belongs to another run; delete it to start anew, or choose another folder."
         )

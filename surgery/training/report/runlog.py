@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.disk.untrusted import LOG_BYTES, UnreadableError, parse_json, read_regular
-from surgery.errors import TrainingError
+from surgery.errors import TrainingError, shorten
 from surgery.training.report.log_lines import check_line, contradictions
 
 NAME = "log.jsonl"
@@ -93,9 +93,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             lines.append(line)
     bad = bad or list(itertools.islice(contradictions(lines), 5))
     if bad:
-        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise TrainingError(
-            f"{path} must be the log of a training run, but {'; '.join(bad[:5])}{more}. Nothing but pictures is made "
+            f"{path} must be the log of a training run, but {shorten(bad, 5, '; ')}. Nothing but pictures is made "
             "of it: delete it, and a run goes on without."
         )
     return lines
