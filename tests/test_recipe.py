@@ -69,6 +69,18 @@ def test_all_mistakes_come_in_one_error():
     assert all(word in str(caught.value) for word in ("seed", "budget", "block"))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "name"), [("count", 3, "templates"), ("mixing", "one-hot", "mixture")]
+)
+def test_what_two_keys_could_say_differently_is_said_once(key, value, name):
+    document = {**TWO, "method": "templates", "train": {"templates": {key: value}}}
+    with pytest.raises(
+        PlanError, match=f"train.templates.{key} is parameters.{name} in a recipe, found {value}"
+    ):
+        Recipe.of(document)
+    assert Recipe.of({**document, "parameters": {name: value}}).train is not None
+
+
 def test_resolved_recipe_reads_back_as_itself():
     recipe = Recipe.of({**TWO, "parameters": {"block": "1x16", "budget": 0.3}, "out": "there", "seed": 3})
     again = Recipe.of(yaml.safe_load(recipe.to_yaml()))

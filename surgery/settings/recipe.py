@@ -180,6 +180,20 @@ class Recipe(Strict):
                 raise ValueError(f"parameters.{given[0]} needs method {method}, found method {self.method}")
         return self
 
+    @model_validator(mode="after")
+    def _templates_are_named_once(self) -> Recipe:
+        """In a recipe `parameters` say how many templates there are and how they are mixed, for merges and training."""
+        if self.method == "templates" and self.train is not None:
+            for own, other in (("templates", "count"), ("mixture", "mixing")):
+                given, wanted = getattr(self.train.templates, other), getattr(self.parameters, own)
+                default = type(self.train.templates).model_fields[other].default
+                if given not in (default, wanted):
+                    raise ValueError(
+                        f"train.templates.{other} is parameters.{own} in a recipe, found {given} beside {wanted}: give "
+                        f"parameters.{own} alone"
+                    )
+        return self
+
     @classmethod
     def of(cls, document: Mapping[str, Any], also: Sequence[str] = ()) -> Recipe:
         """Validate a document.
