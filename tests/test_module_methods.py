@@ -18,7 +18,7 @@ import transformers
 import yaml
 from artifacts import rewrite
 from command_line import surgery as command
-from module_methods import NAME, Net, joined, member, net, scaled_copy
+from module_methods import NAME, Net, joined, member, net, page_code, scaled_copy
 from safetensors.torch import load_file
 from torch import nn
 
@@ -302,6 +302,13 @@ def reference(tmp_path):
         "def make():\n    return net(), (torch.linspace(-1, 1, 48).reshape(8, 6),)\n"
     )
     return f"{source}:make"
+
+
+def test_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"member": member()}
+    exec(page_code("import surgery\n\nplan = surgery.plan_modules"), names)
+    assert names["joint"].report.met and surgery.verify("joint", modules={"net": net()}).files == {}
 
 
 # -- by recipes ------------------------------------------------------------------------------------------------
