@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from surgery.methods.rows.columns import Columns
+from surgery.util.collectives import gather
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class SomeColumns(Columns):
         """All columns `[N, m*n]` from what every process holds of them, `[N, held]`; all processes call it."""
         if self.world == 1:
             return own
-        return self.join(gather_flat(own.reshape(-1), self.world).view(-1, *own.shape))
+        return self.join(gather(own.reshape(-1), self.world).view(-1, *own.shape))
 
     def join(self, parts: Tensor) -> Tensor:
         """`[world, N, held]` to `[N, m*n]`."""
@@ -81,13 +82,3 @@ class SomeColumns(Columns):
         values = values.contiguous()
         torch.distributed.all_reduce(values)
         return values
-
-
-def gather_flat(own: Tensor, world: int) -> Tensor:
-    """`[N]` of every process as `[world, N]`; all processes call it."""
-    parts = own.new_empty(world * len(own))
-    distributed = torch.distributed
-    # The second name is deprecated from PyTorch 2.14 on, which brought the first.
-    gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
-    gather(parts, own.contiguous())
-    return parts.view(world, -1)

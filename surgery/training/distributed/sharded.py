@@ -32,8 +32,9 @@ from surgery.slots.hooks import Enter, Leave
 from surgery.slots.slots import Slots, locate, put_back, reorder
 from surgery.training.distributed.columns import SomeColumns
 from surgery.training.distributed.fsdp import Sharding
-from surgery.training.distributed.shards import ChunkPart, ColumnPart, Part, add_up, reshard
+from surgery.training.distributed.shards import ChunkPart, ColumnPart, Part, reshard
 from surgery.training.loop.state import own_part
+from surgery.util.collectives import add_up
 from surgery.util.copies import duplicate
 
 

@@ -29,7 +29,7 @@ class ShardedProcesses(Processes):
         super().__init__(accelerator)
         self.model = model
 
-    def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Gradients of losses are as they shall be after a step; what a penalty added is handed over."""
         self.model.hand_over()
 

@@ -6,7 +6,6 @@ PyTorch's `fully_shard` cuts parameters. Tensors go over the device in pieces, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from surgery.training.distributed.columns import SomeColumns, gather_flat
+from surgery.training.distributed.columns import SomeColumns
+from surgery.util.collectives import gather
 
 _PIECE = 1 << 22  # numbers of each process that go over the device at once
 
@@ -79,22 +79,10 @@ def collect(own: Tensor, rank: int, world: int, device: torch.device, everywhere
     found = torch.empty((world, len(own)) if wanted else (0,), dtype=own.dtype)
     for start in range(0, len(own), _PIECE):
         piece = own[start : start + _PIECE].to(device)
-        parts = gather_flat(piece, world)
+        parts = gather(piece, world)
         if wanted:
             found[:, start : start + len(piece)] = parts.cpu()
     return found
-
-
-@torch.no_grad()
-def add_up(tensors: Sequence[Tensor]) -> None:
-    """Give tensors their sum over the processes, in place, in one call; all processes call it."""
-    if not tensors:
-        return
-    dtype = torch.float64 if any(each.dtype == torch.float64 for each in tensors) else torch.float32
-    flat = torch.cat([each.reshape(-1).to(dtype) for each in tensors])
-    torch.distributed.all_reduce(flat)
-    for each, part in zip(tensors, flat.split([each.numel() for each in tensors]), strict=True):
-        each.copy_(part.view_as(each))
 
 
 def reshard(module: nn.Module) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from surgery.core.joint import JointModel
 from surgery.training.loop.state import Tensors
+from surgery.util.collectives import in_one_call
 
 
 class Processes:
@@ -28,15 +28,11 @@ class Processes:
 
     # -- a step ----------------------------------------------------------------------------------------------
 
-    def reduce(self, parameters: Sequence[nn.Parameter]) -> None:
+    def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average gradients over the processes, all of them in one call."""
-        if self.accelerator.num_processes == 1:
-            return
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.reshape(-1).float() for g in gradients])
-        flat = self.accelerator.reduce(flat, "mean")
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        if self.accelerator.num_processes > 1:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            in_one_call(gradients, lambda flat: self.accelerator.reduce(flat, "mean"))
 
     def clip(self, parameters: Sequence[nn.Parameter], norm: float) -> None:
         """Scale all gradients together so that their norm is at most `norm`."""

@@ -120,7 +120,7 @@ class Trainer:
         for each in self.moves:
             if (extra := each.penalty()) is not None:
                 self._backward(extra)
-        self.processes.reduce(self.parameters())
+        self.processes.average(self.parameters())
         average_statistics(self.joint.bodies)
         self.running.add(parts)
         if self.config.optimizer.clip is not None:

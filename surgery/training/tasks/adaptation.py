@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from surgery.errors import PlanError
 from surgery.training.tasks.features import SourceFeatures, Tap
-from surgery.training.tasks.shared_batches import average, over_batch
+from surgery.training.tasks.shared_batches import over_batch
 from surgery.training.tasks.tasks import Batch, Loss
+from surgery.util.collectives import average
 
 
 class Moments:

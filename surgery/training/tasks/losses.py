@@ -15,9 +15,9 @@ from surgery.errors import PlanError
 from surgery.settings.problems import advice_on
 from surgery.training.tasks.adaptation import WAYS, adapt_by
 from surgery.training.tasks.features import SourceFeatures
-from surgery.training.tasks.shared_batches import average
 from surgery.training.tasks.stateful import Sum
 from surgery.training.tasks.tasks import Batch, Loss, prediction_of
+from surgery.util.collectives import average
 
 DISTILLATION = "distillation"
 Wanted = str | Mapping[str, float] | Loss

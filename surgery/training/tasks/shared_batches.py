@@ -6,36 +6,11 @@ that is no mean over examples, of moments say, takes the mean over the whole bat
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
 from surgery.training.tasks.tasks import Batch
-
-
-def processes() -> int:
-    """How many there are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return 1
-
-
-def average(tensors: Iterable[Tensor], weight: float = 1.0) -> None:
-    """Give tensors, in place, their mean over the processes, all of them in one call.
-
-    Args:
-        tensors: floating point, the same ones in every process.
-        weight: of this process; weights have the mean 1.
-    """
-    found = list(tensors)
-    if processes() == 1 or not found:
-        return
-    flat = torch.cat([tensor.reshape(-1).float() for tensor in found]) * weight
-    torch.distributed.all_reduce(flat)
-    flat /= processes()
-    for tensor, part in zip(found, flat.split([tensor.numel() for tensor in found]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+from surgery.util.collectives import average, processes
 
 
 def over_batch(mean: Tensor, batch: Batch) -> Tensor:
