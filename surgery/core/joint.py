@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from surgery.anatomy.plan import Placement, Plan, plan_in_dtypes, torch_dtype
+from surgery.anatomy.plan import Placement, Plan, torch_dtype
 from surgery.core.dictionary import Dictionary
-from surgery.core.generation import Weights, generate_weights, move_dictionary
+from surgery.core.generation import Weights, generate_weights
 from surgery.core.known import Known, Stamp, stamp, versions
 from surgery.core.method import Opening
 from surgery.core.opening import open_dictionary
@@ -36,8 +36,10 @@ from surgery.slots.extracting import extract
 from surgery.slots.filler import Filler
 from surgery.slots.gate import release
 from surgery.slots.hooks import watch
+from surgery.slots.moving import move_all
 from surgery.slots.serving import ServesTasks, listeners
 from surgery.slots.slots import Slots, forget_derived, locate, put_back, reorder, take_out
+from surgery.slots.states import keep_slots
 from surgery.storage.codecs import Encoded
 from surgery.storage.keys import StorageKey
 from surgery.util.showing import as_html, as_text, plural
@@ -92,7 +94,7 @@ class JointModel(nn.Module):
             tuple[str, str], bool
         ] = {}  # `requires_grad` of the parameters that slots replaced
         self._frozen: dict[int, nn.Parameter] = {}  # by `freeze`; coefficients that were fixed before stay so
-        self.register_load_state_dict_pre_hook(_keep_slots)
+        self.register_load_state_dict_pre_hook(keep_slots)
         original = frozenset(member.name for member in members if member.original)
         self.occupy(plan, dictionary, encoded or {}, known or Known(original=original))
 
@@ -392,11 +394,6 @@ class JointModel(nn.Module):
         """Of everything that weights are generated from; they differ as soon as something is written to."""
         return versions((*self.dictionary.parameters(), *self.dictionary.buffers()))
 
-    def _dtypes(self) -> list[torch.dtype]:
-        """Of the members' tensors, generated ones too."""
-        own = [t.dtype for t in (*self.bodies.parameters(), *self.bodies.buffers())]
-        return own + [torch_dtype(p.site.dtype) for p in self.plan.placements]
-
     def trains(self, name: str, site: str) -> bool:
         """Whether a site's parameter was trainable; what it is extracted as."""
         return self._trainable[name, site]
@@ -423,18 +420,7 @@ class JointModel(nn.Module):
         take_edits(self, self.names)
 
     def _apply(self, fn: Any, recurse: bool = True) -> JointModel:
-        self.begin("Moving the model")
-        known, dtypes = self.known, self._dtypes()
-        with self.slots.mark("moving"):
-            self.bodies._apply(fn)
-            for each in (each for m in self.members.values() for each in m.replaced):
-                if each.original is not None:
-                    each.original._apply(fn)
-        move_dictionary(self.dictionary, fn)
-        self.plan = plan_in_dtypes(self.plan, lambda dtype: fn(torch.empty(0, dtype=dtype)).dtype)
-        if self._dtypes() == dtypes:  # on another device weights are what they were
-            self.keep_known(known)
-        self.refresh()  # slots are no parameters: nn.Module does not move them
+        move_all(self, fn)
         return self
 
     def __deepcopy__(self, memo: dict) -> JointModel:
@@ -468,16 +454,6 @@ def _revived(
     joint = JointModel(members, plan, dictionary, encoded, known)
     joint.training, joint.bodies.training = training, bodies
     return joint
-
-
-def _keep_slots(joint: JointModel, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Before the state dict of a joint model is loaded, which has rows: members shall not miss their weights."""
-    joint.begin("Loading a state dict")
-    for number, name in enumerate(joint.names):
-        for p in joint.plan.of(name):
-            for owner in p.site.owners:
-                held = joint.slots.fillings[name][p.site.name].tensor
-                state.setdefault(f"{prefix}bodies.{number}.{owner}", held)
 
 
 def _held(module: nn.Module, name: str) -> Any:

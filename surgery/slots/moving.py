@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from surgery.anatomy.plan import Placement, Plan, torch_dtype
+from surgery.anatomy.plan import Placement, Plan, plan_in_dtypes, torch_dtype
 from surgery.core.dictionary import Dictionary, master_dtype
 from surgery.core.generation import move_dictionary
 from surgery.errors import PlanError
@@ -58,6 +58,33 @@ def move(joint: JointModel, name: str, path: str, change: Callable) -> None:
             move_dictionary(Dictionary({key: joint.dictionary[key]}), change)
     joint.plan = _in_dtypes(joint.plan, mine, dtypes, name, below, change)
     joint.refresh()
+
+
+def move_all(joint: JointModel, change: Callable) -> None:
+    """Do to a joint model what `Module.to` and the like do: members, what they had in replaced places, and rows.
+
+    Args:
+        joint: the joint model.
+        change: what is done to every tensor.
+    """
+    joint.begin("Moving the model")
+    known, dtypes = joint.known, _dtypes(joint)
+    with joint.slots.mark("moving"):
+        joint.bodies._apply(change)
+        for replaced in (each for member in joint.members.values() for each in member.replaced):
+            if replaced.original is not None:
+                replaced.original._apply(change)
+    move_dictionary(joint.dictionary, change)
+    joint.plan = plan_in_dtypes(joint.plan, lambda dtype: change(torch.empty(0, dtype=dtype)).dtype)
+    if _dtypes(joint) == dtypes:  # on another device weights are what they were
+        joint.keep_known(known)
+    joint.refresh()  # slots are no parameters: nn.Module does not move them
+
+
+def _dtypes(joint: JointModel) -> list[torch.dtype]:
+    """Of the members' tensors, generated ones too."""
+    own = [t.dtype for t in (*joint.bodies.parameters(), *joint.bodies.buffers())]
+    return own + [torch_dtype(p.site.dtype) for p in joint.plan.placements]
 
 
 def _after(change: Callable, dtype: torch.dtype) -> str:

@@ -76,3 +76,13 @@ class Take(Gate):
                 del state[prefix + key]
             elif strict:
                 missing.append(prefix + key)
+
+
+def keep_slots(joint: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Before the state dict of a joint model is loaded, which has rows: members shall not miss their weights."""
+    joint.begin("Loading a state dict")
+    for number, name in enumerate(joint.names):
+        for p in joint.plan.of(name):
+            for owner in p.site.owners:
+                held = joint.slots.fillings[name][p.site.name].tensor
+                state.setdefault(f"{prefix}bodies.{number}.{owner}", held)
