@@ -68,7 +68,7 @@ def _with_a_sign_of_life(verb: Callable[..., None]) -> Callable[..., None]:
         from .hush import hush
 
         quiet = bool(options.get("quiet"))
-        with hush(quiet=quiet, debug=bool(options.get("debug"))), console.alive(quiet=quiet):
+        with hush(quiet=quiet, debug=bool(options.get("debug")), say=_say), console.alive(quiet=quiet):
             verb(*args, **options)
 
     return shown
@@ -112,6 +112,16 @@ def with_values(arguments: list[str]) -> list[str]:
     return arguments
 
 
+def _say(message: str) -> None:
+    """Say what the library has to say, in flags."""
+    from surgery.util.text import printable
+
+    from . import console
+
+    console.clear()
+    print(f"surgery: {printable(in_flags(message, flags_of(app)))}", file=sys.stderr)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
     from . import console
@@ -125,9 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
     except SurgeryError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        from surgery.util.text import printable
-
-        print(f"surgery: {printable(in_flags(str(error), flags_of(app)))}", file=sys.stderr)
+        _say(str(error))
         sys.exit(2)
     except SystemExit as end:
         if end.code in WORDS and console.FIRST:  # typer ends an interrupted verb without a word

@@ -52,6 +52,10 @@ class SurgeryError(Exception):
         super().__init__(*(_within(each) if isinstance(each, str) else each for each in arguments))
 
 
+class SurgeryWarning(UserWarning):
+    """Something is not as it was asked for, and goes on; settings stand in backquotes as in a `SurgeryError`."""
+
+
 class LoadError(SurgeryError):
     """A reference names no model, or its files cannot be read or do not fit the architecture."""
 

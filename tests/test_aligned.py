@@ -179,3 +179,14 @@ def test_dtypes_that_no_file_holds_are_named_before_anything_is_written(tmp_path
     with pytest.raises(OutputError, match=r"phase \(complex128\)"):
         surgery.export(joint, "one", tmp_path / "plain")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_name_of_a_files_notes_is_no_tensors_name(tmp_path):
+    net = nn.Sequential(nn.Linear(8, 8))
+    net.register_parameter("__metadata__", nn.Parameter(torch.zeros(3)))
+    joint = surgery.join([surgery.load_member(net, name="net", inputs=torch.zeros(2, 8))], block=(4, 4))
+    with pytest.raises(
+        OutputError, match=r"called __metadata__.* give that parameter or buffer another name"
+    ):
+        surgery.save(joint, tmp_path / "joint")
+    assert not (tmp_path / "joint").exists()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from command_line import surgery as command
-from surgery_cli.__main__ import app
+from surgery_cli.__main__ import _say, app
 from surgery_cli.flags import flags_of, in_flags
+from surgery_cli.hush import hush
 
 import surgery
+from surgery.errors import SurgeryWarning
 
 COMMAND = re.compile(r"^surgery (verify|export) .*$", re.MULTILINE)  # a line of its own, for a shell
 FLAGS = flags_of(app)
@@ -72,3 +75,11 @@ def test_the_command_line_names_the_flag(tmp_path):
     (tmp_path / "mine.txt").write_text("")
     code, _, said = command("merge", "timm:resnet18", "--out", tmp_path)
     assert code == 2 and "or pass --overwrite." in said
+
+
+def test_warnings_of_the_library_are_said_in_flags(capsys):
+    with hush(say=_say):
+        warnings.warn("take `budget=0.5`, or `modules={'net': module}`", SurgeryWarning, stacklevel=1)
+    assert capsys.readouterr().err == "surgery: take --budget 0.5, or `modules={'net': module}`\n"
+    with pytest.warns(UserWarning, match="other"), hush(say=_say):
+        warnings.warn("other `budget`", UserWarning, stacklevel=1)

@@ -16,7 +16,7 @@ from torch import nn
 
 from surgery.artifact.recorded import misfits, stored_shapes
 from surgery.core.replacing import make_again
-from surgery.errors import ArtifactError, LoadError
+from surgery.errors import ArtifactError, LoadError, SurgeryWarning
 from surgery.members.member import Member, Origin, shapes_of
 from surgery.members.origins import origin_kind
 from surgery.members.origins.layers import correct_layers
@@ -43,6 +43,7 @@ def as_saved(member: Member, stored: Stored) -> Member:
         warnings.warn(
             f"Member '{member.name}' is saved as a live module, because {member.origin.reference} no longer builds "
             f"it: there are {bad}. Load it with modules={{'{member.name}': a module of its architecture}}.",
+            SurgeryWarning,
             stacklevel=3,
         )
         return replace(member, origin=live_module(member.module).origin)
@@ -61,6 +62,7 @@ def as_exported(member: Member, module: nn.Module) -> Member:
         warnings.warn(
             f"Member '{member.name}' is not what its configuration builds: there are {bad}. The folder holds all "
             "tensors; read them into a module of its architecture.",
+            SurgeryWarning,
             stacklevel=4,
         )
     return found
@@ -74,7 +76,7 @@ def _described(member: Member, wanted: Mapping[str, tuple[int, ...]]) -> tuple[M
     for origin, files, note in _anew(member, wanted) if bad else ():
         if not _misfits(replace(member, origin=origin, files=files), wanted)[0]:
             if note:
-                warnings.warn(f"Member '{member.name}': {note}", stacklevel=5)
+                warnings.warn(f"Member '{member.name}': {note}", SurgeryWarning, stacklevel=5)
             return replace(member, origin=origin, files=files), ""
     return member, bad
 

@@ -20,6 +20,8 @@ from surgery.errors import OutputError, shorten
 
 ALIGNMENT = 64  # bytes; PyTorch's own on the CPU, and the width of its widest vectors
 
+NOTES = "__metadata__"  # what the format calls the entry of a header that is no tensor
+
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 """Name, dtype and shape of a tensor."""
 
@@ -69,13 +71,18 @@ def write_shards(
         metadata: for each file's header.
 
     Raises:
-        OutputError: naming all tensors of dtypes that the format does not know.
+        OutputError: naming all tensors of dtypes that the format does not know, or one that has a name of the format's.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
     if not tensors:
         return
     check_dtypes({name: tensor.dtype for name, tensor in tensors.items()})
+    if NOTES in tensors:
+        raise OutputError(
+            f"A tensor of a safetensors file cannot be called {NOTES}, which is where these files keep their notes, "
+            f"but one of {folder.name} is: give that parameter or buffer another name."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     split = split_state_dict_into_shards_factory(
         {name: tensors[name] for name in sorted(tensors)},
@@ -171,7 +178,7 @@ def _layout(entries: Iterable[Entry], metadata: Mapping[str, str] | None) -> tup
     """
     names = known_dtypes()
     ordered = sorted(entries, key=lambda e: (_size(e[1], e[2]) % ALIGNMENT != 0, -e[1].itemsize, e[0]))
-    document: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    document: dict[str, object] = {NOTES: dict(metadata)} if metadata else {}
     end = 0
     for name, dtype, shape in ordered:
         start, end = end, end + _size(dtype, shape)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from surgery.disk.aligned import align_module
 from surgery.disk.records import artifact_files
 from surgery.disk.untrusted import shown_text
-from surgery.errors import LoadError, SurgeryError
+from surgery.errors import LoadError, SurgeryError, SurgeryWarning
 from surgery.inputs import as_inputs, check_runs, example_inputs, forward_error
 from surgery.members.member import Inputs, Member, Origin, shapes_of, state_tensors
 from surgery.members.origins import KINDS, kind_for, origin_kind
@@ -181,7 +181,7 @@ def _that_computes(loaded: Loaded, given: Inputs | None, name: str, seed: int) -
         error = failure
     if error is None:
         return loaded
-    warnings.warn(widen(loaded.module, name), stacklevel=4)
+    warnings.warn(widen(loaded.module, name), SurgeryWarning, stacklevel=4)
     if loaded.origin.kind != "transformers":
         return loaded
     dtype = str(next(t.dtype for t in state_tensors(loaded.module).values() if t.is_floating_point()))

@@ -11,6 +11,7 @@ from surgery.disk.untrusted import shown
 from surgery.errors import PlanError
 from surgery.settings.names import SHIPPED_METHODS
 from surgery.settings.problems import advice_on
+from surgery.util.text import one_line
 
 ENTRY_POINTS = "surgery.methods"
 
@@ -58,9 +59,10 @@ def load_method(name: str) -> Any:
         point = installed()[name]
         try:
             point.load()
-        except ImportError as error:
+        except Exception as error:  # of somebody else's package
             raise PlanError(
-                f"Method '{name}' needs {point.value}, which cannot be imported: {error}."
+                f"Method '{name}' needs {point.value}, which cannot be imported: {one_line(error)}; mend or reinstall "
+                "the package that offers it."
             ) from error
     if name not in REGISTERED:
         raise PlanError(f"`method` {unknown_method(name)}; install or import the package that registers it.")

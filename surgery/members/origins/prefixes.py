@@ -11,6 +11,8 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
+from surgery.errors import SurgeryWarning
+
 WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "model.")
 _DEEPEST = 3
 _T = TypeVar("_T")
@@ -50,7 +52,7 @@ def without_prefix(state: Mapping[str, _T], wanted: Collection[str], what: str) 
     """
     if not (prefix := find_prefix(state.keys(), wanted)):
         return dict(state)
-    warnings.warn(said(what, prefix), stacklevel=3)
+    warnings.warn(said(what, prefix), SurgeryWarning, stacklevel=3)
     return strip_prefix(state, prefix)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from surgery.disk.files import write_files
 from surgery.disk.untrusted import shown
-from surgery.errors import LoadError
+from surgery.errors import LoadError, SurgeryWarning
 from surgery.members.member import Origin
 from surgery.members.origins.base import Loaded, Request, read_config, read_small_files, split_options
 from surgery.members.origins.bounded import bounded
@@ -114,9 +114,9 @@ def load(reference: str, request: Request) -> Loaded:
         commit = getattr(config, "_commit_hash", None)
         files = read_small_files(folder if local else snapshot(where, commit or revision), FILES)
     if stored and (note := decoded_float8(config, folder, module)) is not None:
-        warnings.warn(f"{reference}: {note}", stacklevel=4)
+        warnings.warn(f"{reference}: {note}", SurgeryWarning, stacklevel=4)
     if prefix:
-        warnings.warn(said(reference, prefix), stacklevel=4)
+        warnings.warn(said(reference, prefix), SurgeryWarning, stacklevel=4)
     made = {"dtype": str(dtype).removeprefix("torch."), **attention, **extra}
     origin = Origin("transformers", reference, type(module).__name__, commit, made)
     return Loaded(module.eval(), origin, files, stored=stored)
