@@ -1,4 +1,4 @@
-"""A bounded fuzz in the default run; `tests/fuzzing.py` says what is mutated and runs more by hand."""
+"""A bounded fuzz in the default run; `tests/support/fuzzing.py` says what is mutated and runs more by hand."""
 
 import json
 import os

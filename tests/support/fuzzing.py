@@ -1,9 +1,9 @@
 """Fuzzing: small real things made once, seeded mutations of their files, and what each verb makes of them.
 
-Run as a program in a process of its own, whose memory is limited: `python tests/fuzzing.py FOLDER SEED COUNT`. The last
-line of its output is JSON: how cases ended, and every fault with what reproduces it. A fault is an exception that is no
-`SurgeryError`, a case that takes too long or too much memory, a message of more than a few KB, or weights that changed
-while `verify` finds nothing. Case N of a seed is always the same: `... FOLDER SEED 1 N` runs it alone.
+Run as a program in a process of its own, whose memory is limited: `python tests/support/fuzzing.py FOLDER SEED COUNT`.
+The last line of its output is JSON: how cases ended, and every fault with what reproduces it. A fault is an exception
+that is no `SurgeryError`, a case that takes too long or too much memory, a message of more than a few KB, or weights
+that changed while `verify` finds nothing. Case N of a seed is always the same: `... FOLDER SEED 1 N` runs it alone.
 """
 
 from __future__ import annotations
