@@ -37,7 +37,9 @@ def summary_of(name: str) -> str:
     if name in REGISTERED:
         return REGISTERED[name].summary
     point = installed().get(name)
-    return (point.dist.metadata.get("Summary") or "") if point is not None and point.dist is not None else ""
+    if point is None or point.dist is None:
+        return ""
+    return (point.dist.metadata.get_all("Summary") or [""])[0]
 
 
 def unknown_method(name: object) -> str:

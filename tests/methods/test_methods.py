@@ -190,9 +190,10 @@ def test_a_method_that_may_be_left_unused_is_weighed_against_tensors_apart(packa
     assert {bank.method for bank in joint.plan.banks} == {"low_rank"} and joint.report.saved["sharing"] > 0
 
 
-@given(st.integers(1, 8), st.integers(0, 99))
-@settings(max_examples=4, deadline=None)
+@given(st.sampled_from([4, 32]), st.integers(0, 99))
+@settings(max_examples=6, deadline=None)
 def test_predicted_errors_are_those_of_the_weights_that_members_get(package, rank, seed):
+    """One part is rounded; at full rank that is all there is, and at a lower one, all or nothing."""
     found = members()
     plan = surgery.plan_with([surgery.discover(each) for each in found], "low_rank", {"rank": rank})
     trials = {}
@@ -205,11 +206,11 @@ def test_predicted_errors_are_those_of_the_weights_that_members_get(package, ran
     assert all(group.shared and group.claimed for group in groups)
     table, units, arrangements = tabulate(groups, list(trials))
     generator = torch.Generator().manual_seed(seed)
-    # One part at a time is rounded: errors of both at once have a part in common.
     parts = [u for u, unit in enumerate(units) if set(unit.tensors) & {"left", "right"}]
     picked = np.zeros(len(units), int)
     chosen = parts[int(torch.randint(len(parts), (), generator=generator))]
-    picked[chosen] = int(torch.randint(len(units[chosen].options), (), generator=generator))
+    if rank == 32:
+        picked[chosen] = int(torch.randint(1, len(units[chosen].options), (), generator=generator))
     taken = np.array([bool(each.banks) for each in arrangements])
     stored = Assembler(plan, {}, units, arrangements).assemble(Choice(picked, taken, 0.0, np.zeros(2)))
     active = taken[table.arrangement]
@@ -222,8 +223,10 @@ def test_predicted_errors_are_those_of_the_weights_that_members_get(package, ran
             weight * float((after[key] - scene.originals[name, key]).double().square().sum())
             for weight, key in changes
         )
-    # What rounding moves and what the rank leaves are not quite orthogonal.
-    assert sum(moved.values()) == pytest.approx(predicted.sum(), rel=0.2)
+    assert sum(moved.values()) == pytest.approx(predicted.sum(), rel=1e-3)
+    assert [*moved.values()] == pytest.approx(
+        predicted.tolist(), rel=0.5
+    )  # shares are those of all precisions
 
 
 def test_recipes_know_it_without_importing_it(package):

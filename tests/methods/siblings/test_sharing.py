@@ -1,6 +1,7 @@
 """Sharing: principal rows of siblings, subspaces of blocks, and banks of a fixed number of hypermodules."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from nets import assert_same_bits, dictionary_gradients, loss_of, member, plain_
 from surgery.anatomy.plan import BankPlan
 from surgery.core.joining import join
 from surgery.errors import PlanError
+from surgery.fitting import related
 from surgery.fitting.fit import fit
 from surgery.fitting.related import resembling
 from surgery.methods.hypermodules.exactly import _divide
@@ -196,3 +198,22 @@ def test_partly_related_members_share_what_is_related():
     shared = {row.name for row in joint.report.detail if row.how == "shared rows"}
     assert "4.weight" not in shared
     assert shared >= {"2.weight", "6.weight"}
+
+
+def test_a_way_of_storing_related_sites_is_one_function(monkeypatch):
+    """Beside those of this package: it is asked for every group of related sites, and taken where it costs least."""
+    monkeypatch.setattr(related, "_WAYS", dict(related._WAYS))
+    asked = []
+
+    @related.register_way("free")
+    def free(scene, sites):
+        asked.append([site.name for site in sites])
+        shared = related.ways()[0](scene, sites)
+        return replace(shared, fixed=-1e6)
+
+    base = member("mlp")
+    joint = fit(join([base, sibling(base, "other", 0.01, 1)]), max_error=0.05)
+    generated = sorted({p.site.name for p in joint.plan.placements})
+    assert generated and sorted({name for names in asked for name in names}) == generated
+    with pytest.raises(ValueError, match="'free' is registered already"):
+        related.register_way("free")(lambda scene, sites: None)
