@@ -57,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--sizes", nargs="+", type=float, default=FRACTIONS, help="fractions of the float32 bytes"
     )
     parser.add_argument(
-        "--finalists", type=int, default=6, help="settings of a peer that are run at each size"
+        "--finalists", type=int, default=3, help="settings of a peer that are run at each size"
     )
+    parser.add_argument("--longer", type=int, default=1, help="times the epochs of every fine-tune")
     parser.add_argument("--cache", type=Path, help="folder of trained families; the user's cache by default")
     parser.add_argument("--csv", type=Path, help="write the table there")
     parser.add_argument("--plot", type=Path, help="draw error against size there, .png or .svg")
@@ -70,7 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = known if options.methods is None else options.methods
     fractions = options.sizes[:1] if options.fast and options.sizes is FRACTIONS else options.sizes
     family = make_family(
-        options.family, options.cache or default_cache(), options.seed, options.fast, options.members
+        options.family,
+        options.cache or default_cache(),
+        options.seed,
+        options.fast,
+        options.members,
+        options.longer,
     )
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:

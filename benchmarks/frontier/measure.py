@@ -54,16 +54,26 @@ def outputs_of(module: torch.nn.Module, batch: Batch) -> Tensor:
 
 
 class Judge:
-    """Compares members' outputs with those of their original weights, which are computed once for each part."""
+    """Compares members' outputs with those of their original weights, which are computed once for each part.
 
-    def __init__(self, family: Family):
+    Args:
+        family: the members.
+        most: by part, examples of a member that are used; all by default.
+    """
+
+    def __init__(self, family: Family, most: Mapping[str, int] | None = None):
+        self.most = most or {}
         self.family, self.module = family, family.build().eval().requires_grad_(False)
         self._originals: dict[tuple[str, str], Tensor] = {}
 
     def outputs(self, state: Mapping[str, Tensor], member: str, part: str) -> Tensor:
         """Of some weights, for a member's examples."""
         self.module.load_state_dict(dict(state))
-        return outputs_of(self.module, getattr(self.family.tasks[member], part))
+        return outputs_of(self.module, self.examples(member, part))
+
+    def examples(self, member: str, part: str) -> Batch:
+        """A member's examples."""
+        return getattr(self.family.tasks[member], part).rows(slice(0, self.most.get(part)))
 
     def original(self, member: str, part: str) -> Tensor:
         """Of a member as it was."""
@@ -78,7 +88,7 @@ class Judge:
             wanted, found = self.original(member, part), self.outputs(state, member, part)
             errors[member] = float((found - wanted).norm() / wanted.norm())
             task = self.family.tasks[member]
-            target = getattr(task, part).target
+            target = self.examples(member, part).target
             if task.score is not None:
                 kept[member] = task.score(found, target) / max(task.score(wanted, target), 1e-9)
         return Quality(errors, kept)
@@ -86,7 +96,7 @@ class Judge:
     def scores(self, part: str = "test") -> dict[str, float]:
         """Of the original members."""
         return {
-            name: task.score(self.original(name, part), getattr(task, part).target)
+            name: task.score(self.original(name, part), self.examples(name, part).target)
             for name, task in self.family.tasks.items()
             if task.score is not None
         }

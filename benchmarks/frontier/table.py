@@ -16,6 +16,7 @@ from benchmarks.frontier.peers.base import Peer
 from benchmarks.frontier.scene import Scene
 
 FRACTIONS = (0.14, 0.10, 0.07, 0.05, 0.04, 0.03)  # of the members' bytes in float32
+CHOOSE = 256  # validation examples of a member by which a setting is chosen
 Row = dict[str, Any]
 
 
@@ -42,9 +43,9 @@ class Contest:
             as second moments measure it.
     """
 
-    def __init__(self, family: Family, folder: Path, seed: int, finalists: int = 6):
+    def __init__(self, family: Family, folder: Path, seed: int, finalists: int = 3):
         self.family, self.folder, self.seed, self.finalists = family, folder, seed, finalists
-        self.scene, self.judge = Scene.of(family), Judge(family)
+        self.scene, self.judge = Scene.of(family), Judge(family, {"validation": CHOOSE})
 
     def rows(self, peers: Sequence[Peer], fractions: Sequence[float], ours: bool = True) -> Iterator[Row]:
         """All methods at all sizes, as they are done."""

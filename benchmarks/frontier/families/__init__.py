@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.frontier.families.base import Batch, Family, Task
+from benchmarks.frontier.families.base import Batch, Choice, Family, Task
 
-__all__ = ["FAMILIES", "Batch", "Family", "Task", "make_family"]
+__all__ = ["FAMILIES", "Batch", "Choice", "Family", "Task", "make_family"]
 
 FAMILIES = ("vit", "sentiment", "mhc", "noise")
 
 
 def make_family(
-    name: str, cache: Path, seed: int = 0, fast: bool = False, members: int | None = None
+    name: str,
+    cache: Path,
+    seed: int = 0,
+    fast: bool = False,
+    members: int | None = None,
+    longer: int = 1,
 ) -> Family:
     """A family, trained where the cache does not have it.
 
@@ -22,12 +27,12 @@ def make_family(
         cache: folder for trained weights; one of another recipe or seed is not taken.
         seed: of everything drawn at random.
         fast: tiny models, barely trained, on made-up data.
-        members: how many at most.
+        members: how many at most; the others are not trained.
+        longer: times the epochs of every fine-tune.
     """
     from benchmarks.frontier.families import mhc, noise, sentiment, vit
 
-    makers: dict[str, Callable[[Path, int, bool], Family]] = {
+    makers: dict[str, Callable[[Path, Choice], Family]] = {
         "vit": vit.make, "sentiment": sentiment.make, "mhc": mhc.make, "noise": noise.make,
     }  # fmt: skip
-    family = makers[name](cache, seed, fast)
-    return family if members is None else family.first(members)
+    return makers[name](cache, Choice(seed, fast, members, longer))

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,23 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Which family of a kind.
+
+    Attributes:
+        seed: of everything drawn at random.
+        fast: tiny models, barely trained, on made-up data.
+        members: how many at most.
+        longer: times the epochs of every fine-tune.
+    """
+
+    seed: int = 0
+    fast: bool = False
+    members: int | None = None
+    longer: int = 1
+
+
+@dataclass(frozen=True)
 class Family:
     """Models of one architecture.
 
@@ -102,15 +119,6 @@ class Family:
         """Bytes of all members' weights as they are."""
         return sum(t.numel() * t.element_size() for state in self.states.values() for t in state.values())
 
-    def first(self, members: int) -> Family:
-        """The same with fewer members."""
-        names = list(self.states)[:members]
-        return replace(
-            self,
-            states={name: self.states[name] for name in names},
-            tasks={name: self.tasks[name] for name in names},
-        )
-
 
 def default_cache() -> Path:
     """`$XDG_CACHE_HOME/model-surgery/frontier`."""
@@ -118,32 +126,38 @@ def default_cache() -> Path:
 
 
 class Cache:
-    """Trained weights of one recipe in a folder, a file for each model.
+    """Trained weights in a folder, a file for each model.
 
-    The recipe is part of the folder's name, so weights of another recipe, another seed or another version of torch are
-    never taken for these.
+    A model's recipe is part of its file's name, so weights of another recipe, another seed or another version of torch
+    are never taken for it.
 
     Args:
         folder: of all families.
         name: of this one.
-        recipe: all that training depends on, as JSON can hold it.
     """
 
-    def __init__(self, folder: Path, name: str, recipe: Mapping[str, Any]):
-        text = json.dumps({**recipe, "torch": torch.__version__}, sort_keys=True)
-        self.folder = folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
-        self.recipe, self.seconds = text, 0.0
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.seconds = folder / name, 0.0
 
-    def get(self, name: str, train: Callable[[], State]) -> State:
+    def path(self, name: str, recipe: Mapping[str, Any]) -> Path:
+        """Where a model's weights are.
+
+        Args:
+            name: of the model.
+            recipe: all that its training depends on, as JSON can hold it.
+        """
+        text = json.dumps({**recipe, "torch": torch.__version__}, sort_keys=True)
+        return self.folder / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"
+
+    def get(self, name: str, recipe: Mapping[str, Any], train: Callable[[], State]) -> State:
         """A model's weights: from its file, or trained and written."""
-        path = self.folder / f"{name}.safetensors"
+        path = self.path(name, recipe)
         if not path.is_file():
             start = time.perf_counter()
             state = {key: t.detach().contiguous().clone() for key, t in train().items()}
             self.seconds += time.perf_counter() - start
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "recipe.json").write_text(self.recipe, encoding="utf-8")
-            part = path.with_suffix(".part")
+            part = path.with_suffix(f".{os.getpid()}")
             save_file(state, part)
             part.replace(path)
         return load_file(path)

@@ -14,17 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.frontier.families.base import Batch, Family, State, Task, generator_of
+from benchmarks.frontier.families.base import Batch, Choice, Family, State, Task, generator_of
 from benchmarks.siblings import SITES, Predictor, area, encode, read_data, read_predictor
 
 CALIBRATION, VALIDATION, TEST = 64, 100, 300  # peptides of a member
 LEAST = 15  # peptides of either kind in validation and in test
 
 
-def make(cache: Path, seed: int, fast: bool) -> Family:
+def make(cache: Path, choice: Choice) -> Family:
     """The family; nothing is trained."""
-    if fast:
-        return tiny(seed)
+    if choice.fast:
+        return tiny(choice.seed)
     found = importlib.util.find_spec("mhcnuggets")
     if found is None or not found.submodule_search_locations:
         raise SystemExit(
@@ -35,7 +35,7 @@ def make(cache: Path, seed: int, fast: bool) -> Family:
     everything = [peptide for peptides, _ in data.values() for peptide in peptides]
     states: dict[str, State] = {}
     tasks: dict[str, Task] = {}
-    for path in sorted(package.glob("saves/production/*_BA.h5")):
+    for path in sorted(package.glob("saves/production/*_BA.h5"))[: choice.members]:
         allele = path.stem.removesuffix("_BA")
         name = allele.replace(":", "").replace("/", "-")
         states[name] = {key: t.clone() for key, t in read_predictor(path).state_dict().items()}

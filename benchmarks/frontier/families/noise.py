@@ -10,17 +10,16 @@ from pathlib import Path
 import torch
 
 from benchmarks.frontier.families import vit
-from benchmarks.frontier.families.base import Family, State, Task, accuracy, generator_of
+from benchmarks.frontier.families.base import Cache, Choice, Family, State, Task, accuracy, generator_of
 
 COPIES = 6
 AMOUNT = 0.05  # deviation of the noise, of each matrix' own
 
 
-def make(cache: Path, seed: int, fast: bool) -> Family:
+def make(cache: Path, choice: Choice) -> Family:
     """The family, from the trained base of `vit`."""
-    base = vit.base_of(cache, seed, fast)
-    sizes = vit.FAST if fast else vit.Sizes()
-    source = vit.made_up if fast else vit.pictures_of
+    base, _ = vit.base_of(Cache(cache, "vit"), choice)
+    sizes, _, source = vit.chosen(choice)
     parts = {
         part: vit.see_some(*source("fashion", part), "plain", count, generator_of(0, "noise", part))
         for part, count in (
@@ -31,8 +30,8 @@ def make(cache: Path, seed: int, fast: bool) -> Family:
     }
     task = Task(parts["train"], parts["validation"], parts["test"], accuracy)
     states: dict[str, State] = {}
-    for number in range(2 if fast else COPIES):
-        generator = generator_of(seed, "noise", str(number))
+    for number in range(COPIES)[: 2 if choice.fast else choice.members]:
+        generator = generator_of(choice.seed, "noise", str(number))
         states[f"copy{number}"] = {
             name: t + AMOUNT * t.std() * torch.randn(t.shape, generator=generator)
             if t.dim() > 1

@@ -7,7 +7,7 @@ other reviews and editorials.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.frontier.families.base import Batch, Cache, Family, State, Task, generator_of
+from benchmarks.frontier.families.base import Batch, Cache, Choice, Family, State, Task, generator_of
 from benchmarks.frontier.families.training import train
 
 CALIBRATION, VALIDATION, TEST = 128, 160, 400  # texts of a member
@@ -101,36 +101,35 @@ def correlation(outputs: Tensor, target: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([outputs, target.to(outputs.dtype)]))[0, 1])
 
 
-def make(cache: Path, seed: int, fast: bool) -> Family:
+def make(cache: Path, choice: Choice) -> Family:
     """The family; trained in about a quarter of an hour of two cores."""
+    fast = choice.fast
     recipe = Recipe(1, 64) if fast else Recipe()
+    recipe = replace(recipe, epochs=choice.longer * recipe.epochs)
     domains = ("tweets", "movies") if fast else ("tweets", "movies", "nyt", "amazon")
-    kept = Cache(
-        cache,
-        "sentiment",
-        {"recipe": asdict(recipe), "domains": domains, "seed": seed, "fast": fast, "form": 1},
-    )
+    kept = Cache(cache, "sentiment")
     base = pretrained(fast)
     states: dict[str, State] = {}
     tasks: dict[str, Task] = {}
-    for domain in domains:
+    for domain in domains[: choice.members]:
         parts = made_up(domain) if fast else texts_of(domain)
-        rows = torch.randperm(len(parts["train"]), generator=generator_of(seed, domain))
+        rows = torch.randperm(len(parts["train"]), generator=generator_of(choice.seed, domain))
         data = parts["train"].rows(rows[: recipe.most])
-        readout = kept.folder / f"{domain}.readout"
+        own = {**asdict(recipe), "domain": domain, "seed": choice.seed, "made up": fast}
+        readout = kept.path(domain, own).with_suffix(".readout")
 
         def fine_tune(data: Batch = data, domain: str = domain, readout: Path = readout) -> State:
             net = WithReadout(build(fast), data_width(fast))
             net.body.load_state_dict(base)
             train(
                 net, data, F.mse_loss, epochs=recipe.epochs, batch=recipe.batch, rate=recipe.rate, decay=recipe.decay,
-                generator=generator_of(seed, domain, "order"),
+                generator=generator_of(choice.seed, domain, "order"),
             )  # fmt: skip
             readout.parent.mkdir(parents=True, exist_ok=True)
             save_file(net.readout.state_dict(), readout)
             return net.body.state_dict()
 
-        states[domain] = kept.get(domain, fine_tune)
+        states[domain] = kept.get(domain, own, fine_tune)
         weights = load_file(readout)
 
         def score(outputs: Tensor, target: Tensor, weights: dict[str, Tensor] = weights) -> float:

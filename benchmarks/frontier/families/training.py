@@ -46,15 +46,17 @@ def train(
         optimizer, rate, total_steps=max(steps, 2), pct_start=0.1, cycle_momentum=False
     )
     module.train()
-    for step, rows in enumerate(_orders(len(data), batch, epochs, generator)):
-        piece = data.rows(rows)
-        piece = piece if augment is None else augment(piece, generator)
-        loss(piece.run(module), piece.target).backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step + 1 < steps:
-            schedule.step()
+    with torch.random.fork_rng():
+        torch.manual_seed(generator.initial_seed())  # of dropout, which knows no other generator
+        for step, rows in enumerate(_orders(len(data), batch, epochs, generator)):
+            piece = data.rows(rows)
+            piece = piece if augment is None else augment(piece, generator)
+            loss(piece.run(module), piece.target).backward()
+            nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step + 1 < steps:
+                schedule.step()
     module.eval()
 
 

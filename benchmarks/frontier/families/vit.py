@@ -9,12 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.frontier.families.base import Batch, Cache, Family, State, Task, accuracy, generator_of
+from benchmarks.frontier.families.base import (
+    Batch,
+    Cache,
+    Choice,
+    Family,
+    State,
+    Task,
+    accuracy,
+    generator_of,
+)
 from benchmarks.frontier.families.training import train
 
 SIDE, CLASSES = 28, 10
@@ -37,9 +47,9 @@ VARIANTS = {
     "sheared": Variant("fashion", "shear", 3),
     "small": Variant("fashion", "scale", 3),
     "digits": Variant("mnist", "plain", 6),
+    "permuted": Variant("fashion", "permuted", 8, 2e-3),
     "digits-inverted": Variant("mnist", "inverted+rotated", 6),
     "digits-noisy": Variant("mnist", "shot", 6),
-    "permuted": Variant("fashion", "permuted", 8, 2e-3),
 }
 
 
@@ -59,6 +69,7 @@ class Sizes:
     batch: int = 128
 
 
+TRAINED_BY = ("width", "depth", "heads", "base_epochs", "base_rate", "fashion", "batch")
 FAST = Sizes(32, 2, 2, 1, 1e-3, 512, 256, 64, 64, 64)
 
 
@@ -72,61 +83,61 @@ def build(sizes: Sizes) -> nn.Module:
     )  # fmt: skip
 
 
-def make(cache: Path, seed: int, fast: bool) -> Family:
-    """The family; trained in about twelve minutes of one core."""
-    sizes, variants, source = _choose(fast)
-    kept = _cache(cache, seed, fast)
-    base = kept.get("base", lambda: train_base(sizes, source, seed))
-    states, tasks = {}, {}
-    for name, variant in variants.items():
-        parts = {part: source(variant.data, part) for part in ("train", "validation", "test")}
-        seen = {
-            "train": see_some(*parts["train"], variant.views, sizes.fine, generator_of(seed, name, "train")),
-            "validation": see_some(
-                *parts["validation"], variant.views, sizes.validation, generator_of(0, name, "validation")
-            ),
-            "test": see_some(*parts["test"], variant.views, sizes.test, generator_of(0, name, "test")),
-        }
-
-        def fine_tune(name: str = name, variant: Variant = variant, data: Batch = seen["train"]) -> State:
-            net = build(sizes)
-            net.load_state_dict(base)
-            train(
-                net, data, F.cross_entropy, epochs=1 if fast else variant.epochs, batch=sizes.batch,
-                rate=variant.rate, decay=0.05, generator=generator_of(seed, name, "order"),
-            )  # fmt: skip
-            return net.state_dict()
-
-        states[name] = kept.get(name, fine_tune)
-        calibration = seen["train"].rows(slice(0, CALIBRATION))
-        tasks[name] = Task(calibration, seen["validation"], seen["test"], accuracy)
-    return Family("vit", lambda: build(sizes), states, base, tasks, "accuracy", seconds=kept.seconds)
-
-
 Source = Callable[[str, str], tuple[Tensor, Tensor]]
 
 
-def _choose(fast: bool) -> tuple[Sizes, dict[str, Variant], Source]:
-    if fast:
+def make(cache: Path, choice: Choice) -> Family:
+    """The family; trained in about sixteen minutes of one core."""
+    sizes, variants, source = chosen(choice)
+    kept = Cache(cache, "vit")
+    base, recipe = base_of(kept, choice)
+    states, tasks = {}, {}
+    for name, variant in list(variants.items())[: choice.members]:
+        train_part = see_some(
+            *source(variant.data, "train"),
+            variant.views,
+            sizes.fine,
+            generator_of(choice.seed, name, "train"),
+        )
+        held = {
+            part: see_some(*source(variant.data, part), variant.views, count, generator_of(0, name, part))
+            for part, count in (("validation", sizes.validation), ("test", sizes.test))
+        }
+        epochs = choice.longer * (1 if choice.fast else variant.epochs)
+
+        def fine_tune(
+            name: str = name, variant: Variant = variant, data: Batch = train_part, epochs: int = epochs
+        ) -> State:
+            net = build(sizes)
+            net.load_state_dict(base)
+            train(
+                net, data, F.cross_entropy, epochs=epochs, batch=sizes.batch, rate=variant.rate, decay=0.05,
+                generator=generator_of(choice.seed, name, "order"),
+            )  # fmt: skip
+            return net.state_dict()
+
+        own = {**recipe, **asdict(variant), "epochs": epochs, "fine": sizes.fine}
+        states[name] = kept.get(name, own, fine_tune)
+        tasks[name] = Task(train_part.rows(slice(0, CALIBRATION)), held["validation"], held["test"], accuracy)
+    return Family("vit", lambda: build(sizes), states, base, tasks, "accuracy", seconds=kept.seconds)
+
+
+def chosen(choice: Choice) -> tuple[Sizes, dict[str, Variant], Source]:
+    """Sizes, members and data."""
+    if choice.fast:
         return FAST, {name: VARIANTS[name] for name in ("rotated", "digits", "permuted")}, made_up
     return Sizes(), VARIANTS, pictures_of
 
 
-def _cache(folder: Path, seed: int, fast: bool) -> Cache:
-    sizes, variants, _ = _choose(fast)
+def base_of(kept: Cache, choice: Choice) -> tuple[State, dict[str, Any]]:
+    """The weights that all members start from, and their recipe."""
+    sizes, _, source = chosen(choice)
     recipe = {
-        "sizes": asdict(sizes),
-        "variants": {name: asdict(each) for name, each in variants.items()},
-        "seed": seed,
-        "form": 1,
+        **{name: getattr(sizes, name) for name in TRAINED_BY},
+        "made up": choice.fast,
+        "seed": choice.seed,
     }
-    return Cache(folder, "vit", recipe)
-
-
-def base_of(cache: Path, seed: int, fast: bool) -> State:
-    """The weights that all members start from."""
-    sizes, _, source = _choose(fast)
-    return _cache(cache, seed, fast).get("base", lambda: train_base(sizes, source, seed))
+    return kept.get("base", recipe, lambda: train_base(sizes, source, choice.seed)), recipe
 
 
 def train_base(sizes: Sizes, source: Source, seed: int) -> State:

@@ -15,6 +15,7 @@ from benchmarks.frontier.peers.base import (
     allocate,
     grid_bytes,
     relative,
+    rest_bits_for,
     rest_of,
     room_for,
     shaped,
@@ -94,7 +95,7 @@ def settings_of(
 
         for group in GROUPS:
             for mixed in (True, False):
-                for rest_bits in (16, 8):
+                for rest_bits in rest_bits_for(scene, size):
                     words = f"groups of {group or 'a row'}, {'mixed' if mixed else 'one'} width, rest {rest_bits} bits"
                     yield words, partial(package, group, rest_bits, mixed)
 

@@ -51,6 +51,12 @@ def rest_of(scene: Scene, bits: int) -> dict[str, dict[str, Leaf]]:
     return {member: dict(leaves) for member, leaves in made.items()}
 
 
+def rest_bits_for(scene: Scene, size: int) -> tuple[int, ...]:
+    """Bits of what is no matrix that are tried: below a tenth of the members' bytes, bfloat16 never pays."""
+    whole = sum(t.numel() * 4 for state in scene.states.values() for t in state.values())
+    return (16, 8) if size >= 0.1 * whole else (8,)
+
+
 def shaped(grid: Grid, like: Tensor) -> Grid:
     """A rounded matrix, read as a tensor of another shape."""
     return replace(grid, shape=tuple(like.shape))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.frontier.packing import Grid, Package
 from benchmarks.frontier.peers.alone import as_matrix
-from benchmarks.frontier.peers.base import Peer, Setting, rest_of, room_for
+from benchmarks.frontier.peers.base import Peer, Setting, rest_bits_for, rest_of, room_for
 from benchmarks.frontier.peers.shared import shared_bytes, shared_grid, shared_leaves
 from benchmarks.frontier.scene import Scene
 
@@ -101,7 +101,7 @@ def settings(scene: Scene, size: int) -> Iterator[Setting]:
 
     runs = (False, True) if scene.family is not None else (False,)
     for levels, trained, every, rest_bits in product(
-        (16, 256), runs, (True, False) if tables else (True,), (16, 8)
+        (16, 256), runs, (True, False) if tables else (True,), rest_bits_for(scene, size)
     ):
         words = (
             f"{centre} int{levels.bit_length() - 1}, scales {'trained' if trained else 'as they are'}, "

@@ -23,6 +23,7 @@ from benchmarks.frontier.peers.base import (
     allocate,
     grid_bytes,
     relative,
+    rest_bits_for,
     rest_of,
     room_for,
     shaped,
@@ -158,7 +159,7 @@ def low_rank_settings(
             return Package(shared_leaves(scene, centre, levels, back), rest)
 
         centre_kinds = [each for each in centres(scene) if only in (None, each)] or ["mean"]
-        grid = product(centre_kinds, shared, whitened, feedback, factors, evens, (16, 8))
+        grid = product(centre_kinds, shared, whitened, feedback, factors, evens, rest_bits_for(scene, size))
         for centre, levels, white, back, width, even, rest_bits in grid:
             words = (
                 f"{centre} int{levels.bit_length() - 1}{' by GPTQ' if back else ''}, "
@@ -246,7 +247,7 @@ def few_bits_settings(scene: Scene, size: int) -> Iterator[Setting]:
     few = ((0, 2, 3, 4, 8), (0, 3), (0, 4))
     loops = ((False, True), (True, False))  # what error feedback left is no target for a few bits
     for centre, levels, (back, closed), widths, rest_bits in product(
-        centres(scene), (8, 16, 32), loops, few, (16, 8)
+        centres(scene), (8, 16, 32), loops, few, rest_bits_for(scene, size)
     ):
         words = (
             f"{centre} int{levels.bit_length() - 1}{' by GPTQ' if back else ''}, differences of "

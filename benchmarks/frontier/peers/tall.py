@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.frontier.packing import TASK, Mask, Package
 from benchmarks.frontier.peers.alone import as_matrix
-from benchmarks.frontier.peers.base import Peer, Setting, rest_of, room_for, shaped
+from benchmarks.frontier.peers.base import Peer, Setting, rest_bits_for, rest_of, room_for, shaped
 from benchmarks.frontier.peers.grids import round_to
 from benchmarks.frontier.peers.shared import GROUP, shared_bytes, shared_grid, shared_leaves
 from benchmarks.frontier.scene import Scene
@@ -53,7 +53,7 @@ def settings(scene: Scene, size: int) -> Iterator[Setting]:
         return Package(shared, rest)
 
     for weight, factor, levels, vector, rest_bits in product(
-        (0.2, 0.4, 0.6, 1.0), (0.3, 0.6, 1.0), (16, 256), (16, 256), (16, 8)
+        (0.2, 0.4, 0.6, 1.0), (0.3, 0.6, 1.0), (16, 256), (16, 256), rest_bits_for(scene, size)
     ):
         if vector <= levels:
             words = (

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import product
 
 from benchmarks.frontier.packing import MORE, Package
-from benchmarks.frontier.peers.base import Peer, Setting, rest_of, room_for, shaped
+from benchmarks.frontier.peers.base import Peer, Setting, rest_bits_for, rest_of, room_for, shaped
 from benchmarks.frontier.peers.grids import min_max
 from benchmarks.frontier.peers.shared import shared_bytes, shared_leaves
 from benchmarks.frontier.scene import Scene
@@ -43,7 +43,7 @@ def settings(scene: Scene, size: int) -> Iterator[Setting]:
 
     commons = (0,) if centre == "mean" else (0, 8, 16)
     for levels, common, own, group, rest_bits in product(
-        (8, 16, 256), commons, (16, 8, 4, 2), (None, 64), (16, 8)
+        (8, 16, 256), commons, (16, 8, 4, 2), (None, 64), rest_bits_for(scene, size)
     ):
         words = (
             f"{centre} int{levels.bit_length() - 1}, "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.frontier.packing import Grid, Package
-from benchmarks.frontier.peers.base import Peer, Setting, rest_of, room_for
+from benchmarks.frontier.peers.base import Peer, Setting, rest_bits_for, rest_of, room_for
 from benchmarks.frontier.peers.shared import shared_bytes, shared_leaves
 from benchmarks.frontier.scene import Scene
 
@@ -102,7 +102,7 @@ def settings(scene: Scene, size: int) -> Iterator[Setting]:
         return Package(shared_leaves(scene, centre, levels, False), rest)
 
     for levels, own, rate, rest_bits in product(
-        (16, 256), (4, 16), (0.5, 0.7, 0.8, 0.9, 0.95, 0.98), (16, 8)
+        (16, 256), (4, 16), (0.5, 0.7, 0.8, 0.9, 0.95, 0.98), rest_bits_for(scene, size)
     ):
         for factor in (1.0, 0.5 / (1 - rate), 1 / (1 - rate)):
             words = (
