@@ -17,6 +17,7 @@ from benchmarks.frontier.scene import Scene
 
 FRACTIONS = (0.14, 0.10, 0.07, 0.05, 0.04, 0.03)  # of the members' bytes in float32
 CHOOSE = 256  # validation examples of a member by which a setting is chosen
+MEASURE = 1000  # test examples of a member
 Row = dict[str, Any]
 
 
@@ -45,7 +46,7 @@ class Contest:
 
     def __init__(self, family: Family, folder: Path, seed: int, finalists: int = 3):
         self.family, self.folder, self.seed, self.finalists = family, folder, seed, finalists
-        self.scene, self.judge = Scene.of(family), Judge(family, {"validation": CHOOSE})
+        self.scene, self.judge = Scene.of(family), Judge(family, {"validation": CHOOSE, "test": MEASURE})
 
     def rows(self, peers: Sequence[Peer], fractions: Sequence[float], ours: bool = True) -> Iterator[Row]:
         """All methods at all sizes, as they are done."""

@@ -29,7 +29,7 @@ from benchmarks.frontier.peers.base import (
     shaped,
 )
 from benchmarks.frontier.peers.grids import feed_back, round_to
-from benchmarks.frontier.scene import Scene
+from benchmarks.frontier.scene import Scene, weighted
 
 GROUP = 64
 RANKS = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -196,7 +196,11 @@ def ranks_for(
         matrix = scene.matrix(*item)
         spectrum = factors_of(scene, *item, centre, white)[2]
         tail = torch.cat([spectrum.flip(0).cumsum(0).flip(0), spectrum.new_zeros(1)])
-        whole = matrix.square().sum() if not white else scene.cost(*item, matrix)
+        moment = scene.moments(item[0]).get(item[1]) if white else None
+        seen = (
+            moment is not None and moment.dim() == 2
+        )  # an embedding's factors are plain, so its whole is too
+        whole = weighted(matrix, moment) if seen else matrix.square().sum()
         options.append([(rank_bytes(matrix, k, width), float(tail[k] / whole)) for k in each])
     chosen = allocate(options, room)
     return None if chosen is None else [each[k] for each, k in zip(choices, chosen, strict=True)]
