@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
+from surgery.artifact.manifest import Manifest, OriginEntry
 from surgery.artifact.shares import Shares
 from surgery.errors import first_few
 from surgery.fitting.report import FitReport
@@ -29,25 +29,19 @@ surgery export . --member {name} --format plain --out {name}
 ```"""
 
 
-def make_card(
-    manifest: Mapping[str, Any], report: FitReport | None, shares: Shares, *, picture: bool = True
-) -> str:
+def make_card(manifest: Manifest, shares: Shares, *, picture: bool = True) -> str:
     """The text of `README.md`, from what the manifest records and nothing else.
 
     Args:
         manifest: as it will be written.
-        report: of the fit.
         shares: bytes by member, as `count_shares` returns them.
         picture: whether `sharing.png` is written too.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    members: Mapping[str, Any] = manifest["members"]
-    libraries = sorted(
-        {"transformers", "timm"}
-        & {entry["origin"]["kind"] for entry in members.values() if "like" not in entry}
-    )
-    bases = [base for name in members if (base := _hub_id(_origin(members, name)))]
+    origins = {name: _origin(manifest, name) for name in manifest.members}
+    libraries = sorted({"transformers", "timm"} & {origin.kind for origin in origins.values()})
+    bases = [base for origin in origins.values() if (base := _hub_id(origin))]
     data = ModelCardData(
         library_name="model-surgery",
         base_model=sorted(set(bases)) or None,
@@ -56,9 +50,9 @@ def make_card(
     sections = [
         _opening(shares),
         f"![Who shares what]({PICTURE})" if picture else "",
-        _table(manifest, report, shares),
-        _report(report),
-        _use(members),
+        _table(manifest, shares),
+        _report(manifest.report),
+        _use(origins),
         _contents(manifest),
     ]
     text = "\n\n".join(section for section in sections if section)
@@ -81,13 +75,13 @@ def _opening(shares: Shares) -> str:
     )
 
 
-def _table(manifest: Mapping[str, Any], report: FitReport | None, shares: Shares) -> str:
-    members: Mapping[str, Any] = manifest["members"]
+def _table(manifest: Manifest, shares: Shares) -> str:
+    members, report = manifest.members, manifest.report or FitReport()
     lines = ["| member | from | before | here | output moved |", "| --- | --- | ---: | ---: | ---: |"]
     for name in list(members)[:ROWS]:
-        error = None if report is None else report.error(name)
+        error = report.error(name)
         moved = "not measured" if error is None else percent(error, digits=2)
-        origin = _cell(_origin(members, name))
+        origin = _cell(_origin(manifest, name))
         now = size(shares.after[name])
         lines.append(f"| {name} | {origin} | {size(shares.before[name])} | {now} | {moved} |")
     if len(members) > ROWS:
@@ -123,46 +117,47 @@ def _report(report: FitReport | None) -> str:
     return "\n".join(lines)
 
 
-def _use(members: Mapping[str, Any]) -> str:
+def _use(origins: Mapping[str, OriginEntry]) -> str:
     """How members are loaded: with the user's own modules or consent where these are needed."""
-    origins = {name: _origin(members, name) for name in members}
-    live = [name for name, origin in origins.items() if origin["kind"] == "module"]
-    made = [each for each in origins.values() if each["kind"] == "factory"]
-    foreign = any(str(each["reference"]).partition("?")[0] not in SHIPPED for each in made)
+    live = [name for name, origin in origins.items() if origin.kind == "module"]
+    made = [each for each in origins.values() if each.kind == "factory"]
+    foreign = any(each.reference.partition("?")[0] not in SHIPPED for each in made)
     given = ", ".join(f'"{name}": ...' for name in live[:3]) + ", ..." * (len(live) > 3)
     how = f", modules={{{given}}}" if live else ""
     how += ", trust_remote_code=True" if foreign else ""
-    return USE.format(name=next(iter(members)), how=how)
+    return USE.format(name=next(iter(origins)), how=how)
 
 
-def _contents(manifest: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())
-    banks = manifest.get("banks") or {}
+def _contents(manifest: Manifest) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    banks = manifest.banks
     lines = [
-        f"- bank {key}: {bank['locations']:,} blocks of {bank['block'][0]}x{bank['block'][1]}"
+        f"- bank {key}: {bank.locations:,} blocks of {bank.block[0]}x{bank.block[1]}"
         for key, bank in list(banks.items())[:ROWS]
-        if not bank.get("stack")
+        if not bank.stack
     ]
-    for name in dict.fromkeys(bank["stack"] for bank in banks.values() if bank.get("stack")):
-        own = [bank for bank in banks.values() if bank.get("stack") == name]
+    for name in dict.fromkeys(bank.stack for bank in banks.values() if bank.stack):
+        own = [bank for bank in banks.values() if bank.stack == name]
         lines.append(
-            f"- {name}: {own[0]['locations']:,} layers from shared templates, {len(own)} tensors of each layer, "
-            f"{sum(bank['block'][1] for bank in own):,} parameters"
+            f"- {name}: {own[0].locations:,} layers from shared templates, {len(own)} tensors of each layer, "
+            f"{sum(bank.block[1] for bank in own):,} parameters"
         )
-    for name, entry in list(manifest["members"].items())[:ROWS]:
-        if replaced := entry.get("replacements"):
-            packages = sorted({each["package"] for each in replaced if each.get("package")})
+    for name, entry in list(manifest.members.items())[:ROWS]:
+        if entry.replacements:
+            packages = sorted({each.package for each in entry.replacements if each.package})
             needs = f", which package {' and '.join(packages)} registers" if packages else ""
-            lines.append(f"- {name}: {count_replaced([each['method'] for each in replaced])}{needs}")
+            lines.append(f"- {name}: {count_replaced([each.method for each in entry.replacements])}{needs}")
     return "## Contents\n\n" + "\n".join([*lines, f"- written with {versions}"])
 
 
-def _origin(members: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    return members[members[name].get("like", name)]["origin"]
+def _origin(manifest: Manifest, name: str) -> OriginEntry:
+    origin = manifest.members[manifest.members[name].like or name].origin
+    assert origin is not None  # that of the member that it is like
+    return origin
 
 
-def _cell(origin: Mapping[str, Any]) -> str:
-    reference, architecture = str(origin["reference"]), str(origin["architecture"])
+def _cell(origin: OriginEntry) -> str:
+    reference, architecture = origin.reference, origin.architecture
     if reference.startswith("timm:"):
         reference = reference.partition("=")[0]  # where somebody's weights lay tells a reader nothing
     local = reference.startswith(("/", "~", ".")) or ("\\" in reference)
@@ -170,8 +165,8 @@ def _cell(origin: Mapping[str, Any]) -> str:
     return "`" + named.replace("|", "\\|").replace("`", "'")[:120] + "`"
 
 
-def _hub_id(origin: Mapping[str, Any]) -> str | None:
+def _hub_id(origin: OriginEntry) -> str | None:
     """The hub's name of a member's origin, where it came from there."""
-    if origin["kind"] not in ("transformers", "timm") or not origin.get("revision"):
+    if origin.kind not in ("transformers", "timm") or not origin.revision:
         return None
-    return str(origin["reference"]).partition("@")[0].partition("?")[0].removeprefix("timm:")
+    return origin.reference.partition("@")[0].partition("?")[0].removeprefix("timm:")

@@ -13,7 +13,7 @@ import torch
 
 from surgery.anatomy.plan import BankPlan, Placement, Plan
 from surgery.anatomy.sites import Site
-from surgery.artifact.manifest import EncodedGroup, Manifest, ViewEntry
+from surgery.artifact.manifest import BankEntry, EncodedGroup, Manifest, ViewEntry
 from surgery.disk.untrusted import shown, shown_text
 from surgery.errors import ArtifactError
 from surgery.geometry.blocks import BlockGrid
@@ -21,23 +21,26 @@ from surgery.geometry.views import CanonicalView
 from surgery.settings.names import DEFAULT_METHOD
 from surgery.storage.codecs import Encoded, Precision, always_native
 from surgery.storage.keys import piece_name
+from surgery.storage.stored import Stored
 
 Form = tuple[Precision, torch.dtype, tuple[int, ...]]
 """How a tensor is stored: precision, and the dtype and shape that it decodes to."""
 
 
-def plan_entries(plan: Plan) -> tuple[dict[str, Any], list[Any], dict[str, list[Any]]]:
-    """Banks by key, views, and placements by member, as JSON values."""
-    banks: dict[str, Any] = {
-        bank.key: {
-            "block": bank.block,
-            "context": bank.context,
-            "dtype": bank.dtype,
-            "locations": bank.locations,
-            **({"stack": bank.stack} if bank.stack else {}),
-            **({"method": bank.method} if bank.method != _method_of(bank.stack) else {}),
-            **({"settings": dict(bank.settings)} if bank.settings else {}),
-        }
+def plan_entries(stored: Stored) -> tuple[dict[str, BankEntry], tuple[ViewEntry, ...], dict[str, list[Any]]]:
+    """Banks by key, views, and placements by member."""
+    plan = stored.plan
+    banks = {
+        bank.key: BankEntry.model_construct(
+            block=bank.block,
+            context=bank.context,
+            dtype=bank.dtype,
+            locations=bank.locations,
+            stack=bank.stack,
+            method=bank.method if bank.method != _method_of(bank.stack) else "",
+            settings=dict(bank.settings),
+            encoded=encoded_entries(stored.parts(bank.key)),
+        )
         for bank in plan.banks
     }
     views: dict[tuple, int] = {}
@@ -46,14 +49,14 @@ def plan_entries(plan: Plan) -> tuple[dict[str, Any], list[Any], dict[str, list[
     for member in plan.members:
         for p in plan.of(member):
             key = (p.bank, p.site.kind, p.site.shape, p.site.view.pattern, p.site.view.sizes)
-            row = [p.site.name, views.setdefault(key, len(views)), p.site.order]
-            placements.setdefault(member, []).append(row if p.start == follow[p.bank] else [*row, p.start])
+            row = (p.site.name, views.setdefault(key, len(views)), p.site.order)
+            placements.setdefault(member, []).append(row if p.start == follow[p.bank] else (*row, p.start))
             follow[p.bank] = p.stop
-    listed = [
-        {"bank": bank, "kind": kind, "shape": shape, "pattern": pattern, "sizes": dict(sizes)}
+    listed = (
+        ViewEntry.model_construct(bank=bank, kind=kind, shape=shape, pattern=pattern, sizes=dict(sizes))
         for bank, kind, shape, pattern, sizes in views
-    ]
-    return banks, listed, placements
+    )
+    return banks, tuple(listed), placements
 
 
 def plan_of(manifest: Manifest) -> Plan:
@@ -104,14 +107,14 @@ def _method_of(stack: str) -> str:
     return "templates" if stack else DEFAULT_METHOD
 
 
-def encoded_entries(named: Mapping[str, Encoded]) -> list[Any]:
+def encoded_entries(named: Mapping[str, Encoded]) -> tuple[EncodedGroup, ...]:
     """Tensors that are not stored in their own dtype, grouped by how they are stored."""
     groups: dict[tuple, list[str]] = {}
     for name, encoded in named.items():
         if not encoded.precision.is_native:
             dtype = str(encoded.dtype).removeprefix("torch.")
             groups.setdefault((str(encoded.precision), dtype, encoded.shape), []).append(name)
-    return [[*how, sorted(names)] for how, names in sorted(groups.items())]
+    return tuple((*how, tuple(sorted(names))) for how, names in sorted(groups.items()))
 
 
 def encoded_forms(groups: Iterable[EncodedGroup], where: str) -> dict[str, Form]:

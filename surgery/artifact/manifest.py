@@ -75,8 +75,8 @@ class ReplacementEntry(_Entry):
     `package` says where the method comes from.
     """
 
-    method: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=200)]
     path: Annotated[str, Field(min_length=1, max_length=LONGEST_PATH)]
+    method: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=200)]
     settings: dict[str, Any] = {}
     package: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]*$", max_length=200)] = ""
 
@@ -110,9 +110,9 @@ class MemberEntry(_Entry):
     ties: dict[str, tuple[str, ...]] = {}
     encoded: tuple[EncodedGroup, ...] = ()
     same: dict[str, str] = {}
+    placements: tuple[tuple[str, Count, Order] | tuple[str, Count, Order, Count], ...] = ()
     borrowed: dict[str, MemberName] = {}
     folder: MemberName | None = None
-    placements: tuple[tuple[str, Count, Order] | tuple[str, Count, Order, Count], ...] = ()
     replacements: Annotated[tuple[ReplacementEntry, ...], Field(max_length=MOST_REPLACEMENTS)] = ()
 
 
@@ -134,10 +134,10 @@ class BankEntry(_Entry):
     context: Context
     dtype: str
     locations: Count
-    encoded: tuple[EncodedGroup, ...] = ()
     stack: str = ""
     method: str = ""
-    settings: dict[str, Any] = Field(default_factory=dict)
+    settings: dict[str, Any] = {}
+    encoded: tuple[EncodedGroup, ...] = ()
 
 
 class ViewEntry(_Entry):
@@ -151,18 +151,27 @@ class ViewEntry(_Entry):
 
 
 class Manifest(_Entry):
-    """All of `manifest.json`."""
+    """All of `manifest.json`, its fields in the order in which they are written; what is at its default is not."""
 
     format: Literal["surgery"]
     version: int
     versions: dict[str, str] = {}
-    seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1)] | None = None
     members: dict[MemberName, MemberEntry]
+    seed: Annotated[int, Field(ge=0, le=(1 << 64) - 1)] | None = None
     banks: dict[str, BankEntry] = {}
     views: tuple[ViewEntry, ...] = ()
     report: FitReport | None = None
     files: dict[str, FileEntry]
     checksum: Digest
+
+    def document(self) -> dict[str, Any]:
+        """What is written, without its checksum."""
+        found = self.model_dump(mode="json", exclude_defaults=True, exclude={"checksum"})
+        if self.report is not None:
+            found["report"] = self.report.to_json()
+        if self.views:  # few, and read by people: whole
+            found["views"] = [view.model_dump(mode="json") for view in self.views]
+        return found
 
     def folder_of(self, member: str) -> str:
         """Where a member's files lie."""

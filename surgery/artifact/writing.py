@@ -16,7 +16,18 @@ from torch import Tensor
 from surgery.artifact.card import PICTURE, make_card
 from surgery.artifact.foldernames import folder_names
 from surgery.artifact.layout import encoded_entries, parts_of, plan_entries
-from surgery.artifact.manifest import NAME, VERSION, is_safe, manifest_bytes, read_manifest
+from surgery.artifact.manifest import (
+    NAME,
+    VERSION,
+    FileEntry,
+    Manifest,
+    MemberEntry,
+    OriginEntry,
+    ReplacementEntry,
+    is_safe,
+    manifest_bytes,
+    read_manifest,
+)
 from surgery.artifact.picture import draw_sharing
 from surgery.artifact.reading import read_stored
 from surgery.artifact.recorded import (
@@ -41,6 +52,7 @@ from surgery.fitting.report import FitReport
 from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import to_document
 from surgery.members.member import Member, Origin, content_hash
+from surgery.members.replacement import Replacement
 from surgery.settings.recipe import Recipe
 from surgery.storage.codecs import Encoded
 from surgery.storage.keys import PartKey, StorageKey
@@ -93,7 +105,7 @@ def write(
         for relative, content in extras.items():
             _put(folder / relative, content)
         manifest = _describe(stored, members, report, document, borrowed, folders)
-        _write_front(folder, manifest, report, stored, sum(map(len, extras.values())))
+        _write_front(folder, manifest, stored, sum(map(len, extras.values())))
         _check_readable(folder, stored, out)
     return Path(out).expanduser().resolve()
 
@@ -129,22 +141,23 @@ def _placed(origin: Origin, places: Places) -> Origin:
     )
 
 
-def _write_front(
-    folder: Path, manifest: dict[str, Any], report: FitReport | None, stored: Stored, beside: int
-) -> None:
+def _write_front(folder: Path, manifest: Manifest, stored: Stored, beside: int) -> None:
     """Write card, picture and manifest; the picture is left out where the members are so small that it would
     make the artifact too large, `beside` bytes of what is no part of the models not counted."""
     shares = count_shares(stored)
     written = {path: _file_entry(folder / path) for path in files_below(folder)}
-    before = _forget_known_bytes(manifest, written)
+    before = sum(entry.bytes or 0 for entry in manifest.members.values())
+    manifest = _without_known_bytes(manifest, written)
     picture = draw_sharing(shares)
     for drawn in (picture, None):
-        front = {"README.md": make_card(manifest, report, shares, picture=drawn is not None).encode()}
+        front = {"README.md": make_card(manifest, shares, picture=drawn is not None).encode()}
         front |= {PICTURE: drawn} if drawn is not None else {}
-        files = {**written, **{name: _entry(content) for name, content in front.items()}}
-        content = manifest_bytes({**manifest, "files": dict(sorted(files.items()))})
-        total = sum(entry["bytes"] for entry in files.values()) + len(content)
-        if total - beside <= sum(before.values()) + ALLOWANCE:
+        files = dict(
+            sorted({**written, **{name: _entry(content) for name, content in front.items()}}.items())
+        )
+        content = manifest_bytes(manifest.model_copy(update={"files": files}).document())
+        total = sum(entry.bytes for entry in files.values()) + len(content)
+        if total - beside <= before + ALLOWANCE:
             break
     for name, each in {**front, NAME: content}.items():
         _put(folder / name, each)
@@ -157,37 +170,39 @@ def _describe(
     recipe: Mapping[str, Any] | None,
     borrowed: Mapping[str, Mapping[str, str]],
     folders: Mapping[str, str],
-) -> dict[str, Any]:
-    """The manifest without its files; whatever is at its default is left out."""
-    banks, views, placements = plan_entries(stored.plan)
+) -> Manifest:
+    """The manifest, still without files."""
+    banks, views, placements = plan_entries(stored)
     built = build_banks(stored)
-    seed = (recipe or {}).get("seed", None if report is None else report.probes.seed)
-    entries: dict[str, Any] = {}
+    entries: dict[str, MemberEntry] = {}
     first: dict[str, str] = {}  # members by what their origin and inputs are
     for member in members:
-        described = {"origin": _without_defaults(asdict(member.origin)), "inputs": sketch(member.inputs)}
-        like = first.setdefault(json.dumps(described), member.name)
-        entry = described if like == member.name else {"like": like}
-        held = _describe_tensors(stored, member, built, placements.get(member.name, []))
-        place = None if folders[member.name] == member.name else folders[member.name]
-        rest = {"borrowed": borrowed.get(member.name, {}), "folder": place, "replacements": _replaced(member)}
-        entries[member.name] = _without_defaults({**entry, **held, **rest})
-    for key, bank in banks.items():
-        bank.update(_without_defaults({"encoded": encoded_entries(stored.parts(key))}))
-    start = {"format": "surgery", "version": VERSION, "versions": _versions(), "members": entries}
-    rest = {
-        "seed": seed,
-        "banks": banks,
-        "views": views,
-        "report": None if report is None else report.to_json(),
-    }
-    return {**start, **_without_defaults(rest)}
+        origin, inputs = OriginEntry.model_construct(**asdict(member.origin)), sketch(member.inputs)
+        like = first.setdefault(json.dumps([origin.model_dump(), inputs]), member.name)
+        described = {"origin": origin, "inputs": inputs} if like == member.name else {"like": like}
+        entries[member.name] = MemberEntry.model_construct(
+            **described,
+            **_describe_tensors(stored, member, built, placements.get(member.name, [])),
+            borrowed=dict(borrowed.get(member.name, {})),
+            folder=None if folders[member.name] == member.name else folders[member.name],
+            replacements=tuple(_replaced(each.replacement) for each in member.replaced),
+        )
+    return Manifest.model_construct(
+        format="surgery",
+        version=VERSION,
+        versions=_versions(),
+        members=entries,
+        seed=(recipe or {}).get("seed", None if report is None else report.probes.seed),
+        banks=banks,
+        views=views,
+        report=report if report is not None and report.to_json() else None,
+    )
 
 
-def _replaced(member: Member) -> list[dict[str, Any]]:
-    """What a manifest says of the modules of a member that were replaced."""
-    found = ({**asdict(each.replacement), "member": None} for each in member.replaced)
-    return [_without_defaults(each) for each in found]
+def _replaced(replacement: Replacement) -> ReplacementEntry:
+    found = asdict(replacement)
+    del found["member"]
+    return ReplacementEntry.model_construct(**found)
 
 
 def _describe_tensors(
@@ -202,25 +217,27 @@ def _describe_tensors(
     return {
         "hash": content_hash(state) if encoded or same or placements else None,
         "bytes": aligned_file_bytes(once.values()) + sum(map(len, member.files.values())),
-        "ties": stored.ties.get(member.name, {}),
+        "ties": dict(stored.ties.get(member.name, {})),
         "encoded": encoded,
         "same": same,
-        "placements": placements,
+        "placements": tuple(placements),
     }
 
 
-def _forget_known_bytes(manifest: dict[str, Any], written: Mapping[str, Any]) -> dict[str, int]:
-    """Bytes of the files of each member before it was joined; left out of the manifest where its files have as many."""
-    before = {name: entry["bytes"] for name, entry in manifest["members"].items()}
-    owners = {entry.get("folder", name): name for name, entry in manifest["members"].items()}
-    now = dict.fromkeys(before, 0)
+def _without_known_bytes(manifest: Manifest, written: Mapping[str, FileEntry]) -> Manifest:
+    """Members' bytes before they were joined are left out where their files here have as many."""
+    now = {manifest.folder_of(name): 0 for name in manifest.members}
     for path, entry in written.items():
-        if path.startswith("members/"):
-            now[owners[path.split("/")[1]]] += entry["bytes"]
-    for name, entry in manifest["members"].items():
-        if now[name] == before[name]:
-            del entry["bytes"]
-    return before
+        folder = "/".join(path.split("/")[:2])
+        if folder in now:
+            now[folder] += entry.bytes
+    members = {
+        name: entry.model_copy(update={"bytes": None})
+        if now[manifest.folder_of(name)] == entry.bytes
+        else entry
+        for name, entry in manifest.members.items()
+    }
+    return manifest.model_copy(update={"members": members})
 
 
 def _by_file(stored: Stored, folders: Mapping[str, str]) -> dict[str, dict[str, Encoded]]:
@@ -289,19 +306,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _file_entry(path: Path) -> dict[str, Any]:
-    entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    return {**entry, "header": read_header(path).digest} if path.suffix == ".safetensors" else entry
+def _file_entry(path: Path) -> FileEntry:
+    header = read_header(path).digest if path.suffix == ".safetensors" else None
+    return FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path), header=header)
 
 
-def _entry(content: bytes) -> dict[str, Any]:
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+def _entry(content: bytes) -> FileEntry:
+    return FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def _put(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-
-
-def _without_defaults(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if value is not None and value not in ({}, [], ())}

@@ -14,6 +14,7 @@ from torch import nn
 
 import surgery
 from surgery.artifact.card import make_card
+from surgery.artifact.manifest import read_manifest
 from surgery.artifact.shares import count_shares
 from surgery.core import sizes
 from surgery.members.member import owners_of
@@ -139,7 +140,7 @@ def test_card_screen_manifest_picture_and_plan_agree(merged):
     assert dict(shares.before) == before
     assert shares.after == {name: row["bytes_after"] for name, row in rows.items()}
     card = (folder / "joint" / "README.md").read_text()
-    assert card == make_card(manifest, shares) or "sharing.png" not in card
+    assert card == make_card(read_manifest(folder / "joint"), shares) or "sharing.png" not in card
     for name, row in rows.items():
         cells = [each.strip() for each in re.search(rf"^\| {name} \|(.*)\|$", card, re.M)[1].split("|")]
         assert cells[1:3] == [wording.size(row["bytes_before"]), wording.size(row["bytes_after"])]
