@@ -15,7 +15,7 @@ from torch import Tensor
 from surgery.artifact.shares import join_names
 from surgery.core.joint import JointModel
 from surgery.core.method import keys_of
-from surgery.methods.rows.bank import RowsBank
+from surgery.methods.rows.bank import RowsBank, rows_bank
 
 MOST_LAYERS = 120  # rows of an overlap; longer members are shown in groups of consecutive layers
 STATISTICS = ("stdev", "mean", "norm", "max")
@@ -29,7 +29,7 @@ def subsets(joint: JointModel) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for key in keys_of(joint.plan, "hypermodules"):
-        bank, used = joint.dictionary[key], users(joint, key)
+        bank, used = rows_bank(joint.dictionary[key]), users(joint, key)
         uses = torch.bincount(bank.psi, minlength=bank.hypermodules)[: bank.hypermodules]
         used[uses <= bank.context] = False
         patterns, counts = torch.unique(used, dim=0, return_counts=True)
@@ -41,7 +41,7 @@ def subsets(joint: JointModel) -> dict[str, int]:
 
 def users(joint: JointModel, key: str) -> Tensor:
     """Which members use each hypermodule of a bank: `[K, members]`, boolean."""
-    bank = joint.dictionary[key]
+    bank = rows_bank(joint.dictionary[key])
     uses = torch.zeros(bank.hypermodules, len(joint.names), dtype=torch.bool, device=bank.psi.device)
     for p in joint.plan.placements:
         if p.bank == key:
@@ -60,7 +60,7 @@ def layer_overlap(joint: JointModel, key: str) -> dict[str, Any]:
         `layers`: `[member, first site, last site]` in the order in which members run them; `observed` and
         `expected`: square lists of the same order.
     """
-    bank = joint.dictionary[key]
+    bank = rows_bank(joint.dictionary[key])
     layers, rows = _layers(joint, key)
     uses = torch.stack([_counts(bank, row) for row in rows])  # [layers, K]
     used = (uses > 0).double()
@@ -94,7 +94,7 @@ def kinds_of_modules(joint: JointModel) -> list[dict[str, Any]]:
         kind; empty where there are not two of each.
     """
     keys = keys_of(joint.plan, "hypermodules")
-    found = [_statistics(joint, key) for key in keys if joint.dictionary[key].hypermodules]
+    found = [_statistics(joint, key) for key in keys if rows_bank(joint.dictionary[key]).hypermodules]
     if not found:
         return []
     generic = torch.cat([shared for shared, _ in found])
@@ -121,7 +121,7 @@ def kinds_of_modules(joint: JointModel) -> list[dict[str, Any]]:
 
 def _statistics(joint: JointModel, key: str) -> tuple[Tensor, Tensor]:
     """Whether each used hypermodule of a bank has several members, and its eight numbers `[K', 8]`."""
-    bank = joint.dictionary[key]
+    bank = rows_bank(joint.dictionary[key])
     shared, c = users(joint, key).cpu(), bank.context
     rows = bank.rows.detach()[: bank.hypermodules * c].view(bank.hypermodules, -1).double().cpu()
     order = torch.argsort(bank.psi.cpu(), stable=True)
@@ -157,7 +157,7 @@ def _missed(total: float, n: Tensor, sizes: Tensor) -> Tensor:
 
 def _layers(joint: JointModel, key: str) -> tuple[list[list[str]], list[Tensor]]:
     """Layers in the order of members and of execution, with their locations on hypermodules."""
-    bank, names, rows = joint.dictionary[key], [], []
+    bank, names, rows = rows_bank(joint.dictionary[key]), [], []
     placed = [p for p in joint.plan.placements if p.bank == key]
     each = max(1, MOST_LAYERS // len(joint.names))
     for member in joint.names:

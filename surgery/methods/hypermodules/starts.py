@@ -12,7 +12,7 @@ from surgery.core.joint import JointModel
 from surgery.core.method import keys_of
 from surgery.methods.hypermodules.evolution import regroup
 from surgery.methods.hypermodules.settings import Evolution
-from surgery.methods.rows.bank import RowsBank
+from surgery.methods.rows.bank import RowsBank, rows_bank
 
 
 def wrong_start(joint: JointModel, settings: Evolution) -> list[str]:
@@ -72,10 +72,10 @@ def take_over(joint: JointModel, loaded: JointModel) -> None:
             (p, places[p.site.member, p.site.name]) for p in mine if (p.site.member, p.site.name) in places
         ]
         pairs = [(p, q) for p, q in pairs if q.grid == p.grid and q.bank == key]
-        source = loaded.dictionary[key] if pairs else None
+        source = rows_bank(loaded.dictionary[key]) if pairs else None
         if source is None or not source.hypermodules:
             continue
-        bank, count, c = joint.dictionary[key], source.hypermodules, source.context
+        bank, count, c = rows_bank(joint.dictionary[key]), source.hypermodules, source.context
         origin = torch.full((bank.locations,), -1, device=bank.psi.device)
         for p, q in pairs:
             origin[p.start : p.stop] = torch.arange(q.start, q.stop, device=origin.device)

@@ -286,6 +286,12 @@ class RowsBank(Bank):
             self.origin[locations] = blocks
 
 
+def rows_bank(bank: Bank) -> RowsBank:
+    """A bank that is known to have rows and codes."""
+    assert isinstance(bank, RowsBank)
+    return bank
+
+
 def codes(psi: Tensor, contexts: Tensor, hypermodules: int) -> tuple[Tensor, Tensor]:
     """The code of each location: `psi [L]`, `contexts [L, c]` -> `index [L, c]`, `coefficient [L, c]`. # Eq.
     (5)

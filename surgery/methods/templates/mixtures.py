@@ -47,7 +47,7 @@ def has_templates(banks: Mapping[str, RowsBank]) -> bool:
 
 def reopen_stack(
     banks: Mapping[str, RowsBank], how: Templates | None, generator: torch.Generator, runs: Sequence[int] = ()
-) -> dict[str, RowsBank]:
+) -> dict[str, TemplateBank]:
     """`open_stack` for banks as they are joined, and for those that come from an artifact.
 
     An artifact stores each tensor's templates in the form that is smallest, so templates that all tensors mix alike are

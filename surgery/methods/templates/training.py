@@ -39,7 +39,9 @@ def settle_parts(joint: JointModel, settings: TemplateSettings) -> None:
 
 def stacks_of(joint: JointModel) -> dict[str, dict[str, TemplateBank]]:
     """The banks of each stack that is open, by key."""
-    found = {name: {key: joint.dictionary[key] for key in keys} for name, keys in joint.plan.stacks.items()}
+    found: dict[str, dict[str, Any]] = {
+        name: {key: joint.dictionary[key] for key in keys} for name, keys in joint.plan.stacks.items()
+    }
     return {name: banks for name, banks in found.items() if has_templates(banks)}
 
 

@@ -15,6 +15,7 @@ from surgery.anatomy.plan import Placement
 from surgery.core.generation import to_blocks
 from surgery.core.joint import JointModel
 from surgery.errors import PlanError
+from surgery.methods.rows.bank import rows_bank
 from surgery.methods.rows.exact import exact_bank
 from surgery.methods.templates.mixtures import gram_of, mix_banks, sure_mixtures
 from surgery.methods.templates.settings import TemplateSettings
@@ -119,7 +120,7 @@ def _open(
     order = {p.site.name: first + place for place, p in enumerate(own[keys[0]])}
     chosen = mixtures[[order[p.site.name] for p in placed[keys[0]]]]
     rows = {key: (combine @ each.double()).to(each.dtype) for key, each in blocks.items()}
-    banks = {key: joint.dictionary[key] for key in keys}
+    banks = {key: rows_bank(joint.dictionary[key]) for key in keys}
     for key, bank in mix_banks(banks, rows, chosen, settings.mixing).items():
         joint.dictionary.banks[key] = bank
 
