@@ -14,6 +14,11 @@ from surgery.inputs.probes import probe_inputs
 from surgery.storage.stored import store
 
 
+def slow(value):
+    """Between values that are tried each time."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def check_report(joint, before):
     """What must be true of any report."""
     report, stored = joint.report, store(joint)
@@ -56,7 +61,7 @@ def test_zero_error_is_lossless(kind):
     assert joint.report.saved["precision"] == 0
 
 
-@pytest.mark.parametrize("bound", [0.2, 0.02, 1e-3, 1e-9])
+@pytest.mark.parametrize("bound", [slow(0.2), 0.02, slow(1e-3), 1e-9])
 @pytest.mark.parametrize("kind", SETS)
 def test_error_bounds_hold_as_measured_from_outside(kind, bound):
     members = SETS[kind]()
@@ -69,7 +74,7 @@ def test_error_bounds_hold_as_measured_from_outside(kind, bound):
         assert error == pytest.approx(joint.report.errors[name], rel=1e-3, abs=1e-7)
 
 
-@pytest.mark.parametrize("budget", [0.9, 0.5, 0.3])
+@pytest.mark.parametrize("budget", [slow(0.9), 0.5, 0.3])
 @pytest.mark.parametrize("kind", SETS)
 def test_budgets_hold_in_bytes(kind, budget):
     members = SETS[kind]()

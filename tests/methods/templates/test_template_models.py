@@ -57,8 +57,21 @@ def network(kind):
     return made(kind, module, torch.linspace(-1, 1, 2 * 3 * side * side).reshape(2, 3, side, side))
 
 
+ANATOMIES = {}
+"""Of networks of one name, class and shapes, which are traced once."""
+
+
+def anatomy(member):
+    state = member.module.state_dict()
+    shapes = tuple((key, tuple(tensor.shape), tensor.dtype) for key, tensor in state.items())
+    known = member.name, type(member.module), shapes
+    if known not in ANATOMIES:
+        ANATOMIES[known] = discover(member)
+    return ANATOMIES[known]
+
+
 def joined(*members, block=(8, 8), **options):
-    return join(members, plan_templates([discover(each) for each in members], block, **options))
+    return join(members, plan_templates([anatomy(each) for each in members], block, **options))
 
 
 def zeroed(joint):
