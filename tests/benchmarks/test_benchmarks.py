@@ -50,6 +50,7 @@ def test_startup_imports_nothing_heavy(run):
     assert document["verdicts"][1] == "surgery --help imports torch: no"
 
 
+@pytest.mark.slow
 def test_quality_compares_all_methods_at_one_size(run, tmp_path):
     plot, table = tmp_path / "quality.png", tmp_path / "quality.csv"
     document = run("quality", "--plot", str(plot), "--csv", str(table))
@@ -71,6 +72,7 @@ def test_step_compares_joined_with_plain(run):
     assert of(document, "ratio to plain")[0] == 1 and min(of(document, "ratio to plain")) > 0
 
 
+@pytest.mark.slow
 def test_fit_reports_time_and_memory(run):
     document = run("fit")
     (row,) = document["results"]
@@ -186,6 +188,7 @@ def test_correlations_of_mixtures_tell_data_from_augmentation():
     assert last["data"] == pytest.approx(1) and last["augmentation"] == pytest.approx(-0.5)
 
 
+@pytest.mark.slow
 def test_templates_with_bits_are_compared_within_one_error(run):
     document = run(
         "template_bits", "--siblings", "2", "--alone", "0", "--methods", "hypermodules", "templates, linear"
