@@ -316,11 +316,11 @@ def _recurrent(watch: Watch, func: Any, args: Any, kwargs: Any) -> Read:
         for direction in range(directions):
             number = layer * directions + direction
             own = weights[number * each : number * each + each]
-            begin = tuple(s[number : number + 1] for s in states)
+            begin = [s[number : number + 1] for s in states]
             read = x.flip(0) if direction else x
-            out = func(read, begin if len(begin) > 1 else begin[0], own, biases, 1, 0.0, False, False, False)[
-                0
-            ]
+            out = func(
+                read, tuple(begin) if len(begin) > 1 else begin[0], own, biases, 1, 0.0, False, False, False
+            )[0]
             before = torch.cat([begin[0], out[:-1]])  # with a projection, states are what it makes
             for weight, inputs in ((own[0], read), (own[1], before)):
                 if watch.name_of(weight):
