@@ -91,13 +91,13 @@ def save(
     members = [as_saved(member, stored) for member in joint.members.values()]
     report = report_of(joint, stored)
     if recipe is None:
-        told = joint.recipe
+        given = joint.recipe
         # What was made of the artifact that is written over has lost what it was made of.
-        holds = told is None or (report is not None and report.target and not _made_of(told, Path(out)))
+        holds = given is None or (report is not None and report.target and not _made_of(given, Path(out)))
     else:
-        told, holds = recipe if isinstance(recipe, Recipe) else Recipe.of(recipe), True
-    told = told if told is None or holds else told.without_target()
-    return write(stored, members, report, out, overwrite, told, max_shard_size, extras or {})
+        given, holds = recipe if isinstance(recipe, Recipe) else Recipe.of(recipe), True
+    given = given if given is None or holds else given.without_target()
+    return write(stored, members, report, out, overwrite, given, max_shard_size, extras or {})
 
 
 def load(

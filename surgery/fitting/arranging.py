@@ -140,9 +140,9 @@ def _shares(found: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], tup
     Several members are given the shares that they have on average; measured outputs correct what that gets wrong.
     """
     errors = tuple(sum(each.values()) for each in found)
-    told = [(each, total) for each, total in zip(found, errors, strict=True) if total > 0]
+    moved = [(each, total) for each, total in zip(found, errors, strict=True) if total > 0]
     weight: dict[str, float] = defaultdict(float)
-    for each, total in told:
+    for each, total in moved:
         for member, error in each.items():
-            weight[member] += error / total / len(told)
+            weight[member] += error / total / len(moved)
     return dict(weight), errors

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.core.sizes import parameters_of_dictionary
 from surgery.settings.training import Training
-from surgery.training.loop.moves import told
+from surgery.training.loop.moves import gather
 from surgery.training.report.report import adapted_of
 from surgery.training.tasks.metrics import Meter
 
@@ -33,7 +33,7 @@ def describe_run(trainer: Trainer, config: Training, seed: int) -> dict[str, Any
         "tasks": tasks,
         "sites": sites,
         "method_names": [each.name for each in trainer.moves],
-        **told(trainer.moves, "describe"),
+        **gather(trainer.moves, "describe"),
         "numbers": parameters_of_dictionary(joint)[1],
         "config": config.model_dump(mode="json"),
         "seed": seed,

@@ -177,7 +177,7 @@ def moves_of(trainer: Trainer) -> tuple[Moves, ...]:
     return tuple(method.moves(trainer) for method in active_methods(trainer.joint))
 
 
-def told(moves: tuple[Moves, ...], what: str) -> Facts:
+def gather(moves: tuple[Moves, ...], what: str) -> Facts:
     """What all methods say, each at the top or under `methods` and its name.
 
     Args:

@@ -21,7 +21,7 @@ from surgery.storage.stored import loosened
 from surgery.training.loop.checkpoint import pack, raise_unfit, unpack
 from surgery.training.loop.describing import describe_run
 from surgery.training.loop.interruptions import Interrupted, stop_signals
-from surgery.training.loop.moves import told
+from surgery.training.loop.moves import gather
 from surgery.training.loop.run_plan import differences, flat, make_plan
 from surgery.training.loop.state import Tensors, read_state, restore, snapshot, write_state
 from surgery.training.loop.state_check import wrong_model
@@ -162,7 +162,7 @@ class Run:
             validation={name: score.document() for name, score in scores.items()},
             numbers=now,
             share=now / max(whole, 1),
-            **told(trainer.moves, "log"),
+            **gather(trainer.moves, "log"),
             best=self.best == generation,
             seconds=self.seconds,
         )
@@ -306,9 +306,9 @@ class Run:
             loosened=loosened(joint),
             stopped=stopped,
             seconds=self.seconds,
-            **told(trainer.moves, "reached"),
+            **gather(trainer.moves, "reached"),
         )
-        analysis = told(trainer.moves, "analyse")
+        analysis = gather(trainer.moves, "analyse")
         self.log.write("end", **report.document(), **analysis, stored_modules=modules)
         for tracker in trainer.accelerator.trackers:  # `end_training` would part the processes too
             tracker.finish()
