@@ -92,7 +92,7 @@ def _size(key: Key) -> str:
     return key[1] if key[2] in KERNELS else key[1].rpartition(", ")[0]
 
 
-def _links(folder: Path, checkout: Path) -> Path:
+def link(folder: Path, checkout: Path) -> Path:
     """A folder from which the packages of a checkout are imported, whatever is installed."""
     folder.mkdir()
     for package, source in PACKAGES.items():
@@ -119,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         other = options.other.expanduser().resolve()
         folders = {
-            other: _links(Path(temporary, "other"), other),
-            HERE: _links(Path(temporary, "this"), HERE),
+            other: link(Path(temporary, "other"), other),
+            HERE: link(Path(temporary, "this"), HERE),
         }
         for turn in range(options.rounds):
             order = list(folders.items()) if turn % 2 == 0 else list(folders.items())[::-1]

@@ -11,7 +11,8 @@ ROOT = Path(surgery.__file__).parent
 
 ROOMS = (
     "errors", "permission", "version",
-    "disk", "util", "settings.problems", "settings.quantities", "settings.names",
+    "disk.untrusted", "disk.tensorheader", "storage.lazy", "disk",
+    "util", "settings.problems", "settings.quantities", "settings.names",
     "methods.hypermodules.settings", "methods.templates.settings",
     "geometry", "members.extra_state", "members.replacement", "members.member", "tracing", "inputs", "settings",
     "members",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.fitting.report import FitReport, Probes
 from surgery.members.member import content_hash
-from surgery.storage.states import build_banks, state_of
+from surgery.storage.states import lazy_state_of
 from surgery.storage.stored import Stored, expand
 
 if TYPE_CHECKING:
@@ -30,12 +30,11 @@ def report_of(joint: JointModel, stored: Stored) -> FitReport | None:
     report = known.report
     if report is None:
         return None
-    banks = build_banks(stored)
     held = [
         name
         for name in joint.names
         if (
-            content_hash(state_of(stored, name, banks)) == known.hashes[name]
+            content_hash(lazy_state_of(stored, name)) == known.hashes[name]
             if name in known.hashes
             else name not in known.stale
         )

@@ -30,8 +30,9 @@ from surgery.members.occupancy import check_unoccupied
 from surgery.members.references import load_origin, ships
 from surgery.members.replacement import Replacement
 from surgery.permission import Permission
-from surgery.slots.collapse import collapse
-from surgery.storage.states import build_banks, state_of
+from surgery.slots.collapse import collapsed
+from surgery.storage.lazy import LazyState, handles_of
+from surgery.storage.states import lazy_state_of
 from surgery.util.copies import duplicate
 from surgery.util.showing import as_html, as_text
 from surgery.util.text import shorten
@@ -156,21 +157,21 @@ def verify(
 
 def _read_states(
     folder: Path, manifest: Manifest, names: Sequence[str]
-) -> tuple[Callable[[str], dict[str, Tensor]], str]:
+) -> tuple[Callable[[str], LazyState], str]:
     """How to rebuild the state dict of any of some members, and what is wrong where that cannot be."""
     if not names:
-        return lambda _: {}, ""
+        return lambda _: LazyState({}), ""
     try:
         stored = read_stored(folder, manifest, names)
     except SurgeryError as error:
-        return lambda _: {}, str(error)
-    return partial(state_of, stored, banks=build_banks(stored)), ""
+        return lambda _: LazyState({}), str(error)
+    return partial(lazy_state_of, stored), ""
 
 
 def _check(
     manifest: Manifest,
     name: str,
-    state: Mapping[str, Tensor],
+    state: LazyState,
     joint: JointModel | None,
     reasons: list[str],
     origin: Member | None,
@@ -184,7 +185,7 @@ def _check(
         reasons.append(
             f"its rebuilt state dict must have the content hash {recorded_hash[:12]}…, but has {found[:12]}…"
         )
-    if joint is not None and (moved := _farthest(collapse(joint, name), state, relative=True)) > ROUNDING:
+    if joint is not None and (moved := _farthest(collapsed(joint, name), state, relative=True)) > ROUNDING:
         reasons.append(f"its module must hold its state dict, but differs by {moved:.1e}")
     report = manifest.report or FitReport()
     recorded = report.error(name)
@@ -275,9 +276,9 @@ def _compare_hash(
 
 def _compare_dtypes(original: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     other = [
-        f"{name} ({original[name].dtype} for {tensor.dtype})".replace("torch.", "")
-        for name, tensor in state.items()
-        if isinstance(original.get(name), Tensor) and original[name].dtype != tensor.dtype
+        f"{name} ({original[name].dtype} for {each.dtype})".replace("torch.", "")
+        for name, each in handles_of(state).items()
+        if isinstance(original.get(name), Tensor) and original[name].dtype != each.dtype
     ]
     return [f"its origin must have tensors of the same dtypes, but has {shorten(other, 3)}"] if other else []
 
@@ -296,13 +297,11 @@ def _compare_error(manifest: Manifest, name: str, error: float, recorded: float 
 @torch.no_grad()
 def _farthest(one: Mapping[str, Tensor], other: Mapping[str, Tensor], relative: bool = False) -> float:
     """The largest difference between two state dicts, infinite where they do not have the same tensors."""
-    one = {name: tensor for name, tensor in one.items() if isinstance(tensor, Tensor)}
-    other = {name: tensor for name, tensor in other.items() if isinstance(tensor, Tensor)}
-    if {name: tensor.shape for name, tensor in one.items()} != {
-        name: tensor.shape for name, tensor in other.items()
-    }:
+    mine, theirs = handles_of(one), handles_of(other)
+    if {name: each.shape for name, each in mine.items()} != {name: t.shape for name, t in theirs.items()}:
         return float("inf")
-    return max((_distance(tensor, other[name], relative) for name, tensor in one.items()), default=0.0)
+    apart = (_distance(each.read(), theirs[name].read(), relative) for name, each in mine.items())
+    return max(apart, default=0.0)
 
 
 def _distance(one: Tensor, other: Tensor, relative: bool) -> float:

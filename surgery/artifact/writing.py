@@ -11,8 +11,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor
-
 from surgery.artifact.card import PICTURE, make_card
 from surgery.artifact.foldernames import folder_names
 from surgery.artifact.layout import encoded_entries, parts_of, plan_entries
@@ -42,7 +40,6 @@ from surgery.artifact.recorded import (
 from surgery.artifact.shares import count_shares
 from surgery.artifact.sketch import sketch
 from surgery.artifact.tensorfiles import read_header
-from surgery.core.bank import Bank
 from surgery.disk.aligned import aligned_file_bytes, check_dtypes, write_shards
 from surgery.disk.files import files_below, sha256_of
 from surgery.disk.folders import new_folder
@@ -56,7 +53,7 @@ from surgery.members.replacement import Replacement
 from surgery.settings.recipe import Recipe
 from surgery.storage.codecs import Encoded
 from surgery.storage.keys import PartKey, StorageKey
-from surgery.storage.states import build_banks, state_of
+from surgery.storage.states import lazy_state_of
 from surgery.storage.stored import Stored
 from surgery.storage.trim import on_cpu, trim
 from surgery.version import __version__
@@ -173,7 +170,6 @@ def _describe(
 ) -> Manifest:
     """The manifest, still without files."""
     banks, views, placements = plan_entries(stored)
-    built = build_banks(stored)
     entries: dict[str, MemberEntry] = {}
     first: dict[str, str] = {}  # members by what their origin and inputs are
     for member in members:
@@ -182,7 +178,7 @@ def _describe(
         described = {"origin": origin, "inputs": inputs} if like == member.name else {"like": like}
         entries[member.name] = MemberEntry.model_construct(
             **described,
-            **_describe_tensors(stored, member, built, placements.get(member.name, [])),
+            **_describe_tensors(stored, member, placements.get(member.name, [])),
             borrowed=dict(borrowed.get(member.name, {})),
             folder=None if folders[member.name] == member.name else folders[member.name],
             replacements=tuple(_replaced(each.replacement) for each in member.replaced),
@@ -205,13 +201,10 @@ def _replaced(replacement: Replacement) -> ReplacementEntry:
     return ReplacementEntry.model_construct(**found)
 
 
-def _describe_tensors(
-    stored: Stored, member: Member, banks: Mapping[str, Bank], placements: Sequence[Any]
-) -> dict[str, Any]:
+def _describe_tensors(stored: Stored, member: Member, placements: Sequence[Any]) -> dict[str, Any]:
     """What a manifest says of one member's tensors."""
-    state = state_of(stored, member.name, banks)
-    tensors = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
-    once = {id(tensor): (key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    state = lazy_state_of(stored, member.name)
+    once = {id(each): (key, each.dtype, each.shape) for key, each in state.handles.items()}
     encoded = encoded_entries(stored.own(member.name))
     same = {key.name: str(at) for key, at in stored.aliases.items() if key.member == member.name}
     return {

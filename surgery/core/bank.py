@@ -7,7 +7,7 @@ codes or two factors of a product, is its own: the joint model, slots, training 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -68,6 +68,11 @@ class Bank(nn.Module, ABC):
         return self.block[0] * self.block[1]
 
     @property
+    def divisible(self) -> bool:
+        """Whether blocks have the same bits alone as among others, so that they may be generated piece by piece."""
+        return False
+
+    @property
     def device(self) -> torch.device:
         """Where it lies."""
         return next(self.parameters()).device
@@ -90,9 +95,17 @@ class Bank(nn.Module, ABC):
         """
 
     @torch.no_grad()
-    def settled_blocks(self) -> Tensor:
-        """All blocks `[L, m*n]` for collapse: those that training did not move are the original ones, bit for bit."""
-        return self.blocks().detach()
+    def settled_blocks(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Blocks `[L', m*n]` for collapse: those that training did not move are the original ones, bit for bit.
+
+        A block has the same bits whatever range it is asked for in: by default all blocks are generated, and those that
+        are not asked for are dropped. A method whose blocks are generated one by one overrides it.
+
+        Args:
+            start: first location.
+            stop: one past the last location; the end by default.
+        """
+        return self.blocks().detach()[start:stop]
 
     @torch.no_grad()
     def portable_blocks(self, start: int, stop: int) -> Tensor:
@@ -174,6 +187,21 @@ class Bank(nn.Module, ABC):
         """
         whole = sum(p.numel() for p in self.parameters())
         return torch.full((self.locations,), whole / max(self.locations, 1), dtype=torch.float64)
+
+    # -- memory --------------------------------------------------------------------------------------------
+
+    def give_up(self, blocks: Callable[[], Iterable[tuple[int, Tensor]]]) -> Callable[[], None] | None:
+        """Free what can be made again, bit for bit, of the blocks that somebody else holds.
+
+        The bank is not used in between. By default nothing is freed.
+
+        Args:
+            blocks: gives the blocks of all locations, piece by piece: the first location, and `[N, m*n]` from it on.
+
+        Returns:
+            what takes everything back, of the same blocks; None where nothing was freed.
+        """
+        return None
 
     # -- values that others give ---------------------------------------------------------------------------
 

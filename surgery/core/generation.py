@@ -15,7 +15,10 @@ from surgery.core.dictionary import Dictionary, master_dtype
 from surgery.disk.aligned import align
 from surgery.geometry.block_map import read_tensor, write_tensor
 from surgery.geometry.blocks import tile
+from surgery.storage.lazy import Handle, Shared
 from surgery.util import memory
+
+FEWEST = 1 << 13  # locations that are generated together; a few take another kernel
 
 Weights = dict[tuple[str, str], Tensor]
 """Generated tensors by member and site name."""
@@ -31,6 +34,40 @@ def to_weight(blocks: Tensor, p: Placement) -> Tensor:
     if _whole(p):
         return align(blocks.view(p.site.shape).to(torch_dtype(p.site.dtype)))  # a block is any part of a bank
     return read_tensor(blocks.contiguous(), p.site.view, p.grid, torch_dtype(p.site.dtype))
+
+
+class Generated(Handle):
+    """A site's weight that its bank generates when it is asked for, settled: as a member is collapsed.
+
+    Args:
+        bank: of the site.
+        p: of the site in the bank.
+        blocks: all of the bank's, where it generates them in one go.
+    """
+
+    def __init__(self, bank: Bank, p: Placement, blocks: Shared[Tensor] | None = None):
+        self.bank, self.p, self.blocks = bank, p, blocks
+        self.shape, self.dtype, self.device = p.site.shape, torch_dtype(p.site.dtype), bank.device
+
+    @torch.no_grad()
+    def read(self) -> Tensor:
+        """The weight, no view of a larger storage."""
+        start, stop = self.p.start, self.p.stop
+        mine = self.blocks.take()[start:stop] if self.blocks else self.bank.settled_blocks(start, stop)
+        return memory.compact(to_weight(mine, self.p))
+
+
+def generated(
+    dictionary: Dictionary | Mapping[str, Bank], placements: Sequence[Placement]
+) -> dict[tuple[str, str], Generated]:
+    """Handles of the weights of some sites, bank by bank."""
+    found: dict[tuple[str, str], Generated] = {}
+    for key in dict.fromkeys(p.bank for p in placements):
+        bank, mine = dictionary[key], [p for p in placements if p.bank == key]
+        by_range = type(bank).settled_blocks is not Bank.settled_blocks
+        blocks = None if by_range else Shared(bank.settled_blocks, len(mine))
+        found |= {(p.site.member, p.site.name): Generated(bank, p, blocks) for p in mine}
+    return found
 
 
 def generate_weights(
@@ -55,7 +92,7 @@ def generate_weights(
         elif not torch.is_grad_enabled() and (tied := _tied_weights(banks[0], mine)) is not None:
             weights |= tied
         else:
-            for run in _runs(mine):
+            for run in _pieces(_runs(mine), banks[0]):
                 weights |= _cut(banks[0].blocks(run[0].start, run[-1].stop, task), run)
     return weights
 
@@ -159,6 +196,21 @@ def move_dictionary(dictionary: Dictionary, change: Callable[[Tensor], Tensor]) 
         return tensor.to(probe.device, master_dtype(probe.dtype))
 
     dictionary._apply(moved)
+
+
+def _pieces(runs: list[list[Placement]], bank: Bank) -> list[list[Placement]]:
+    """Runs, where no gradient is wanted in pieces: all blocks at once would be a second copy of all weights."""
+    if torch.is_grad_enabled() or not bank.divisible:
+        return runs
+    least = max(FEWEST, memory.FRESH_MEMORY_BYTES // (bank.width * bank.dtype.itemsize))
+    pieces: list[list[Placement]] = []
+    for run in runs:
+        pieces.append([])
+        for p in run:
+            if run[-1].stop - p.start >= least and pieces[-1] and p.start - pieces[-1][0].start >= least:
+                pieces.append([])
+            pieces[-1].append(p)
+    return pieces
 
 
 def _runs(placements: Sequence[Placement]) -> list[list[Placement]]:

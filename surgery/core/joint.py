@@ -42,6 +42,7 @@ from surgery.slots.slots import Slots, forget_derived, locate, put_back, reorder
 from surgery.slots.states import keep_slots
 from surgery.storage.codecs import Encoded
 from surgery.storage.keys import StorageKey
+from surgery.util import memory
 from surgery.util.showing import as_html, as_text, plural
 from surgery.util.wording import count
 
@@ -376,6 +377,7 @@ class JointModel(nn.Module):
             watch(self, name, self[name], [owner for p in plan.of(name) for owner in p.site.owners])
             forget_derived(self[name])
         self.keep_known(known)
+        memory.give_back()  # the parameters whose place slots take
         self.refresh()
         return self
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Plan
 from surgery.core.bank import Bank
-from surgery.core.generation import to_weight
+from surgery.core.generation import generated
 from surgery.core.method import DEFAULT_METHOD, tensor_method
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ def settle_banks(plan: Plan, found: Mapping[str, Bank], keep: Collection[str] = 
             placements += kept
         sites = {(p.site.member, p.site.name) for p in kept}
         if left := [p for p in mine if (p.site.member, p.site.name) not in sites]:
-            blocks = before.settled_blocks()
-            plain |= {(p.site.member, p.site.name): to_weight(blocks[p.start : p.stop], p) for p in left}
+            plain |= {key: weight.read() for key, weight in generated(found, left).items()}
     order = {(p.site.member, p.site.name): i for i, p in enumerate(plan.placements)}
     placements.sort(key=lambda p: order[p.site.member, p.site.name])
     return Settled(replace(plan, banks=tuple(plans), placements=tuple(placements)), banks, plain)

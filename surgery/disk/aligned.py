@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from surgery.disk.tensorheader import parse_header
 from surgery.errors import OutputError, shorten
+from surgery.storage.lazy import Handle, file_dtypes, read, tensors_in_file
 
 ALIGNMENT = 64  # bytes; PyTorch's own on the CPU, and the width of its widest vectors
 
@@ -114,13 +116,13 @@ def check_dtypes(dtypes: Mapping[str, torch.dtype]) -> None:
 
 
 def write_aligned(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path, tensors: Mapping[str, Tensor | Handle], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file whose tensors begin at multiples of 64 bytes, as far as their sizes allow.
 
     Args:
         path: of the file.
-        tensors: by name, of dtypes that the format knows.
+        tensors: by name, of dtypes that the format knows; handles are read one after another.
         metadata: for the header.
     """
     entries = [(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
@@ -128,8 +130,9 @@ def write_aligned(
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in order:
-            if tensors[name].numel():
-                whole = tensors[name].detach().cpu().resolve_conj().resolve_neg().contiguous()
+            tensor = read(tensors[name])
+            if tensor.numel():
+                whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
                 file.write(whole.reshape(-1).view(torch.uint8).numpy().data)
 
 
@@ -150,24 +153,18 @@ def align_file(path: Path) -> None:
     Args:
         path: of the file; it is replaced, its metadata are kept.
     """
-    from safetensors import safe_open
-
-    with safe_open(str(path), framework="pt") as file:
-        metadata, names = file.metadata(), list(file.keys())
-        tensors = {name: file.get_tensor(name) for name in names}
-        if all(is_aligned(t) for t in tensors.values() if t.nbytes % ALIGNMENT == 0):
-            return
-        beside = path.with_name(f".{path.name}.aligned")
-        write_aligned(beside, tensors, metadata)
+    tensors = tensors_in_file(path)
+    if all(t.begin % ALIGNMENT == 0 for t in tensors.values() if t.nbytes % ALIGNMENT == 0):
+        return
+    beside = path.with_name(f".{path.name}.aligned")
+    write_aligned(beside, tensors, parse_header(path).metadata)
     beside.chmod(path.stat().st_mode)
     beside.replace(path)
 
 
 def known_dtypes() -> dict[torch.dtype, str]:
     """safetensors' names of the dtypes that its files can hold."""
-    from safetensors.torch import _TYPES
-
-    return {dtype: name for name, dtype in _TYPES.items()} | {torch.float8_e8m0fnu: "F8_E8M0"}
+    return {dtype: name for name, dtype in file_dtypes().items()}
 
 
 def _layout(entries: Iterable[Entry], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:

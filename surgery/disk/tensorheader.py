@@ -38,11 +38,13 @@ class Header:
         tensors: dtype, in the format's words, and shape of each tensor by name.
         digest: of the header's bytes.
         metadata: texts by name.
+        begins: where the bytes of each tensor begin in the file, by name.
     """
 
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
     digest: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+    begins: Mapping[str, int] = field(default_factory=dict)
 
 
 def parse_header(path: Path) -> Header:
@@ -81,7 +83,8 @@ def parse_header(path: Path) -> Header:
         reach, last = end, name
     if reach + length + 8 != size:
         raise UnreadableError(f"must have {reach + length + 8:,} bytes by its header, but has {size:,}")
-    return Header(tensors, hashlib.sha256(raw).hexdigest()[:16], metadata)
+    begins = {name: 8 + length + begin for begin, _, name in ranges}
+    return Header(tensors, hashlib.sha256(raw).hexdigest()[:16], metadata, begins)
 
 
 def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:

@@ -9,13 +9,17 @@ meet the target (`fitting.search`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from surgery.anatomy.plan import Plan
+from surgery.core.dictionary import Dictionary
+from surgery.core.generation import to_blocks
 from surgery.core.joint import JointModel
 from surgery.core.known import Known
 from surgery.core.method import DEFAULT_METHOD
@@ -32,12 +36,14 @@ from surgery.members.member import Inputs, content_hash, whole_state
 from surgery.settings.names import PARAMETERS_OF, Mixing
 from surgery.settings.quantities import Seed
 from surgery.settings.target import Target
-from surgery.slots.collapse import collapse
+from surgery.slots.collapse import collapsed
 from surgery.slots.slots import assign
 from surgery.storage.codecs import NATIVE, stored_bytes
-from surgery.storage.states import build_banks, state_of
+from surgery.storage.lazy import LazyState
+from surgery.storage.states import lazy_state_of
 from surgery.storage.stored import Stored, adopt, compressed, expand, extra, store, ties
 from surgery.storage.trim import trim
+from surgery.util import memory
 
 
 class Asked(Target):
@@ -107,16 +113,21 @@ def fit(
         joint.known, joint.members, asked, seed=seed, device=device, measured=bool(probes), fixed=fixed
     )
     if asked.max_error == 0 and not fixed:
-        _fit_lossless(joint, probes or {}, asked.seed)
+        _adopt(joint, *_lossless(joint, probes or {}, asked.seed))
     else:
-        _fit_lossy(joint, asked, probes, device)
+        _adopt(joint, *_fitted(joint, asked, probes, device))
     joint.recipe = recipe
     return joint
 
 
-def _fit_lossless(joint: JointModel, probes: Mapping[str, Sequence[Inputs]], seed: int) -> None:
+Fitted = tuple[Stored, FitReport, Known, Mapping[str, str]]
+"""What `_adopt` takes; whatever else a fit holds is let go of before."""
+
+
+def _lossless(joint: JointModel, probes: Mapping[str, Sequence[Inputs]], seed: int) -> Fitted:
     """Equal tensors and blocks once, and nothing rounded."""
-    stored, originals = trim(store(joint)), _originals(joint)
+    stored, states = trim(store(joint)), {name: collapsed(joint, name) for name in joint.names}
+    originals = {name: _by_owner(joint, name, state) for name, state in states.items()}
     precision = sum(
         stored_bytes(each.shape, each.dtype, NATIVE) - each.nbytes for each in stored.tensors.values()
     )
@@ -127,22 +138,30 @@ def _fit_lossless(joint: JointModel, probes: Mapping[str, Sequence[Inputs]], see
         "lossless", not any(errors.values()), stored, originals, precision, errors, was, before.original,
         stacks=stacks,
     )  # fmt: skip
-    _adopt(joint, stored, report, before, was.hashes)
+    return stored, report, before, was.hashes
 
 
-def _fit_lossy(
+def _fitted(
     joint: JointModel,
     asked: Asked,
     probes: Mapping[str, Sequence[Inputs]] | None,
     device: str,
-) -> None:
-    """Fit on ordinary weights; whatever goes wrong, the joint model is left as it was."""
+) -> Fitted:
+    """Fit on ordinary weights, which the modules then hold alone; what goes wrong leaves the joint model as it was."""
     place, given = pick_device(device), {name: batches for name, batches in (probes or {}).items() if batches}
-    originals, was, home = _originals(joint), _as_they_were(joint), _device(joint)
+    home, was = _device(joint), _as_they_were(joint)
+    states = {name: collapsed(joint, name) for name in joint.names}  # nothing is made yet
     before = (joint.plan, joint.dictionary, joint.encoded, joint.known)
     modes = [(part, part.training) for part in joint.bodies.modules()]
+    originals: dict[str, Mapping[str, Tensor]] = {}
+    given_up: list[Callable[[], None]] = []
     joint.vacate()
     try:
+        for name, state in states.items():
+            originals[name] = _by_owner(joint, name, state).resident()
+        states.clear()
+        given_up = _give_up(before[0], before[1], originals)
+        memory.give_back()
         joint.bodies.eval()  # a forward pass in training mode would change buffers, and drop at random
         trials = {}
         for name, member in joint.members.items():
@@ -153,8 +172,12 @@ def _fit_lossy(
         made = make_exactly if free and scene.asked else search
         outcome = made(scene, ties(joint))
     except BaseException:
-        for name, member in joint.members.items():
-            assign(member.module, originals[name], joint.owners[name])
+        for take_back in given_up:
+            take_back()
+        for name, tensors in originals.items():
+            assign(joint[name], tensors, joint.owners[name])
+        originals.clear()
+        memory.give_back()
         joint.occupy(*before)
         raise
     finally:
@@ -170,7 +193,21 @@ def _fit_lossy(
         outcome.target, outcome.met, stored, originals, precision, errors, was, before[3].original, measured,
         stacks,
     )  # fmt: skip
-    _adopt(joint, stored, report, before[3], was.hashes)
+    return stored, report, before[3], was.hashes
+
+
+def _give_up(
+    plan: Plan, dictionary: Dictionary, originals: Mapping[str, Mapping[str, Tensor]]
+) -> list[Callable[[], None]]:
+    """Free of a dictionary what is the original weights once more; what takes it back, bank by bank."""
+
+    def blocks(key: str) -> Iterator[tuple[int, Tensor]]:
+        for p in plan.placements:
+            if p.bank == key:
+                yield p.start, to_blocks(originals[p.site.member][p.site.name], p)
+
+    freed = (dictionary[key].give_up(partial(blocks, key)) for key in dictionary)
+    return [take_back for take_back in freed if take_back]
 
 
 def _adopt(
@@ -190,8 +227,7 @@ def _adopt(
         hashes: of each member's weights before the fit.
     """
     stored = replace(stored, extra=extra(joint))
-    banks = build_banks(stored)
-    described = {name: content_hash(state_of(stored, name, banks)) for name in joint.names}
+    described = {name: content_hash(lazy_state_of(stored, name)) for name in joint.names}
     same = frozenset(name for name in before.original if described[name] == hashes[name])
     sources = {name: folder for name, folder in before.sources.items() if described[name] == hashes[name]}
     joint.forget_originals()  # what the fit compared with
@@ -225,12 +261,9 @@ def _report(
     )  # fmt: skip
 
 
-def _originals(joint: JointModel) -> dict[str, dict[str, Tensor]]:
-    return {
-        name: {first: state[first] for first in joint.owners[name]}
-        for name in joint.names
-        for state in [collapse(joint, name)]
-    }
+def _by_owner(joint: JointModel, name: str, state: LazyState) -> LazyState:
+    """A member's tensors by first owner."""
+    return LazyState({first: state.entries[first] for first in joint.owners[name]})
 
 
 @dataclass(frozen=True)
@@ -252,7 +285,7 @@ def _as_they_were(joint: JointModel) -> AsTheyWere:
     hashes, parameters, nbytes = {}, parameters_alone(joint), {}
     for name, member in joint.members.items():
         if all(each.original is None for each in member.replaced):
-            hashes[name] = content_hash(collapse(joint, name))
+            hashes[name] = content_hash(collapsed(joint, name))
             continue
         module = joint.original(name)
         hashes[name] = content_hash(whole_state(module))

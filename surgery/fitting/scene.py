@@ -134,7 +134,7 @@ def equal_tensors(tensors: Mapping[Key, Tensor]) -> list[list[Key]]:
     for key, tensor in tensors.items():
         digest: object = key
         if tensor.numel() * tensor.element_size() >= 512:
-            raw = tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy()
-            digest = (tuple(tensor.shape), tensor.dtype, hashlib.sha256(raw.tobytes()).digest())
+            raw = tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
+            digest = (tuple(tensor.shape), tensor.dtype, hashlib.sha256(raw).digest())
         found[digest].append(key)
     return list(found.values())

@@ -247,8 +247,8 @@ def measure_errors(stored: Stored, trials: Mapping[str, Trial]) -> np.ndarray:
     """Measured output error of every member with the weights of a stored form."""
     errors = []
     for name, trial in trials.items():
-        trial.set_weights(weights_of(stored, name))
-        errors.append(trial.error())
+        with trial.running_with(weights_of(stored, name)):
+            errors.append(trial.error())
     return np.array(errors)
 
 

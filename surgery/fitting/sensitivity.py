@@ -71,9 +71,8 @@ def measured_sensitivities(trial: Trial, names: Sequence[str]) -> dict[str, floa
     """
     own = {name: trial.originals[name] for name in names}
     coarse = {name: decode(encode(tensor, COARSE)) for name, tensor in own.items()}
-    trial.set_weights(coarse)
-    moved = trial.error() ** 2
-    trial.set_weights(own)
+    with trial.running_with(coarse):
+        moved = trial.error() ** 2
     change = sum(float((coarse[name] - own[name]).double().square().sum()) for name in names)
     energy = sum(float(tensor.double().square().sum()) for tensor in own.values())
     least = (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -57,6 +58,15 @@ class Trial:
         """Give the module other weights; tensors not named stay as they are."""
         assign(self.module, dict(tensors), self.owners)
         forget_derived(self.module)
+
+    @contextmanager
+    def running_with(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the module has other weights; afterwards its original ones, so that the others can be let go of."""
+        self.set_weights(tensors)
+        try:
+            yield
+        finally:
+            self.set_weights({name: self.originals[name] for name in tensors})
 
     def _outputs(self, inputs: Inputs) -> tuple[Tensor, ...]:
         found = outputs_of(self.module, inputs)

@@ -147,14 +147,16 @@ def owners_of(module: nn.Module) -> dict[str, tuple[str, ...]]:
 def content_hash(tensors: Mapping[str, Any]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of a state dict, in the order of the names.
 
-    Extra state counts as the document that files hold of it; where it has none, its name counts.
+    Extra state counts as the document that files hold of it; where it has none, its name counts. A state of handles is
+    read tensor by tensor.
     """
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        if not isinstance(tensors[name], Tensor) or name.rpartition(".")[2] == KEY:
-            digest.update(f"{name}\0".encode() + document_or_nothing({name: tensors[name]}))
+        value = tensors[name]  # once: a handle is read
+        if not isinstance(value, Tensor) or name.rpartition(".")[2] == KEY:
+            digest.update(f"{name}\0".encode() + document_or_nothing({name: value}))
             continue
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = value.detach().cpu().contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()

@@ -6,22 +6,23 @@ Generating tensors is exactly undone: a member's state dict has its keys, order,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import Tensor
 
-from surgery.core.generation import to_weight
+from surgery.core.generation import generated
 from surgery.members.extra_state import extra_state_of
 from surgery.members.member import owners_of
 from surgery.slots.edits import take_edits
 from surgery.slots.slots import locate
+from surgery.storage.lazy import Handle, LazyState, Made
 from surgery.util.memory import compact
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel
 
 
-@torch.no_grad()
 def collapse(joint: JointModel, name: str) -> dict[str, Any]:
     """The ordinary state dict of one member, extra state included, no tensor a view of a larger storage.
 
@@ -35,23 +36,37 @@ def collapse(joint: JointModel, name: str) -> dict[str, Any]:
         KeyError: where there is no such member.
         PlanError: where a generated weight of a member was replaced.
     """
+    return collapsed(joint, name).resident()
+
+
+def collapsed(joint: JointModel, name: str) -> LazyState:
+    """What `collapse` returns, each tensor made when it is asked for.
+
+    It says what the dictionary generates then: read it before anything is changed.
+
+    Args:
+        joint: the joint model.
+        name: a member's name.
+
+    Raises:
+        KeyError: where there is no such member.
+        PlanError: where a generated weight of a member was replaced.
+    """
     follow(joint)
     module, owners = joint[name], joint.owners[name]
+    sites = generated(joint.dictionary, joint.plan.of(name))
     state: dict[str, Any] = {}
-    placements = joint.plan.of(name)
-    for key in dict.fromkeys(p.bank for p in placements):
-        blocks = joint.dictionary[key].settled_blocks()
-        for p in placements:
-            if p.bank == key:
-                state[p.site.name] = compact(to_weight(blocks[p.start : p.stop], p))
-    for first in owners:
-        if first not in state:
-            holder, attribute = locate(module, first)
-            state[first] = compact(getattr(holder, attribute).detach())
     for first, names in owners.items():
-        state.update({each: state[first] for each in names})
+        found = sites.get((name, first))
+        state.update(dict.fromkeys(names, found or _own(getattr(*locate(module, first)))))
     state |= extra_state_of(module)
-    return {key: state[key] for key in joint.state_keys[name] if key in state}
+    return LazyState({key: state[key] for key in joint.state_keys[name] if key in state})
+
+
+def _own(tensor: Tensor) -> Handle:
+    """A member's own tensor; a copy is made of a view of something larger."""
+    tensor = tensor.detach()
+    return Made(tuple(tensor.shape), tensor.dtype, tensor.device, partial(compact, tensor))
 
 
 def follow(joint: JointModel) -> None:

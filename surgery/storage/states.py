@@ -8,7 +8,9 @@ member's own class.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,35 +20,57 @@ from surgery.anatomy.plan import Placement, torch_dtype
 from surgery.core.bank import Bank
 from surgery.geometry.blocks import untile
 from surgery.members.extra_state import KEY
-from surgery.storage.codecs import decode
+from surgery.storage.codecs import Decoded, Encoded
+from surgery.storage.lazy import CPU, Handle, LazyState, Made, Resident, Shared
 from surgery.storage.stored import Stored, build_bank
-from surgery.util.memory import compact
+from surgery.util import memory
 
 CHUNK = 1 << 14  # locations generated at once, which bounds the memory
 
 
-def build_banks(stored: Stored) -> dict[str, Bank]:
-    """All banks by key."""
-    return {plan.key: build_bank(plan, stored.tensors) for plan in stored.plan.banks}
-
-
-def state_of(stored: Stored, member: str, banks: Mapping[str, Bank] | None = None) -> dict[str, Any]:
+def state_of(stored: Stored, member: str) -> dict[str, Any]:
     """One member's state dict, extra state included; tied names share a tensor.
 
     Args:
         stored: of the joint model.
         member: its name.
-        banks: as `build_banks` returns them, where several members are asked for.
     """
-    banks = build_banks(stored) if banks is None else banks
-    state = {name: decode(each) for name, each in stored.plain(member).items()}
+    return lazy_state_of(stored, member).resident()
+
+
+def lazy_state_of(stored: Stored, member: str) -> LazyState:
+    """What `state_of` returns, each tensor decoded or generated when it is asked for.
+
+    A bank is built with the first of its weights that is read, and dropped with the last.
+    """
+    plain = stored.plain(member)
+    held = {id(each): _handle(each) for each in plain.values()}
+    state: dict[str, Any] = {name: held[id(each)] for name, each in plain.items()}
     ties = dict(stored.ties.get(member, {}))
-    for p in stored.plan.of(member):
-        state[p.site.name] = weight_of(p, banks[p.bank])
+    placed = stored.plan.of(member)
+    users = Counter(p.bank for p in placed)
+    banks = {
+        plan.key: Shared(partial(build_bank, plan, stored.tensors), users[plan.key])
+        for plan in stored.plan.banks
+        if plan.key in users
+    }
+    for p in placed:
+        state[p.site.name] = _generated(p, banks[p.bank])
         ties[p.site.name] = p.site.owners
     for first, names in ties.items():
         state.update(dict.fromkeys(names, state[first]))
-    return {**state, **stored.extra.get(member, {})}
+    return LazyState({**state, **stored.extra.get(member, {})})
+
+
+def _handle(encoded: Encoded) -> Handle:
+    if encoded.precision.is_native and memory.is_compact(part := encoded.parts[""]):
+        return Resident(part)
+    return Decoded(encoded)
+
+
+def _generated(p: Placement, bank: Shared[Bank]) -> Handle:
+    dtype = torch_dtype(p.site.dtype)
+    return Made(p.site.shape, dtype, CPU, lambda: weight_of(p, bank.take()))
 
 
 @torch.no_grad()
@@ -56,7 +80,7 @@ def weight_of(p: Placement, bank: Bank) -> Tensor:
     for start in range(p.start, p.stop, CHUNK):
         parts.append(bank.portable_blocks(start, min(start + CHUNK, p.stop)))
     weight = p.site.view.to_tensor(untile(torch.cat(parts), p.grid))
-    return compact(weight.contiguous().to(torch_dtype(p.site.dtype)))
+    return memory.compact(weight.contiguous().to(torch_dtype(p.site.dtype)))
 
 
 class _WithExtraState(nn.Module):

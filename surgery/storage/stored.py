@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.anatomy.plan import BankPlan, Plan
+from surgery.anatomy.plan import BankPlan, Plan, torch_dtype
 from surgery.core.bank import Bank
 from surgery.core.dictionary import Dictionary
 from surgery.core.joint import JointModel
@@ -29,9 +29,11 @@ from surgery.members.extra_state import extra_state_of, set_extra_state
 from surgery.members.member import Member
 from surgery.members.occupancy import check_unoccupied
 from surgery.slots.collapse import follow
-from surgery.slots.slots import assign, locate
-from surgery.storage.codecs import Encoded, as_dtype, decode, encode_native
+from surgery.slots.slots import assign, locate, put_back
+from surgery.storage.codecs import Decoded, Encoded, as_dtype, decode, encode_native
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
+from surgery.storage.lazy import Handle, LazyState, Made
+from surgery.util import memory
 
 ALIAS_BYTES = 512  # a tensor smaller than this is not worth the manifest's line that would alias it
 
@@ -87,12 +89,13 @@ def store(joint: JointModel) -> Stored:
     follow(joint)
     keep = {plan.key for plan in joint.plan.banks if _has_stored_form(plan, joint)}
     settled = settle(joint, keep)
-    live = plain_tensors(joint, settled.plan, settled.plain)
-    for plan in settled.plan.banks:
-        like = _parts(joint.encoded, plan.key) if plan.key in keep else ()
-        live.update(bank_tensors(plan, settled.banks[plan.key], like))
     known = {k: each for k, each in joint.encoded.items() if isinstance(k, PlainKey) or k.bank in keep}
-    tensors = {key: _encode_as_before(tensor, known.get(key)) for key, tensor in live.items()}
+    plain = plain_tensors(joint, settled.plan, settled.plain)
+    tensors: dict[StorageKey, Encoded] = {k: _encode_as_before(t, known.get(k)) for k, t in plain.items()}
+    for plan in settled.plan.banks:  # bank by bank: parts may be copies of rows
+        like = _parts(joint.encoded, plan.key) if plan.key in keep else ()
+        live = bank_tensors(plan, settled.banks[plan.key], like)
+        tensors |= {key: _encode_as_before(tensor, known.get(key)) for key, tensor in live.items()}
     return deduplicate(Stored(settled.plan, tensors, ties=ties(joint), extra=extra(joint)))
 
 
@@ -232,6 +235,12 @@ def revive(members: Sequence[Member], stored: Stored, known: Known | None = None
 def adopt(joint: JointModel, stored: Stored, known: Known | None = None) -> JointModel:
     """Give a joint model another stored form in place: a new plan, new banks, new plain tensors."""
     joint.vacate()
+    joint.dictionary = Dictionary()
+    for p in stored.plan.placements:  # what is generated from now on makes room for what generates it
+        module, first = joint[p.site.member], p.site.owners[0]
+        empty = torch.empty(p.site.shape, dtype=torch_dtype(p.site.dtype), device="meta")
+        put_back(module, p.site.owners, empty, getattr(*locate(module, first)).requires_grad)
+    memory.give_back()
     encoded = expand(stored)
     for member in joint.members.values():
         _assign_plain(member, stored, encoded)
@@ -246,12 +255,15 @@ def expand(stored: Stored) -> dict[StorageKey, Encoded]:
 
 def _assign_plain(member: Member, stored: Stored, encoded: Mapping[StorageKey, Encoded]) -> None:
     shared = {*stored.aliases, *stored.aliases.values()}
-    tensors = {
-        # An aliased tensor is stored once but belongs to several: each gets memory of its own.
-        name: decode(each).clone() if PlainKey(member.name, name) in shared else decode(each)
-        for name, each in _own(encoded, member.name).items()
-    }
-    assign(member.module, tensors, dict(stored.ties.get(member.name, {})))
+    tensors: dict[str, Handle] = {}
+    for name, each in _own(encoded, member.name).items():
+        own = handle = Decoded(each)
+        if (
+            PlainKey(member.name, name) in shared
+        ):  # stored once, but several own it: each gets memory of its own
+            handle = Made(own.shape, own.dtype, own.device, lambda own=own: own.read().clone())
+        tensors[name] = handle
+    assign(member.module, LazyState(tensors), dict(stored.ties.get(member.name, {})))
 
 
 def _encode_as_before(tensor: Tensor, before: Encoded | None) -> Encoded:
@@ -268,7 +280,8 @@ def _encode_as_before(tensor: Tensor, before: Encoded | None) -> Encoded:
 def _fingerprint(encoded: Encoded) -> bytes:
     digest = hashlib.sha256(f"{encoded.precision} {encoded.shape} {encoded.dtype}".encode())
     for name in sorted(encoded.parts):
-        digest.update(_bytes(encoded.parts[name].cpu()).numpy().tobytes())
+        part = _bytes(encoded.parts[name].cpu()).numpy()
+        digest.update(part.data if part.size else b"")
     return digest.digest()
 
 

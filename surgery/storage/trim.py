@@ -13,12 +13,11 @@ from dataclasses import replace
 import torch
 
 from surgery.anatomy.plan import BankPlan, Placement, torch_dtype
-from surgery.core.generation import to_weight
+from surgery.core.generation import generated
 from surgery.core.method import tensor_method
 from surgery.storage.codecs import Encoded, decode, encode_native
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
-from surgery.storage.states import build_banks
-from surgery.storage.stored import Stored
+from surgery.storage.stored import Stored, build_bank
 
 ENTRY = 64  # bytes of one tensor's entry in a header, beyond its name
 PLACEMENT = 16  # bytes of one placement in the manifest, beyond its name
@@ -89,16 +88,17 @@ def _drop_costly_banks(stored: Stored) -> Stored:
     costly = [bank.key for bank in stored.plan.banks if not _pays(stored, bank)]
     if not costly:
         return stored
-    banks = build_banks(stored)
+    banks = {bank.key: build_bank(bank, stored.tensors) for bank in stored.plan.banks if bank.key in costly}
     tensors = {
         k: each for k, each in stored.tensors.items() if isinstance(k, PlainKey) or k.bank not in costly
     }
     ties = {member: dict(tied) for member, tied in stored.ties.items()}
-    blocks = {key: banks[key].settled_blocks() for key in costly}  # as `collapse` has them, bit for bit
+    plain = [p for p in stored.plan.placements if p.bank in costly]
+    weights = generated(banks, plain)  # as `collapse` has them, bit for bit
     for p in stored.plan.placements:
         if p.bank in costly:
-            weight = to_weight(blocks[p.bank][p.start : p.stop], p)
-            tensors[PlainKey(p.site.member, p.site.name)] = encode_native(weight)
+            key = p.site.member, p.site.name
+            tensors[PlainKey(*key)] = encode_native(weights[key].read())
             if len(p.site.owners) > 1:
                 ties.setdefault(p.site.member, {})[p.site.name] = p.site.owners
     plan = replace(

@@ -9,6 +9,7 @@ kept, and one is used again once no tensor lives in it any more: no result chang
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import sys
@@ -90,9 +91,17 @@ def compact(tensor: Tensor) -> Tensor:
         >>> row.untyped_storage().nbytes(), compact(row).untyped_storage().nbytes()
         (48, 16)
     """
-    if tensor.device.type == "meta" or tensor.untyped_storage().nbytes() == tensor.nbytes:
-        return tensor
-    return tensor.clone()
+    return tensor if is_compact(tensor) else tensor.clone()
+
+
+def is_compact(tensor: Tensor) -> bool:
+    """Whether a tensor's storage holds nothing else.
+
+    Example:
+        >>> is_compact(torch.zeros(3)), is_compact(torch.zeros(3)[1:])
+        (True, False)
+    """
+    return tensor.device.type == "meta" or tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def release_kept() -> None:
@@ -103,6 +112,20 @@ def release_kept() -> None:
     """
     with _lock:
         _regions.clear()
+
+
+def give_back() -> None:
+    """Return freed memory to the operating system, kept regions included: between stages, where large tensors ended.
+
+    The C library keeps what lies between tensors that are still alive, which the next stage may be unable to use.
+
+    Example:
+        >>> give_back()
+    """
+    release_kept()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _map(size: int) -> mmap.mmap:

@@ -64,19 +64,24 @@ class HypermoduleBank(RowsBank):
         return blocks.index_add(1, places, diagonals)
 
     @property
+    def divisible(self) -> bool:
+        """As of rows and codes; not while alternatives compete."""
+        return self.contest is None and super().divisible
+
+    @property
     def own_elements(self) -> int:
         """As of rows and codes, with the diagonal."""
         return super().own_elements + (0 if self.diagonals is None else self.diagonals.shape[1])
 
     @torch.no_grad()
-    def settled_blocks(self) -> Tensor:
+    def settled_blocks(self, start: int = 0, stop: int | None = None) -> Tensor:
         """As of rows and codes, with diagonals; alternatives do not count."""
         if self.diagonals is None:
-            return super().settled_blocks()
-        blocks = self._sums()
+            return super().settled_blocks(start, stop)
+        blocks = self._sums(start, stop)
         if self.diagonals.any():
-            blocks = self._on_diagonals(blocks, self.diagonals)
-        return self._restored(blocks)
+            blocks = self._on_diagonals(blocks, self.diagonals[start:stop])
+        return self._restored(blocks, start, stop)
 
     def trained(self) -> list[Trained]:
         """Rows; contexts and diagonals."""

@@ -14,7 +14,7 @@ member is its original bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -103,6 +103,11 @@ class RowsBank(Bank):
         return self.contexts
 
     @property
+    def divisible(self) -> bool:
+        """Sums over codes are taken block by block; one product of all of them is not."""
+        return self.hypermodules != 1 or self.singles > 0
+
+    @property
     def own_elements(self) -> int:
         """Trained parameters that are a location's own."""
         return self.context if self.contexts.requires_grad else 0
@@ -134,34 +139,37 @@ class RowsBank(Bank):
         return self._code[2]
 
     @torch.no_grad()
-    def settled_blocks(self) -> Tensor:
-        """All blocks `[L, m*n]` for collapse: those that training did not move are the original ones, bit for bit.
+    def settled_blocks(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Blocks `[L', m*n]` for collapse: those that training did not move are the original ones, bit for bit.
 
         A block of an opened hypermodule is a sum of c products, so it equals its origin only up to the
         rounding of that sum; differences within the bound gamma_c * sum |z_j H_j| are rounding and are taken
         away.
         """
         if not self.hypermodules and self.origin is None:
-            return self.rows.detach()[self.psi].mul_(self.contexts[:, :1])  # no second copy of large banks
-        return self._restored(self._sums())
+            rows = self.rows.detach()[self.psi[start:stop]]
+            return rows.mul_(self.contexts[start:stop, :1])  # no second copy of large banks
+        return self._restored(self._sums(start, stop), start, stop)
 
-    def _sums(self) -> Tensor:
+    def _sums(self, start: int = 0, stop: int | None = None) -> Tensor:
         """What rows and codes generate: single rows as they are, up to their factor."""
-        blocks = generate(self.rows, *self.codes())
-        single = ~self.shared
+        blocks = generate(self.rows, *self.codes(start, stop))
+        psi, contexts = self.psi[start:stop], self.contexts[start:stop]
+        single = psi >= self.hypermodules
         # One product, not a sum that starts from 0: a sum would turn -0.0 into 0.0.
-        own = self.rows[self.psi[single] + self.hypermodules * (self.context - 1)]
-        blocks[single] = own * self.contexts[single, :1]
+        own = self.rows[psi[single] + self.hypermodules * (self.context - 1)]
+        blocks[single] = own * contexts[single, :1]
         return blocks
 
-    def _restored(self, blocks: Tensor) -> Tensor:
+    def _restored(self, blocks: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """Blocks that differ from their origin by the rounding of their sum alone become their origin."""
         if self.origin is None:
             return blocks
-        index, coefficient = self.codes()
-        size = generate(self.rows.abs(), index, coefficient.abs())
+        origin, (index, coefficient) = self.origin[start:stop], self.codes(start, stop)
+        used, index = index.unique(return_inverse=True)  # a range draws on few of the rows
+        size = generate(self.rows[used].abs(), index, coefficient.abs())
         bound = 4 * self.context * torch.finfo(size.dtype).eps * size
-        return torch.where((blocks - self.origin).abs() <= bound, self.origin, blocks)
+        return torch.where((blocks - origin).abs() <= bound, origin, blocks)
 
     @torch.no_grad()
     def portable_blocks(self, start: int, stop: int) -> Tensor:
@@ -261,6 +269,39 @@ class RowsBank(Bank):
 
         return count_parameters(self, placements)
 
+    # -- memory --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def give_up(self, blocks: Callable[[], Iterable[tuple[int, Tensor]]]) -> Callable[[], None] | None:
+        """Free the rows of an exact start, of which each is the block of some location."""
+        if type(self) is not RowsBank or self.hypermodules or self.origin is not None or self.columns:
+            return None
+        found = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
+        for start, mine in blocks():
+            rows, same = self._taken(start, mine)
+            if not torch.equal(_bits(self.rows[rows]), _bits(same)):
+                return None
+            found[rows] = True
+        if not found.all():
+            return None
+        shape = self.rows.shape
+        self.rows.data = self.rows.new_empty(0, shape[1])
+
+        def take_back() -> None:
+            table = self.rows.new_empty(shape)
+            for start, mine in blocks():
+                rows, same = self._taken(start, mine)
+                table[rows] = same
+            self.rows.data = table
+
+        return take_back
+
+    def _taken(self, start: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows that are the blocks of locations from `start` on as they are, and these blocks."""
+        stop = start + len(blocks)
+        whole = self.contexts[start:stop, 0] == 1
+        return self.psi[start:stop][whole], blocks.to(self.device)[whole]
+
     # -- values that others give ---------------------------------------------------------------------------
 
     def refuses(self, locations: Tensor) -> str:
@@ -290,6 +331,11 @@ def rows_bank(bank: Bank) -> RowsBank:
     """A bank that is known to have rows and codes."""
     assert isinstance(bank, RowsBank)
     return bank
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Rows as integers: 0.0 is not -0.0, and NaN is itself."""
+    return tensor.contiguous().view(torch.int64 if tensor.dtype == torch.float64 else torch.int32)
 
 
 def codes(psi: Tensor, contexts: Tensor, hypermodules: int) -> tuple[Tensor, Tensor]:

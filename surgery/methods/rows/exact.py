@@ -44,7 +44,7 @@ def duplicates(blocks: Tensor) -> tuple[Tensor, Tensor]:
     if not count:
         return representative, factor
     scale, fingerprint = _fingerprints(blocks)
-    bucket = torch.unique(fingerprint, dim=0, return_inverse=True)[1]
+    bucket = torch.unique(fingerprint, return_inverse=True)[1]
     buckets = int(bucket.max()) + 1
     left = representative.clone()
     # Different blocks may share a coarse fingerprint; those that are not the first one's try the next.
@@ -75,18 +75,20 @@ def _equal_bits(blocks: Tensor, leader: Tensor, ratio: Tensor, blocks_of: Tensor
 
 
 def _fingerprints(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The signed largest value of each block `[L, 1]`, and a coarse fingerprint of its direction `[L, f]`.
+    """The signed largest value of each block `[L, 1]`, and a coarse fingerprint of its direction `[L]`, int64.
 
     So coarse that a factor's rounding rarely separates two blocks; piece by piece, as large banks have no room
-    for a second copy.
+    for a second copy. Of several numbers a sum remains, multiplied by odd factors so that it wraps around: two that
+    differ have the same one by a chance of 2^-60 or so, and blocks are compared in any case.
     """
     probe = torch.linspace(0, blocks.shape[1] - 1, min(blocks.shape[1], 32), device=blocks.device).long()
-    scales, fingerprints = [], []
+    factors = torch.randint(1 << 62, (len(probe) + 1,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    factors, scales, fingerprints = factors.to(blocks.device), [], []
     for part in blocks.split(1 << 14):
         scale = part.gather(1, part.abs().argmax(1, keepdim=True))
         direction = torch.where(scale != 0, part / scale, part)
         coarse = (direction[:, probe].float() * 1024).round_().to(torch.int32)
         total = (direction.sum(1, keepdim=True).float() * 64).round_().to(torch.int32)
         scales.append(scale)
-        fingerprints.append(torch.cat([coarse, total], 1))
+        fingerprints.append((torch.cat([coarse, total], 1).long() * factors).sum(1))
     return torch.cat(scales), torch.cat(fingerprints)

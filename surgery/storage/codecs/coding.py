@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from surgery.storage.codecs.codec import CODECS, NATIVE, Encoded, Layout, Precision, Statistics
+from surgery.storage.lazy import Handle
 
 LARGEST = 1e18  # magnitude from which squares overflow float32: such values, and NaN, have no projection and no scale
 
@@ -67,6 +68,24 @@ def encode_native(tensor: Tensor) -> Encoded:
 def decode(encoded: Encoded) -> Tensor:
     """The tensor that `encoded` stands for, in its dtype and shape, in a storage that holds nothing else."""
     return encoded.precision.codec.decode(encoded)
+
+
+class Decoded(Handle):
+    """A tensor that is decoded from its stored form when it is asked for.
+
+    Example:
+        >>> Decoded(encode(torch.ones(2, 64), Precision.parse("int4/64"))).nbytes
+        512
+    """
+
+    def __init__(self, encoded: Encoded):
+        self.encoded = encoded
+        self.shape, self.dtype = encoded.shape, encoded.dtype
+        self.device = next((part.device for part in encoded.parts.values()), torch.device("cpu"))
+
+    def read(self) -> Tensor:
+        """What the stored form stands for."""
+        return decode(self.encoded)
 
 
 def part_layout(shape: tuple[int, ...], dtype: torch.dtype, precision: Precision) -> Layout:
