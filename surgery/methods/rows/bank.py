@@ -274,7 +274,7 @@ class RowsBank(Bank):
     @torch.no_grad()
     def give_up(self, blocks: Callable[[], Iterable[tuple[int, Tensor]]]) -> Callable[[], None] | None:
         """Free the rows of an exact start, of which each is the block of some location."""
-        if type(self) is not RowsBank or self.hypermodules or self.origin is not None or self.columns:
+        if type(self) is not RowsBank or self.hypermodules or self.origin is not None or self.columns.partial:
             return None
         found = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
         for start, mine in blocks():
