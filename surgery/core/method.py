@@ -133,7 +133,7 @@ class TensorMethod(Method):
     Attributes:
         form: the layout of stored parts that `unpack` reads; see `Bank.form`.
         stored_as: how reports say that a tensor is stored; by default the method's name.
-        recorded: class of the settings of a bank in an artifact, which bounds all that a stranger's may say; by
+        recorded: class of the settings of a bank in an artifact, which bounds all that others may have written; by
             default that of `settings`.
         claims: whether `arrange` decides on the sites of its banks, in place of the fit's own ways of storing them.
         lever: the setting that `asks` reads, where it is one of the recipe's `parameters`, for advice.

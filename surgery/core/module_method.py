@@ -72,7 +72,7 @@ class ModuleSurgery(Method):
 
     Attributes:
         recorded: class of the settings of one replacement, by which it is made again when an artifact is loaded. They
-            may come from a stranger's artifact: whatever they may be has to be in this class.
+            may come from an artifact of others: whatever they may be has to be in this class.
     """
 
     recorded: ClassVar[type[Strict]] = Strict
