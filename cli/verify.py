@@ -75,7 +75,7 @@ def print_report(report: VerifyReport) -> None:
         for reason in each.reasons:
             console.say(f"{each.member}: {reason}")
         if each.not_built:
-            why = each.not_built.replace("`trust_remote_code`", "--trust-remote-code")
+            why = each.not_built.replace("`trust_remote_code`", "--trust-remote-code").rstrip(".")
             console.say(f"{each.member}: its weights were compared, but its module was not built: {why}.")
     matches = "everything that was compared matches"
     if not any(each.not_built for each in report.members):

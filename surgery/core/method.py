@@ -176,7 +176,7 @@ class TensorMethod(Method):
         try:
             bank = self.unpack(plan, {name: decode(each) for name, each in parts.items()})
         except Exception as error:  # of a method's own, on parts that do not fit
-            return [f"bank {plan.key} cannot be made of its parts: {type(error).__name__}: {one_line(error)}"]
+            return [f"bank {plan.key} cannot be made of its parts: {one_line(error)}"]
         if bank.locations != plan.locations:
             return [f"bank {plan.key} must have {plan.locations} locations, found {bank.locations}"]
         return []

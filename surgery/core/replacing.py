@@ -224,8 +224,8 @@ def _made(method: ModuleSurgery, place: Place) -> nn.Module:
         raise
     except Exception as error:  # of a method's own
         raise PlanError(
-            f"Method '{at.method}' could not replace {at.path} of member '{at.member}': {type(error).__name__}: "
-            f"{one_line(error)}; check its settings."
+            f"Method '{at.method}' could not replace {at.path} of member '{at.member}': {one_line(error)}; "
+            "check its settings."
         ) from error
     devices = {t.device for t in (*place.module.parameters(), *place.module.buffers())}
     if len(devices) == 1 and (device := next(iter(devices))).type not in ("meta", "cpu"):

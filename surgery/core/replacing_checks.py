@@ -169,7 +169,7 @@ def check_calls(member: Member, replaced: Sequence[Replaced], before: Calls | No
     except Exception as error:
         raise PlanError(
             f"What stands in place of a module must take its inputs, but with {listed} member '{member.name}' raises "
-            f"{type(error).__name__}: {one_line(error)}; choose modules whose shapes fit."
+            f"{one_line(error)}; choose modules whose shapes fit."
         ) from error
     if unused := [what[path] for path in what if not after[path]]:
         raise PlanError(

@@ -163,9 +163,12 @@ def _member(
         else f"{origin.reference} ({origin.architecture})"
     )
     replaced = {shown_text(each.path): each.method for each in manifest.members[name].replacements}
-    named += f", {count_replaced(list(replaced.values()))}" if replaced else ""
+    before = shares.before[name]
+    if replaced:  # what the member took with the modules that stood there
+        named += f", {count_replaced(list(replaced.values()))}"
+        before = report.original_bytes.get(name, before)
     return MemberView(
-        name, named, recorded, shares.before[name], shares.after[name], shares.kinds[name],
+        name, named, recorded, before, shares.after[name], shares.kinds[name],
         report.error(name), _layers(name, stored, rows), replaced,
     )  # fmt: skip
 

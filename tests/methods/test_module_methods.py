@@ -271,6 +271,17 @@ def test_without_the_method_the_error_names_it_and_its_package(saved, uninstalle
     assert report.ok and needed in (report.members[0].not_built or "")
 
 
+def test_the_verb_verify_says_in_one_sentence_that_the_method_is_not_installed(
+    reference, tmp_path, monkeypatch
+):
+    one = surgery.load_member(f"net={reference}", trust_remote_code=True)
+    plan = surgery.plan_modules([one], NAME, {"copies": {"layers.3": "layers.1"}}, block=(8, 8))
+    folder = surgery.save(surgery.join([one], plan), tmp_path / "joint")
+    monkeypatch.delitem(registry.REGISTERED, NAME)
+    said = " ".join(command("verify", str(folder), "--trust-remote-code")[1].split())
+    assert "import it before loading." in said and ".." not in said.replace(str(folder), "")
+
+
 def test_verify_compares_with_the_origin_whose_replacements_are_made_again(reference, tmp_path):
     one = surgery.load_member(f"net={reference}", trust_remote_code=True)
     plan = surgery.plan_modules([one], NAME, {"copies": {"layers.3": "layers.1"}}, block=(8, 8))
@@ -581,7 +592,7 @@ def test_two_methods_on_one_path_and_a_method_that_fails(monkeypatch):
     ):
         surgery.join([one], both)
     other = replace(both, replacements=(replace(mine, path="layers.2"), both.replacements[1]))
-    with pytest.raises(PlanError, match=r"'doubled' could not replace layers.3 .*RuntimeError: out of luck"):
+    with pytest.raises(PlanError, match=r"replace layers.3 of member 'net': RuntimeError: out of luck"):
         surgery.join([one], other)
     again = surgery.load(_stored(joined()), modules={"net": Net()}).copy_member("net")
     with pytest.raises(PlanError, match="once only"):
@@ -671,7 +682,11 @@ def test_reports_cards_and_pages_say_what_was_replaced(saved, tmp_path):
     code, said, _ = command("report", str(saved[1]), "--html", str(tmp_path / "page.html"))
     assert code == 0 and "layers.3" in said and NAME in said
     code, said, _ = command("report", str(saved[1]), "--json")
-    assert json.loads(said)["artifact"]["members"][0]["replaced"] == {"layers.3": NAME}
+    shown = json.loads(said)["artifact"]["members"][0]
+    assert shown["replaced"] == {"layers.3": NAME}
+    assert {"net": shown["bytes_before"]} == saved[
+        0
+    ].report.original_bytes  # with what stood there, as `merge` says
     words = "1 module replaced by scaled_copy"
     assert words in (tmp_path / "page.html").read_text() and words in repr(saved[0])
     assert f"- net: {words}, which package scaled_copy registers" in (saved[1] / "README.md").read_text()
