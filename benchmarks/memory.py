@@ -51,7 +51,7 @@ def make_models(folder: Path, seed: int, fast: bool) -> None:
     from transformers import BertConfig, BertModel
 
     size = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    config = BertConfig(**(size | {"vocab_size": 999} if fast else {}))
+    config = BertConfig.from_dict(size | {"vocab_size": 999} if fast else {})
     generator = torch.Generator().manual_seed(seed + 1)
     for name in ("one", "noisy", "unrelated"):
         torch.manual_seed(seed + 2 * (name == "unrelated"))
@@ -63,7 +63,7 @@ def make_models(folder: Path, seed: int, fast: bool) -> None:
                     p.add_(torch.randn(p.shape, generator=generator), alpha=scale)
         model.save_pretrained(folder / name)
         if name != "unrelated":
-            model.to(torch.bfloat16).save_pretrained(folder / f"{name}-bfloat16")
+            model.bfloat16().save_pretrained(folder / f"{name}-bfloat16")
 
 
 def run(code: str, arguments: Sequence[str], links: Path, threads: int) -> dict[str, float]:
