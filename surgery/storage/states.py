@@ -43,9 +43,12 @@ def lazy_state_of(stored: Stored, member: str) -> LazyState:
 
     A bank is built with the first of its weights that is read, and dropped with the last.
     """
-    plain = stored.plain(member)
-    held = {id(each): _handle(each) for each in plain.values()}
-    state: dict[str, Any] = {name: held[id(each)] for name, each in plain.items()}
+    state: dict[str, Any] = {}
+    held: dict[int, Handle] = {}
+    for name, each in stored.plain(member).items():
+        handle = _handle(each)
+        # Equal tensors that are stored once are no ties: each is decoded by itself, unless it is there as it is.
+        state[name] = held.setdefault(id(each), handle) if isinstance(handle, Resident) else handle
     ties = dict(stored.ties.get(member, {}))
     placed = stored.plan.of(member)
     users = Counter(p.bank for p in placed)

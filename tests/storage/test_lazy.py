@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,10 @@ from surgery.methods.hypermodules.opening import open_bank
 from surgery.methods.rows.exact import exact_bank
 from surgery.slots.collapse import collapse, collapsed
 from surgery.storage.codecs import Decoded, Precision, decode, encode
+from surgery.storage.keys import PlainKey
 from surgery.storage.lazy import CPU, LazyState, Made, Resident, Shared, tensors_in_file
+from surgery.storage.states import lazy_state_of, module_of, state_of
+from surgery.storage.stored import deduplicate, store
 
 DTYPES = (
     torch.float32,
@@ -252,3 +256,16 @@ def test_weights_are_the_same_piece_by_piece(monkeypatch, state):
         monkeypatch.setattr("surgery.util.memory.FRESH_MEMORY_BYTES", 1 << 12)
         pieces = joint.generate()
     assert_same_bits(pieces, whole)
+
+
+def test_equal_tensors_that_are_stored_once_are_not_tied():
+    tensor = drawn((64, 8), torch.float32, 0)
+    stored = store(join([member("mlp")], block=(8, 8)))
+    tensors = {PlainKey("mlp", name): encode(tensor, Precision.parse("int8/8")) for name in ("a", "b")}
+    plan = replace(stored.plan, banks=(), placements=())
+    stored = deduplicate(replace(stored, plan=plan, tensors=tensors, ties={}))
+    assert stored.aliases
+    state, lazy = state_of(stored, "mlp"), lazy_state_of(stored, "mlp")
+    assert torch.equal(state["a"], state["b"]) and state["a"] is not state["b"]
+    assert lazy.handles["a"] is not lazy.handles["b"]
+    assert len(list(module_of(state).parameters())) == 2
