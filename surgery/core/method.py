@@ -171,15 +171,16 @@ class TensorMethod(Method):
         """What keeps `unpack` from reading parts that somebody else may have written, in words.
 
         Shapes are checked before values, and both before anything is computed from them. By default a bank is made of
-        the parts, which must have as many locations as planned.
+        the parts, which must have as many locations as planned and generate a block of the planned shape for each.
         """
         try:
             bank = self.unpack(plan, {name: decode(each) for name, each in parts.items()})
+            found = {} if bank.locations != plan.locations else _misshapen(bank, plan)
         except Exception as error:  # of a method's own, on parts that do not fit
             return [f"bank {plan.key} cannot be made of its parts: {one_line(error)}"]
         if bank.locations != plan.locations:
             return [f"bank {plan.key} must have {plan.locations} locations, found {bank.locations}"]
-        return []
+        return [f"bank {plan.key} must generate {wanted}, found {got}" for wanted, got in found.items()]
 
     def location_bytes(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> Tensor:
         """Bytes that each location takes of stored parts `[L]`, float64; by default an equal part of all."""
@@ -417,6 +418,23 @@ def plan_of(plan: Plan, method: str) -> Plan:
     keys = keys_of(plan, method)
     banks = tuple(bank for bank in plan.banks if bank.key in keys)
     return replace(plan, banks=banks, placements=tuple(p for p in plan.placements if p.bank in keys))
+
+
+@torch.no_grad()
+def _misshapen(bank: Bank, plan: BankPlan) -> dict[str, str]:
+    """The first blocks that a bank generates in another shape than planned: which were wanted, and what was found."""
+    width = plan.block[0] * plan.block[1]
+    step = max(1, _PIECE // width)  # never more than a piece of them at once
+    for start in range(0, plan.locations, step):
+        stop = min(start + step, plan.locations)
+        shape = tuple(bank.blocks(start, stop).shape)
+        if shape != (stop - start, width):
+            return {f"blocks {[stop - start, width]} of locations {start} to {stop}": str([*shape])}
+    return {}
+
+
+_PIECE = 2**22
+"""Elements that are generated at once to see whether blocks have the planned shape."""
 
 
 def follow_up(placements: Sequence[Placement]) -> list[Placement]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -20,9 +21,11 @@ from command_line import surgery as command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import DOCS
+from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.core.method import find_method, tensor_method
+from surgery.disk.tensorheader import parse_header
 from surgery.errors import ArtifactError, PlanError
 from surgery.fitting.allocation import Choice
 from surgery.fitting.arranging import arrange_made
@@ -366,6 +369,39 @@ def test_parts_from_a_stranger_are_refused(joint):
             continue
         with pytest.raises(ArtifactError, match=words):
             surgery.load("joint", modules=modules())
+
+
+@pytest.mark.parametrize(
+    ("part", "cut", "words"),
+    [
+        ("left", lambda left: left[:, :, :-1], "RuntimeError: .* size"),  # other ranks cannot be multiplied
+        (
+            "right",
+            lambda right: right[:, :, :-1],
+            r"must generate blocks \[\d+, 1024\] .*, found \[\d+, 992\]",
+        ),
+        (
+            "right",
+            lambda right: right[:-1],
+            "cannot be made of its parts: RuntimeError",
+        ),  # the last has no partner
+    ],
+)
+def test_parts_that_do_not_suit_one_another_are_refused(joint, part, cut, words):
+    file = Path("joint/dictionary.safetensors")
+    tensors = load_file(file)
+    name = f"32x32-float32/{part}"
+    save_file({**tensors, name: cut(tensors[name]).contiguous()}, file)
+
+    def follow(manifest):
+        entry = manifest["files"][file.name]
+        entry.update(bytes=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+        entry["header"] = parse_header(file).digest
+
+    artifacts.rewrite(Path("joint"), follow)
+    with pytest.raises(ArtifactError, match=words):
+        surgery.load("joint", modules=modules())
+    assert not surgery.verify("joint", modules=modules()).ok
 
 
 def test_nothing_of_the_package_knows_its_name():
