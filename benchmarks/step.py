@@ -51,7 +51,7 @@ class CompetingBank(HypermoduleBank):
         self.register_buffer("place", order.argsort().to(bank.psi.device))
         self.soft = nn.Parameter(torch.zeros(count, 2, device=bank.rows.device))
 
-    def blocks(self, start: int = 0, stop: int | None = None) -> Tensor:
+    def blocks(self, start: int = 0, stop: int | None = None, task: str | None = None) -> Tensor:
         """The blocks `[L, m*n]`; sampled and other locations are generated apart, then put in order."""
         parts = [
             generate(self.rows, *self._competing()),

@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from surgery.disk.untrusted import shown, shown_text
 
 _BOUNDS = {
-    "greater_than": "above {gt:g}",
-    "greater_than_equal": "{ge:g} or more",
-    "less_than": "below {lt:g}",
-    "less_than_equal": "at most {le:g}",
+    "greater_than": "above {gt:.16g}",
+    "greater_than_equal": "{ge:.16g} or more",
+    "less_than": "below {lt:.16g}",
+    "less_than_equal": "at most {le:.16g}",
     "finite_number": "a finite number",
 }
 """Requirements of quantities in the words of all our messages."""

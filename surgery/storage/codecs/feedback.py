@@ -69,7 +69,8 @@ def damped(moment: Tensor, damping: float = DAMPING) -> Tensor:
         moment: `[n, n]`, symmetric and positive semidefinite.
         damping: the share.
     """
-    mean = moment.diagonal().mean()
+    diagonal = moment.diagonal()
+    mean = diagonal.sum() / (diagonal > 0).sum().clamp_min(1)  # columns that fill a group up have no inputs
     add = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
     return moment + torch.diag_embed(add.expand(len(moment)))
 
