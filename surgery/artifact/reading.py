@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from surgery.anatomy.plan import Plan
+from surgery.artifact.claims import wrong_claims
 from surgery.artifact.layout import Form, encoded_forms, plan_of
 from surgery.artifact.manifest import EncodedGroup, Manifest
 from surgery.artifact.recorded import DICTIONARY, TENSOR_FILE, WEIGHTS, raise_damaged, read_extra_state
@@ -77,7 +78,12 @@ def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Sto
     for stem, paths in wanted.items():
         held: dict[str, Tensor] = {}
         for path in paths:
-            held.update(read_tensors(folder / path))
+            found = read_tensors(folder / path)
+            twice = sorted(held.keys() & found.keys())
+            bad += [f"{path} holds {shown_text(name)}, which another file holds too" for name in twice]
+            held.update(found)
+        if stem == DICTIONARY:
+            bad += _of_no_bank(manifest, held)
         for make, groups, mine in _sections(manifest, stem, held):
             forms = encoded_forms(groups, f"{make('')} in {folder}")
             named, wrong = _assemble(mine, forms, f"{stem} ({', '.join(paths) or 'no file'})")
@@ -91,6 +97,7 @@ def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Sto
     stored = Stored(plan, tensors, aliases, ties, read_extra_state(folder, manifest, members))
     if lost := [key for name in members for key in manifest.same_of(name).values() if key not in tensors]:
         raise_damaged(folder, [f"{key} is stored for several, but no file holds it" for key in lost])
+    raise_damaged(folder, wrong_claims(stored))
     for bank in plan.banks:
         raise_damaged(folder, tensor_method(bank.method).wrong_parts(bank, stored.parts(bank.key)))
     raise_damaged(folder, _wrong_ties(stored, members))
@@ -150,6 +157,13 @@ def _sections(
     else:
         name = next(name for name in manifest.members if stem == f"{manifest.folder_of(name)}/{WEIGHTS}")
         yield partial(PlainKey, name), manifest.members[name].encoded, held
+
+
+def _of_no_bank(manifest: Manifest, held: Iterable[str]) -> list[str]:
+    """Tensors in files of the dictionary that are parts of no bank."""
+    keys = {name: PartKey.of_file(name) for name in held}
+    lost = [name for name, key in keys.items() if key is None or key.bank not in manifest.banks]
+    return [f"{DICTIONARY} holds {shown_text(name)}, which is a part of no bank" for name in sorted(lost)]
 
 
 def _wrong_files(folder: Path, manifest: Manifest, paths: Iterable[str]) -> list[str]:

@@ -27,6 +27,7 @@ from surgery.fitting.report import FitReport
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.member import Member, Origin, content_hash, whole_state
 from surgery.members.occupancy import check_unoccupied
+from surgery.members.origins.bounded import bounded, by_file
 from surgery.members.references import load_origin, ships
 from surgery.members.replacement import Replacement
 from surgery.permission import Permission
@@ -199,7 +200,8 @@ def _check(
         error = relative_error(outputs_over(origin.module, probes), outputs_over(joint[name], probes))
         reasons += _compare_error(manifest, name, error, recorded)
     if replaced := replacements_of(manifest, name):
-        original, failed = _replaced_state(name, origin.module, replaced)
+        shapes = {key: each.shape for key, each in handles_of(state).items()}
+        original, failed = _replaced_state(name, origin.module, replaced, shapes)
         reasons += failed if joint is not None else []
     reasons += changed + _compare_dtypes(original, state)
     distance = _farthest(original, state)
@@ -207,12 +209,23 @@ def _check(
 
 
 def _replaced_state(
-    name: str, module: nn.Module, replacements: Sequence[Replacement]
+    name: str,
+    module: nn.Module,
+    replacements: Sequence[Replacement],
+    shapes: dict[str, tuple[int, ...]],
 ) -> tuple[dict[str, Any], list[str]]:
-    """The state of a copy of an origin's module with the recorded replacements made again, or why there is none."""
+    """The state of a copy of an origin's module with the recorded replacements made again, or why there is none.
+
+    Args:
+        name: of the member.
+        module: of its origin.
+        replacements: as the artifact records them.
+        shapes: of its stored tensors, which bound what may stand in the places of modules.
+    """
     module = duplicate(module)
     try:
-        make_again(name, module, replacements)
+        with bounded(f"member '{name}'", **by_file(shapes)):
+            make_again(name, module, replacements)
     except SurgeryError as error:
         return {}, [str(error)]
     return whole_state(module), []

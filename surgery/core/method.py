@@ -12,7 +12,7 @@ are found by the entry points `surgery.methods` of installed packages, or regist
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -171,16 +171,21 @@ class TensorMethod(Method):
         """What keeps `unpack` from reading parts that somebody else may have written, in words.
 
         Shapes are checked before values, and both before anything is computed from them. By default a bank is made of
-        the parts, which must have as many locations as planned and generate a block of the planned shape for each.
+        the parts, which must have as many locations as planned, generate a block of the planned shape for each, and all
+        be of use to `unpack`.
         """
+        given = _Taken({name: decode(each) for name, each in parts.items()})
         try:
-            bank = self.unpack(plan, {name: decode(each) for name, each in parts.items()})
+            bank = self.unpack(plan, given)
             found = {} if bank.locations != plan.locations else _misshapen(bank, plan)
+            unused = given.unused
+            unused = unused - {*bank.pack(plan, parts)} if unused else unused
         except Exception as error:  # of a method's own, on parts that do not fit
             return [f"bank {plan.key} cannot be made of its parts: {one_line(error)}"]
         if bank.locations != plan.locations:
             return [f"bank {plan.key} must have {plan.locations} locations, found {bank.locations}"]
-        return [f"bank {plan.key} must generate {wanted}, found {got}" for wanted, got in found.items()]
+        bad = [f"bank {plan.key} must generate {wanted}, found {got}" for wanted, got in found.items()]
+        return bad + [f"bank {plan.key} has {part}, which nothing uses" for part in sorted(unused)]
 
     def location_bytes(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> Tensor:
         """Bytes that each location takes of stored parts `[L]`, float64; by default an equal part of all."""
@@ -418,6 +423,24 @@ def plan_of(plan: Plan, method: str) -> Plan:
     keys = keys_of(plan, method)
     banks = tuple(bank for bank in plan.banks if bank.key in keys)
     return replace(plan, banks=banks, placements=tuple(p for p in plan.placements if p.bank in keys))
+
+
+class _Taken(Mapping[str, Tensor]):
+    """Parts that remember which of them were asked for."""
+
+    def __init__(self, parts: Mapping[str, Tensor]):
+        self.parts, self.unused = parts, set(parts)
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self.parts[name]
+        self.unused.discard(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
 
 
 @torch.no_grad()

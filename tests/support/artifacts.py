@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import surgery
 from surgery.members.member import Inputs, Member, Origin
@@ -83,3 +85,16 @@ def rewrite(folder: Path, change) -> None:
     manifest.pop("checksum")
     change(manifest)
     (folder / "manifest.json").write_bytes(manifest_bytes(manifest))
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that is made inside."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for each in tree_leaves(made):
+            if isinstance(each, torch.Tensor) and each.device.type != "meta":
+                self.nbytes = max(self.nbytes, each.untyped_storage().nbytes())
+        return made
