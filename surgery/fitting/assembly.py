@@ -65,7 +65,10 @@ class Assembler:
     def _encode(self, unit: Unit, key: Any, precision: Precision) -> Encoded:
         known = self._encoded.get((id(unit), key))
         if known is None or known[0] != precision:
-            known = self._encoded[id(unit), key] = (precision, encode(unit.tensors[key], precision))
+            known = self._encoded[id(unit), key] = (
+                precision,
+                encode(unit.tensors[key], precision, unit.statistics),
+            )
         return known[1]
 
 

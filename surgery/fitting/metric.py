@@ -54,6 +54,12 @@ class Metric:
         return float(((self.out @ error @ self.into) * error).sum(dtype=torch.float64))
 
     @property
+    def sensitivity(self) -> float:
+        """Relative squared output error per squared error of independent entries."""
+        traces = self.out.diagonal().sum() * self.into.diagonal().sum()
+        return float(traces) / (len(self.out) * len(self.into))
+
+    @property
     def statistics(self) -> Statistics:
         """Of the inputs, as codecs make use of them."""
         return Statistics(self.into, 1)

@@ -15,7 +15,8 @@ from surgery.anatomy.plan import Placement, Plan
 from surgery.anatomy.sites import Site
 from surgery.core.generation import to_blocks
 from surgery.core.method import DEFAULT_METHOD, TensorMethod, methods_of, plan_of, tensor_method
-from surgery.fitting.sensitivity import measured_sensitivities, sensitivities
+from surgery.fitting.metric import Metric
+from surgery.fitting.sensitivity import measured_sensitivities, metrics, sensitivities
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, Key, Unit, measure
 from surgery.settings.target import Target
@@ -55,6 +56,23 @@ class Scene:
             for name, trial in self.trials.items()
             for tensor, value in sensitivities(trial, self.seed).items()
         }
+
+    def metric(self, site: Site) -> Metric:
+        """What any error in a site that no method decides on costs; where no gradient tells, as if independent."""
+        if site.member not in self._metrics:
+            views = {
+                name: each.view for (member, name), each in self.unclaimed.items() if member == site.member
+            }
+            self._metrics[site.member] = metrics(self.trials[site.member], self.seed, views)
+        found = self._metrics[site.member].get(site.name)
+        if found is None:
+            stack, out, into = site.view.shape
+            found = Metric.independent(self.sensitivity[key_of(site)], stack * out, into)
+        return found
+
+    @cached_property
+    def _metrics(self) -> dict[str, dict[str, Metric]]:
+        return {}
 
     @cached_property
     def claims(self) -> tuple[tuple[TensorMethod, Plan], ...]:

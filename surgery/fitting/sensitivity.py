@@ -10,12 +10,15 @@ weight error.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from surgery.fitting.metric import Draws, Metric
 from surgery.fitting.trial import Trial
+from surgery.geometry.views import CanonicalView
 from surgery.inputs.probes import tensors_in
 from surgery.slots.slots import locate
 from surgery.storage.codecs import decode, encode, grouped
@@ -37,6 +40,40 @@ def sensitivities(trial: Trial, seed: int, samples: int = SAMPLES) -> dict[str, 
         seed: of the sign vectors.
         samples: backward passes for each probe batch.
     """
+    total: dict[str, float] = defaultdict(float)
+
+    def add(name: str, gradient: Tensor) -> None:
+        total[name] += float(gradient.float().square().mean())
+
+    _draw(trial, seed, samples, add)
+    # One that overflowed is as good as none: the tensor's errors are then measured.
+    return {name: power / samples for name, power in total.items() if 0 < power < math.inf}
+
+
+def metrics(
+    trial: Trial, seed: int, views: Mapping[str, CanonicalView], samples: int = SAMPLES
+) -> dict[str, Metric]:
+    """What any error in a site costs, by name; sites that no gradient reaches are absent.
+
+    Args:
+        trial: the member with its original weights.
+        seed: of the sign vectors.
+        views: of the sites that are asked for; a weight is one matrix of all their rows, `[S * out, in]`.
+        samples: backward passes for each probe batch.
+    """
+    draws = {name: Draws() for name in views}
+
+    def add(name: str, gradient: Tensor) -> None:
+        if name in draws:
+            draws[name].add(views[name].to_matrices(gradient).flatten(0, 1))
+
+    _draw(trial, seed, samples, add)
+    found = {name: each.metric(samples) for name, each in draws.items()}
+    return {name: metric for name, metric in found.items() if metric is not None}
+
+
+def _draw(trial: Trial, seed: int, samples: int, add: Callable[[str, Tensor], None]) -> None:
+    """Give every parameter's gradient v^T J of every probe batch and random sign vector v to `add`."""
     generator = torch.Generator().manual_seed(seed)
     own = {name: getattr(*locate(trial.module, name)) for name in trial.originals}
     parameters = {name: p for name, p in own.items() if isinstance(p, nn.Parameter) and p.is_floating_point()}
@@ -45,21 +82,18 @@ def sensitivities(trial: Trial, seed: int, samples: int = SAMPLES) -> dict[str, 
         sum(float(outputs[i].square().sum()) for outputs in trial.reference) ** 0.5 or 1.0
         for i in range(len(trial.reference[0]))
     ]
-    total = dict.fromkeys(parameters, 0.0)
     try:
         for p in frozen:  # what is not trained is stored like everything else
             p.requires_grad_(True)
         with progress.task(f"{trial.name}: sensitivities", samples * len(trial.probes)) as task:
             for _ in range(samples if parameters else 0):
                 for inputs in trial.probes:
-                    for name, power in _one_sample(trial, inputs, parameters, norms, generator).items():
-                        total[name] += power
+                    for name, gradient in _one_sample(trial, inputs, parameters, norms, generator).items():
+                        add(name, gradient)
                     task.advance()
     finally:
         for p in frozen:
             p.requires_grad_(False)
-    # One that overflowed is as good as none: the tensor's errors are then measured.
-    return {name: power / samples for name, power in total.items() if 0 < power < math.inf}
 
 
 def measured_sensitivities(trial: Trial, names: Sequence[str]) -> dict[str, float]:
@@ -84,8 +118,8 @@ def measured_sensitivities(trial: Trial, names: Sequence[str]) -> dict[str, floa
 
 def _one_sample(
     trial: Trial, inputs, parameters: Mapping[str, Tensor], norms: list[float], generator: torch.Generator
-) -> dict[str, float]:
-    """Mean squared entry of v^T J for every parameter, for one batch and one v."""
+) -> dict[str, Tensor]:
+    """v^T J for every parameter, for one batch and one v."""
     try:
         with torch.enable_grad():
             outputs = tensors_in(trial.module(*inputs.args, **inputs.kwargs))
@@ -105,8 +139,5 @@ def _one_sample(
         NotImplementedError,
     ):  # a model that cannot be differentiated is measured, not derived
         return {}
-    return {
-        name: float(gradient.float().square().mean())
-        for name, gradient in zip(parameters, gradients, strict=True)
-        if gradient is not None
-    }
+    pairs = zip(parameters, gradients, strict=True)
+    return {name: gradient for name, gradient in pairs if gradient is not None}

@@ -16,6 +16,7 @@ from surgery.storage.codecs import (
     NATIVE,
     Encoded,
     Precision,
+    Statistics,
     decode,
     encode,
     is_tame,
@@ -46,6 +47,7 @@ class Unit:
         options: precisions, or None for leaving the tensor out.
         nbytes: bytes of each option.
         errors: squared error of each option.
+        statistics: of the tensors' inputs, for codecs that make use of them.
     """
 
     tensors: Mapping[Any, Tensor]
@@ -53,6 +55,7 @@ class Unit:
     options: tuple[Precision | None, ...]
     nbytes: tuple[float, ...]
     errors: tuple[float, ...]
+    statistics: Statistics | None = None
 
 
 class Shared(Protocol):

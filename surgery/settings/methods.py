@@ -9,7 +9,7 @@ from typing import Any
 
 from surgery.disk.untrusted import shown
 from surgery.errors import PlanError
-from surgery.settings.names import SHIPPED_METHODS
+from surgery.settings.names import RELATED, SHIPPED_METHODS
 from surgery.settings.problems import advice_on
 from surgery.util.text import one_line
 
@@ -27,7 +27,8 @@ def installed() -> dict[str, EntryPoint]:
 
 def method_names() -> list[str]:
     """All methods that can be asked for, those of this package first."""
-    return [*dict.fromkeys((*SHIPPED_METHODS, *REGISTERED, *installed()))]
+    known = dict.fromkeys((*SHIPPED_METHODS, *REGISTERED, *installed()))
+    return [name for name in known if name not in RELATED]  # which a fit takes by itself
 
 
 def summary_of(name: str) -> str:
@@ -55,7 +56,7 @@ def load_method(name: str) -> Any:
     Raises:
         PlanError: where there is none, naming those that there are, or its package cannot be imported.
     """
-    if name not in REGISTERED and name in SHIPPED_METHODS:
+    if name not in REGISTERED and name in (*SHIPPED_METHODS, *RELATED):
         import_module(f"surgery.methods.{name}.method")
     if name not in REGISTERED and name in installed():
         point = installed()[name]

@@ -16,7 +16,8 @@ PARAMETERS_OF = {"templates": ("templates", "mix_norms"), "hypermodules": ("hype
 """Parameters of a recipe that only one method reads."""
 
 RELATED = ("siblings",)
-"""Ways of storing related sites together, each a module `related` in a folder of `surgery.methods`."""
+"""Ways of storing related sites together, which a fit takes by itself: each a module `related` in a folder of
+`surgery.methods`; the method of their banks, where they have one of their own, is in the folder's module `method`."""
 
 Mixing = Literal["linear", "softmax", "one-hot"]
 """Mixtures of templates: any, positive ones that sum to 1, or one template for each layer."""

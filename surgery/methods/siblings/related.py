@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from surgery.anatomy.sites import Site
 from surgery.core.dictionary import master_dtype
+from surgery.fitting.metric import mean_metric
 from surgery.fitting.related import register_way
 from surgery.fitting.scene import Scene, key_of
 from surgery.fitting.units import BANK_BYTES, Arrangement, measure
-from surgery.geometry.blocks import BlockGrid, tile
+from surgery.geometry.blocks import BlockGrid, tile, untile
 from surgery.methods.rows.shared import SharedRows
+from surgery.methods.siblings import differences  # noqa: F401  # a second way, registered by the import
 from surgery.methods.siblings.principal import principal_rows
 
 
@@ -29,11 +32,17 @@ def principal_directions(scene: Scene, sites: Sequence[Site]) -> Arrangement:
     sensitivity = torch.tensor([scene.sensitivity[key_of(site)] for site in sites], device=blocks.device)
     rows, contexts, share = principal_rows(blocks, sensitivity)
     power = sensitivity.sqrt().mean().square().item()  # rows are scaled by root sensitivity over its mean
+    mean = mean_metric([scene.metric(site) for site in sites])
     units = []
     for j in range(len(sites)):
         weight: dict[str, float] = defaultdict(float)
         for i, site in enumerate(sites):
             weight[site.member] += power * share[i, :, j].mean().item()
-        units.append(measure({f"rows.{j}": rows[j]}, dict(weight), droppable=j > 0))
+        unit = measure({f"rows.{j}": rows[j]}, dict(weight), droppable=j > 0)
+        if j:  # a row that is left out is no error of independent entries
+            row = untile(rows[j], grid).flatten(0, 1)
+            structure = mean.price(row) / max(mean.sensitivity * float(row.square().sum()), 1e-300)
+            unit = replace(unit, errors=(*unit.errors[:-1], unit.errors[-1] * max(structure, 1.0)))
+        units.append(unit)
     bank = SharedRows(tuple(sites), grid, contexts)
     return Arrangement(tuple(units), bank.fixed_bytes + BANK_BYTES, (bank,))

@@ -1,0 +1,190 @@
+"""Siblings' second way of storing related sites: a matrix that they share, and private rows for what is each one's.
+
+The shared matrix is the members' mean, rounded under the mean of their metrics. Each member's difference from it is
+taken apart into directions in the order in which they move its outputs; these come in runs, a unit each, which can be
+left out or stored with few bits. Private rows are made for the shared matrix and the contexts as they are stored, so
+they make up for their rounding as far as their directions reach.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from surgery.anatomy.plan import BankPlan, Placement
+from surgery.anatomy.sites import Site
+from surgery.core.dictionary import index_dtype, master_dtype
+from surgery.fitting.metric import Metric, mean_metric
+from surgery.fitting.related import register_way
+from surgery.fitting.scene import Scene, key_of
+from surgery.fitting.units import BANK_BYTES, PART_BYTES, Arrangement, Unit, measure
+from surgery.geometry.blocks import BlockGrid
+from surgery.methods.siblings.lowrank import Factors, factors
+from surgery.storage.codecs import (
+    NATIVE,
+    Encoded,
+    Precision,
+    decode,
+    encode,
+    encode_native,
+    grouped,
+    stored_bytes,
+)
+
+RUNS = (0, 1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
+"""Ranks between which directions are decided on together."""
+BITS = tuple(grouped(bits, 64) for bits in (8, 6, 5, 4, 3))  # of private rows; 2 cost more than they save
+SAMPLE = 48  # rows of the shared matrix on which the gain of error feedback is measured
+TRIED = grouped(4, 64)  # the precision at which it is
+
+
+@dataclass(frozen=True)
+class Relative:
+    """One site: its matrix, what errors in it cost, and the directions of its difference from what is shared."""
+
+    site: Site
+    matrix: Tensor
+    metric: Metric
+    found: Factors
+
+
+@dataclass(frozen=True)
+class Differences:
+    """A shared matrix and private rows, as a fit puts them together.
+
+    Attributes:
+        relatives: N sites of one shape.
+        shared: M `[o, n]`.
+        metric: the mean of theirs.
+        runs: for every unit after the first its relative, and the first and last of its directions.
+    """
+
+    relatives: tuple[Relative, ...]
+    shared: Tensor
+    metric: Metric
+    runs: tuple[tuple[int, int, int], ...]
+
+    @property
+    def count(self) -> int:
+        """The shared matrix, and all runs."""
+        return 1 + len(self.runs)
+
+    def assemble(
+        self, number: int, parts: Sequence[Encoded | None]
+    ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
+        """The bank: private rows of one precision are one part."""
+        first, o, n = self.relatives[0].site, *self.shared.shape
+        assert parts[0] is not None
+        kept: dict[Precision, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for (i, start, stop), part in zip(self.runs, parts[1:], strict=True):
+            if part is not None:
+                kept[part.precision][i] += range(start, stop)
+        found, left, owner = {"shared": parts[0]}, self._left(decode(parts[0]), kept), []
+        for k, (precision, own) in enumerate(kept.items()):
+            contexts = torch.cat([self.relatives[i].found.contexts[:, j].T for i, j in own.items()])
+            found[f"contexts.{k}"] = encode(contexts.contiguous(), precision)
+            rows = torch.cat([left[precision, i] for i in own])
+            found[f"rows.{k}"] = encode(rows, precision, self.metric.statistics)
+            owner += [i for i, directions in own.items() for _ in directions]
+        if owner:
+            found["owner"] = encode_native(torch.tensor(owner).to(index_dtype(len(self.relatives))))
+        key = f"1x{n}-{first.dtype}-{number}"
+        plan = BankPlan(key, (1, n), 1, first.dtype, o * len(self.relatives), method="siblings")
+        grid = BlockGrid(*first.view.shape, 1, n)
+        return plan, [Placement(r.site, key, grid, i * o) for i, r in enumerate(self.relatives)], found
+
+    def _left(self, shared: Tensor, kept) -> dict[tuple[Precision, int], Tensor]:
+        """Private rows by precision and relative: of least cost for contexts and a shared matrix as they are stored."""
+        found = {}
+        for i, relative in enumerate(self.relatives):
+            mine = [(precision, own[i]) for precision, own in kept.items() if i in own]
+            if not mine:
+                continue
+            contexts = torch.cat(
+                [
+                    decode(encode(relative.found.contexts[:, j].T.contiguous(), precision))
+                    for precision, j in mine
+                ]
+            )
+            seen = contexts.double() @ relative.metric.out.double()
+            rest = (relative.matrix - shared).double()
+            rows = torch.linalg.lstsq(seen @ contexts.double().T, seen @ rest).solution.to(shared.dtype)
+            for (precision, _), part in zip(mine, rows.split([len(j) for _, j in mine]), strict=True):
+                found[precision, i] = part
+        return found
+
+
+@register_way("differences")
+def shared_matrix(scene: Scene, sites: Sequence[Site]) -> Arrangement:
+    """Related sites as a shared matrix, one unit, and private rows, a unit for every run of directions."""
+    originals = [scene.originals[key_of(site)] for site in sites]
+    master = master_dtype(originals[0].dtype)
+    matrices = [
+        site.view.to_matrices(each).flatten(0, 1).to(master)
+        for site, each in zip(sites, originals, strict=True)
+    ]
+    shared, metrics = torch.stack(matrices).mean(0), [scene.metric(site) for site in sites]
+    relatives = tuple(
+        Relative(site, matrix, metric, factors(matrix - shared, metric.into, metric.out, most=RUNS[-1]))
+        for site, matrix, metric in zip(sites, matrices, metrics, strict=True)
+    )
+    mean = mean_metric(metrics)
+    units, runs, left = [_shared_unit(shared, relatives, mean)], [], {}
+    for i, relative in enumerate(relatives):
+        for start, stop, unit in _runs(relative):
+            units.append(unit)
+            runs.append((i, start, stop))
+        whole = relative.metric.price(relative.matrix - shared - relative.found.product())
+        left[relative.site.member] = left.get(relative.site.member, 0.0) + whole
+    units.append(Unit({}, left, (NATIVE,), (0.0,), (1.0,)))
+    fixed = BANK_BYTES + 4 * PART_BYTES
+    return Arrangement(tuple(units), fixed, (Differences(relatives, shared, mean, tuple(runs)),))
+
+
+def _shared_unit(shared: Tensor, relatives: Sequence[Relative], mean: Metric) -> Unit:
+    """The shared matrix in every precision: rounded with error feedback, whose gain is measured on some rows."""
+    weight: dict[str, float] = defaultdict(float)
+    o = len(shared)
+    for relative in relatives:
+        weight[relative.site.member] += relative.metric.sensitivity
+    unit = measure({"shared": shared}, dict(weight))
+    some = shared[torch.linspace(0, o - 1, min(SAMPLE, o)).long()]
+    plain, fed = (decode(encode(some, TRIED, each)) - some for each in (None, mean.statistics))
+    before, after = (float(((each @ mean.into) * each).sum()) for each in (plain, fed))
+    gain = min(after / before, 1.0) if before > 0 else 1.0
+    return Unit(
+        unit.tensors, unit.weight, unit.options, unit.nbytes, tuple(gain * error for error in unit.errors),
+        mean.statistics,
+    )  # fmt: skip
+
+
+def _runs(relative: Relative) -> list[tuple[int, int, Unit]]:
+    """Runs of directions of one relative, first and last, and their units: left out, or stored with few bits."""
+    made, metric = relative.found, relative.metric
+    rows, contexts = made.rows, made.contexts.T.contiguous()
+    of_rows = ((contexts @ metric.out) * contexts).sum(1)  # an error of a row counts that much
+    of_contexts = ((rows @ metric.into) * rows).sum(1)
+    lost = []  # by precision, of each direction
+    for precision in BITS:
+        wrong = decode(encode(rows, precision)) - rows, decode(encode(contexts, precision)) - contexts
+        from_rows = of_rows * ((wrong[0] @ metric.into) * wrong[0]).sum(1)
+        lost.append(from_rows + of_contexts * ((wrong[1] @ metric.out) * wrong[1]).sum(1))
+    found = []
+    for start, stop in pairwise([*(rank for rank in RUNS if rank < len(rows)), len(rows)]):
+        shapes = (stop - start, rows.shape[1]), (stop - start, contexts.shape[1])
+        nbytes = [sum(stored_bytes(shape, rows.dtype, each) for shape in shapes) for each in BITS]
+        errors = [float(each[start:stop].sum()) for each in lost]
+        unit = Unit(
+            {f"{relative.site.member}/{start}": rows[start:stop]},
+            {relative.site.member: 1.0},
+            (*BITS, None),
+            (*map(float, nbytes), 0.0),
+            (*errors, float(made.energy[start:stop].sum())),
+        )
+        found.append((start, stop, unit))
+    return found

@@ -1,0 +1,113 @@
+"""Siblings as a method: how banks of a shared matrix and private rows are stored and read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from surgery.anatomy.plan import BankPlan, Placement, Plan, make_plan, torch_dtype
+from surgery.core.bank import Bank
+from surgery.core.dictionary import index_dtype, master_dtype
+from surgery.core.method import PlanRequest, TensorMethod, register_method
+from surgery.methods.rows.exact import exact_bank
+from surgery.methods.siblings.bank import SiblingsBank
+from surgery.storage.codecs import Encoded, decode, encode_native, take_rows
+
+if TYPE_CHECKING:
+    from surgery.anatomy.sites import Anatomy
+
+
+@register_method
+class Siblings(TensorMethod):
+    """Related sites as a shared matrix plus private rows; a fit finds them by itself."""
+
+    name: ClassVar[str] = "siblings"
+    form: ClassVar[str] = "siblings"
+    claims: ClassVar[bool] = False
+    summary: ClassVar[str] = "a shared matrix, and products of low rank"
+
+    def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Plan:
+        """As a fit finds siblings among all sites, every site as without a method."""
+        return make_plan(anatomies, request.block, request.context)
+
+    def make(self, plan: BankPlan, blocks: Tensor, generator: torch.Generator) -> Bank:
+        """Every distinct block as a row: nothing is lost."""
+        return exact_bank(blocks, plan.block)
+
+    def unpack(self, plan: BankPlan, parts: Mapping[str, Tensor]) -> SiblingsBank:
+        """A bank from its parts."""
+        shared = parts["shared"].to(master_dtype(torch_dtype(plan.dtype)))
+        count = sum(name.startswith("rows.") for name in parts)
+        rows, contexts = (
+            [parts[f"{kind}.{k}"].to(shared) for k in range(count)] for kind in ("rows", "contexts")
+        )
+        none = shared.new_zeros(0, len(shared))
+        owner = parts["owner"].to(shared.device) if count else torch.zeros(0, dtype=torch.long)
+        return SiblingsBank(
+            plan.locations // len(shared),
+            shared,
+            torch.cat([shared[:0], *rows]),
+            torch.cat([none, *contexts]),
+            owner.to(shared.device),
+            [len(each) for each in rows],
+        )
+
+    def wrong_parts(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> list[str]:
+        """As of any bank; and values must be finite."""
+        bad = super().wrong_parts(plan, parts)
+        return bad or [
+            f"bank {plan.key} has NaN or infinite values in {name}"
+            for name, each in parts.items()
+            if name != "owner" and not bool(decode(each).isfinite().all())
+        ]
+
+    def location_bytes(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> Tensor:
+        """The shared matrix is divided among all sites, private rows among the blocks of their own."""
+        o = parts["shared"].shape[0]
+        sites = plan.locations // o
+        each = torch.full((sites,), parts["shared"].nbytes / sites, dtype=torch.float64)
+        owner, start = _owners(parts), 0
+        for number in range(sum(name.startswith("rows.") for name in parts)):
+            count = parts[f"rows.{number}"].shape[0]
+            size = parts[f"rows.{number}"].nbytes + parts[f"contexts.{number}"].nbytes
+            size += count * parts["owner"].nbytes / max(len(owner), 1)
+            each += torch.bincount(owner[start : start + count], minlength=sites) * (size / max(count, 1))
+            start += count
+        return (each / o).repeat_interleave(o)
+
+    def alignment(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> tuple[Tensor, int]:
+        """Blocks at one place of all sites draw on one row of the shared matrix."""
+        o = parts["shared"].shape[0]
+        return torch.arange(plan.locations) % o, o
+
+    def restrict(
+        self, plan: BankPlan, placements: Sequence[Placement], parts: Mapping[str, Encoded]
+    ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
+        """The shared matrix and the private rows of some sites."""
+        o = parts["shared"].shape[0]
+        chosen = [p.start // o for p in placements]
+        owner, start, kept = _owners(parts), 0, {"shared": parts["shared"]}
+        number, left = 0, []
+        for k in range(sum(name.startswith("rows.") for name in parts)):
+            count = parts[f"rows.{k}"].shape[0]
+            mine = owner[start : start + count]
+            rows = torch.nonzero(torch.isin(mine, torch.tensor(chosen))).flatten()
+            start += count
+            if not len(rows):
+                continue
+            for kind in ("rows", "contexts"):
+                kept[f"{kind}.{number}"] = take_rows(parts[f"{kind}.{k}"], rows)
+            left += [chosen.index(int(i)) for i in mine[rows]]
+            number += 1
+        if left:
+            kept["owner"] = encode_native(torch.tensor(left).to(index_dtype(len(chosen))))
+        moved = [replace(p, start=i * o) for i, p in enumerate(placements)]
+        return replace(plan, locations=o * len(chosen)), moved, kept
+
+
+def _owners(parts: Mapping[str, Encoded]) -> Tensor:
+    return decode(parts["owner"]).long() if "owner" in parts else torch.zeros(0, dtype=torch.long)

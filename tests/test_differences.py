@@ -1,0 +1,179 @@
+"""Siblings as a shared matrix and private rows: the bank, and fits that choose it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from artifacts import contents, member
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import surgery
+from surgery.anatomy.plan import BankPlan
+from surgery.core.method import find_method
+from surgery.methods.siblings.bank import SiblingsBank
+from surgery.settings.methods import method_names
+from surgery.storage.codecs import decode, encode_native, grouped
+from surgery.storage.codecs import encode as encoded
+from surgery.storage.stored import store
+
+METHOD = find_method("siblings")
+NAMES = ("one", "two", "three")
+
+
+def bank(sites, o, n, chunks, seed):
+    generator = torch.Generator().manual_seed(seed)
+    made = [
+        torch.randn(count, width, generator=generator)
+        for count, width in ((o, n), (sum(chunks), n), (sum(chunks), o))
+    ]
+    owner = torch.randint(sites, (sum(chunks),), generator=generator)
+    return SiblingsBank(sites, *made, owner, chunks), BankPlan(
+        "k", (1, n), 1, "float32", sites * o, method="siblings"
+    )
+
+
+BANKS = given(
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.lists(st.integers(1, 4), max_size=3),
+    st.integers(0, 99),
+)
+
+
+@BANKS
+@settings(max_examples=40, deadline=None)
+def test_every_block_is_its_shared_row_and_its_private_rows(sites, o, n, chunks, seed):
+    made, plan = bank(sites, o, n, chunks, seed)
+    wanted = torch.zeros(sites, o, n)
+    for i in range(sites):
+        for p in range(o):
+            wanted[i, p] = made.shared[p].detach()
+            for j in range(sum(chunks)):
+                if int(made.owner[j]) == i:
+                    wanted[i, p] += (made.contexts[j, p] * made.rows[j]).detach()
+    wanted = wanted.flatten(0, 1)
+    start, stop = sorted((seed % (sites * o), (7 * seed) % (sites * o + 1)))
+    torch.testing.assert_close(made.blocks().detach(), wanted)
+    torch.testing.assert_close(made.blocks(start, stop).detach(), wanted[start:stop])
+    torch.testing.assert_close(made.portable_blocks(start, stop), wanted[start:stop])
+    again = METHOD.unpack(plan, made.pack(plan))
+    assert all(torch.equal(a, b) for a, b in zip(again.state().values(), made.state().values(), strict=True))
+    assert again.chunks == made.chunks
+
+
+@BANKS
+@settings(max_examples=20, deadline=None)
+def test_some_sites_alone_are_what_they_were(sites, o, n, chunks, seed):
+    from surgery.anatomy.plan import Placement
+    from surgery.geometry.blocks import BlockGrid
+
+    made, plan = bank(sites, o, n, chunks, seed)
+    parts = {
+        k: encoded(v, grouped(4, 64)) if v.ndim > 1 else encode_native(v) for k, v in made.pack(plan).items()
+    }
+    whole = METHOD.unpack(plan, {k: decode(v) for k, v in parts.items()})
+    chosen = [i for i in range(sites) if (seed >> i) & 1] or [sites - 1]
+    placements = [Placement(None, "k", BlockGrid(1, o, n, 1, n), i * o) for i in chosen]
+    smaller, moved, kept = METHOD.restrict(plan, placements, parts)
+    own = METHOD.unpack(smaller, {k: decode(v) for k, v in kept.items()})
+    assert smaller.locations == own.locations == len(chosen) * o and not METHOD.wrong_parts(smaller, kept)
+    for old, new in zip(placements, moved, strict=True):
+        assert torch.equal(own.blocks(new.start, new.stop), whole.blocks(old.start, old.stop))
+    assert float(METHOD.location_bytes(plan, parts).sum()) == pytest.approx(
+        sum(p.nbytes for p in parts.values())
+    )
+
+
+def test_parts_that_do_not_fit_are_named():
+    made, plan = bank(2, 3, 4, [2], 0)
+    parts = {k: encode_native(v) for k, v in made.pack(plan).items()}
+    assert METHOD.wrong_parts(plan, parts) == []
+    for name, wrong in (
+        ("owner", torch.tensor([0, 2], dtype=torch.uint8)),
+        ("rows.0", torch.zeros(2, 5)),
+        ("contexts.0", torch.full((2, 3), torch.nan)),
+        ("shared", torch.zeros(4, 4)),
+    ):
+        assert METHOD.wrong_parts(plan, {**parts, name: encode_native(wrong)})
+
+
+def test_no_recipe_asks_for_it():
+    assert "siblings" not in method_names()
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 64), nn.Linear(64, 4)
+        self.middle = nn.ModuleList(nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.middle:
+            x = x + torch.relu(layer(x))
+        return self.last(x)
+
+
+def family(rank=2, size=0.1):
+    """Members of one base whose differences are of low rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base, nets = Net().eval(), {}
+        for name in NAMES:
+            net = Net().eval()
+            net.load_state_dict(base.state_dict())
+            with torch.no_grad():
+                for layer in net.middle:
+                    layer.weight += size * torch.randn(64, rank) @ torch.randn(rank, 64) / 8
+            nets[name] = net
+    return nets
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    joint = surgery.join([member(net, name, torch.randn(8, 16)) for name, net in family().items()])
+    return surgery.fit(joint, budget=0.12)
+
+
+def test_a_family_is_a_shared_matrix_and_private_rows(fitted):
+    banks = fitted.plan.banks
+    assert {each.method for each in banks} == {"siblings"} and len(banks) == 3
+    assert all(error < 0.1 for error in fitted.report.errors.values()), fitted.report.errors
+    parts = store(fitted).tensors
+    ranks = [each.shape[0] for key, each in parts.items() if ".rows." in f".{key}".replace("/", ".")]
+    assert sum(ranks) >= 3 * 3 * 2  # all of the differences
+
+
+def test_it_is_better_than_each_alone_in_the_same_bytes(fitted):
+    nets = family()
+    for name in NAMES:
+        alone = surgery.fit(surgery.join([member(nets[name], name, torch.randn(8, 16))]), budget=0.12)
+        assert fitted.report.errors[name] < 0.5 * alone.report.errors[name]
+
+
+def test_it_is_saved_loaded_and_exported_bit_for_bit(fitted, tmp_path):
+    surgery.save(fitted, tmp_path / "joint")
+    modules = {name: Net() for name in NAMES}
+    again = surgery.load(tmp_path / "joint", modules=modules)
+    for name in NAMES:
+        one, other = fitted.collapse(name), again.collapse(name)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    report = surgery.verify(tmp_path / "joint", modules={name: Net() for name in NAMES})
+    assert not report.files and all(check.rebuilt for check in report.members)
+    surgery.save(again, tmp_path / "again")
+    assert contents(Path(tmp_path / "again")) == contents(Path(tmp_path / "joint"))
+    surgery.export(fitted, "two", tmp_path / "two", format="compressed")
+    small = surgery.load(tmp_path / "two", modules={"two": Net()})
+    assert all(torch.equal(a, small.collapse("two")[key]) for key, a in fitted.collapse("two").items())
+
+
+def test_what_a_family_has_not_in_common_is_not_left_out():
+    """A budget far below what the differences take keeps those that move outputs most."""
+    joint = surgery.join([member(net, name, torch.randn(8, 16)) for name, net in family(64, 0.3).items()])
+    errors = surgery.fit(joint, budget=0.09).report.errors
+    assert all(error < 0.75 for error in errors.values()), errors
