@@ -88,8 +88,7 @@ class Differences:
         for k, (precision, own) in enumerate(kept.items()):
             contexts = torch.cat([self.relatives[i].found.contexts[:, j].T for i, j in own.items()])
             found[f"contexts.{k}"] = encode(contexts.contiguous(), precision)
-            rows = torch.cat([left[precision, i] for i in own])
-            found[f"rows.{k}"] = encode(rows, precision, self.metric.statistics)
+            found[f"rows.{k}"] = encode(torch.cat([left[precision, i] for i in own]), precision)
             owner += [i for i, directions in own.items() for _ in directions]
         if owner:
             found["owner"] = encode_native(torch.tensor(owner).to(index_dtype(len(self.relatives))))

@@ -47,7 +47,7 @@ def factors(difference: Tensor, into: Tensor, out: Tensor | None = None, most: i
     """The directions of a difference, in the metric of its inputs and outputs.
 
     Args:
-        difference: D `[out, n]`.
+        difference: D `[out, n]`, float32 or float64, in which everything is computed.
         into: H `[n, n]`, symmetric and positive semidefinite.
         out: G `[out, out]`, positive definite; by default the identity, and with H = I this is then the plain SVD.
         most: number of directions to keep; by default min(out, n), whose product is D up to rounding.
@@ -57,19 +57,20 @@ def factors(difference: Tensor, into: Tensor, out: Tensor | None = None, most: i
         >>> found.energy.tolist(), found.tails.tolist()
         ([9.0, 4.0], [13.0, 4.0, 0.0])
     """
-    exact, moment = difference.double(), into.double()
-    lower = None if out is None else torch.linalg.cholesky(out.double())
+    exact, moment = difference, into.to(difference)
+    lower = None if out is None else torch.linalg.cholesky(out.double()).to(difference)
     turned = exact if lower is None else lower.T @ exact
     # Where there are more rows than columns, within what the columns span.
     frame = torch.linalg.qr(turned).Q if len(turned) > turned.shape[1] else None
     inner = turned if frame is None else frame.T @ turned
     energy, vectors = torch.linalg.eigh(inner @ moment @ inner.T)
-    energy, vectors = energy.flip(0).clamp_min(0.0)[:most], vectors.flip(1)[:, :most]
+    energy, vectors = energy.double().flip(0).clamp_min(0.0)[:most], vectors.flip(1)[:, :most]
     rows = vectors.T @ inner
     contexts = vectors if frame is None else frame @ vectors
     if lower is not None:
         contexts = torch.linalg.solve_triangular(lower.T, contexts, upper=True)
+    tiny = torch.finfo(rows.dtype).tiny
     # Both factors of each direction of one size: neighbours then round alike.
-    size = (rows.square().mean(1) / contexts.square().mean(0).clamp_min(1e-300)).clamp_min(1e-300).pow(0.25)
+    size = (rows.square().mean(1) / contexts.square().mean(0).clamp_min(tiny)).clamp_min(tiny).pow(0.25)
     rows, contexts = rows / size[:, None], contexts * size
-    return Factors(contexts.to(difference.dtype), rows.to(difference.dtype), energy)
+    return Factors(contexts, rows, energy)
