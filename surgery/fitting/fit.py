@@ -28,7 +28,7 @@ from surgery.errors import PlanError
 from surgery.fitting.exactly import make_exactly
 from surgery.fitting.recording import recipe_of_fit
 from surgery.fitting.report import FitReport, Probes, describe, describe_stacks
-from surgery.fitting.scene import Scene, asked_of, fitted_by
+from surgery.fitting.scene import Scene, as_asked, asked_of, fitted_by
 from surgery.fitting.search import search
 from surgery.fitting.trial import Trial, to_device
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
@@ -167,7 +167,7 @@ def _fitted(
         for name, member in joint.members.items():
             inputs = given.get(name) or probe_inputs(member, seed=asked.seed)
             trials[name] = Trial(member, originals[name], joint.owners[name], inputs, place)
-        scene = Scene(trials, before[0], asked, asked.seed)
+        scene = Scene(trials, as_asked(before[0]), asked, asked.seed)
         free = asked.max_error is None and asked.budget is None
         made = make_exactly if free and scene.asked else search
         outcome = made(scene, ties(joint))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -19,6 +19,7 @@ from surgery.fitting.metric import Metric
 from surgery.fitting.sensitivity import measured_sensitivities, metrics, sensitivities
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, Key, Unit, measure
+from surgery.settings.names import RELATED
 from surgery.settings.target import Target
 from surgery.storage.keys import PlainKey
 
@@ -125,9 +126,15 @@ class Scene:
         return Arrangement(tuple(self.alone(each) for each in equal))
 
 
+def as_asked(plan: Plan) -> Plan:
+    """A plan in which what an earlier fit stored together by itself is as open to choices as any other site."""
+    freed = (replace(b, method=DEFAULT_METHOD) if b.method in RELATED else b for b in plan.banks)
+    return replace(plan, banks=tuple(freed))
+
+
 def fitted_by(plan: Plan) -> list[TensorMethod]:
     """The methods of a plan's banks; that of all sites where there is none."""
-    return methods_of(plan) or [tensor_method(DEFAULT_METHOD)]
+    return methods_of(as_asked(plan)) or [tensor_method(DEFAULT_METHOD)]
 
 
 def asked_of(plan: Plan, target: Target) -> dict[str, str]:
@@ -137,7 +144,7 @@ def asked_of(plan: Plan, target: Target) -> dict[str, str]:
         plan: of a joint model.
         target: what is asked of its fit.
     """
-    found = {each.name: each.asks(plan_of(plan, each.name), target) for each in fitted_by(plan)}
+    found = {each.name: each.asks(plan_of(as_asked(plan), each.name), target) for each in fitted_by(plan)}
     return {name: words for name, words in found.items() if words}
 
 

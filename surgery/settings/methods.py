@@ -25,10 +25,14 @@ def installed() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
 
 
+def known_methods() -> list[str]:
+    """All methods that banks can be of: those that can be asked for, and those that a fit takes by itself."""
+    return [*dict.fromkeys((*SHIPPED_METHODS, *REGISTERED, *installed(), *RELATED))]
+
+
 def method_names() -> list[str]:
     """All methods that can be asked for, those of this package first."""
-    known = dict.fromkeys((*SHIPPED_METHODS, *REGISTERED, *installed()))
-    return [name for name in known if name not in RELATED]  # which a fit takes by itself
+    return [name for name in known_methods() if name not in RELATED]
 
 
 def summary_of(name: str) -> str:

@@ -177,3 +177,30 @@ def test_what_a_family_has_not_in_common_is_not_left_out():
     joint = surgery.join([member(net, name, torch.randn(8, 16)) for name, net in family(64, 0.3).items()])
     errors = surgery.fit(joint, budget=0.09).report.errors
     assert all(error < 0.75 for error in errors.values()), errors
+
+
+@pytest.fixture
+def loaded(fitted, tmp_path):
+    surgery.save(fitted, tmp_path / "joint")
+    return surgery.load(tmp_path / "joint", modules={name: Net() for name in NAMES})
+
+
+def test_a_fit_of_a_fitted_family_may_choose_anything_again(loaded):
+    before = loaded.report.stored_bytes
+    again = surgery.fit(loaded, max_error=0.3)
+    assert again.report.met and again.report.stored_bytes < before
+
+
+def test_a_fitted_family_becomes_hypermodules(loaded):
+    found = surgery.fit(loaded, hypermodules=20)
+    assert {each.method for each in found.plan.banks} == {"hypermodules"}
+
+
+def test_a_fitted_family_is_trained_in_what_it_shares(loaded):
+    before = {name: loaded.collapse(name)["middle.0.weight"] for name in NAMES}
+    x, y = torch.randn(8, 16), torch.randn(8, 4)
+    tasks = [surgery.Task(name, name, [(x, y)], loss="mse", validation=[(x, y)]) for name in NAMES]
+    surgery.train(loaded, tasks, {"generations": 1, "steps": 2})
+    assert {loaded.dictionary[key].form for key in loaded.dictionary} == {"siblings"}
+    moved = [loaded.collapse(name)["middle.0.weight"] - before[name] for name in NAMES]
+    assert all(float(each.abs().max()) > 0 for each in moved)
