@@ -44,9 +44,12 @@ class Metric:
     into: Tensor
 
     @classmethod
-    def independent(cls, sensitivity: float, out: int, into: int) -> Metric:
+    def independent(
+        cls, sensitivity: float, out: int, into: int, device: torch.device | None = None
+    ) -> Metric:
         """That of which only the sensitivity is known: relative squared output error per squared error."""
-        return cls(torch.eye(out) / out, torch.eye(into) * (out * sensitivity))
+        sides = torch.eye(out, device=device) / out, torch.eye(into, device=device) * (out * sensitivity)
+        return cls(*sides)
 
     def price(self, error: Tensor) -> float:
         """tr(G E H E^T) / tr G."""

@@ -68,7 +68,9 @@ class Scene:
         found = self._metrics[site.member].get(site.name)
         if found is None:
             stack, out, into = site.view.shape
-            found = Metric.independent(self.sensitivity[key_of(site)], stack * out, into)
+            found = Metric.independent(
+                self.sensitivity[key_of(site)], stack * out, into, self.trials[site.member].device
+            )
         return found
 
     @cached_property

@@ -154,7 +154,8 @@ def _shared_unit(shared: Tensor, relatives: Sequence[Relative], mean: Metric) ->
     unit = measure({"shared": shared}, dict(weight))
     some = shared[torch.linspace(0, o - 1, min(SAMPLE, o)).long()]
     plain, fed = (decode(encode(some, TRIED, each)) - some for each in (None, mean.statistics))
-    before, after = (float(((each @ mean.into) * each).sum()) for each in (plain, fed))
+    into = mean.into.to(shared)
+    before, after = (float(((each @ into) * each).sum()) for each in (plain, fed))
     gain = min(after / before, 1.0) if before > 0 else 1.0
     return Unit(
         unit.tensors, unit.weight, unit.options, unit.nbytes, tuple(gain * error for error in unit.errors),
@@ -164,15 +165,16 @@ def _shared_unit(shared: Tensor, relatives: Sequence[Relative], mean: Metric) ->
 
 def _runs(relative: Relative) -> list[tuple[int, int, Unit]]:
     """Runs of directions of one relative, first and last, and their units: left out, or stored with few bits."""
-    made, metric = relative.found, relative.metric
+    made = relative.found
     rows, contexts = made.rows, made.contexts.T.contiguous()
-    of_rows = ((contexts @ metric.out) * contexts).sum(1)  # an error of a row counts that much
-    of_contexts = ((rows @ metric.into) * rows).sum(1)
+    into, out = (each.to(rows) for each in (relative.metric.into, relative.metric.out))
+    of_rows = ((contexts @ out) * contexts).sum(1)  # an error of a row counts that much
+    of_contexts = ((rows @ into) * rows).sum(1)
     lost = []  # by precision, of each direction
     for precision in BITS:
         wrong = decode(encode(rows, precision)) - rows, decode(encode(contexts, precision)) - contexts
-        from_rows = of_rows * ((wrong[0] @ metric.into) * wrong[0]).sum(1)
-        lost.append(from_rows + of_contexts * ((wrong[1] @ metric.out) * wrong[1]).sum(1))
+        from_rows = of_rows * ((wrong[0] @ into) * wrong[0]).sum(1)
+        lost.append(from_rows + of_contexts * ((wrong[1] @ out) * wrong[1]).sum(1))
     found = []
     for start, stop in pairwise([*(rank for rank in RUNS if rank < len(rows)), len(rows)]):
         shapes = (stop - start, rows.shape[1]), (stop - start, contexts.shape[1])

@@ -28,6 +28,7 @@ class Siblings(TensorMethod):
     name: ClassVar[str] = "siblings"
     form: ClassVar[str] = "siblings"
     claims: ClassVar[bool] = False
+    stored_as: ClassVar[str] = "shared matrix"
     summary: ClassVar[str] = "a shared matrix, and products of low rank"
 
     def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Plan:
