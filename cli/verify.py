@@ -77,7 +77,10 @@ def print_report(report: VerifyReport) -> None:
         if each.not_built:
             why = each.not_built.replace("`trust_remote_code`", "--trust-remote-code").rstrip(".")
             console.say(f"{each.member}: its weights were compared, but its module was not built: {why}.")
+        if each.not_compared:
+            said = f"how far its outputs moved was not compared with the recorded error: {each.not_compared}"
+            console.say(f"{each.member}: {said}.")
     matches = "everything that was compared matches"
-    if not any(each.not_built for each in report.members):
+    if not any(each.not_built or each.not_compared for each in report.members):
         matches = "everything matches"
     console.say(f"{report.directory}: {matches if report.ok else 'does NOT match what was written'}.")

@@ -24,7 +24,7 @@ from surgery.core.joint import JointModel
 from surgery.core.replacing import MissingMethodError, make_again
 from surgery.errors import ConsentError, SurgeryError
 from surgery.fitting.report import FitReport
-from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
+from surgery.inputs.probes import outputs_over, probe_inputs, relative_error, unknown_in_probes
 from surgery.members.member import Member, Origin, content_hash, whole_state
 from surgery.members.occupancy import check_unoccupied
 from surgery.members.origins.bounded import bounded, by_file
@@ -36,7 +36,7 @@ from surgery.storage.lazy import LazyState, handles_of
 from surgery.storage.states import lazy_state_of
 from surgery.util.copies import duplicate
 from surgery.util.showing import as_html, as_text
-from surgery.util.text import shorten
+from surgery.util.text import one_line, shorten
 
 ROUNDING = 1e-5  # relative: a kernel may add the terms of a block in another order than the recorded one
 SAME_ERROR = (1e-4, 0.02)  # absolute and relative difference between two measurements of one output error
@@ -56,6 +56,8 @@ class MemberCheck:
         error: relative L2 error of its outputs against the origin's, on the recorded probe inputs.
         recorded_error: what was measured when it was fitted.
         not_built: why its module was not built, so that its weights alone were compared; None where it was.
+        not_compared: why its outputs were not compared with the recorded error; None where they were, or none is
+            recorded.
     """
 
     member: str
@@ -67,6 +69,7 @@ class MemberCheck:
     error: float | None = None
     recorded_error: float | None = None
     not_built: str | None = None
+    not_compared: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -194,18 +197,27 @@ def _check(
         return MemberCheck(name, not reasons, tuple(reasons), rebuilt, where, recorded_error=recorded)
     original = whole_state(origin.module)
     where, changed = _compare_hash(manifest, name, original, found)
-    error = None
+    error, not_compared = None, None
     if joint is not None:
-        probes = probe_inputs(origin, seed=_seed(manifest))
-        error = relative_error(outputs_over(origin.module, probes), outputs_over(joint[name], probes))
-        reasons += _compare_error(manifest, name, error, recorded)
+        error, wrong, not_compared = _compare_outputs(manifest, origin, joint[name])
+        reasons += wrong
     if replaced := replacements_of(manifest, name):
         shapes = {key: each.shape for key, each in handles_of(state).items()}
         original, failed = _replaced_state(name, origin.module, replaced, shapes)
         reasons += failed if joint is not None else []
     reasons += changed + _compare_dtypes(original, state)
     distance = _farthest(original, state)
-    return MemberCheck(name, not reasons, tuple(reasons), rebuilt, where, distance, error, recorded)
+    return MemberCheck(
+        name,
+        not reasons,
+        tuple(reasons),
+        rebuilt,
+        where,
+        distance,
+        error,
+        recorded,
+        not_compared=not_compared,
+    )
 
 
 def _replaced_state(
@@ -296,15 +308,56 @@ def _compare_dtypes(original: Mapping[str, Tensor], state: Mapping[str, Tensor])
     return [f"its origin must have tensors of the same dtypes, but has {shorten(other, 3)}"] if other else []
 
 
-def _compare_error(manifest: Manifest, name: str, error: float, recorded: float | None) -> list[str]:
-    report = manifest.report or FitReport()
-    # Real probe inputs are not kept; and without a hash it was not the origin that the fit began from.
-    if recorded is None or name in report.probes.given or name not in report.hashes:
-        return []
+def _compare_outputs(
+    manifest: Manifest, origin: Member, module: nn.Module
+) -> tuple[float | None, list[str], str | None]:
+    """How far a member's outputs are from its origin's, what is wrong with that, and why it was not compared.
+
+    Args:
+        manifest: says what a fit measured, and on what.
+        origin: the member as it was.
+        module: of the member as it is.
+    """
+    name, report = origin.name, manifest.report or FitReport()
+    recorded = report.error(name)
+    origin, unknown = _with_recorded_inputs(manifest, origin)
+    probes = probe_inputs(origin, seed=_seed(manifest))
+    try:
+        expected = outputs_over(origin.module, probes)
+    except Exception as error:  # of a user's module, on inputs like those that were recorded
+        return None, [], f"made-up inputs do not run in it: {one_line(error)}"
+    try:
+        moved = relative_error(expected, outputs_over(module, probes))
+    except Exception as error:
+        return None, [f"it must run where its origin runs, but raises {one_line(error)}"], None
+    if recorded is None:
+        return moved, [], None
+    if name in report.probes.given:
+        return moved, [], "that was measured on inputs that were given to the fit and are not kept"
+    if name not in report.hashes:
+        return moved, [], "the fit did not begin from its origin"
     absolute, relative = SAME_ERROR
-    if error <= recorded * (1 + relative) + absolute:
-        return []
-    return [f"its outputs must stay within the recorded error {recorded:.4f}, but differ by {error:.4f}"]
+    if moved <= recorded * (1 + relative) + absolute:
+        return moved, [], None
+    differ = f"they differ by {moved:.4f} where {recorded:.4f} was recorded"
+    if unknown:
+        return moved, [], f"its {unknown} were not kept, so that {differ}, on other inputs"
+    return (
+        moved,
+        [f"its outputs must stay within the recorded error {recorded:.4f}, but differ by {moved:.4f}"],
+        None,
+    )
+
+
+def _with_recorded_inputs(manifest: Manifest, origin: Member) -> tuple[Member, str]:
+    """An origin with the inputs that a fit's probe inputs were made like, as far as they are recorded, and what of
+    them is not, in words."""
+    recorded = replace(origin, inputs=inputs_of(manifest, origin.name))
+    if not (recorded.inputs.args or recorded.inputs.kwargs):
+        return origin, "example inputs"
+    if unknown := unknown_in_probes(recorded):
+        return origin, f"example inputs {shorten(unknown)}"  # its own are as good a guess
+    return recorded, ""
 
 
 @torch.no_grad()

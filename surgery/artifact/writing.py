@@ -46,6 +46,7 @@ from surgery.disk.folders import new_folder
 from surgery.disk.places import Places, into_artifact
 from surgery.errors import ArtifactError, OutputError
 from surgery.fitting.report import FitReport
+from surgery.inputs.probes import followed
 from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import to_document
 from surgery.members.member import Member, Origin, content_hash
@@ -173,7 +174,8 @@ def _describe(
     entries: dict[str, MemberEntry] = {}
     first: dict[str, str] = {}  # members by what their origin and inputs are
     for member in members:
-        origin, inputs = OriginEntry.model_construct(**asdict(member.origin)), sketch(member.inputs)
+        origin = OriginEntry.model_construct(**asdict(member.origin))
+        inputs = sketch(member.inputs, _followed(member))
         like = first.setdefault(json.dumps([origin.model_dump(), inputs]), member.name)
         described = {"origin": origin, "inputs": inputs} if like == member.name else {"like": like}
         entries[member.name] = MemberEntry.model_construct(
@@ -193,6 +195,14 @@ def _describe(
         views=views,
         report=report if report is not None and report.to_json() else None,
     )
+
+
+def _followed(member: Member) -> frozenset[str]:
+    """Places of example inputs on whose values probe inputs depend; none where no probe inputs can be made."""
+    try:
+        return followed(member)
+    except Exception:  # of odd values: nothing can have been measured on what is like them
+        return frozenset()
 
 
 def _replaced(replacement: Replacement) -> ReplacementEntry:

@@ -16,7 +16,7 @@ from surgery.errors import SurgeryError
 from surgery.inputs.calibration import picture_statistics, read_calibration
 from surgery.inputs.sample import Sample, find
 from surgery.inputs.text import end_token, text_length, vocabulary
-from surgery.members.member import Inputs, Member
+from surgery.members.member import Inputs, Member, Spread
 from surgery.util.randomness import seeded
 
 _LENGTH = 32  # tokens of made-up text
@@ -55,8 +55,51 @@ def probe_inputs(
         return read_calibration(member, Path(calibrate))
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
-    generator = torch.Generator().manual_seed(seed)
-    return [_fresh(member, generator) for _ in range(count)]
+    likeness = _Likeness(member, torch.Generator().manual_seed(seed))
+    return [likeness.batch() for _ in range(count)]
+
+
+def followed(member: Member) -> frozenset[str]:
+    """Places of the example inputs on whose values made-up probe inputs depend.
+
+    Example:
+        >>> from surgery.members.references import load_member
+        >>> followed(load_member(nn.Linear(3, 5), name="probe", inputs=torch.randn(2, 3)))
+        frozenset({'0'})
+    """
+    likeness = _likeness(member)
+    return frozenset(likeness.by_spread | {place for place, t in likeness.by_value.items() if _counts(t)})
+
+
+def unknown_in_probes(member: Member) -> list[str]:
+    """Places of the example inputs on whose values made-up probe inputs depend, although these were not kept."""
+    likeness, spreads = _likeness(member), member.inputs.spreads
+    unknown = {place for place in likeness.by_spread if place in spreads and spreads[place] is None}
+    for place in likeness.by_value.keys() & spreads.keys():
+        spread = spreads[place]
+        constant = spread is not None and spread.low == spread.high and _counts(likeness.by_value[place])
+        unknown |= set() if constant else {place}
+    return sorted(unknown)
+
+
+def spread_of(tensor: Tensor) -> Spread:
+    """Smallest and largest value of a tensor, and mean and standard deviation where they are real.
+
+    Example:
+        >>> spread_of(torch.tensor([1, 5, 3]))
+        Spread(low=1, high=5, mean=0.0, deviation=0.0)
+    """
+    if not tensor.is_floating_point():
+        return Spread(int(tensor.min()), int(tensor.max()))
+    numbers = tensor.float()
+    found = numbers.min(), numbers.max(), numbers.mean(), numbers.std(correction=0)
+    return Spread(*(float(each) for each in found))
+
+
+def tensors_at(inputs: Inputs) -> list[tuple[str, Tensor]]:
+    """The tensors among arguments, each with its place, such as `0`, `ids` or `states.1`."""
+    named = [*((str(i), value) for i, value in enumerate(inputs.args)), *inputs.kwargs.items()]
+    return [found for place, value in named for found in _tensors_at(value, place)]
 
 
 def outputs_of(module: nn.Module, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -128,15 +171,77 @@ def tensors_in(value: Any) -> list[Tensor]:
     return []  # caches and other objects
 
 
-def _fresh(member: Member, generator: torch.Generator) -> Inputs:
-    """One batch like the example inputs, with new values."""
-    kwargs = dict(member.inputs.kwargs)
-    text = _text(member, generator) if isinstance(kwargs.get("input_ids"), Tensor) else {}
-    for name, value in kwargs.items():
-        if name not in text:
-            kwargs[name] = _like(value, name, member, generator)
-    args = tuple(_like(value, "", member, generator) for value in member.inputs.args)
-    return Inputs(args, {**kwargs, **text}, "made up")
+class _Likeness:
+    """Batches like a member's example inputs with new values, and which values of theirs these follow.
+
+    Attributes:
+        by_spread: places of tensors of which smallest value, largest, mean or deviation are followed.
+        by_value: tensors that are taken as they are, by their place.
+    """
+
+    def __init__(self, member: Member, generator: torch.Generator):
+        self.member, self.generator = member, generator
+        self.by_spread: set[str] = set()
+        self.by_value: dict[str, Tensor] = {}
+
+    def batch(self) -> Inputs:
+        """The next one."""
+        kwargs = dict(self.member.inputs.kwargs)
+        text = _text(self.member, self.generator) if isinstance(kwargs.get("input_ids"), Tensor) else {}
+        for name, value in kwargs.items():
+            if name not in text:
+                kwargs[name] = self._like(value, name, name)
+        args = tuple(self._like(value, "", str(i)) for i, value in enumerate(self.member.inputs.args))
+        return Inputs(args, {**kwargs, **text}, "made up")
+
+    def _like(self, value: Any, name: str, place: str) -> Any:
+        """A fresh value of the same shape, dtype and range; pictures are smooth, structural integers stay."""
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._like(item, name, f"{place}.{i}") for i, item in enumerate(value))
+        if not isinstance(value, Tensor) or value.numel() == 0:
+            self.by_value.update(_tensors_at(value, place))
+            return value
+        if value.dim() == 4 and (name.startswith("pixel_values") or self.member.origin.kind == "timm"):
+            return _pictures(value, self.member, self.generator)
+        real = value.is_floating_point()
+        described = (
+            value.is_complex() or value.dtype == torch.bool or any(word in name for word in _STRUCTURE)
+        )
+        if described and not real:
+            self.by_value[place] = value
+            return value
+        self.by_spread.add(place)
+        known = self.member.inputs.spreads.get(place)
+        if real:
+            known = known or spread_of(value)
+            fresh = torch.randn(value.shape, generator=self.generator) * known.deviation + known.mean
+            return fresh.clamp(known.low, known.high).to(value)
+        known = known or spread_of(value)
+        return torch.randint(int(known.low), int(known.high) + 1, value.shape, generator=self.generator).to(
+            value
+        )
+
+
+def _counts(tensor: Tensor) -> bool:
+    """Whether a tensor holds whole numbers."""
+    return not tensor.is_floating_point() and not tensor.is_complex()
+
+
+def _likeness(member: Member) -> _Likeness:
+    """One that has made a batch."""
+    likeness = _Likeness(member, torch.Generator().manual_seed(0))
+    likeness.batch()
+    return likeness
+
+
+def _tensors_at(value: Any, place: str) -> list[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        return [(place, value)]
+    if isinstance(value, Mapping):
+        inner = [(str(key), item) for key, item in value.items()]
+    else:
+        inner = [(str(i), item) for i, item in enumerate(value)] if isinstance(value, (tuple, list)) else []
+    return [found for key, item in inner for found in _tensors_at(item, f"{place}.{key}")]
 
 
 def _text(member: Member, generator: torch.Generator) -> dict[str, Tensor]:
@@ -168,24 +273,6 @@ def _text(member: Member, generator: torch.Generator) -> dict[str, Tensor]:
     if "decoder_attention_mask" in examples:
         made["decoder_attention_mask"] = torch.ones(batch, length, dtype=torch.long)
     return made
-
-
-def _like(value: Any, name: str, member: Member, generator: torch.Generator) -> Any:
-    """A fresh value of the same shape, dtype and range; pictures are smooth, structural integers stay."""
-    if isinstance(value, (tuple, list)):
-        return type(value)(_like(item, name, member, generator) for item in value)
-    if not isinstance(value, Tensor) or value.numel() == 0:
-        return value
-    if value.dim() == 4 and (name.startswith("pixel_values") or member.origin.kind == "timm"):
-        return _pictures(value, member, generator)
-    if value.is_floating_point():
-        numbers = value.float()
-        fresh = torch.randn(value.shape, generator=generator) * numbers.std(correction=0) + numbers.mean()
-        return fresh.clamp(numbers.min(), numbers.max()).to(value)
-    if value.is_complex() or value.dtype == torch.bool or any(word in name for word in _STRUCTURE):
-        return value
-    low, high = int(value.min()), int(value.max())
-    return torch.randint(low, high + 1, value.shape, generator=generator).to(value)
 
 
 def _pictures(value: Tensor, member: Member, generator: torch.Generator) -> Tensor:

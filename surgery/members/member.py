@@ -18,12 +18,38 @@ from surgery.util.text import shorten
 
 
 @dataclass(frozen=True)
+class Spread:
+    """What is known of the values of a tensor that were not kept.
+
+    Attributes:
+        low: the smallest value.
+        high: the largest.
+        mean: of real values.
+        deviation: standard deviation of real values, over all of them.
+    """
+
+    low: float
+    high: float
+    mean: float = 0.0
+    deviation: float = 0.0
+
+
+@dataclass(frozen=True)
 class Inputs:
-    """Arguments of one forward call; tensors hold a batch in their first axis."""
+    """Arguments of one forward call; tensors hold a batch in their first axis.
+
+    Attributes:
+        args: by position.
+        kwargs: by name.
+        source: where they come from, in words.
+        spreads: tensors that stand for others, whose values were not kept, by their place, such as `0`, `ids` or
+            `states.1`: what is known of those others; None where nothing is.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     source: str = "given"
+    spreads: Mapping[str, Spread | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
