@@ -58,6 +58,8 @@ def check_free(modules: Mapping[str, nn.Module]) -> None:
         PlanError: naming every module that belongs to a joint model or to two of these members, and every tensor that
             two of them, or one of them and a member of another joint model, hold.
     """
+    if not modules:
+        return
     check_unoccupied(modules)
     if bad := _shared_modules(modules) or _shared_tensors(modules):
         raise PlanError(

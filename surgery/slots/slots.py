@@ -166,7 +166,15 @@ def _kind(found: Any) -> str:
 def locate(module: nn.Module, owner: str) -> tuple[nn.Module, str]:
     """The submodule and the attribute that a state-dict key names."""
     path, _, attribute = owner.rpartition(".")
-    return module.get_submodule(path), attribute
+    holder = module
+    for part in path.split(".") if path else ():
+        inner = holder._modules.get(part)
+        if inner is None:
+            return module.get_submodule(
+                path
+            ), attribute  # an attribute that is no child, or an error that names it
+        holder = inner
+    return holder, attribute
 
 
 def take_out(module: nn.Module, owners: Iterable[str]) -> nn.Parameter:

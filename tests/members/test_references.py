@@ -256,6 +256,16 @@ def test_empty_parameters_keep_ties():
     assert not nn.Linear(2, 2).weight.is_meta
 
 
+def test_empty_parameters_are_not_initialized_but_buffers_are():
+    constant = nn.init.constant_
+    with empty_parameters():
+        layer = nn.Linear(3, 3)
+        layer.register_buffer("ones", nn.init.constant_(tensor=torch.empty(3), val=1))
+        assert nn.init.constant_(layer.weight, 1) is layer.weight  # left alone, and still returned
+    assert layer.ones.tolist() == [1, 1, 1]
+    assert nn.init.constant_ is constant
+
+
 def test_building_empty_falls_back_to_real_parameters_where_values_are_needed():
     def reads_values():
         layer = nn.Linear(3, 3)

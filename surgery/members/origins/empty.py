@@ -7,7 +7,9 @@ unties `head.weight = embed.weight`; here a parameter that was emptied once stay
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,9 +72,33 @@ def empty_parameters() -> Iterator[None]:
 
     nn.Module.register_parameter = register_empty  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        yield
+        with _without_initialization():
+            yield
     finally:
         nn.Module.register_parameter = register
+
+
+@contextlib.contextmanager
+def _without_initialization() -> Iterator[None]:
+    """Inside, the functions of `torch.nn.init` leave tensors on the meta device alone: a tenth of a build's time."""
+
+    def skipping(initialize: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(initialize)
+        def only_real(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+            return tensor if tensor.is_meta else initialize(tensor, *arguments, **options)
+
+        return only_real
+
+    originals = {
+        name: f for name, f in vars(nn.init).items() if name.endswith("_") and not name.startswith("_")
+    }
+    for name, initialize in originals.items():
+        setattr(nn.init, name, skipping(initialize))
+    try:
+        yield
+    finally:
+        for name, initialize in originals.items():
+            setattr(nn.init, name, initialize)
 
 
 def drop_weights(module: nn.Module) -> nn.Module:
