@@ -7,7 +7,7 @@ with the member as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -273,6 +273,13 @@ def put_originals(member: Member, swaps: Swaps | None = None) -> nn.Module:
         if each.original is not None:
             swaps.put(member.module, member.module.get_submodule(each.path), each.original)
     return member.module
+
+
+def still_replaced(members: Iterable[Member]) -> list[str]:
+    """The methods of all replacements whose originals are kept, one for each module."""
+    return [
+        each.replacement.method for member in members for each in member.replaced if each.original is not None
+    ]
 
 
 def copy_replaced(member: Member, memo: dict[int, Any]) -> tuple[Replaced, ...]:

@@ -23,16 +23,18 @@ from surgery.core.generation import to_blocks
 from surgery.core.joint import JointModel
 from surgery.core.known import Known
 from surgery.core.method import DEFAULT_METHOD
+from surgery.core.replacing import still_replaced
 from surgery.core.sizes import bytes_alone, bytes_of_module, parameters_alone, parameters_of_module
 from surgery.errors import PlanError
 from surgery.fitting.exactly import make_exactly
 from surgery.fitting.recording import recipe_of_fit
 from surgery.fitting.report import FitReport, Probes, describe, describe_stacks
 from surgery.fitting.scene import Scene, as_asked, asked_of, fitted_by
-from surgery.fitting.search import search
+from surgery.fitting.search import advice_on_bound, check_bound, search
 from surgery.fitting.trial import Trial, to_device
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.member import Inputs, content_hash, whole_state
+from surgery.members.replacement import count_replaced
 from surgery.settings.names import PARAMETERS_OF, Mixing
 from surgery.settings.quantities import Seed
 from surgery.settings.target import Target
@@ -68,7 +70,8 @@ def fit(
 ) -> JointModel:
     """Make a joint model small, in place; `joint.report` says what was met and what each means saved.
 
-    With a plan of a method whose settings fix what it makes, no target makes exactly this, at the members' precision.
+    With a plan of a method whose settings fix what it makes, no target makes exactly this, at the members' precision;
+    so it is with modules that were replaced.
 
     Args:
         joint: as `join` returns it.
@@ -87,8 +90,8 @@ def fit(
         device: `auto`, `cpu`, `cuda`, ...
 
     Raises:
-        PlanError: several targets at once, a target out of range, a budget that cannot be met, or an error that
-            cannot be met with what settings fix.
+        PlanError: several targets at once, a target out of range, a budget or an error that cannot be met; the joint
+            model is then what it was.
 
     Example:
         >>> joint = surgery.fit(surgery.join(members), max_error=0.02)
@@ -108,12 +111,13 @@ def fit(
         }
     )
     _check_request(joint, asked, probes)
-    fixed = bool(asked_of(joint.plan, asked))
+    replaced, made = still_replaced(joint.members.values()), bool(asked_of(joint.plan, asked))
+    fixed, free = made or bool(replaced), asked.max_error is None and asked.budget is None
     recipe = recipe_of_fit(
         joint.known, joint.members, asked, seed=seed, device=device, measured=bool(probes), fixed=fixed
     )
-    if asked.max_error == 0 and not fixed:
-        _adopt(joint, *_lossless(joint, probes or {}, asked.seed))
+    if not made and (asked.max_error == 0 or (fixed and free)):
+        _adopt(joint, *_lossless(joint, probes or {}, asked, replaced))
     else:
         _adopt(joint, *_fitted(joint, asked, probes, device))
     joint.recipe = recipe
@@ -124,20 +128,37 @@ Fitted = tuple[Stored, FitReport, Known, Mapping[str, str]]
 """What `_adopt` takes; whatever else a fit holds is let go of before."""
 
 
-def _lossless(joint: JointModel, probes: Mapping[str, Sequence[Inputs]], seed: int) -> Fitted:
-    """Equal tensors and blocks once, and nothing rounded."""
+def _lossless(
+    joint: JointModel, probes: Mapping[str, Sequence[Inputs]], asked: Asked, replaced: Sequence[str]
+) -> Fitted:
+    """Equal tensors and blocks once, and nothing rounded.
+
+    Args:
+        joint: to be stored.
+        probes: given inputs, by member.
+        asked: an error of 0, or no target.
+        replaced: methods of modules that were replaced, one for each.
+
+    Raises:
+        PlanError: where an error of 0 was asked for, and modules that were replaced move outputs.
+    """
+    errors = _errors_of_replacing(joint, probes, asked.seed)
+    if asked.max_error == 0:
+        check_bound(errors, 0, given := count_replaced(replaced), advice_on_bound(given))
     stored, states = trim(store(joint)), {name: collapsed(joint, name) for name in joint.names}
     originals = {name: _by_owner(joint, name, state) for name, state in states.items()}
     precision = sum(
         stored_bytes(each.shape, each.dtype, NATIVE) - each.nbytes for each in stored.tensors.values()
     )
-    errors = _errors_of_replacing(joint, probes, seed)
     stacks = describe_stacks(joint.plan, stored, originals)
     before, was = joint.known, _as_they_were(joint)
+    target = "lossless" if asked.max_error == 0 else count_replaced(replaced)
+    measured = (
+        Probes(asked.seed, tuple(sorted(name for name in probes if probes[name]))) if replaced else None
+    )
     report = _report(
-        "lossless", not any(errors.values()), stored, originals, precision, errors, was, before.original,
-        stacks=stacks,
-    )  # fmt: skip
+        target, True, stored, originals, precision, errors, was, before.original, measured, stacks
+    )
     return stored, report, before, was.hashes
 
 
@@ -167,7 +188,8 @@ def _fitted(
         for name, member in joint.members.items():
             inputs = given.get(name) or probe_inputs(member, seed=asked.seed)
             trials[name] = Trial(member, originals[name], joint.owners[name], inputs, place)
-        scene = Scene(trials, as_asked(before[0]), asked, asked.seed)
+        replaced = still_replaced(joint.members.values())
+        scene = Scene(trials, as_asked(before[0]), asked, asked.seed, replaced)
         free = asked.max_error is None and asked.budget is None
         made = make_exactly if free and scene.asked else search
         outcome = made(scene, ties(joint))
@@ -299,7 +321,7 @@ def _errors_of_replacing(
     """How far the outputs of members moved with modules replaced, and nothing else: 0 where none was."""
     errors = dict.fromkeys(joint.names, 0.0)
     for name, member in joint.members.items():
-        if any(each.original is not None for each in member.replaced):
+        if still_replaced([member]):
             device = _device(joint)
             inputs = [to_device(each, device) for each in probes.get(name) or probe_inputs(member, seed=seed)]
             original, module = joint.original(name).eval(), joint.copy_member(name).module.eval()

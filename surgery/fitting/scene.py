@@ -19,6 +19,7 @@ from surgery.fitting.metric import Metric
 from surgery.fitting.sensitivity import measured_sensitivities, metrics, sensitivities
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, Key, Unit, measure
+from surgery.members.replacement import count_replaced
 from surgery.settings.names import RELATED
 from surgery.settings.target import Target
 from surgery.storage.keys import PlainKey
@@ -33,12 +34,15 @@ class Scene:
         plan: where their tensors go.
         target: what is asked for.
         seed: of everything random.
+        replaced: methods of the modules that were replaced, one for each, where members are compared with what stood
+            there.
     """
 
     trials: Mapping[str, Trial]
     plan: Plan
     target: Target
     seed: int
+    replaced: Sequence[str] = ()
 
     @cached_property
     def originals(self) -> dict[Key, Tensor]:
@@ -99,6 +103,11 @@ class Scene:
         """What settings fix, in words, by the method that makes it."""
         return asked_of(self.plan, self.target)
 
+    @property
+    def given(self) -> str:
+        """All that settings fix, in words: what methods make, and modules that were replaced."""
+        return ", ".join(asked_of(self.plan, self.target, self.replaced).values())
+
     def sensitive_to(self, keys: Iterable[Key]) -> dict[Key, float]:
         """The sensitivity to some tensors, measured by rounding where no gradient reaches them."""
         keys = list(keys)
@@ -139,14 +148,16 @@ def fitted_by(plan: Plan) -> list[TensorMethod]:
     return methods_of(as_asked(plan)) or [tensor_method(DEFAULT_METHOD)]
 
 
-def asked_of(plan: Plan, target: Target) -> dict[str, str]:
+def asked_of(plan: Plan, target: Target, replaced: Sequence[str] = ()) -> dict[str, str]:
     """What settings fix, in words, by the method that makes it.
 
     Args:
         plan: of a joint model.
         target: what is asked of its fit.
+        replaced: methods of modules that were replaced, one for each.
     """
     found = {each.name: each.asks(plan_of(as_asked(plan), each.name), target) for each in fitted_by(plan)}
+    found |= {name: count_replaced([each for each in replaced if each == name]) for name in replaced}
     return {name: words for name, words in found.items() if words}
 
 

@@ -23,6 +23,7 @@ from surgery.fitting.units import PART_BYTES, barred, doubtful, tabulate
 from surgery.settings.target import MAX_ERROR
 from surgery.storage.stored import Stored
 from surgery.util import progress
+from surgery.util.wording import more_than
 
 ROUNDS = 8  # corrections of the predicted errors by the measured ones
 MORE_ROUNDS = 12  # if none of them met the bound
@@ -51,7 +52,7 @@ def search(scene: Scene, ties: Mapping) -> Outcome:
         ties: as `surgery.storage.stored.ties` returns them.
 
     Raises:
-        PlanError: where a budget cannot be met, or an error with what settings fix.
+        PlanError: where a budget or an error cannot be met.
     """
     return Search(scene, ties).run()
 
@@ -78,7 +79,7 @@ class Search:
         self.copies = np.array([max(0, len(unit.tensors) - 1) for unit in units])  # left out of each unit
         self.unshared = replace(self.table, fixed=np.where(self.doubtful, np.inf, self.table.fixed))
         self.fixed = any(group.shared for group in groups)  # whatever it costs
-        self.given = ", ".join(scene.asked.values())
+        self.given = scene.given
         self.assembler = Assembler(scene.plan, ties, units, arrangements)
         originals = list(scene.originals.values())
         self.whole = sum(tensor.numel() * tensor.element_size() for tensor in originals)
@@ -88,7 +89,7 @@ class Search:
         """Meet what was asked for.
 
         Raises:
-            PlanError: where a budget cannot be met.
+            PlanError: where a budget or an error cannot be met.
         """
         budget = self.scene.target.budget
         bound = MAX_ERROR if self.scene.target.max_error is None else self.scene.target.max_error
@@ -97,8 +98,7 @@ class Search:
         else:
             found, target = self.within_error(bound), f"max-error {bound:g}"
         target += f" with {self.given}" if self.given else ""
-        met = budget is not None or bool((found.errors <= bound).all())
-        return Outcome(target, found.stored, found.errors, met, self.saved_by_sharing(found))
+        return Outcome(target, found.stored, found.errors, True, self.saved_by_sharing(found))
 
     def attempt(self, choice: Choice) -> Attempt:
         """Assemble a choice and measure it."""
@@ -110,7 +110,13 @@ class Search:
 
         Where what methods share is predicted to save little, all of it apart is tried too, and what then is smaller
         counts.
+
+        Raises:
+            PlanError: where outputs move by more, whatever the precision.
         """
+        if self.scene.replaced:
+            errors = {name: trial.error() for name, trial in self.trials.items()}
+            check_bound(errors, bound, self.given, self.advice())
         spare = self.most_exact(bound) if self.fixed else None
         best = self.close_in(self.table, bound)
         if self.in_doubt(best):
@@ -118,8 +124,11 @@ class Search:
             best = min(
                 (each for each in (best, other) if each), key=lambda each: each.stored.nbytes, default=None
             )
-        # Where predictions led nowhere, every tensor as it is.
-        return best or spare or self.attempt(finest(self.apart))
+        if best := best or spare:
+            return best
+        best = self.attempt(finest(self.apart))  # predictions led nowhere: every tensor as it is
+        check_bound(dict(zip(self.trials, best.errors, strict=True)), bound, self.given, self.advice())
+        return best
 
     def in_doubt(self, found: Attempt | None) -> bool:
         """Whether what methods share, each tensor apart, might be better than what was found.
@@ -169,18 +178,13 @@ class Search:
             PlanError: where even that moves outputs by more than `bound`.
         """
         found = self.attempt(finest(self.table))
-        over = {name: e for name, e in zip(self.trials, found.errors, strict=True) if not e <= bound}
-        if over:
-            raise PlanError(
-                f"An error of {bound:g} cannot be met with {self.given}: in the members' precision the output of "
-                f"{', '.join(f'{name} moves by {e:.3g}' for name, e in over.items())}. {self.advice()}"
-            )
+        check_bound(dict(zip(self.trials, found.errors, strict=True)), bound, self.given, self.advice())
         return found
 
     def advice(self) -> str:
         """How an error that cannot be met could be."""
         if not (levers := self.levers()):
-            return "Change the `settings` of the method, or use a larger `max_error`."
+            return advice_on_bound(self.given)
         return (
             f"Use more {' or '.join(levers)}, a larger `max_error`, or leave out {' and '.join(levers)}, so that the "
             "error decides how many."
@@ -241,6 +245,36 @@ class Search:
         return max(
             0, min(saved, self.whole - found.stored.nbytes)
         )  # names and headers are no bytes of tensors
+
+
+def check_bound(errors: Mapping[str, float], bound: float, given: str, advice: str) -> None:
+    """Refuse an error bound that outputs do not keep to even in the members' precision.
+
+    Args:
+        errors: of members, measured.
+        bound: that was asked for.
+        given: what settings fix, in words.
+        advice: how the bound could be met.
+
+    Raises:
+        PlanError: naming the members and their errors.
+    """
+    over = {name: error for name, error in errors.items() if not error <= bound}
+    if over:
+        moved = ", ".join(f"{name} moves by {more_than(error, bound)}" for name, error in over.items())
+        raise PlanError(
+            f"An error of {bound:g} cannot be met{f' with {given}' if given else ''}: in the members' precision the "
+            f"output of {moved}. {advice}"
+        )
+
+
+def advice_on_bound(given: str) -> str:
+    """How an error that cannot be met could be, where no parameter of a recipe fixes what is made.
+
+    Args:
+        given: what settings fix, in words.
+    """
+    return f"{'Change the `settings` of the method, or use' if given else 'Use'} a larger `max_error`."
 
 
 def measure_errors(stored: Stored, trials: Mapping[str, Trial]) -> np.ndarray:

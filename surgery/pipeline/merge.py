@@ -53,7 +53,8 @@ class Prepared:
         """What settings fix, in words, by the method that makes it."""
         from surgery.fitting.scene import asked_of
 
-        return asked_of(self.plan, self.recipe.parameters)
+        replaced = [each.method for each in self.plan.replacements]
+        return asked_of(self.plan, self.recipe.parameters, replaced)
 
     def resolved(self) -> dict[str, Any]:
         """What an artifact records of the recipe."""

@@ -27,6 +27,24 @@ def size(amount: float) -> str:
     return f"{amount:.1f} TB"
 
 
+def more_than(value: float, limit: float, digits: int = 3) -> str:
+    """A number in as many digits as it takes to see that it is above a limit.
+
+    Args:
+        value: above the limit.
+        limit: of which the reader knows.
+        digits: significant ones at least.
+
+    Example:
+        >>> more_than(0.20037, 0.2), more_than(0.5, 0.2)
+        ('0.2004', '0.5')
+    """
+    for more in range(digits, 17):
+        if float(text := f"{value:.{more}g}") > limit:
+            return text
+    return repr(value)
+
+
 def count(number: float) -> str:
     """A number of parameters.
 

@@ -137,14 +137,17 @@ def test_copies_pickles_states_and_moves():
 # -- fitted and trained ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bound", [0, 0.8])
-def test_errors_are_measured_against_the_member_as_it_was(bound):
+@pytest.mark.parametrize("target", [{}, {"max_error": 0.8}])
+def test_errors_are_measured_against_the_member_as_it_was(target):
     joint = joined()
     probes = probe_inputs(joint.members["net"], seed=0)
-    surgery.fit(joint, max_error=bound)
+    surgery.fit(joint, **target)
     measured = relative_error(outputs_over(net(), probes), outputs_over(joint["net"], probes))
     assert joint.report.errors["net"] == pytest.approx(measured, rel=1e-4)
-    assert measured > 0.1 and joint.report.met is (bound > 0)
+    words = "1 module replaced by scaled_copy"
+    assert measured > 0.1 and joint.report.met
+    assert joint.report.target == (f"max-error 0.8 with {words}" if target else words)
+    assert joint.report.saved["precision"] == 0 or target
     assert joint.members["net"].replaced[0].original is None
     whole = [p.numel() for p in net().parameters()]
     assert joint.report.original_bytes == {"net": 4 * sum(whole)} and joint.report.parameters["net"] == sum(
@@ -157,9 +160,24 @@ def test_errors_are_measured_against_the_member_as_it_was(bound):
 def test_a_fit_that_fails_leaves_the_joint_model_as_it_was():
     joint = joined()
     before = bits(joint)
-    with pytest.raises(PlanError):
-        surgery.fit(joint, budget=1e-6)
-    assert same(bits(joint), before) and torch.equal(run(joint.original("net")), run(net()))
+    unmet = (
+        r"An error of {} cannot be met with 1 module replaced by scaled_copy: in the members' precision the "
+    )
+    unmet += (
+        r"output of net moves by 0\.\d+. Change the `settings` of the method, or use a larger `max_error`."
+    )
+    for target, words in (
+        (
+            {"budget": 1e-6},
+            "A budget of 1e-06 cannot be met with 1 module replaced by scaled_copy: the smallest",
+        ),
+        ({"max_error": 0.01}, unmet.format(r"0\.01")),
+        ({"max_error": 0}, unmet.format(0)),
+    ):
+        with pytest.raises(PlanError, match=words):
+            surgery.fit(joint, **target)
+        assert same(bits(joint), before) and torch.equal(run(joint.original("net")), run(net()))
+        assert joint.report is None
 
 
 def tasks(weight=0.5):
@@ -356,9 +374,36 @@ def test_a_merge_by_recipe_and_its_dry_run(tmp_path):
     joint = surgery.merge(surgery.Recipe.of(document), overwrite=True)
     again = surgery.load(tmp_path / "joint", trust_remote_code=True)
     assert torch.equal(run(again["net"]), run(joint["net"])) and joint.report.met
+    assert joint.recipe.target == ("max_error", 0.8)
     wrong = surgery.Recipe.of({**document, "out": None, "settings": {"copies": {"layers.9": "layers.1"}}})
     with pytest.raises(PlanError, match=r"'net' has no module 'layers.9': did you mean"):
         surgery.merge(wrong)
+
+
+@pytest.mark.parametrize("parameters", [{"max_error": 0.01}, {"max_error": 0}, {"budget": 0.001}])
+def test_a_bound_that_cannot_be_met_is_refused_and_nothing_is_written(tmp_path, parameters):
+    document = recipe(tmp_path)
+    document["parameters"] |= parameters
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
+    code, _, said = command("merge", "--config", str(tmp_path / "recipe.yaml"))
+    assert code == 2 and "cannot be met with 1 module replaced by scaled_copy: " in " ".join(said.split())
+    assert not (tmp_path / "joint").exists()
+
+
+def test_a_merge_without_target_makes_what_settings_fix(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(tmp_path)))
+    code, said, _ = command("merge", "--config", str(tmp_path / "recipe.yaml"), "--dry-run")
+    words = "1 module replaced by scaled_copy"
+    assert code == 0 and f"Would be fitted: {words}, everything else as it is" in " ".join(said.split())
+    code, said, _ = command("merge", "--config", str(tmp_path / "recipe.yaml"))
+    assert code == 0 and f"Target {words}: met" in " ".join(said.split())
+    again = surgery.load(tmp_path / "joint", trust_remote_code=True)
+    place = {f"layers.{i}": f"layers.{1 if i == 3 else i}" for i in range(4)}
+    before = net().state_dict()
+    for path, source in place.items():
+        assert torch.equal(again.collapse("net")[f"{path}.weight"], before[f"{source}.weight"])
+    assert again.recipe.parameters.given() == []
+    assert verify(tmp_path / "joint", origins=True, trust_remote_code=True).ok
 
 
 def test_a_recipe_trains_and_what_it_made_is_trained_further(tmp_path):
@@ -404,7 +449,7 @@ def bert(tmp_path_factory):
 def with_copies(reference, copies, folder):
     one = surgery.load_member(f"one={reference}")
     plan = surgery.plan_modules([one], NAME, {"copies": copies}, block=(8, 8))
-    joint = surgery.fit(surgery.join([one], plan), max_error=0)
+    joint = surgery.fit(surgery.join([one], plan))
     return joint, surgery.save(joint, folder)
 
 
@@ -657,7 +702,7 @@ def test_a_module_may_stay_within_what_replaces_it_and_have_two_names(monkeypatc
     assert joint["net"].again is layer(joint["net"], 3) and not torch.equal(run(joint["net"]), run(before))
     for twin in (joint, copy.deepcopy(joint), pickle.loads(pickle.dumps(joint))):
         assert torch.equal(run(twin.original("net")), run(before))
-    surgery.fit(joint, max_error=0.5)
+    surgery.fit(joint)
     surgery.fit(again, max_error=0)
     probes = probe_inputs(again.members["net"], seed=0)
     measured = relative_error(outputs_over(before, probes), outputs_over(joint["net"], probes))
