@@ -36,8 +36,8 @@ def verify(
 ) -> None:
     """Rebuild each member of a folder, and compare it with the recorded hashes and, where asked, with its origin.
 
-    Ends with exit code 1 where something does not match. An origin that cannot be reached is no mismatch. Without
-    [cyan]--origins[/cyan] nothing outside of the folder is opened.
+    Ends with exit code 1 where something does not match, or needs a method that is not installed. An origin that cannot
+    be reached is no mismatch. Without [cyan]--origins[/cyan] nothing outside of the folder is opened.
     """
     from surgery.artifact.verify import verify as check
     from surgery.util.progress import task

@@ -76,6 +76,10 @@ class ArtifactError(SurgeryError):
     """An artifact's files are missing, damaged, or do not match its manifest."""
 
 
+class MissingMethodError(ArtifactError):
+    """An artifact needs a method that is not installed here, or whose package cannot be imported."""
+
+
 class OutputError(SurgeryError):
     """A target cannot be written: it exists, is read-only, or the disk is full."""
 

@@ -133,6 +133,7 @@ def _contents(manifest: Manifest) -> str:
     banks = manifest.banks
     lines = [
         f"- bank {key}: {bank.locations:,} blocks of {bank.block[0]}x{bank.block[1]}"
+        + (f" by {bank.method}, which package {bank.package} registers" if bank.package else "")
         for key, bank in list(banks.items())[:ROWS]
         if not bank.stack
     ]

@@ -18,6 +18,7 @@ from surgery.disk.untrusted import shown, shown_text
 from surgery.errors import ArtifactError
 from surgery.geometry.blocks import BlockGrid
 from surgery.geometry.views import CanonicalView
+from surgery.settings.methods import package_of
 from surgery.settings.names import DEFAULT_METHOD
 from surgery.storage.codecs import Encoded, Precision, always_native
 from surgery.storage.keys import piece_name
@@ -40,6 +41,7 @@ def plan_entries(stored: Stored) -> tuple[dict[str, BankEntry], tuple[ViewEntry,
             method=bank.method if bank.method != _method_of(bank.stack) else "",
             settings=dict(bank.settings),
             encoded=encoded_entries(stored.parts(bank.key)),
+            package=package_of(bank.method),
         )
         for bank in plan.banks
     }

@@ -42,6 +42,7 @@ _CHECKSUM = re.compile(r',\n "checksum": "([0-9a-f]{64})"\n}\n\Z')
 
 MemberName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=200)]
 Order = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
+PackageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]*$", max_length=200)]
 EncodedGroup = tuple[str, str, tuple[Count, ...], tuple[str, ...]]
 """Precision, dtype, shape, and the names of all tensors stored so."""
 
@@ -78,7 +79,7 @@ class ReplacementEntry(_Entry):
     path: Annotated[str, Field(min_length=1, max_length=LONGEST_PATH)]
     method: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=200)]
     settings: dict[str, Any] = {}
-    package: Annotated[str, Field(pattern=r"^[A-Za-z0-9_]*$", max_length=200)] = ""
+    package: PackageName = ""
 
 
 class MemberEntry(_Entry):
@@ -128,6 +129,7 @@ class BankEntry(_Entry):
         stack: the stack of layers whose templates it holds one tensor of.
         method: whose bank it is; by default `templates` for one of a stack, and else `hypermodules`.
         settings: of that method.
+        package: where the method comes from, if not from this package.
     """
 
     block: tuple[Positive, Positive]
@@ -138,6 +140,7 @@ class BankEntry(_Entry):
     method: str = ""
     settings: dict[str, Any] = {}
     encoded: tuple[EncodedGroup, ...] = ()
+    package: PackageName = ""
 
 
 class ViewEntry(_Entry):

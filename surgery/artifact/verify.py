@@ -21,7 +21,7 @@ from surgery.artifact.manifest import NAME, Manifest, checksum_holds, read_manif
 from surgery.artifact.reading import read_stored, wrong_hashes
 from surgery.artifact.recorded import inputs_of, origin_of, replacements_of, small_files
 from surgery.core.joint import JointModel
-from surgery.core.replacing import MissingMethodError, make_again
+from surgery.core.replacing import make_again
 from surgery.errors import ConsentError, SurgeryError
 from surgery.fitting.report import FitReport
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error, unknown_in_probes
@@ -279,8 +279,6 @@ def _load_member(
         return load(folder, modules=modules, members=[name], trust_remote_code=trust), None, None
     except ConsentError:  # no fault of the artifact's
         return None, None, "its code needs `trust_remote_code`"
-    except MissingMethodError as error:
-        return None, None, str(error)
     except SurgeryError as error:
         return None, f"it cannot be rebuilt: {error}", None
 

@@ -21,22 +21,17 @@ from surgery.anatomy.sites import discover
 from surgery.core.method import PlanRequest, settings_of
 from surgery.core.module_method import ModuleSurgery, Place, module_method
 from surgery.core.replacing_checks import check_calls, check_places, record_calls
-from surgery.errors import ArtifactError, LoadError, PlanError, SurgeryError
+from surgery.errors import ArtifactError, PlanError, SurgeryError
 from surgery.members.member import Inputs, Member, Origin
 from surgery.members.origins.empty import empty_parameters
 from surgery.members.replacement import Replaced, Replacement
-from surgery.settings.methods import method_names
+from surgery.settings.methods import REGISTERED, missing_method, package_of
 from surgery.settings.problems import problems_of
 from surgery.slots.slots import forget_derived
 from surgery.util.copies import duplicate
 from surgery.util.randomness import all_seeded, member_seed
 from surgery.util.text import one_line
 from surgery.util.wording import sentence
-
-
-class MissingMethodError(LoadError):
-    """Modules of a member were replaced by a method that is not installed here."""
-
 
 # -- plans -----------------------------------------------------------------------------------------------------
 
@@ -57,7 +52,6 @@ def plan_replacements(
         PlanError: where the method can replace nothing, or asks for what is not there.
     """
     found = module_method(method)
-    package = type(found).__module__.partition(".")[0]
     if going_on:
         members = [m for m in members if all(each.replacement.method != method for each in m.replaced)]
     asked = found.plan([discover(each) for each in members], request) if members else ()
@@ -65,7 +59,7 @@ def plan_replacements(
         raise PlanError(
             f"Method '{method}' found no module to replace in {_named(members)}: check `settings`."
         )
-    return tuple(replace(each, method=method, package=package) for each in asked)
+    return tuple(replace(each, method=method, package=package_of(method)) for each in asked)
 
 
 def plan_modules(
@@ -183,13 +177,7 @@ def made_again(
         try:
             module_method(each.method)
         except PlanError as error:
-            package = f" of package '{each.package}'" if each.package else ""
-            needs = f"Member '{name}' needs method '{each.method}'{package}, which replaced {each.path}"
-            if each.method in method_names():
-                raise MissingMethodError(f"{needs}: {error}") from error
-            raise MissingMethodError(
-                f"{needs} and is not installed here: install that package, or import it before loading."
-            ) from None
+            raise _not_usable(name, each, error) from None
     bare = Member(name, module, Inputs(), Origin("module", name, name))
     empty = any(p.is_meta for p in module.parameters())
     with ExitStack() as stack:
@@ -199,6 +187,16 @@ def made_again(
         except PlanError as error:
             raise ArtifactError(f"Member '{name}' cannot be built as it was saved: {error}") from error
         yield tuple(Replaced(each.replacement) for each in made[0].replaced)
+
+
+def _not_usable(name: str, replacement: Replacement, error: PlanError) -> SurgeryError:
+    """The error for a replacement whose method is not there, or is of the other kind."""
+    if replacement.method in REGISTERED:
+        return ArtifactError(
+            f"Member '{name}' needs method '{replacement.method}', which replaced {replacement.path}: {error}"
+        )
+    what = f"replaced {replacement.path}"
+    return missing_method(f"Member '{name}'", replacement.method, replacement.package, what)
 
 
 def _validated(replacement: Replacement) -> tuple[ModuleSurgery, Any]:

@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from surgery.disk.untrusted import shown
-from surgery.errors import PlanError
+from surgery.errors import MissingMethodError, PlanError
 from surgery.settings.names import RELATED, SHIPPED_METHODS
 from surgery.settings.problems import advice_on
 from surgery.util.text import one_line
@@ -52,6 +52,44 @@ def unknown_method(name: object) -> str:
     advice = advice_on(str(name), method_names())
     near = f", {advice}" if advice.startswith("did you") else ""
     return f"must be one of {', '.join(method_names())}, found {shown(name)}{near}"
+
+
+def package_of(method: str) -> str:
+    """The package that a method comes from, for whoever does not have it; empty for one of this package.
+
+    Example:
+        >>> package_of("templates")
+        ''
+    """
+    package = type(load_method(method)).__module__.partition(".")[0]
+    return "" if package == __name__.partition(".")[0] or not package.isascii() else package
+
+
+def missing_method(needs: str, method: str, package: str, what: str) -> MissingMethodError:
+    """The error for an artifact's method that is not here.
+
+    Args:
+        needs: what needs it, such as `Member 'net'`.
+        method: its name.
+        package: where it comes from, as the artifact says; empty where it says nothing.
+        what: the method does there, as words after "which".
+    """
+    named = (
+        f"{needs} needs method {shown(method)}{f' of package {package!r}' if package else ''}, which {what}"
+    )
+    if method in known_methods():
+        try:
+            load_method(method)
+        except PlanError as error:
+            return MissingMethodError(f"{named}: {error}")
+    get = (
+        "that package"
+        if package
+        else f"the package that offers it (an entry point of that name in the group {ENTRY_POINTS})"
+    )
+    return MissingMethodError(
+        f"{named} and is not installed here: install {get}, or import it before loading."
+    )
 
 
 def load_method(name: str) -> Any:

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.core.method import find_method, tensor_method
 from surgery.disk.tensorheader import parse_header
-from surgery.errors import ArtifactError, PlanError
+from surgery.errors import ArtifactError, MissingMethodError, PlanError
 from surgery.fitting.allocation import Choice
 from surgery.fitting.arranging import arrange_made
 from surgery.fitting.assembly import Assembler, weights_of
@@ -343,10 +343,14 @@ def test_a_recipe_trains_it_and_what_came_of_it_is_evaluated(package, tmp_path, 
 def test_an_artifact_of_a_method_that_is_not_there_names_it(joint, monkeypatch):
     monkeypatch.delitem(REGISTERED, "low_rank")
     monkeypatch.setattr("surgery.settings.methods.installed", dict)
-    with pytest.raises(
-        ArtifactError, match=r"Bank 32x32-float32 .* 'low_rank'.* install or import the package"
-    ):
+    needs = "needs method 'low_rank' of package 'low_rank', which generates its blocks and is not installed here: "
+    needs += "install "
+    with pytest.raises(MissingMethodError, match=f"Bank 32x32-float32 of joint {needs}that package"):
         surgery.load("joint", modules=modules())
+    report = surgery.verify("joint", modules=modules())
+    assert not report.ok and all(needs in each.reasons[0] for each in report.members)
+    code, said, _ = command("verify", "joint")
+    assert code == 1 and needs in " ".join(said.split())
 
 
 def test_parts_from_a_stranger_are_refused(joint):
@@ -359,7 +363,10 @@ def test_parts_from_a_stranger_are_refused(joint):
     for change, words in (
         (another(settings={"rank": 4, "more": 1}), "'settings.more' is not a known key"),
         (another(settings={"rank": -4}), "settings.rank: must be 1 or more, found -4"),
-        (another(settings={"rank": 4}, method="none"), "'none', which is not known here"),
+        (
+            another(settings={"rank": 4}, method="none"),
+            "'none' .*, which generates its blocks and is not installed",
+        ),
         (another(method="low_rank"), None),
         (longer, r"must have \d+ locations, found \d+"),
     ):

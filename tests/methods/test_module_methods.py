@@ -26,8 +26,14 @@ import surgery
 from surgery.artifact.verify import verify
 from surgery.core.method import tensor_method
 from surgery.core.module_method import ModuleSurgery
-from surgery.core.replacing import MissingMethodError
-from surgery.errors import ArtifactError, ConsentError, ExportError, PlanError, TrainingError
+from surgery.errors import (
+    ArtifactError,
+    ConsentError,
+    ExportError,
+    MissingMethodError,
+    PlanError,
+    TrainingError,
+)
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.replacement import Replacement
 from surgery.pipeline.train import prepare_again, rejoin, train_recipe
@@ -285,8 +291,8 @@ def test_without_the_method_the_error_names_it_and_its_package(saved, uninstalle
     needed = "method 'scaled_copy' of package 'scaled_copy', which replaced layers.3 and is not installed"
     with pytest.raises(MissingMethodError, match=needed):
         surgery.load(saved[1], modules={"net": Net()})
-    report = verify(saved[1], modules={"net": net()})
-    assert report.ok and needed in (report.members[0].not_built or "")
+    (check,) = verify(saved[1], modules={"net": net()}).members
+    assert not check.ok and check.rebuilt and needed in check.reasons[0] and check.not_built is None
 
 
 def test_the_verb_verify_says_in_one_sentence_that_the_method_is_not_installed(
@@ -296,8 +302,9 @@ def test_the_verb_verify_says_in_one_sentence_that_the_method_is_not_installed(
     plan = surgery.plan_modules([one], NAME, {"copies": {"layers.3": "layers.1"}}, block=(8, 8))
     folder = surgery.save(surgery.join([one], plan), tmp_path / "joint")
     monkeypatch.delitem(registry.REGISTERED, NAME)
-    said = " ".join(command("verify", str(folder), "--trust-remote-code")[1].split())
-    assert "import it before loading." in said and ".." not in said.replace(str(folder), "")
+    code, said, _ = command("verify", str(folder), "--trust-remote-code")
+    said = " ".join(said.split())
+    assert code == 1 and "import it before loading." in said and ".." not in said.replace(str(folder), "")
 
 
 def test_verify_compares_with_the_origin_whose_replacements_are_made_again(reference, tmp_path):
@@ -593,7 +600,7 @@ HOSTILE = {
     ),
     "method of tensors": (
         {"method": "templates"},
-        MissingMethodError,
+        ArtifactError,
         "must replace modules, but it generates tensors",
     ),
     "a path for a name": ({"method": "../evil"}, ArtifactError, "must describe an artifact"),
