@@ -35,12 +35,11 @@ from surgery.storage.codecs import (
     grouped,
     stored_bytes,
 )
+from surgery.storage.codecs.feedback import expected_gain
 
 RUNS = (0, 1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 """Ranks between which directions are decided on together."""
 BITS = tuple(grouped(bits, 64) for bits in (8, 6, 5, 4, 3))  # of private rows; 2 cost more than they save
-SAMPLE = 48  # rows of the shared matrix on which the gain of error feedback is measured
-TRIED = grouped(4, 64)  # the precision at which it is
 
 
 @dataclass(frozen=True)
@@ -146,21 +145,14 @@ def shared_matrix(scene: Scene, sites: Sequence[Site]) -> Arrangement:
 
 
 def _shared_unit(shared: Tensor, relatives: Sequence[Relative], mean: Metric) -> Unit:
-    """The shared matrix in every precision: rounded with error feedback, whose gain is measured on some rows."""
+    """The shared matrix in every precision, rounded with error feedback."""
     weight: dict[str, float] = defaultdict(float)
-    o = len(shared)
     for relative in relatives:
         weight[relative.site.member] += relative.metric.sensitivity
     unit = measure({"shared": shared}, dict(weight))
-    some = shared[torch.linspace(0, o - 1, min(SAMPLE, o)).long()]
-    plain, fed = (decode(encode(some, TRIED, each)) - some for each in (None, mean.statistics))
-    into = mean.into.to(shared)
-    before, after = (float(((each @ into) * each).sum()) for each in (plain, fed))
-    gain = min(after / before, 1.0) if before > 0 else 1.0
-    return Unit(
-        unit.tensors, unit.weight, unit.options, unit.nbytes, tuple(gain * error for error in unit.errors),
-        mean.statistics,
-    )  # fmt: skip
+    gain = expected_gain(mean.into)
+    errors = tuple(gain * error for error in unit.errors)
+    return Unit(unit.tensors, unit.weight, unit.options, unit.nbytes, errors, mean.statistics)
 
 
 def _runs(relative: Relative) -> list[tuple[int, int, Unit]]:

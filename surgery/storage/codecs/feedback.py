@@ -75,14 +75,52 @@ def damped(moment: Tensor, damping: float = DAMPING) -> Tensor:
     return moment + torch.diag_embed(add.expand(len(moment)))
 
 
-def feed_back(rows: Tensor, moment: Tensor, width: int, grid: Callable[[Tensor], Grid]) -> Rounded:
+def expected_gain(moment: Tensor) -> float:
+    """What error feedback makes of the error of plain rounding, as a factor of at most 1, before it is tried.
+
+    With rounding errors of one variance, GPTQ leaves tr(D) of tr(H), where H = L D L^T and L is unit triangular (QuIP:
+    Chee et al. 2023, arXiv 2307.13304, Theorem 1). Coordinate descent, which comes after, gains some percent more.
+
+    Args:
+        moment: `[n, n]`, float32; it is damped here.
+
+    Example:
+        >>> round(expected_gain(torch.tensor([[1.0, 0.9], [0.9, 1.0]])), 2)
+        0.67
+    """
+    moment = damped(moment).double()
+    pivots = torch.linalg.cholesky(moment.flip(0, 1)).diagonal().square()  # each column given those after it
+    return min(float(pivots.sum() / moment.diagonal().sum()), 1.0)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What feeding errors back needs of H, for any rows.
+
+    Attributes:
+        moment: H `[n, n]`, damped.
+        root: the upper triangular U of H^-1 = U^T U; None where H is diagonal.
+    """
+
+    moment: Tensor
+    root: Tensor | None
+
+    @classmethod
+    def of(cls, moment: Tensor) -> Inputs:
+        """From `moment [n, n]`, float32, which is damped here."""
+        moment = damped(moment)
+        diagonal = torch.equal(moment, moment.diagonal().diag())
+        return cls(moment, None if diagonal else _inverse_root(moment))
+
+
+def feed_back(rows: Tensor, inputs: Inputs, width: int, grid: Callable[[Tensor], Grid]) -> Rounded:
     """Round a matrix so that tr(E H E^T) is small.
 
     Where H is diagonal, and for every row in which nothing is gained, this is plain rounding, bit for bit.
 
     Args:
         rows: `[R, n]`, float32.
-        moment: `[n, n]`, float32; it is damped here.
+        inputs: of H.
         width: number of columns that have a grid of their own; divides n.
         grid: makes the grid of `[R, width]` values.
 
@@ -91,15 +129,14 @@ def feed_back(rows: Tensor, moment: Tensor, width: int, grid: Callable[[Tensor],
         ...     def codes(self, column): return column.round()
         ...     def values(self, codes): return codes
         >>> moment = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
-        >>> feed_back(torch.tensor([[0.4, 0.3]]), moment, 2, lambda columns: Whole()).codes
+        >>> feed_back(torch.tensor([[0.4, 0.3]]), Inputs.of(moment), 2, lambda columns: Whole()).codes
         tensor([[0., 1.]])
     """
-    plain = _plain(rows, width, grid)
-    moment = damped(moment)
+    plain, moment = _plain(rows, width, grid), inputs.moment
     plain = Rounded(plain.codes, plain.grids, price(rows - _decoded(plain, width), moment))
-    if torch.equal(moment, moment.diagonal().diag()):
+    if inputs.root is None:
         return plain
-    fed = _descend(rows, moment, width, _forward(rows, moment, width, grid))
+    fed = _descend(rows, moment, width, _forward(rows, moment, inputs.root, width, grid))
     better = fed.error < plain.error
     if not bool(better.any()):
         return plain
@@ -134,9 +171,10 @@ def _decoded(rounded: Rounded, width: int) -> Tensor:
     return torch.cat([grid.values(codes) for grid, codes in parts], 1)
 
 
-def _forward(rows: Tensor, moment: Tensor, width: int, grid: Callable[[Tensor], Grid]) -> Rounded:
+def _forward(
+    rows: Tensor, moment: Tensor, upper: Tensor, width: int, grid: Callable[[Tensor], Grid]
+) -> Rounded:
     """GPTQ: each group's grid is made of what earlier groups left, and each column's error goes to later ones."""
-    upper = _inverse_root(moment)
     left, codes, grids = rows.clone(), torch.empty_like(rows), []
     for start in range(0, rows.shape[1], width):
         stop = start + width

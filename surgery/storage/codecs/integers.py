@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from surgery.storage.codecs.codec import Codec, Encoded, Layout, Precision, Statistics
-from surgery.storage.codecs.feedback import feed_back
+from surgery.storage.codecs.feedback import Inputs, feed_back
 from surgery.util.memory import compact, empty_large
 
 CHUNK = 1 << 20  # values handled at once while encoding: bounds the memory of the scale search
@@ -73,9 +73,9 @@ class Integers(Codec[Grouping]):
         width = _width(tuple(tensor.shape), settings.group)
         if fits(tensor, statistics):
             assert statistics is not None
-            rows, moment = _columns(tensor, width), _padded(statistics.second_moment, width)
+            rows, inputs = _columns(tensor, width), Inputs.of(_padded(statistics.second_moment, width))
             for part in rows.split(max(1, CHUNK // rows.shape[1])):
-                code, scale = _fed_back(part, moment, width, settings.bits)
+                code, scale = _fed_back(part, inputs, width, settings.bits)
                 codes.append(code)
                 scales.append(scale)
         else:
@@ -204,9 +204,9 @@ class IntegerGrid:
         return codes * self.scale.float()
 
 
-def _fed_back(rows: Tensor, moment: Tensor, width: int, bits: int) -> tuple[Tensor, Tensor]:
+def _fed_back(rows: Tensor, inputs: Inputs, width: int, bits: int) -> tuple[Tensor, Tensor]:
     """Codes `[R * groups, width]` and scales `[R * groups]` of rows whose errors are fed back."""
-    found = feed_back(rows, moment, width, lambda groups: _grid(groups, bits))
+    found = feed_back(rows, inputs, width, lambda groups: _grid(groups, bits))
     scale = torch.cat([grid.values(torch.ones_like(rows[:, :1])) for grid in found.grids], 1)
     codes = (found.codes + (1 << (bits - 1))).to(torch.uint8 if bits <= 8 else torch.int16)
     return codes.view(-1, width), scale.to(torch.bfloat16).reshape(-1)
