@@ -20,6 +20,7 @@ KEPT_APART = "as many templates as layers: fewer do not pay here"
 ROWS = 24  # members listed one by one
 Scores = Mapping[str, Mapping[str, Any] | None]
 REPLACING = "modules of members in whose places others stand"
+LARGER = "what stands in the places of modules takes more than they did"
 NO_SHARING = "nothing that these members have in common pays for its index"
 
 
@@ -120,7 +121,8 @@ def print_means(joint: JointModel) -> None:
     saved.add_row("precision", console.size(precision), PRECISION)
     saved.add_row("sharing", console.size(sharing), SHARING if sharing else NO_SHARING)
     if "replacing" in report.saved:
-        saved.add_row("replacing", console.size(report.saved["replacing"]), REPLACING)
+        replacing = report.saved["replacing"]
+        saved.add_row("replacing", console.size(replacing), REPLACING if replacing >= 0 else LARGER)
     console.show(saved)
     ways: dict[str, list[int]] = {}
     for each in report.detail:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from surgery.artifact.manifest import Manifest, OriginEntry
 from surgery.artifact.shares import Shares
 from surgery.errors import first_few
-from surgery.fitting.report import FitReport
+from surgery.fitting.report import FitReport, saved_words
 from surgery.members.replacement import count_replaced
 from surgery.permission import SHIPPED
 from surgery.util.wording import percent, size
@@ -96,8 +96,7 @@ def _report(report: FitReport | None) -> str:
     if report.target:
         lines.append(f"Target: {report.target}, {'met' if report.met else 'not met'}.")
     if report.saved:
-        parts = (f"{size(max(amount, 0))} by {means}" for means, amount in report.saved.items())
-        lines.append(f"Saved: {', '.join(parts)}.")
+        lines.append(f"Saved: {saved_words(report.saved)}.")
     if report.errors:
         given = report.probes.given
         real = f", real ones for {', '.join(given)}" if given else ""

@@ -24,6 +24,7 @@ from surgery.artifact.manifest import Manifest, read_manifest
 from surgery.artifact.reading import read_stored
 from surgery.artifact.rebuild import as_saved
 from surgery.artifact.recorded import (
+    alone_of,
     check_fit,
     hash_of,
     inputs_of,
@@ -176,7 +177,8 @@ def _member(
             module = _build(manifest, stored, name, files, permission) if given is None else given
             replaced = stack.enter_context(made_again(name, module, replacements_of(manifest, name)))
         origin, original = origin_of(manifest, name), is_original(manifest, name)
-        member = Member(name, module.eval(), inputs_of(manifest, name), origin, files, original, replaced)
+        inputs, alone = inputs_of(manifest, name), alone_of(manifest, name)
+        member = Member(name, module.eval(), inputs, origin, files, original, replaced, alone)
         check_fit(stored, name, module)
     for owners in (*manifest.members[name].ties.values(), *(p.site.owners for p in stored.plan.of(name))):
         _tie(member.module, owners)

@@ -101,6 +101,7 @@ class MemberEntry(_Entry):
         placements: name, number of its view, order and, where it does not follow the last site of its bank,
             start.
         replacements: of modules, in the order in which they are made.
+        alone: parameters of the member, and bytes of its tensors, before modules of it were replaced.
     """
 
     origin: OriginEntry | None = None
@@ -115,6 +116,7 @@ class MemberEntry(_Entry):
     borrowed: dict[str, MemberName] = {}
     folder: MemberName | None = None
     replacements: Annotated[tuple[ReplacementEntry, ...], Field(max_length=MOST_REPLACEMENTS)] = ()
+    alone: tuple[Count, Count] | None = None
 
 
 class BankEntry(_Entry):

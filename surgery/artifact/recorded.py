@@ -19,7 +19,7 @@ from surgery.disk.untrusted import UnreadableError, parse_json, read_regular, sh
 from surgery.errors import ArtifactError
 from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import from_document
-from surgery.members.member import Inputs, Member, Origin, shapes_of
+from surgery.members.member import Alone, Inputs, Member, Origin, shapes_of
 from surgery.members.replacement import Replaced, Replacement
 from surgery.storage.stored import Stored
 from surgery.util.text import shorten
@@ -43,6 +43,22 @@ def replacements_of(manifest: Manifest, member: str) -> tuple[Replacement, ...]:
         Replacement(member, each.path, each.method, each.settings, each.package)
         for each in manifest.members[member].replacements
     )
+
+
+def alone_of(manifest: Manifest, member: str) -> Alone | None:
+    """What a member took before modules of it were replaced, as far as it is recorded; None where none was."""
+    entry, report = manifest.members[member], manifest.report
+    if entry.alone is not None:
+        return Alone(*entry.alone)
+    if not entry.replacements or report is None or member not in report.original_bytes:
+        return None
+    return Alone(report.parameters.get(member, 0), report.original_bytes[member])  # before it was recorded
+
+
+def bytes_before(manifest: Manifest) -> dict[str, int]:
+    """Bytes of members of which modules were replaced, as they were before."""
+    alone = {name: alone_of(manifest, name) for name in manifest.members}
+    return {name: each.nbytes for name, each in alone.items() if each is not None}
 
 
 def inputs_of(manifest: Manifest, member: str) -> Inputs:
@@ -86,7 +102,7 @@ def read_member(folder: Path, manifest: Manifest, member: str, module: nn.Module
     files = read_small_files(folder, manifest, member)
     replaced = tuple(Replaced(each) for each in replacements_of(manifest, member))
     origin, inputs = origin_of(manifest, member), inputs_of(manifest, member)
-    return Member(member, module, inputs, origin, files, replaced=replaced)
+    return Member(member, module, inputs, origin, files, replaced=replaced, alone=alone_of(manifest, member))
 
 
 def small_files(manifest: Manifest, member: str) -> dict[str, str]:

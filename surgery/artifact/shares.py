@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -45,8 +46,12 @@ class Shares:
         return {name: sum(kinds.values()) for name, kinds in self.kinds.items()}
 
 
-def count_shares(stored: Stored) -> Shares:
+def count_shares(stored: Stored, before: Mapping[str, int] = MappingProxyType({})) -> Shares:
     """Count who shares what.
+
+    Args:
+        stored: a joint model.
+        before: bytes of members that took others before modules of them were replaced.
 
     Example:
         >>> count_shares(store(joint)).blocks
@@ -60,13 +65,14 @@ def count_shares(stored: Stored) -> Shares:
         kind = row.how.replace(COPY, COPIES).partition(",")[0]
         kind = ROWS if (row.member, row.name) in generated else kind
         kinds[row.member][kind] = kinds[row.member].get(kind, 0) + row.nbytes
-    before = {name: sum(row.original for row in rows if row.member == name) for name in names}
+    alone = {name: sum(row.original for row in rows if row.member == name) for name in names}
+    alone |= {name: before[name] for name in names if name in before}
     blocks = torch.zeros(len(names), len(names), dtype=torch.int64)
     _count_copies(stored, blocks)
     modules: dict[str, int] = {}
     for bank in stored.plan.banks:
         _count_bank(stored, bank, blocks, modules)
-    return Shares(names, kinds, before, tuple(tuple(map(int, row)) for row in blocks.tolist()), modules)
+    return Shares(names, kinds, alone, tuple(tuple(map(int, row)) for row in blocks.tolist()), modules)
 
 
 def join_names(names: Iterable[str]) -> str:

@@ -31,6 +31,7 @@ from surgery.artifact.reading import read_stored
 from surgery.artifact.recorded import (
     DICTIONARY,
     WEIGHTS,
+    bytes_before,
     inputs_of,
     misfits,
     origin_of,
@@ -142,7 +143,7 @@ def _placed(origin: Origin, places: Places) -> Origin:
 def _write_front(folder: Path, manifest: Manifest, stored: Stored, beside: int) -> None:
     """Write card, picture and manifest; the picture is left out where the members are so small that it would
     make the artifact too large, `beside` bytes of what is no part of the models not counted."""
-    shares = count_shares(stored)
+    shares = count_shares(stored, bytes_before(manifest))
     written = {path: _file_entry(folder / path) for path in files_below(folder)}
     before = sum(entry.bytes or 0 for entry in manifest.members.values())
     manifest = _without_known_bytes(manifest, written)
@@ -184,6 +185,7 @@ def _describe(
             borrowed=dict(borrowed.get(member.name, {})),
             folder=None if folders[member.name] == member.name else folders[member.name],
             replacements=tuple(_replaced(each.replacement) for each in member.replaced),
+            alone=member.alone and (member.alone.parameters, member.alone.nbytes),
         )
     return Manifest.model_construct(
         format="surgery",

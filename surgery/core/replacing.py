@@ -21,8 +21,9 @@ from surgery.anatomy.sites import discover
 from surgery.core.method import PlanRequest, settings_of
 from surgery.core.module_method import ModuleSurgery, Place, module_method
 from surgery.core.replacing_checks import check_calls, check_places, record_calls
+from surgery.core.sizes import bytes_of_module, parameters_of_module
 from surgery.errors import ArtifactError, PlanError, SurgeryError
-from surgery.members.member import Inputs, Member, Origin
+from surgery.members.member import Alone, Inputs, Member, Origin
 from surgery.members.origins.empty import empty_parameters
 from surgery.members.replacement import Replaced, Replacement
 from surgery.settings.methods import REGISTERED, missing_method, package_of
@@ -138,18 +139,26 @@ def _replace_all(
         for each in members
         if mine[each.name]
     }
+    alone = {each.name: each.alone or _size_of(each.module) for each in members if mine[each.name]}
     made: dict[str, list[Replaced]] = {name: [] for name in modules}
     for each, (method, how) in zip(replacements, asked, strict=True):
         place = Place(modules, each, how)
         old = place.current
         swaps.put(place.module, old, _made(method, place))
         made[each.member].append(Replaced(each, old))
-    found = [replace(each, replaced=(*each.replaced, *made[each.name])) for each in members]
+    found = [
+        replace(each, replaced=(*each.replaced, *made[each.name]), alone=alone.get(each.name, each.alone))
+        for each in members
+    ]
     for each in found:
         if made[each.name]:
             check_calls(each, made[each.name], before[each.name])
             forget_derived(each.module)
     return found
+
+
+def _size_of(module: nn.Module) -> Alone:
+    return Alone(parameters_of_module(module), bytes_of_module(module))
 
 
 def make_again(name: str, module: nn.Module, replacements: Sequence[Replacement]) -> tuple[Replaced, ...]:

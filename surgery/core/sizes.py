@@ -122,9 +122,12 @@ def parameters_of_module(module: nn.Module) -> int:
 
 
 def parameters_alone(joint: JointModel) -> dict[str, int]:
-    """Parameters of each member alone: of its sites, and of what it keeps to itself."""
+    """Parameters of each member alone: of its sites, and of what it keeps to itself; before modules were replaced."""
+    alone = {name: member.alone for name, member in joint.members.items()}
     return {
-        name: sum(parameter.numel() for parameter in joint.private(name).values())
+        name: before.parameters
+        if (before := alone[name]) is not None
+        else sum(parameter.numel() for parameter in joint.private(name).values())
         + sum(math.prod(p.site.shape) for p in joint.plan.of(name))
         for name in joint.names
     }

@@ -24,7 +24,7 @@ from surgery.core.joint import JointModel
 from surgery.core.known import Known
 from surgery.core.method import DEFAULT_METHOD
 from surgery.core.replacing import still_replaced
-from surgery.core.sizes import bytes_alone, bytes_of_module, parameters_alone, parameters_of_module
+from surgery.core.sizes import bytes_alone, parameters_alone
 from surgery.errors import PlanError
 from surgery.fitting.exactly import make_exactly
 from surgery.fitting.recording import recipe_of_fit
@@ -304,15 +304,14 @@ class AsTheyWere:
 
 
 def _as_they_were(joint: JointModel) -> AsTheyWere:
-    hashes, parameters, nbytes = {}, parameters_alone(joint), {}
+    hashes = {}
     for name, member in joint.members.items():
         if all(each.original is None for each in member.replaced):
             hashes[name] = content_hash(collapsed(joint, name))
             continue
-        module = joint.original(name)
-        hashes[name] = content_hash(whole_state(module))
-        parameters[name], nbytes[name] = parameters_of_module(module), bytes_of_module(module)
-    return AsTheyWere(hashes, parameters, nbytes)
+        hashes[name] = content_hash(whole_state(joint.original(name)))
+    nbytes = {name: each.alone.nbytes for name, each in joint.members.items() if each.alone is not None}
+    return AsTheyWere(hashes, parameters_alone(joint), nbytes)
 
 
 def _errors_of_replacing(

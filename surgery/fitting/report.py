@@ -24,6 +24,21 @@ from surgery.util.showing import as_html, as_text
 from surgery.util.wording import percent, size
 
 
+def saved_words(saved: Mapping[str, int]) -> str:
+    """What each means saved, and what those take that save nothing.
+
+    Args:
+        saved: bytes by means, as in a report.
+
+    Example:
+        >>> saved_words({"sharing": 0, "precision": 4096, "replacing": -2048})
+        '0 B by sharing, 4.1 kB by precision; replacing takes 2.0 kB more'
+    """
+    words = ", ".join(f"{size(amount)} by {means}" for means, amount in saved.items() if amount >= 0)
+    more = [f"{means} takes {size(-amount)} more" for means, amount in saved.items() if amount < 0]
+    return "; ".join([words or "nothing", *more])
+
+
 def _read_error(value: Any) -> Any:
     """An error as JSON has it, which cannot say NaN."""
     if value is None:
@@ -133,9 +148,7 @@ class FitReport:
             ratio = percent(self.stored_bytes / max(before, 1))
             said.append(f"{size(self.stored_bytes)} of {size(before)} ({ratio})")
         if self.saved:
-            said.append(
-                f"saved {', '.join(f'{size(each)} by {means}' for means, each in self.saved.items())}"
-            )
+            said.append(f"saved {saved_words(self.saved)}")
         if self.changed:
             said.append(f"weights of {', '.join(self.changed)} changed since")
         return "; ".join(said) or "nothing is known of these weights"

@@ -53,6 +53,14 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Alone:
+    """What a member takes alone: parameters, and bytes of its state dict; a tied tensor once."""
+
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Origin:
     """Where a member came from, precise enough to build its architecture again without its weights.
 
@@ -86,6 +94,7 @@ class Member:
         files: small files (config, tokenizer, preprocessor) by their relative path.
         original: whether the weights are those that the origin gives; not after training or a fit.
         replaced: modules of `module` in whose place others stand, in the order in which they were replaced.
+        alone: what the member took before the first of these was replaced; None where none was.
     """
 
     name: str
@@ -95,6 +104,7 @@ class Member:
     files: Mapping[str, bytes] = field(default_factory=dict)
     original: bool = True
     replaced: tuple[Replaced, ...] = ()
+    alone: Alone | None = None
 
     def __repr__(self) -> str:
         return (

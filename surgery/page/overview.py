@@ -12,6 +12,7 @@ from typing import Any
 from surgery.artifact.manifest import NAME as MANIFEST
 from surgery.artifact.manifest import Manifest, read_manifest
 from surgery.artifact.reading import read_stored
+from surgery.artifact.recorded import alone_of, bytes_before
 from surgery.artifact.shares import Shares, count_shares
 from surgery.core.sizes import TensorReport, count_tensors, how_stored
 from surgery.disk.untrusted import shown_text
@@ -119,7 +120,7 @@ def look(source: str | Path) -> Overview:
         return Overview(folder.name, run=run)
     manifest = read_manifest(folder)
     stored = read_stored(folder, manifest, list(manifest.members))
-    shares, rows = count_shares(stored), count_tensors(stored)
+    shares, rows = count_shares(stored, bytes_before(manifest)), count_tensors(stored)
     report = manifest.report or FitReport()
     return Overview(
         folder.resolve().name,
@@ -156,19 +157,17 @@ def _member(
     origin = manifest.members[manifest.members[name].like or name].origin
     assert origin is not None  # the manifest was validated
     trained = ((run.start.get("sizes") if run else None) or {}).get("alone", {}).get(name, {})
-    recorded = report.parameters.get(name, trained.get("parameters"))
+    alone = alone_of(manifest, name)
+    recorded = alone.parameters if alone else report.parameters.get(name, trained.get("parameters"))
     named = (
         origin.reference
         if origin.reference == origin.architecture
         else f"{origin.reference} ({origin.architecture})"
     )
     replaced = {shown_text(each.path): each.method for each in manifest.members[name].replacements}
-    before = shares.before[name]
-    if replaced:  # what the member took with the modules that stood there
-        named += f", {count_replaced(list(replaced.values()))}"
-        before = report.original_bytes.get(name, before)
+    named += f", {count_replaced(list(replaced.values()))}" if replaced else ""
     return MemberView(
-        name, named, recorded, before, shares.after[name], shares.kinds[name],
+        name, named, recorded, shares.before[name], shares.after[name], shares.kinds[name],
         report.error(name), _layers(name, stored, rows), replaced,
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from surgery.disk.files import put
 from surgery.errors import OutputError
-from surgery.fitting.report import FitReport
+from surgery.fitting.report import FitReport, saved_words
 from surgery.page import charts
 from surgery.page.charts import Series
 from surgery.page.overview import MemberView, Overview, Run
@@ -170,7 +170,7 @@ def _member(member: MemberView, largest: int) -> dict[str, Any]:
 
 
 def _saved(report: FitReport) -> str:
-    means = ", ".join(f"{size(max(amount, 0))} by {means}" for means, amount in report.saved.items())
+    means = saved_words(report.saved) if report.saved else ""
     return f"Saved: {means}." if means else ""
 
 

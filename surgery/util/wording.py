@@ -17,9 +17,11 @@ def size(amount: float) -> str:
     """Bytes, in powers of ten.
 
     Example:
-        >>> size(90_868_376), size(512)
-        ('90.9 MB', '512 B')
+        >>> size(90_868_376), size(512), size(-2048)
+        ('90.9 MB', '512 B', '-2.0 kB')
     """
+    if amount < 0:
+        return f"-{size(-amount)}"
     for unit in ("B", "kB", "MB", "GB"):
         if amount < (999.5 if unit == "B" else 999.95):
             return f"{amount:.0f} B" if unit == "B" else f"{amount:.1f} {unit}"

@@ -23,7 +23,8 @@ def measure(joint: JointModel) -> tuple[Sizes, dict[str, int]]:
     Returns:
         sizes under `alone` and `joint`, see `surgery.core.sizes`; and `surgery.artifact.shares.Shares.modules`.
     """
-    shares = count_shares(trim(on_cpu(store(joint))))
+    before = {name: member.alone for name, member in joint.members.items() if member.alone is not None}
+    shares = count_shares(trim(on_cpu(store(joint))), {name: each.nbytes for name, each in before.items()})
     alone, now = parameters_alone(joint), whole_parts(parameters_joint(joint))
     return {
         "alone": {n: {"parameters": alone[n], "bytes": shares.before[n]} for n in joint.names},
