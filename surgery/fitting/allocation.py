@@ -63,7 +63,7 @@ def choose(table: Table, mu: np.ndarray) -> Choice:
     total = table.fixed + np.bincount(
         table.arrangement, cost[np.arange(len(option)), option], len(table.fixed)
     )
-    return _revalued(table, Choice(option, _first_of_each(table.group, total), 0.0, np.zeros(0)))
+    return revalued(table, Choice(option, _first_of_each(table.group, total), 0.0, np.zeros(0)))
 
 
 def within_errors(table: Table, bound: Sequence[float]) -> Choice:
@@ -88,7 +88,7 @@ def within_errors(table: Table, bound: Sequence[float]) -> Choice:
     # single options: what is beyond it is mended first, and what is then left of it saves bytes until it is
     # used up.
     starts = [np.exp2(level), np.exp2(level - 1e-6)]
-    mended = [_mend_error(table, _revalued(table, choose(scaled, mu)), limit) for mu in starts]
+    mended = [_mend_error(table, revalued(table, choose(scaled, mu)), limit) for mu in starts]
     within = [
         _use_up_error(table, choice, limit) for choice in (*mended, finest(table)) if choice is not None
     ]
@@ -101,7 +101,7 @@ def within_bytes(table: Table, budget: float) -> Choice:
     scaled, _ = _scaled(table)
 
     def at(level: float) -> Choice:
-        return _revalued(table, choose(scaled, np.exp2(np.full(table.weight.shape[1], -level))))
+        return revalued(table, choose(scaled, np.exp2(np.full(table.weight.shape[1], -level))))
 
     level = _lowest(lambda x: at(x).nbytes <= budget)
     smallest = choose(table, np.zeros(table.weight.shape[1]))
@@ -118,17 +118,18 @@ def finest(table: Table) -> Choice:
     total = np.bincount(table.arrangement, error[units, option], len(table.fixed))
     total = np.where(np.isfinite(table.fixed), total, np.inf)  # what cannot be taken
     nbytes = table.fixed + np.bincount(table.arrangement, table.size[units, option], len(table.fixed))
-    return _revalued(table, Choice(option, _first_of_each(table.group, total, nbytes), 0.0, np.zeros(0)))
+    return revalued(table, Choice(option, _first_of_each(table.group, total, nbytes), 0.0, np.zeros(0)))
 
 
 def _scaled(table: Table) -> tuple[Table, np.ndarray]:
     """The table in units of each member's largest error: what multipliers then need is below the ceiling."""
-    unit = (table.weight * table.error.max(1, keepdims=True)).max(0, initial=0.0)
+    able = np.isfinite(table.fixed)[table.arrangement]  # what cannot be taken changes nothing
+    unit = (table.weight * table.error.max(1, keepdims=True))[able].max(0, initial=0.0)
     unit = np.where((unit > 0) & np.isfinite(unit), unit, 1.0)
     return replace(table, weight=table.weight / unit), unit
 
 
-def _revalued(table: Table, choice: Choice) -> Choice:
+def revalued(table: Table, choice: Choice) -> Choice:
     """The same options with the bytes and errors that they have in `table`."""
     units, active = np.arange(len(choice.option)), choice.taken[table.arrangement]
     nbytes = table.size[units, choice.option][active].sum() + table.fixed[choice.taken].sum()

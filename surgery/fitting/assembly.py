@@ -18,11 +18,12 @@ from surgery.storage.keys import PartKey, StorageKey
 from surgery.storage.stored import Stored, build_bank, deduplicate
 
 PLAIN = "sharing it does not pay"
+KEPT = {False: 1, True: 3}  # precisions of a tensor that are kept encoded; error feedback takes its time
 
 
 @dataclass
 class Assembler:
-    """Builds stored forms from choices; what did not change since the last choice is not encoded again."""
+    """Builds stored forms from choices; what did not change since the last ones is not encoded again."""
 
     plan: Plan
     ties: Mapping[str, Mapping[str, tuple[str, ...]]]
@@ -30,7 +31,7 @@ class Assembler:
     arrangements: Sequence[Arrangement]
 
     def __post_init__(self) -> None:
-        self._encoded: dict[tuple[int, Any], tuple[Precision, Encoded]] = {}  # by unit and its key
+        self._encoded: dict[tuple[int, Any], dict[Precision, Encoded]] = {}  # by unit and its key
 
     def assemble(self, choice: Choice) -> Stored:
         """The stored joint model of a choice."""
@@ -63,13 +64,12 @@ class Assembler:
         return None if precision is None else self._encode(unit, own, precision)
 
     def _encode(self, unit: Unit, key: Any, precision: Precision) -> Encoded:
-        known = self._encoded.get((id(unit), key))
-        if known is None or known[0] != precision:
-            known = self._encoded[id(unit), key] = (
-                precision,
-                encode(unit.tensors[key], precision, unit.statistics),
-            )
-        return known[1]
+        known = self._encoded.setdefault((id(unit), key), {})
+        if precision not in known:
+            if len(known) == KEPT[unit.statistics is not None]:
+                del known[next(iter(known))]
+            known[precision] = encode(unit.tensors[key], precision, unit.statistics)
+        return known[precision]
 
 
 def with_plain(plan: Plan, banks: Sequence[BankPlan], placements: Sequence[Placement]) -> Plan:

@@ -15,9 +15,10 @@ from surgery.core.method import methods_of
 from surgery.errors import PlanError
 from surgery.fitting.allocation import Choice, Table, finest, within_bytes, within_errors
 from surgery.fitting.assembly import Assembler, weights_of
-from surgery.fitting.closing import Scales, log_ratio, near
+from surgery.fitting.closing import SLACK, Scales, log_ratio, near
 from surgery.fitting.groups import make_groups
 from surgery.fitting.scene import Scene
+from surgery.fitting.structure import structure_of
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import PART_BYTES, barred, doubtful, tabulate
 from surgery.settings.target import MAX_ERROR
@@ -27,6 +28,7 @@ from surgery.util.wording import more_than
 
 ROUNDS = 8  # corrections of the predicted errors by the measured ones
 MORE_ROUNDS = 12  # if none of them met the bound
+CORRECTIONS = 2  # of what is predicted of related sites within a budget
 DOUBT = (
     0.1  # of an artifact's bytes: a saving predicted of what methods share that measuring may well turn round
 )
@@ -74,10 +76,10 @@ class Search:
         table, units, arrangements = tabulate(groups, list(scene.trials))
         self.scene, self.trials = scene, scene.trials
         self.apart = _apart(table)
-        self.table = replace(table, fixed=np.where(barred(groups), np.inf, table.fixed))
+        self.predicted = replace(table, fixed=np.where(barred(groups), np.inf, table.fixed))
+        self.structure = structure_of(groups, table.size.shape[1])
         self.doubtful = doubtful(groups)
         self.copies = np.array([max(0, len(unit.tensors) - 1) for unit in units])  # left out of each unit
-        self.unshared = replace(self.table, fixed=np.where(self.doubtful, np.inf, self.table.fixed))
         self.fixed = any(group.shared for group in groups)  # whatever it costs
         self.given = scene.given
         self.assembler = Assembler(scene.plan, ties, units, arrangements)
@@ -100,6 +102,16 @@ class Search:
         target += f" with {self.given}" if self.given else ""
         return Outcome(target, found.stored, found.errors, True, self.saved_by_sharing(found))
 
+    @property
+    def table(self) -> Table:
+        """What there is to choose from, with errors as far as they were measured."""
+        return self.structure.apply(self.predicted)
+
+    @property
+    def unshared(self) -> Table:
+        """The same without what methods share."""
+        return replace(self.table, fixed=np.where(self.doubtful, np.inf, self.table.fixed))
+
     def attempt(self, choice: Choice) -> Attempt:
         """Assemble a choice and measure it."""
         stored = self.assembler.assemble(choice)
@@ -118,17 +130,44 @@ class Search:
             errors = {name: trial.error() for name, trial in self.trials.items()}
             check_bound(errors, bound, self.given, self.advice())
         spare = self.most_exact(bound) if self.fixed else None
+        if self.structure.together.any():
+            self.learn(self.attempt(within_errors(self.table, [SLACK**2 * bound**2] * len(self.trials))))
         best = self.close_in(self.table, bound)
         if self.in_doubt(best):
             other = self.close_in(self.unshared, bound)
             best = min(
                 (each for each in (best, other) if each), key=lambda each: each.stored.nbytes, default=None
             )
+        if self.structure.together.any():
+            best = self.smallest_of_related(best, bound)
         if best := best or spare:
             return best
         best = self.attempt(finest(self.apart))  # predictions led nowhere: every tensor as it is
         check_bound(dict(zip(self.trials, best.errors, strict=True)), bound, self.given, self.advice())
         return best
+
+    def smallest_of_related(self, found: Attempt | None, bound: float) -> Attempt | None:
+        """The smaller one of an attempt within a bound and of related sites each apart."""
+        apart = self.structure.apart(self.table)
+        if found is not None:
+            other = self.attempt(self.of_bytes(apart, found.stored.nbytes / self.whole)[0])
+            if other.stored.nbytes > found.stored.nbytes or not (other.errors <= bound).all():
+                return found
+        other = self.close_in(apart, bound)
+        return min(
+            (each for each in (found, other) if each), key=lambda each: each.stored.nbytes, default=None
+        )
+
+    def is_together(self, found: Attempt) -> bool:
+        """Whether related sites are stored together in what was found."""
+        return bool((found.choice.taken & self.structure.together).any())
+
+    def learn(self, found: Attempt) -> None:
+        """Correct what is predicted of related sites by what an attempt shows."""
+        if self.is_together(found):
+            left = self.attempt(self.structure.unrounded(self.predicted, found.choice))
+            pairs = [(each.choice, each.errors) for each in (found, left)]
+            self.structure = self.structure.learned(self.predicted, *pairs)
 
     def in_doubt(self, found: Attempt | None) -> bool:
         """Whether what methods share, each tensor apart, might be better than what was found.
@@ -219,7 +258,20 @@ class Search:
             other = self.attempt(self.of_bytes(self.unshared, budget)[0])
             if other.stored.nbytes <= budget * self.whole:
                 found = min(found, other, key=lambda each: float((each.errors**2).sum()))
-        return found
+        return self.most_exact_of_related(found, budget)
+
+    def most_exact_of_related(self, found: Attempt, budget: float) -> Attempt:
+        """The better one of an attempt, what its measured errors lead to, and related sites each apart."""
+        if not self.is_together(found):
+            return found
+        for _ in range(CORRECTIONS):
+            self.learn(found)
+            other = self.attempt(self.of_bytes(self.table, budget)[0])
+            if other.stored.nbytes > budget * self.whole or not better(other, found):
+                break
+            found = other
+        other = self.attempt(self.of_bytes(self.structure.apart(self.table), budget)[0])
+        return found if other.stored.nbytes > budget * self.whole or better(found, other) else other
 
     def of_bytes(self, table: Table, budget: float) -> tuple[Choice, float]:
         """The choice of least predicted error for a fraction of the members' bytes, and the bytes it was given."""
@@ -275,6 +327,11 @@ def advice_on_bound(given: str) -> str:
         given: what settings fix, in words.
     """
     return f"{'Change the `settings` of the method, or use' if given else 'Use'} a larger `max_error`."
+
+
+def better(one: Attempt, other: Attempt) -> bool:
+    """Whether outputs of one attempt moved less, both in their mean and in their mean square."""
+    return bool(one.errors.mean() < other.errors.mean() and (one.errors**2).mean() < (other.errors**2).mean())
 
 
 def measure_errors(stored: Stored, trials: Mapping[str, Trial]) -> np.ndarray:
