@@ -17,7 +17,7 @@ from surgery.fitting import groups, structure
 from surgery.fitting.allocation import Table, revalued, within_bytes
 from surgery.fitting.structure import Structure
 
-NAMES = ("one", "two")
+NAMES = ("one", "two", "three")
 
 
 class Net(nn.Module):
