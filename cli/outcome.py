@@ -82,7 +82,7 @@ def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
             console.percent(row["output_error"], digits=2),
         )
     console.show(table)
-    given = report.probes.given
+    given = report.given
     inputs = f"real inputs for {', '.join(given)}, made-up ones for the rest" if given else "made-up inputs"
     if set(given) == set(joint.names):
         inputs = "the real inputs given"

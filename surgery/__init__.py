@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from surgery.members.member import Inputs, Member, Origin
     from surgery.members.references import load_member
     from surgery.methods.templates.plan import plan_templates
+    from surgery.pipeline.add import add, remove
     from surgery.pipeline.merge import merge
     from surgery.settings.recipe import Recipe
     from surgery.tracing import trace
@@ -59,6 +60,7 @@ _HOMES = {
     "core.method": ("plan_with",),
     "core.replacing": ("plan_modules",),
     "members.member": ("Inputs", "Member", "Origin"),
+    "pipeline.add": ("add", "remove"),
     "pipeline.merge": ("merge",),
     "anatomy.plan": ("Plan", "make_plan"),
     "settings.recipe": ("Recipe",),
@@ -76,9 +78,9 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Anatomy", "ArtifactError", "ConsentError", "ExportError", "FitReport", "Inputs", "JointModel", "LeftAlone",
     "LoadError", "Member", "Origin", "OutputError", "Plan", "PlanError", "Recipe", "Site", "SurgeryError", "Task",
-    "TraceError", "TrainReport", "TrainingError", "VerifyReport", "__version__", "discover", "export", "fit", "join",
-    "load", "load_member", "make_plan", "merge", "plan_modules", "plan_templates", "plan_with",
-    "save", "trace", "train", "verify",
+    "TraceError", "TrainReport", "TrainingError", "VerifyReport", "__version__", "add", "discover", "export", "fit",
+    "join", "load", "load_member", "make_plan", "merge", "plan_modules", "plan_templates", "plan_with",
+    "remove", "save", "trace", "train", "verify",
 ]  # fmt: skip
 
 

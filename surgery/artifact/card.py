@@ -95,10 +95,13 @@ def _report(report: FitReport | None) -> str:
     lines = []
     if report.target:
         lines.append(f"Target: {report.target}, {'met' if report.met else 'not met'}.")
+    for name, each in report.added.items():
+        added = f"{name} was added later, in {size(each.stored_bytes)} more"
+        lines.append(f"{added}; its target: {each.target}, {'met' if each.met else 'not met'}.")
     if report.saved:
         lines.append(f"Saved: {saved_words(report.saved)}.")
     if report.errors:
-        given = report.probes.given
+        given = report.given
         real = f", real ones for {', '.join(given)}" if given else ""
         lines.append(
             "Output moved: relative L2 difference from the original's outputs, the largest over output "

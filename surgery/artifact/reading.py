@@ -65,6 +65,23 @@ def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Sto
         ArtifactError: naming every file that is missing, has another size, lies in its header, or holds other
             tensors than the manifest says.
     """
+    stored = map_stored(folder, manifest, members)
+    check_banks(folder, stored)
+    return stored if list(members) == list(manifest.members) else restrict(stored, members)
+
+
+def check_banks(folder: Path, stored: Stored) -> None:
+    """Look at the values of all parts of banks.
+
+    Raises:
+        ArtifactError: naming what no bank can be made of.
+    """
+    for bank in stored.plan.banks:
+        raise_damaged(folder, tensor_method(bank.method).wrong_parts(bank, stored.parts(bank.key)))
+
+
+def map_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Stored:
+    """`read_stored` of some members with all that others have in the same files, no value looked at."""
     wanted = _tensor_files(manifest, members)
     raise_damaged(
         folder, _wrong_files(folder, manifest, [path for paths in wanted.values() for path in paths])
@@ -96,12 +113,8 @@ def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Sto
     if lost := [key for name in members for key in manifest.same_of(name).values() if key not in tensors]:
         raise_damaged(folder, [f"{key} is stored for several, but no file holds it" for key in lost])
     raise_damaged(folder, wrong_claims(stored))
-    for bank in plan.banks:
-        raise_damaged(folder, tensor_method(bank.method).wrong_parts(bank, stored.parts(bank.key)))
     raise_damaged(folder, _wrong_ties(stored, members))
-    if list(members) == list(manifest.members):
-        return stored
-    return restrict(stored, members)
+    return stored
 
 
 def wrong_hashes(folder: Path, manifest: Manifest) -> dict[str, str]:

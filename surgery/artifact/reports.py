@@ -50,6 +50,7 @@ def report_of(joint: JointModel, stored: Stored) -> FitReport | None:
         probes=report.probes if measured else Probes(),
         parameters=report.parameters,
         changed=tuple(sorted({*changed, *report.changed})),
+        added=_among(report.added, held),
     )
 
 
@@ -67,14 +68,73 @@ def restrict_report(report: FitReport | None, names: Collection[str], whole: boo
         probes=report.probes,
         parameters=_among(report.parameters, names),
         changed=tuple(name for name in report.changed if name in names),
+        added=_among(report.added, names),
     )
+    if kept.original_bytes and kept.original_bytes.keys() <= kept.added.keys():
+        return kept  # the target was not theirs
     if report.target == "lossless":
         return replace(kept, target=report.target, met=bool(report.met))
     bound = report.bound
     if bound is None:  # a target of all together, such as bytes, hypermodules or templates
         return kept
-    met = bool(report.met) or all(error <= bound for error in kept.errors.values())
+    fitted = (error for name, error in kept.errors.items() if name not in kept.added)
+    met = bool(report.met) or all(error <= bound for error in fitted)
     return replace(kept, target=report.target, met=met)
+
+
+def report_with(report: FitReport | None, more: FitReport) -> FitReport:
+    """What is known once members are added to what a report describes.
+
+    Args:
+        report: of the others, if there is one.
+        more: of the added members alone.
+    """
+    report = report or FitReport()
+    added = more.added.values()
+    return replace(
+        report,
+        original_bytes={**report.original_bytes, **more.original_bytes},
+        stored_bytes=report.stored_bytes and report.stored_bytes + sum(each.stored_bytes for each in added),
+        saved={
+            means: amount + sum(each.saved.get(means, 0) for each in added)
+            for means, amount in report.saved.items()
+        },
+        errors={**report.errors, **more.errors},
+        hashes={**report.hashes, **more.hashes},
+        parameters={**report.parameters, **more.parameters},
+        added={**report.added, **more.added},
+    )
+
+
+def report_without(report: FitReport | None, names: Collection[str], nbytes: int) -> FitReport | None:
+    """What is known of some members once the others are removed: what a fit made of all still holds where only members
+    that were added after it went.
+
+    Args:
+        report: of all.
+        names: of those that stay.
+        nbytes: of the tensors that stay.
+    """
+    if report is None:
+        return None
+    gone = {*report.original_bytes, *report.parameters, *report.changed} - {*names}
+    kept = restrict_report(report, names, whole=False)
+    if gone - {*report.added} or kept is None:
+        return kept
+    saved = dict(report.saved)
+    if saved:
+        less = sum(report.added[name].saved.get("precision", 0) for name in gone)
+        saved["precision"] = saved.get("precision", 0) - less
+        others = sum(amount for means, amount in saved.items() if means != "sharing")
+        saved["sharing"] = sum(kept.original_bytes.values()) - nbytes - others
+    return replace(
+        kept,
+        target=report.target,
+        met=report.met,
+        stored_bytes=report.stored_bytes and nbytes,
+        saved=saved,
+        stacks=report.stacks,
+    )
 
 
 def _among(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

@@ -319,7 +319,7 @@ def _compare_outputs(
     name, report = origin.name, manifest.report or FitReport()
     recorded = report.error(name)
     origin, unknown = _with_recorded_inputs(manifest, origin)
-    probes = probe_inputs(origin, seed=_seed(manifest))
+    probes = probe_inputs(origin, seed=_seed(manifest, name))
     try:
         expected = outputs_over(origin.module, probes)
     except Exception as error:  # of a user's module, on inputs like those that were recorded
@@ -330,7 +330,7 @@ def _compare_outputs(
         return None, [f"it must run where its origin runs, but raises {one_line(error)}"], None
     if recorded is None:
         return moved, [], None
-    if name in report.probes.given:
+    if name in report.given:
         return moved, [], "that was measured on inputs that were given to the fit and are not kept"
     if name not in report.hashes:
         return moved, [], "the fit did not begin from its origin"
@@ -402,6 +402,6 @@ def _pinned(origin: Origin) -> Origin:
     return replace(origin, reference=f"{head}@{origin.revision}{mark}{options}")
 
 
-def _seed(manifest: Manifest) -> int:
-    seed = (manifest.report or FitReport()).probes.seed
+def _seed(manifest: Manifest, member: str) -> int:
+    seed = (manifest.report or FitReport()).probes_of(member).seed
     return manifest.seed or 0 if seed is None else seed

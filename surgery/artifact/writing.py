@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -50,7 +50,7 @@ from surgery.fitting.report import FitReport
 from surgery.inputs.probes import followed
 from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import to_document
-from surgery.members.member import Member, Origin, content_hash
+from surgery.members.member import Alone, Member, Origin, content_hash
 from surgery.members.replacement import Replacement
 from surgery.settings.recipe import Recipe
 from surgery.storage.codecs import Encoded
@@ -77,10 +77,10 @@ def write(
 ) -> Path:
     """Write what is stored of some members; `save` says what the arguments are."""
     stored = trim(on_cpu(stored))
-    _check_names(members)
+    check_folder_names(member.name for member in members)
     check_dtypes({_shown(key): each.dtype for key, each in stored.tensors.items()})
     places = into_artifact(out)
-    members = [replace(each, origin=_placed(each.origin, places)) for each in members]
+    members = [replace(each, origin=placed(each.origin, places)) for each in members]
     document = None if recipe is None else places.recipe(recipe.document())
     extra = {name: to_document(values, name) for name, values in stored.extra.items()}
     own, borrowed = _share_files(members)
@@ -92,19 +92,20 @@ def write(
         + sum(map(len, (*extras.values(), *extra.values())))
     )
     with new_folder(out, overwrite=overwrite, need=room, record=False) as folder:
-        for stem, tensors in _by_file(stored, folders).items():
+        for stem, tensors in by_file(stored, folders).items():
             write_shards((folder / stem).parent, Path(stem).name, parts_of(tensors), max_shard_size)
         for name, files in own.items():
             for relative, content in files.items():
-                _put(folder / "members" / folders[name] / relative, content)
+                put_file(folder / "members" / folders[name] / relative, content)
         for name, content in extra.items():
-            _put(folder / "members" / folders[name] / EXTRA_STATE, content)
+            put_file(folder / "members" / folders[name] / EXTRA_STATE, content)
         if document is not None:
-            _put(folder / "recipe.yaml", _recipe_bytes(document))
+            put_file(folder / "recipe.yaml", recipe_bytes(document))
         for relative, content in extras.items():
-            _put(folder / relative, content)
-        manifest = _describe(stored, members, report, document, borrowed, folders)
-        _write_front(folder, manifest, stored, sum(map(len, extras.values())))
+            put_file(folder / relative, content)
+        described = [describe_member(member, stored) for member in members]
+        manifest = make_manifest(stored, described, report, document, borrowed, folders)
+        write_front(folder, manifest, stored, sum(map(len, extras.values())))
         _check_readable(folder, stored, out)
     return Path(out).expanduser().resolve()
 
@@ -133,18 +134,32 @@ def _check_readable(folder: Path, stored: Stored, out: str | Path) -> None:
         ) from error
 
 
-def _placed(origin: Origin, places: Places) -> Origin:
+def placed(origin: Origin, places: Places) -> Origin:
     """An origin whose reference is relative to the artifact; that of a live module is no reference."""
     return (
         origin if origin.kind == "module" else replace(origin, reference=places.reference(origin.reference))
     )
 
 
-def _write_front(folder: Path, manifest: Manifest, stored: Stored, beside: int) -> None:
+def write_front(
+    folder: Path,
+    manifest: Manifest,
+    stored: Stored,
+    beside: int,
+    known: Mapping[str, FileEntry] = MappingProxyType({}),
+) -> None:
     """Write card, picture and manifest; the picture is left out where the members are so small that it would
-    make the artifact too large, `beside` bytes of what is no part of the models not counted."""
+    make the artifact too large, `beside` bytes of what is no part of the models not counted.
+
+    Args:
+        folder: that holds everything else.
+        manifest: as `make_manifest` returns it.
+        stored: what the folder holds.
+        beside: bytes that are not counted.
+        known: entries of files that are known already, by path.
+    """
     shares = count_shares(stored, bytes_before(manifest))
-    written = {path: _file_entry(folder / path) for path in files_below(folder)}
+    written = {path: known.get(path) or _file_entry(folder / path) for path in files_below(folder)}
     before = sum(entry.bytes or 0 for entry in manifest.members.values())
     manifest = _without_known_bytes(manifest, written)
     picture = draw_sharing(shares)
@@ -159,33 +174,90 @@ def _write_front(folder: Path, manifest: Manifest, stored: Stored, beside: int) 
         if total - beside <= before + ALLOWANCE:
             break
     for name, each in {**front, NAME: content}.items():
-        _put(folder / name, each)
+        put_file(folder / name, each)
 
 
-def _describe(
+@dataclass(frozen=True)
+class Described:
+    """What a manifest says of a member besides how its tensors are stored.
+
+    Attributes:
+        name: of the member.
+        origin: with a reference that is relative to the artifact.
+        inputs: their sketch.
+        hash: content hash of its state dict, where its own files do not hold every tensor as it is.
+        bytes: of its own files before it was joined.
+        replacements: of its modules.
+        alone: what it took before modules of it were replaced; None where none was.
+    """
+
+    name: str
+    origin: OriginEntry
+    inputs: Any
+    hash: str | None
+    bytes: int
+    replacements: tuple[ReplacementEntry, ...] = ()
+    alone: Alone | None = None
+
+
+def describe_member(member: Member, stored: Stored) -> Described:
+    """What a manifest says of a member that is at hand."""
+    state = lazy_state_of(stored, member.name)
+    once = {id(each): (key, each.dtype, each.shape) for key, each in state.handles.items()}
+    return Described(
+        member.name,
+        OriginEntry.model_construct(**asdict(member.origin)),
+        sketch(member.inputs, _followed(member)),
+        content_hash(state) if _is_changed(stored, member.name) else None,
+        aligned_file_bytes(once.values()) + sum(map(len, member.files.values())),
+        tuple(_replaced(each.replacement) for each in member.replaced),
+        member.alone,
+    )
+
+
+def _is_changed(stored: Stored, member: str) -> bool:
+    """Whether a member's own files do not hold every tensor of it as it is."""
+    coded = any(not each.precision.is_native for each in stored.own(member).values())
+    return coded or any(key.member == member for key in stored.aliases) or bool(stored.plan.of(member))
+
+
+def make_manifest(
     stored: Stored,
-    members: Sequence[Member],
+    members: Sequence[Described],
     report: FitReport | None,
     recipe: Mapping[str, Any] | None,
     borrowed: Mapping[str, Mapping[str, str]],
     folders: Mapping[str, str],
 ) -> Manifest:
-    """The manifest, still without files."""
+    """The manifest, still without files.
+
+    Args:
+        stored: what the artifact holds.
+        members: all of them.
+        report: of a fit, if there was one.
+        recipe: its document, if there is one.
+        borrowed: by member, small files that another one has too, with that member's name.
+        folders: by member.
+    """
     banks, views, placements = plan_entries(stored)
     entries: dict[str, MemberEntry] = {}
     first: dict[str, str] = {}  # members by what their origin and inputs are
-    for member in members:
-        origin = OriginEntry.model_construct(**asdict(member.origin))
-        inputs = sketch(member.inputs, _followed(member))
-        like = first.setdefault(json.dumps([origin.model_dump(), inputs]), member.name)
-        described = {"origin": origin, "inputs": inputs} if like == member.name else {"like": like}
-        entries[member.name] = MemberEntry.model_construct(
+    for each in members:
+        name = each.name
+        like = first.setdefault(json.dumps([each.origin.model_dump(), each.inputs]), name)
+        described = {"origin": each.origin, "inputs": each.inputs} if like == name else {"like": like}
+        entries[name] = MemberEntry.model_construct(
             **described,
-            **_describe_tensors(stored, member, placements.get(member.name, [])),
-            borrowed=dict(borrowed.get(member.name, {})),
-            folder=None if folders[member.name] == member.name else folders[member.name],
-            replacements=tuple(_replaced(each.replacement) for each in member.replaced),
-            alone=member.alone and (member.alone.parameters, member.alone.nbytes),
+            hash=each.hash if _is_changed(stored, name) else None,
+            bytes=each.bytes,
+            ties=dict(stored.ties.get(name, {})),
+            encoded=encoded_entries(stored.own(name)),
+            same={key.name: str(at) for key, at in stored.aliases.items() if key.member == name},
+            placements=tuple(placements.get(name, ())),
+            borrowed=dict(borrowed.get(name, {})),
+            folder=None if folders[name] == name else folders[name],
+            replacements=each.replacements,
+            alone=each.alone and (each.alone.parameters, each.alone.nbytes),
         )
     return Manifest.model_construct(
         format="surgery",
@@ -213,22 +285,6 @@ def _replaced(replacement: Replacement) -> ReplacementEntry:
     return ReplacementEntry.model_construct(**found)
 
 
-def _describe_tensors(stored: Stored, member: Member, placements: Sequence[Any]) -> dict[str, Any]:
-    """What a manifest says of one member's tensors."""
-    state = lazy_state_of(stored, member.name)
-    once = {id(each): (key, each.dtype, each.shape) for key, each in state.handles.items()}
-    encoded = encoded_entries(stored.own(member.name))
-    same = {key.name: str(at) for key, at in stored.aliases.items() if key.member == member.name}
-    return {
-        "hash": content_hash(state) if encoded or same or placements else None,
-        "bytes": aligned_file_bytes(once.values()) + sum(map(len, member.files.values())),
-        "ties": dict(stored.ties.get(member.name, {})),
-        "encoded": encoded,
-        "same": same,
-        "placements": tuple(placements),
-    }
-
-
 def _without_known_bytes(manifest: Manifest, written: Mapping[str, FileEntry]) -> Manifest:
     """Members' bytes before they were joined are left out where their files here have as many."""
     now = {manifest.folder_of(name): 0 for name in manifest.members}
@@ -245,7 +301,7 @@ def _without_known_bytes(manifest: Manifest, written: Mapping[str, FileEntry]) -
     return manifest.model_copy(update={"members": members})
 
 
-def _by_file(stored: Stored, folders: Mapping[str, str]) -> dict[str, dict[str, Encoded]]:
+def by_file(stored: Stored, folders: Mapping[str, str]) -> dict[str, dict[str, Encoded]]:
     """Stored tensors by the file, without its ending, and by their names in it."""
     files: dict[str, dict[str, Encoded]] = {}
     for key, encoded in stored.tensors.items():
@@ -260,22 +316,49 @@ def _shown(key: StorageKey) -> str:
 
 def _share_files(members: Sequence[Member]) -> tuple[dict[str, dict[str, bytes]], dict[str, dict[str, str]]]:
     """Small files by member, and those that an earlier member has too, with that member's name."""
-    own: dict[str, dict[str, bytes]] = {}
-    borrowed: dict[str, dict[str, str]] = {}
-    first: dict[tuple[str, bytes], str] = {}
     for member in members:
-        for relative, content in sorted(member.files.items()):
-            if not is_safe(relative) or _is_taken(Path(relative)):
-                raise OutputError(
-                    f"A member's file must lie inside its folder under a name of its own, but '{relative}' "
-                    f"of member '{member.name}' does not; rename it."
-                )
-            lender = first.setdefault((relative, content), member.name)
-            if lender != member.name and len(content) >= _BORROW:
-                borrowed.setdefault(member.name, {})[relative] = lender
-            else:
-                own.setdefault(member.name, {})[relative] = content
+        check_small_files(member)
+    sizes = {
+        member.name: {path: (_entry(content).sha256, len(content)) for path, content in member.files.items()}
+        for member in members
+    }
+    borrowed = lend_files(sizes)
+    own = {
+        member.name: kept
+        for member in members
+        if (kept := {k: v for k, v in member.files.items() if k not in borrowed.get(member.name, {})})
+    }
     return own, borrowed
+
+
+def check_small_files(member: Member) -> None:
+    """Whether a member's small files can lie in its folder.
+
+    Raises:
+        OutputError: naming one that cannot.
+    """
+    for relative in sorted(member.files):
+        if not is_safe(relative) or _is_taken(Path(relative)):
+            raise OutputError(
+                f"A member's file must lie inside its folder under a name of its own, but '{relative}' "
+                f"of member '{member.name}' does not; rename it."
+            )
+
+
+def lend_files(files: Mapping[str, Mapping[str, tuple[str, int]]]) -> dict[str, dict[str, str]]:
+    """Small files that an earlier member has too, with that member's name.
+
+    Args:
+        files: by member, hash and bytes of each of its small files by path.
+    """
+    borrowed: dict[str, dict[str, str]] = {}
+    first: dict[tuple[str, str], str] = {}
+    for name, own in files.items():
+        for relative, (digest, size) in sorted(own.items()):
+            lender = first.setdefault((relative, digest), name)
+            if lender != name and size >= _BORROW:
+                borrowed.setdefault(name, {})[relative] = lender
+    return borrowed
 
 
 def _is_taken(path: Path) -> bool:
@@ -283,18 +366,22 @@ def _is_taken(path: Path) -> bool:
     return path.name.startswith(f"{WEIGHTS}.") or path.as_posix() == EXTRA_STATE
 
 
-def _check_names(members: Sequence[Member]) -> None:
+def check_folder_names(names: Iterable[str]) -> None:
+    """Whether folders can be called like members.
+
+    Raises:
+        OutputError: naming those that cannot.
+    """
     if bad := [
-        member.name
-        for member in members
-        if not is_safe(f"members/{member.name}") or "/" in member.name or member.name in (".", "..")
+        name for name in names if not is_safe(f"members/{name}") or "/" in name or name in (".", "..")
     ]:
         raise OutputError(
             f"A member's name must be fit for a folder, but {', '.join(bad)} is not; rename it."
         )
 
 
-def _recipe_bytes(recipe: Mapping[str, Any]) -> bytes:
+def recipe_bytes(recipe: Mapping[str, Any]) -> bytes:
+    """A recipe's document as YAML."""
     import yaml
 
     plain = json.loads(json.dumps(recipe, default=str))
@@ -320,6 +407,7 @@ def _entry(content: bytes) -> FileEntry:
     return FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
-def _put(path: Path, content: bytes) -> None:
+def put_file(path: Path, content: bytes) -> None:
+    """Write a file of a folder that is still being written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)

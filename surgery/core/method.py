@@ -32,11 +32,11 @@ from surgery.util.wording import sentence
 
 if TYPE_CHECKING:
     from surgery.anatomy.plan import BankPlan, Placement, Plan
-    from surgery.anatomy.sites import Anatomy
+    from surgery.anatomy.sites import Anatomy, Site
     from surgery.core.joint import JointModel
     from surgery.core.settle import Settled
     from surgery.fitting.scene import Scene
-    from surgery.fitting.units import Group
+    from surgery.fitting.units import Arrangement, Group
     from surgery.settings.target import Target
     from surgery.settings.training import Training
     from surgery.storage.stored import Stored
@@ -235,6 +235,38 @@ class TensorMethod(Method):
         except Exception:  # of a method's own: what else has as many rows belongs to no location
             same = False
         return (smaller, moved, cut) if same else (plan, list(placements), dict(parts))
+
+    def common(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> Encoded | None:
+        """The part of a stored bank that all its sites have in common, a matrix `[S * out, in]`, where `addition` and
+        `extend` can add a site that resembles it; None, the default, where sites cannot be added.
+        """
+        return None
+
+    def addition(self, scene: Scene, site: Site, common: Encoded) -> Arrangement:
+        """One more site of a stored bank, which stays as it is, as what a fit can choose.
+
+        Its first unit is what the bank has in common, which costs nothing; its bank is of the one site alone, with that
+        part as it is stored.
+
+        Args:
+            scene: of the member that the site is of.
+            site: to be added.
+            common: as the method of this name returns it.
+        """
+        raise NotImplementedError(f"method {self.name} adds no sites to its banks")
+
+    def extend(
+        self, plan: BankPlan, parts: Mapping[str, Encoded], more: BankPlan, added: Mapping[str, Encoded]
+    ) -> tuple[BankPlan, dict[str, Encoded]]:
+        """A stored bank with further sites behind its own; the inverse of `restrict`, which nothing is decoded for.
+
+        Args:
+            plan: of the bank.
+            parts: of the bank, by name; they stay as they are.
+            more: the plan of the bank of the added sites, which has the same in common.
+            added: its parts.
+        """
+        raise NotImplementedError(f"method {self.name} adds no sites to its banks")
 
     def alignment(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> tuple[Tensor, int]:
         """Who shares what in a stored bank: the number of what each location draws on `[L]`, and how many of these

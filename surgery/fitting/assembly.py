@@ -58,6 +58,10 @@ class Assembler:
                 tensors.update({PartKey(bank.key, name): each for name, each in parts.items()})
         return deduplicate(Stored(with_plain(self.plan, banks, placements), tensors, ties=self.ties))
 
+    def give(self, unit: Unit, encoded: Encoded) -> None:
+        """Let all tensors of a unit be stored as they are stored already, in that precision."""
+        self._encoded.update({(id(unit), key): {encoded.precision: encoded} for key in unit.tensors})
+
     def _part(self, unit: Unit, precision: Precision | None) -> Encoded | None:
         """The one tensor of a bank's unit; None where it is left out."""
         (own,) = unit.tensors

@@ -7,7 +7,7 @@ with storing each of them alone. Those of this package lie below `surgery.method
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -84,14 +84,34 @@ def resembling(tensors: Sequence[Tensor], seed: int) -> list[list[int]]:
     """
     if len(tensors) < 2:
         return []
-    numel = tensors[0].numel()
-    generator = torch.Generator().manual_seed(seed)
-    picked = torch.randperm(numel, generator=generator)[:SAMPLE] if numel > SAMPLE else torch.arange(numel)
-    sample = torch.stack([t.reshape(-1)[picked.to(t.device)].float().cpu() for t in tensors])
-    sample = torch.nn.functional.normalize(sample, dim=1)
-    # Few entries resemble one another by chance: ask for six standard deviations as well.
-    alike = (sample @ sample.T).abs() > max(RESEMBLANCE, 6 / len(picked) ** 0.5)
+    sample = torch.stack(samples(tensors, seed))
+    alike = (sample @ sample.T).abs() > least_cosine(sample.shape[1])
     return [group for group in components(alike) if len(group) > 1]
+
+
+def samples(tensors: Iterable[Tensor], seed: int) -> list[Tensor]:
+    """Entries of tensors of one number of elements, the same of each, at most `SAMPLE` of them, as vectors of length 1.
+
+    Args:
+        tensors: taken one after another.
+        seed: of the choice of entries.
+    """
+    found, picked = [], None
+    for each in tensors:
+        if picked is None:
+            numel, generator = each.numel(), torch.Generator().manual_seed(seed)
+            picked = (
+                torch.randperm(numel, generator=generator)[:SAMPLE] if numel > SAMPLE else torch.arange(numel)
+            )
+        sample = each.reshape(-1)[picked.to(each.device)].float().cpu()
+        found.append(torch.nn.functional.normalize(sample, dim=0))
+    return found
+
+
+def least_cosine(entries: int) -> float:
+    """The cosine from which samples of so many entries resemble one another: few do by chance, so six standard
+    deviations are asked for as well."""
+    return max(RESEMBLANCE, 6 / entries**0.5)
 
 
 def components(alike: Tensor) -> list[list[int]]:

@@ -87,6 +87,33 @@ class StackReport:
     nbytes: Count
 
 
+@dataclass(frozen=True)
+class Added:
+    """What is known of a member that was added after the fit.
+
+    Attributes:
+        target: what was asked for, in words.
+        met: whether it was met.
+        stored_bytes: of the tensors that it added.
+        saved: bytes that sharing and precision each saved.
+        probes: what its outputs were measured on.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", strict=True)
+
+    target: str = ""
+    met: bool = False
+    stored_bytes: Count = 0
+    saved: Mapping[str, Signed] = field(default_factory=dict)
+    probes: Probes = Probes()
+
+    @property
+    def bound(self) -> float | None:
+        """The error that its target allows; None where it is another one."""
+        found = _BOUND.match(self.target)
+        return float(found[1]) if found else None
+
+
 @dataclass(frozen=True, repr=False)
 class FitReport:
     """The outcome of a fit; of an artifact, as far as it still holds for the weights there.
@@ -106,6 +133,7 @@ class FitReport:
         stacks: what methods say of the stacks of a plan, by name.
         parameters: of each member alone; see `surgery.core.sizes`.
         changed: members whose weights changed after the fit: nothing that it measured is said of them.
+        added: members that were added after the fit; `target` and `probes` do not speak of these.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", strict=True)
@@ -122,6 +150,7 @@ class FitReport:
     stacks: Mapping[str, StackReport | Mapping[str, Count]] = field(default_factory=dict)
     parameters: Mapping[str, Count] = field(default_factory=dict)
     changed: tuple[str, ...] = ()
+    added: Mapping[str, Added] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return as_text(f"FitReport: {self._summary()}", [", ".join(row) for row in self._rows()])
@@ -141,6 +170,19 @@ class FitReport:
         found = _BOUND.match(self.target)
         return float(found[1]) if found else None
 
+    def probes_of(self, member: str) -> Probes:
+        """What a member's outputs were measured on."""
+        return self.added[member].probes if member in self.added else self.probes
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Members that were measured on real inputs."""
+        return (*self.probes.given, *(name for name, each in self.added.items() if name in each.probes.given))
+
+    def bound_of(self, member: str) -> float | None:
+        """The error that a member was allowed; None where its target is another one."""
+        return self.added[member].bound if member in self.added else self.bound
+
     def _summary(self) -> str:
         before = sum(self.original_bytes.values())
         said = [f"{self.target}, {'met' if self.met else 'NOT met'}"] if self.target else []
@@ -149,6 +191,12 @@ class FitReport:
             said.append(f"{size(self.stored_bytes)} of {size(before)} ({ratio})")
         if self.saved:
             said.append(f"saved {saved_words(self.saved)}")
+        if self.added:
+            words = (
+                f"{name} ({each.target}{'' if each.met else ', NOT met'})"
+                for name, each in self.added.items()
+            )
+            said.append(f"added since: {', '.join(words)}")
         if self.changed:
             said.append(f"weights of {', '.join(self.changed)} changed since")
         return "; ".join(said) or "nothing is known of these weights"
@@ -173,19 +221,19 @@ class FitReport:
         always = _MEASURED if self.saved else ("met",) if self.target else ()
         found = asdict(replace(self, detail=()))
         found["probes"] = {} if self.probes == Probes() else found["probes"]
-        return {k: _finite(each) for k, each in found.items() if k in always or each}
+        return {k: json_values(each) for k, each in found.items() if k in always or each}
 
 
 _BOUND = re.compile(r"max-error (\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?: |$)")
 _MEASURED = ("target", "met", "original_bytes", "stored_bytes", "saved", "errors", "hashes", "probes")
 
 
-def _finite(value: Any) -> Any:
+def json_values(value: Any) -> Any:
     """JSON values with NaN and infinities as None, which JSON cannot say."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(each) for key, each in value.items()}
+        return {str(key): json_values(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [json_values(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -6,7 +6,7 @@ member by member; a budget needs no correction, as bytes are known.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,8 +20,9 @@ from surgery.fitting.groups import make_groups
 from surgery.fitting.scene import Scene
 from surgery.fitting.structure import structure_of
 from surgery.fitting.trial import Trial
-from surgery.fitting.units import PART_BYTES, barred, doubtful, tabulate
+from surgery.fitting.units import PART_BYTES, Group, Unit, barred, doubtful, tabulate
 from surgery.settings.target import MAX_ERROR
+from surgery.storage.codecs import Encoded
 from surgery.storage.stored import Stored
 from surgery.util import progress
 from surgery.util.wording import more_than
@@ -46,33 +47,47 @@ class Outcome:
     sharing: int
 
 
-def search(scene: Scene, ties: Mapping) -> Outcome:
+def search(
+    scene: Scene,
+    ties: Mapping,
+    groups: Sequence[Group] | None = None,
+    present: Sequence[tuple[Unit, Encoded]] = (),
+) -> Outcome:
     """Meet an error bound or a budget.
 
     Args:
         scene: what is being fitted.
         ties: as `surgery.storage.stored.ties` returns them.
+        groups: what to choose from; by default everything that members have, alone and together.
+        present: units of these that are stored already, as they are: they cost nothing.
 
     Raises:
         PlanError: where a budget or an error cannot be met.
     """
-    return Search(scene, ties).run()
+    return Search(scene, ties, groups, present).run()
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A choice put together and tried."""
+    """A choice put together and tried; `nbytes` are those that it takes."""
 
     choice: Choice
     stored: Stored
     errors: np.ndarray
+    nbytes: int
 
 
 class Search:
     """Choices for some members, tried by running them."""
 
-    def __init__(self, scene: Scene, ties: Mapping):
-        groups = make_groups(scene)
+    def __init__(
+        self,
+        scene: Scene,
+        ties: Mapping,
+        groups: Sequence[Group] | None = None,
+        present: Sequence[tuple[Unit, Encoded]] = (),
+    ):
+        groups = make_groups(scene) if groups is None else groups
         table, units, arrangements = tabulate(groups, list(scene.trials))
         self.scene, self.trials = scene, scene.trials
         self.apart = _apart(table)
@@ -83,6 +98,9 @@ class Search:
         self.fixed = any(group.shared for group in groups)  # whatever it costs
         self.given = scene.given
         self.assembler = Assembler(scene.plan, ties, units, arrangements)
+        for unit, encoded in present:
+            self.assembler.give(unit, encoded)
+        self.present = {id(encoded) for _, encoded in present}
         originals = list(scene.originals.values())
         self.whole = sum(tensor.numel() * tensor.element_size() for tensor in originals)
         self.headers = min(PART_BYTES * len(originals), HEADERS)
@@ -115,7 +133,11 @@ class Search:
     def attempt(self, choice: Choice) -> Attempt:
         """Assemble a choice and measure it."""
         stored = self.assembler.assemble(choice)
-        return Attempt(choice, stored, measure_errors(stored, self.trials))
+        return Attempt(choice, stored, measure_errors(stored, self.trials), self.nbytes(stored))
+
+    def nbytes(self, stored: Stored) -> int:
+        """Bytes of what is stored, without what was there already."""
+        return sum(each.nbytes for each in stored.tensors.values() if id(each) not in self.present)
 
     def within_error(self, bound: float) -> Attempt:
         """The smallest attempt whose measured errors stay within `bound`.
@@ -135,9 +157,7 @@ class Search:
         best = self.close_in(self.table, bound)
         if self.in_doubt(best):
             other = self.close_in(self.unshared, bound)
-            best = min(
-                (each for each in (best, other) if each), key=lambda each: each.stored.nbytes, default=None
-            )
+            best = min((each for each in (best, other) if each), key=lambda each: each.nbytes, default=None)
         if self.structure.together.any():
             best = self.smallest_of_related(best, bound)
         if best := best or spare:
@@ -150,13 +170,11 @@ class Search:
         """The smaller one of an attempt within a bound and of related sites each apart."""
         apart = self.structure.apart(self.table)
         if found is not None:
-            other = self.attempt(self.of_bytes(apart, found.stored.nbytes / self.whole)[0])
-            if other.stored.nbytes > found.stored.nbytes or not (other.errors <= bound).all():
+            other = self.attempt(self.of_bytes(apart, found.nbytes / self.whole)[0])
+            if other.nbytes > found.nbytes or not (other.errors <= bound).all():
                 return found
         other = self.close_in(apart, bound)
-        return min(
-            (each for each in (found, other) if each), key=lambda each: each.stored.nbytes, default=None
-        )
+        return min((each for each in (found, other) if each), key=lambda each: each.nbytes, default=None)
 
     def is_together(self, found: Attempt) -> bool:
         """Whether related sites are stored together in what was found."""
@@ -179,7 +197,7 @@ class Search:
         if found is None:
             return True
         taken = bool((found.choice.taken & self.doubtful).any())
-        return (taken or len(self.trials) > 1) and self.saved_by_sharing(found) < DOUBT * found.stored.nbytes
+        return (taken or len(self.trials) > 1) and self.saved_by_sharing(found) < DOUBT * found.nbytes
 
     def close_in(self, table: Table, bound: float) -> Attempt | None:
         """The smallest attempt within `bound` that a table offers, or None where none was found.
@@ -200,7 +218,7 @@ class Search:
                 task.advance()
                 held = found.errors <= bound
                 met = bool(held.all())
-                if met and (best is None or found.stored.nbytes < best.stored.nbytes):
+                if met and (best is None or found.nbytes < best.nbytes):
                     best = found
                 if best is not None and (number >= ROUNDS - 1 or (met and near(found.errors, bound, goal))):
                     break
@@ -246,8 +264,8 @@ class Search:
         """
         choice, limit = self.of_bytes(self.table, budget)
         found = self.attempt(choice)
-        if choice.nbytes > limit or found.stored.nbytes > budget * self.whole:
-            least = max(found.stored.nbytes, choice.nbytes - self.headers) / self.whole
+        if choice.nbytes > limit or found.nbytes > budget * self.whole:
+            least = max(found.nbytes, choice.nbytes - self.headers) / self.whole
             given = f" with {self.given}" if self.given else ""
             fewer = f", or fewer {' or '.join(levers)}" if (levers := self.levers(above=1)) else ""
             raise PlanError(
@@ -256,7 +274,7 @@ class Search:
             )
         if self.in_doubt(found):
             other = self.attempt(self.of_bytes(self.unshared, budget)[0])
-            if other.stored.nbytes <= budget * self.whole:
+            if other.nbytes <= budget * self.whole:
                 found = min(found, other, key=lambda each: float((each.errors**2).sum()))
         return self.most_exact_of_related(found, budget)
 
@@ -267,11 +285,11 @@ class Search:
         for _ in range(CORRECTIONS):
             self.learn(found)
             other = self.attempt(self.of_bytes(self.table, budget)[0])
-            if other.stored.nbytes > budget * self.whole or not better(other, found):
+            if other.nbytes > budget * self.whole or not better(other, found):
                 break
             found = other
         other = self.attempt(self.of_bytes(self.structure.apart(self.table), budget)[0])
-        return found if other.stored.nbytes > budget * self.whole or better(found, other) else other
+        return found if other.nbytes > budget * self.whole or better(found, other) else other
 
     def of_bytes(self, table: Table, budget: float) -> tuple[Choice, float]:
         """The choice of least predicted error for a fraction of the members' bytes, and the bytes it was given."""
@@ -279,9 +297,9 @@ class Search:
         choice = within_bytes(table, limit)
         for _ in range(ROUNDS):  # shared rows may have fewer headers than the tensors that they stand for
             stored = self.assembler.assemble(choice)
-            if stored.nbytes <= budget * self.whole:
+            if (nbytes := self.nbytes(stored)) <= budget * self.whole:
                 break
-            limit -= stored.nbytes - budget * self.whole
+            limit -= nbytes - budget * self.whole
             choice = within_bytes(table, limit)
         return choice, limit
 
@@ -294,9 +312,7 @@ class Search:
         size = table.size[np.arange(len(table.size)), apart.option]
         copies += round(float((size * self.copies)[generated & apart.taken[table.arrangement]].sum()))
         saved = max(0, round(apart.nbytes - found.choice.nbytes)) + copies
-        return max(
-            0, min(saved, self.whole - found.stored.nbytes)
-        )  # names and headers are no bytes of tensors
+        return max(0, min(saved, self.whole - found.nbytes))  # names and headers are no bytes of tensors
 
 
 def check_bound(errors: Mapping[str, float], bound: float, given: str, advice: str) -> None:

@@ -148,7 +148,7 @@ def load_member(
     else:
         typed, rest = parse_reference(reference)
         kind = kind_for(rest)
-        chosen = name or typed or default_name(Origin(kind.__name__.rpartition(".")[2], rest, ""))
+        chosen = name or typed or reference_name(rest)
         _check_name(chosen)
         request = Request(Permission.of_user(trust_remote_code))
         loaded = _load(kind, rest, request, member_seed(seed, chosen))
@@ -290,6 +290,16 @@ def write_plain(module: nn.Module, origin: Origin, files: Mapping[str, bytes], d
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise LoadError(f"a member's name holds letters, digits, '_', '-' and '.'; '{name}' does not")
+
+
+def reference_name(reference: str) -> str:
+    """The name of a member whose reference has none in front.
+
+    Example:
+        >>> reference_name("timm:resnet18?num_classes=5")
+        'resnet18'
+    """
+    return default_name(Origin(kind_for(reference).__name__.rpartition(".")[2], reference, ""))
 
 
 def default_name(origin: Origin) -> str:

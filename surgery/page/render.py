@@ -180,7 +180,7 @@ def _bound(report: FitReport) -> str:
 
 def _errors(view: Overview) -> list[tuple[str, Markup, str]]:
     found = [(m.name, m.error) for m in view.members[:MOST] if m.error is not None]
-    allowed = view.report.bound
+    allowed = None if view.report.added else view.report.bound  # each added member has its own
     largest = max([error for _, error in found] + ([allowed] if allowed else []), default=0.0) * 1.02
     return [
         (name, charts.bar([(name, "f0", error)], largest, mark=allowed), percent(error, digits=2))
@@ -197,7 +197,7 @@ def _error_words(view: Overview) -> str:
             if not view.run
             else ("Training changed these weights on purpose: its scores are below.")
         )
-    given = report.probes.given
+    given = report.given
     inputs = (
         f"real inputs for {', '.join(map(str, given))}, made-up ones for the rest"
         if given
@@ -207,9 +207,14 @@ def _error_words(view: Overview) -> str:
         inputs = "real inputs"
     if all(member.error == 0 for member in view.members):
         return "Lossless: every member is what it was, bit for bit."
+    later = "".join(
+        f" {name} was added later: {each.target}, {'met' if each.met else 'not met'}."
+        for name, each in report.added.items()
+    )
     if not report.target:
-        return f"Measured on {inputs}; its target is none for weights that changed since."
-    return f"Target {report.target}: {'met' if report.met else 'not met'}, measured on {inputs}."
+        changed = "" if report.added else "; its target is none for weights that changed since"
+        return f"Measured on {inputs}{changed}.{later}"
+    return f"Target {report.target}: {'met' if report.met else 'not met'}, measured on {inputs}.{later}"
 
 
 def _layers(member: MemberView, most: float) -> tuple[str, Markup, str]:

@@ -186,7 +186,7 @@ def prepare(
     members: list[Member] = []
     models: list[Model] = []
     for model in track(recipe.models, "Loading members"):
-        for member, tasks in _load(model, inputs, recipe, trust_remote_code):
+        for member, tasks in load_entry(model, inputs, recipe, trust_remote_code):
             check_names(each.name for each in (*members, member))
             members.append(member)
             entry: dict[str, Any] = {"model": parse_reference(model.model)[1], "name": member.name}
@@ -201,7 +201,7 @@ def prepare(
     return Prepared(named, tuple(members), tuple(anatomies), plan, probes)
 
 
-def _load(
+def load_entry(
     model: Model,
     inputs: Callable[[Model, Member], Inputs | None] | None,
     recipe: Recipe,

@@ -59,7 +59,11 @@ def on_cpu(stored: Stored) -> Stored:
 
 def trim(stored: Stored) -> Stored:
     """Store plainly what is smaller so, names and headers counted; every decoded value stays what it was."""
-    stored = _drop_costly_banks(stored)
+    return trim_plain(drop_costly_banks(stored))
+
+
+def trim_plain(stored: Stored) -> Stored:
+    """`trim` of plain tensors alone."""
     tensors = {
         key: _if_smaller(key, each) if isinstance(key, PlainKey) else each
         for key, each in stored.tensors.items()
@@ -84,7 +88,8 @@ def _if_smaller(key: PlainKey, encoded: Encoded) -> Encoded:
     return plain if entry_bytes(key.name, plain) <= entry_bytes(key.name, encoded) else encoded
 
 
-def _drop_costly_banks(stored: Stored) -> Stored:
+def drop_costly_banks(stored: Stored) -> Stored:
+    """`trim` of banks alone."""
     costly = [bank.key for bank in stored.plan.banks if not _pays(stored, bank)]
     if not costly:
         return stored

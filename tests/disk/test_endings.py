@@ -25,7 +25,7 @@ MERGE = [
     ("surgery.artifact.writing:write_shards:before", TERM),
     ("surgery.artifact.writing:write_shards:before", INT),
     ("surgery.artifact.writing:write_shards:before", KILL),
-    ("surgery.artifact.writing:_write_front:after", KILL),
+    ("surgery.artifact.writing:write_front:after", KILL),
     ("surgery.disk.folders:_move_into_place:before", KILL),
     ("surgery.disk.folders:_discard_old:after", KILL),
     ("surgery.disk.claims:_give_back:before", KILL),

@@ -132,7 +132,26 @@ def shared_matrix(scene: Scene, sites: Sequence[Site]) -> Arrangement:
         for site, matrix, metric in zip(sites, matrices, metrics, strict=True)
     )
     mean = mean_metric(metrics)
-    units, runs, left = [_shared_unit(shared, relatives, mean)], [], {}
+    fixed = BANK_BYTES + 4 * PART_BYTES
+    return _arranged(relatives, shared, mean, _shared_unit(shared, relatives, mean), fixed)
+
+
+def added_site(scene: Scene, site: Site, stored: Encoded) -> Arrangement:
+    """One more site as a shared matrix that stays as it is stored, a unit that costs nothing, and private rows."""
+    original, shared = scene.originals[key_of(site)], decode(stored)
+    shared = shared.to(original.device, master_dtype(original.dtype))
+    matrix = site.view.to_matrices(original).flatten(0, 1).to(shared.dtype)
+    metric = scene.metric(site)
+    found = factors(matrix - shared, metric.into, metric.out, most=RUNS[-1])
+    unit = Unit({"shared": shared}, {}, (stored.precision,), (0.0,), (0.0,))
+    return _arranged((Relative(site, matrix, metric, found),), shared, metric, unit, 4 * PART_BYTES)
+
+
+def _arranged(
+    relatives: tuple[Relative, ...], shared: Tensor, metric: Metric, unit: Unit, fixed: float
+) -> Arrangement:
+    """A shared matrix, whose unit is given, and private rows."""
+    units, runs, left = [unit], [], {}
     for i, relative in enumerate(relatives):
         for start, stop, unit in _runs(relative):
             units.append(unit)
@@ -140,8 +159,7 @@ def shared_matrix(scene: Scene, sites: Sequence[Site]) -> Arrangement:
         whole = relative.metric.price(relative.matrix - shared - relative.found.product())
         left[relative.site.member] = left.get(relative.site.member, 0.0) + whole
     units.append(Unit({}, left, (NATIVE,), (0.0,), (1.0,)))
-    fixed = BANK_BYTES + 4 * PART_BYTES
-    return Arrangement(tuple(units), fixed, (Differences(relatives, shared, mean, tuple(runs)),))
+    return Arrangement(tuple(units), fixed, (Differences(relatives, shared, metric, tuple(runs)),))
 
 
 def _shared_unit(shared: Tensor, relatives: Sequence[Relative], mean: Metric) -> Unit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from surgery.methods.siblings.bank import SiblingsBank
 from surgery.storage.codecs import Encoded, decode, encode_native, take_rows
 
 if TYPE_CHECKING:
-    from surgery.anatomy.sites import Anatomy
+    from surgery.anatomy.sites import Anatomy, Site
+    from surgery.fitting.scene import Scene
+    from surgery.fitting.units import Arrangement
 
 
 @register_method
@@ -42,7 +44,7 @@ class Siblings(TensorMethod):
     def unpack(self, plan: BankPlan, parts: Mapping[str, Tensor]) -> SiblingsBank:
         """A bank from its parts."""
         shared = parts["shared"].to(master_dtype(torch_dtype(plan.dtype)))
-        count = sum(name.startswith("rows.") for name in parts)
+        count = _kinds(parts)
         rows, contexts = (
             [parts[f"{kind}.{k}"].to(shared) for k in range(count)] for kind in ("rows", "contexts")
         )
@@ -72,7 +74,7 @@ class Siblings(TensorMethod):
         sites = plan.locations // o
         each = torch.full((sites,), parts["shared"].nbytes / sites, dtype=torch.float64)
         owner, start = _owners(parts), 0
-        for number in range(sum(name.startswith("rows.") for name in parts)):
+        for number in range(_kinds(parts)):
             count = parts[f"rows.{number}"].shape[0]
             size = parts[f"rows.{number}"].nbytes + parts[f"contexts.{number}"].nbytes
             size += count * parts["owner"].nbytes / max(len(owner), 1)
@@ -85,6 +87,30 @@ class Siblings(TensorMethod):
         o = parts["shared"].shape[0]
         return torch.arange(plan.locations) % o, o
 
+    def common(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> Encoded:
+        """The shared matrix."""
+        return parts["shared"]
+
+    def addition(self, scene: Scene, site: Site, common: Encoded) -> Arrangement:
+        """The shared matrix as it is stored, and private rows for what the site differs from it by."""
+        from surgery.methods.siblings.differences import added_site  # where fits are: above most of this
+
+        return added_site(scene, site, common)
+
+    def extend(
+        self, plan: BankPlan, parts: Mapping[str, Encoded], more: BankPlan, added: Mapping[str, Encoded]
+    ) -> tuple[BankPlan, dict[str, Encoded]]:
+        """Private rows of the added sites come behind those that there are, in parts of their own."""
+        o = parts["shared"].shape[0]
+        sites, number, found = plan.locations // o, _kinds(parts), dict(parts)
+        for k in range(_kinds(added)):
+            for kind in ("rows", "contexts"):
+                found[f"{kind}.{number + k}"] = added[f"{kind}.{k}"]
+        owner = torch.cat([_owners(parts), _owners(added) + sites])
+        if len(owner):
+            found["owner"] = encode_native(owner.to(index_dtype(sites + more.locations // o)))
+        return replace(plan, locations=plan.locations + more.locations), found
+
     def restrict(
         self, plan: BankPlan, placements: Sequence[Placement], parts: Mapping[str, Encoded]
     ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
@@ -93,7 +119,7 @@ class Siblings(TensorMethod):
         chosen = [p.start // o for p in placements]
         owner, start, kept = _owners(parts), 0, {"shared": parts["shared"]}
         number, left = 0, []
-        for k in range(sum(name.startswith("rows.") for name in parts)):
+        for k in range(_kinds(parts)):
             count = parts[f"rows.{k}"].shape[0]
             mine = owner[start : start + count]
             rows = torch.nonzero(torch.isin(mine, torch.tensor(chosen))).flatten()
@@ -101,13 +127,19 @@ class Siblings(TensorMethod):
             if not len(rows):
                 continue
             for kind in ("rows", "contexts"):
-                kept[f"{kind}.{number}"] = take_rows(parts[f"{kind}.{k}"], rows)
+                part = parts[f"{kind}.{k}"]
+                kept[f"{kind}.{number}"] = part if len(rows) == count else take_rows(part, rows)
             left += [chosen.index(int(i)) for i in mine[rows]]
             number += 1
         if left:
             kept["owner"] = encode_native(torch.tensor(left).to(index_dtype(len(chosen))))
         moved = [replace(p, start=i * o) for i, p in enumerate(placements)]
         return replace(plan, locations=o * len(chosen)), moved, kept
+
+
+def _kinds(parts: Mapping[str, Any]) -> int:
+    """How many parts have private rows."""
+    return sum(name.startswith("rows.") for name in parts)
 
 
 def _owners(parts: Mapping[str, Encoded]) -> Tensor:

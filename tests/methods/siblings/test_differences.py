@@ -89,6 +89,38 @@ def test_some_sites_alone_are_what_they_were(sites, o, n, chunks, seed):
     )
 
 
+@BANKS
+@settings(max_examples=30, deadline=None)
+def test_sites_that_are_added_are_taken_out_again(sites, o, n, chunks, seed):
+    """`extend` and `restrict` are one another's inverse, and neither touches what belongs to others."""
+    from surgery.anatomy.plan import Placement
+    from surgery.geometry.blocks import BlockGrid
+
+    made, plan = bank(sites, o, n, chunks, seed)
+    added, more = bank(1 + seed % 3, o, n, [1] * (seed % 3), seed + 1)
+    parts, others = (
+        {k: encoded(v, grouped(4, 64)) if v.ndim > 1 else encode_native(v) for k, v in each.pack(p).items()}
+        for each, p in ((made, plan), (added, more))
+    )
+    others["shared"] = parts["shared"]
+    whole, found = METHOD.extend(plan, parts, more, others)
+    assert whole.locations == plan.locations + more.locations and not METHOD.wrong_parts(whole, found)
+    assert all(found[name] is each for name, each in parts.items() if name != "owner")
+    live = METHOD.unpack(whole, {k: decode(v) for k, v in found.items()})
+    for first, count, wanted_plan, wanted in ((0, sites, plan, parts), (sites, added.sites, more, others)):
+        placements = [
+            Placement(None, "k", BlockGrid(1, o, n, 1, n), i * o) for i in range(first, first + count)
+        ]
+        smaller, _, kept = METHOD.restrict(whole, placements, found)
+        alone = METHOD.unpack(wanted_plan, {k: decode(v) for k, v in wanted.items()})
+        assert smaller.locations == wanted_plan.locations
+        assert torch.equal(alone.blocks(), live.blocks(first * o, (first + count) * o))
+        used = {name for name, each in wanted.items() if each.shape[0] or name == "owner"}
+        assert used <= kept.keys() and all(
+            torch.equal(decode(kept[name]), decode(wanted[name])) for name in used
+        )
+
+
 def test_parts_that_do_not_fit_are_named():
     made, plan = bank(2, 3, 4, [2], 0)
     parts = {k: encode_native(v) for k, v in made.pack(plan).items()}

@@ -1,0 +1,372 @@
+"""Add: one more member for an artifact whose other members stay as they are, and members taken out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from surgery.disk.claims import claim_of_first
+from surgery.disk.folders import check_target
+from surgery.errors import ArtifactError, PlanError
+from surgery.settings.recipe import Model, Recipe, Select
+from surgery.settings.target import MAX_ERROR, Target
+from surgery.util.progress import task
+
+if TYPE_CHECKING:
+    from surgery.artifact.manifest import Manifest
+    from surgery.fitting.adding import Addition
+    from surgery.members.member import Inputs, Member
+    from surgery.storage.stored import Stored
+
+
+@dataclass(frozen=True)
+class AddedMember:
+    """A member that was added to an artifact.
+
+    Attributes:
+        name: its own.
+        target: what was asked for, in words.
+        met: whether it was met.
+        error: measured relative L2 output error.
+        original_bytes: of its tensors alone.
+        marginal_bytes: of the tensors that it added.
+        disk_bytes: of the files that it added; 0 where nothing was written.
+        sites: how many of its tensors are stored as what others have in common and what is its own.
+        same: how many are stored already.
+    """
+
+    name: str
+    target: str
+    met: bool
+    error: float
+    original_bytes: int
+    marginal_bytes: int
+    disk_bytes: int
+    sites: int
+    same: int
+
+
+@dataclass(frozen=True)
+class RemovedMembers:
+    """Members that were taken out of an artifact.
+
+    Attributes:
+        names: their own.
+        stored_bytes: of the tensors that went.
+        disk_bytes: of the files that went.
+    """
+
+    names: tuple[str, ...]
+    stored_bytes: int
+    disk_bytes: int
+
+
+def add(
+    directory: str | Path,
+    members: Mapping[str, str | Member],
+    *,
+    max_error: float | None = None,
+    budget: float | None = None,
+    probes: Mapping[str, Sequence[Inputs]] | None = None,
+    calibrate: Sequence[str] = (),
+    device: str = "auto",
+    dry_run: bool = False,
+    trust_remote_code: bool = False,
+    allow_nonfinite: bool = False,
+) -> list[AddedMember]:
+    """Add members to an artifact, one after another; all others stay as they are, bit for bit.
+
+    A new member shares what it resembles: the matrices that others have in common, with rows of its own, and tensors
+    that are stored already. Time and memory do not depend on how many members there are.
+
+    Args:
+        directory: the artifact; it is replaced whole or not at all.
+        members: references, as `load_member` takes them, or members, by the names that they shall have.
+        max_error: their outputs stay within this relative L2 error; by default what the fit of the others allowed, or
+            else the largest error of these.
+        budget: instead, the best quality within this fraction of a member's own bytes.
+        probes: inputs to measure on, by member.
+        calibrate: files with real inputs, as a recipe has them.
+        device: `auto`, `cpu`, `cuda`, ...
+        dry_run: whether nothing is written.
+        trust_remote_code: whether Python files that come with a model may run.
+        allow_nonfinite: whether weights that are NaN or infinite are accepted.
+
+    Returns:
+        what came of each.
+
+    Raises:
+        SurgeryError: for bad input, a name that is taken, or a target that cannot be met; the folder is then what it
+            was, with the members that were added before.
+
+    Example:
+        >>> surgery.add("joint", {"new": "./bert-new"}, max_error=0.05)[0].marginal_bytes
+        1204224
+    """
+    from surgery.artifact.manifest import read_manifest
+
+    folder = Path(directory).expanduser()
+    target = Target.of({"max_error": max_error, "budget": budget})
+    with claim_of_first(None if dry_run else folder):
+        manifest = read_manifest(folder)
+        _check_new(folder, manifest, members)
+        if not dry_run:
+            check_target(folder, overwrite=True, inputs=_inputs(members, calibrate))
+        done = []
+        for name, given in members.items():
+            asked = Adding(name, given, target, (probes or {}).get(name, ()), tuple(calibrate), device)
+            with task(f"Adding {name}"):
+                consent = trust_remote_code, allow_nonfinite
+                done.append(_add(folder, asked, *consent, dry_run=dry_run))
+        return done
+
+
+@dataclass(frozen=True)
+class Adding:
+    """One member to be added, and how."""
+
+    name: str
+    given: str | Member
+    target: Target
+    probes: Sequence[Inputs]
+    calibrate: tuple[str, ...]
+    device: str
+
+
+def _add(folder: Path, asked: Adding, trust: bool, nonfinite: bool, *, dry_run: bool) -> AddedMember:
+    from surgery.artifact.amending import Amendment, amend
+    from surgery.artifact.folder import read_recipe
+    from surgery.artifact.manifest import read_manifest
+    from surgery.artifact.reading import map_stored
+    from surgery.artifact.rebuild import as_saved
+    from surgery.artifact.reports import report_with
+
+    manifest = read_manifest(folder)
+    made = read_recipe(folder, manifest)
+    select = Select() if made is None else made.select
+    stored = map_stored(folder, manifest, list(manifest.members))
+    _check_common(folder, stored)
+    addition, member = fit_one(
+        asked, _recipe_of_one(manifest, asked, nonfinite), select, manifest, stored, trust
+    )
+    before = _disk_bytes(folder)
+    if not dry_run:
+        member = as_saved(member, addition.stored)
+        report = report_with(manifest.report, addition.report)
+        amend(Amendment(folder, manifest, stored, addition.whole, report, member))
+    more = addition.report.added[asked.name]
+    return AddedMember(
+        asked.name,
+        more.target,
+        more.met,
+        addition.report.errors[asked.name],
+        addition.report.original_bytes[asked.name],
+        more.stored_bytes,
+        _disk_bytes(folder) - before,
+        addition.sites,
+        addition.same,
+    )
+
+
+def fit_one(
+    asked: Adding, recipe: Recipe, select: Select, manifest: Manifest, stored: Stored, trust: bool
+) -> tuple[Addition, Member]:
+    """Load a member and fit it to what is stored of others.
+
+    Args:
+        asked: which, and to what target.
+        recipe: of the one member.
+        select: which tensors of the others were chosen.
+        manifest: of the artifact.
+        stored: what it holds.
+        trust: whether Python files that come with the member may run.
+    """
+    from surgery.fitting.adding import fit_addition
+    from surgery.pipeline.merge import load_entry, plan_members, read_probes
+
+    if isinstance(asked.given, str):
+        found = load_entry(recipe.models[0], None, recipe, trust)
+        ((member, _),) = found if len(found) == 1 else ((None, None),)
+        if member is None:
+            raise PlanError(
+                f"A member to be added is one model, but {asked.given} has {len(found)}; name it as it is named there."
+            )
+    else:
+        member = replace(asked.given, name=asked.name)
+    _, plan = plan_members(
+        recipe.model_copy(update={"select": _select_for(member, select, manifest)}), [member]
+    )
+    probes = list(asked.probes) or read_probes(recipe, [member]).get(asked.name, [])
+    addition = fit_addition(
+        member, plan, stored, _target(asked.target, manifest), seed=recipe.seed, probes=probes,
+        device=asked.device,
+    )  # fmt: skip
+    return addition, member
+
+
+def _check_common(folder: Path, stored: Stored) -> None:
+    """Look at the values of what new members may share, whatever others have besides.
+
+    Raises:
+        ArtifactError: naming what no bank can be made of.
+    """
+    from surgery.artifact.recorded import raise_damaged
+    from surgery.core.method import tensor_method
+
+    for bank in stored.plan.banks:
+        method, parts = tensor_method(bank.method), stored.parts(bank.key)
+        if method.common(bank, parts) is not None:
+            first = next(p for p in stored.plan.placements if p.bank == bank.key)
+            smaller, _, few = method.restrict(bank, [first], parts)
+            raise_damaged(folder, method.wrong_parts(smaller, few))
+
+
+def _select_for(member: Member, select: Select, manifest: Manifest) -> Select:
+    """Selectors of the others that mean a tensor of a new member too."""
+    from surgery.anatomy.selectors import matches
+    from surgery.members.member import state_tensors
+
+    names = list(state_tensors(member.module))
+
+    def holds(selector: str) -> bool:
+        limited = ":" in selector and selector.partition(":")[0] in manifest.members
+        return not limited and any(matches(selector, name) for name in names)
+
+    chosen = select.model_dump(exclude={"stacks"})
+    return Select.model_validate({key: tuple(filter(holds, each)) for key, each in chosen.items()})
+
+
+def _recipe_of_one(manifest: Manifest, asked: Adding, nonfinite: bool) -> Recipe:
+    """How a member is loaded and measured: with the seed of the others."""
+    report = manifest.report
+    seed = None if report is None else report.probes.seed
+    model = {"model": asked.given if isinstance(asked.given, str) else asked.name, "name": asked.name}
+    return Recipe.of(
+        {
+            "models": [model],
+            "calibrate": list(asked.calibrate),
+            "seed": manifest.seed or 0 if seed is None else seed,
+            "allow_nonfinite": nonfinite,
+            "device": asked.device,
+        }
+    )
+
+
+def _target(asked: Target, manifest: Manifest) -> Target:
+    """What is asked for, or else what the others were held to."""
+    report = manifest.report
+    if asked.given() or report is None:
+        return asked if asked.given() else Target.of({"max_error": MAX_ERROR})
+    if report.target == "lossless":
+        return Target.of({"max_error": 0.0})
+    errors = [error for name in report.errors if (error := report.error(name)) is not None]
+    bound = report.bound if report.bound is not None else max(errors, default=0.0)
+    return Target.of({"max_error": bound or MAX_ERROR})
+
+
+def remove(directory: str | Path, names: str | Sequence[str], *, dry_run: bool = False) -> RemovedMembers:
+    """Take members out of an artifact; what others use of theirs stays, and all others are what they were, bit for bit.
+
+    A member that was added last leaves the folder that there was before, byte for byte.
+
+    Args:
+        directory: the artifact; it is replaced whole or not at all.
+        names: of members.
+        dry_run: whether nothing is written.
+
+    Returns:
+        what went.
+
+    Raises:
+        SurgeryError: for a name that it does not have, or where no member would be left; the folder is then as it was.
+
+    Example:
+        >>> surgery.remove("joint", "new").names
+        ('new',)
+    """
+    from surgery.artifact.amending import Amendment, amend
+    from surgery.artifact.manifest import read_manifest
+    from surgery.artifact.reading import map_stored
+    from surgery.artifact.reports import report_without
+    from surgery.storage.trim import drop_costly_banks, restrict
+
+    folder, gone = Path(directory).expanduser(), (names,) if isinstance(names, str) else tuple(names)
+    with claim_of_first(None if dry_run else folder):
+        manifest = read_manifest(folder)
+        unknown = [name for name in gone if name not in manifest.members]
+        if unknown or not gone:
+            raise ArtifactError(
+                f"The members to remove must be among {', '.join(manifest.members)}, but "
+                f"{', '.join(unknown) or 'none'} was asked for; give names that it has."
+            )
+        kept = [name for name in manifest.members if name not in gone]
+        if not kept:
+            raise ArtifactError(
+                f"An artifact has at least one member, but all of {folder} would be removed: "
+                f"{', '.join(gone)}; delete the folder instead."
+            )
+        if not dry_run:
+            check_target(folder, overwrite=True)
+        stored = map_stored(folder, manifest, list(manifest.members))
+        after = drop_costly_banks(restrict(stored, kept))
+        before = _disk_bytes(folder)
+        if not dry_run:
+            report = report_without(manifest.report, kept, after.nbytes)
+            with task(f"Removing {', '.join(gone)}"):
+                amend(Amendment(folder, manifest, stored, after, report))
+        return RemovedMembers(gone, stored.nbytes - after.nbytes, before - _disk_bytes(folder))
+
+
+def named(references: Sequence[str]) -> dict[str, str]:
+    """References by the names of their members: given in front, those that a joint folder has, or made of the text.
+
+    Raises:
+        PlanError: where two have one name.
+
+    Example:
+        >>> named(["new=timm:resnet18", "timm:resnet34"])
+        {'new': 'timm:resnet18', 'resnet34': 'timm:resnet34'}
+    """
+    from surgery.artifact.manifest import read_manifest
+    from surgery.disk.records import artifact_files
+    from surgery.members.member import check_names
+    from surgery.members.references import parse_reference, reference_name
+
+    found: list[tuple[str, str]] = []
+    for name, rest in map(parse_reference, references):
+        folder = Path(rest).expanduser()
+        if name is None and folder.is_dir() and artifact_files(folder):
+            found += [(each, rest) for each in read_manifest(folder).members]
+        else:
+            found.append((name or reference_name(rest), rest))
+    check_names(name for name, _ in found)
+    return dict(found)
+
+
+def _check_new(folder: Path, manifest: Manifest, members: Mapping[str, str | Member]) -> None:
+    from surgery.members.member import check_names
+    from surgery.members.references import check_references
+
+    if not members:
+        raise PlanError("At least one member must be added, found none: give name and reference.")
+    if taken := [name for name in members if name in manifest.members]:
+        raise PlanError(
+            f"A member to be added needs a name of its own, but {folder} has {', '.join(taken)} already; choose "
+            "another, or remove that member first."
+        )
+    check_names([*manifest.members, *members])
+    check_references(each for each in members.values() if isinstance(each, str))
+
+
+def _inputs(members: Mapping[str, str | Member], calibrate: Sequence[str]) -> list[Path]:
+    """Files and folders that are read, which must not be replaced."""
+    from surgery.pipeline.merge import input_paths
+
+    models = tuple(Model(model=each) for each in members.values() if isinstance(each, str))
+    return input_paths(Recipe(models=models, calibrate=tuple(calibrate)))
+
+
+def _disk_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

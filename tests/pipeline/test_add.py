@@ -1,0 +1,489 @@
+"""Members that come later and go again: nothing else changes, and what comes and goes leaves no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import textwrap
+from dataclasses import asdict
+from signal import SIGKILL, SIGTERM
+
+import killed_runs
+import pytest
+import torch
+from artifacts import contents, member, rewrite
+from command_line import surgery as command
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from processes import Started, forks
+from torch import nn
+
+import surgery
+from surgery.artifact.manifest import read_manifest
+from surgery.artifact.reading import map_stored
+from surgery.disk.claims import place_of
+from surgery.errors import SurgeryError
+from surgery.storage.codecs import encode_native
+from surgery.storage.grafting import graft, same_bytes
+from surgery.storage.keys import PartKey, PlainKey
+from surgery.storage.stored import Stored
+from surgery.storage.trim import restrict
+
+TOKENS = {"tokenizer.json": b"t" * 2000, "config.json": b"{}"}
+
+
+class Net(nn.Module):
+    def __init__(self, width=48):
+        super().__init__()
+        self.first, self.last = nn.Linear(12, width), nn.Linear(width, 3)
+        self.middle = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.middle:
+            x = x + torch.relu(layer(x))
+        return self.last(x)
+
+
+def net(seed, base=0, size=0.1, width=48):
+    """A fine-tune of a base; its first layer is the base's."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(base)
+        made = Net(width).eval()
+        torch.manual_seed(1000 + seed)
+        with torch.no_grad():
+            for layer in (*made.middle, made.last):
+                o, i = layer.weight.shape
+                layer.weight += size * torch.randn(o, 2) @ torch.randn(2, i) / 7
+    return made
+
+
+def relative(name, seed, files=None, **how):
+    return member(net(seed, **how), name, torch.linspace(-1, 1, 96).reshape(8, 12), files)
+
+
+def family(names="abc", **how):
+    return surgery.join([relative(name, seed, TOKENS) for seed, name in enumerate(names)], **how)
+
+
+TARGETS = {
+    "budget": {"budget": 0.14},
+    "error": {"max_error": 0.03},
+    "lossless": {"max_error": 0},
+    "joined": None,
+}
+
+
+def numbers(shares):
+    """What a picture is drawn from."""
+    return json.dumps(asdict(shares), sort_keys=True).encode()
+
+
+@pytest.fixture(autouse=True)
+def figures(request, monkeypatch):
+    """In place of a picture, which takes longer than all else here, the numbers that it is drawn from."""
+    if request.node.name != "test_the_command_adds_and_removes":
+        monkeypatch.setattr("surgery.artifact.writing.draw_sharing", numbers)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Artifacts of the same members, by how they were made."""
+    place = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("surgery.artifact.writing.draw_sharing", numbers)
+        for name, target in TARGETS.items():
+            joint = family()
+            surgery.save(joint if target is None else surgery.fit(joint, **target), place / name)
+    return place
+
+
+@pytest.fixture
+def joint(folders, tmp_path):
+    shutil.copytree(folders / "budget", tmp_path / "joint")
+    return tmp_path / "joint"
+
+
+def loaded(folder):
+    return surgery.load(folder, modules={name: Net() for name in read_manifest(folder).members})
+
+
+def stored(folder):
+    manifest = read_manifest(folder)
+    return map_stored(folder, manifest, list(manifest.members))
+
+
+def weights(folder, names="abc"):
+    found = loaded(folder)
+    return {name: found.collapse(name) for name in names}
+
+
+def same(one, other):
+    return all(torch.equal(one[name][key], other[name][key]) for name in one for key in one[name])
+
+
+def test_a_relative_shares_and_all_others_are_what_they_were(joint):
+    before, held, bits = read_manifest(joint), stored(joint), weights(joint)
+    assert {bank.method for bank in held.plan.banks} == {"siblings"}
+    files = contents(joint)
+    (added,) = surgery.add(joint, {"new": relative("new", 7, TOKENS)}, max_error=0.03)
+    assert added.met and added.error <= 0.03 and added.sites == 2 and added.same >= 1
+    after, now = read_manifest(joint), stored(joint)
+    assert tuple(after.members) == (*before.members, "new")
+    assert {n: after.members[n].hash for n in "abc"} == {n: before.members[n].hash for n in "abc"}
+    assert same(bits, weights(joint))
+    for key, each in held.tensors.items():
+        part = isinstance(key, PartKey) and key.part == "owner"
+        assert part or same_bytes(each, now.tensors[key]), key
+    assert added.marginal_bytes == now.nbytes - held.nbytes
+    assert {k: v for k, v in contents(joint).items() if k.startswith("members/") and "new" not in k} == {
+        k: v for k, v in files.items() if k.startswith("members/")
+    }
+    assert after.members["new"].borrowed == {"tokenizer.json": "a"}
+    alone = surgery.fit(surgery.join([relative("new", 7)]), max_error=0.03)
+    assert added.marginal_bytes < 0.5 * alone.report.stored_bytes
+
+
+def test_what_is_known_afterwards_is_true(joint, tmp_path):
+    before = loaded(joint).report
+    (added,) = surgery.add(joint, {"new": relative("new", 7)}, max_error=0.02)
+    found = loaded(joint)
+    report = found.report
+    assert report is not None and before is not None
+    assert (report.target, report.met) == (before.target, before.met)
+    assert {name: report.errors[name] for name in "abc"} == dict(before.errors)
+    assert report.errors["new"] == added.error and report.added["new"].target == "max-error 0.02"
+    assert report.stored_bytes == stored(joint).nbytes == before.stored_bytes + added.marginal_bytes
+    assert sum(report.saved.values()) == sum(report.original_bytes.values()) - report.stored_bytes
+    module = relative("new", 7)
+    out, was = found["new"](module.inputs.args[0]), module.module(module.inputs.args[0])
+    assert float(((out - was).norm() / was.norm()).detach()) < 0.1
+    check = surgery.verify(
+        joint, modules={name: net(seed) for name, seed in zip("abc", range(3), strict=True)} | {"new": net(7)}
+    )
+    assert check.ok, check
+    surgery.save(found, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(joint)
+    card = (joint / "README.md").read_text()
+    assert (
+        "new was added later" in card
+        and "max-error 0.02, met" in card
+        and "4 models" not in card.split("\n")[0]
+    )
+
+
+CASES = st.tuples(
+    st.sampled_from(sorted(TARGETS)),
+    st.lists(
+        st.tuples(st.sampled_from(["x", "X", "con"]), st.integers(0, 3), st.sampled_from([0.0, 0.1, 3.0])),
+        min_size=1,
+        max_size=2,
+        unique_by=lambda each: each[0],
+    ),
+    st.booleans(),
+)
+
+
+@given(CASES)
+@settings(
+    max_examples=6,
+    deadline=None,
+    phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=[*HealthCheck],
+)
+def test_what_came_and_goes_leaves_the_former_folder(folders, tmp_path_factory, case):
+    made, members, backwards = case
+    folder = tmp_path_factory.mktemp("law") / "joint"
+    shutil.copytree(folders / made, folder)
+    former, bits = contents(folder), weights(folder)
+    for name, seed, size in members:
+        surgery.add(folder, {name: relative(name, seed, TOKENS, size=size)}, max_error=None if seed else 0.2)
+        assert same(bits, weights(folder))
+    for name, *_ in reversed(members) if backwards else members:
+        surgery.remove(folder, name)
+        assert same(bits, weights(folder))
+    assert contents(folder) == former
+
+
+def test_a_stranger_is_stored_apart(joint):
+    (added,) = surgery.add(joint, {"new": relative("new", 0, base=5)}, max_error=0.05)
+    alone = surgery.fit(surgery.join([relative("new", 0, base=5)]), max_error=0.05).report
+    assert added.sites == 0 and added.met and added.marginal_bytes <= 1.02 * alone.stored_bytes
+    other = member(net(0, width=40), "wide", torch.zeros(8, 12))
+    assert surgery.add(joint, {"wide": other})[0].sites == 0
+    assert [p.site.member for p in stored(joint).plan.placements].count("wide") == 0
+
+
+def test_banks_of_other_ways_stay_and_the_new_one_is_apart(tmp_path):
+    surgery.save(surgery.fit(family(), hypermodules=20), tmp_path / "joint")
+    former, held = contents(tmp_path / "joint"), stored(tmp_path / "joint")
+    assert {bank.method for bank in held.plan.banks} == {"hypermodules"}
+    assert surgery.add(tmp_path / "joint", {"new": relative("new", 7)})[0].sites == 0
+    now = stored(tmp_path / "joint")
+    assert all(same_bytes(each, now.tensors[key]) for key, each in held.tensors.items())
+    surgery.remove(tmp_path / "joint", "new")
+    assert contents(tmp_path / "joint") == former
+
+
+def test_what_others_use_stays_when_its_member_goes(joint):
+    surgery.add(joint, {"new": relative("new", 7, TOKENS)}, max_error=0.03)
+    held, bits = stored(joint), weights(joint, ("b", "c", "new"))
+    assert any(first.member == "a" for first in held.aliases.values())
+    surgery.remove(joint, "a")
+    now = stored(joint)
+    assert same(bits, weights(joint, ("b", "c", "new"))) and set(now.plan.members) == {"b", "c", "new"}
+    lent = {key.name for key, first in held.aliases.items() if first.member == "a"}
+    assert lent and all(PlainKey("b", name) in now.tensors for name in lent)
+    assert contents(joint)["members/b/tokenizer.json"] == TOKENS["tokenizer.json"]
+    report = loaded(joint).report
+    assert report is not None and set(report.errors) == {"b", "c", "new"} and not report.stored_bytes
+    names = {"b": net(1), "c": net(2), "new": net(7)}
+    assert surgery.verify(joint, modules=names).ok
+
+
+def test_a_member_that_is_removed_is_as_if_only_the_others_had_been_loaded(joint, tmp_path):
+    others = surgery.load(joint, members=["a", "c"], modules={"a": Net(), "c": Net()})
+    surgery.save(others, tmp_path / "others")
+    surgery.remove(joint, "b")
+    assert contents(joint) == contents(tmp_path / "others")
+
+
+def test_several_at_once_and_a_target_in_bytes(joint):
+    found = surgery.add(joint, {"x": relative("x", 5), "y": relative("y", 6)}, budget=0.1)
+    assert [each.name for each in found] == ["x", "y"] and all(each.met for each in found)
+    assert all(each.marginal_bytes <= 0.1 * each.original_bytes for each in found)
+    gone = surgery.remove(joint, ["a", "b", "x"])
+    assert gone.names == ("a", "b", "x") and list(read_manifest(joint).members) == ["c", "y"]
+
+
+def test_one_member_that_is_left_is_whole(joint):
+    bits = weights(joint, "b")
+    surgery.remove(joint, ["a", "c"])
+    assert same(bits, weights(joint, "b"))
+    surgery.add(joint, {"a": relative("a", 0)})
+    assert same(bits, weights(joint, "b"))
+
+
+BAD = [
+    (lambda at: surgery.add(at, {"b": relative("b", 7)}), "has b already"),
+    (lambda at: surgery.add(at, {}), "found none"),
+    (lambda at: surgery.add(at, {"new": "./nowhere"}), "nowhere"),
+    (lambda at: surgery.add(at, {"new": relative("new", 7)}, max_error=0.1, budget=0.1), "only one of"),
+    (lambda at: surgery.add(at, {"new": relative("new", 7)}, budget=1e-4), "budget"),
+    (lambda at: surgery.add(at, {"new": relative("new", 7)}, calibrate=["none.txt"]), "none.txt"),
+    (lambda at: surgery.remove(at, "d"), "among a, b, c"),
+    (lambda at: surgery.remove(at, []), "none was asked for"),
+    (lambda at: surgery.remove(at, ["a", "b", "c"]), "at least one member"),
+    (lambda at: surgery.add(at.with_name("other"), {"new": relative("new", 7)}), "does not exist"),
+]
+
+
+@pytest.mark.parametrize(("call", "words"), BAD, ids=[words for _, words in BAD])
+def test_bad_input_is_named_and_nothing_changes(joint, call, words):
+    former = contents(joint.parent)
+    with pytest.raises(SurgeryError, match=words):
+        call(joint)
+    assert contents(joint.parent) == former
+
+
+def damage_weights(folder):
+    path = folder / "dictionary.safetensors"
+    path.write_bytes(path.read_bytes()[:-64])
+
+
+def damage_values(folder):
+    """A shared matrix with a scale that is not a number."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "dictionary.safetensors"
+    found = load_file(path)
+    name = next(key for key in found if key.endswith("shared:scale"))
+    found[name][0] = torch.nan
+    begin = path.read_bytes()
+    save_file(found, folder / "other")
+    assert len((folder / "other").read_bytes()) <= len(begin) + 4096
+    (folder / "other").unlink()
+    data = bytearray(begin)
+    header = int.from_bytes(data[:8], "little")
+    at = json.loads(data[8 : 8 + header])[name]["data_offsets"][0] + 8 + header
+    data[at : at + 2] = b"\xc0\x7f"
+    path.write_bytes(bytes(data))
+
+
+def foreign_file(folder):
+    (folder / "mine.txt").write_text("mine")
+
+
+def unknown_method(folder):
+    def change(document):
+        for bank in document["banks"].values():
+            bank["method"] = "of_nobody"
+
+    rewrite(folder, change)
+
+
+@pytest.mark.parametrize("damage", [damage_weights, damage_values, foreign_file, unknown_method])
+def test_a_folder_that_is_not_whole_is_left_alone(joint, damage):
+    damage(joint)
+    former = contents(joint.parent)
+    for call in (lambda: surgery.add(joint, {"new": relative("new", 7)}), lambda: surgery.remove(joint, "a")):
+        with pytest.raises(SurgeryError):
+            call()
+        assert contents(joint.parent) == former
+
+
+@pytest.mark.parametrize("where", ["write_shards", "write_front", "_Amending._check"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "full"), MemoryError])
+def test_a_write_that_ends_anywhere_leaves_the_former_folder(joint, monkeypatch, where, error):
+    former = contents(joint.parent)
+
+    def end(*_, **__):
+        raise error
+
+    monkeypatch.setattr(f"surgery.artifact.amending.{where}", end)
+    with pytest.raises((KeyboardInterrupt, MemoryError, SurgeryError)):
+        surgery.add(joint, {"new": relative("new", 7)}, max_error=0.2)
+    assert contents(joint.parent) == former and not place_of(joint).exists()
+
+
+def test_a_folder_whose_files_cannot_be_linked_is_copied(joint, monkeypatch):
+    def refuse(*_):
+        raise OSError(1, "not here")
+
+    former = contents(joint)
+    monkeypatch.setattr("os.link", refuse)
+    surgery.add(joint, {"new": relative("new", 7)}, max_error=0.2)
+    surgery.remove(joint, "new")
+    assert contents(joint) == former
+
+
+def test_only_what_is_equal_byte_for_byte_is_stored_once():
+    one = torch.arange(200.0).reshape(20, 10)
+    held = Stored(_plan("a"), {PlainKey("a", "w"): encode_native(one)})
+    for other, first in (
+        (one.clone(), {PlainKey("b", "w"): PlainKey("a", "w")}),
+        (one + 1e-3, {}),
+        (-one, {}),
+    ):
+        found = graft(held, Stored(_plan("b"), {PlainKey("b", "w"): encode_native(other)}), {})
+        assert found.aliases == first and (PlainKey("b", "w") in found.tensors) == (not first)
+        assert restrict(found, ["a"]).tensors == held.tensors
+
+
+def _plan(name):
+    from surgery.anatomy.plan import Plan
+
+    return Plan((name,), (), (), ())
+
+
+FACTORY = """
+    import torch
+    from torch import nn
+
+    def net(seed):
+        torch.manual_seed(0)
+        layers = [nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU()]
+        made = nn.Sequential(*layers, nn.Linear(48, 3)).eval()
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for layer in (made[2], made[4]):
+                layer.weight += 0.05 * torch.randn(48, 1) @ torch.randn(1, 48)
+        return made, torch.randn(8, 12)
+
+    def a(): return net(1)
+    def b(): return net(2)
+    def c(): return net(3)
+    def d(): return net(4)
+"""
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    place = tmp_path_factory.mktemp("merged")
+    (place / "nets.py").write_text(textwrap.dedent(FACTORY))
+    names = (f"{name}={place}/nets.py:{name}" for name in "abc")
+    assert command("merge", *names, "--budget", 0.14, "--out", place / "joint")[0] == 0
+    return place
+
+
+@pytest.fixture
+def nets(merged, tmp_path, monkeypatch):
+    shutil.copytree(merged, tmp_path / "place")
+    monkeypatch.chdir(tmp_path / "place")
+    return tmp_path / "place" / "joint"
+
+
+def test_the_command_adds_and_removes(nets):
+    former = contents(nets)
+    code, out, _ = command("add", "joint", "new=nets.py:d", "--max-error", 0.05, "--dry-run", "--json")
+    tried = json.loads(out)
+    assert code == 0 and not tried["written"] and contents(nets) == former
+    code, out, _ = command("add", "joint", "new=nets.py:d", "--max-error", 0.05, "--json")
+    done = json.loads(out)
+    assert (
+        code == 0
+        and done["written"]
+        and done["members"][0]
+        == {
+            **tried["members"][0],
+            "disk_bytes": sum(map(len, contents(nets).values())) - sum(map(len, former.values())),
+        }
+    )
+    assert done["members"][0]["sites"] == 2
+    assert command("verify", "joint", "--origins", "--trust-remote-code")[0] == 0
+    code, out, _ = command("remove", "joint", "new", "--dry-run")
+    assert code == 0 and "new" in read_manifest(nets).members
+    assert command("remove", "joint", "new")[0] == 0 and contents(nets) == former
+    code, out, _ = command("add", "joint", "nets.py:d")
+    assert code == 0 and "d" in read_manifest(nets).members and "marginal" in out
+    report = command("report", "joint")
+    assert report[0] == 0
+
+
+def test_the_command_says_what_is_wrong(nets):
+    former = contents(nets.parent)
+    for words, said in (
+        (("add", "joint", "a=nets.py:d"), "has a already"),
+        (("add", "joint", "new=nets.py:d", "--max-error", 0.1, "--budget", 0.1), "only one of"),
+        (("remove", "joint", "nobody"), "among a, b, c"),
+        (("remove", "joint", "a", "b", "c"), "delete the folder"),
+    ):
+        code, _, err = command(*words)
+        assert code == 2 and said in err and "Traceback" not in err
+    assert contents(nets.parent) == former
+
+
+MOMENTS = [
+    ("surgery.artifact.amending:_Amending._check:after", SIGKILL),
+    ("surgery.disk.folders:_exchange:after", SIGKILL),
+    ("surgery.artifact.amending:write_front:before", SIGTERM),
+    ("surgery.disk.folders:_discard_old:before", SIGKILL),
+]
+
+
+@forks
+@pytest.mark.parametrize(
+    "moments",
+    [pytest.param(MOMENTS[:1], id="some"), pytest.param(MOMENTS, id="all", marks=pytest.mark.slow)],
+)
+def test_a_killed_run_leaves_old_or_new(nets, tmp_path, moments):
+    """Links to the files of the former folder do not make it lose them."""
+    old = contents(nets)
+    shutil.copytree(nets.parent, tmp_path / "other")
+    words = ("new=nets.py:d", "--max-error", 0.2, "--quiet")
+    with contextlib.chdir(tmp_path / "other"):
+        assert command("add", "joint", *words)[0] == 0
+    new = contents(tmp_path / "other" / "joint")
+    for at, number in moments:
+        Started(killed_runs.run, ["add", "joint", *map(str, words)], at, int(number)).wait()
+        assert contents(nets) in (old, new), at
+        command("remove", "joint", "new")
+        assert contents(nets) == old and not place_of(nets).exists(), at
+
+
+def test_a_member_of_another_artifact_is_added_as_it_is_there(nets):
+    assert command("merge", "e=nets.py:d", "--max-error", 0.02, "--out", "other")[0] == 0
+    code, out, _ = command("add", "joint", "other", "--json", "--trust-remote-code")
+    assert code == 0 and json.loads(out)["members"][0]["name"] == "e"
+    assert "e" in read_manifest(nets).members
