@@ -15,6 +15,7 @@ that are independent it is the sensitivity times |E|^2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from torch import Tensor
 from surgery.storage.codecs import Statistics
 
 WIDEST = 4096  # rows or columns up to which a side has a moment; a wider one counts as independent
+MOST_WORK = (
+    1 << 30
+)  # multiplications of one moment; those of half as many columns as it has rows, where that is more
 DAMPING = 0.05  # of the mean of a diagonal, added to it: what few draws have not seen
 
 
@@ -69,31 +73,73 @@ class Metric:
 
 
 class Draws:
-    """Adds up the second moments of gradients of one weight."""
+    """Adds up the second moments of gradients of one weight.
 
-    def __init__(self) -> None:
+    Where draws have many more rows than a moment needs, some are added up before they are multiplied: their signs are
+    independent, so that what they have in common is 0 in the mean.
+
+    Args:
+        count: how many draws there will be.
+    """
+
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
         self.out: Tensor | None = None
         self.into: Tensor | None = None
+        self.pending: Tensor | None = None
+        self.added = 0  # draws in `pending`
 
     def add(self, gradient: Tensor) -> None:
         """One draw `[o, n]`."""
         g = gradient.float()
-        out = (
-            g @ g.T if len(g) <= WIDEST else torch.eye(len(g), device=g.device) * (g.square().sum() / len(g))
-        )
-        wide = g.shape[1]
-        into = g.T @ g if wide <= WIDEST else torch.eye(wide, device=g.device) * (g.square().sum() / wide)
+        self.pending = g if self.pending is None else self.pending + g
+        self.added += 1
+        if self.added == together(*g.shape, self.count):
+            self._multiply()
+
+    def _multiply(self) -> None:
+        """Count what was added up."""
+        if self.pending is None:
+            return
+        out, into = _second_moment(self.pending), _second_moment(self.pending.T)
         self.out = out if self.out is None else self.out.add_(out)
         self.into = into if self.into is None else self.into.add_(into)
+        self.pending, self.added = None, 0
 
     def metric(self, samples: int) -> Metric | None:
         """The metric of draws that were made `samples` times for all inputs; None where no gradient was usable."""
+        self._multiply()
         if self.out is None or self.into is None:
             return None
         power = float(self.out.diagonal().sum(dtype=torch.float64))
         if not 0 < power < float("inf"):
             return None
         return Metric(_damped(self.out / power), _damped(self.into / samples))
+
+
+def together(out: int, into: int, count: int) -> int:
+    """How many of `count` draws `[out, into]` are added up before they are multiplied.
+
+    Example:
+        >>> together(192, 192, 8), together(768, 768, 8), together(768, 3072, 8)
+        (1, 2, 4)
+    """
+
+    def fewest(side: int, other: int) -> int:
+        """Draws that have enough columns for the moment of a side."""
+        if side > WIDEST:
+            return 1
+        rows = max(side / 2, MOST_WORK / side**2)
+        return math.ceil(rows / other)
+
+    return max(1, count // max(fewest(out, into), fewest(into, out)))
+
+
+def _second_moment(rows: Tensor) -> Tensor:
+    """`rows @ rows.T` of `rows [k, n]`; of too many rows as if they were independent."""
+    if len(rows) <= WIDEST:
+        return rows @ rows.T
+    return torch.eye(len(rows), device=rows.device) * (rows.square().sum() / len(rows))
 
 
 def mean_metric(metrics: Sequence[Metric]) -> Metric:

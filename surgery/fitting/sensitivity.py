@@ -61,7 +61,7 @@ def metrics(
         views: of the sites that are asked for; a weight is one matrix of all their rows, `[S * out, in]`.
         samples: backward passes for each probe batch.
     """
-    draws = {name: Draws() for name in views}
+    draws = {name: Draws(samples * len(trial.probes)) for name in views}
 
     def add(name: str, gradient: Tensor) -> None:
         if name in draws:

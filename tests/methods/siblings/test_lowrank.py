@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.fitting.metric import Draws, Metric
+from surgery.fitting.metric import Draws, Metric, together
 from surgery.methods.siblings.lowrank import factors
 
 
@@ -93,6 +93,20 @@ def test_a_metric_of_draws_prices_any_error_where_gradients_are_products():
         draws.add(g)
         moved += float((g * error).sum() ** 2) / n
     assert draws.metric(n).price(error) == pytest.approx(moved, rel=0.25)
+
+
+def test_draws_that_are_added_up_first_give_the_same_moments_in_the_mean(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    gradients = torch.randn(4000, 4, 4, generator=generator) @ torch.randn(4, 12, generator=generator)
+    one_by_one, added = Draws(), Draws(len(gradients))
+    monkeypatch.setattr("surgery.fitting.metric.MOST_WORK", 4**2 * 12 * 1000)
+    assert together(4, 12, len(gradients)) == 4
+    for g in gradients:
+        one_by_one.add(g)
+        added.add(g)
+    first, second = one_by_one.metric(1), added.metric(1)
+    for one, other in ((first.into, second.into), (first.out, second.out)):
+        assert float((one - other).norm() / one.norm()) < 0.1  # of 1,000 sums of four draws each
 
 
 def test_draws_without_a_usable_gradient_have_no_metric():
