@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperOption
 from surgery.errors import SurgeryError
 from surgery.version import __version__
 
-from . import add, demo, evaluate, export, inspect, merge, recipes, remove, report, train, verify
+from . import add, demo, evaluate, export, inspect, merge, recipes, refit, remove, report, train, verify
 from .endings import WORDS, requests_raise
 from .flags import flags_of, in_flags
 from .options import FLAG
@@ -74,7 +74,7 @@ def _with_a_sign_of_life(verb: Callable[..., None]) -> Callable[..., None]:
     return shown
 
 
-for each in (demo, inspect, merge, add, remove, train, evaluate, report, verify, export):
+for each in (demo, inspect, merge, add, remove, refit, train, evaluate, report, verify, export):
     _add(each)
 app.add_typer(recipes.app, name="recipes")
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from surgery.methods.templates.plan import plan_templates
     from surgery.pipeline.add import add, remove
     from surgery.pipeline.merge import merge
+    from surgery.pipeline.refit import refit
     from surgery.settings.recipe import Recipe
     from surgery.tracing import trace
     from surgery.training.report.report import TrainReport
@@ -62,6 +63,7 @@ _HOMES = {
     "members.member": ("Inputs", "Member", "Origin"),
     "pipeline.add": ("add", "remove"),
     "pipeline.merge": ("merge",),
+    "pipeline.refit": ("refit",),
     "anatomy.plan": ("Plan", "make_plan"),
     "settings.recipe": ("Recipe",),
     "members.references": ("load_member",),
@@ -80,7 +82,7 @@ __all__ = [
     "LoadError", "Member", "Origin", "OutputError", "Plan", "PlanError", "Recipe", "Site", "SurgeryError", "Task",
     "TraceError", "TrainReport", "TrainingError", "VerifyReport", "__version__", "add", "discover", "export", "fit",
     "join", "load", "load_member", "make_plan", "merge", "plan_modules", "plan_templates", "plan_with",
-    "remove", "save", "trace", "train", "verify",
+    "refit", "remove", "save", "trace", "train", "verify",
 ]  # fmt: skip
 
 

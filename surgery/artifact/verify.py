@@ -151,7 +151,7 @@ def verify(
             checks.append(MemberCheck(name, False, (reason,), False, "not compared"))
         else:
             given = (modules or {}).get(name)
-            origin, where = _load_origin(manifest, name, given, permission, origins)
+            origin, where = load_recorded(manifest, name, given, permission, origins)
             joint, failure, not_built = _load_member(folder, name, given, trust_remote_code)
             reasons = [failure] if failure else []
             check = _check(manifest, name, states(name), joint, reasons, origin, where)
@@ -243,7 +243,7 @@ def _replaced_state(
     return whole_state(module), []
 
 
-def _load_origin(
+def load_recorded(
     manifest: Manifest, name: str, given: nn.Module | None, permission: Permission, wanted: bool
 ) -> tuple[Member | None, str]:
     """The member as it was before it was joined, or why it cannot be had."""

@@ -75,7 +75,7 @@ def test_lazy_names_are_functions_even_after_their_submodules_are_imported():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("verb", ["demo", "inspect", "merge", "add", "remove", "verify", "export"])
+@pytest.mark.parametrize("verb", ["demo", "inspect", "merge", "add", "remove", "refit", "verify", "export"])
 def test_every_verb_has_help_with_examples(verb):
     shown = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "100"})
     assert shown.exit_code == 0

@@ -377,6 +377,33 @@ def _plan(name):
     return Plan((name,), (), (), ())
 
 
+def modules(names):
+    return {name: net(seed) for name, seed in names.items()}
+
+
+def test_a_refit_is_a_merge_of_all_members(joint, tmp_path):
+    surgery.add(joint, {"new": relative("new", 7)}, max_error=0.03)
+    former, names = contents(joint), {"a": 0, "b": 1, "c": 2, "new": 7}
+    tried = surgery.refit(joint, max_error=0.02, modules=modules(names), dry_run=True)
+    assert contents(joint) == former and not tried.written and tried.before == stored(joint).nbytes
+    done = surgery.refit(joint, max_error=0.02, modules=modules(names))
+    assert (done.after, done.errors) == (tried.after, tried.errors) and stored(joint).nbytes == done.after
+    report = loaded(joint).report
+    assert report is not None and not report.added and report.target == "max-error 0.02" and report.met
+    assert max(done.errors.values()) <= 0.02 and done.saved == done.before - done.after
+    assert surgery.verify(joint, modules=modules(names)).ok
+
+
+@pytest.mark.parametrize(
+    ("names", "words"), [({"a": 0, "b": 1}, "live module"), ({"a": 0, "b": 5, "c": 2}, "b has other weights")]
+)
+def test_a_refit_without_all_origins_leaves_the_folder(joint, names, words):
+    former = contents(joint.parent)
+    with pytest.raises(SurgeryError, match=words):
+        surgery.refit(joint, modules=modules(names))
+    assert contents(joint.parent) == former
+
+
 FACTORY = """
     import torch
     from torch import nn
@@ -441,11 +468,25 @@ def test_the_command_adds_and_removes(nets):
     assert report[0] == 0
 
 
+def test_the_command_fits_anew(nets):
+    former = contents(nets)
+    code, out, _ = command("refit", "joint", "--dry-run", "--json", "--trust-remote-code")
+    found = json.loads(out)
+    assert (
+        code == 0 and found["target"] == "budget 0.14" and found["after"] == found["before"] - found["saved"]
+    )
+    assert contents(nets) == former and found["saved"] == 0
+    code, out, _ = command("refit", "joint", "--max-error", 0.2, "--trust-remote-code")
+    assert code == 0 and "less" in out and contents(nets) != former
+    assert command("verify", "joint", "--origins", "--trust-remote-code")[0] == 0
+
+
 def test_the_command_says_what_is_wrong(nets):
     former = contents(nets.parent)
     for words, said in (
         (("add", "joint", "a=nets.py:d"), "has a already"),
         (("add", "joint", "new=nets.py:d", "--max-error", 0.1, "--budget", 0.1), "only one of"),
+        (("refit", "joint"), "its code may not run"),
         (("remove", "joint", "nobody"), "among a, b, c"),
         (("remove", "joint", "a", "b", "c"), "delete the folder"),
     ):
