@@ -21,7 +21,7 @@ from torch import Tensor
 DAMPING = (
     0.1  # of the mean of H's diagonal, added to it: ten times what GPTQ has, for less data (section 3.3)
 )
-SWEEPS = 4  # of coordinate descent, at most
+SWEEPS = 3  # of coordinate descent, at most
 SETTLED = 0.002  # share of codes changed in a sweep below which another does not pay
 
 
@@ -175,18 +175,20 @@ def _forward(
     rows: Tensor, moment: Tensor, upper: Tensor, width: int, grid: Callable[[Tensor], Grid]
 ) -> Rounded:
     """GPTQ: each group's grid is made of what earlier groups left, and each column's error goes to later ones."""
-    left, codes, grids = rows.clone(), torch.empty_like(rows), []
+    left, codes, grids = rows.T.contiguous(), torch.empty_like(rows.T), []  # columns lie together
     for start in range(0, rows.shape[1], width):
         stop = start + width
-        part, root, errors = left[:, start:stop], upper[start:stop, start:stop], []
-        grids.append(grid(part))
+        part, root = left[start:stop], upper[start:stop, start:stop]
+        grids.append(grid(part.T))
+        errors = torch.empty_like(part)
         for j in range(width):
-            column = part[:, j : j + 1]
-            codes[:, start + j : start + j + 1] = code = grids[-1].codes(column)
-            error = (column - grids[-1].values(code)) / root[j, j]  # GPTQ, Eq. (3)
-            part[:, j + 1 :] -= error * root[j, j + 1 :]  # GPTQ, Eq. (2)
-            errors.append(error)
-        left[:, stop:] -= torch.cat(errors, 1) @ upper[start:stop, stop:]  # GPTQ, Eq. (4), lazily
+            code = grids[-1].codes(part[j, :, None])
+            codes[start + j] = code[:, 0]
+            torch.sub(part[j], grids[-1].values(code)[:, 0], out=errors[j])
+            errors[j] /= root[j, j]  # GPTQ, Eq. (3)
+            part[j + 1 :].addr_(root[j, j + 1 :], errors[j], alpha=-1)  # GPTQ, Eq. (2)
+        left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)  # GPTQ, Eq. (4), lazily
+    codes = codes.T.contiguous()
     found = Rounded(codes, tuple(grids), rows.new_zeros(len(rows)))
     return Rounded(codes, found.grids, price(rows - _decoded(found, width), moment))
 
@@ -201,24 +203,23 @@ def _inverse_root(moment: Tensor) -> Tensor:
 
 def _descend(rows: Tensor, moment: Tensor, width: int, start: Rounded) -> Rounded:
     """Round every column anew, given all the others, as long as that lowers a row's error."""
-    best, diagonal = start, moment.diagonal()
+    best, columns = start, rows.T.contiguous()  # columns lie together
+    steps = moment.diagonal().reciprocal()
     for _ in range(SWEEPS):
-        codes, error = best.codes.clone(), rows - _decoded(best, width)
+        codes, error = best.codes.T.contiguous(), columns - _decoded(best, width).T
         for number, grid in enumerate(best.grids):
             first, last = number * width, number * width + width
-            pull = error @ moment[:, first:last]  # of all errors on the columns of this group
+            pull = moment[first:last] @ error  # of all errors on the columns of this group
             inner = moment[first:last, first:last]
             for j in range(width):
-                now = error[:, first + j : first + j + 1]
+                column, now = columns[first + j], error[first + j]
                 # The value at which the error has no slope: w + sum over the others of E H / H_jj.
-                value = rows[:, first + j : first + j + 1] - now + pull[:, j : j + 1] / diagonal[first + j]
-
-                code = grid.codes(value)
-                after = rows[:, first + j : first + j + 1] - grid.values(code)
-                pull += (after - now) * inner[j]
-                error[:, first + j : first + j + 1] = after
-                codes[:, first + j : first + j + 1] = code
-        found = price(error, moment)
+                value = torch.addcmul(column - now, pull[j], steps[first + j])
+                code = grid.codes(value[:, None])
+                after = column - grid.values(code)[:, 0]
+                pull.addr_(inner[j], after - now)
+                error[first + j], codes[first + j] = after, code[:, 0]
+        codes, found = codes.T.contiguous(), price(error.T, moment)
         better = found < best.error
         changed = float((codes != best.codes).float().mean())
         kept = torch.where(better[:, None], codes, best.codes)

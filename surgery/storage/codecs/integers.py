@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -196,8 +197,16 @@ class IntegerGrid:
         """The nearest integers `[R, w]`, as floats."""
         low, high = -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
         # First to at most 1, so that nothing overflows.
-        scaled = (column * _inverse(self.largest)) * (self.largest * _inverse(self.scale.float()))
+        scaled = (column * self._to_one) * self._to_steps
         return scaled.round_().clamp_(low, high)
+
+    @cached_property
+    def _to_one(self) -> Tensor:
+        return _inverse(self.largest)
+
+    @cached_property
+    def _to_steps(self) -> Tensor:
+        return self.largest * _inverse(self.scale.float())
 
     def values(self, codes: Tensor) -> Tensor:
         """Integers times their scale."""
