@@ -151,7 +151,8 @@ class Known:
         groups = [
             Group((Arrangement((unit,)),)) for g in make_groups(scene) for unit in g.arrangements[0].units
         ]
-        self.banks = self._alike(scene)
+        if scene.target.max_error != 0:  # what is stored with few bits is never exact
+            self.banks = self._alike(scene)
         with progress.task("Comparing with what is stored", len(groups)) as task:
             for group in groups:
                 (unit,) = group.arrangements[0].units

@@ -40,6 +40,7 @@ from surgery.storage.codecs.feedback import expected_gain
 RUNS = (0, 1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 """Ranks between which directions are decided on together."""
 BITS = tuple(grouped(bits, 64) for bits in (8, 6, 5, 4, 3))  # of private rows; 2 cost more than they save
+NOTHING = 1e-3  # of the squared error that is allowed: what all sites may leave out that is never tried
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,9 @@ def added_site(scene: Scene, site: Site, stored: Encoded) -> Arrangement:
     matrix = site.view.to_matrices(original).flatten(0, 1).to(shared.dtype)
     metric = scene.metric(site)
     found = factors(matrix - shared, metric.into, metric.out, most=RUNS[-1])
+    # Trying directions in all precisions takes longer than finding them: those that move nothing are left out before.
+    bound = scene.target.max_error or 0.0
+    found = found.first(int((found.tails[:-1] > NOTHING * bound**2 / len(scene.unclaimed)).sum()))
     unit = Unit({"shared": shared}, {}, (stored.precision,), (0.0,), (0.0,))
     return _arranged((Relative(site, matrix, metric, found),), shared, metric, unit, 4 * PART_BYTES)
 

@@ -36,6 +36,10 @@ class Factors:
         """U A `[out, n]` of the first directions, all by default."""
         return self.contexts[:, :rank] @ self.rows[:rank]
 
+    def first(self, rank: int) -> Factors:
+        """The product of the first directions alone."""
+        return Factors(self.contexts[:, :rank], self.rows[:rank], self.energy[:rank])
+
     @property
     def tails(self) -> Tensor:
         """What truncation to each rank 0 to k costs: `[k + 1]`, float64, without what all k leave out."""
