@@ -113,7 +113,7 @@ def print_plan(prepared: Prepared, *, verbose: bool) -> None:
     if recipe.train is None:
         _say_fit(prepared, rows)
     else:
-        _say_training(recipe)
+        _say_training(recipe, plan)
     console.say(
         f"Output folder {recipe.out}: can be written." if recipe.out else "No output folder was given."
     )
@@ -147,7 +147,7 @@ def _say_fit(prepared: Prepared, rows: list[dict[str, Any]]) -> None:
     )
 
 
-def _say_training(recipe: Recipe) -> None:
+def _say_training(recipe: Recipe, plan: Plan) -> None:
     """The tasks of a training run, and how long it would be."""
     assert recipe.train is not None
     table = console.table("task of", "~data", ">batch", "loss", "metric", ">weight")
@@ -162,12 +162,18 @@ def _say_training(recipe: Recipe) -> None:
             table.add_row(*cells, _metric(task.metric), f"{task.weight:g}")
     if table.row_count:
         console.show(table)
+    from surgery.core.method import DEFAULT_METHOD, find_method, methods_of
+    from surgery.util.showing import plural
+
     train, parameters = recipe.train, recipe.parameters
+    replacing = [find_method(name) for name in dict.fromkeys(each.method for each in plan.replacements)]
+    phases = "; ".join(filter(None, [each.phases(train) for each in (*methods_of(plan), *replacing)]))
+    generations = plural(train.total, "generation") + (f" ({phases})" if phases else "")
     block = "chosen for the members" if parameters.block is None else console.shape(parameters.block)
+    cut = f"blocks {block}, " if any(bank.method == DEFAULT_METHOD for bank in plan.banks) else ""
     console.say(
-        f"Would be trained: {train.total} generations ({train.burn_in} burn-in, {train.generations} evolution, "
-        f"{train.final} final) of {train.steps} steps, {train.optimizer.name} at {train.optimizer.lr:g}, blocks "
-        f"{block}, seed {recipe.seed}."
+        f"Would be trained: {generations} of {train.steps} steps, {train.optimizer.name} at {train.optimizer.lr:g}, "
+        f"{cut}seed {recipe.seed}."
     )
 
 

@@ -37,6 +37,7 @@ from surgery.storage.states import lazy_state_of
 from surgery.util.copies import duplicate
 from surgery.util.showing import as_html, as_text
 from surgery.util.text import one_line, shorten
+from surgery.util.wording import more_than
 
 ROUNDING = 1e-5  # relative: a kernel may add the terms of a block in another order than the recorded one
 SAME_ERROR = (1e-4, 0.02)  # absolute and relative difference between two measurements of one output error
@@ -337,12 +338,16 @@ def _compare_outputs(
     absolute, relative = SAME_ERROR
     if moved <= recorded * (1 + relative) + absolute:
         return moved, [], None
-    differ = f"they differ by {moved:.4f} where {recorded:.4f} was recorded"
+    differ = f"differ by {more_than(moved, recorded, 4)}"
     if unknown:
-        return moved, [], f"its {unknown} were not kept, so that {differ}, on other inputs"
+        return (
+            moved,
+            [],
+            f"its {unknown} were not kept: on others they {differ} where {recorded:.4g} was recorded",
+        )
     return (
         moved,
-        [f"its outputs must stay within the recorded error {recorded:.4f}, but differ by {moved:.4f}"],
+        [f"its outputs must stay within the recorded error {recorded:.4g}, but {differ}"],
         None,
     )
 

@@ -106,6 +106,15 @@ class Method(ABC):
         """Why a joint model cannot be trained by the settings of a run, in sentences, before anything changes."""
         return []
 
+    def phases(self, config: Training) -> str:
+        """What sets some generations of a run apart, in words such as `the last 2 with hardened templates`; by default
+        nothing.
+
+        Args:
+            config: settings of the run.
+        """
+        return ""
+
     def start(self, joint: JointModel, config: Training, generator: torch.Generator) -> None:
         """Prepare what is the method's of a joint model that is open, before the optimizer is made.
 

@@ -170,7 +170,7 @@ class Search:
         """The smaller one of an attempt within a bound and of related sites each apart."""
         apart = self.structure.apart(self.table)
         if found is not None:
-            other = self.attempt(self.of_bytes(apart, found.nbytes / self.whole)[0])
+            other = self.attempt(self.of_bytes(apart, found.nbytes / self.whole))
             if other.nbytes > found.nbytes or not (other.errors <= bound).all():
                 return found
         other = self.close_in(apart, bound)
@@ -262,18 +262,20 @@ class Search:
         Raises:
             PlanError: where nothing is so small.
         """
-        choice, limit = self.of_bytes(self.table, budget)
-        found = self.attempt(choice)
-        if choice.nbytes > limit or found.nbytes > budget * self.whole:
-            least = max(found.nbytes, choice.nbytes - self.headers) / self.whole
+        found = self.attempt(self.of_bytes(self.table, budget))
+        if self.least(found) > budget:
+            found = self.attempt(within_bytes(self.table, 0))
+        if (least := self.least(found)) > budget:
             given = f" with {self.given}" if self.given else ""
             fewer = f", or fewer {' or '.join(levers)}" if (levers := self.levers(above=1)) else ""
+            enough = np.ceil(least * 100 + 0.1) / 100
+            use = f"`budget={enough:.2f}` or more" if enough <= 1 else "`max_error`"
             raise PlanError(
                 f"A budget of {budget:g} cannot be met{given}: the smallest artifact of these members takes "
-                f"{least:.3f} of their bytes; use `budget={np.ceil(least * 100 + 0.1) / 100:.2f}` or more{fewer}."
+                f"{more_than(least, budget)} of their bytes; use {use}{fewer}."
             )
         if self.in_doubt(found):
-            other = self.attempt(self.of_bytes(self.unshared, budget)[0])
+            other = self.attempt(self.of_bytes(self.unshared, budget))
             if other.nbytes <= budget * self.whole:
                 found = min(found, other, key=lambda each: float((each.errors**2).sum()))
         return self.most_exact_of_related(found, budget)
@@ -284,15 +286,19 @@ class Search:
             return found
         for _ in range(CORRECTIONS):
             self.learn(found)
-            other = self.attempt(self.of_bytes(self.table, budget)[0])
+            other = self.attempt(self.of_bytes(self.table, budget))
             if other.nbytes > budget * self.whole or not better(other, found):
                 break
             found = other
-        other = self.attempt(self.of_bytes(self.structure.apart(self.table), budget)[0])
+        other = self.attempt(self.of_bytes(self.structure.apart(self.table), budget))
         return found if other.nbytes > budget * self.whole or better(found, other) else other
 
-    def of_bytes(self, table: Table, budget: float) -> tuple[Choice, float]:
-        """The choice of least predicted error for a fraction of the members' bytes, and the bytes it was given."""
+    def least(self, found: Attempt) -> float:
+        """The smallest budget that an attempt keeps to: of its tensors, and of its headers but for some."""
+        return max(found.nbytes, found.choice.nbytes - self.headers) / self.whole
+
+    def of_bytes(self, table: Table, budget: float) -> Choice:
+        """The choice of least predicted error for a fraction of the members' bytes."""
         limit = budget * self.whole + self.headers
         choice = within_bytes(table, limit)
         for _ in range(ROUNDS):  # shared rows may have fewer headers than the tensors that they stand for
@@ -301,7 +307,7 @@ class Search:
                 break
             limit -= nbytes - budget * self.whole
             choice = within_bytes(table, limit)
-        return choice, limit
+        return choice
 
     def saved_by_sharing(self, found: Attempt) -> int:
         """What the same predicted errors would cost more without shared rows, and copies left out."""

@@ -1,6 +1,7 @@
 """Fit: what cannot be done is refused in one sentence, and the joint model stays as it was."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -28,6 +29,25 @@ def test_a_budget_that_cannot_be_met_says_the_least_and_changes_nothing():
     assert all(p.grad is not None for p in joint.dictionary.parameters())
     least = float(str(caught.value).split("`budget=")[1].split("`")[0])
     assert fit(joint, budget=least).report.met
+
+
+@pytest.mark.parametrize(("kind", "number"), [("mlp", 1), ("mlp", 2), ("tied", 1)])
+def test_numbers_of_a_budget_that_cannot_be_met_differ_and_what_is_proposed_can_be(kind, number):
+    def tried(budget):
+        """What is least and what is enough, where a budget is refused; None where it is met."""
+        try:
+            report = fit(join(family(kind, number), block=(8, 8)), budget=budget).report
+        except PlanError as error:
+            asked, least, enough = map(float, re.findall(r"0\.\d+|\d+e-\d+", str(error)))
+            assert asked == budget < least <= enough
+            return least, enough
+        assert report.met and report.stored_bytes <= budget * sum(report.original_bytes.values())
+        return None
+
+    least, enough = tried(1e-4)
+    assert tried(enough) is None
+    near = tried(least)  # which is rounded, so that it may be too small
+    assert near is None or tried(near[1]) is None
 
 
 class Argmax(Scores):

@@ -325,6 +325,9 @@ def test_a_recipe_trains_it_and_what_came_of_it_is_evaluated(package, tmp_path, 
         "train": {"steps": 4, "burn_in": 0, "generations": 2, "final": 0},
     }
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    said = " ".join(command("train", "recipe.yaml", "--dry-run")[1].split())
+    assert "Would be trained: 2 generations of 4 steps, " in said
+    assert "burn-in" not in said and "evolution" not in said and "blocks chosen" not in said
     code, _, err = command("train", "recipe.yaml", "--out", "trained", "--cpu", "--quiet")
     assert code == 0, err
     trained = surgery.load("trained", trust_remote_code=True)

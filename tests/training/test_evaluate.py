@@ -4,9 +4,11 @@ import pytest
 from command_line import surgery as command
 
 import surgery
+from surgery.core.method import find_method
 from surgery.errors import LoadError, PlanError
 from surgery.pipeline.train import evaluate_artifact, train_recipe
 from surgery.settings.recipe import Recipe
+from surgery.settings.training import Training
 from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
 
@@ -73,6 +75,17 @@ def test_a_dry_run_of_training_tells_its_tasks_and_length(recipe, tmp_path):
     assert "1 cross_entropy + 1 distillation" in said and "accuracy" in said
     assert "Would be trained: 2 generations (0 burn-in, 1 evolution, 1 final) of 3 steps" in said
     assert "Would be fitted" not in said
+
+
+def test_phases_are_those_of_the_methods_that_have_some():
+    config = {"burn_in": 1, "generations": 2, "final": 3}
+    for change, words in (("evolve", "evolution"), ("random", "random draws")):
+        training = Training(**config, evolution={"change": change})
+        assert find_method("hypermodules").phases(training) == f"1 burn-in, 2 {words}, 3 final"
+    assert find_method("hypermodules").phases(Training(evolution={"change": "none"})) == ""
+    hardened = Training(**config, templates={"harden": True})
+    assert find_method("templates").phases(hardened) == "the last 3 with hardened templates"
+    assert find_method("templates").phases(Training()) == ""
 
 
 def test_trackers_that_are_not_there_are_refused(tmp_path):

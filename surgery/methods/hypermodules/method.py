@@ -89,6 +89,13 @@ class Hypermodules(RowsMethod):
 
         return wrong_start(joint, config.evolution)
 
+    def phases(self, config: Training) -> str:
+        """Burn-in, evolution or draws by chance, and final generations, where the alignment changes."""
+        if config.evolution.change == "none":
+            return ""
+        change = "evolution" if config.evolution.change == "evolve" else "random draws"
+        return f"{config.burn_in} burn-in, {config.generations} {change}, {config.final} final"
+
     def start(self, joint: JointModel, config: Training, generator: torch.Generator) -> None:
         """Give every bank the alignment to begin with."""
         from surgery.methods.hypermodules.starts import align

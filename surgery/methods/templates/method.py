@@ -107,6 +107,10 @@ class TemplatesMethod(RowsMethod):
 
         return wrong_settings(config.templates)
 
+    def phases(self, config: Training) -> str:
+        """Those in which templates are hardened."""
+        return f"the last {config.final} with hardened templates" if config.templates.harden else ""
+
     def start(self, joint: JointModel, config: Training, generator: torch.Generator) -> None:
         """Freeze what shall stay as it is."""
         from surgery.methods.templates.training import settle_parts
