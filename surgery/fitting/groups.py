@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from surgery.fitting.related import related_sites, ways
+from surgery.fitting.related import ways
 from surgery.fitting.scene import Scene, equal_tensors
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, Group, Key, Unit, unit_bytes
@@ -24,8 +24,8 @@ def make_groups(scene: Scene) -> list[Group]:
         if key not in scene.sensitivity and tensor.is_floating_point() and key not in claimed
     }
     equal = equal_tensors({key: t for key, t in originals.items() if key not in insensitive | claimed})
-    sensitive = {key: originals[key] for key in scene.unclaimed if key not in insensitive}
-    related = related_sites(scene.unclaimed, sensitive, equal, scene.seed)
+    kin = ([key for key in keys if key not in insensitive] for keys in scene.kin)
+    related = [keys for keys in kin if len(keys) > 1]
     groups: list[Group] = []
     with progress.task("Measuring precisions", len(originals)) as task:
         alone: dict[Key, Unit] = {}

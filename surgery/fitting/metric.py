@@ -24,7 +24,7 @@ from torch import Tensor
 
 from surgery.storage.codecs import Statistics
 
-WIDEST = 4096  # rows or columns up to which a side has a moment; a wider one counts as independent
+WIDEST = 4096  # rows or columns up to which a side has a whole moment, and beyond which its diagonal
 MOST_WORK = (
     1 << 30
 )  # multiplications of one moment; those of half as many columns as it has rows, where that is more
@@ -36,8 +36,8 @@ class Metric:
     """What an error `[o, n]` in a weight costs, in relative squared output error.
 
     Attributes:
-        out: G / tr G, `[o, o]`, symmetric and positive definite, float32.
-        into: H, `[n, n]`, likewise.
+        out: G / tr G, `[o, o]`, symmetric and positive definite, float32; or its diagonal `[o]`.
+        into: H, `[n, n]`, likewise; or its diagonal `[n]`.
 
     Example:
         >>> Metric.independent(2.0, 1, 2).price(torch.tensor([[1.0, 3.0]]))
@@ -52,24 +52,35 @@ class Metric:
         cls, sensitivity: float, out: int, into: int, device: torch.device | None = None
     ) -> Metric:
         """That of which only the sensitivity is known: relative squared output error per squared error."""
-        sides = torch.eye(out, device=device) / out, torch.eye(into, device=device) * (out * sensitivity)
-        return cls(*sides)
+        return cls(
+            torch.full((out,), 1 / out, device=device), torch.full((into,), out * sensitivity, device=device)
+        )
 
     def price(self, error: Tensor) -> float:
         """tr(G E H E^T) / tr G."""
         error = error.to(self.into.device, torch.float32)
-        return float(((self.out @ error @ self.into) * error).sum(dtype=torch.float64))
+        return float((times(times(error.T, self.out).T, self.into) * error).sum(dtype=torch.float64))
 
     @property
     def sensitivity(self) -> float:
         """Relative squared output error per squared error of independent entries."""
-        traces = self.out.diagonal().sum() * self.into.diagonal().sum()
+        traces = trace(self.out) * trace(self.into)
         return float(traces) / (len(self.out) * len(self.into))
 
     @property
-    def statistics(self) -> Statistics:
-        """Of the inputs, as codecs make use of them."""
-        return Statistics(self.into, 1)
+    def statistics(self) -> Statistics | None:
+        """Of the inputs, as codecs make use of them; None where nothing of them is known."""
+        return Statistics(self.into, 1) if self.into.ndim == 2 else None
+
+
+def times(x: Tensor, side: Tensor) -> Tensor:
+    """`x [k, n]` times a moment `[n, n]`, or one of which there is the diagonal `[n]`."""
+    return x * side.to(x) if side.ndim == 1 else x @ side.to(x)
+
+
+def trace(side: Tensor) -> float:
+    """Of a moment, or of one of which there is the diagonal."""
+    return float((side if side.ndim == 1 else side.diagonal()).sum(dtype=torch.float64))
 
 
 class Draws:
@@ -111,7 +122,7 @@ class Draws:
         self._multiply()
         if self.out is None or self.into is None:
             return None
-        power = float(self.out.diagonal().sum(dtype=torch.float64))
+        power = trace(self.out)
         if not 0 < power < float("inf"):
             return None
         return Metric(_damped(self.out / power), _damped(self.into / samples))
@@ -136,19 +147,24 @@ def together(out: int, into: int, count: int) -> int:
 
 
 def _second_moment(rows: Tensor) -> Tensor:
-    """`rows @ rows.T` of `rows [k, n]`; of too many rows as if they were independent."""
-    if len(rows) <= WIDEST:
-        return rows @ rows.T
-    return torch.eye(len(rows), device=rows.device) * (rows.square().sum() / len(rows))
+    """`rows @ rows.T` of `rows [k, n]`; of too many rows its diagonal."""
+    return rows @ rows.T if len(rows) <= WIDEST else rows.square().sum(1)
 
 
 def mean_metric(metrics: Sequence[Metric]) -> Metric:
     """That of an error which several members share; prices of these add up to about as many times its own."""
-    out = torch.stack([each.out for each in metrics]).mean(0)
-    return Metric(out, torch.stack([each.into for each in metrics]).mean(0))
+    return Metric(_mean([each.out for each in metrics]), _mean([each.into for each in metrics]))
+
+
+def _mean(sides: Sequence[Tensor]) -> Tensor:
+    whole = any(side.ndim == 2 for side in sides)
+    found = [side.diag() if whole and side.ndim == 1 else side for side in sides]
+    return torch.stack(found).mean(0)
 
 
 def _damped(moment: Tensor) -> Tensor:
     """With a share of the mean on the diagonal, and the same trace."""
+    if moment.ndim == 1:
+        return (moment + DAMPING * moment.mean()) / (1 + DAMPING)
     mean = moment.diagonal().mean()
     return (moment + torch.eye(len(moment), device=moment.device) * (DAMPING * mean)) / (1 + DAMPING)

@@ -16,9 +16,11 @@ from surgery.anatomy.sites import Site
 from surgery.core.generation import to_blocks
 from surgery.core.method import DEFAULT_METHOD, TensorMethod, methods_of, plan_of, tensor_method
 from surgery.fitting.metric import Metric
-from surgery.fitting.sensitivity import measured_sensitivities, metrics, sensitivities
+from surgery.fitting.related import related_sites
+from surgery.fitting.sensitivity import measured_sensitivities, metrics
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, Key, Unit, measure
+from surgery.geometry.views import CanonicalView
 from surgery.members.replacement import count_replaced
 from surgery.settings.names import RELATED
 from surgery.settings.target import Target
@@ -58,18 +60,20 @@ class Scene:
         """Relative squared output error per squared error of each tensor that a gradient reaches."""
         return {
             (name, tensor): value
-            for name, trial in self.trials.items()
-            for tensor, value in sensitivities(trial, self.seed).items()
+            for name, (found, _) in self._measured.items()
+            for tensor, value in found.items()
         }
 
     def metric(self, site: Site) -> Metric:
         """What any error in a site that no method decides on costs; where no gradient tells, as if independent."""
-        if site.member not in self._metrics:
-            views = {
+        views, found = self._views[site.member], self._measured[site.member][1].get(site.name)
+        if found is None and site.name not in views:
+            views |= {
                 name: each.view for (member, name), each in self.unclaimed.items() if member == site.member
             }
-            self._metrics[site.member] = metrics(self.trials[site.member], self.seed, views)
-        found = self._metrics[site.member].get(site.name)
+            more = metrics(self.trials[site.member], self.seed, views)
+            self._measured[site.member] = more
+            found = more[1].get(site.name)
         if found is None:
             stack, out, into = site.view.shape
             found = Metric.independent(
@@ -78,8 +82,25 @@ class Scene:
         return found
 
     @cached_property
-    def _metrics(self) -> dict[str, dict[str, Metric]]:
-        return {}
+    def _views(self) -> dict[str, dict[str, CanonicalView]]:
+        """By member, the views of sites that have relatives: with these sensitivities and metrics take one pass."""
+        views: dict[str, dict[str, CanonicalView]] = {name: {} for name in self.trials}
+        for keys in self.kin:
+            for member, name in keys:
+                views[member][name] = self.unclaimed[member, name].view
+        return views
+
+    @cached_property
+    def _measured(self) -> dict[str, tuple[dict[str, float], dict[str, Metric]]]:
+        """By member, sensitivities, and metrics of sites."""
+        return {name: metrics(trial, self.seed, self._views[name]) for name, trial in self.trials.items()}
+
+    @cached_property
+    def kin(self) -> list[list[Key]]:
+        """Sites that no method decides on and that resemble one another."""
+        tensors = {key: self.originals[key] for key in self.unclaimed}
+        tame = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+        return related_sites(self.unclaimed, tame, equal_tensors(tame), self.seed)
 
     @cached_property
     def claims(self) -> tuple[tuple[TensorMethod, Plan], ...]:

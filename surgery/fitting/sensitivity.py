@@ -10,7 +10,6 @@ weight error.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -40,20 +39,13 @@ def sensitivities(trial: Trial, seed: int, samples: int = SAMPLES) -> dict[str, 
         seed: of the sign vectors.
         samples: backward passes for each probe batch.
     """
-    total: dict[str, float] = defaultdict(float)
-
-    def add(name: str, gradient: Tensor) -> None:
-        total[name] += float(gradient.float().square().mean())
-
-    _draw(trial, seed, samples, add)
-    # One that overflowed is as good as none: the tensor's errors are then measured.
-    return {name: power / samples for name, power in total.items() if 0 < power < math.inf}
+    return metrics(trial, seed, {}, samples)[0]
 
 
 def metrics(
     trial: Trial, seed: int, views: Mapping[str, CanonicalView], samples: int = SAMPLES
-) -> dict[str, Metric]:
-    """What any error in a site costs, by name; sites that no gradient reaches are absent.
+) -> tuple[dict[str, float], dict[str, Metric]]:
+    """Sensitivities, and what any error in a site costs, by name; sites that no gradient reaches are absent.
 
     Args:
         trial: the member with its original weights.
@@ -62,14 +54,18 @@ def metrics(
         samples: backward passes for each probe batch.
     """
     draws = {name: Draws(samples * len(trial.probes)) for name in views}
+    total: dict[str, float] = {}
 
     def add(name: str, gradient: Tensor) -> None:
+        total[name] = total.get(name, 0.0) + float(gradient.float().square().mean())
         if name in draws:
             draws[name].add(views[name].to_matrices(gradient).flatten(0, 1))
 
     _draw(trial, seed, samples, add)
     found = {name: each.metric(samples) for name, each in draws.items()}
-    return {name: metric for name, metric in found.items() if metric is not None}
+    # One that overflowed is as good as none: the tensor's errors are then measured.
+    sensitive = {name: power / samples for name, power in total.items() if 0 < power < math.inf}
+    return sensitive, {name: metric for name, metric in found.items() if metric is not None}
 
 
 def _draw(trial: Trial, seed: int, samples: int, add: Callable[[str, Tensor], None]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surgery
-from surgery.fitting import groups, structure
+from surgery.fitting import scene, structure
 from surgery.fitting.allocation import Table, revalued, within_bytes
 from surgery.fitting.structure import Structure
 
@@ -56,7 +56,7 @@ def fitted(nets, given, **target):
 
 def apart(monkeypatch):
     """Nothing is found to be related."""
-    monkeypatch.setattr(groups, "related_sites", lambda *arguments: [])
+    monkeypatch.setattr(scene, "related_sites", lambda *arguments: [])
 
 
 def of_the_mean(nets):

@@ -19,7 +19,7 @@ from torch import Tensor
 from surgery.anatomy.plan import BankPlan, Placement
 from surgery.anatomy.sites import Site
 from surgery.core.dictionary import index_dtype, master_dtype
-from surgery.fitting.metric import Metric, mean_metric
+from surgery.fitting.metric import Metric, mean_metric, times
 from surgery.fitting.related import register_way
 from surgery.fitting.scene import Scene, key_of
 from surgery.fitting.units import BANK_BYTES, PART_BYTES, Arrangement, Unit, measure
@@ -110,7 +110,7 @@ class Differences:
                     for precision, j in mine
                 ]
             )
-            seen = contexts.double() @ relative.metric.out.double()
+            seen = times(contexts.double(), relative.metric.out)
             rest = (relative.matrix - shared).double()
             rows = torch.linalg.lstsq(seen @ contexts.double().T, seen @ rest).solution.to(shared.dtype)
             for (precision, _), part in zip(mine, rows.split([len(j) for _, j in mine]), strict=True):
@@ -181,14 +181,14 @@ def _runs(relative: Relative) -> list[tuple[int, int, Unit]]:
     """Runs of directions of one relative, first and last, and their units: left out, or stored with few bits."""
     made = relative.found
     rows, contexts = made.rows, made.contexts.T.contiguous()
-    into, out = (each.to(rows) for each in (relative.metric.into, relative.metric.out))
-    of_rows = ((contexts @ out) * contexts).sum(1)  # an error of a row counts that much
-    of_contexts = ((rows @ into) * rows).sum(1)
+    into, out = relative.metric.into, relative.metric.out
+    of_rows = (times(contexts, out) * contexts).sum(1)  # an error of a row counts that much
+    of_contexts = (times(rows, into) * rows).sum(1)
     lost = []  # by precision, of each direction
     for precision in BITS:
         wrong = decode(encode(rows, precision)) - rows, decode(encode(contexts, precision)) - contexts
-        from_rows = of_rows * ((wrong[0] @ into) * wrong[0]).sum(1)
-        lost.append(from_rows + of_contexts * ((wrong[1] @ out) * wrong[1]).sum(1))
+        from_rows = of_rows * (times(wrong[0], into) * wrong[0]).sum(1)
+        lost.append(from_rows + of_contexts * (times(wrong[1], out) * wrong[1]).sum(1))
     found = []
     for start, stop in pairwise([*(rank for rank in RUNS if rank < len(rows)), len(rows)]):
         shapes = (stop - start, rows.shape[1]), (stop - start, contexts.shape[1])

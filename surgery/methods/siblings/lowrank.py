@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from surgery.fitting.metric import times
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -52,8 +54,9 @@ def factors(difference: Tensor, into: Tensor, out: Tensor | None = None, most: i
 
     Args:
         difference: D `[out, n]`, float32 or float64, in which everything is computed.
-        into: H `[n, n]`, symmetric and positive semidefinite.
-        out: G `[out, out]`, positive definite; by default the identity, and with H = I this is then the plain SVD.
+        into: H `[n, n]`, symmetric and positive semidefinite, or its diagonal `[n]`.
+        out: G `[out, out]`, positive definite, or its diagonal `[out]`; by default the identity, and with H = I this is
+            then the plain SVD.
         most: number of directions to keep; by default min(out, n), whose product is D up to rounding.
 
     Example:
@@ -61,20 +64,27 @@ def factors(difference: Tensor, into: Tensor, out: Tensor | None = None, most: i
         >>> found.energy.tolist(), found.tails.tolist()
         ([9.0, 4.0], [13.0, 4.0, 0.0])
     """
-    exact, moment = difference, into.to(difference)
-    lower = None if out is None else torch.linalg.cholesky(out.double()).to(difference)
-    turned = exact if lower is None else lower.T @ exact
+    lower = None if out is None else _lower(out).to(difference)
+    turned = difference if lower is None else times(difference.T, lower).T
     # Where there are more rows than columns, within what the columns span.
     frame = torch.linalg.qr(turned).Q if len(turned) > turned.shape[1] else None
     inner = turned if frame is None else frame.T @ turned
-    energy, vectors = torch.linalg.eigh(inner @ moment @ inner.T)
+    energy, vectors = torch.linalg.eigh(times(inner, into) @ inner.T)
     energy, vectors = energy.double().flip(0).clamp_min(0.0)[:most], vectors.flip(1)[:, :most]
     rows = vectors.T @ inner
     contexts = vectors if frame is None else frame @ vectors
-    if lower is not None:
+    if lower is not None and lower.ndim == 1:
+        contexts = contexts / lower[:, None]
+    elif lower is not None:
         contexts = torch.linalg.solve_triangular(lower.T, contexts, upper=True)
     tiny = torch.finfo(rows.dtype).tiny
     # Both factors of each direction of one size: neighbours then round alike.
     size = (rows.square().mean(1) / contexts.square().mean(0).clamp_min(tiny)).clamp_min(tiny).pow(0.25)
     rows, contexts = rows / size[:, None], contexts * size
     return Factors(contexts, rows, energy)
+
+
+def _lower(moment: Tensor) -> Tensor:
+    """L of G = L L^T; of a diagonal its diagonal."""
+    exact = moment.double()
+    return exact.sqrt() if exact.ndim == 1 else torch.linalg.cholesky(exact)
