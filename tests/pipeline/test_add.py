@@ -377,6 +377,33 @@ def _plan(name):
     return Plan((name,), (), (), ())
 
 
+@pytest.mark.parametrize("how", ["fitted", "trained"])
+def test_members_of_which_modules_were_replaced_stay_so(how, tmp_path):
+    """And what a run wrote beside the models stays too."""
+    import module_methods
+
+    joint = module_methods.joined()
+    if how == "fitted":
+        surgery.fit(joint)
+    folder = surgery.save(
+        joint, tmp_path / "joint", extras={"log.jsonl": b"{}\n"} if how == "trained" else None
+    )
+    former = contents(folder)
+    (added,) = surgery.add(folder, {"new": relative("new", 7)}, max_error=0.1)
+    assert added.met and contents(folder).get("log.jsonl") == former.get("log.jsonl")
+    entry = read_manifest(folder).members
+    assert entry["net"].replacements and not entry["new"].replacements
+    again = surgery.load(folder, modules={"net": module_methods.net(), "new": Net()})
+    surgery.save(again, tmp_path / "again")
+    assert {k: v for k, v in contents(folder).items() if k != "log.jsonl"}.keys() == contents(
+        tmp_path / "again"
+    ).keys()
+    with pytest.raises(SurgeryError, match="modules of net were replaced"):
+        surgery.refit(folder, modules={"net": module_methods.net(), "new": net(7)})
+    surgery.remove(folder, "new")
+    assert contents(folder) == former
+
+
 def modules(names):
     return {name: net(seed) for name, seed in names.items()}
 
