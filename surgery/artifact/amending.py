@@ -52,7 +52,8 @@ from surgery.errors import ArtifactError, OutputError
 from surgery.fitting.report import FitReport
 from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import to_document
-from surgery.members.member import Member
+from surgery.members.member import Member, content_hash
+from surgery.storage.states import lazy_state_of
 from surgery.storage.stored import Stored
 from surgery.storage.trim import restrict
 
@@ -244,11 +245,18 @@ class _Amending:
             name,
             OriginEntry.model_construct(**asdict(origin)),
             shown.inputs,
-            entry.hash,
+            self._hash(name),
             here if entry.bytes is None else entry.bytes,
             entry.replacements,
             alone_of(self.manifest, name),
         )
+
+    def _hash(self, name: str) -> str | None:
+        """A member's content hash; that of one whose own files held every tensor, and which lent some, is new."""
+        found = self.manifest.members[name].hash
+        if found is None and any(p.site.member == name for p in self.after.plan.placements):
+            return content_hash(lazy_state_of(self.of.before, name))
+        return found
 
     def _check(self, place: Path) -> None:
         """Run the checks of a load on what was written, as far as it is new.

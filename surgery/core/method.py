@@ -277,6 +277,23 @@ class TensorMethod(Method):
         """
         raise NotImplementedError(f"method {self.name} adds no sites to its banks")
 
+    def lend(
+        self, key: str, site: Site, tensor: Encoded
+    ) -> tuple[BankPlan, Placement, dict[str, Encoded]] | None:
+        """A plain tensor, as it is stored, as what all sites of a new bank have in common, so that others can be added;
+        None, the default, where that cannot be.
+
+        Args:
+            key: of the bank.
+            site: of the tensor.
+            tensor: of its shape.
+        """
+        return None
+
+    def given_back(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> Encoded | None:
+        """The tensor that `lend` made a bank of, where no site of it has anything of its own; else None."""
+        return None
+
     def alignment(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> tuple[Tensor, int]:
         """Who shares what in a stored bank: the number of what each location draws on `[L]`, and how many of these
         numbers, from 0 on, are hypermodules. By default every location has its own.

@@ -29,6 +29,7 @@ from surgery.fitting.units import Arrangement, Group, Key, Unit
 from surgery.inputs.probes import probe_inputs
 from surgery.members.extra_state import extra_state_of
 from surgery.members.member import Inputs, Member, content_hash, owners_of, state_tensors, whole_state
+from surgery.settings.names import RELATED
 from surgery.settings.target import Target
 from surgery.storage.codecs import Encoded, decode, take_rows
 from surgery.storage.grafting import graft
@@ -41,6 +42,8 @@ NEAR = 0.1  # largest relative difference of a few rows from those of a tensor t
 FEW = 16  # rows that are compared
 CANDIDATES = 4  # stored tensors that one is compared with: those that most members use
 ALIAS = 80.0  # bytes of a line in the manifest that says where a tensor is stored
+LENDING = RELATED[0]  # the method whose banks are made of tensors that were stored alone
+LEAST_LENT = 4096  # elements of a matrix that is worth a bank
 LEAST = 512  # bytes of a tensor that is worth it
 
 
@@ -126,21 +129,22 @@ def fit_addition(
             )
         },
     )
+    sites = sum(p.site.member == name for p in whole.plan.placements)
     same = sum(key.member == name and first.member != name for key, first in whole.aliases.items())
-    return Addition(alone, whole, report, len(alone.plan.placements), same)
+    return Addition(alone, whole, report, sites, same)
 
 
 class Known:
     """What is stored already, as what a new member can be stored as.
 
     Attributes:
-        banks: by site of the new member, the bank that it may join.
+        banks: by site of the new member, the bank that it may join, or a plain tensor that may become one.
         present: units that are stored already, as they are.
     """
 
     def __init__(self, stored: Stored, device: torch.device):
         self.stored, self.device = stored, device
-        self.banks: dict[Key, str] = {}
+        self.banks: dict[Key, str | PlainKey] = {}
         self.present: list[tuple[Unit, Encoded]] = []
         self._users = Counter(stored.aliases.values())
         self._at_home: dict[int, Encoded] = {}  # by what stands for it on the device
@@ -171,13 +175,19 @@ class Known:
         if (same := self._same(scene, unit)) is not None:
             yield same
         for key in keys[:1] if len(keys) == 1 else ():
+            if key not in self.banks and (lent := self._lent(scene, key)) is not None:
+                self.banks[key] = lent
             if key not in self.banks:
                 continue
-            bank = self.stored.plan.bank(self.banks[key])
-            common = self._common(bank)
+            at = self.banks[key]
+            if isinstance(at, PlainKey):
+                method, common = tensor_method(LENDING), self.stored.tensors[at]
+            else:
+                bank = self.stored.plan.bank(at)
+                method, common = tensor_method(bank.method), self._common(bank)
             assert common is not None  # the site resembles it
             moved = self._moved(common)
-            made = tensor_method(bank.method).addition(scene, scene.unclaimed[key], moved)
+            made = method.addition(scene, scene.unclaimed[key], moved)
             self.present.append((made.units[0], moved))
             yield made
 
@@ -206,13 +216,37 @@ class Known:
         self.present.append((own, encoded))
         return Arrangement((own,))
 
-    def _alike(self, scene: Scene) -> dict[Key, str]:
+    def _lent(self, scene: Scene, key: Key) -> PlainKey | None:
+        """The plain tensor of another member that a site resembles most and that can be what both have in common."""
+        if key not in scene.unclaimed or key not in scene.sensitivity or scene.target.max_error == 0:
+            return None
+        site, own = scene.unclaimed[key], scene.originals[key]
+        held = [
+            at
+            for at, each in self.stored.tensors.items()
+            if isinstance(at, PlainKey)
+            and at.name == site.name
+            and each.shape == site.shape
+            and each.dtype == own.dtype
+            and at not in self._users  # what several share already stays so
+        ][:CANDIDATES]
+        able = own.numel() >= LEAST_LENT and held
+        if not able or tensor_method(LENDING).lend("", site, self.stored.tensors[held[0]]) is None:
+            return None
+        sample, *theirs = samples(
+            [own, *(decode(self.stored.tensors[at]).to(own.device) for at in held)], scene.seed
+        )
+        cosines = [float(each @ sample) for each in theirs]
+        best = max(range(len(held)), key=cosines.__getitem__)
+        return held[best] if cosines[best] > least_cosine(len(sample)) else None
+
+    def _alike(self, scene: Scene) -> dict[Key, str | PlainKey]:
         """The bank that each site resembles most, among those that it resembles at all."""
         kinds: dict[object, list[BankPlan]] = defaultdict(list)
         for bank in self.stored.plan.banks:
             first = next(p.site for p in self.stored.plan.placements if p.bank == bank.key)
             kinds[_kind(first)].append(bank)
-        found: dict[Key, str] = {}
+        found: dict[Key, str | PlainKey] = {}
         sites: dict[object, list[Key]] = defaultdict(list)
         for key, site in scene.unclaimed.items():
             if key in scene.sensitivity:

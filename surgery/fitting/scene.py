@@ -160,7 +160,7 @@ class Scene:
 
 def as_asked(plan: Plan) -> Plan:
     """A plan in which what an earlier fit stored together by itself is as open to choices as any other site."""
-    freed = (replace(b, method=DEFAULT_METHOD) if b.method in RELATED else b for b in plan.banks)
+    freed = (replace(b, method=DEFAULT_METHOD, settings={}) if b.method in RELATED else b for b in plan.banks)
     return replace(plan, banks=tuple(freed))
 
 

@@ -290,6 +290,7 @@ def remove(directory: str | Path, names: str | Sequence[str], *, dry_run: bool =
     from surgery.artifact.manifest import read_manifest
     from surgery.artifact.reading import map_stored
     from surgery.artifact.reports import report_without
+    from surgery.storage.grafting import give_back
     from surgery.storage.trim import drop_costly_banks, restrict
 
     folder, gone = Path(directory).expanduser(), (names,) if isinstance(names, str) else tuple(names)
@@ -310,7 +311,7 @@ def remove(directory: str | Path, names: str | Sequence[str], *, dry_run: bool =
         if not dry_run:
             check_target(folder, overwrite=True)
         stored = map_stored(folder, manifest, list(manifest.members))
-        after = drop_costly_banks(restrict(stored, kept))
+        after = drop_costly_banks(give_back(restrict(stored, kept)))
         before = _disk_bytes(folder)
         if not dry_run:
             report = report_without(manifest.report, kept, after.nbytes)

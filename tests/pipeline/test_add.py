@@ -249,6 +249,30 @@ def test_a_member_that_is_removed_is_as_if_only_the_others_had_been_loaded(joint
     assert contents(joint) == contents(tmp_path / "others")
 
 
+@pytest.mark.parametrize("target", [{"max_error": 0.03}, {"max_error": 0}])
+def test_what_is_stored_alone_is_lent_to_a_relative_and_given_back(target, tmp_path):
+    """Families begin with one member."""
+    folder = surgery.save(
+        surgery.fit(surgery.join([relative("a", 0, width=80)]), **target), tmp_path / "joint"
+    )
+    former, architecture = contents(folder), {"modules": {name: Net(80) for name in ("a", "x", "y")}}
+    bits = surgery.load(folder, modules={"a": Net(80)}).collapse("a")
+    alone = surgery.fit(surgery.join([relative("x", 1, width=80)]), max_error=0.03).report
+    found = surgery.add(
+        folder, {"x": relative("x", 1, width=80), "y": relative("y", 2, width=80)}, max_error=0.03
+    )
+    assert [each.sites for each in found] == [2, 2] and alone is not None
+    assert all(each.met and each.marginal_bytes < 0.6 * alone.stored_bytes for each in found)
+    joint = surgery.load(folder, **architecture)
+    assert all(torch.equal(each, joint.collapse("a")[key]) for key, each in bits.items())
+    assert surgery.verify(folder, modules={n: net(i, width=80) for i, n in enumerate("axy")}).ok
+    surgery.save(joint, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(folder)
+    surgery.remove(folder, "x")
+    surgery.remove(folder, "y")
+    assert contents(folder) == former
+
+
 def test_several_at_once_and_a_target_in_bytes(joint):
     found = surgery.add(joint, {"x": relative("x", 5), "y": relative("y", 6)}, budget=0.1)
     assert [each.name for each in found] == ["x", "y"] and all(each.met for each in found)

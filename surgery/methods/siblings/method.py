@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,8 +14,10 @@ from surgery.anatomy.plan import BankPlan, Placement, Plan, make_plan, torch_dty
 from surgery.core.bank import Bank
 from surgery.core.dictionary import index_dtype, master_dtype
 from surgery.core.method import PlanRequest, TensorMethod, register_method
+from surgery.geometry.blocks import BlockGrid
 from surgery.methods.rows.exact import exact_bank
 from surgery.methods.siblings.bank import SiblingsBank
+from surgery.settings.problems import Strict
 from surgery.storage.codecs import Encoded, decode, encode_native, take_rows
 
 if TYPE_CHECKING:
@@ -23,12 +26,23 @@ if TYPE_CHECKING:
     from surgery.fitting.units import Arrangement
 
 
+class Recorded(Strict):
+    """What an artifact says of a bank.
+
+    Attributes:
+        lent: whether its shared matrix is the tensor of a member that was stored alone before others were added.
+    """
+
+    lent: bool = False
+
+
 @register_method
 class Siblings(TensorMethod):
     """Related sites as a shared matrix plus private rows; a fit finds them by itself."""
 
     name: ClassVar[str] = "siblings"
     form: ClassVar[str] = "siblings"
+    recorded: ClassVar[type[Strict] | None] = Recorded
     claims: ClassVar[bool] = False
     stored_as: ClassVar[str] = "shared matrix"
     summary: ClassVar[str] = "a shared matrix, and products of low rank"
@@ -96,6 +110,25 @@ class Siblings(TensorMethod):
         from surgery.methods.siblings.differences import added_site  # where fits are: above most of this
 
         return added_site(scene, site, common)
+
+    def lend(
+        self, key: str, site: Site, tensor: Encoded
+    ) -> tuple[BankPlan, Placement, dict[str, Encoded]] | None:
+        """A matrix, as the shared one."""
+        o, n = site.view.shape[1:]
+        numbers = torch.arange(math.prod(site.shape)).view(site.shape)
+        if (
+            site.view.shape[0] != 1
+            or site.shape != (o, n)
+            or not site.view.to_matrices(numbers)[0].equal(numbers)
+        ):
+            return None  # stored in another shape than that of the shared matrix
+        plan = BankPlan(key, (1, n), 1, site.dtype, o, method=self.name, settings={"lent": True})
+        return plan, Placement(site, key, BlockGrid(1, o, n, 1, n), 0), {"shared": tensor}
+
+    def given_back(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> Encoded | None:
+        """The shared matrix where there are no private rows."""
+        return parts["shared"] if plan.settings.get("lent") and not _kinds(parts) else None
 
     def extend(
         self, plan: BankPlan, parts: Mapping[str, Encoded], more: BankPlan, added: Mapping[str, Encoded]
