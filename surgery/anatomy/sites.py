@@ -25,6 +25,9 @@ from surgery.tracing import Bounds, Trace, Use, trace
 from surgery.tracing.ends import is_map
 from surgery.util.showing import as_text, plural
 
+BY_REQUEST = "private by request"
+"""Why a site is left alone that the user named."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -251,9 +254,10 @@ def _part(
     if view is not None and name in asked.sites:
         return Site(member, name, owners, found.kind, shape, dtype, view, order)
     if found.private:
-        return alone(found.role, found.private, found.reason)
+        asked_for = found.role == "private" and name in asked.private
+        return alone(found.role, found.private, BY_REQUEST if asked_for else found.reason)
     if view is None or name in asked.private:
-        return alone("private", found.kind, "private by request" if view is not None else found.reason)
+        return alone("private", found.kind, BY_REQUEST if view is not None else found.reason)
     return Site(member, name, owners, found.kind, shape, dtype, view, order)
 
 

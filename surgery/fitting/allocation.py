@@ -96,9 +96,17 @@ def within_errors(table: Table, bound: Sequence[float]) -> Choice:
     return min(kept, key=lambda choice: choice.nbytes, default=finest(table))
 
 
-def within_bytes(table: Table, budget: float) -> Choice:
-    """The choice found of least total predicted error within `budget` bytes, or the smallest one there is."""
-    scaled, _ = _scaled(table)
+def within_bytes(table: Table, budget: float, common: bool = False) -> Choice:
+    """The choice found of least total predicted error within `budget` bytes, or the smallest one there is.
+
+    Args:
+        table: to choose from.
+        budget: in bytes.
+        common: whether an error counts the same in every member, and not in units of each member's largest.
+    """
+    scaled, unit = _scaled(table)
+    if common:
+        scaled = replace(table, weight=table.weight / unit.max())
 
     def at(level: float) -> Choice:
         return revalued(table, choose(scaled, np.exp2(np.full(table.weight.shape[1], -level))))

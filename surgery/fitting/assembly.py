@@ -90,7 +90,8 @@ def with_plain(plan: Plan, banks: Sequence[BankPlan], placements: Sequence[Place
         for s in (p.site for p in plan.placements)
         if (s.member, s.name) not in generated
     ]
-    return Plan(plan.members, tuple(banks), tuple(placements), (*plan.left_alone, *plain))
+    private = [each for each in plan.left_alone if (each.member, each.name) not in generated]
+    return Plan(plan.members, tuple(banks), tuple(placements), (*private, *plain))
 
 
 def weights_of(stored: Stored, member: str) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ def make_groups(scene: Scene) -> list[Group]:
         for keys in related:
             apart, sites = (
                 Arrangement(tuple(alone.pop(key) for key in keys)),
-                [scene.unclaimed[k] for k in keys],
+                [scene.sites[k] for k in keys],
             )
             groups.append(Group((apart, *(way(scene, sites) for way in ways()))))
         groups += [Group((Arrangement((unit,)),)) for unit in alone.values()]

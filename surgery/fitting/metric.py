@@ -105,7 +105,7 @@ class Draws:
         g = gradient.float()
         self.pending = g if self.pending is None else self.pending + g
         self.added += 1
-        if self.added == together(*g.shape, self.count):
+        if self.added == together(len(g), g.shape[1], self.count):
             self._multiply()
 
     def _multiply(self) -> None:

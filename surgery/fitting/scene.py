@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from surgery.anatomy.plan import Placement, Plan
-from surgery.anatomy.sites import Site
+from surgery.anatomy.plan import Placement, Plan, leave_alone
+from surgery.anatomy.sites import BY_REQUEST, LeftAlone, Site
 from surgery.core.generation import to_blocks
 from surgery.core.method import DEFAULT_METHOD, TensorMethod, methods_of, plan_of, tensor_method
 from surgery.fitting.metric import Metric
@@ -25,6 +26,9 @@ from surgery.members.replacement import count_replaced
 from surgery.settings.names import RELATED
 from surgery.settings.target import Target
 from surgery.storage.keys import PlainKey
+
+SHARED_FROM = 4096  # elements of a private tensor; of smaller ones a bank's records outweigh what is saved
+AGAIN = "private; stored together with its relatives by an earlier fit"
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Scene:
         views: dict[str, dict[str, CanonicalView]] = {name: {} for name in self.trials}
         for keys in self.kin:
             for member, name in keys:
-                views[member][name] = self.unclaimed[member, name].view
+                views[member][name] = self.sites[member, name].view
         return views
 
     @cached_property
@@ -97,10 +101,16 @@ class Scene:
 
     @cached_property
     def kin(self) -> list[list[Key]]:
-        """Sites that no method decides on and that resemble one another."""
-        tensors = {key: self.originals[key] for key in self.unclaimed}
+        """Sites and large private tensors that no method decides on and that resemble one another."""
+        tensors = {key: self.originals[key] for key in self.sites}
         tame = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
-        return related_sites(self.unclaimed, tame, equal_tensors(tame), self.seed)
+        return related_sites(self.sites, tame, equal_tensors(tame), self.seed)
+
+    @cached_property
+    def sites(self) -> dict[Key, Site]:
+        """What can be stored together: sites that no method decides on, and of several members private tensors."""
+        several = len(self.trials) > 1
+        return self.unclaimed | (private_sites(self.plan.left_alone) if several else {})
 
     @cached_property
     def claims(self) -> tuple[tuple[TensorMethod, Plan], ...]:
@@ -159,9 +169,40 @@ class Scene:
 
 
 def as_asked(plan: Plan) -> Plan:
-    """A plan in which what an earlier fit stored together by itself is as open to choices as any other site."""
+    """A plan in which what an earlier fit stored together by itself is as open to choices as any other tensor."""
     freed = (replace(b, method=DEFAULT_METHOD, settings={}) if b.method in RELATED else b for b in plan.banks)
-    return replace(plan, banks=tuple(freed))
+    plan = replace(plan, banks=tuple(freed))
+    own = {key_of(p.site) for p in plan.placements if p.site.view == private_view(p.site.shape)}
+    stacked = {bank.key for bank in plan.banks if bank.stack or bank.method != DEFAULT_METHOD}
+    own -= {key_of(p.site) for p in plan.placements if p.bank in stacked}
+    plan = leave_alone(plan, own, AGAIN)
+    alone = (replace(e, role="private") if (e.member, e.name) in own else e for e in plan.left_alone)
+    return replace(plan, left_alone=tuple(alone))
+
+
+def private_view(shape: tuple[int, ...]) -> CanonicalView | None:
+    """The view of a private tensor as a matrix, which no linear map has; None of a vector."""
+    if len(shape) < 2:
+        return None
+    axes = [f"p{i}" for i in range(len(shape))]
+    return CanonicalView.of(f"{' '.join(axes)} -> 1 {axes[0]} ({' '.join(axes[1:])})", shape)
+
+
+def private_sites(entries: Iterable[LeftAlone]) -> dict[Key, Site]:
+    """Tensors that are private by nature and so large that storing them together may pay, as matrices.
+
+    Args:
+        entries: of a plan.
+    """
+    found = {}
+    for each in entries:
+        view = private_view(each.shape)
+        own = each.role == "private" and each.reason != BY_REQUEST
+        if own and view is not None and math.prod(each.shape) >= SHARED_FROM:
+            found[each.member, each.name] = Site(
+                each.member, each.name, each.owners, each.kind, each.shape, each.dtype, view, each.order
+            )
+    return found
 
 
 def fitted_by(plan: Plan) -> list[TensorMethod]:

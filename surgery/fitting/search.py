@@ -300,7 +300,8 @@ class Search:
     def of_bytes(self, table: Table, budget: float) -> Choice:
         """The choice of least predicted error for a fraction of the members' bytes."""
         limit = budget * self.whole + self.headers
-        choice = within_bytes(table, limit)
+        related = bool(np.isfinite(table.fixed[self.structure.together]).any())
+        choice = within_bytes(table, limit, common=related)
         for _ in range(ROUNDS):  # shared rows may have fewer headers than the tensors that they stand for
             stored = self.assembler.assemble(choice)
             if (nbytes := self.nbytes(stored)) <= budget * self.whole:

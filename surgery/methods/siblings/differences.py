@@ -129,7 +129,7 @@ def shared_matrix(scene: Scene, sites: Sequence[Site]) -> Arrangement:
     ]
     shared, metrics = torch.stack(matrices).mean(0), [scene.metric(site) for site in sites]
     relatives = tuple(
-        Relative(site, matrix, metric, factors(matrix - shared, metric.into, metric.out, most=RUNS[-1]))
+        Relative(site, matrix, metric, factors(matrix - shared, metric.into, metric.out, most=_most(site)))
         for site, matrix, metric in zip(sites, matrices, metrics, strict=True)
     )
     mean = mean_metric(metrics)
@@ -164,6 +164,11 @@ def _arranged(
         left[relative.site.member] = left.get(relative.site.member, 0.0) + whole
     units.append(Unit({}, left, (NATIVE,), (0.0,), (1.0,)))
     return Arrangement(tuple(units), fixed, (Differences(relatives, shared, metric, tuple(runs)),))
+
+
+def _most(site: Site) -> int:
+    """Directions that are worth finding: none of an embedding, whose differences have no few strong ones."""
+    return 0 if site.kind == "embedding" else RUNS[-1]
 
 
 def _shared_unit(shared: Tensor, relatives: Sequence[Relative], mean: Metric) -> Unit:

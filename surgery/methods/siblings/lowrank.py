@@ -64,6 +64,9 @@ def factors(difference: Tensor, into: Tensor, out: Tensor | None = None, most: i
         >>> found.energy.tolist(), found.tails.tolist()
         ([9.0, 4.0], [13.0, 4.0, 0.0])
     """
+    if most == 0:
+        none = difference.new_zeros(0)
+        return Factors(difference[:, :0], difference[:0], none.double())
     lower = None if out is None else _lower(out).to(difference)
     turned = difference if lower is None else times(difference.T, lower).T
     # Where there are more rows than columns, within what the columns span.

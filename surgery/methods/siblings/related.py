@@ -12,7 +12,7 @@ from surgery.anatomy.sites import Site
 from surgery.core.dictionary import master_dtype
 from surgery.fitting.metric import mean_metric
 from surgery.fitting.related import register_way
-from surgery.fitting.scene import Scene, key_of
+from surgery.fitting.scene import Scene, key_of, private_view
 from surgery.fitting.units import BANK_BYTES, Arrangement, measure
 from surgery.geometry.blocks import BlockGrid, tile, untile
 from surgery.methods.rows.shared import SharedRows
@@ -24,7 +24,8 @@ from surgery.methods.siblings.principal import principal_rows
 def principal_directions(scene: Scene, sites: Sequence[Site]) -> Arrangement:
     """Related sites as principal rows: one unit for each row, the later ones droppable."""
     view = sites[0].view
-    m, n = scene.target.block or view.shape[1:]
+    private = view == private_view(sites[0].shape)
+    m, n = view.shape[1:] if private or not scene.target.block else scene.target.block
     grid = BlockGrid(*view.shape, m, n)
     originals = [scene.originals[key_of(site)] for site in sites]
     master = master_dtype(originals[0].dtype)
