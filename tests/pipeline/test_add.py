@@ -565,12 +565,12 @@ def test_a_killed_run_leaves_old_or_new(nets, tmp_path, moments):
     shutil.copytree(nets.parent, tmp_path / "other")
     words = ("new=nets.py:d", "--max-error", 0.2, "--quiet")
     with contextlib.chdir(tmp_path / "other"):
-        assert command("add", "joint", *words)[0] == 0
+        Started(killed_runs.run, ["add", "joint", *map(str, words)], None, 0).wait()
     new = contents(tmp_path / "other" / "joint")
     for at, number in moments:
         Started(killed_runs.run, ["add", "joint", *map(str, words)], at, int(number)).wait()
         assert contents(nets) in (old, new), at
-        command("remove", "joint", "new")
+        Started(killed_runs.run, ["remove", "joint", "new"], None, 0).wait()
         assert contents(nets) == old and not place_of(nets).exists(), at
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -40,6 +40,7 @@ from surgery.storage.codecs.feedback import expected_gain
 RUNS = (0, 1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 """Ranks between which directions are decided on together."""
 BITS = tuple(grouped(bits, 64) for bits in (8, 6, 5, 4, 3))  # of private rows; 2 cost more than they save
+MADE = 2  # banks that are kept while a fit tries others
 NOTHING = 1e-3  # of the squared error that is allowed: what all sites may leave out that is never tried
 
 
@@ -68,6 +69,9 @@ class Differences:
     shared: Tensor
     metric: Metric
     runs: tuple[tuple[int, int, int], ...]
+    _made: dict[object, tuple[Encoded, dict[str, Encoded]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def count(self) -> int:
@@ -77,14 +81,28 @@ class Differences:
     def assemble(
         self, number: int, parts: Sequence[Encoded | None]
     ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
-        """The bank: private rows of one precision are one part."""
+        """The bank: private rows of one precision are one part; what a fit tries again is not made again."""
         first, o, n = self.relatives[0].site, *self.shared.shape
-        assert parts[0] is not None
+        shared, *rest = parts
+        assert shared is not None
+        asked = tuple(part and part.precision for part in parts)
+        known = self._made.get(asked)
+        if known is None or known[0] is not shared:
+            if len(self._made) == MADE:
+                del self._made[next(iter(self._made))]
+            known = self._made[asked] = (shared, self._parts(shared, rest))
+        key = f"1x{n}-{first.dtype}-{number}"
+        plan = BankPlan(key, (1, n), 1, first.dtype, o * len(self.relatives), method="siblings")
+        grid = BlockGrid(*first.view.shape, 1, n)
+        placements = [Placement(r.site, key, grid, i * o) for i, r in enumerate(self.relatives)]
+        return plan, placements, dict(known[1])
+
+    def _parts(self, shared: Encoded, runs: Sequence[Encoded | None]) -> dict[str, Encoded]:
         kept: dict[Precision, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for (i, start, stop), part in zip(self.runs, parts[1:], strict=True):
+        for (i, start, stop), part in zip(self.runs, runs, strict=True):
             if part is not None:
                 kept[part.precision][i] += range(start, stop)
-        found, left, owner = {"shared": parts[0]}, self._left(decode(parts[0]), kept), []
+        found, left, owner = {"shared": shared}, self._left(decode(shared), kept), []
         for k, (precision, own) in enumerate(kept.items()):
             contexts = torch.cat([self.relatives[i].found.contexts[:, j].T for i, j in own.items()])
             found[f"contexts.{k}"] = encode(contexts.contiguous(), precision)
@@ -92,10 +110,7 @@ class Differences:
             owner += [i for i, directions in own.items() for _ in directions]
         if owner:
             found["owner"] = encode_native(torch.tensor(owner).to(index_dtype(len(self.relatives))))
-        key = f"1x{n}-{first.dtype}-{number}"
-        plan = BankPlan(key, (1, n), 1, first.dtype, o * len(self.relatives), method="siblings")
-        grid = BlockGrid(*first.view.shape, 1, n)
-        return plan, [Placement(r.site, key, grid, i * o) for i, r in enumerate(self.relatives)], found
+        return found
 
     def _left(self, shared: Tensor, kept) -> dict[tuple[Precision, int], Tensor]:
         """Private rows by precision and relative: of least cost for contexts and a shared matrix as they are stored."""
