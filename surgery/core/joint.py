@@ -37,7 +37,7 @@ from surgery.slots.filler import Filler
 from surgery.slots.gate import release
 from surgery.slots.hooks import watch
 from surgery.slots.moving import move_all
-from surgery.slots.serving import ServesTasks, listeners
+from surgery.slots.serving import Tasks
 from surgery.slots.slots import Slots, forget_derived, locate, put_back, reorder, take_out
 from surgery.slots.states import keep_slots
 from surgery.storage.codecs import Encoded
@@ -90,7 +90,7 @@ class JointModel(nn.Module):
         self.renamed = {m.name for m in members if {*m.module.state_dict()} != {*self.state_keys[m.name]}}
         self.slots, self.filler = Slots(), Filler(self)
         self.task: str | None = None
-        self._listeners: list[ServesTasks] | None = None  # modules that depend on the task, once looked for
+        self.tasks = Tasks(self.bodies)
         self._trainable: dict[
             tuple[str, str], bool
         ] = {}  # `requires_grad` of the parameters that slots replaced
@@ -194,7 +194,8 @@ class JointModel(nn.Module):
         """Inside, members compute what they do for a task, where a method makes that depend on it.
 
         Banks that are `by_task` generate that task's weights, and modules that listen (`slots.serving.ServesTasks`) are
-        told. The backward passes of what runs inside belong inside too: gradient checkpointing runs layers again.
+        told. Layers that gradient checkpointing runs again serve the task that they served, wherever the backward pass
+        runs.
 
         Args:
             task: name of a task; None for each method's default.
@@ -212,11 +213,8 @@ class JointModel(nn.Module):
             self._serve(before)
 
     def _serve(self, task: str | None) -> None:
-        if self._listeners is None:
-            self._listeners = listeners(self.bodies)
         self.task = task
-        for each in self._listeners:
-            each.serve_task(task)
+        self.tasks.serve(task)
 
     @contextmanager
     def step(self) -> Iterator[Weights]:
@@ -367,7 +365,7 @@ class JointModel(nn.Module):
         """Take a plan, a dictionary and what is known of it after `vacate`; sites of the plan become slots."""
         check_unoccupied({name: self[name] for name in self.names}, self)
         self.plan, self.dictionary, self.encoded = plan, dictionary, dict(encoded)
-        self._listeners = None
+        self.tasks = Tasks(self.bodies)
         for name in self.names:
             occupy(self, name, self[name])
         for name in self.names:

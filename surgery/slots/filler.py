@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.anatomy.plan import Placement
+from surgery.anatomy.plan import Placement, Plan
+from surgery.core.dictionary import Dictionary
 from surgery.core.generation import Weights, generate_weights
 from surgery.errors import PlanError
 from surgery.slots.edits import take_edits
@@ -41,6 +42,9 @@ class Filler:
             str, tuple
         ] = {}  # by member: versions of the dictionary that it was filled from, and task
         self._inside: dict[str, str] = {}  # by member that runs: the path at which it was entered
+        self._held: dict[
+            str, str | None
+        ] = {}  # by member, outside of steps: the task whose weights slots hold
         self._untraced: Any = None  # `_enter`, of which no graph is made
         self._leaves: StepLeaves | None = None  # what slots hold within a step
 
@@ -53,6 +57,7 @@ class Filler:
         with torch.inference_mode(False), torch.no_grad():
             self._fill_leaves(self.joint.generate(members))
         self.filled.update({name: self._generated_from(name) for name in members or self.joint.names})
+        self._held.update(dict.fromkeys(members or self.joint.names, self.joint.task))
 
     def make_current(self, name: str, below: str = "") -> None:
         """Before somebody reads a member's slots: make those whose owners begin with `below` what the dictionary says.
@@ -60,7 +65,7 @@ class Filler:
         What a forward pass has generated from the dictionary as it is stays, for its backward pass.
         """
         if self.in_step:
-            self._follow_task(name)
+            self._follow_task(name, self.joint.task)
             return
         take_edits(self.joint, [name])
         if self.is_filled(name):
@@ -97,11 +102,11 @@ class Filler:
             self.in_step, self._leaves = False, None
             self.filled.clear()
 
-    def _follow_task(self, name: str) -> None:
-        """Within a step: let a member's slots hold the weights of the task that is served."""
-        if self._leaves is not None and not self._leaves.follows(name, self.joint.task):
+    def _follow_task(self, name: str, task: str | None) -> None:
+        """Within a step: let a member's slots hold the weights of a task."""
+        if self._leaves is not None and not self._leaves.follows(name, task):
             take_edits(self.joint, [name])
-            self._leaves.serve(name, self.joint.task)
+            self._leaves.serve(name, task)
 
     def refuse_in_step(self, what: str) -> None:
         """Refuse what would lose the gradients of a step.
@@ -126,21 +131,48 @@ class Filler:
 
     def _enter(self, name: str, path: str) -> bool:
         # Within a backward pass a part runs again for gradient checkpointing, with the weights it had.
-        if self.in_step:
-            if torch._C._current_graph_task_id() == -1:
-                self._follow_task(name)
+        if path and not self.in_step and name in self._inside:
             return False
-        if path and (name in self._inside or torch._C._current_graph_task_id() != -1):
+        again, task = torch._C._current_graph_task_id() != -1, self.joint.task
+        if again or task != self.joint.tasks.heard:
+            task = self.listen(again)
+        if self.in_step:
+            self._follow_task(name, task)
+            return False
+        if path and again:
+            if self._held.get(name, task) != task:
+                self._fill_again(name, task)
             return False
         take_edits(self.joint, [name])
         self._inside[name] = path
         if torch.is_grad_enabled() and self._learns():
             self.filled.clear()  # a fused optimizer changes rows and leaves no trace in their versions
             mine = self._below(name, f"{path}." if path else "")
-            self._fill(generate_weights(self.joint.dictionary, mine, self.joint.task))
+            self._fill(generate_weights(self.joint.dictionary, mine, task))
+            self._held[name] = task
         elif not self.is_filled(name):
             self.joint.refresh([name])
         return True
+
+    def _fill_again(self, name: str, task: str | None) -> None:
+        """Outside of steps: let slots hold the weights of the task that a part served when it ran first."""
+        self._held[name] = task
+        if changing := by_task(*self._all, name):
+            self.filled.pop(name, None)
+            self._fill(generate_weights(self.joint.dictionary, changing, task))
+
+    def listen(self, again: bool) -> str | None:
+        """Before a part of a member runs: the task that it serves, of which modules that depend on it are told.
+
+        Args:
+            again: whether it runs again, within a backward pass.
+        """
+        tasks, task = self.joint.tasks, self.joint.task
+        if again:
+            task = tasks.of_node(task)
+        if task != tasks.heard:
+            tasks.tell(task)
+        return task
 
     def leave(self, name: str, path: str) -> None:
         """After a part of a member ran."""
@@ -157,8 +189,12 @@ class Filler:
 
     def _generated_from(self, name: str) -> tuple:
         """Equal as long as a member's weights are."""
-        changes = by_task(self.joint.plan, self.joint.dictionary, name)
+        changes = by_task(*self._all, name)
         return self.joint.versions(), self.joint.task if changes else None
+
+    @property
+    def _all(self) -> tuple[Plan, Dictionary]:
+        return self.joint.plan, self.joint.dictionary
 
     def _below(self, name: str, below: str) -> list[Placement]:
         """The sites of a member that have an owner whose name begins so."""

@@ -33,6 +33,15 @@ class Enter(Gate):
             module.register_forward_hook(Leave(self.joint, self.member, self.path), always_call=True)
 
 
+class Listen(Gate):
+    """Forward pre-hook of a module that depends on the task: it may run again in a backward pass."""
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        """Tell the module which task it serves."""
+        if not torch.compiler.is_compiling():
+            self.joint.filler.listen(torch._C._current_graph_task_id() != -1)
+
+
 class Leave(Gate):
     """Forward hook, called after exceptions too: the next call comes from outside again."""
 
@@ -56,6 +65,9 @@ def watch(joint: JointModel, member: str, module: nn.Module, owners: list[str]) 
     parts: dict[int, str] = {}
     for path in sorted(paths):
         parts.setdefault(id(module.get_submodule(path)), path)  # one module may have two names
+    for path, part in module.named_modules():
+        if hasattr(type(part), "serve_task"):
+            part.register_forward_pre_hook(Listen(joint, member, path))
     holders = {owner.rpartition(".")[0] for owner in owners}
     for path in parts.values():
         part, below = module.get_submodule(path), f"{path}." if path else ""

@@ -2,10 +2,17 @@
 
 Most methods generate the same weights for every task. A bank that is `by_task` generates other ones for each; a module
 that a method put into a member may compute something else for each. Both follow `JointModel.serving`.
+
+Gradient checkpointing runs layers again within a backward pass, when another task may be served, or none. Which task a
+layer served the first time is told by the node of the graph that asks for it: autograd numbers its nodes in the order
+in which they are made, and the numbers at which tasks changed are kept.
 """
 
 from __future__ import annotations
 
+import inspect
+import threading
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -37,6 +44,70 @@ def by_task(plan: Plan, dictionary: Dictionary, member: str | None = None) -> li
     if not keys:
         return []
     return [p for p in (plan.placements if member is None else plan.of(member)) if p.bank in keys]
+
+
+class Tasks:
+    """Which task is served, and which one was when a node of a graph was made.
+
+    Args:
+        bodies: the members' modules.
+
+    Attributes:
+        heard: the task that modules were told last.
+    """
+
+    def __init__(self, bodies: nn.Module):
+        self._bodies = bodies
+        self._listeners: list[ServesTasks] | None = None  # once looked for
+        self.heard: str | None = None
+        self._since: list[int] = []  # numbers of nodes at which the tasks began to be served
+        self._tasks: list[str | None] = []
+
+    def serve(self, task: str | None) -> None:
+        """From now on a task is served."""
+        if len(self._since) == _KEPT:
+            del self._since[: _KEPT // 2], self._tasks[: _KEPT // 2]
+        self._since.append(torch._C._autograd._get_sequence_nr())
+        self._tasks.append(task)
+        self.tell(task)
+
+    def tell(self, task: str | None) -> None:
+        """Tell modules that listen."""
+        if self._listeners is None:
+            self._listeners = listeners(self._bodies)
+        self.heard = task
+        for each in self._listeners:
+            each.serve_task(task)
+
+    def of_node(self, now: str | None) -> str | None:
+        """Within a backward pass: the task that was served when the node that is running was made.
+
+        Args:
+            now: the task that is served, for nodes of which nothing is known.
+        """
+        node = torch._C._current_autograd_node()
+        at = -1 if node is None else bisect_right(self._since, node._sequence_nr()) - 1
+        found = self._tasks[at] if at >= 0 else now
+        # What was made while layers ran again belongs to what they were told.
+        return self.heard if found != self.heard and _nested() else found
+
+
+def _nested() -> bool:
+    """Whether a backward pass runs within another one, as that of layers that ran again."""
+    mine = threading.current_thread() is not threading.main_thread() and isinstance(
+        threading.current_thread(), threading._DummyThread
+    )  # of autograd: it runs the nodes of a device, and was not called by `backward`
+    passes, frame = int(mine), inspect.currentframe()
+    while frame is not None:
+        passes += frame.f_code in _BACKWARD
+        frame = frame.f_back
+    return passes > 1
+
+
+_BACKWARD = (torch.autograd.backward.__code__, torch.autograd.grad.__code__)
+
+
+_KEPT = 4096  # changes of tasks: many more than a step has
 
 
 class StepLeaves:

@@ -1,6 +1,7 @@
 """Serving: weights and modules that depend on the task, within a step and outside of it."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from surgery.training.tasks.validation import evaluate
 from surgery.training.train import train
 
 TASKS = ("one", "two", "three")
+ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 class Offsets(Bank):
@@ -53,6 +55,17 @@ class Layer(nn.Linear):
 
     def forward(self, x):
         return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Again(nn.Module):
+    """What is within runs again in the backward pass."""
+
+    def __init__(self, *within, reentrant=False):
+        super().__init__()
+        self.within, self.reentrant = nn.Sequential(*within), reentrant
+
+    def forward(self, x):
+        return checkpoint(self.within, x, use_reentrant=self.reentrant)
 
 
 class Shift(nn.Module):
@@ -181,6 +194,88 @@ def test_modules_that_listen_are_told():
     copied = copy.deepcopy(joint)
     with copied.serving("two"):
         assert copied["net"][4].task == "two" and module.task is None
+
+
+def recomputing(reentrant, kind, twice=False):
+    """A joint model in which a region runs again: with weights of tasks, with a module that listens, or with both."""
+    torch.manual_seed(0)
+    shift = () if kind == "weights" else (Scale(),)
+    inner = [
+        nn.Linear(8, 8),
+        nn.Tanh(),
+        *shift,
+        *(() if kind == "listener" else (nn.Linear(8, 8), nn.Tanh())),
+    ]
+    inner = inner[1:] if kind == "listener" else inner
+    if twice:
+        inner = [nn.Linear(8, 8), nn.Tanh(), Again(*inner, reentrant=twice == "reentrant"), nn.Tanh()]
+    layers = [
+        nn.Linear(3, 8),
+        nn.Tanh(),
+        Again(*inner, reentrant=reentrant),
+        nn.Linear(8, 8),
+        nn.Linear(8, 2),
+    ]
+    member = made("net", nn.Sequential(*layers), torch.zeros(2, 3))
+    joint = join([member], make_plan([discover(member)], (4, 4), 1))
+    for key in joint.dictionary:
+        bank = joint.dictionary[key]
+        joint.dictionary.banks[key] = Offsets(bank.block, bank.settled_blocks())
+    joint.refresh()
+    return joint
+
+
+class Scale(Shift):
+    """Listens; what it returns is no sum, so that its input is looked at in the backward pass."""
+
+    def forward(self, x):
+        return x * x * (1.0 if self.task is None else TASKS.index(self.task) + 2.0)
+
+
+@pytest.mark.parametrize("kind", ["weights", "listener", "both"])
+@pytest.mark.parametrize(
+    ("reentrant", "twice"),
+    [
+        (False, False),
+        (True, False),
+        (False, "other"),
+        (True, "reentrant"),
+        (True, "other"),
+        (False, "reentrant"),
+    ],
+)
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("where", ["after", "within another", "looked at between"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_CUDA)])
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_layers_that_run_again_serve_the_task_that_they_served(kind, reentrant, twice, inside, where, device):
+    draw = torch.Generator().manual_seed(1)
+    inputs = {task: torch.randn(4, 3, generator=draw).to(device).requires_grad_() for task in TASKS}
+    joint = recomputing(reentrant, kind, twice).to(device)
+    for task, x in inputs.items():
+        with joint.serving(task):
+            loss_of(joint, "net", x).backward()
+    wanted = gradients(joint)
+    joint.zero_grad()
+    with joint.step() if inside else nullcontext():
+        losses = []
+        for task, x in inputs.items():
+            with joint.serving(task):
+                losses.append(loss_of(joint, "net", x))
+        if where == "looked at between":
+            with torch.no_grad():
+                joint["net"](inputs["one"])
+        with joint.serving("two") if where == "within another" else nullcontext():
+            torch.stack(losses).sum().backward()
+            assert joint.task == ("two" if where == "within another" else None)
+    for name, gradient in gradients(joint).items():
+        if wanted[name] is None:
+            assert gradient is None or not gradient.any(), name
+        else:
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+    with torch.no_grad():  # what ran again left nothing behind
+        plain = recomputing(reentrant, kind, twice).to(device)["net"](inputs["one"])
+        torch.testing.assert_close(joint["net"](inputs["one"]), plain)
 
 
 class Watched(nn.Module):

@@ -29,6 +29,7 @@ from surgery.methods.rows.bank import RowsBank
 from surgery.slots.filler import Filler
 from surgery.slots.gate import unwatched
 from surgery.slots.hooks import Enter, Leave
+from surgery.slots.serving import Tasks
 from surgery.slots.slots import Slots, locate, put_back, reorder
 from surgery.training.distributed.columns import SomeColumns
 from surgery.training.distributed.fsdp import Sharding
@@ -98,10 +99,11 @@ class ShardedModel(JointModel):
         self.owners, self.state_keys = joint.owners, joint.state_keys
         self.encoded = joint.encoded
         self.slots, self.filler = Slots(), ShardedFiller(self)
-        self.task, self._listeners = None, None
+        self.task = None
         copies = self._copy_members()
         self.members = {name: replace(m, module=copies[name]) for name, m in joint.members.items()}
         self.bodies = nn.ModuleList(copies.values())
+        self.tasks = Tasks(self.bodies)
         self.parts: dict[str, Part] = {}
         self._shard_members()
         self._placed = {key: [p for p in self.plan.placements if p.bank == key] for key in self.dictionary}
