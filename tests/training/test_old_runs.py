@@ -1,0 +1,22 @@
+"""Runs that older versions began end as unbroken ones do; their states were written by the code of 2026-11-26."""
+
+import zipfile
+
+import old_runs
+import pytest
+import torch
+from places import DATA
+
+
+@pytest.mark.parametrize("kind", old_runs.KINDS)
+def test_a_run_of_an_older_version_goes_on_to_the_end_of_an_unbroken_one(kind, tmp_path):
+    with zipfile.ZipFile(DATA / "runs_1.zip") as archive:
+        archive.extractall(tmp_path, [name for name in archive.namelist() if name.startswith(f"{kind}/")])
+    unbroken, wanted = old_runs.run(kind)
+    resumed, found = old_runs.run(kind, tmp_path / kind, resume=True)
+    assert (found.generations, found.best) == (wanted.generations, wanted.best)
+    for name in unbroken.names:
+        one, other = resumed.collapse(name), unbroken.collapse(name)
+        assert list(one) == list(other)
+        for key, tensor in other.items():
+            torch.testing.assert_close(one[key], tensor, rtol=1e-9, atol=1e-11, msg=f"{name}: {key}")
