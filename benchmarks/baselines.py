@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,9 +45,14 @@ def round_to(tensor: Tensor, bits: int) -> Tensor:
 
 def round_bytes(shape: tuple[int, int], bits: int) -> int:
     """Bytes of a rounded matrix with its scales."""
+    return packed_bytes(shape, bits, GROUP, 0 if bits == 16 else 2)
+
+
+def packed_bytes(shape: Sequence[int], bits: float, group: int, beside: int) -> int:
+    """Bytes of a matrix `[out, in]` of so many bits an element, and `beside` bytes for each group of a row."""
     rows, width = shape
-    groups = 0 if bits == 16 else rows * math.ceil(width / min(GROUP, width))
-    return math.ceil(rows * width * bits / 8) + 2 * groups
+    groups = rows * math.ceil(width / min(group or width, width))
+    return math.ceil(rows * width * bits / 8) + beside * groups
 
 
 def is_matrix(tensor: Tensor) -> bool:

@@ -116,7 +116,10 @@ def run(way: str, templates: int, seed: int, steps: int, batch: int) -> dict[str
     def student() -> Any:
         module, inputs = embedder(keep)
         member = surgery.load_member(module, name="student", inputs=inputs)
-        return surgery.join([member], None if keep else surgery.plan_templates([surgery.discover(member)]))
+        mixture = "linear" if way == "mixtures" else "one-hot"
+        found = [surgery.discover(member)]
+        plan = None if keep else surgery.plan_templates(found, templates=templates, mixture=mixture)
+        return surgery.join([member], plan)
 
     task = surgery.Task("distilled", "student", train, distance)
     config: dict[str, Any] = {
@@ -126,9 +129,7 @@ def run(way: str, templates: int, seed: int, steps: int, batch: int) -> dict[str
         "stopping": {"keep": "last"},
     }  # fmt: skip
     if keep is None:
-        mixing = "linear" if way == "mixtures" else "one-hot"
-        start = "sequential" if way == "spread" else "fit"
-        config["templates"] = {"count": templates, "mixing": mixing, "start": start, "lr": 1e-3}
+        config["templates"] = {"start": "sequential" if way == "spread" else "fit", "lr": 1e-3}
 
     @torch.no_grad()
     def figures(joint: Any) -> tuple[float, float]:

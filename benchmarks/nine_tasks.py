@@ -27,7 +27,7 @@ TRANSFERS: Mapping[str, Sequence[str]] = {
     "head": ("train.templates.learn=false",),
     "scratch": (
         "train.templates.source=null", "train.templates.freeze=false", "train.freeze=[]",
-        "parameters.templates=null",
+        "settings.templates=null",
     ),
 }  # fmt: skip
 

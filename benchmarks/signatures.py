@@ -33,10 +33,10 @@ TEMPLATES = 4
 
 
 def _by_hand(kind: str) -> dict[str, Any]:
-    return {"parameters": {"mixture": "one-hot"}, "train": {"templates": {"start": kind, "harden": False}}}
+    return {"settings": {"mixture": "one-hot"}, "train": {"templates": {"start": kind, "harden": False}}}
 
 
-_PLAIN = {"parameters": {"templates": None, "mixture": "one-hot"}, "train": {"templates": {"harden": False}}}
+_PLAIN = {"settings": {"templates": None, "mixture": "one-hot"}, "train": {"templates": {"harden": False}}}
 _LEARNED = {"train": {"templates": {"start": "uniform", "entropy": 0.0, "harden": False}}}
 _BEGUN = {"train": {"templates": {**_LEARNED["train"]["templates"], "start": "sequential"}}}
 METHODS: Mapping[str, tuple[int, Mapping[str, Any]]] = {

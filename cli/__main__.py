@@ -23,7 +23,7 @@ from surgery.version import __version__
 
 from . import add, demo, evaluate, export, inspect, merge, recipes, refit, remove, report, train, verify
 from .endings import WORDS, requests_raise
-from .flags import flags_of, in_flags
+from .flags import flags_of, in_flags, typed_in
 from .options import FLAG
 
 app = typer.Typer(
@@ -119,7 +119,10 @@ def _say(message: str) -> None:
     from . import console
 
     console.clear()
-    print(f"surgery: {printable(in_flags(message, flags_of(app)))}", file=sys.stderr)
+    flags = flags_of(app, console.typed[0]) if console.typed else {}
+    flags = flags or flags_of(app)
+    said = in_flags(message, flags, typed_in(console.typed, flags))
+    print(f"surgery: {printable(said)}", file=sys.stderr)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -117,9 +117,9 @@ def facts(each: AddedMember) -> dict[str, Any]:
     """An added member as plain JSON values."""
     from dataclasses import asdict
 
-    from surgery.fitting.report import json_values
+    from surgery.util.showing import finite
 
-    return json_values(asdict(each))
+    return finite(asdict(each))
 
 
 def print_added(folder: str, done: list[AddedMember], *, written: bool) -> None:

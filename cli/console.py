@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shlex
 import sys
@@ -131,17 +130,11 @@ def again(*more: str) -> str:
 
 def emit(document: Any) -> None:
     """The one JSON document of a `--json` run; JSON knows no NaN and no infinity, so these become null."""
+    from surgery.util.showing import finite
+
     clear()
-    json.dump(_finite(document), sys.stdout, indent=2, allow_nan=False)
+    json.dump(finite(document), sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def demo_recipe(references: tuple[str, str], out: Path, max_error: float, seed: 
     for model, reference in zip(document["models"], references, strict=True):
         model["model"] = reference
     document.update(out=str(out), seed=seed, parameters={**document["parameters"], "max_error": max_error})
-    return Recipe.of(document)
+    return Recipe.of(document, called={"seed": "--seed", "parameters.max_error": "--max-error"})
 
 
 def equivalent_command(recipe: Recipe) -> list[str]:

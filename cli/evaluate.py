@@ -27,7 +27,7 @@ def evaluate(
             autocompletion=completion.artifacts,
         ),
     ],
-    member: Annotated[
+    members: Annotated[
         list[str] | None,
         typer.Option(
             "--member",
@@ -66,7 +66,7 @@ def evaluate(
 
     with console.working(quiet=quiet, json_wanted=json):
         scores = evaluate_artifact(
-            folder, members=member or None, part=part, data=data, trust_remote_code=trust_remote_code
+            folder, members=members or None, part=part, data=data, trust_remote_code=trust_remote_code
         )
     if json:
         console.emit({name: score.document() for name, score in scores.items()})

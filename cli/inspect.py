@@ -126,9 +126,13 @@ def inspect(
 
 def from_file(member: Member, file: Path) -> Inputs:
     """The first batch of a file, prepared as the member expects."""
+    from surgery.errors import LoadError
     from surgery.inputs.probes import probe_inputs
 
-    return replace(probe_inputs(member, calibrate=file)[0], source=str(file))
+    try:
+        return replace(probe_inputs(member, calibrate=file)[0], source=str(file))
+    except LoadError as error:
+        raise LoadError(f"`inputs`: {error}") from error
 
 
 def describe(member: Member, anatomy: Anatomy) -> dict[str, Any]:

@@ -234,12 +234,10 @@ def merge(
             "max_error": max_error,
             "budget": budget,
             "hypermodules": hypermodules,
-            "templates": templates,
             "block": block,
             "context": context,
-            "mixture": mixture,
-            "mix_norms": mix_norms or None,
         },
+        "settings": {"templates": templates, "mixture": mixture, "mix_norms": mix_norms or None},
         "select": {"private": private, "sites": sites, "skip": skip, "stacks": stacks},
     }
     recipe = read_recipe(config, given, changes or [], trust_remote_code)
@@ -253,14 +251,24 @@ def merge(
 
 def read_recipe(config: str | None, given: dict[str, Any], changes: list[str], trust: bool) -> Recipe:
     """The recipe of a command line: a file, overridden by options, overridden by `--set`."""
+    from surgery.errors import PlanError
     from surgery.settings.documents import check_code, override
     from surgery.settings.documents import read_recipe as read_document
+    from surgery.settings.names import DEFAULT_METHOD, TARGETS
     from surgery.settings.recipe import Recipe
-    from surgery.settings.target import TARGETS
 
-    document = read_document(config) if config else {}
+    from .flags import called_by_flags
+
+    document: dict[str, Any] = {}
     if config:
+        try:
+            document = read_document(config)
+        except PlanError as error:
+            raise PlanError(f"`config`: {error}") from error
         check_code(document, config, trust)
+    if given["method"] not in (None, document.get("method", DEFAULT_METHOD)):
+        document.pop("settings", None)  # of the file's method
+    called = called_by_flags({key: value for key, value in given.items() if key != "models"})
     for key, value in given.items():
         if isinstance(value, dict):
             value = {name: each for name, each in value.items() if each not in (None, [])}
@@ -270,7 +278,9 @@ def read_recipe(config: str | None, given: dict[str, Any], changes: list[str], t
             value = {**kept, **value}
         if value not in (None, [], {}):
             document[key] = value
-    return Recipe.of(override(document, changes))
+    changed = {change.partition("=")[0] for change in changes}
+    called = {path: flag for path, flag in called.items() if path not in changed}
+    return Recipe.of(override(document, changes), called=called)
 
 
 def preview(

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 PRECISION = "fewer bits for each number: rounding, not sharing"
 SHARING = "what members or layers have in common, stored once"
-KEPT_APART = "as many templates as layers: fewer do not pay here"
 ROWS = 24  # members listed one by one
 Scores = Mapping[str, Mapping[str, Any] | None]
 REPLACING = "modules of members in whose places others stand"
@@ -88,7 +87,7 @@ def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
         inputs = "the real inputs given"
     console.say(f"Target {report.target}: {'met' if report.met else 'NOT met'}, measured on {inputs}.")
     print_means(joint)
-    _print_templates(joint)
+    _print_stacks(joint)
     if verbose:
         rows = console.table("member", "tensor", "~stored as", ">before", ">after")
         for each in report.detail:
@@ -98,17 +97,15 @@ def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
         console.show(rows)
 
 
-def _print_templates(joint: JointModel) -> None:
-    """How many templates each stack's layers come from, and what these take."""
+def _print_stacks(joint: JointModel) -> None:
+    """What each stack's layers are made of, and what that takes."""
     from surgery.fitting.report import StackReport
 
-    table = console.table("stack", ">layers", ">templates", ">before", ">after", "~")
+    table = console.table("stack", ">layers", ">made of", ">before", ">after", "~")
     for name, stack in fit_report(joint).stacks.items():
-        if not isinstance(stack, StackReport):
-            continue
-        note = KEPT_APART if stack.templates == stack.layers else ""
-        sizes = console.size(stack.original), console.size(stack.nbytes)
-        table.add_row(name, str(stack.layers), str(stack.templates), *sizes, note)
+        if isinstance(stack, StackReport):
+            sizes = console.size(stack.original), console.size(stack.nbytes)
+            table.add_row(name, str(stack.layers), stack.made_of, *sizes, stack.note)
     if table.row_count:
         console.show(table)
 

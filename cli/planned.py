@@ -127,19 +127,25 @@ def print_plan(prepared: Prepared, *, verbose: bool) -> None:
 
 def _say_fit(prepared: Prepared, rows: list[dict[str, Any]]) -> None:
     """The target of a merge, and what errors would be measured on."""
+    from surgery.core.method import TensorMethod
+    from surgery.core.registry import find_method
+
     recipe, parameters = prepared.recipe, prepared.recipe.parameters
+    method = find_method(prepared.plan.method, TensorMethod)
     name, value = recipe.target
-    asked = ", ".join(prepared.asked.values()) + (" for each stack" if parameters.templates else "")
+    asked = ", ".join(prepared.asked.values())
+    asked += " for each stack" if asked and prepared.plan.stacks else ""
     chosen = "blocks as given" if parameters.block else "blocks chosen by the fit where rows are shared"
     words = f"{name.replace('_', '-')} {value:g}"
     if asked and parameters.max_error is None and parameters.budget is None:
         words, chosen = asked, "everything else as it is"
     elif asked:
         words += f" with {asked}"
-    elif prepared.plan.stacks:
-        words += ", which decides the number of templates too"
-    if prepared.plan.stacks:
-        chosen += f", mixtures {parameters.mixture}"
+    elif method.claims and method.lever:
+        words += f", which decides the number of {method.lever} too"
+    if method.claims:
+        said = {n: v for n, v in recipe.settings.items() if n != method.lever and v not in (None, False)}
+        chosen += "".join(f", {n} {v}" for n, v in said.items() if f"{n} {v}" not in asked)
     real = [row["name"] for row in rows if row["real_inputs"]]
     console.say(f"Would be fitted: {words}, {chosen}, seed {recipe.seed}.")
     console.say(
@@ -162,7 +168,8 @@ def _say_training(recipe: Recipe, plan: Plan) -> None:
             table.add_row(*cells, _metric(task.metric), f"{task.weight:g}")
     if table.row_count:
         console.show(table)
-    from surgery.core.method import DEFAULT_METHOD, find_method, methods_of
+    from surgery.core.registry import find_method, methods_of
+    from surgery.settings.names import DEFAULT_METHOD
     from surgery.util.showing import plural
 
     train, parameters = recipe.train, recipe.parameters

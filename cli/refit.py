@@ -65,8 +65,8 @@ def refit(
     """
     from dataclasses import asdict
 
-    from surgery.fitting.report import json_values
     from surgery.pipeline.refit import refit as fit_again
+    from surgery.util.showing import finite
 
     from . import console
 
@@ -81,7 +81,7 @@ def refit(
             trust_remote_code=trust_remote_code,
         )
     if json:
-        console.emit({"out": str(folder), "saved": done.saved, **json_values(asdict(done))})
+        console.emit({"out": str(folder), "saved": done.saved, **finite(asdict(done))})
     elif not quiet:
         print_refit(str(folder), done)
 

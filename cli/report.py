@@ -71,6 +71,8 @@ def report(
     from . import console
 
     view = look(source)
+    if out is not None and view.run is None:
+        raise typer.BadParameter(f"{source} holds no run, whose pictures would go there", param_hint="--out")
     pictures, log = [], None
     with console.working(quiet=quiet, json_wanted=json):
         if view.run is not None:

@@ -131,6 +131,8 @@ def read_training(
     from surgery.settings.documents import check_code, override, read_document, read_recipe
     from surgery.training.checking import check_document
 
+    from .flags import called_by_flags
+
     folder = Path(source).expanduser()
     found = folder if folder.is_dir() else None
     document = (
@@ -138,11 +140,13 @@ def read_training(
         if found
         else read_recipe(source)
     )
-    document |= {key: value for key, value in (("out", out), ("seed", seed)) if value is not None}
+    given = {key: value for key, value in (("out", out), ("seed", seed)) if value is not None}
+    document |= given
     document.setdefault("train", yaml.safe_load("{}"))
     document = override(document, changes)
     check_code(document, folder / "recipe.yaml" if found else source, trust)
-    return check_document(document, going_on=found is not None), found
+    called = {} if any(change.startswith("seed=") for change in changes) else called_by_flags(given)
+    return check_document(document, going_on=found is not None, called=called), found
 
 
 def preview(recipe: Recipe, folder: Path | None, trust: bool, *, json: bool, quiet: bool) -> None:
@@ -236,11 +240,9 @@ def print_report(report: TrainReport, folder: Path, trust: bool = False) -> None
         console.say(sentence)
     now, whole = report.numbers
     ended = "" if report.stopped == "done" else f" ({report.stopped})"
-    parts = [f"{sum(report.hypermodules.values())} hypermodules"] * bool(report.hypermodules)
-    parts += [f"{sum(report.templates.values())} templates"] * bool(report.templates)
     console.say(
         f"{report.generations} generations in {report.seconds:.0f} s{ended}; kept is generation {report.best + 1}. "
-        f"{' and '.join(parts) or 'Nothing shared'} for the sites: {console.count(now)} parameters for "
+        f"{' and '.join(report.made) or 'Nothing shared'} for the sites: {console.count(now)} parameters for "
         f"{console.count(whole)} ({console.percent(now / max(whole, 1))}). "
         f"{console.count(report.trained)} parameters were trained."
     )

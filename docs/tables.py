@@ -29,7 +29,7 @@ def page_with_tables(text: str) -> str:
 def tables() -> str:
     """All of them."""
     from surgery.methods.hypermodules.settings import Evolution
-    from surgery.methods.templates.settings import TemplateSettings
+    from surgery.methods.templates.settings import Settings, TemplateSettings
     from surgery.settings.recipe import Model, Parameters, Recipe, Select, TaskSpec
     from surgery.settings.training import Adaptation, Optimizer, Stopping, Training
 
@@ -40,6 +40,7 @@ def tables() -> str:
         keys("models.N.tasks.N.", TaskSpec),
         keys("models.N.tasks.N.adaptation.", Adaptation),
         keys("parameters.", Parameters),
+        keys("settings.", Settings),
         keys("select.", Select),
         "### Keys of training",
         "In Python these are the mapping that `surgery.train` takes, without `train.` in front.",

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from surgery.artifact.verify import VerifyReport, verify
     from surgery.core.joining import join
     from surgery.core.joint import JointModel
-    from surgery.core.method import plan_with
+    from surgery.core.registry import plan_with
     from surgery.core.replacing import plan_modules
     from surgery.fitting.fit import FitReport, fit
     from surgery.members.member import Inputs, Member, Origin
@@ -58,7 +58,7 @@ _HOMES = {
     "fitting.fit": ("FitReport", "fit"),
     "core.joining": ("join",),
     "core.joint": ("JointModel",),
-    "core.method": ("plan_with",),
+    "core.registry": ("plan_with",),
     "core.replacing": ("plan_modules",),
     "members.member": ("Inputs", "Member", "Origin"),
     "pipeline.add": ("add", "remove"),

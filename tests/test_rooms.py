@@ -17,8 +17,9 @@ ROOMS = (
     "geometry", "members.extra_state", "members.replacement", "members.member", "tracing", "inputs", "settings",
     "members",
     "storage.codecs", "storage.keys", "anatomy", "core.bank", "core.dictionary", "core.kernel", "core.method",
-    "methods.rows", "core.generation", "slots", "core", "storage",
-    "fitting", "artifact",
+    "core.registry", "methods.rows", "core.generation", "slots", "core", "storage",
+    "fitting", "training.tasks.score", "training.report.report", "training.report.log_lines", "training.report.runlog",
+    "artifact",
     "training.tasks", "training.report", "training.loop", "training.distributed", "training",
     "methods", "page", "pipeline",
 )  # fmt: skip

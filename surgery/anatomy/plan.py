@@ -18,7 +18,7 @@ from surgery.errors import PlanError
 from surgery.geometry.blocks import BlockGrid
 from surgery.members.member import check_names
 from surgery.members.replacement import Replacement
-from surgery.settings.names import DEFAULT_METHOD
+from surgery.settings.names import DEFAULT_METHOD, RELATED
 from surgery.util.showing import as_text, plural
 
 SIDE, CONTEXT = (
@@ -100,6 +100,22 @@ class Plan:
     def bank(self, key: str) -> BankPlan:
         """The bank with this key."""
         return next(bank for bank in self.banks if bank.key == key)
+
+    @property
+    def method(self) -> str:
+        """The method that it was made with: that of its banks which does not take what is left."""
+        names = dict.fromkeys(bank.method for bank in self.banks)
+        return next((name for name in names if name not in (DEFAULT_METHOD, *RELATED)), DEFAULT_METHOD)
+
+    def keys_of(self, method: str) -> list[str]:
+        """The keys of a method's banks."""
+        return [bank.key for bank in self.banks if bank.method == method]
+
+    def of_method(self, method: str) -> Plan:
+        """The plan of one method's banks alone."""
+        keys = self.keys_of(method)
+        banks = tuple(bank for bank in self.banks if bank.key in keys)
+        return replace(self, banks=banks, placements=tuple(p for p in self.placements if p.bank in keys))
 
     @property
     def stacks(self) -> dict[str, tuple[str, ...]]:
@@ -207,6 +223,15 @@ def leave_alone(plan: Plan, sites: Collection[tuple[str, str]], reason: str) -> 
         for s in (p.site for p in gone)
     ]
     return replace(plan, banks=banks, placements=tuple(placements), left_alone=(*plan.left_alone, *left))
+
+
+def follow_up(placements: Sequence[Placement]) -> list[Placement]:
+    """Placements moved so that they follow one another from location 0 on."""
+    moved, start = [], 0
+    for p in placements:
+        moved.append(replace(p, start=start))
+        start = moved[-1].stop
+    return moved
 
 
 def plan_in_dtypes(plan: Plan, change: Callable[[torch.dtype], torch.dtype]) -> Plan:

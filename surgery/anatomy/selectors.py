@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from surgery.errors import PlanError
 
@@ -17,7 +17,7 @@ def share_selectors(
     Args:
         selectors: exact tensor names or `re:REGEX`; `MEMBER:` in front limits one to that member.
         names: the tensor names of each member.
-        what: the option's name, for errors.
+        what: the setting's name, for errors.
 
     Returns:
         selectors without a member's name in front, by member.
@@ -36,22 +36,38 @@ def share_selectors(
         limited = bool(colon) and member in names
         own = rest if limited else selector
         where = [member] if limited else list(names)
-        try:
-            matching = [each for each in where if any(matches(own, name) for name in names[each])]
-        except re.error as error:
-            bad.append(f"'{selector}' is no regular expression ({error})")
+        if wrong := miss(own, {name for each in where for name in names[each]}):
+            bad.append(f"'{selector}' {wrong}")
             continue
-        for each in matching:
-            shared[each].append(own)
-        if not matching:
-            every = {name for each in where for name in names[each]}
-            close = difflib.get_close_matches(own.removeprefix("re:"), every, n=3)
-            bad.append(f"'{selector}' matches none" + (f" (close: {', '.join(close)})" if close else ""))
-    if bad:
-        raise PlanError(
-            f"Every {what} must match a tensor of a member, but {'; '.join(bad)}; correct or remove it."
-        )
+        for each in where:
+            shared[each] += [own] * any(matches(own, name) for name in names[each])
+    refuse({what: bad})
     return shared
+
+
+def miss(selector: str, names: Collection[str]) -> str:
+    """Why a selector means no tensor of these names, in words; empty where it means one."""
+    try:
+        if any(matches(selector, name) for name in names):
+            return ""
+    except re.error as error:
+        return f"is no regular expression ({error})"
+    close = difflib.get_close_matches(selector.removeprefix("re:"), names, n=3)
+    return "matches none" + (f" (close: {', '.join(close)})" if close else "")
+
+
+def refuse(wrong: Mapping[str, Sequence[str]]) -> None:
+    """Raise one error for all selectors with which something is wrong.
+
+    Args:
+        wrong: what is wrong with each, in words, by the setting that has it.
+    """
+    found = {what: each for what, each in wrong.items() if each}
+    if found:
+        raise PlanError(
+            f"Every {' and '.join(f'`{what}`' for what in found)} must match a tensor of a member, but "
+            f"{'; '.join(each for some in found.values() for each in some)}; correct or remove it."
+        )
 
 
 def matches(selector: str, name: str) -> bool:

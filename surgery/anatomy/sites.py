@@ -6,17 +6,14 @@ site, private or skipped with its reason.
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from surgery.anatomy.selectors import matches
+from surgery.anatomy.selectors import matches, miss, refuse
 from surgery.anatomy.stacks import Run, find_runs
-from surgery.errors import PlanError
 from surgery.geometry.views import CanonicalView
 from surgery.inputs import inputs_for_part
 from surgery.members.member import Member, owners_of, state_tensors
@@ -145,8 +142,7 @@ def discover(
         merged[name] = _Found(
             "scripted", None, order, "scripted", "belongs to a scripted module, which has no slots"
         )
-    asked = _Asked(*(_select(owners, chosen) for chosen in (private, sites, skip)))
-    _check(owners, {"private": private, "sites": sites, "skip": skip}, asked, merged, tensors)
+    asked = _check(owners, {"private": private, "sites": sites, "skip": skip}, merged, tensors)
     parts = [
         _part(member.name, name, names, tensors[name], merged.get(name), asked, len(merged))
         for name, names in owners.items()
@@ -269,47 +265,32 @@ def _view(found: _Found | None, shape: tuple[int, ...]) -> CanonicalView | None:
 
 
 def _select(owners: Mapping[str, tuple[str, ...]], selectors: Sequence[str]) -> frozenset[str]:
-    return frozenset(name for name, names in owners.items() if any(_matches(s, names) for s in selectors))
-
-
-def _matches(selector: str, names: Sequence[str]) -> bool:
-    """Whether a selector means a tensor with these owners."""
-    try:
-        return any(matches(selector, name) for name in names)
-    except re.error as error:
-        raise PlanError(
-            "required: selectors that are exact names, or 're:' and a regular expression; "
-            f"found: '{selector}' ({error}); correct the expression"
-        ) from error
+    """The tensors that selectors mean by any of their names."""
+    return frozenset(
+        name for name, names in owners.items() if any(matches(s, each) for s in selectors for each in names)
+    )
 
 
 def _check(
     owners: Mapping[str, tuple[str, ...]],
     selectors: Mapping[str, Sequence[str]],
-    asked: _Asked,
     merged: Mapping[str, _Found],
     tensors: Mapping[str, Tensor],
-) -> None:
-    """Raise one error that names every selector that cannot be met."""
-    bad: list[str] = []
-    every = [name for names in owners.values() for name in names]
-    for option, chosen in selectors.items():
-        for selector in chosen:
-            if any(_matches(selector, names) for names in owners.values()):
-                continue
-            close = difflib.get_close_matches(selector.removeprefix("re:"), every, n=3)
-            hint = f"; close names: {', '.join(close)}" if close else ""
-            bad.append(f"{option}: '{selector}' matches no tensor{hint}")
+) -> _Asked:
+    """The tensors that are asked for, or one error that names every selector that cannot be met."""
+    every = {name for names in owners.values() for name in names}
+    wrong = {
+        option: [f"'{selector}' {why}" for selector in chosen if (why := miss(selector, every))]
+        for option, chosen in selectors.items()
+    }
+    good = {option: [s for s in chosen if not miss(s, every)] for option, chosen in selectors.items()}
+    asked = _Asked(**{option: _select(owners, chosen) for option, chosen in good.items()})
     for name in sorted(asked.sites - asked.skip):
         if _view(merged.get(name), tuple(tensors[name].shape)) is None:
             reason = merged[name].reason if name in merged else "it is a buffer or is not used"
-            bad.append(f"sites: '{name}' has no view as a linear map ({reason})")
-    if bad:
-        raise PlanError(
-            "required: selectors that name tensors of the state dict, and for `sites` linear maps; found: "
-            + "; ".join(bad)
-            + "; correct or remove them"
-        )
+            wrong["sites"].append(f"'{name}' has no view as a linear map ({reason})")
+    refuse(wrong)
+    return asked
 
 
 _END_REASONS = {

@@ -125,6 +125,4 @@ def _one(source: str | Path | JointModel, member: str) -> tuple[Stored, Member, 
 
 def _check_name(member: str, names: Any) -> None:
     if member not in names:
-        raise PlanError(
-            f"The member to export must be one of {', '.join(names)}, found '{member}'; give one of these."
-        )
+        raise PlanError(f"`member` must be one of {', '.join(names)}, found '{member}'; give one of these.")

@@ -35,7 +35,7 @@ from surgery.artifact.recorded import (
     stored_dtypes,
     stored_shapes,
 )
-from surgery.artifact.reports import report_of, restrict_report
+from surgery.artifact.reports import TRAINING_LOG, report_of, restrict_report, trained_report
 from surgery.artifact.writing import write
 from surgery.core.joint import JointModel
 from surgery.core.known import Known
@@ -98,7 +98,9 @@ def save(
     else:
         given, holds = recipe if isinstance(recipe, Recipe) else Recipe.of(recipe), True
     given = given if given is None or holds else given.without_target()
-    return write(stored, members, report, out, overwrite, given, max_shard_size, extras or {})
+    extras = extras or {}
+    training = None if TRAINING_LOG in extras else joint.known.training  # which says the same
+    return write(stored, members, report, out, overwrite, given, max_shard_size, extras, training)
 
 
 def load(
@@ -153,13 +155,15 @@ def _made_of(recipe: Recipe, out: Path) -> bool:
 def _known(folder: Path, manifest: Manifest, stored: Stored, members: Sequence[Member]) -> Known:
     """What an artifact says of the weights of some of its members."""
     names = [member.name for member in members]
-    report = restrict_report(manifest.report, names, len(names) == len(manifest.members))
+    whole = len(names) == len(manifest.members)
+    report = restrict_report(manifest.report, names, whole)
     hashes = {name: found for name in names if (found := hash_of(manifest, name)) is not None}
     original = frozenset(member.name for member in members if member.original)
     recipe = read_recipe(folder, manifest)
     recipe = None if recipe is None else recipe.of_members(names)
     forms, sources = compressed(stored.plan, expand(stored)), dict.fromkeys(names, str(folder))
-    return Known(report, hashes, original, forms, recipe=recipe, sources=sources)
+    training = trained_report(folder, manifest) if whole else None
+    return Known(report, training, hashes, original, forms, recipe=recipe, sources=sources)
 
 
 def _member(
@@ -214,7 +218,7 @@ def _chosen(manifest: Manifest, members: Sequence[str] | None) -> list[str]:
     unknown = [name for name in members or () if name not in manifest.members]
     if unknown or (members is not None and not members):
         raise ArtifactError(
-            f"The members to load must be among {', '.join(manifest.members)}, but "
+            f"`members` must be among {', '.join(manifest.members)}, but "
             f"{', '.join(unknown) or 'none'} was asked for; give names that it has."
         )
     return [name for name in manifest.members if members is None or name in members]

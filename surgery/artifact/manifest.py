@@ -33,6 +33,7 @@ from surgery.errors import ArtifactError, first_few
 from surgery.fitting.report import Digest, FitReport
 from surgery.settings.quantities import Context, Count, Positive
 from surgery.storage.keys import PlainKey, parse_key
+from surgery.training.report.report import TrainReport
 
 NAME = MANIFEST
 VERSION = 1
@@ -166,6 +167,7 @@ class Manifest(_Entry):
     banks: dict[str, BankEntry] = {}
     views: tuple[ViewEntry, ...] = ()
     report: FitReport | None = None
+    training: TrainReport | None = None
     files: dict[str, FileEntry]
     checksum: Digest
 
@@ -174,6 +176,8 @@ class Manifest(_Entry):
         found = self.model_dump(mode="json", exclude_defaults=True, exclude={"checksum"})
         if self.report is not None:
             found["report"] = self.report.to_json()
+        if self.training is not None:
+            found["training"] = self.training.to_json()
         if self.views:  # few, and read by people: whole
             found["views"] = [view.model_dump(mode="json") for view in self.views]
         return found

@@ -21,7 +21,8 @@ from surgery.artifact.layout import Form, encoded_forms, plan_of
 from surgery.artifact.manifest import EncodedGroup, Manifest
 from surgery.artifact.recorded import DICTIONARY, TENSOR_FILE, WEIGHTS, raise_damaged, read_extra_state
 from surgery.artifact.tensorfiles import read_header, read_tensors
-from surgery.core.method import TensorMethod, find_method, tensor_method
+from surgery.core.method import TensorMethod
+from surgery.core.registry import find_method
 from surgery.disk.files import sha256_of
 from surgery.disk.untrusted import UnreadableError, regular_size, shown_text
 from surgery.errors import PlanError
@@ -77,7 +78,9 @@ def check_banks(folder: Path, stored: Stored) -> None:
         ArtifactError: naming what no bank can be made of.
     """
     for bank in stored.plan.banks:
-        raise_damaged(folder, tensor_method(bank.method).wrong_parts(bank, stored.parts(bank.key)))
+        raise_damaged(
+            folder, find_method(bank.method, TensorMethod).wrong_parts(bank, stored.parts(bank.key))
+        )
 
 
 def map_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Stored:

@@ -8,14 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.fitting.report import FitReport, Probes
 from surgery.members.member import content_hash
 from surgery.storage.states import lazy_state_of
 from surgery.storage.stored import Stored, expand
+from surgery.training.report.report import TrainReport
+from surgery.training.report.runlog import NAME as LOG
+from surgery.training.report.runlog import read_end
 
 if TYPE_CHECKING:
+    from surgery.artifact.manifest import Manifest
     from surgery.core.joint import JointModel
 
 
@@ -135,6 +140,22 @@ def report_without(report: FitReport | None, names: Collection[str], nbytes: int
         saved=saved,
         stacks=report.stacks,
     )
+
+
+TRAINING_LOG = f"training/{LOG}"
+"""The log of the run that made an artifact, in its folder."""
+
+
+def trained_report(folder: Path, manifest: Manifest) -> TrainReport | None:
+    """What the training reached that made the weights of an artifact; None where they were not trained.
+
+    Args:
+        folder: of the artifact.
+        manifest: of it.
+    """
+    if manifest.training is not None or TRAINING_LOG not in manifest.files:
+        return manifest.training
+    return read_end(folder / TRAINING_LOG, manifest.members)
 
 
 def _among(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

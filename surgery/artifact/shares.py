@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan
-from surgery.core.method import tensor_method
+from surgery.core.method import TensorMethod
+from surgery.core.registry import find_method
 from surgery.core.sizes import COPY, count_tensors
 from surgery.storage.keys import PlainKey
 from surgery.storage.stored import Stored
@@ -93,7 +94,7 @@ def _count_copies(stored: Stored, blocks: Tensor) -> None:
 
 def _count_bank(stored: Stored, bank: BankPlan, blocks: Tensor, modules: dict[str, int]) -> None:
     names = stored.plan.members
-    psi, hypermodules = tensor_method(bank.method).alignment(bank, stored.parts(bank.key))
+    psi, hypermodules = find_method(bank.method, TensorMethod).alignment(bank, stored.parts(bank.key))
     owner = torch.full_like(psi, -1)
     for p in stored.plan.placements:
         if p.bank == bank.key:

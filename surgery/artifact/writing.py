@@ -58,6 +58,7 @@ from surgery.storage.keys import PartKey, StorageKey
 from surgery.storage.states import lazy_state_of
 from surgery.storage.stored import Stored
 from surgery.storage.trim import on_cpu, trim
+from surgery.training.report.report import TrainReport
 from surgery.version import __version__
 
 ALLOWANCE = 64 * 1024  # bytes that an artifact may be larger than its members' own files
@@ -74,6 +75,7 @@ def write(
     recipe: Recipe | None,
     max_shard_size: int | str = "5GB",
     extras: Mapping[str, bytes] = MappingProxyType({}),
+    training: TrainReport | None = None,
 ) -> Path:
     """Write what is stored of some members; `save` says what the arguments are."""
     stored = trim(on_cpu(stored))
@@ -105,7 +107,11 @@ def write(
             put_file(folder / relative, content)
         described = [describe_member(member, stored) for member in members]
         manifest = make_manifest(stored, described, report, document, borrowed, folders)
-        write_front(folder, manifest, stored, sum(map(len, extras.values())))
+        beside = sum(map(len, extras.values()))
+        if training is not None:
+            manifest = manifest.model_copy(update={"training": training})
+            beside += len(json.dumps(training.to_json()))
+        write_front(folder, manifest, stored, beside)
         _check_readable(folder, stored, out)
     return Path(out).expanduser().resolve()
 

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from surgery.fitting.report import FitReport
     from surgery.methods.templates.mixtures import Templates
     from surgery.settings.recipe import Recipe
+    from surgery.training.report.report import TrainReport
 
 
 class JointModel(nn.Module):
@@ -60,7 +61,7 @@ class JointModel(nn.Module):
         dictionary: banks of rows, alignment and contexts.
         encoded: stored form of tensors whose live value is its decoding, by storage key (see
             `surgery.storage.keys`).
-        report: what the last fit met and saved; None without one, and once any weight changed.
+        report: what the last fit or training reached; None without one, and once any weight changed.
         recipe: how the weights were made, as far as a recipe can tell; without a target once any weight changed.
         task: the task that is served, see `serving`; None is each method's default.
 
@@ -137,20 +138,14 @@ class JointModel(nn.Module):
         """What is known of the weights, with the members for which it no longer holds."""
         moved = {name for name in self.names if self._stamp(name) != self._stamps.get(name)}
         known = self._known
-        return replace(known, original=known.original - moved, stale=known.stale | moved)
+        training = None if moved else known.training
+        return replace(known, training=training, original=known.original - moved, stale=known.stale | moved)
 
     @property
-    def report(self) -> FitReport | None:
-        """What the last fit met and saved; None without one, and once any weight changed."""
+    def report(self) -> FitReport | TrainReport | None:
+        """What the last fit or training reached; None without one, and once any weight changed."""
         known = self.known
-        return None if known.stale else known.report
-
-    @report.setter
-    def report(self, report: FitReport | None) -> None:
-        known = self.known
-        self.keep_known(
-            Known(report, original=known.original, compressed=known.compressed, recipe=known.recipe)
-        )
+        return known.training or (None if known.stale else known.report)
 
     @property
     def recipe(self) -> Recipe | None:

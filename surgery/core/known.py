@@ -19,6 +19,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from surgery.fitting.report import FitReport
     from surgery.settings.recipe import Recipe
+    from surgery.training.report.report import TrainReport
 
 SAMPLE = 8  # values of a tensor that are looked at
 
@@ -32,6 +33,7 @@ class Known:
 
     Attributes:
         report: of a fit, as far as an artifact still holds it; None where there was none.
+        training: report of the training that made these very weights; None where there was none, or they changed since.
         hashes: content hash of each member's weights that the report describes, where known.
         original: members whose weights are those that their origin gives.
         compressed: tensors, by member and first owner, that are not stored in their own dtype.
@@ -42,6 +44,7 @@ class Known:
     """
 
     report: FitReport | None = None
+    training: TrainReport | None = None
     hashes: Mapping[str, str] = field(default_factory=dict)
     original: frozenset[str] = frozenset()
     compressed: frozenset[tuple[str, str]] = frozenset()

@@ -1,4 +1,4 @@
-"""The interface of a method of sharing, and the registry of methods.
+"""The interface of a method of sharing.
 
 There are two kinds. A `TensorMethod` generates *tensors*: it plans which sites it takes, makes banks from which their
 blocks are generated, trains these and stores them. A `ModuleSurgery` (`surgery.core.module_method`) replaces
@@ -14,21 +14,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
+from surgery.anatomy.plan import follow_up
 from surgery.core.bank import Bank
 from surgery.errors import PlanError
-from surgery.settings.methods import REGISTERED, load_method, method_names
-from surgery.settings.names import DEFAULT_METHOD
-from surgery.settings.problems import Strict, problems_of
+from surgery.settings.methods import REGISTERED
+from surgery.settings.problems import Strict
 from surgery.storage.codecs import Encoded, decode, take_rows
 from surgery.util.text import one_line
-from surgery.util.wording import sentence
 
 if TYPE_CHECKING:
     from surgery.anatomy.plan import BankPlan, Placement, Plan
@@ -47,6 +44,25 @@ Picture = Callable[[dict[str, Any], Sequence[dict[str, Any]], dict[str, Any] | N
 """Draws lines of a run's log as a PNG file: the first, those of generations, and the last where there is one."""
 
 
+States = Mapping[str, Mapping[str, Tensor]]
+"""State dicts of the members of a joint model, by name."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a page draws of a run, a line for each name, generation by generation.
+
+    Attributes:
+        title: of the drawing.
+        unit: of the values.
+        lines: a value for each generation.
+    """
+
+    title: str
+    unit: str
+    lines: Mapping[str, Sequence[float]]
+
+
 @dataclass(frozen=True)
 class PlanRequest:
     """What a recipe asks of a plan.
@@ -55,14 +71,12 @@ class PlanRequest:
         block: (m, n) of sites that are cut into blocks.
         context: c of hypermodules.
         settings: the method's own, as its `settings` class validated them.
-        mix_norms: whether scale and shift of norms are taken too.
         stacks: patterns of the stacks to take; all by default.
     """
 
     block: tuple[int, int] = (16, 16)
     context: int = 4
     settings: Any = None
-    mix_norms: bool = False
     stacks: tuple[str, ...] = ()
 
 
@@ -86,11 +100,13 @@ class Method(ABC):
         name: in recipes, artifacts and on the command line.
         summary: what it does, in one line for `--help`.
         settings: class of its settings, which a recipe gives under `settings`.
+        does: what methods of its kind do, as verb and noun.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     settings: ClassVar[type[Strict]] = Strict
+    does: ClassVar[tuple[str, str]] = ("share", "weights")
 
     @abstractmethod
     def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Any:
@@ -135,6 +151,14 @@ class Method(ABC):
         """What is drawn of a run's log, by file name: functions that return a PNG file, or None for nothing."""
         return {}
 
+    def curves(self, generations: Sequence[dict[str, Any]]) -> list[Curves]:
+        """What a page draws of a run's log.
+
+        Args:
+            generations: lines of the log, one for each.
+        """
+        return []
+
 
 class TensorMethod(Method):
     """A method that generates tensors.
@@ -145,9 +169,10 @@ class TensorMethod(Method):
         recorded: class of the settings of a bank in an artifact, which bounds all that others may have written; by
             default that of `settings`.
         claims: whether `arrange` decides on the sites of its banks, in place of the fit's own ways of storing them.
-        lever: the setting that `asks` reads, where it is one of the recipe's `parameters`, for advice.
+        lever: the number among settings, or of the target, that `asks` reads, for advice.
     """
 
+    does: ClassVar[tuple[str, str]] = ("generate", "tensors")
     form: ClassVar[str]
     stored_as: ClassVar[str] = ""
     recorded: ClassVar[type[Strict] | None] = None
@@ -313,6 +338,14 @@ class TensorMethod(Method):
         settings = plan.banks[0].settings if plan.banks else {}
         return ", ".join(f"{name} {value}" for name, value in settings.items())
 
+    def told_by(self, plan: Plan) -> dict[str, Any]:
+        """The settings by which a recipe makes a plan again; by default those of its banks.
+
+        Args:
+            plan: of this method's banks alone.
+        """
+        return dict(plan.banks[0].settings)
+
     def exactly(self, scene: Scene, plan: Plan) -> Settled:
         """The banks that settings ask for, in the members' precision; by default as `make` makes them.
 
@@ -354,6 +387,30 @@ class TensorMethod(Method):
         """What `open` finds in its options when a run begins; None where the method has no use for them."""
         return None
 
+    def candidates(self, joint: JointModel, states: States) -> tuple[str, ...]:
+        """The members of a source as which a joint model could begin (transfer).
+
+        Args:
+            joint: as `join` made it.
+            states: of the source.
+
+        Raises:
+            PlanError: where there is none; by default for all methods, which take nothing of a source.
+        """
+        raise PlanError(f"Method '{self.name}' begins from no source: leave `train.templates.source` out.")
+
+    def begin_as(self, joint: JointModel, states: States, like: str, config: Training, seed: int) -> None:
+        """Give a joint model what the method takes of a source.
+
+        Args:
+            joint: as `join` made it; it is changed in place.
+            states: of the source.
+            like: the source's member as which it begins.
+            config: settings of the run.
+            seed: of all that is drawn.
+        """
+        raise NotImplementedError(f"method {self.name} begins from no source")
+
     def take_over(self, joint: JointModel, loaded: JointModel) -> None:
         """Give members that were joined anew the method's banks of the artifact that they came from.
 
@@ -363,124 +420,13 @@ class TensorMethod(Method):
             joint: as `join` made it; its banks are replaced in place.
             loaded: as `load` returned it.
         """
-        for key in keys_of(joint.plan, self.name):
+        for key in joint.plan.keys_of(self.name):
             mine, theirs = (
                 [(p.site.member, p.site.name, p.grid, p.start) for p in each.plan.placements if p.bank == key]
                 for each in (joint, loaded)
             )
             if mine and mine == theirs and loaded.dictionary[key].form == self.form:
                 joint.dictionary.banks[key] = loaded.dictionary[key]
-
-
-# -- the registry --------------------------------------------------------------------------------------------
-
-_Kind = TypeVar("_Kind", bound=type[Method])
-
-
-def register_method(kind: _Kind) -> _Kind:
-    """Make a method known by its name; a decorator for its class.
-
-    Raises:
-        ValueError: where another method has the name.
-    """
-    known = REGISTERED.get(kind.name)
-    if known is not None and type(known) is not kind:
-        raise ValueError(f"a method named '{kind.name}' is registered already: {type(known).__qualname__}")
-    REGISTERED[kind.name] = kind()
-    return kind
-
-
-def find_method(name: str) -> Method:
-    """The method of this name: registered, of this package, or of an installed one.
-
-    Raises:
-        PlanError: where there is none, naming those that there are.
-
-    Example:
-        >>> find_method("templates").name
-        'templates'
-    """
-    return load_method(name)
-
-
-def settings_of(method: str, given: Mapping[str, Any]) -> Strict:
-    """Settings of a method, validated by its class.
-
-    Args:
-        method: its name.
-        given: what a recipe says under `settings`.
-
-    Raises:
-        PlanError: naming all that is wrong.
-    """
-    kind = find_method(method).settings
-    try:
-        return kind.model_validate(dict(given))
-    except ValidationError as error:
-        wrong = "; ".join(problems_of(error, kind, "settings"))
-        raise PlanError(sentence(f"Settings of method {method} are not valid: {wrong}")) from None
-
-
-def plan_with(
-    anatomies: Sequence[Anatomy],
-    method: str,
-    settings: Mapping[str, Any] = MappingProxyType({}),
-    *,
-    block: tuple[int, int] = (16, 16),
-    context: int = 4,
-) -> Plan:
-    """Plan members by a method that generates tensors.
-
-    Args:
-        anatomies: of all members.
-        method: its name.
-        settings: its own.
-        block: m x n, where it cuts sites into blocks.
-        context: c, where it has hypermodules.
-
-    Raises:
-        PlanError: for settings that do not suit the method or the members.
-
-    Example:
-        >>> plan = surgery.plan_with([surgery.discover(member)], "low_rank", {"rank": 4})  # doctest: +SKIP
-    """
-    request = PlanRequest(block, context, settings_of(method, settings))
-    return tensor_method(method).plan(anatomies, request)
-
-
-def tensor_method(name: str) -> TensorMethod:
-    """A method that generates tensors.
-
-    Raises:
-        PlanError: where there is none of this name.
-    """
-    found = find_method(name)
-    if not isinstance(found, TensorMethod):
-        raise PlanError(f"Method '{name}' must generate tensors, but it replaces modules.")
-    return found
-
-
-def methods_of(plan: Plan) -> list[TensorMethod]:
-    """The methods of a plan's banks, in their order."""
-    return [tensor_method(name) for name in dict.fromkeys(bank.method for bank in plan.banks)]
-
-
-def active_methods(joint: JointModel) -> list[Method]:
-    """The methods that a joint model uses: of its banks, and those that replaced modules."""
-    replaced = [each.replacement.method for member in joint.members.values() for each in member.replaced]
-    return [*methods_of(joint.plan), *(find_method(name) for name in dict.fromkeys(replaced))]
-
-
-def keys_of(plan: Plan, method: str) -> list[str]:
-    """The keys of a method's banks."""
-    return [bank.key for bank in plan.banks if bank.method == method]
-
-
-def plan_of(plan: Plan, method: str) -> Plan:
-    """The plan of one method's banks alone."""
-    keys = keys_of(plan, method)
-    banks = tuple(bank for bank in plan.banks if bank.key in keys)
-    return replace(plan, banks=banks, placements=tuple(p for p in plan.placements if p.bank in keys))
 
 
 class _Taken(Mapping[str, Tensor]):
@@ -518,31 +464,17 @@ _PIECE = 2**22
 """Elements that are generated at once to see whether blocks have the planned shape."""
 
 
-def follow_up(placements: Sequence[Placement]) -> list[Placement]:
-    """Placements moved so that they follow one another from location 0 on."""
-    moved, start = [], 0
-    for p in placements:
-        moved.append(replace(p, start=start))
-        start = moved[-1].stop
-    return moved
+_Kind = TypeVar("_Kind", bound=type[Method])
 
 
-__all__ = [
-    "DEFAULT_METHOD",
-    "Method",
-    "Opening",
-    "Picture",
-    "PlanRequest",
-    "TensorMethod",
-    "active_methods",
-    "find_method",
-    "follow_up",
-    "keys_of",
-    "method_names",
-    "methods_of",
-    "plan_of",
-    "plan_with",
-    "register_method",
-    "settings_of",
-    "tensor_method",
-]
+def register_method(kind: _Kind) -> _Kind:
+    """Make a method known by its name; a decorator for its class.
+
+    Raises:
+        ValueError: where another method has the name.
+    """
+    known = REGISTERED.get(kind.name)
+    if known is not None and type(known) is not kind:
+        raise ValueError(f"a method named '{kind.name}' is registered already: {type(known).__qualname__}")
+    REGISTERED[kind.name] = kind()
+    return kind

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from surgery.core.method import Method, PlanRequest, find_method
+from surgery.core.method import Method, PlanRequest
 from surgery.errors import ExportError, PlanError
 from surgery.members.replacement import Replacement
 from surgery.settings.problems import Strict, advice_on
@@ -75,6 +75,7 @@ class ModuleSurgery(Method):
             may come from an artifact of others: whatever they may be has to be in this class.
     """
 
+    does: ClassVar[tuple[str, str]] = ("replace", "modules")
     recorded: ClassVar[type[Strict]] = Strict
 
     @abstractmethod
@@ -125,15 +126,3 @@ def part_of(module: nn.Module, path: str, member: str) -> nn.Module:
             sentence(f"Member '{member}' has no module '{path}': {advice_on(path, paths, short)}")
         )
     return paths[path]
-
-
-def module_method(name: str) -> ModuleSurgery:
-    """A method that replaces modules.
-
-    Raises:
-        PlanError: where there is none of this name.
-    """
-    found = find_method(name)
-    if not isinstance(found, ModuleSurgery):
-        raise PlanError(f"Method '{name}' must replace modules, but it generates tensors.")
-    return found

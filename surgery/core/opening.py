@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from surgery.anatomy.plan import Plan
 from surgery.core.dictionary import Dictionary
-from surgery.core.method import Opening, keys_of, methods_of
+from surgery.core.method import Opening
+from surgery.core.registry import methods_of
 
 
 def open_dictionary(plan: Plan, dictionary: Dictionary, how: Opening) -> Plan:
@@ -18,6 +19,6 @@ def open_dictionary(plan: Plan, dictionary: Dictionary, how: Opening) -> Plan:
         how: generator and options.
     """
     for method in methods_of(plan):
-        mine = {key: dictionary[key] for key in keys_of(plan, method.name)}
+        mine = {key: dictionary[key] for key in plan.keys_of(method.name)}
         dictionary.banks.update(method.open(plan, mine, how))
     return replace(plan, banks=tuple(dictionary[each.key].planned(each) for each in plan.banks))

@@ -18,8 +18,9 @@ from torch import nn
 
 from surgery.anatomy.plan import Plan, make_plan
 from surgery.anatomy.sites import discover
-from surgery.core.method import PlanRequest, settings_of
-from surgery.core.module_method import ModuleSurgery, Place, module_method
+from surgery.core.method import PlanRequest
+from surgery.core.module_method import ModuleSurgery, Place
+from surgery.core.registry import find_method, settings_of
 from surgery.core.replacing_checks import check_calls, check_places, record_calls
 from surgery.core.sizes import bytes_of_module, parameters_of_module
 from surgery.errors import ArtifactError, PlanError, SurgeryError
@@ -52,7 +53,7 @@ def plan_replacements(
     Raises:
         PlanError: where the method can replace nothing, or asks for what is not there.
     """
-    found = module_method(method)
+    found = find_method(method, ModuleSurgery)
     if going_on:
         members = [m for m in members if all(each.replacement.method != method for each in m.replaced)]
     asked = found.plan([discover(each) for each in members], request) if members else ()
@@ -184,7 +185,7 @@ def made_again(
     """
     for each in replacements:
         try:
-            module_method(each.method)
+            find_method(each.method, ModuleSurgery)
         except PlanError as error:
             raise _not_usable(name, each, error) from None
     bare = Member(name, module, Inputs(), Origin("module", name, name))
@@ -210,7 +211,7 @@ def _not_usable(name: str, replacement: Replacement, error: PlanError) -> Surger
 
 def _validated(replacement: Replacement) -> tuple[ModuleSurgery, Any]:
     """The method of a replacement, and its settings."""
-    method = module_method(replacement.method)
+    method = find_method(replacement.method, ModuleSurgery)
     try:
         return method, method.recorded.model_validate(dict(replacement.settings))
     except ValidationError as error:

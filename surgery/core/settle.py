@@ -12,7 +12,9 @@ from torch import Tensor
 from surgery.anatomy.plan import BankPlan, Plan
 from surgery.core.bank import Bank
 from surgery.core.generation import generated
-from surgery.core.method import DEFAULT_METHOD, tensor_method
+from surgery.core.method import TensorMethod
+from surgery.core.registry import find_method, recorded_plan
+from surgery.settings.names import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel
@@ -49,7 +51,7 @@ def settle_banks(plan: Plan, found: Mapping[str, Bank], keep: Collection[str] = 
         bank, kept = (before, mine) if bank_plan.key in keep else before.settle(bank_plan, mine)
         if kept:
             banks[bank_plan.key] = bank
-            plans.append(_of_form(bank.planned(bank_plan), bank))
+            plans.append(recorded_plan(_of_form(bank.planned(bank_plan), bank)))
             placements += kept
         sites = {(p.site.member, p.site.name) for p in kept}
         if left := [p for p in mine if (p.site.member, p.site.name) not in sites]:
@@ -61,6 +63,6 @@ def settle_banks(plan: Plan, found: Mapping[str, Bank], keep: Collection[str] = 
 
 def _of_form(plan: BankPlan, bank: Bank) -> BankPlan:
     """The plan of a bank that is stored in a form of its own method; what is still as it was joined is rows."""
-    if tensor_method(plan.method).form == bank.form:
+    if find_method(plan.method, TensorMethod).form == bank.form:
         return plan
     return replace(plan, method=DEFAULT_METHOD, settings={})

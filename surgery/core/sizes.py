@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from surgery.anatomy.plan import BankPlan, torch_dtype
-from surgery.core.method import tensor_method
+from surgery.core.method import TensorMethod
+from surgery.core.registry import find_method
 from surgery.members.member import owners_of, state_tensors
 from surgery.storage.keys import PlainKey
 
@@ -89,7 +90,7 @@ def count_tensors(stored: Stored) -> tuple[TensorReport, ...]:
 
 def how_stored(method: str) -> str:
     """How reports say that a tensor of a method's bank is stored."""
-    return tensor_method(method).stored_as or method
+    return find_method(method, TensorMethod).stored_as or method
 
 
 def bytes_alone(stored: Stored) -> dict[str, int]:
@@ -110,7 +111,7 @@ def bytes_of_module(module: nn.Module) -> int:
 
 def location_bytes(stored: Stored, bank: BankPlan) -> Tensor:
     """Bytes that each location takes of a stored bank `[L]`, float64: its part of what is shared, and its own."""
-    return tensor_method(bank.method).location_bytes(bank, stored.parts(bank.key))
+    return find_method(bank.method, TensorMethod).location_bytes(bank, stored.parts(bank.key))
 
 
 # -- parameters --------------------------------------------------------------------------------------------

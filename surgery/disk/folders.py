@@ -100,25 +100,25 @@ def _check_place(target: Path, overwrite: bool) -> None:
     """Raise where no folder can be written at `target`."""
     if target.is_symlink():
         raise OutputError(
-            f"The target must be a folder, but {target} is a link to {os.readlink(target)}; give the folder itself."
+            f"`out` must be a folder, but {target} is a link to {os.readlink(target)}; give the folder itself."
         )
     if target.exists() and not target.is_dir():
-        raise OutputError(f"The target must be a folder, but {target} is a file; choose another name.")
+        raise OutputError(f"`out` must be a folder, but {target} is a file; choose another name.")
     if os.path.ismount(target):
         raise OutputError(
-            f"The target must be a folder that can be moved into place in one step, but {target} is a mount point; "
+            f"`out` must be a folder that can be moved into place in one step, but {target} is a mount point; "
             f"choose a folder in it, such as {target / 'joint'}."
         )
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise OutputError(
-                f"The target must be new or empty, but {target} exists and holds files; choose another "
+                f"`out` must be new or empty, but {target} exists and holds files; choose another "
                 "folder, or pass `overwrite=True`."
             )
         check_owned(target)
     parent = next(each for each in target.parents if each.exists() or each.is_symlink())
     if not parent.is_dir():
-        raise OutputError(f"The target must lie in a folder, but {parent} is a file; choose another name.")
+        raise OutputError(f"`out` must lie in a folder, but {parent} is a file; choose another name.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(
             f"The folder that {target} goes into must be writable, but {parent} is not; choose another."
@@ -134,7 +134,7 @@ def _check_apart(target: Path, inputs: Iterable[Path]) -> None:
         if inside or source.is_relative_to(full):
             how = "is" if full == source else "lies in" if inside else "holds"
             raise OutputError(
-                f"The target must be apart from what is read, but {target} {how} {path}, which is an input; choose "
+                f"`out` must be apart from what is read, but {target} {how} {path}, which is an input; choose "
                 "another folder."
             )
 

@@ -75,10 +75,15 @@ class Places:
             found["models"] = [self._model(each) for each in found["models"]]
         if isinstance(found.get("calibrate"), list | tuple):
             found["calibrate"] = [self._calibration(each) for each in found["calibrate"]]
-        train = found.get("train")
-        if isinstance(train, Mapping) and isinstance(train.get("templates"), Mapping):
-            found["train"] = {**train, "templates": self._at(train["templates"], {"source": self.path})}
+        if isinstance(found.get("train"), Mapping):
+            found["train"] = self.training(found["train"])
         return self._at(found, {"out": self.path})
+
+    def training(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of a run; what is of another form is left as it is."""
+        inner = document.get("templates")
+        moved = {"templates": self._at(inner, {"source": self.path})} if isinstance(inner, Mapping) else {}
+        return {**document, **moved}
 
     def _model(self, model: Any) -> Any:
         if not isinstance(model, Mapping):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Plan
 from surgery.anatomy.sites import Site
-from surgery.core.method import tensor_method
+from surgery.core.method import TensorMethod
+from surgery.core.registry import find_method
 from surgery.core.sizes import bytes_alone, parameters_of_module
 from surgery.fitting.fit import pick_device
 from surgery.fitting.groups import make_groups
@@ -181,10 +182,10 @@ class Known:
                 continue
             at = self.banks[key]
             if isinstance(at, PlainKey):
-                method, common = tensor_method(LENDING), self.stored.tensors[at]
+                method, common = find_method(LENDING, TensorMethod), self.stored.tensors[at]
             else:
                 bank = self.stored.plan.bank(at)
-                method, common = tensor_method(bank.method), self._common(bank)
+                method, common = find_method(bank.method, TensorMethod), self._common(bank)
             assert common is not None  # the site resembles it
             moved = self._moved(common)
             made = method.addition(scene, scene.unclaimed[key], moved)
@@ -231,7 +232,10 @@ class Known:
             and at not in self._users  # what several share already stays so
         ][:CANDIDATES]
         able = own.numel() >= LEAST_LENT and held
-        if not able or tensor_method(LENDING).lend("", site, self.stored.tensors[held[0]]) is None:
+        if (
+            not able
+            or find_method(LENDING, TensorMethod).lend("", site, self.stored.tensors[held[0]]) is None
+        ):
             return None
         sample, *theirs = samples(
             [own, *(decode(self.stored.tensors[at]).to(own.device) for at in held)], scene.seed
@@ -267,7 +271,7 @@ class Known:
         return found
 
     def _common(self, bank: BankPlan) -> Encoded | None:
-        return tensor_method(bank.method).common(bank, self.stored.parts(bank.key))
+        return find_method(bank.method, TensorMethod).common(bank, self.stored.parts(bank.key))
 
     def _moved(self, encoded: Encoded) -> Encoded:
         """A stored form on the device of the fit."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from surgery.core.method import plan_of, tensor_method
+from surgery.core.method import TensorMethod
+from surgery.core.registry import find_method
 from surgery.core.sizes import bytes_alone
 from surgery.fitting.assembly import with_plain
 from surgery.fitting.scene import Scene
@@ -28,7 +29,7 @@ def make_exactly(scene: Scene, ties: Mapping[str, Mapping[str, tuple[str, ...]]]
     plain, tensors = dict(scene.originals), dict[StorageKey, Encoded]()
     plan = replace(scene.plan, banks=(), placements=())
     for name in scene.asked:
-        settled = tensor_method(name).exactly(scene, plan_of(scene.plan, name))
+        settled = find_method(name, TensorMethod).exactly(scene, scene.plan.of_method(name))
         plain |= settled.plain
         for bank in settled.plan.banks:
             parts = bank_tensors(bank, settled.banks[bank.key])

@@ -22,14 +22,14 @@ from surgery.core.dictionary import Dictionary
 from surgery.core.generation import to_blocks
 from surgery.core.joint import JointModel
 from surgery.core.known import Known
-from surgery.core.method import DEFAULT_METHOD
+from surgery.core.registry import with_settings
 from surgery.core.replacing import still_replaced
 from surgery.core.sizes import bytes_alone, parameters_alone
 from surgery.errors import PlanError
 from surgery.fitting.exactly import make_exactly
 from surgery.fitting.recording import recipe_of_fit
 from surgery.fitting.report import FitReport, Probes, describe, describe_stacks
-from surgery.fitting.scene import Scene, as_asked, asked_of, fitted_by
+from surgery.fitting.scene import Scene, as_asked, asked_of
 from surgery.fitting.search import advice_on_bound, check_bound, search
 from surgery.fitting.trial import Trial, to_device
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
@@ -63,7 +63,8 @@ def fit(
     block: tuple[int, int] | None = None,
     context: int | None = None,
     templates: int | None = None,
-    mixture: Mixing = "linear",
+    mixture: Mixing | None = None,
+    settings: Mapping[str, Any] | None = None,
     probes: Mapping[str, Sequence[Inputs]] | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -81,10 +82,12 @@ def fit(
         hypermodules: instead, a bank of exactly K hypermodules, the start for joint training.
         block: block shape of shared rows; whole matrices where not given (16x16 for a bank of K).
         context: c of a bank of K, 4 where not given.
-        templates: instead, K templates for each stack of a plan that `plan_templates` made, at the members'
-            precision. With such a plan an error bound or a budget decides K and all precisions together; given with
-            one of them, K stays and precisions follow.
-        mixture: of templates: `linear`, `softmax` or `one-hot`, where one-hot ties layers.
+        templates: K templates for each stack of a plan of templates, in place of what the plan says: at the members'
+            precision, or with an error bound or a budget, from which precisions follow. Where neither says K, the
+            error bound or the budget decides it too.
+        mixture: of templates: `linear`, `softmax` or `one-hot`, where one-hot ties layers; in place of what the plan
+            says.
+        settings: of the plan's method, in place of those that it was planned with; those above are two of them.
         probes: inputs to measure on, by member; seeded made-up ones where not given.
         seed: of everything random here.
         device: `auto`, `cpu`, `cuda`, ...
@@ -103,23 +106,27 @@ def fit(
             "max_error": max_error,
             "budget": budget,
             "hypermodules": hypermodules,
-            "templates": templates,
             "block": block,
             "context": context,
-            "mixture": mixture,
             "seed": seed,
         }
     )
     _check_request(joint, asked, probes)
-    replaced, made = still_replaced(joint.members.values()), bool(asked_of(joint.plan, asked))
+    place = pick_device(device)
+    own = {
+        name: value for name, value in (("templates", templates), ("mixture", mixture)) if value is not None
+    }
+    own = {**(settings or {}), **own}
+    plan = with_settings(joint.plan, own) if own else joint.plan
+    replaced, made = still_replaced(joint.members.values()), bool(asked_of(plan, asked))
     fixed, free = made or bool(replaced), asked.max_error is None and asked.budget is None
     recipe = recipe_of_fit(
-        joint.known, joint.members, asked, seed=seed, device=device, measured=bool(probes), fixed=fixed
+        joint.known, joint.members, plan, asked, seed=seed, device=device, measured=bool(probes), fixed=fixed
     )
     if not made and (asked.max_error == 0 or (fixed and free)):
         _adopt(joint, *_lossless(joint, probes or {}, asked, replaced))
     else:
-        _adopt(joint, *_fitted(joint, asked, probes, device))
+        _adopt(joint, *_fitted(joint, plan, asked, probes, place))
     joint.recipe = recipe
     return joint
 
@@ -164,12 +171,13 @@ def _lossless(
 
 def _fitted(
     joint: JointModel,
+    plan: Plan,
     asked: Asked,
     probes: Mapping[str, Sequence[Inputs]] | None,
-    device: str,
+    place: torch.device,
 ) -> Fitted:
     """Fit on ordinary weights, which the modules then hold alone; what goes wrong leaves the joint model as it was."""
-    place, given = pick_device(device), {name: batches for name, batches in (probes or {}).items() if batches}
+    given = {name: batches for name, batches in (probes or {}).items() if batches}
     home, was = _device(joint), _as_they_were(joint)
     states = {name: collapsed(joint, name) for name in joint.names}  # nothing is made yet
     before = (joint.plan, joint.dictionary, joint.encoded, joint.known)
@@ -189,7 +197,7 @@ def _fitted(
             inputs = given.get(name) or probe_inputs(member, seed=asked.seed)
             trials[name] = Trial(member, originals[name], joint.owners[name], inputs, place)
         replaced = still_replaced(joint.members.values())
-        scene = Scene(trials, as_asked(before[0]), asked, asked.seed, replaced)
+        scene = Scene(trials, as_asked(plan), asked, asked.seed, replaced)
         free = asked.max_error is None and asked.budget is None
         made = make_exactly if free and scene.asked else search
         outcome = made(scene, ties(joint))
@@ -254,7 +262,7 @@ def _adopt(
     sources = {name: folder for name, folder in before.sources.items() if described[name] == hashes[name]}
     joint.forget_originals()  # what the fit compared with
     forms = compressed(stored.plan, expand(stored))
-    adopt(joint, stored, Known(report, described, same, forms, sources=sources))
+    adopt(joint, stored, Known(report, None, described, same, forms, sources=sources))
 
 
 def _report(
@@ -334,13 +342,11 @@ def _check_request(joint: JointModel, asked: Asked, probes: Mapping[str, Sequenc
     Raises:
         PlanError: naming it.
     """
-    methods = [method.name for method in fitted_by(joint.plan)]
-    leading = [name for name in methods if name != DEFAULT_METHOD] or [DEFAULT_METHOD]
+    leading = joint.plan.method
     for method, names in PARAMETERS_OF.items():
-        if (given := [name for name in names if getattr(asked, name, None)]) and method not in leading:
+        if (given := [name for name in names if getattr(asked, name)]) and method != leading:
             raise PlanError(
-                f"`{given[0]}` needs `method={method}`, but this joint model was planned by method "
-                f"{' and '.join(leading)}."
+                f"`{given[0]}` needs `method={method}`, but this joint model was planned by method {leading}."
             )
     if unknown := sorted({*(probes or {})} - {*joint.names}):
         raise PlanError(

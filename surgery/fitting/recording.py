@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+from surgery.anatomy.plan import Plan
 from surgery.core.known import Known
+from surgery.core.method import TensorMethod
+from surgery.core.registry import find_method
 from surgery.errors import PlanError
 from surgery.members.member import Member
 from surgery.settings.recipe import Model, Recipe
@@ -15,6 +19,7 @@ from surgery.util.randomness import member_seed
 def recipe_of_fit(
     known: Known,
     members: Mapping[str, Member],
+    plan: Plan,
     asked: Target,
     *,
     seed: int,
@@ -31,6 +36,7 @@ def recipe_of_fit(
     Args:
         known: of the joint model before the fit.
         members: of it.
+        plan: by which the fit was made.
         asked: the target.
         seed: of the fit.
         device: that it ran on.
@@ -58,7 +64,8 @@ def recipe_of_fit(
     document = {
         **before.document(),
         "models": [model.model_dump(exclude_unset=True) for model in told],
-        "parameters": {"mix_norms": before.parameters.mix_norms, **given},
+        "parameters": given,
+        "settings": _settings(before, plan),
         "calibrate": before.calibrate if measured else (),
         "seed": seed,
         "device": device,
@@ -68,6 +75,15 @@ def recipe_of_fit(
         return Recipe.of(document).recorded(fixed=fixed)
     except PlanError:  # a recipe of another method than that of the plan
         return lost
+
+
+def _settings(before: Recipe, plan: Plan) -> Mapping[str, Any]:
+    """The settings of a recipe's method by which the plan is made again; of one that replaces modules, those before."""
+    method = find_method(before.method)
+    if not isinstance(method, TensorMethod):
+        return before.settings
+    own = plan.of_method(method.name)
+    return method.told_by(own) if own.banks else {}
 
 
 def _entry(name: str, entries: dict[str | None, Model], known: Known, made: bool) -> Model | None:

@@ -16,11 +16,11 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from torch import Tensor
 
 from surgery.anatomy.plan import Plan
-from surgery.core.method import methods_of, plan_of
+from surgery.core.registry import methods_of
 from surgery.core.sizes import TensorReport, count_tensors
 from surgery.settings.quantities import Count
 from surgery.storage.stored import Stored
-from surgery.util.showing import as_html, as_text
+from surgery.util.showing import as_html, as_text, finite, plural
 from surgery.util.wording import percent, size
 
 
@@ -85,6 +85,17 @@ class StackReport:
     templates: Count
     original: Count
     nbytes: Count
+
+    @property
+    def made_of(self) -> str:
+        """What the layers are made of, in words."""
+        return plural(self.templates, "template")
+
+    @property
+    def note(self) -> str:
+        """What that means, where it means something."""
+        apart = self.templates == self.layers
+        return "as many templates as layers: fewer do not pay here" if apart else ""
 
 
 @dataclass(frozen=True)
@@ -221,20 +232,11 @@ class FitReport:
         always = _MEASURED if self.saved else ("met",) if self.target else ()
         found = asdict(replace(self, detail=()))
         found["probes"] = {} if self.probes == Probes() else found["probes"]
-        return {k: json_values(each) for k, each in found.items() if k in always or each}
+        return {k: finite(each) for k, each in found.items() if k in always or each}
 
 
 _BOUND = re.compile(r"max-error (\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?: |$)")
 _MEASURED = ("target", "met", "original_bytes", "stored_bytes", "saved", "errors", "hashes", "probes")
-
-
-def json_values(value: Any) -> Any:
-    """JSON values with NaN and infinities as None, which JSON cannot say."""
-    if isinstance(value, Mapping):
-        return {str(key): json_values(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [json_values(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe(stored: Stored, originals: Mapping[str, Mapping[str, Any]]) -> tuple[TensorReport, ...]:
@@ -255,5 +257,5 @@ def describe_stacks(
     """
     found: dict[str, Any] = {}
     for method in methods_of(plan):
-        found |= method.report(plan_of(plan, method.name), stored, originals)
+        found |= method.report(plan.of_method(method.name), stored, originals)
     return found

@@ -15,7 +15,8 @@ from torch import Tensor
 from surgery.anatomy.plan import Placement, Plan, leave_alone
 from surgery.anatomy.sites import BY_REQUEST, LeftAlone, Site
 from surgery.core.generation import to_blocks
-from surgery.core.method import DEFAULT_METHOD, TensorMethod, methods_of, plan_of, tensor_method
+from surgery.core.method import TensorMethod
+from surgery.core.registry import find_method, methods_of
 from surgery.fitting.metric import Metric
 from surgery.fitting.related import related_sites
 from surgery.fitting.sensitivity import measured_sensitivities, metrics
@@ -23,7 +24,7 @@ from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, Key, Unit, measure
 from surgery.geometry.views import CanonicalView
 from surgery.members.replacement import count_replaced
-from surgery.settings.names import RELATED
+from surgery.settings.names import DEFAULT_METHOD, RELATED
 from surgery.settings.target import Target
 from surgery.storage.keys import PlainKey
 
@@ -116,7 +117,7 @@ class Scene:
     def claims(self) -> tuple[tuple[TensorMethod, Plan], ...]:
         """Methods that decide on the sites of their banks, each with the plan of these."""
         methods = [method for method in methods_of(self.plan) if method.claims]
-        return tuple((method, plan_of(self.plan, method.name)) for method in methods)
+        return tuple((method, self.plan.of_method(method.name)) for method in methods)
 
     @cached_property
     def claimed(self) -> frozenset[Key]:
@@ -207,7 +208,7 @@ def private_sites(entries: Iterable[LeftAlone]) -> dict[Key, Site]:
 
 def fitted_by(plan: Plan) -> list[TensorMethod]:
     """The methods of a plan's banks; that of all sites where there is none."""
-    return methods_of(as_asked(plan)) or [tensor_method(DEFAULT_METHOD)]
+    return methods_of(as_asked(plan)) or [find_method(DEFAULT_METHOD, TensorMethod)]
 
 
 def asked_of(plan: Plan, target: Target, replaced: Sequence[str] = ()) -> dict[str, str]:
@@ -218,7 +219,7 @@ def asked_of(plan: Plan, target: Target, replaced: Sequence[str] = ()) -> dict[s
         target: what is asked of its fit.
         replaced: methods of modules that were replaced, one for each.
     """
-    found = {each.name: each.asks(plan_of(as_asked(plan), each.name), target) for each in fitted_by(plan)}
+    found = {each.name: each.asks(as_asked(plan).of_method(each.name), target) for each in fitted_by(plan)}
     found |= {name: count_replaced([each for each in replaced if each == name]) for name in replaced}
     return {name: words for name, words in found.items() if words}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from surgery.core.method import methods_of
+from surgery.core.registry import methods_of
 from surgery.errors import PlanError
 from surgery.fitting.allocation import Choice, Table, finest, within_bytes, within_errors
 from surgery.fitting.assembly import Assembler, weights_of
@@ -248,10 +248,13 @@ class Search:
         )
 
     def levers(self, above: int = 0) -> list[str]:
-        """The parameters of a recipe that fix what is made, where they are above a number."""
-        asking = [method for method in methods_of(self.scene.plan) if method.name in self.scene.asked]
-        names = [method.lever for method in asking if method.lever]
-        return [f"`{name}`" for name in names if getattr(self.scene.target, name) > above]
+        """The settings that fix how many are made, where they are above a number."""
+        found = []
+        for method in methods_of(self.scene.plan):
+            if method.lever and method.name in self.scene.asked:
+                said = {**dict(self.scene.target), **self.scene.plan.of_method(method.name).banks[0].settings}
+                found += [f"`{method.lever}`"] * (said[method.lever] > above)
+        return found
 
     def within_budget(self, budget: float) -> Attempt:
         """The attempt of least predicted error within a fraction of the members' bytes.

@@ -44,7 +44,7 @@ def read_calibration(member: Member, path: Path) -> list[Inputs]:
         LoadError: where the file does not exist, cannot be read, or does not suit the member.
     """
     if not os.path.lexists(path):
-        raise LoadError(f"the calibration file {path} does not exist: check the path")
+        raise LoadError(f"the file with inputs, {path}, does not exist: check the path")
     if path.is_dir() or path.suffix.lower() in _PICTURES:
         return _pictures(member, path)
     if path.suffix == ".txt":

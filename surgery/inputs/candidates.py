@@ -20,6 +20,7 @@ from surgery.inputs.fields import known, make
 from surgery.inputs.repairs import outline, repairs
 from surgery.inputs.sample import Sample, TooLargeError
 from surgery.members.member import Inputs, Origin
+from surgery.tracing.copying import on_meta
 from surgery.util.quiet import quiet
 from surgery.util.text import one_line
 
@@ -121,9 +122,9 @@ def forward_error(module: nn.Module, inputs: Inputs) -> Exception | None:
                 weights = {
                     name: t.to("meta") for name, t in (*module.named_parameters(), *module.named_buffers())
                 }
-                args = tuple(_to_meta(value) for value in inputs.args)
+                args = tuple(on_meta(value) for value in inputs.args)
                 torch.func.functional_call(
-                    module, weights, args, {k: _to_meta(v) for k, v in inputs.kwargs.items()}
+                    module, weights, args, {k: on_meta(v) for k, v in inputs.kwargs.items()}
                 )
             return None
         except Exception:  # some models compute with values; the pass with data decides
@@ -278,7 +279,3 @@ def _repaired(module: Any, inputs: Inputs, error: Exception, seed: int) -> list[
     batch = 1 if source.startswith(_ALONE) else 2
     changed = repairs(module, dict(inputs.kwargs), error, _sample(module, seed, batch))
     return [Inputs((), arguments, source) for arguments in changed]
-
-
-def _to_meta(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) else value

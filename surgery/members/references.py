@@ -36,6 +36,7 @@ from surgery.members.origins.live import check_ordinary, unwrap
 from surgery.members.origins.module import live_module
 from surgery.members.origins.weights import check_finite
 from surgery.permission import SHIPPED, Permission
+from surgery.settings.quantities import check_seed
 from surgery.util.randomness import all_seeded, member_seed
 from surgery.util.text import one_line
 
@@ -132,6 +133,7 @@ def load_member(
 
     Raises:
         LoadError: saying what was required, what was found and what to do.
+        PlanError: for a seed that is none.
 
     Example:
         >>> import torch
@@ -139,6 +141,7 @@ def load_member(
         >>> member.name, member.origin.kind
         ('probe', 'module')
     """
+    check_seed(seed)
     if isinstance(reference, nn.Module):
         module = unwrap(reference)
         check_ordinary(module)

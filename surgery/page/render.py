@@ -56,10 +56,12 @@ def write_page(view: Overview, file: str | Path, *, overwrite: bool = False) -> 
     path = Path(file).expanduser()
     if path.is_dir():
         raise OutputError(
-            f"{path} must be a file to write the page to, but it is a folder; name a file in it."
+            f"`html` must be a file to write the page to, but {path} is a folder; name a file in it."
         )
     if path.exists() and not overwrite and f'content="{GENERATOR} '.encode() not in path.read_bytes()[:4000]:
-        raise OutputError(f"{path} exists and is no page of this tool: choose another file, or remove it.")
+        raise OutputError(
+            f"`html` must be a new file, but {path} exists and is no page of this tool: choose another, or remove it."
+        )
     put(path, render(view).encode())
     return path
 
@@ -289,7 +291,7 @@ def _training(run: Run) -> dict[str, Any]:
         "words": f"{words}.",
         "sizes": _sizes(sizes) if sizes else [],
         "scores": _scores(run),
-        "charts": [chart for chart in (_losses(run), _share(run), _modules(run)) if chart],
+        "charts": [chart for chart in (_losses(run), _share(run), *_curves(run)) if chart],
     }
 
 
@@ -363,27 +365,20 @@ def _share(run: Run) -> Chart | None:
     return ("Size", drawn, _entries(series)) if drawn else None
 
 
-def _modules(run: Run) -> Chart | None:
-    from surgery.methods.hypermodules.pictures import ranked_subsets
+def _curves(run: Run) -> list[Chart]:
+    """What the methods of a run draw of it."""
+    from surgery.training.report.pictures import methods_trained
 
-    steps = [line["generation"] + 1 for line in run.generations]
-    names = [name for name in ranked_subsets(run.generations) if name][:_LINES]
-    series = [
-        Series(
-            name.replace("+", " + "),
-            steps,
-            [line.get("subsets", {}).get(name, 0) for line in run.generations],
-            k,
-        )
-        for k, name in enumerate(names)
-    ]
-    most = max((y for each in series for y in each.y), default=0)
-    if not most:
-        return None
-    drawn = charts.lines(
-        series, "Hypermodules", "generation", "hypermodules", most=float(most), mark=_kept(run)
-    )
-    return "Hypermodules by the members that use them", drawn, _entries(series)
+    steps, found = [line["generation"] + 1 for line in run.generations], []
+    for each in (each for method in methods_trained(run.start) for each in method.curves(run.generations)):
+        names = list(each.lines)[:_LINES]
+        series = [Series(name, steps, each.lines[name], k) for k, name in enumerate(names)]
+        most = float(max((y for one in series for y in one.y), default=0))
+        if most > 0:
+            title = each.unit[:1].upper() + each.unit[1:]
+            drawn = charts.lines(series, title, "generation", each.unit, most=most, mark=_kept(run))
+            found.append((each.title, drawn, _entries(series)))
+    return found
 
 
 def _kept(run: Run) -> float | None:

@@ -213,10 +213,11 @@ def _check_common(folder: Path, stored: Stored) -> None:
         ArtifactError: naming what no bank can be made of.
     """
     from surgery.artifact.recorded import raise_damaged
-    from surgery.core.method import tensor_method
+    from surgery.core.method import TensorMethod
+    from surgery.core.registry import find_method
 
     for bank in stored.plan.banks:
-        method, parts = tensor_method(bank.method), stored.parts(bank.key)
+        method, parts = find_method(bank.method, TensorMethod), stored.parts(bank.key)
         if method.common(bank, parts) is not None:
             first = next(p for p in stored.plan.placements if p.bank == bank.key)
             smaller, _, few = method.restrict(bank, [first], parts)

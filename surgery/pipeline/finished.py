@@ -30,14 +30,9 @@ def run_folder(out: str | Path) -> Path:
 
 
 def going_on(recipe: Recipe) -> Recipe:
-    """The same recipe for members that are trained already: from their alignment, and templates fitted to them."""
+    """The same recipe for members that are trained already: from what they have."""
     assert recipe.train is not None
-    train = recipe.train
-    changes = {
-        "evolution": train.evolution.model_copy(update={"start": "given"}),
-        "templates": train.templates.model_copy(update={"start": "fit", "source": None}),
-    }
-    return recipe.model_copy(update={"train": train.model_copy(update=changes)})
+    return recipe.model_copy(update={"train": recipe.train.going_on()})
 
 
 def finished_run(recipe: Recipe, *, fast_run: bool = False) -> TrainReport | None:

@@ -130,12 +130,7 @@ def check(recipe: Recipe, *, overwrite: bool = False) -> None:
         raise PlanError(
             "A merge needs at least one model, found none: give references or a recipe with 'models'."
         )
-    files = [split_calibration(entry)[1] for entry in recipe.calibrate]
-    for file in (*files, *(model.calibrate for model in recipe.models if model.calibrate)):
-        path = Path(file).expanduser()
-        if not path.exists() or not os.access(path, os.R_OK):
-            found = "cannot be read" if path.exists() else "does not exist"
-            raise LoadError(f"The calibration file must be a readable file or folder, but {path} {found}.")
+    check_calibration(recipe)
     if recipe.out is not None:
         check_target(recipe.out, overwrite=overwrite, inputs=input_paths(recipe))
     from surgery.members.member import check_names  # imports torch: last
@@ -143,6 +138,20 @@ def check(recipe: Recipe, *, overwrite: bool = False) -> None:
 
     names = [model.name or parse_reference(model.model)[0] for model in recipe.models]
     check_names(name or model.model for name, model in zip(names, recipe.models, strict=True))
+
+
+def check_calibration(recipe: Recipe) -> None:
+    """Whether the files with real inputs that a recipe names can be read.
+
+    Raises:
+        LoadError: naming the first that cannot.
+    """
+    files = [split_calibration(entry)[1] for entry in recipe.calibrate]
+    for file in (*files, *(model.calibrate for model in recipe.models if model.calibrate)):
+        path = Path(file).expanduser()
+        if not path.exists() or not os.access(path, os.R_OK):
+            found = "cannot be read" if path.exists() else "does not exist"
+            raise LoadError(f"`calibrate` must name readable files or folders, but {path} {found}.")
 
 
 def input_paths(recipe: Recipe, *, going_on: bool = False) -> list[Path]:
@@ -158,7 +167,7 @@ def input_paths(recipe: Recipe, *, going_on: bool = False) -> list[Path]:
     for model in recipe.models:
         named += [str(local_path(model.model) or "")] * (not going_on)
         named += [model.calibrate or "", *(task.data for task in model.tasks)]
-    named += [recipe.train.templates.source or ""] if recipe.train is not None else []
+    named += [recipe.train.source or ""] if recipe.train is not None else []
     return [path for path in (Path(name).expanduser() for name in named if name) if path.exists()]
 
 
@@ -251,15 +260,19 @@ def plan_members(
         TraceError: where a member cannot be traced.
     """
     from surgery.anatomy.plan import make_plan, starting_block
-    from surgery.core.method import PlanRequest, TensorMethod, find_method, settings_of
+    from surgery.core.method import PlanRequest, TensorMethod
+    from surgery.core.registry import find_method, settings_of
     from surgery.core.replacing import modules_replaced, plan_replacements
 
-    method, settings = find_method(recipe.method), settings_of(recipe.method, recipe.settings)
+    method = find_method(recipe.method)
+    given = settings_of(recipe.method, recipe.settings)
+    settings = settings_of(
+        recipe.method, given.model_dump(mode="json")
+    )  # defaults are what the recipe asks for
 
     def request(anatomies: Sequence[Anatomy] = ()) -> PlanRequest:
         block = recipe.parameters.block or starting_block(anatomies)
-        norms, stacks = recipe.parameters.mix_norms, recipe.select.stacks
-        return PlanRequest(block, recipe.parameters.context or 4, settings, norms, stacks)
+        return PlanRequest(block, recipe.parameters.context or 4, settings, recipe.select.stacks)
 
     if isinstance(method, TensorMethod):
         anatomies = _find_sites(recipe, members)
@@ -278,7 +291,7 @@ def _find_sites(recipe: Recipe, members: Sequence[Member]) -> list[Anatomy]:
 
     names = {member.name: list(state_tensors(member.module)) for member in members}
     chosen: dict[str, Mapping[str, Any]] = {
-        option: share_selectors(selectors, names, what=f"--{option}")
+        option: share_selectors(selectors, names, what=f"select.{option}")
         for option, selectors in recipe.select.model_dump(exclude={"stacks"}).items()
     }
     return [
@@ -299,19 +312,18 @@ def read_probes(recipe: Recipe, members: Sequence[Member]) -> dict[str, list[Inp
     """Real inputs by member: from files that name it, and from common files that suit it where none does.
 
     Raises:
-        LoadError: where a member's own file does not suit it, or a common file suits no member.
+        LoadError: where a file cannot be read, a member's own file does not suit it, or a common file suits no member.
         PlanError: where a file is given for a member that does not exist.
     """
     from surgery.inputs.probes import probe_inputs
 
+    check_calibration(recipe)
     entries = [split_calibration(entry) for entry in recipe.calibrate]
     own = [(model.name, model.calibrate) for model in recipe.models if model.calibrate]
     own += [(name, file) for name, file in entries if name is not None]
     names = [member.name for member in members]
     if unknown := sorted({name or "" for name, _ in own} - set(names)):
-        raise PlanError(
-            f"Calibration files need members, found {', '.join(unknown)}; known: {', '.join(names)}."
-        )
+        raise PlanError(f"`calibrate` needs members, found {', '.join(unknown)}; known: {', '.join(names)}.")
     probes: dict[str, list[Inputs]] = {}
     for member in members:
         for file in [file for name, file in own if name == member.name]:
@@ -330,6 +342,6 @@ def read_probes(recipe: Recipe, members: Sequence[Member]) -> dict[str, list[Inp
             raise (
                 failures[0]
                 if failures
-                else PlanError(f"Every member has its own file, so {file} serves none.")
+                else PlanError(f"`calibrate`: every member has its own file, so {file} serves none.")
             )
     return probes

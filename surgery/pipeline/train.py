@@ -15,7 +15,7 @@ from surgery.artifact.manifest import read_manifest
 from surgery.artifact.recorded import origin_of
 from surgery.core.joining import join
 from surgery.core.joint import JointModel
-from surgery.core.method import methods_of
+from surgery.core.registry import methods_of
 from surgery.disk.claims import claim_of_first
 from surgery.disk.folders import check_target
 from surgery.disk.records import remove_owned
@@ -27,7 +27,6 @@ from surgery.pipeline.finished import FOLDER, finished_run, going_on, run_folder
 from surgery.pipeline.merge import Prepared, input_paths, plan_members, prepare
 from surgery.pipeline.trial import begin_from_source, load_source
 from surgery.settings.recipe import Recipe
-from surgery.settings.training import Training
 from surgery.training.checking import check_recipe, check_source
 from surgery.training.report.report import TrainReport
 from surgery.training.report.runlog import NAME as LOG
@@ -35,9 +34,10 @@ from surgery.training.tasks.domains import adapting, with_sources
 from surgery.training.tasks.examples import TaskData
 from surgery.training.tasks.losses import DISTILLATION, adapts_by, loss_of, terms_of
 from surgery.training.tasks.rehearsal import rehearse_members
+from surgery.training.tasks.score import Score
 from surgery.training.tasks.sources import check_sources, load_data, make_tasks
 from surgery.training.tasks.tasks import Task
-from surgery.training.tasks.validation import Score, evaluate
+from surgery.training.tasks.validation import evaluate
 from surgery.training.train import fast, train
 
 
@@ -124,6 +124,7 @@ def train_recipe(
         return load(recipe.out, trust_remote_code=trust_remote_code), done
     if recipe.out is not None:
         check_target(recipe.out, overwrite=overwrite, inputs=input_paths(recipe, going_on=joint is not None))
+    cpu = cpu or recipe.device == "cpu"
     given = {"resume": resume, "fast_run": fast_run, "overwrite": overwrite, "cpu": cpu}
     with claim_of_first(recipe.out):
         return _train_recipe(
@@ -145,7 +146,7 @@ def _train_recipe(
 ) -> tuple[JointModel, TrainReport]:
     """`train_recipe`, with its target checked and held by this process."""
     assert recipe.train is not None
-    source = recipe.train.templates.source
+    source = recipe.train.source
     folder = None if recipe.out is None else run_folder(recipe.out)
     if joint is None:
         prepared = prepared or prepare_training(recipe, trust_remote_code)
@@ -154,15 +155,16 @@ def _train_recipe(
     else:
         recipe = going_on(recipe)
     read = None if prepared is None else prepared.data
-    config, tasks = _with_templates(recipe), make_tasks(recipe, joint.members, permission, read)
+    config, tasks = recipe.train, make_tasks(recipe, joint.members, permission, read)
+    assert config is not None
     if fast_run:
         config, tasks = fast(config, tasks)
-    if source is not None and (config.templates.source is not None or adapting(tasks)):
+    if source is not None and (config.source is not None or adapting(tasks)):
         given = load_source(source, trust_remote_code)
-        if config.templates.source is not None:  # not where an artifact that began from it goes on
+        if config.source is not None:  # not where an artifact that began from it goes on
             config = begin_from_source(joint, tasks, config, given, seed=recipe.seed, cpu=cpu)
         seen = 2 if fast_run else None
-        tasks = with_sources(recipe, tasks, given, source, config.templates.like, permission, seen)
+        tasks = with_sources(recipe, tasks, given, source, config.like, permission, seen)
         del given  # as large as the members
     if folder is not None and overwrite and not resume and _is_main():
         remove_owned(folder)  # an earlier run's, now that nothing else can go wrong
@@ -178,16 +180,6 @@ def _train_recipe(
 def _permission(own: bool, trust_remote_code: bool) -> Permission:
     """Of a recipe that the user wrote, or of one that came with an artifact."""
     return (Permission.of_user if own else Permission.of_artifact)(trust_remote_code)
-
-
-def _with_templates(recipe: Recipe) -> Training:
-    """The settings of a recipe, with what its parameters say of templates."""
-    assert recipe.train is not None
-    if recipe.method != "templates":
-        return recipe.train
-    given = {"count": recipe.parameters.templates, "mixing": recipe.parameters.mixture}
-    templates = recipe.train.templates.model_copy(update=given)
-    return recipe.train.model_copy(update={"templates": templates})
 
 
 def rejoin(
@@ -264,7 +256,11 @@ def evaluate_artifact(
     # Data that the user names need no further consent.
     reading = permission if data is None else Permission.of_user(trust_remote_code)
     scores: dict[str, Score] = {}
-    for task in make_tasks(recipe, joint.members, reading):
+    try:
+        tasks = make_tasks(recipe, joint.members, reading)
+    except SurgeryError as error:
+        raise error if data is None else type(error)(f"`data`: {error}") from error
+    for task in tasks:
         held = getattr(task, part) or task.validation or task.data
         losses = {}
         if not adapts_by(task.loss):  # an artifact holds nothing of the source that a member was adapted to

@@ -7,8 +7,9 @@ from copy import deepcopy
 
 from surgery.artifact import load
 from surgery.core.joint import JointModel
+from surgery.core.method import States, TensorMethod
+from surgery.core.registry import find_method
 from surgery.errors import PlanError
-from surgery.methods.templates.transfer import States, candidates, states_of, transfer
 from surgery.settings.training import Training
 from surgery.training.checking import require_source
 from surgery.training.tasks.domains import adapting
@@ -42,7 +43,7 @@ def begin_from_source(
     seed: int,
     cpu: bool,
 ) -> Training:
-    """Give a joint model the templates of a source, and the mixtures that suit its tasks best.
+    """Give a joint model what its method takes of a source, as it suits its tasks best.
 
     Args:
         joint: as `join` made it.
@@ -56,19 +57,19 @@ def begin_from_source(
         The settings with `like` filled in.
 
     Raises:
-        PlanError: where the source lacks the layers, or a task that adapts could begin as several of its members, since
-            without labels trials tell nothing.
+        PlanError: where the source has nothing for the joint model, or a task that adapts could begin as several of its
+            members, since without labels trials tell nothing.
     """
-    settings, states = config.templates, states_of(source)
-    names = candidates(joint, states)
-    if settings.like is None and len(names) > 1 and (adapted := adapting(tasks)):
+    method, states = find_method(joint.plan.method, TensorMethod), source.collapse()
+    names = method.candidates(joint, states)
+    if config.like is None and len(names) > 1 and (adapted := adapting(tasks)):
         raise PlanError(
             f"Task {', '.join(adapted)} adapts without labels, so no trial can tell which member of the source to "
             f"begin as: name it in train.templates.like, one of {', '.join(names)}."
         )
-    like = settings.like or best_of(joint, tasks, config, states, names, seed=seed, cpu=cpu)
-    transfer(joint, states, like, settings, seed)
-    return config.model_copy(update={"templates": settings.model_copy(update={"like": like})})
+    like = config.like or best_of(joint, tasks, config, states, names, seed=seed, cpu=cpu)
+    method.begin_as(joint, states, like, config, seed)
+    return config.beginning_as(like)
 
 
 def best_of(
@@ -84,21 +85,11 @@ def best_of(
     """The name with which a short training ends at the lowest loss, on validation data where tasks have some."""
     if len(names) == 1:
         return names[0]
-    templates = config.templates.model_copy(update={"harden": False})
-    short = config.model_copy(
-        update={
-            "templates": templates,
-            "steps": min(STEPS, config.steps),
-            "burn_in": 0,
-            "generations": 1,
-            "final": 0,
-            "trackers": (),
-        }
-    )
+    short, method = config.trial(STEPS), find_method(joint.plan.method, TensorMethod)
     losses = {}
     for name in track(names, "Trying sources"):
         twin = deepcopy(joint)
-        transfer(twin, states, name, templates, seed)
+        method.begin_as(twin, states, name, short, seed)
         found = train(twin, tasks, short, seed=seed, cpu=cpu)
         reached = {task: score.loss or 0.0 for task, score in found.scores.items()}
         losses[name] = sum(reached.get(task.name, 0.0) * task.weight for task in tasks)

@@ -14,6 +14,8 @@ from surgery.disk.places import of_recipe_file
 from surgery.disk.untrusted import RECIPE_BYTES, UnreadableError, parse_yaml, read_regular, shown
 from surgery.errors import PlanError
 from surgery.permission import SHIPPED, Permission
+from surgery.settings.former import TODAY, renewed
+from surgery.util.wording import sentence
 
 _CODE = re.compile(r"^(?!timm:|datasets:|hf-hub:|re:).*:[A-Za-z_]\w*$", re.DOTALL)
 """Texts that name a function: `file.py:function` and `package.module:function`."""
@@ -43,8 +45,10 @@ def read_text(source: str | Path) -> str:
 def read_document(source: str | Path) -> dict[str, Any]:
     """The document in a YAML file, or in the recipe of that name that is installed with this package.
 
+    Keys of earlier versions have the names of today.
+
     Raises:
-        PlanError: where there is no such file, or it is no YAML mapping.
+        PlanError: where there is no such file, it is no YAML mapping, or a setting has two values by two names.
     """
     try:
         document = parse_yaml(read_text(source))
@@ -54,7 +58,10 @@ def read_document(source: str | Path) -> dict[str, Any]:
         raise PlanError(
             f"The recipe {source} must be a YAML mapping with 'models', found {type(document).__name__}."
         )
-    return document
+    today, wrong = renewed(document)
+    if wrong:
+        raise PlanError(sentence(f"The recipe {source} is not valid: {'; '.join(wrong)}"))
+    return today
 
 
 def check_code(document: Mapping[str, Any], source: str | Path, trust_remote_code: bool) -> None:
@@ -127,10 +134,10 @@ def override(document: Mapping[str, Any], changes: Iterable[str]) -> dict[str, A
     result = deepcopy(dict(document))
     for change in changes:
         path, equals, text = change.partition("=")
-        keys = path.split(".")
+        keys = TODAY.get(path, path).split(".")
         if not equals or not all(keys):
             raise PlanError(
-                f"A change is written KEY=VALUE, for example parameters.budget=0.5, found '{change}'."
+                f"Each of `changes` is written KEY=VALUE, for example parameters.budget=0.5, found '{change}'."
             )
         try:
             value = parse_yaml(text)
@@ -152,13 +159,13 @@ def _step(place: Any, key: str, change: str) -> Any:
     if isinstance(place, list):
         if not key.isdecimal() or int(key) >= len(place):
             raise PlanError(
-                f"The change '{change}' needs an item of a list of {len(place)}, found '{key}': "
+                f"`changes`: '{change}' needs an item of a list of {len(place)}, found '{key}': "
                 "items are numbered from 0."
             )
         return place[int(key)]
     inner = place.setdefault(key, {})
     if not isinstance(inner, dict | list):
         raise PlanError(
-            f"The change '{change}' leads through '{key}', which is {shown(inner)} and holds no keys."
+            f"`changes`: '{change}' leads through '{key}', which is {shown(inner)} and holds no keys."
         )
     return inner

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+from pydantic import ValidationError
+
 from surgery.disk.untrusted import shown
 from surgery.errors import MissingMethodError, PlanError
 from surgery.settings.names import RELATED, SHIPPED_METHODS
-from surgery.settings.problems import advice_on
+from surgery.settings.problems import InnerError, Strict, advice_on
 from surgery.util.text import one_line
 
 ENTRY_POINTS = "surgery.methods"
@@ -45,6 +48,45 @@ def summary_of(name: str) -> str:
     if point is None or point.dist is None:
         return ""
     return (point.dist.metadata.get_all("Summary") or [""])[0]
+
+
+def settings_class(name: str) -> type[Strict]:
+    """The class of a method's settings; of a method of this package, nothing else is imported for it.
+
+    Raises:
+        PlanError: where there is no such method, or its package cannot be imported.
+    """
+    if name in SHIPPED_METHODS:
+        return import_module(f"surgery.methods.{name}.settings").Settings
+    return load_method(name).settings
+
+
+def validate_settings(method: str, given: Mapping[str, Any]) -> Strict:
+    """The settings of a method; the package of a method that is not ours is imported.
+
+    Args:
+        method: its name.
+        given: what a recipe says under `settings`.
+
+    Raises:
+        ValueError: for a setting of another method; an `InnerError` for all else that is wrong.
+        PlanError: where there is no such method, or its package cannot be imported.
+    """
+    kind = settings_class(method)
+    for name in given:
+        known = dict.fromkeys((*SHIPPED_METHODS, *REGISTERED))
+        others = [each for each in known if name in settings_class(each).model_fields]
+        if others and name not in kind.model_fields:
+            raise ValueError(of_another_method(f"settings.{name}", others, method))
+    try:
+        return kind.model_validate(dict(given))
+    except ValidationError as error:
+        raise InnerError(error, kind) from None
+
+
+def of_another_method(name: str, methods: Sequence[str], found: str) -> str:
+    """What is wrong with a setting that only other methods than the one that was asked for have, in words."""
+    return f"`{name}` needs {' or '.join(f'`method={each}`' for each in methods)}, found method {found}"
 
 
 def unknown_method(name: object) -> str:

@@ -12,8 +12,14 @@ SHIPPED_METHODS = {
 }
 """Methods of this package that a recipe can name, each a folder of `surgery.methods`, with what they do in one line."""
 
-PARAMETERS_OF = {"templates": ("templates", "mix_norms"), "hypermodules": ("hypermodules",)}
+TARGETS = ("max_error", "budget", "hypermodules")
+"""What can be asked of a fit, each with a value; at most one of them."""
+
+PARAMETERS_OF = {"hypermodules": ("hypermodules",)}
 """Parameters of a recipe that only one method reads."""
+
+LEVERS = {"hypermodules": "hypermodules", "templates": "templates"}
+"""What says how many a method of this package makes: a parameter or a setting of a recipe."""
 
 RELATED = ("siblings",)
 """Ways of storing related sites together, which a fit takes by itself: each a module `related` in a folder of
@@ -28,9 +34,6 @@ SIGNATURES = ("sequential", "cyclic", "progressive", "random")
 Scale = Literal["contexts", "rows"]
 """What carries the deviation of a layer's weights when its blocks become hypermodules."""
 
-FIT_TARGETS = ("max_error", "budget", "hypermodules")
-"""Parameters of a recipe that only a fit reads."""
-
 
 def without_target(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's document without the target of a fit: for weights that were not made by that fit alone.
@@ -42,4 +45,4 @@ def without_target(recipe: Mapping[str, Any]) -> dict[str, Any]:
     parameters = recipe.get("parameters")
     if not isinstance(parameters, Mapping):
         return dict(recipe)
-    return {**recipe, "parameters": {**parameters, **{key: None for key in FIT_TARGETS if key in parameters}}}
+    return {**recipe, "parameters": {**parameters, **{key: None for key in TARGETS if key in parameters}}}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from surgery.disk.untrusted import shown, shown_text
+
+_QUOTED = re.compile(r"`([a-z_]+(?:\.\w+)*)`")
 
 _BOUNDS = {
     "greater_than": "above {gt:.16g}",
@@ -60,32 +63,38 @@ def advice_on(name: str, known: Iterable[str], show: Sequence[str] | None = None
     return f"known are {', '.join(show or names)}" if names else "there are none"
 
 
-def problems_of(error: ValidationError, root: type[BaseModel], prefix: str = "") -> list[str]:
+def problems_of(
+    error: ValidationError,
+    root: type[BaseModel],
+    prefix: str = "",
+    called: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
     """Everything that a validation found, each in words; unknown names with the nearest known one.
 
     Args:
         error: of pydantic.
         root: the document that was validated.
         prefix: in front of the keys' paths.
+        called: what keys are called where they were given in another way, by path.
     """
     found: dict[str, str] = {}
     for each in error.errors(include_url=False):
         path = [str(part) for part in each["loc"]]
         inner = each.get("ctx", {}).get("error")
         if isinstance(inner, InnerError):
-            words = problems_of(inner.error, inner.root, _dotted(prefix, path))
+            words = problems_of(inner.error, inner.root, _dotted(prefix, path), called)
             found |= {f"{'.'.join(path)} {number}": problem for number, problem in enumerate(words)}
             continue
         branch = next((n for n, part in enumerate(path) if part == "str" or part.startswith("dict[")), None)
         if branch is None:
-            found[".".join(path)] = _explain(each, root, prefix)
+            found[".".join(path)] = _explain(each, root, prefix, called)
         elif branch == len(path) - 1:  # of text or a mapping, neither
             where = _dotted(prefix, path[:branch])
-            words = f"{where}: must be a name, or a mapping of names, found {shown(each['input'])}"
+            words = f"{_called(where, called)}: must be a name, or a mapping of names, found {shown(each['input'])}"
             found.setdefault(".".join(path[:branch]), words)
         else:
             found[".".join(path[:branch])] = _explain(
-                {**each, "loc": path[:branch] + path[branch + 1 :]}, root, prefix
+                {**each, "loc": path[:branch] + path[branch + 1 :]}, root, prefix, called
             )
     return list(found.values())
 
@@ -115,6 +124,28 @@ def keys_of(root: type[BaseModel], path: Sequence[str] = ()) -> list[str]:
     return list(root.model_fields)
 
 
+def paths_in(root: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The paths of all keys of a document; `N` stands for the numbers of items of lists.
+
+    Args:
+        root: of the document.
+        prefix: in front of all paths.
+
+    Example:
+        >>> class Inner(Strict):
+        ...     a: int = 0
+        >>> class Outer(Strict):
+        ...     items: tuple[Inner, ...] = ()
+        >>> list(paths_in(Outer))
+        ['items', 'items.N.a']
+    """
+    for name, field in root.model_fields.items():
+        path = _dotted(prefix, [name])
+        yield path
+        for inner in documents_in(field.annotation):
+            yield from paths_in(inner, f"{path}.N" if "tuple" in str(field.annotation) else path)
+
+
 def documents_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """The documents that a key's annotation holds, within lists and alternatives."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -123,13 +154,22 @@ def documents_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from documents_in(inner)
 
 
-def _explain(error: Any, root: type[BaseModel], prefix: str) -> str:
+def _explain(error: Any, root: type[BaseModel], prefix: str, called: Mapping[str, str]) -> str:
     path = [shown_text(str(part), 60) for part in error["loc"]]
     where = _dotted(prefix, path)
+    where = _called(where, called)
     if error["type"] == "extra_forbidden":
-        return f"'{where}' is not a known key, {advice_on(path[-1], keys_of(root, path[:-1]))}"
+        advice = advice_on(path[-1], keys_of(root, path[:-1]))
+        if not advice.startswith("did you"):  # the key of another place
+            known = {each.rpartition(".")[2]: each for each in reversed([*paths_in(root, prefix)])}
+            near = difflib.get_close_matches(path[-1].lower(), known, n=1, cutoff=0.8)
+            advice = f"did you mean '{known[near[0]]}'?" if near else advice
+        return f"'{where}' is not a known key, {advice}"
     message = error["msg"].removeprefix("Value error, ")
     message = shown_text(message[:1].lower() + message[1:], 400)
+    if error["type"] == "value_error":  # of ours: settings stand in backquotes
+        where = "" if message.startswith("`") else where
+        message = _QUOTED.sub(lambda key: _key_called(key[1], root, path, prefix, called), message)
     if error["type"] in _BOUNDS:
         message = f"must be {_BOUNDS[error['type']].format(**error.get('ctx', {}))}"
     found = "" if error["type"] in ("missing", "value_error") else f", found {shown(error['input'])}"
@@ -139,6 +179,24 @@ def _explain(error: Any, root: type[BaseModel], prefix: str) -> str:
         advice = advice_on(shown_text(str(error["input"])), words)
         near = f", {advice}" if advice.startswith("did you") else ""
     return f"{where}: {message}{found}{near}" if where else message
+
+
+def _key_called(
+    key: str, root: type[BaseModel], path: Sequence[str], prefix: str, called: Mapping[str, str]
+) -> str:
+    """How a message calls a setting that stands in backquotes: by its path in the document, or as it was given."""
+    place = list(path)
+    while place and key.partition(".")[0] not in keys_of(
+        root, place
+    ):  # a key of this part, or of one around it
+        place = place[:-1]
+    whole = _dotted(prefix, [*place, key])
+    return f"`{key}`" if whole == key and key not in called else _called(whole, called)
+
+
+def _called(where: str, called: Mapping[str, str]) -> str:
+    """What a key is called: as it was given, also where something within its value is meant; else its path."""
+    return next((name for path, name in called.items() if f"{where}.".startswith(f"{path}.")), where)
 
 
 def _dotted(prefix: str, path: Sequence[str]) -> str:

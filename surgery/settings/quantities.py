@@ -6,9 +6,12 @@ or a loop without end.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Annotated
 
 from pydantic import Field
+
+from surgery.errors import PlanError
 
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
 """Elements, bytes, locations, axes: what JSON holds exactly in every language."""
@@ -19,7 +22,9 @@ Positive = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
 Context = Annotated[int, Field(ge=1, le=1 << 16)]
 """Basis blocks of a hypermodule, templates of a stack; each is a tensor of its own."""
 
-Seed = Annotated[int, Field(ge=0, le=(1 << 32) - 1)]
+MOST_SEED = (1 << 32) - 1
+
+Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
 """What PyTorch, NumPy and Python all take."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -29,3 +34,13 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+def check_seed(seed: object) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+        PlanError: naming it.
+    """
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) <= MOST_SEED:
+        raise PlanError(f"`seed` must be a whole number from 0 to {MOST_SEED}, found {seed!r:.60}.")

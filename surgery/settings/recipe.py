@@ -9,6 +9,7 @@ may run) is not part of what an artifact records.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import yaml
@@ -16,15 +17,17 @@ from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, fi
 
 from surgery.disk.untrusted import shown_text
 from surgery.errors import PlanError, shorten
-from surgery.settings.methods import load_method, method_names, unknown_method
-from surgery.settings.names import DEFAULT_METHOD, FIT_TARGETS, PARAMETERS_OF, without_target
-from surgery.settings.problems import InnerError, Strict, problems_of
+from surgery.settings.former import renewed
+from surgery.settings.methods import method_names, of_another_method, unknown_method, validate_settings
+from surgery.settings.names import DEFAULT_METHOD, LEVERS, PARAMETERS_OF, TARGETS, without_target
+from surgery.settings.problems import Strict, problems_of
 from surgery.settings.quantities import Positive, Rate, Seed
-from surgery.settings.target import MAX_ERROR, TARGETS, Target
+from surgery.settings.target import MAX_ERROR, Target
 from surgery.settings.training import Adaptation, Training
 from surgery.util.wording import sentence
 
 MOST_ERRORS = 20  # that one message names
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 def known_method(name: object) -> object:
@@ -35,21 +38,17 @@ def known_method(name: object) -> object:
 
 
 def method_settings(method: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a method as JSON values, with its defaults; its package is imported for it.
+    """The settings of a method as JSON values, with its defaults.
 
     Args:
         method: its name.
         given: what a recipe says under `settings`.
 
     Raises:
-        InnerError: naming what is wrong.
+        ValueError: saying what is wrong.
         PlanError: where the method cannot be imported.
     """
-    kind = load_method(method).settings
-    try:
-        return kind.model_validate(dict(given)).model_dump(mode="json")
-    except ValidationError as error:
-        raise InnerError(error, kind) from None
+    return validate_settings(method, given).model_dump(mode="json")
 
 
 class TaskSpec(Strict):
@@ -96,13 +95,7 @@ class Model(Strict):
 
 
 class Parameters(Target):
-    """The target, and the shape of the dictionary; what is not given is chosen by the fit.
-
-    Attributes:
-        mix_norms: whether scale and shift of norms are mixed too, with method templates; running statistics never are.
-    """
-
-    mix_norms: bool = False
+    """The target, and the shape of the dictionary; what is not given is chosen by the fit."""
 
 
 class Select(Strict):
@@ -122,14 +115,6 @@ class Select(Strict):
     skip: tuple[str, ...] = ()
     stacks: tuple[str, ...] = ()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _former_name(cls, given: Any) -> Any:
-        """Recipes that older artifacts record say `adapters`."""
-        if isinstance(given, Mapping) and "adapters" in given and "private" not in given:
-            return {"private" if key == "adapters" else key: value for key, value in given.items()}
-        return given
-
 
 class Recipe(Strict):
     """A complete merge.
@@ -144,7 +129,8 @@ class Recipe(Strict):
         calibrate: files with real inputs, each used for every member that it suits.
         seed: of all that is drawn at random.
         allow_nonfinite: whether members' weights may be NaN or infinite, as rows of unused tokens are.
-        device: where the fit computes; `auto` takes an accelerator where there is one.
+        device: where the fit computes; `auto` takes an accelerator where there is one. Training runs where it is
+            launched, and on the CPU where this is `cpu`.
         train: settings of joint training; None for a merge.
         out: the folder to write; not recorded in artifacts.
 
@@ -166,50 +152,52 @@ class Recipe(Strict):
     train: Training | None = None
     out: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_today(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        document, wrong = renewed(given)
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return document
+
+    @field_validator("parameters")
+    @classmethod
+    def _parameters_of_the_method(cls, given: Parameters, info: ValidationInfo) -> Parameters:
+        for method, names in PARAMETERS_OF.items():
+            found = [name for name in names if getattr(given, name)]
+            if found and info.data.get("method", method) != method:
+                raise ValueError(of_another_method(found[0], [method], info.data["method"]))
+        return given
+
     @field_validator("settings")
     @classmethod
     def _settings_of_the_method(cls, given: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
         """Those that are given are all right, and what is not given has its default."""
         return method_settings(info.data["method"], given) if given and "method" in info.data else given
 
-    @model_validator(mode="after")
-    def _method_suits(self) -> Recipe:
-        for method, names in PARAMETERS_OF.items():
-            given = [name for name in names if getattr(self.parameters, name)]
-            if given and self.method != method:
-                raise ValueError(f"parameters.{given[0]} needs method {method}, found method {self.method}")
-        return self
-
-    @model_validator(mode="after")
-    def _templates_are_named_once(self) -> Recipe:
-        """In a recipe `parameters` say how many templates there are and how they are mixed, for merges and training."""
-        if self.method == "templates" and self.train is not None:
-            for own, other in (("templates", "count"), ("mixture", "mixing")):
-                given, wanted = getattr(self.train.templates, other), getattr(self.parameters, own)
-                default = type(self.train.templates).model_fields[other].default
-                if given not in (default, wanted):
-                    raise ValueError(
-                        f"train.templates.{other} is parameters.{own} in a recipe, found {given} beside {wanted}: give "
-                        f"parameters.{own} alone"
-                    )
-        return self
-
     @classmethod
-    def of(cls, document: Mapping[str, Any], also: Sequence[str] = ()) -> Recipe:
+    def of(
+        cls, document: Mapping[str, Any], also: Sequence[str] = (), called: Mapping[str, str] = NOTHING
+    ) -> Recipe:
         """Validate a document.
 
         Args:
             document: as YAML reads it.
             also: what is wrong with it besides, found elsewhere.
+            called: what errors call keys that were given in another way than by their paths, by path, such as
+                `{"parameters.budget": "--budget"}`.
 
         Raises:
             PlanError: naming every key and value that is wrong, in one error.
         """
-        wrong, found = list(also), None
+        today, wrong = renewed(document)
+        wrong, found = [*wrong, *also], None
         try:
-            found = cls.model_validate(dict(document))
+            found = cls.model_validate(today)
         except ValidationError as error:
-            wrong = [*problems_of(error, cls), *wrong]
+            wrong = [*problems_of(error, cls, called=called), *wrong]
         if found is None or wrong:
             broken = shorten((shown_text(each, 500) for each in wrong), MOST_ERRORS, "; ")
             raise PlanError(sentence(f"The recipe is not valid: {broken}"))
@@ -217,7 +205,7 @@ class Recipe(Strict):
 
     @property
     def target(self) -> tuple[str, float]:
-        """Name and value of the target; of templates where nothing else is given."""
+        """Name and value of the target."""
         for name in TARGETS:
             if (value := getattr(self.parameters, name)) is not None:
                 return name, value
@@ -227,8 +215,10 @@ class Recipe(Strict):
         """What an artifact records: every value in force, in plain types, without where it was written.
 
         Args:
-            fixed: whether settings of the method fix what is made, so that no error is the target by default.
+            fixed: whether settings of the method fix what is made, so that no error is the target by default; of the
+                methods of this package that is seen.
         """
+        fixed = fixed or bool(self.settings.get(LEVERS.get(self.method, "")))
         document = self.model_dump(mode="json", exclude={"out"} if self.train else {"out", "train"})
         if not self.allow_nonfinite:  # most recipes have nothing to say of it
             del document["allow_nonfinite"]
@@ -264,7 +254,7 @@ class Recipe(Strict):
 
     def without_target(self) -> Recipe:
         """The same without the target of a fit: for weights that were not made by that fit alone."""
-        given = {name: None for name in FIT_TARGETS if name in self.parameters.model_fields_set}
+        given = {name: None for name in TARGETS if name in self.parameters.model_fields_set}
         return (
             self.model_copy(update={"parameters": self.parameters.model_copy(update=given)})
             if given

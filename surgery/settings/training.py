@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -116,14 +115,6 @@ class Training(Strict):
     trackers: tuple[str, ...] = ()
     save_seconds: NotNegative = 30.0
 
-    @model_validator(mode="before")
-    @classmethod
-    def _former_name(cls, given: Any) -> Any:
-        """Recipes that older artifacts record say `precision`."""
-        if isinstance(given, Mapping) and "precision" in given and "mixed_precision" not in given:
-            return {"mixed_precision" if key == "precision" else key: value for key, value in given.items()}
-        return given
-
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _no_is_a_word(cls, value: object) -> object:
@@ -136,6 +127,40 @@ class Training(Strict):
                 "templates.harden needs final generations, in which hardened templates are trained"
             )
         return self
+
+    @property
+    def source(self) -> str | None:
+        """The artifact that training begins from, or whose features a task adapts to."""
+        return self.templates.source
+
+    @property
+    def like(self) -> str | None:
+        """The source's member that counts."""
+        return self.templates.like
+
+    def beginning_as(self, like: str) -> Training:
+        """The same, with the source's member that counts."""
+        return self.model_copy(update={"templates": self.templates.model_copy(update={"like": like})})
+
+    def going_on(self) -> Training:
+        """The same for members that are trained already: from what they have."""
+        changes = {
+            "evolution": self.evolution.model_copy(update={"start": "given"}),
+            "templates": self.templates.model_copy(update={"start": "fit", "source": None}),
+        }
+        return self.model_copy(update=changes)
+
+    def trial(self, steps: int) -> Training:
+        """A short run that says how well these settings begin."""
+        changes = {
+            "templates": self.templates.model_copy(update={"harden": False}),
+            "steps": min(steps, self.steps),
+            "burn_in": 0,
+            "generations": 1,
+            "final": 0,
+            "trackers": (),
+        }
+        return self.model_copy(update=changes)
 
     @property
     def total(self) -> int:

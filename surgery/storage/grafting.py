@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import Placement, Plan
-from surgery.core.method import tensor_method
+from surgery.core.method import TensorMethod
+from surgery.core.registry import find_method
 from surgery.storage.codecs import Encoded
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
 from surgery.storage.stored import ALIAS_BYTES, Stored
@@ -36,7 +37,7 @@ def graft(stored: Stored, addition: Stored, banks: Mapping[str, str | PlainKey])
     for p in addition.plan.placements:  # one bank for each site
         bank, more = plans[banks[p.bank]], addition.plan.bank(p.bank)
         held = {k.part: e for k, e in tensors.items() if isinstance(k, PartKey) and k.bank == bank.key}
-        method = tensor_method(bank.method)
+        method = find_method(bank.method, TensorMethod)
         plans[bank.key], parts = method.extend(bank, held, more, addition.parts(p.bank))
         tensors.update({PartKey(bank.key, name): each for name, each in parts.items()})
         placements.append(replace(p, bank=bank.key, start=bank.locations))
@@ -68,7 +69,10 @@ def _lend(
         if isinstance(key, str):
             found[p.bank] = key
             continue
-        method, names = tensor_method(addition.plan.bank(p.bank).method), {plan.key for plan in plans}
+        method, names = (
+            find_method(addition.plan.bank(p.bank).method, TensorMethod),
+            {plan.key for plan in plans},
+        )
         name = next(name for i in count() if (name := f"{p.bank.rpartition('-')[0]}-lent-{i}") not in names)
         owners = stored.ties.get(key.member, {}).get(key.name, (key.name,))
         lent = method.lend(
@@ -89,7 +93,8 @@ def give_back(stored: Stored) -> Stored:
     back = {
         bank.key: tensor
         for bank in stored.plan.banks
-        if (tensor := tensor_method(bank.method).given_back(bank, stored.parts(bank.key))) is not None
+        if (tensor := find_method(bank.method, TensorMethod).given_back(bank, stored.parts(bank.key)))
+        is not None
     }
     if not back:
         return stored

@@ -23,7 +23,8 @@ from surgery.core.bank import Bank
 from surgery.core.dictionary import Dictionary
 from surgery.core.joint import JointModel
 from surgery.core.known import Known
-from surgery.core.method import tensor_method
+from surgery.core.method import TensorMethod
+from surgery.core.registry import find_method
 from surgery.core.settle import settle
 from surgery.members.extra_state import extra_state_of, set_extra_state
 from surgery.members.member import Member
@@ -147,7 +148,7 @@ def bank_tensors(plan: BankPlan, bank: Bank, like: Collection[str] = ()) -> dict
 def build_bank(plan: BankPlan, tensors: Mapping[StorageKey, Encoded]) -> Bank:
     """The inverse of `bank_tensors`."""
     parts = {part: decode(each) for part, each in _parts(tensors, plan.key).items()}
-    return tensor_method(plan.method).unpack(plan, parts)
+    return find_method(plan.method, TensorMethod).unpack(plan, parts)
 
 
 def _parts(tensors: Mapping[StorageKey, Encoded], bank: str) -> dict[str, Encoded]:

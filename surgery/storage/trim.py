@@ -14,7 +14,8 @@ import torch
 
 from surgery.anatomy.plan import BankPlan, Placement, torch_dtype
 from surgery.core.generation import generated
-from surgery.core.method import tensor_method
+from surgery.core.method import TensorMethod
+from surgery.core.registry import find_method
 from surgery.storage.codecs import Encoded, decode, encode_native
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
 from surgery.storage.stored import Stored, build_bank
@@ -38,7 +39,9 @@ def restrict(stored: Stored, members: Iterable[str]) -> Stored:
     for bank in stored.plan.banks:
         mine = [p for name in names for p in stored.plan.of(name) if p.bank == bank.key]
         if mine:
-            smaller, moved, parts = tensor_method(bank.method).restrict(bank, mine, stored.parts(bank.key))
+            smaller, moved, parts = find_method(bank.method, TensorMethod).restrict(
+                bank, mine, stored.parts(bank.key)
+            )
             banks.append(smaller)
             placements += moved
             tensors.update({PartKey(bank.key, part): each for part, each in parts.items()})

@@ -54,6 +54,11 @@ def to_meta(tensor: Tensor) -> Tensor:
     return twin
 
 
+def on_meta(value: Any) -> Any:
+    """A tensor without its data; anything else as it is."""
+    return value.to("meta") if isinstance(value, Tensor) and not value.is_meta else value
+
+
 def share_parameters(tensor: Tensor) -> Tensor:
     """A parameter itself; a clone of any other tensor, because a forward may write to it."""
     return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()

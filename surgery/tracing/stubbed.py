@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from surgery.tracing.bounds import OutOfBoundsError, Watch
+from surgery.tracing.copying import on_meta
 from surgery.tracing.recorder import Recorder, writes_to
 
 LARGEST = 1 << 22  # elements in a shadow; beyond, computing it would cost what meta tensors save
@@ -80,7 +81,7 @@ class StubbedRecorder(Recorder):
     def _on_meta(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         if any(leaf.is_meta for leaf in leaves) and not all(leaf.is_meta for leaf in leaves):
-            args, kwargs = tree_map(_to_meta, (args, kwargs))  # what a module made without saying where
+            args, kwargs = tree_map(on_meta, (args, kwargs))  # what a module made without saying where
         try:
             return super().run(func, args, kwargs)
         except OutOfBoundsError:
@@ -140,10 +141,6 @@ class StubbedRecorder(Recorder):
         memory = value.untyped_storage().data_ptr()
         for meta in [m for m, v in self.shadows.items() if v.untyped_storage().data_ptr() == memory]:
             del self.shadows[meta]
-
-
-def _to_meta(item: Any) -> Any:
-    return item.to("meta") if isinstance(item, Tensor) and not item.is_meta else item
 
 
 def _numbers(args: Any, kwargs: Any) -> int:

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from surgery.anatomy.selectors import share_selectors
+from surgery.core.registry import with_settings
 from surgery.errors import LoadError, PlanError, SurgeryError
 from surgery.members.origins.definitions import function_problem
 from surgery.members.origins.factory import claims as is_factory
 from surgery.members.references import parse_reference
+from surgery.settings.former import renewed
 from surgery.settings.problems import advice_on, problems_of
-from surgery.settings.recipe import Recipe
+from surgery.settings.quantities import check_seed
+from surgery.settings.recipe import NOTHING, Recipe
 from surgery.settings.training import Training
 from surgery.training.report.trackers import check_trackers
 from surgery.training.tasks.losses import TARGETED, adapts_by, loss_problems
@@ -30,6 +33,7 @@ from surgery.training.tasks.sources_text import TEXT_ENDINGS
 from surgery.util.wording import sentence
 
 if TYPE_CHECKING:
+    from surgery.anatomy.plan import Plan
     from surgery.core.joint import JointModel
     from surgery.training.tasks.tasks import Task
 
@@ -39,17 +43,20 @@ TEXT = ("text", "target", "length", "tokenizer", *SPLITS)
 HUB = ("name", "splits", "inputs", *TEXT)
 
 
-def check_document(document: Mapping[str, Any], going_on: bool = False) -> Recipe:
+def check_document(
+    document: Mapping[str, Any], going_on: bool = False, called: Mapping[str, str] = NOTHING
+) -> Recipe:
     """The recipe of a document, whose losses, metrics, data and trackers can be had.
 
     Args:
         document: as YAML reads it.
         going_on: whether its members come from an artifact.
+        called: as in `Recipe.of`.
 
     Raises:
         PlanError: naming all that is wrong with keys, values and names.
     """
-    return Recipe.of(document, recipe_problems(document, going_on))
+    return Recipe.of(document, recipe_problems(document, going_on), called)
 
 
 def check_recipe(recipe: Recipe, going_on: bool = False) -> None:
@@ -95,12 +102,12 @@ def recipe_problems(document: Mapping[str, Any], going_on: bool = False) -> list
 
 
 def check_source(recipe: Recipe) -> None:
-    """Whether the artifact is there that templates or features come from.
+    """Whether the artifact is there that training begins from, or whose features a task adapts to.
 
     Raises:
         LoadError: where it is not.
     """
-    if recipe.train and (source := recipe.train.templates.source) is not None:
+    if recipe.train and (source := recipe.train.source) is not None:
         require_source(source)
 
 
@@ -118,30 +125,48 @@ def require_source(source: str) -> None:
 
 
 def check_run(
-    joint: JointModel, tasks: Sequence[Task], config: Training | Mapping[str, Any] | None, folder: object
-) -> Training:
-    """The settings of a run in Python, which suit its members and tasks.
+    joint: JointModel,
+    tasks: Sequence[Task],
+    config: Training | Mapping[str, Any] | None,
+    settings: Mapping[str, Any] | None,
+    folder: object,
+    seed: int,
+) -> tuple[Training, Plan]:
+    """The settings of a run in Python, which suit its members and tasks, and the plan with those of its method.
 
     Raises:
         PlanError: naming all that is wrong.
     """
     wrong = _task_problems(joint, tasks)
-    settings = Training()
+    training, plan = config if isinstance(config, Training) else Training(), joint.plan
+    if not isinstance(config, Training):
+        given = {
+            "method": plan.method,
+            "settings": dict(settings or {}),
+            "train": dict(config or {}),
+        }
+        today, twice = renewed(given)
+        settings, wrong = today["settings"], wrong + twice
+        try:
+            training = Training.model_validate(today["train"])
+        except ValidationError as error:
+            wrong += problems_of(error, Training, "train")
     try:
-        settings = config if isinstance(config, Training) else Training.model_validate(dict(config or {}))
-    except ValidationError as error:
-        wrong += problems_of(error, Training, "train")
-    if settings.trackers and folder is None:
+        plan = with_settings(plan, settings) if settings else plan
+    except PlanError as error:
+        wrong.append(str(error).removesuffix("."))
+    wrong += _caught(check_seed, seed)
+    if training.trackers and folder is None:
         wrong.append("train.trackers write to a folder: give train(..., folder=...)")
-    wrong += _caught(check_trackers, settings.trackers)
+    wrong += _caught(check_trackers, training.trackers)
     names = {name: list(joint.private(name)) for name in joint.names}
     for key in ("share", "freeze"):
-        wrong += _caught(share_selectors, getattr(settings, key), names, f"train.{key}")
+        wrong += _caught(share_selectors, getattr(training, key), names, f"train.{key}")
     if wrong:
         raise PlanError(
             sentence(f"Training needs settings and tasks that fit the joint model; found: {'; '.join(wrong)}")
         )
-    return settings
+    return training, plan
 
 
 def _task_problems(joint: JointModel, tasks: Sequence[Task]) -> list[str]:

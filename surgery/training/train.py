@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from surgery.anatomy.plan import Plan
 from surgery.anatomy.selectors import share_selectors
 from surgery.core.joint import JointModel
+from surgery.core.registry import recorded_plan
 from surgery.disk.claims import claim_of_first
 from surgery.members.extra_state import extra_state_of, to_document
 from surgery.settings.training import Training
@@ -44,6 +46,7 @@ def train(
     tasks: Sequence[Task],
     config: Training | Mapping[str, Any] | None = None,
     *,
+    settings: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
@@ -58,7 +61,9 @@ def train(
     Args:
         joint: as `join` made it, or loaded; it is trained in place and left on a hard alignment.
         tasks: at least one.
-        config: settings, or a mapping of them.
+        config: of the run, as a recipe has it under `train`.
+        settings: of the plan's method, as a recipe has them under `settings`, in place of those that it was planned
+            with.
         folder: for the log and the state; without one nothing can be resumed.
         resume: whether to go on from the state in `folder`, where there is one.
         seed: of all that is drawn at random.
@@ -83,16 +88,17 @@ def train(
         >>> report.generations
         3
     """
-    settings = check_run(joint, tasks, config, folder)
+    training, plan = check_run(joint, tasks, config, settings, folder, seed)
     for name in joint.names:
         to_document(extra_state_of(joint[name]), name)  # it belongs to the run's state
     place = None if folder is None else Path(folder).expanduser()
     with claim_of_first(place):
-        return _train(joint, tasks, settings, place, resume, seed, cpu)
+        return _train(joint, plan, tasks, training, place, resume, seed, cpu)
 
 
 def _train(
     joint: JointModel,
+    plan: Plan,
     tasks: Sequence[Task],
     settings: Training,
     place: Path | None,
@@ -135,6 +141,7 @@ def _train(
     with made_losses(joint, tasks, place_original) as losses:
         # Under FSDP an original that is distilled is elsewhere than the members are until they are cut.
         rehearse(joint, tasks, losses if sharding is None else {}, seed)
+        joint.plan = plan
         start(joint, settings, seed)
         if sharding is not None:
             check_banks(joint)
@@ -149,6 +156,9 @@ def _train(
             run.resume()
         report = run.to_the_end()
     joint.forget_originals()  # what was distilled
+    joint.keep_known(replace(joint.known, training=report))
+    # What was made is in the banks: a later fit makes what it is asked for.
+    joint.plan = replace(joint.plan, banks=tuple(recorded_plan(bank) for bank in joint.plan.banks))
     return report
 
 

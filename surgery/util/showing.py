@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 from surgery.errors import first_few
 
@@ -50,6 +52,20 @@ def plural(count: int, noun: str) -> str:
         ('1 member', '2 members')
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def finite(value: Any) -> Any:
+    """JSON values with NaN and infinities as None, which JSON cannot say.
+
+    Example:
+        >>> finite({"a": (1.5, float("nan"))})
+        {'a': [1.5, None]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _side(column: int) -> str:

@@ -24,7 +24,7 @@ from surgery.storage.trim import trim
 from surgery.training.loop.starting import start
 from surgery.training.report.comparison import measure, total, verdict, whole_parts
 from surgery.training.report.runlog import find_log, read_log
-from surgery.training.tasks.validation import Score
+from surgery.training.tasks.score import Score
 from surgery.util import wording
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import pickle
@@ -26,6 +27,8 @@ from surgery.pipeline.merge import merge
 from surgery.pipeline.train import evaluate_artifact, train_recipe
 from surgery.settings.names import without_target
 from surgery.settings.recipe import Recipe
+from surgery.training.report.report import TrainReport
+from surgery.training.tasks.score import Score
 
 SIZES = st.dictionaries(st.sampled_from("abc"), st.integers(0, 1 << 53), max_size=3)
 REPORTS = st.builds(
@@ -98,6 +101,108 @@ def test_a_report_that_is_none_is_an_error_of_the_artifact(change, said, tmp_pat
         lambda m: m.update(report=m["report"] | change if isinstance(change, dict) else change),
     )
     with pytest.raises(ArtifactError, match=said.partition(":")[0]):
+        surgery.load(tmp_path / "joint", modules=modules())
+
+
+# -- training ------------------------------------------------------------------------------------------------
+
+COUNTS = st.dictionaries(st.sampled_from("abc"), st.integers(0, 1 << 53), max_size=2)
+SCORES = st.dictionaries(
+    st.sampled_from("abc"),
+    st.builds(
+        Score,
+        st.none() | st.floats(-1e3, 1e3),
+        st.none() | st.floats(0, 1) | st.just(math.nan),
+        st.integers(0, 99),
+    ),
+    max_size=2,
+)
+TRAINED = st.builds(
+    TrainReport,
+    generations=st.integers(0, 99),
+    best=st.integers(-1, 99),
+    scores=SCORES,
+    tests=SCORES,
+    first=SCORES,
+    hypermodules=COUNTS,
+    templates=COUNTS,
+    numbers=st.tuples(st.integers(0, 9), st.integers(0, 9)),
+    sizes=st.just({}) | st.just({"joint": {"net": {"parameters": 3, "bytes": 12}}}),
+    methods=st.just({}) | st.just({"gates": {"open": [1, 2]}}),
+    stopped=st.sampled_from(["done", "no better validation in 3"]),
+    seconds=st.floats(0, 1e6),
+)
+
+
+@given(TRAINED)
+def test_a_training_s_report_read_back_is_written_as_the_same_json(report: TrainReport):
+    text = json.dumps(report.to_json(), allow_nan=False)
+    found = TypeAdapter(TrainReport).validate_json(text)
+    assert json.dumps(found.to_json()) == text and found.seconds == 0
+    of_log = TrainReport.of(json.loads(json.dumps(report.document())))
+    assert of_log.document().keys() == report.document().keys()
+    assert json.dumps(of_log.document()) == json.dumps(report.document())
+    repr(found)
+
+
+def test_after_a_training_the_report_is_its_own_until_weights_change(mine):
+    made = surgery.load_member("mine.py:make", name="net", trust_remote_code=True)
+    joint = surgery.fit(surgery.join([made], block=(8, 8)), max_error=0.05)
+    assert isinstance(joint.report, FitReport)
+    task = surgery.Task("signs", "net", [(torch.ones(4, 4), torch.zeros(4, dtype=torch.long))])
+    report = surgery.train(joint, [task], TRAIN, cpu=True)
+    assert isinstance(report, TrainReport) and report.scores.keys() == set() and joint.report == report
+    for twin in (copy.deepcopy(joint), pickle.loads(pickle.dumps(joint))):
+        assert twin.report == report
+    surgery.save(joint, "python")
+    found = load("python")
+    assert found.report == dataclasses.replace(report, seconds=0.0)
+    surgery.save(found, "again")
+    assert contents(Path("again")) == contents(Path("python"))
+    for each in (joint, found):
+        with torch.no_grad():
+            each["net"][6].bias.add_(1)
+        assert each.report is None
+    surgery.save(joint, "changed")
+    assert "training" not in json.loads(Path("changed/manifest.json").read_text())
+    assert load("changed").report.target == ""  # of the fit, what holds of any weights
+    fit = surgery.fit(load("python"), budget=0.5)
+    assert isinstance(fit.report, FitReport) and fit.report.target == "budget 0.5"
+    surgery.save(fit, "small")
+    assert load("small").report == dataclasses.replace(fit.report, detail=())
+    assert isinstance(surgery.fit(joint, max_error=0).report, FitReport)
+
+
+def test_an_artifact_that_a_run_wrote_has_the_report_of_its_log(mine):
+    joint = trained()
+    assert isinstance(joint.report, TrainReport)
+    assert "training" not in json.loads(Path("trained/manifest.json").read_text())
+    found = load("trained")
+    assert found.report == joint.report and found.report.scores.keys() == joint.report.scores.keys()
+    surgery.save(found, "copy")  # without the log
+    assert load("copy").report == dataclasses.replace(joint.report, seconds=0.0)
+    log = Path("trained/training/log.jsonl")
+    log.write_text(log.read_text().replace('"event": "end"', '"event": "dne"'))
+    assert load("trained").report is None  # a log that does not end as one
+
+
+def test_a_part_of_what_was_trained_has_no_report_of_all(tmp_path):
+    made = [member(seeded(stack, n), name, torch.zeros(2, 8)) for n, name in enumerate(modules())]
+    joint = surgery.join(made)
+    tasks = [surgery.Task(name, name, [(torch.ones(2, 8), None)], loss="distillation") for name in joint]
+    surgery.train(joint, tasks, TRAIN, cpu=True)
+    surgery.save(joint, tmp_path / "joint")
+    name = joint.names[0]
+    part = surgery.load(tmp_path / "joint", members=[name], modules={name: modules()[name]})
+    assert part.report is None
+    assert isinstance(surgery.load(tmp_path / "joint", modules=modules()).report, TrainReport)
+
+
+@pytest.mark.parametrize("change", [{"best": "x"}, {"scores": {"a": {"loss": 1}}}, {"numbers": [1]}, [1]])
+def test_a_training_s_report_that_is_none_is_an_error_of_the_artifact(change, tmp_path):
+    surgery.save(fitted(), tmp_path / "joint")
+    rewrite(tmp_path / "joint", lambda m: m.update(training=change))
+    with pytest.raises(ArtifactError, match="training"):
         surgery.load(tmp_path / "joint", modules=modules())
 
 

@@ -206,7 +206,7 @@ def test_signatures_are_recipes_that_can_be_read(name):
 
     recipe = Recipe.of(document_of("isometric", methods_of("vit")[name], ["net"], 0, []))
     assert recipe.models[0].model.startswith("surgery_recipes.isometric:vit?layers=")
-    assert recipe.train is not None and (recipe.parameters.templates is None) == (name == "plain")
+    assert recipe.train is not None and (recipe.settings["templates"] is None) == (name == "plain")
 
 
 def test_students_are_tested_on_texts_of_other_documents():

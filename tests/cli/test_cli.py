@@ -190,10 +190,10 @@ def test_a_zero_is_a_value(nets, tmp_path, option, value, target):
 
 BAD = {
     "two targets": (["--budget", "0.5", "--max-error", "0.1"], "only one of"),
-    "negative error": (["--max-error", "-1"], "max_error"),
-    "budget above 1": (["--budget", "1.5"], "budget"),
-    "no budget": (["--budget", "0"], "budget"),
-    "no hypermodule": (["--hypermodules", "0"], "hypermodules"),
+    "negative error": (["--max-error", "-1"], "--max-error"),
+    "budget above 1": (["--budget", "1.5"], "--budget"),
+    "no budget": (["--budget", "0"], "--budget"),
+    "no hypermodule": (["--hypermodules", "0"], "--hypermodules"),
     "block that is none": (["--block", "16by16"], "16x16"),
     "block larger than every site": (["--block", "512x512"], "512"),
     "unknown method": (["--set", "method=magic"], "method"),

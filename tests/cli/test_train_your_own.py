@@ -92,17 +92,12 @@ def test_the_tables_are_those_of_the_settings(page):
 
 
 def test_every_key_is_said_once(page):
-    from surgery.settings.problems import documents_in
+    from surgery.methods.templates.settings import Settings
+    from surgery.settings.problems import paths_in
     from surgery.settings.recipe import Recipe
-
-    def names(model, prefix):
-        for name, field in model.model_fields.items():
-            yield f"`{prefix}{name}`"
-            many = "N." if "tuple" in str(field.annotation) else ""
-            for inner in documents_in(field.annotation):
-                yield from names(inner, f"{prefix}{name}.{many}")
 
     found = re.findall(
         r"^\| (`[\w.]+`) \|", page.partition("### Losses")[0].partition("### Keys of a recipe")[2], re.M
     )
-    assert sorted(found) == sorted(names(Recipe, ""))
+    known = [*paths_in(Recipe), *paths_in(Settings, "settings")]
+    assert sorted(found) == sorted(f"`{path}`" for path in known)

@@ -148,7 +148,7 @@ def test_a_recipe_that_is_no_document(tmp_path, text):
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"parameters": {"context": 10**59}}, "parameters.context: .*65536, found a number of about 59 digits"),
-    ({"parameters": {"templates": 10**59}, "method": "templates"}, "parameters.templates"),
+    ({"settings": {"templates": 10**59}, "method": "templates"}, "settings.templates"),
     ({"parameters": {"block": f"{10**59}x1"}}, "parameters.block"),
     ({"parameters": {"max_error": float("inf")}}, "parameters.max_error"),
     ({"seed": 2**32}, "seed: .*4294967295"),

@@ -22,6 +22,7 @@ from surgery.errors import PlanError, TrainingError
 from surgery.members.replacement import Replacement
 from surgery.settings.methods import REGISTERED
 from surgery.settings.problems import Strict
+from surgery.storage.keys import StateKey
 from surgery.training.distributed.fsdp import check_banks
 from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.moves import Moves
@@ -262,7 +263,7 @@ def state(tmp_path, monkeypatch):
 
 
 def put(name, value):
-    return lambda tensors, document: tensors.update({name: value})
+    return lambda tensors, document: tensors.update({StateKey.parse(name): value})
 
 
 @pytest.mark.parametrize(("change", "said"), [

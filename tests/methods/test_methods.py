@@ -24,7 +24,8 @@ from places import DOCS
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.core.method import find_method, tensor_method
+from surgery.core.method import TensorMethod
+from surgery.core.registry import find_method
 from surgery.disk.tensorheader import parse_header
 from surgery.errors import ArtifactError, MissingMethodError, PlanError
 from surgery.fitting.allocation import Choice
@@ -205,7 +206,7 @@ def test_predicted_errors_are_those_of_the_weights_that_members_get(package, ran
         owners = {name: (name,) for name in state}
         trials[each.name] = Trial(each, state, owners, [each.inputs], torch.device("cpu"))
     scene = Scene(trials, plan, Target(), seed)
-    groups = arrange_made(tensor_method("low_rank"), scene, plan)
+    groups = arrange_made(find_method("low_rank", TensorMethod), scene, plan)
     assert all(group.shared and group.claimed for group in groups)
     table, units, arrangements = tabulate(groups, list(trials))
     generator = torch.Generator().manual_seed(seed)
@@ -262,11 +263,12 @@ def test_recipes_know_it_without_importing_it(package):
         ({"settings": [4]}, "settings: input should be a valid dictionary"),
         (
             {"method": "templates", "settings": {"rank": 4}},
-            "'settings.rank' is not a known key, there are none",
+            "'settings.rank' is not a known key, known are templates, mixture, mix_norms|`settings.rank` needs "
+            "`method=low_rank`, found method templates",  # where it is registered
         ),
         (
             {"parameters": {"templates": 4}},
-            "parameters.templates needs method templates, found method low_rank",
+            "`settings.templates` needs `method=templates`, found method low_rank",
         ),
     ],
 )

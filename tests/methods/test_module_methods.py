@@ -24,8 +24,9 @@ from torch import nn
 
 import surgery
 from surgery.artifact.verify import verify
-from surgery.core.method import tensor_method
+from surgery.core.method import TensorMethod
 from surgery.core.module_method import ModuleSurgery
+from surgery.core.registry import find_method
 from surgery.errors import (
     ArtifactError,
     ConsentError,
@@ -724,7 +725,7 @@ def test_methods_are_of_their_kind():
     with pytest.raises(PlanError, match="'templates' must replace modules, but it generates tensors"):
         surgery.plan_modules([member()], "templates")
     with pytest.raises(PlanError, match="'scaled_copy' must generate tensors, but it replaces modules"):
-        tensor_method(NAME)
+        find_method(NAME, TensorMethod)
 
 
 # -- shown -----------------------------------------------------------------------------------------------------

@@ -69,16 +69,60 @@ def test_all_mistakes_come_in_one_error():
     assert all(word in str(caught.value) for word in ("seed", "budget", "block"))
 
 
+ALL = {"templates": 4, "mixture": "softmax", "mix_norms": True}
+NONE = {"templates": None, "mixture": "linear", "mix_norms": False}
+RECORDED = {"parameters": NONE}
+IDLE = {"templates": {"count": None, "mixing": "softmax"}}
+
+
 @pytest.mark.parametrize(
-    ("key", "value", "name"), [("count", 3, "templates"), ("mixing", "one-hot", "mixture")]
-)
-def test_what_two_keys_could_say_differently_is_said_once(key, value, name):
-    document = {**TWO, "method": "templates", "train": {"templates": {key: value}}}
-    with pytest.raises(
-        PlanError, match=f"train.templates.{key} is parameters.{name} in a recipe, found {value}"
-    ):
-        Recipe.of(document)
-    assert Recipe.of({**document, "parameters": {name: value}}).train is not None
+    ("method", "document", "settings"),
+    [
+        ("templates", {"parameters": {**ALL, "budget": 0.5}}, ALL),
+        ("templates", {"parameters": ALL, "train": IDLE}, ALL),
+        ("templates", {"parameters": ALL, "train": {"templates": {"count": 4, "mixing": "softmax"}}}, ALL),
+        ("templates", {**RECORDED, "train": IDLE}, NONE),
+        ("templates", {"train": {"templates": {"count": 3}}}, {**NONE, "templates": 3}),
+        ("templates", {"train": {"templates": {"mixing": "one-hot"}}}, {**NONE, "mixture": "one-hot"}),
+        ("hypermodules", {**RECORDED, "train": IDLE}, {}),
+        ("hypermodules", {"parameters": {"mixture": "softmax"}, "train": {"templates": {"count": 3}}}, {}),
+        ("hypermodules", {"select": {"adapters": ["a"]}, "train": {"precision": "bf16"}}, {}),
+    ],
+)  # fmt: skip
+def test_former_names_are_read(method, document, settings):
+    recipe = Recipe.of({**TWO, "method": method, **document})
+    assert recipe.settings == settings
+    assert not {*recipe.resolved()["parameters"]} & {*ALL}
+    if "select" in document:
+        assert recipe.select.private == ("a",) and recipe.train.mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        (
+            {"settings": {"templates": 4}, "parameters": {"templates": 3}},
+            "settings.templates has two values, 4 and, by its former name parameters.templates, 3: give "
+            "settings.templates alone",
+        ),
+        (
+            {"parameters": {"mixture": "linear"}, "train": {"templates": {"mixing": "one-hot"}}},
+            "settings.mixture has two values, 'linear' and, by its former name train.templates.mixing, 'one-hot'",
+        ),
+        ({"settings": {"templats": 4}}, "'settings.templats' is not a known key, did you mean 'templates'?"),
+        ({"method": "hypermodules", "parameters": {"templates": 4}}, "`settings.templates` needs `method=templates`"),
+        ({"method": "hypermodules", "settings": {"mixture": "linear"}}, "found method hypermodules"),
+        ({"parameters": {"hypermodules": 4}}, "parameters.hypermodules needs `method=hypermodules`, found method"),
+        ({"settings": {"templates": 0}}, "settings.templates: must be 1 or more, found 0"),
+        ({"train": {"budget": 0.5}}, "'train.budget' is not a known key, did you mean 'parameters.budget'?"),
+        ({"parameters": {"harden": True}}, "did you mean 'train.templates.harden'?"),
+        ({"max_eror": 0.5}, "did you mean 'parameters.max_error'?"),
+    ],
+)  # fmt: skip
+def test_two_values_of_one_setting_and_wrong_names_are_errors(document, words):
+    with pytest.raises(PlanError) as caught:
+        Recipe.of({**TWO, "method": "templates", **document, "seeed": 1})
+    assert words in str(caught.value) and "'seed'" in str(caught.value)
 
 
 def test_resolved_recipe_reads_back_as_itself():

@@ -11,7 +11,7 @@ from nets import assert_same_bits
 from torch import nn
 
 import surgery
-from surgery.storage.keys import PartKey, PlainKey, parse_key, piece_name
+from surgery.storage.keys import PartKey, PlainKey, StateKey, of_owner, parse_key, piece_name
 from surgery.storage.stored import store
 
 NAMES = st.text(max_size=12) | st.text("/:.%2F5é\N{SNOWMAN}", max_size=8)
@@ -32,6 +32,48 @@ def test_two_keys_have_two_texts_and_one_order(one: tuple, other: tuple):
     a, b = ((PlainKey if plain else PartKey)(owner, name) for owner, name, plain in (one, other))
     assert (str(a) == str(b)) == (a == b)
     assert sorted([a, b]) == sorted([b, a])
+
+
+KINDS = ("bank", "member", "optimizer", "loss", "random", "contest", "method", "extra", "running", "identity")
+
+
+@given(st.sampled_from(KINDS), NAMES, st.none() | NAMES, st.booleans())
+def test_keys_of_a_run_s_state_come_back_from_their_text(
+    kind: str, owner: str, name: str | None, model: bool
+):
+    name = None if kind in ("extra", "running", "identity") else name
+    key = StateKey(kind, owner, name, model)
+    assert StateKey.parse(str(key)) == key
+    assert str(key) == f"{'model/' * model}{kind}/{owner}" + f"/{name}" * (name is not None) or {*"/%"} & {
+        *owner
+    }
+
+
+@given(NAMES | st.tuples(st.sampled_from(KINDS), NAMES).map("/".join), st.booleans())
+def test_any_text_of_a_state_stays_what_it_is(text: str, model: bool):
+    """Also that of other versions, but for signs that never stand in an owner."""
+    text = f"{'model/' * model}{text}"
+    assert str(StateKey.parse(text)) == text or "%" in text
+
+
+def test_the_names_in_a_state_are_those_of_earlier_versions():
+    found = [
+        StateKey("bank", "16x16-float32", "rows", model=True), StateKey("member", "a", "0.weight", model=True),
+        StateKey("extra", "a", model=True), StateKey("optimizer", "3", "exp_avg"), StateKey("loss", "0", "x.y"),
+        StateKey("running", "mood"), StateKey("random", "0", "numpy"), StateKey("random", "evolution"),
+        StateKey("contest", "8x8-float32", "soft"), StateKey("identity", "8x8-float32"),
+        StateKey("method", "gates", "drawn"),
+    ]  # fmt: skip
+    assert [str(key) for key in found] == [
+        "model/bank/16x16-float32/rows", "model/member/a/0.weight", "model/extra/a", "optimizer/3/exp_avg",
+        "loss/0/x.y", "running/mood", "random/0/numpy", "random/evolution", "contest/8x8-float32/soft",
+        "identity/8x8-float32", "method/gates/drawn",
+    ]  # fmt: skip
+    entries = {key: n for n, key in enumerate(found)}
+    assert (
+        of_owner(entries, "optimizer", 3) == {"exp_avg": 3}
+        and of_owner(entries, "bank", "16x16-float32") == {}
+    )
 
 
 @pytest.mark.parametrize("text", ["", "plain", "plain/a", "other/a/b", "bank/a", "/plain/a/b"])

@@ -15,7 +15,7 @@ from surgery.training.train import train
 
 CONFIG = {
     "steps": 6, "generations": 3, "final": 0, "freeze": ["re:.*"], "optimizer": {"lr": 0.01}, "save_seconds": 0,
-    "templates": {"freeze": True, "lr": 0.03, "mixing": "linear"}, "stopping": {"keep": "last"},
+    "templates": {"freeze": True, "lr": 0.03}, "stopping": {"keep": "last"},
     "evolution": {"codes": "ones", "change": "none", "freeze": True},
 }  # fmt: skip
 X = torch.randn(90, 6, generator=torch.Generator().manual_seed(0))
@@ -41,7 +41,7 @@ def network(name, norm="layer"):
 def twins(norm="layer"):
     """A source and a target of the same weights, on templates that they share."""
     members = [network("source", norm), network("target", norm)]
-    plan = surgery.plan_templates([surgery.discover(each) for each in members], (4, 4), 2)
+    plan = surgery.plan_templates([surgery.discover(each) for each in members], (4, 4), 2, mixture="linear")
     return surgery.join(members, plan)
 
 

@@ -14,7 +14,7 @@ CONFIG = {
     "steps": 5, "burn_in": 1, "generations": 3, "final": 2, "save_seconds": 0,
     "optimizer": {"lr": 0.02, "clip": 1.0, "schedule": "cosine"},
     "evolution": {"challengers": 1, "alpha": 0.6},
-    "templates": {"count": 2, "start": "uniform", "lr": 0.3, "entropy": 0.1, "attraction": 0.1, "harden": True},
+    "templates": {"start": "uniform", "lr": 0.3, "entropy": 0.1, "attraction": 0.1, "harden": True},
 }  # fmt: skip
 
 
@@ -38,9 +38,9 @@ def network(layers=4, hidden=12):
     return made("net", body, torch.zeros(2, 3))
 
 
-def build(layers=4, hidden=12):
+def build(layers=4, hidden=12, templates=2, mixture=None):
     one = network(layers, hidden)
-    return join([one], plan_templates([discover(one)], (4, 4), 2))
+    return join([one], plan_templates([discover(one)], (4, 4), 2, templates=templates, mixture=mixture))
 
 
 def task():

@@ -26,7 +26,7 @@ def network(name):
 def twins():
     """A source and a target of the same weights, on templates that they share."""
     members = [network("source"), network("target")]
-    return join(members, plan_templates([discover(each) for each in members], (4, 4), 2))
+    return join(members, plan_templates([discover(each) for each in members], (4, 4), 2, mixture="linear"))
 
 
 X = torch.randn(128, 6, generator=torch.Generator().manual_seed(0))
@@ -72,7 +72,7 @@ def test_adaptation_trains_the_target_s_mixtures_alone(kind):
     loss = kind(joint["target"], "5", before["source"])
     config = {
         "steps": 60, "generations": 1, "final": 0, "freeze": ["re:.*"], "optimizer": {"lr": 0.01},
-        "templates": {"freeze": True, "lr": 0.03, "mixing": "linear"}, "stopping": {"keep": "last"},
+        "templates": {"freeze": True, "lr": 0.03}, "stopping": {"keep": "last"},
         "evolution": {"codes": "ones", "change": "none"},
     }  # fmt: skip
     state = {name: joint.collapse(name) for name in joint}

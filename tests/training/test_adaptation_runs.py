@@ -57,7 +57,7 @@ def test_interrupted_at_any_step_an_adversary_goes_on_bit_for_bit(unbroken, tmp_
     with pytest.raises(Interrupted):
         run(tmp_path, BOTH, stop=step)
     tensors, _ = read_state(tmp_path / STATE)
-    assert {"loss/0/adversary.generator", "loss/0/adversary.optimizer.0.step"} <= set(tensors)
+    assert {"loss/0/adversary.generator", "loss/0/adversary.optimizer.0.step"} <= {*map(str, tensors)}
     found, _ = run(tmp_path, BOTH, resume=True)
     assert len(found) > 30 and found.keys() == unbroken[0].keys()
     for key, tensor in unbroken[0].items():

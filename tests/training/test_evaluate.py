@@ -4,7 +4,7 @@ import pytest
 from command_line import surgery as command
 
 import surgery
-from surgery.core.method import find_method
+from surgery.core.registry import find_method
 from surgery.errors import LoadError, PlanError
 from surgery.pipeline.train import evaluate_artifact, train_recipe
 from surgery.settings.recipe import Recipe

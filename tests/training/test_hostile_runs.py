@@ -15,6 +15,7 @@ from special_files import special
 from training_nets import build
 
 from surgery.errors import TrainingError
+from surgery.storage.keys import StateKey
 from surgery.training.loop.run import BEST, STATE
 from surgery.training.loop.state import read_state, write_state
 from surgery.training.loop.state_document import BestDocument
@@ -48,11 +49,11 @@ def refused(folder, said):
 
 
 def without(*names):
-    return lambda tensors, document: [tensors.pop(name) for name in names]
+    return lambda tensors, document: [tensors.pop(StateKey.parse(name)) for name in names]
 
 
 def put(name, value):
-    return lambda tensors, document: tensors.update({name: value})
+    return lambda tensors, document: tensors.update({StateKey.parse(name): value})
 
 
 def say(key, value):
@@ -60,7 +61,9 @@ def say(key, value):
 
 
 def changed(name, change):
-    return lambda tensors, document: tensors.update({name: change(tensors[name])})
+    return lambda tensors, document: tensors.update(
+        {StateKey.parse(name): change(tensors[StateKey.parse(name)])}
+    )
 
 
 MODEL, CONTEST = f"model/bank/{BANK}", f"contest/{BANK}"
@@ -135,11 +138,10 @@ def test_no_file_of_a_run_is_waited_for(copy, name, kind):
 
 def test_the_best_state_may_not_get_lost(copy):
     tensors, _ = read_state(copy / BEST, BestDocument)
+    psi = StateKey("bank", BANK, "psi")
     write_state(copy / BEST, tensors, {"generation": -1})
     refused(copy, "is of generation -1, not")
-    write_state(
-        copy / BEST, {**tensors, f"bank/{BANK}/psi": tensors[f"bank/{BANK}/psi"] + 10**6}, {"generation": 3}
-    )
+    write_state(copy / BEST, {**tensors, psi: tensors[psi] + 10**6}, {"generation": 3})
     refused(copy, f"in {BEST} bank .* must align")
     (copy / BEST).unlink()
     refused(copy, "the best state so far, is missing")

@@ -22,7 +22,7 @@ from surgery.training.loop.starting import start
 from surgery.training.report.pictures import draw_run, pictures_of, write_pictures
 from surgery.training.report.report import TrainReport
 from surgery.training.report.runlog import find_log, read_log
-from surgery.training.tasks.validation import Score
+from surgery.training.tasks.score import Score
 from surgery.training.train import train
 
 

@@ -13,29 +13,32 @@ from benchmarks.frontier.peers.base import (
     Peer,
     Setting,
     allocate,
+    filled,
     grid_bytes,
+    items_of,
     relative,
     rest_bits_for,
-    rest_of,
-    room_for,
     shaped,
 )
 from benchmarks.frontier.peers.grids import feed_back, half_quadratic, round_to
 from benchmarks.frontier.scene import Scene
 
 GROUPS = (64, 0)
+Rounding = Callable[[Scene, str, str, int, int], Grid]
 
 
-def rounded(scene: Scene, member: str, name: str, levels: int, group: int) -> Grid:
-    """A member's matrix, rounded with searched scales."""
-    key = ("rounded", member, name, levels, group)
-    return scene.once(key, lambda: round_to(scene.matrix(member, name), levels, group))
+def by(kind: str, make: Callable[[Tensor, int, int], Grid]) -> Rounding:
+    """Rounds a member's matrix on its own, once."""
+
+    def grid(scene: Scene, member: str, name: str, levels: int, group: int) -> Grid:
+        return scene.once(
+            (kind, member, name, levels, group), lambda: make(scene.matrix(member, name), levels, group)
+        )
+
+    return grid
 
 
-def quadratic(scene: Scene, member: str, name: str, levels: int, group: int) -> Grid:
-    """A member's matrix by HQQ."""
-    key = ("hqq", member, name, levels, group)
-    return scene.once(key, lambda: half_quadratic(scene.matrix(member, name), levels, group))
+rounded, quadratic = by("rounded", round_to), by("hqq", half_quadratic)
 
 
 def compensated(scene: Scene, member: str, name: str, levels: int, group: int, order: bool = False) -> Grid:
@@ -45,9 +48,6 @@ def compensated(scene: Scene, member: str, name: str, levels: int, group: int, o
         return rounded(scene, member, name, levels, group)
     key = ("gptq", member, name, levels, group, order)
     return scene.once(key, lambda: feed_back(scene.matrix(member, name), moment, levels, group, order=order))
-
-
-Rounding = Callable[[Scene, str, str, int, int], Grid]
 
 
 def prices(
@@ -71,27 +71,25 @@ def settings_of(
     """Groups, 16 or 8 bits for what is no matrix, and one width for all or one for each matrix."""
 
     def settings(scene: Scene, size: int) -> Iterator[Setting]:
-        items = [(member, name) for member in scene.names for name in scene.matrices]
+        items = items_of(scene)
 
         def package(group: int, rest_bits: int, mixed: bool) -> Package | None:
-            rest = rest_of(scene, rest_bits)
-            room = room_for(scene, size, rest)
             sizes = [
                 [grid_bytes(scene.matrix(*item), width, group, zeros) for width in widths] for item in items
             ]
-            if mixed:
-                costs = [prices(scene, make, group, widths, *item) for item in items]
-                pairs = [list(zip(*both, strict=True)) for both in zip(sizes, costs, strict=True)]
-                chosen = allocate(pairs, room)
-            else:
+
+            def choose(room: float) -> list[int] | None:
+                if mixed:
+                    costs = [prices(scene, make, group, widths, *item) for item in items]
+                    pairs = [list(zip(*both, strict=True)) for both in zip(sizes, costs, strict=True)]
+                    return allocate(pairs, room)
                 fits = [k for k in range(len(widths)) if sum(each[k] for each in sizes) <= room]
-                chosen = [max(fits)] * len(items) if fits else None
-            if chosen is None:
-                return None
-            for (member, name), k in zip(items, chosen, strict=True):
-                grid = make(scene, member, name, widths[k], group)
-                rest[member][name] = shaped(grid, scene.states[member][name])
-            return Package({}, rest)
+                return [max(fits)] * len(items) if fits else None
+
+            def leaf(member: str, name: str, k: int) -> Leaf:
+                return shaped(make(scene, member, name, widths[k], group), scene.states[member][name])
+
+            return filled(scene, size, rest_bits, choose, leaf)
 
         for group in GROUPS:
             for mixed in (True, False):
@@ -119,8 +117,3 @@ def gptq_settings(scene: Scene, size: int) -> Iterator[Setting]:
 ROUNDING = Peer("rounding", "searched scales", settings_of(rounded, False, LEVELS))
 HQQ = Peer("HQQ", "Badri and Shaji 2023", settings_of(quadratic, True, LEVELS[2:]))
 GPTQ = Peer("GPTQ", "2210.17323", gptq_settings, calibrated=True)
-
-
-def as_matrix(leaf: Leaf, like: Tensor) -> Tensor:
-    """What a leaf stands for, as a matrix."""
-    return leaf.value().reshape(like.shape)

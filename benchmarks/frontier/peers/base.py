@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from benchmarks.baselines import packed_bytes
 from benchmarks.frontier.packing import Grid, Leaf, Package, Plain, leaf_bytes
-from benchmarks.frontier.peers.grids import round_to
+from benchmarks.frontier.peers.grids import feed_back, round_to
 from benchmarks.frontier.scene import Scene
 
 INDEX = 9  # bytes of the compressed index for each leaf
@@ -64,10 +64,8 @@ def shaped(grid: Grid, like: Tensor) -> Grid:
 
 def grid_bytes(matrix: Tensor, levels: int, group: int, zeros: bool = False) -> int:
     """Bytes of a rounded matrix `[out, in]`, scales (and zeros) of each group included."""
-    rows, width = matrix.shape
-    each = 8 / 5 if levels == 3 else (levels - 1).bit_length()
-    groups = rows * math.ceil(width / min(group or width, width))
-    return math.ceil(rows * width * each / 8) + groups * (4 if zeros else 2)
+    bits = 8 / 5 if levels == 3 else (levels - 1).bit_length()
+    return packed_bytes(matrix.shape, bits, group, 4 if zeros else 2)
 
 
 def room_for(scene: Scene, size: int, rest: Mapping[str, Mapping[str, Leaf]], shared: int = 0) -> float:
@@ -80,6 +78,54 @@ def room_for(scene: Scene, size: int, rest: Mapping[str, Mapping[str, Leaf]], sh
         - shared
         - sum(leaf_bytes(x) for each in rest.values() for x in each.values())
     )
+
+
+def filled(
+    scene: Scene,
+    size: int,
+    rest_bits: int,
+    choose: Callable[[float], Sequence[int] | None],
+    make: Callable[[str, str, int], Leaf | None],
+    shared: Callable[[], dict[str, Leaf]] = dict,
+    shared_bytes: int = 0,
+) -> Package | None:
+    """What is no matrix, what is shared, and a leaf for each member's matrix; None where the size is out of reach.
+
+    Args:
+        scene: of the members.
+        size: bytes of all together.
+        rest_bits: of what is no matrix.
+        choose: of the bytes that are left for matrices, a choice for each of them, in the order of `items_of`; None
+            where nothing fits.
+        make: of a member, a matrix and its choice, the leaf; None for nothing beside what is shared.
+        shared: what all members have.
+        shared_bytes: of it.
+    """
+    rest = rest_of(scene, rest_bits)
+    chosen = choose(room_for(scene, size, rest, shared_bytes))
+    if chosen is None:
+        return None
+    for (member, name), choice in zip(items_of(scene), chosen, strict=True):
+        if (leaf := make(member, name, choice)) is not None:
+            rest[member][name] = leaf
+    return Package(shared(), rest)
+
+
+def items_of(scene: Scene) -> list[tuple[str, str]]:
+    """Every matrix of every member."""
+    return [(member, name) for member in scene.names for name in scene.matrices]
+
+
+def as_matrix(leaf: Leaf, like: Tensor) -> Tensor:
+    """What a leaf stands for, as a matrix."""
+    return leaf.value().reshape(like.shape)
+
+
+def compensating(matrix: Tensor, moment: Tensor | None, levels: int, group: int, order: bool = False) -> Grid:
+    """A matrix by GPTQ; rounded with searched scales where second moments of its inputs are not known."""
+    if moment is None or moment.dim() == 1:
+        return round_to(matrix, levels, group)
+    return feed_back(matrix, moment, levels, group, order=order)
 
 
 def relative(scene: Scene, member: str | None, name: str, error: Tensor, whole: Tensor) -> float:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.frontier.packing import Grid, Package
-from benchmarks.frontier.peers.alone import as_matrix
-from benchmarks.frontier.peers.base import Peer, Setting, rest_bits_for, rest_of, room_for
+from benchmarks.frontier.peers.base import Peer, Setting, as_matrix, rest_bits_for, rest_of, room_for
 from benchmarks.frontier.peers.shared import shared_bytes, shared_grid, shared_leaves
 from benchmarks.frontier.scene import Scene
 

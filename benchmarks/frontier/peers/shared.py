@@ -16,19 +16,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.frontier.packing import Grid, Leaf, Package, Product
-from benchmarks.frontier.peers.alone import as_matrix
 from benchmarks.frontier.peers.base import (
     Peer,
     Setting,
     allocate,
+    as_matrix,
+    compensating,
+    filled,
     grid_bytes,
+    items_of,
     relative,
     rest_bits_for,
-    rest_of,
-    room_for,
     shaped,
 )
-from benchmarks.frontier.peers.grids import feed_back, round_to
+from benchmarks.frontier.peers.grids import round_to
 from benchmarks.frontier.scene import Scene, weighted
 
 GROUP = 64
@@ -44,11 +45,8 @@ def shared_grid(scene: Scene, centre: str, name: str, levels: int, feedback: boo
     """The shared matrix, rounded."""
 
     def make() -> Grid:
-        matrix = scene.centre(centre, name)
         moment = scene.moments().get(name) if feedback else None
-        if moment is None or moment.dim() == 1:
-            return round_to(matrix, levels, GROUP)
-        return feed_back(matrix, moment, levels, GROUP)
+        return compensating(scene.centre(centre, name), moment, levels, GROUP)
 
     return scene.once(("shared", centre, name, levels, feedback), make)
 
@@ -143,20 +141,17 @@ def low_rank_settings(
     """Shared and factor bits, mean or base, and ranks: one for all matrices, or by their spectra."""
 
     def settings(scene: Scene, size: int) -> Iterator[Setting]:
-        items = [(member, name) for member in scene.names for name in scene.matrices]
-
         def package(
             centre: str, levels: int, white: bool, back: bool, width: int, even: bool, rest_bits: int
         ) -> Package | None:
-            rest = rest_of(scene, rest_bits)
-            room = room_for(scene, size, rest, shared_bytes(scene, levels))
-            ranks = ranks_for(scene, items, centre, white, width, even, room)
-            if ranks is None:
-                return None
-            for (member, name), rank in zip(items, ranks, strict=True):
-                if rank:
-                    rest[member][name] = product_of(scene, member, name, centre, white, rank, width)
-            return Package(shared_leaves(scene, centre, levels, back), rest)
+            def choose(room: float) -> list[int] | None:
+                return ranks_for(scene, items_of(scene), centre, white, width, even, room)
+
+            def leaf(member: str, name: str, rank: int) -> Leaf | None:
+                return product_of(scene, member, name, centre, white, rank, width) if rank else None
+
+            common = partial(shared_leaves, scene, centre, levels, back)
+            return filled(scene, size, rest_bits, choose, leaf, common, shared_bytes(scene, levels))
 
         centre_kinds = [each for each in centres(scene) if only in (None, each)] or ["mean"]
         grid = product(centre_kinds, shared, whitened, feedback, factors, evens, rest_bits_for(scene, size))
@@ -208,14 +203,11 @@ def ranks_for(
 
 def few_bits_settings(scene: Scene, size: int) -> Iterator[Setting]:
     """Differences of 1 bit, ternary, 2 or 3 bits, or none, for each member's matrix whichever pays most."""
-    items = [(member, name) for member in scene.names for name in scene.matrices]
+    items = items_of(scene)
 
     def package(
         centre: str, levels: int, back: bool, closed: bool, widths: tuple[int, ...], rest_bits: int
     ) -> Package | None:
-        rest = rest_of(scene, rest_bits)
-        room = room_for(scene, size, rest, shared_bytes(scene, levels))
-
         def target(member: str, name: str) -> Tensor:
             matrix = scene.matrix(member, name)
             if closed:
@@ -236,17 +228,19 @@ def few_bits_settings(scene: Scene, size: int) -> Iterator[Setting]:
                 ("few price", centre, (levels, back) if closed else None, member, name, width), find
             )
 
-        options = [
-            [(grid_bytes(scene.matrix(*item), w, GROUP) if w else 0, price(*item, w)) for w in widths]
-            for item in items
-        ]
-        chosen = allocate(options, room)
-        if chosen is None:
-            return None
-        for (member, name), k in zip(items, chosen, strict=True):
-            if widths[k]:
-                rest[member][name] = shaped(grid(member, name, widths[k]), scene.states[member][name])
-        return Package(shared_leaves(scene, centre, levels, back), rest)
+        def choose(room: float) -> list[int] | None:
+            sizes = [
+                [grid_bytes(scene.matrix(*item), w, GROUP) if w else 0 for w in widths] for item in items
+            ]
+            costs = [[price(*item, w) for w in widths] for item in items]
+            return allocate([list(zip(*both, strict=True)) for both in zip(sizes, costs, strict=True)], room)
+
+        def leaf(member: str, name: str, k: int) -> Leaf | None:
+            made = grid(member, name, widths[k]) if widths[k] else None
+            return None if made is None else shaped(made, scene.states[member][name])
+
+        common = partial(shared_leaves, scene, centre, levels, back)
+        return filled(scene, size, rest_bits, choose, leaf, common, shared_bytes(scene, levels))
 
     few = ((0, 2, 3, 4, 8), (0, 3), (0, 4))
     loops = ((False, True), (True, False))  # what error feedback left is no target for a few bits

@@ -13,8 +13,7 @@ from itertools import product
 from torch import Tensor
 
 from benchmarks.frontier.packing import TASK, Mask, Package
-from benchmarks.frontier.peers.alone import as_matrix
-from benchmarks.frontier.peers.base import Peer, Setting, rest_bits_for, rest_of, room_for, shaped
+from benchmarks.frontier.peers.base import Peer, Setting, as_matrix, rest_bits_for, rest_of, room_for, shaped
 from benchmarks.frontier.peers.grids import round_to
 from benchmarks.frontier.peers.shared import GROUP, shared_bytes, shared_grid, shared_leaves
 from benchmarks.frontier.scene import Scene

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import LoadError
-from surgery.members.origins.base import Loaded, read_small_files
+from surgery.members.origins.base import Loaded, read_config, read_small_files
 from surgery.util.quiet import quiet
 from surgery.util.text import one_line, shorten
 
@@ -89,13 +88,8 @@ def load_onto_base(
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(
-            f"{path} must be JSON, but reading it says {one_line(error)}: copy it again"
-        ) from error
-    if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):
+    config = read_config(path)
+    if not isinstance(config.get("base_model_name_or_path"), str):
         raise LoadError(
             f"{path} must name its base as 'base_model_name_or_path', but does not: merge the adapter with peft and "
             "give the folder of the merged model"

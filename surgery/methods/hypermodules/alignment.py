@@ -45,8 +45,7 @@ def draw_by_usage(psi: Tensor, count: int, challengers: int, generator: torch.Ge
     Returns:
         `[N, lambda]`.
     """
-    place = torch.randint(len(psi), (count, challengers), generator=generator)
-    return psi[place.to(psi.device)]
+    return draw_uniformly(psi, count, challengers, generator)
 
 
 def draw_uniformly(hypermodules: Tensor, count: int, challengers: int, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from surgery.artifact.shares import join_names
 from surgery.core.joint import JointModel
-from surgery.core.method import keys_of
 from surgery.methods.rows.bank import RowsBank, rows_bank
 
 MOST_LAYERS = 120  # rows of an overlap; longer members are shown in groups of consecutive layers
@@ -28,7 +27,7 @@ def subsets(joint: JointModel) -> dict[str, int]:
     they are counted under the empty name.
     """
     found: dict[str, int] = {}
-    for key in keys_of(joint.plan, "hypermodules"):
+    for key in joint.plan.keys_of("hypermodules"):
         bank, used = rows_bank(joint.dictionary[key]), users(joint, key)
         uses = torch.bincount(bank.psi, minlength=bank.hypermodules)[: bank.hypermodules]
         used[uses <= bank.context] = False
@@ -93,7 +92,7 @@ def kinds_of_modules(joint: JointModel) -> list[dict[str, Any]]:
         One entry for each tensor and statistic, with `generic`, `specific`, `p` and how many there are of each
         kind; empty where there are not two of each.
     """
-    keys = keys_of(joint.plan, "hypermodules")
+    keys = joint.plan.keys_of("hypermodules")
     found = [_statistics(joint, key) for key in keys if rows_bank(joint.dictionary[key]).hypermodules]
     if not found:
         return []

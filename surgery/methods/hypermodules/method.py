@@ -11,14 +11,14 @@ from torch import Tensor
 
 from surgery.anatomy.plan import Placement, Plan, make_plan
 from surgery.core.bank import Bank
-from surgery.core.method import Opening, Picture, PlanRequest, register_method
+from surgery.core.method import Curves, Opening, Picture, PlanRequest, register_method
 from surgery.errors import PlanError
 from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.opening import fixed_bank, open_bank, open_rest
 from surgery.methods.rows.bank import RowsBank
 from surgery.methods.rows.exact import exact_bank
 from surgery.methods.rows.method import RowsMethod
-from surgery.settings.names import SHIPPED_METHODS, Scale
+from surgery.settings.names import LEVERS, SHIPPED_METHODS, Scale
 
 if TYPE_CHECKING:
     from surgery.anatomy.sites import Anatomy
@@ -51,7 +51,7 @@ class Hypermodules(RowsMethod):
     name: ClassVar[str] = "hypermodules"
     summary: ClassVar[str] = SHIPPED_METHODS["hypermodules"]
     claims: ClassVar[bool] = False
-    lever: ClassVar[str] = "hypermodules"
+    lever: ClassVar[str] = LEVERS["hypermodules"]
 
     def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Plan:
         """Every site in banks of one block shape."""
@@ -119,6 +119,12 @@ class Hypermodules(RowsMethod):
         from surgery.methods.hypermodules.pictures import draw_alignment, draw_layers, draw_subsets
 
         return {"modules.png": draw_subsets, "layers.png": draw_layers, "alignment.png": draw_alignment}
+
+    def curves(self, generations: Sequence[dict[str, Any]]) -> list[Curves]:
+        """Who uses hypermodules."""
+        from surgery.methods.hypermodules.pictures import curves_of
+
+        return curves_of(generations)
 
     def _open(self, plan: Plan, key: str, bank: Bank, how: Opening, given: HypermoduleOpening) -> Bank:
         if not isinstance(bank, RowsBank):

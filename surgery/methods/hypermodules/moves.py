@@ -18,9 +18,9 @@ from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.contest import Contest
 from surgery.methods.hypermodules.evolution import conclude, contend, inherit, redraw
 from surgery.methods.hypermodules.starts import siblings
+from surgery.storage.keys import StateKey, of_owner
 from surgery.training.loop.moves import Facts, Moves
 from surgery.training.loop.optimizers import Resized, carry, drop, enter, plain
-from surgery.training.loop.state import under
 
 if TYPE_CHECKING:
     from surgery.training.loop.trainer import Trainer
@@ -125,17 +125,17 @@ class HypermoduleMoves(Moves):
         """Open contests and lifelong numbers."""
         tensors: Parts = {}
         for key, bank in self.banks.items():
-            tensors |= {f"contest/{key}/{name}": t for name, t in pack_contest(bank.contest).items()}
-            tensors[f"identity/{key}"] = self.identity[key]
+            parts = pack_contest(bank.contest)
+            tensors |= {str(StateKey("contest", key, name)): t for name, t in parts.items()}
+            tensors[_identity(key)] = self.identity[key]
         return tensors, {"moved": self.moved, "born": dict(self.born)}
 
     def reads(self, name: str) -> bool:
         """Those of its banks, and two facts."""
-        return name in ("moved", "born") or any(
-            name == f"identity/{key}" or name.startswith(f"contest/{key}/") for key in self.banks
-        )
+        key = StateKey.parse(name)
+        return name in ("moved", "born") or (key.kind in ("identity", "contest") and key.owner in self.banks)
 
-    def wrong(self, tensors: Parts, facts: Facts, model: Mapping[str, Tensor]) -> Iterator[str]:
+    def wrong(self, tensors: Parts, facts: Facts, model: Mapping[StateKey, Tensor]) -> Iterator[str]:
         """What cannot be true of contests and numbers, beside rows and an alignment that are as they should be."""
         moved, born = facts.get("moved"), facts.get("born")
         if isinstance(moved, bool) or not isinstance(moved, int | float) or not 0 <= moved <= 1:
@@ -146,17 +146,17 @@ class HypermoduleMoves(Moves):
             yield f"hypermodules that were born must be counted, found {shown(born)}"
             return
         for key, bank in self.banks.items():
-            rows, psi = model[f"bank/{key}/rows"], model[f"bank/{key}/psi"]
+            rows, psi = (model[StateKey("bank", key, name)] for name in ("rows", "psi"))
             count = len(rows) // bank.context
-            if parts := under(tensors, f"contest/{key}/"):
+            if parts := _contest(tensors, key):
                 yield from wrong_contest(parts, psi, count, bank.context)
-            yield from wrong_identity(tensors.get(f"identity/{key}"), born.get(key), count, key)
+            yield from wrong_identity(tensors.get(_identity(key)), born.get(key), count, key)
 
     def entering(self, tensors: Parts) -> dict[str, list[Tensor]]:
         """Soft weights and contexts of open contests."""
         found: dict[str, list[Tensor]] = {}
         for key in self.banks:
-            parts = under(tensors, f"contest/{key}/")
+            parts = _contest(tensors, key)
             for role in ("soft", "contexts"):
                 if role in parts:
                     found.setdefault(role, []).append(parts[role])
@@ -167,8 +167,8 @@ class HypermoduleMoves(Moves):
         self.moved = float(facts["moved"])
         self.born = {key: facts["born"][key] for key in self.banks}
         for key, bank in self.banks.items():
-            self.identity[key] = tensors[f"identity/{key}"].clone()
-            bank.contest = unpack_contest(bank, under(tensors, f"contest/{key}/"))
+            self.identity[key] = tensors[_identity(key)].clone()
+            bank.contest = unpack_contest(bank, _contest(tensors, key))
             if bank.contest is not None:
                 self._enter(bank.contest)
 
@@ -200,6 +200,10 @@ class HypermoduleMoves(Moves):
         """How many, and how much of the alignment changed."""
         return [f"{self._count} hypermodules", f"{self.moved:.0%} moved"]
 
+    def lighter(self) -> list[str]:
+        """Fewer basis blocks, or alternatives."""
+        return ["a smaller parameters.context", "fewer train.evolution.challengers"]
+
     def tracked(self) -> dict[str, float]:
         """The same."""
         return {"hypermodules": self._count, "moved": self.moved}
@@ -217,6 +221,14 @@ class HypermoduleMoves(Moves):
     @property
     def _count(self) -> int:
         return sum(bank.hypermodules for bank in self.banks.values())
+
+
+def _identity(key: str) -> str:
+    return str(StateKey("identity", key))
+
+
+def _contest(tensors: Parts, key: str) -> Parts:
+    return of_owner({StateKey.parse(name): tensor for name, tensor in tensors.items()}, "contest", key)
 
 
 def _parameters(contest: Contest) -> dict[str, nn.Parameter]:

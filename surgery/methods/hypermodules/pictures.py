@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from surgery.core.method import Curves
 from surgery.training.report.pictures import Line, mark_kept
 from surgery.util.drawing import EMPTY, INK, MUTED, colours, label_generations, new_figure, png, tidy
 
@@ -59,6 +60,16 @@ def draw_subsets(start: Line, generations: Sequence[Line], end: Line | None) -> 
     tidy(axes, "Hypermodules by the members that use them")
     figure.tight_layout(pad=0.8)
     return png(figure)
+
+
+def curves_of(generations: Sequence[Line]) -> list[Curves]:
+    """How many hypermodules each subset of the members uses; nothing where no member uses one."""
+    names = [name for name in ranked_subsets(generations) if name]
+    lines = {
+        name.replace("+", " + "): [line.get("subsets", {}).get(name, 0) for line in generations]
+        for name in names
+    }
+    return [Curves("Hypermodules by the members that use them", "hypermodules", lines)] if names else []
 
 
 def ranked_subsets(generations: Sequence[Line]) -> list[str]:

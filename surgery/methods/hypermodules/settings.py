@@ -1,4 +1,4 @@
-"""Settings of hypermodules in training, as they stand under `train.evolution` in a recipe."""
+"""Settings of hypermodules: how they are trained, under `train.evolution` in a recipe."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pydantic import Field, model_validator
 from surgery.settings.names import Scale
 from surgery.settings.problems import Strict
 from surgery.settings.quantities import Positive, Rate, Share
+
+
+class Settings(Strict):
+    """None: what is made of blocks follows from the recipe's `parameters`."""
 
 
 class Evolution(Strict):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from surgery.core.joint import JointModel
-from surgery.core.method import keys_of
 from surgery.methods.hypermodules.evolution import regroup
 from surgery.methods.hypermodules.settings import Evolution
 from surgery.methods.rows.bank import RowsBank, rows_bank
@@ -22,7 +21,7 @@ def wrong_start(joint: JointModel, settings: Evolution) -> list[str]:
             "Codes that are diagonals cannot go on from a given alignment, because collapse took them away: set "
             "train.evolution.codes to contexts or ones."
         ]
-    keys = keys_of(joint.plan, "hypermodules")
+    keys = joint.plan.keys_of("hypermodules")
     opened = [key for key in keys if getattr(joint.dictionary[key], "hypermodules", 0)]
     if settings.codes != "contexts" and opened:
         return [
@@ -40,7 +39,7 @@ def align(joint: JointModel, settings: Evolution, generator: torch.Generator) ->
         settings: of the evolution.
         generator: of a random alignment.
     """
-    for key in keys_of(joint.plan, "hypermodules"):
+    for key in joint.plan.keys_of("hypermodules"):
         bank: Any = joint.dictionary[key]
         if settings.codes == "diagonals":
             bank.add_diagonals()
@@ -66,7 +65,7 @@ def take_over(joint: JointModel, loaded: JointModel) -> None:
         loaded: as `load` returned it.
     """
     places = {(p.site.member, p.site.name): p for p in loaded.plan.placements}
-    for key in keys_of(joint.plan, "hypermodules"):
+    for key in joint.plan.keys_of("hypermodules"):
         mine = [p for p in joint.plan.placements if p.bank == key]
         pairs = [
             (p, places[p.site.member, p.site.name]) for p in mine if (p.site.member, p.site.name) in places

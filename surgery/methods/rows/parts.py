@@ -15,9 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from surgery.anatomy.plan import BankPlan, Placement, torch_dtype
+from surgery.anatomy.plan import BankPlan, Placement, follow_up, torch_dtype
 from surgery.core.dictionary import index_dtype, master_dtype
-from surgery.core.method import follow_up
 from surgery.methods.rows.bank import RowsBank
 from surgery.storage.codecs import Encoded, decode, encode_native, take_rows
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from surgery.methods.templates.layers import (
     total_gram,
     unexplained,
 )
+from surgery.methods.templates.settings import Settings, settings_in
 from surgery.methods.templates.solving import fit_mixtures
 from surgery.settings.names import Mixing
 from surgery.storage.codecs import NATIVE
@@ -40,20 +41,6 @@ RELATED = 0.2  # least cosine of two layers of a family; two that are less alike
 STEP = 1.25  # beyond, each is so many times the one before it
 
 
-@dataclass(frozen=True)
-class TemplateOptions:
-    """Which templates a fit may choose from.
-
-    Attributes:
-        count: exactly so many for each stack, or as many as there are distinct layers where these are fewer; any
-            number where it is None.
-        mixing: which mixtures are allowed.
-    """
-
-    count: int | None = None
-    mixing: Mixing = "linear"
-
-
 def arrange_stacks(scene: Scene, plan: Plan) -> list[Group]:
     """Each stack of a plan as one thing to decide on; a tensor elsewhere that equals one of theirs is decided on by
     itself.
@@ -62,44 +49,43 @@ def arrange_stacks(scene: Scene, plan: Plan) -> list[Group]:
         scene: what is being fitted.
         plan: of the stacks.
     """
-    options = TemplateOptions(scene.target.templates, scene.target.mixture)
+    settings = settings_in(plan)
     sensitivity = scene.sensitive_to(key_of(p.site) for p in plan.placements)
     groups = []
     for name in plan.stacks:
         tensors = read_stack(plan, name, scene.originals, sensitivity)
         apart = scene.apart(key_of(site) for tensor in tensors for site in tensor.sites)
-        groups.append(stack_group(tensors, apart, options, scene.seed))
+        groups.append(stack_group(tensors, apart, settings, scene.seed))
     return groups
 
 
-def stack_group(
-    tensors: Sequence[StackTensor], apart: Arrangement, options: TemplateOptions, seed: int
-) -> Group:
+def stack_group(tensors: Sequence[StackTensor], apart: Arrangement, settings: Settings, seed: int) -> Group:
     """A stack's layers as one thing to decide on.
 
     Args:
         tensors: of the stack.
         apart: the layers' tensors each by itself; it can be chosen too, as there are then as many templates as layers.
-        options: which numbers of templates to choose from.
+        settings: which mixtures are allowed; with `templates`, exactly so many for each stack, or as many as there are
+            distinct layers where these are fewer.
         seed: of clusterings.
     """
     most = int(distinct_layers([each.weights for each in tensors]).max()) + 1
     run = max(Counter(site.member for site in tensors[0].sites).values())
-    counts = candidates(most, run) if options.count is None else [options.count]
+    counts = candidates(most, run) if settings.templates is None else [settings.templates]
     counts = [count for count in counts if count < most]  # otherwise layers are templates themselves: `apart`
-    fits = [fit_templates(tensors, count, options.mixing, seed) for count in counts]
-    if options.mixing == "linear" and (options.count is None or not counts):
+    fits = [fit_templates(tensors, count, settings.mixture, seed) for count in counts]
+    if settings.mixture == "linear" and (settings.templates is None or not counts):
         fits += families(tensors)
-    droppable = options.mixing == "linear" and options.count is None
+    droppable = settings.mixture == "linear" and settings.templates is None
     measured: dict[tuple, Unit] = {}
     arrangements = [apart]
     with progress.task("Measuring templates", len(fits)) as task:
         for mixtures, combine in fits:
             arrangements.append(
-                _from_templates(tensors, mixtures, combine, options.mixing, droppable, measured)
+                _from_templates(tensors, mixtures, combine, settings.mixture, droppable, measured)
             )
             task.advance()
-    return Group(tuple(arrangements), shared=bool(counts) and options.count is not None, claimed=True)
+    return Group(tuple(arrangements), shared=bool(counts) and settings.templates is not None, claimed=True)
 
 
 def candidates(most: int, run: int) -> list[int]:

@@ -13,6 +13,7 @@ from surgery.fitting.scene import Scene, key_of
 from surgery.methods.rows.bank import RowsBank
 from surgery.methods.rows.exact import exact_bank
 from surgery.methods.templates.mixtures import Templates, open_stack
+from surgery.methods.templates.settings import settings_in
 
 
 def templates_of_number(scene: Scene, plan: Plan) -> Settled:
@@ -30,7 +31,8 @@ def templates_of_number(scene: Scene, plan: Plan) -> Settled:
         moved = [scene.sensitivity.get(key_of(p.site), 0.0) for p in mine]
         weights[bank.key] = sum(moved) / len(moved)
     generator = torch.Generator().manual_seed(scene.seed)
-    how = Templates(scene.target.templates, scene.target.mixture)
+    said = settings_in(plan)
+    how = Templates(said.templates, said.mixture)
     opened: dict[str, RowsBank] = {}
     for keys in plan.stacks.values():
         opened |= open_stack({key: banks[key] for key in keys}, how, generator, weights)

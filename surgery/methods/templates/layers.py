@@ -6,7 +6,7 @@ templates is tried without generating a weight; a template's own elements are ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,14 +138,24 @@ def distinct_layers(tensors: Sequence[Sequence[Tensor]]) -> Tensor:
         tensors: of every tensor, all L layers' own.
     """
     layers = list(zip(*tensors, strict=True))
-    number: list[int] = []
-    for layer, mine in enumerate(layers):
-        same = (
-            at for at in range(layer) if all(torch.equal(a, b) for a, b in zip(mine, layers[at], strict=True))
-        )
-        earlier = next(same, None)
-        number.append(max(number, default=-1) + 1 if earlier is None else number[earlier])
-    return torch.tensor(number)
+    return numbered(len(layers), lambda one, other: all(map(torch.equal, layers[one], layers[other])))
+
+
+def numbered(count: int, same: Callable[[int, int], bool]) -> Tensor:
+    """The number of each of several things among those that differ, in the order of the first ones: `[count]`.
+
+    Example:
+        >>> words = ["a", "b", "a", "c"]
+        >>> numbered(4, lambda one, other: words[one] == words[other]).tolist()
+        [0, 1, 0, 2]
+    """
+    first: list[int] = []  # of each number
+    found = []
+    for at in range(count):
+        number = next((n for n, earlier in enumerate(first) if same(at, earlier)), len(first))
+        first += [at] * (number == len(first))
+        found.append(number)
+    return torch.tensor(found)
 
 
 def row_dtype(tensor: StackTensor, hard: bool) -> torch.dtype:

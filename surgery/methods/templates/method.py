@@ -10,14 +10,16 @@ from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Plan
 from surgery.core.bank import Bank
-from surgery.core.method import Opening, Picture, PlanRequest, register_method
+from surgery.core.method import Opening, Picture, PlanRequest, States, register_method
 from surgery.methods.rows import parts as stored
 from surgery.methods.rows.bank import RowsBank
 from surgery.methods.rows.method import RowsMethod
 from surgery.methods.templates.bank import TemplateBank
-from surgery.methods.templates.mixtures import has_templates, reopen_stack, run_lengths
+from surgery.methods.templates.mixtures import Templates, has_templates, reopen_stack, run_lengths
 from surgery.methods.templates.plan import plan_templates
-from surgery.settings.names import SHIPPED_METHODS
+from surgery.methods.templates.settings import Settings, settings_in
+from surgery.settings.names import LEVERS, SHIPPED_METHODS
+from surgery.settings.problems import Strict
 from surgery.util.showing import plural
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from surgery.core.settle import Settled
     from surgery.fitting.scene import Scene
     from surgery.fitting.units import Group
-    from surgery.methods.templates.mixtures import Templates
     from surgery.settings.target import Target
     from surgery.settings.training import Training
     from surgery.storage.stored import Stored
@@ -40,7 +41,9 @@ class TemplatesMethod(RowsMethod):
 
     name: ClassVar[str] = "templates"
     summary: ClassVar[str] = SHIPPED_METHODS["templates"]
-    lever: ClassVar[str] = "templates"
+    lever: ClassVar[str] = LEVERS["templates"]
+    settings: ClassVar[type[Strict]] = Settings
+    recorded: ClassVar[type[Strict]] = Strict  # a bank says what was made
 
     def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Plan:
         """A bank for each tensor of a stack's layers, and blocks for what lies outside of stacks."""
@@ -48,7 +51,9 @@ class TemplatesMethod(RowsMethod):
             anatomies,
             request.block,
             request.context,
-            mix_norms=request.mix_norms,
+            templates=request.settings.templates,
+            mixture=request.settings.mixture if "mixture" in request.settings.model_fields_set else None,
+            mix_norms=request.settings.mix_norms,
             stacks=request.stacks,
         )
 
@@ -59,7 +64,13 @@ class TemplatesMethod(RowsMethod):
 
     def asks(self, plan: Plan, target: Target) -> str:
         """K."""
-        return plural(target.templates, "template") if target.templates else ""
+        count = settings_in(plan).templates
+        return plural(count, "template") if count else ""
+
+    def told_by(self, plan: Plan) -> dict[str, Any]:
+        """What the plan says, and whether norms are mixed, which their places show."""
+        norms = any(p.site.kind == "norm" for p in plan.placements)
+        return {**plan.banks[0].settings, "mix_norms": norms}
 
     def exactly(self, scene: Scene, plan: Plan) -> Settled:
         """K templates for each stack."""
@@ -90,22 +101,28 @@ class TemplatesMethod(RowsMethod):
                 opened.update({key: TemplateBank.of(bank) for key, bank in stack.items()})
                 continue
             runs = run_lengths([p for p in plan.placements if p.bank == keys[0]])
-            opened.update(reopen_stack(stack, how.options.get(self.name), how.generator, runs))
+            wanted = self._how(plan, how.options.get(self.name))
+            opened.update(reopen_stack(stack, wanted, how.generator, runs))
         return opened
+
+    def _how(self, plan: Plan, given: Any) -> Templates | None:
+        """How stacks are opened: all of it, or what a run gives and what the plan says; None where neither says any."""
+        if isinstance(given, Templates):
+            return given
+        said = settings_in(plan)
+        return Templates.of(said, **(given or {})) if given or said.model_fields_set else None
 
     # -- training ------------------------------------------------------------------------------------------
 
-    def training_options(self, config: Training) -> Templates:
-        """How many templates, in which mixtures."""
-        from surgery.methods.templates.training import how_to_open
-
-        return how_to_open(config.templates)
+    def training_options(self, config: Training) -> dict[str, Any]:
+        """How stacks begin; how many templates there are, and in which mixtures, the plan says."""
+        return {"start": config.templates.start, "sure": config.templates.sure}
 
     def unsuited(self, joint: JointModel, config: Training) -> list[str]:
         """Mixtures that cannot be what the settings ask of them."""
         from surgery.methods.templates.training import wrong_settings
 
-        return wrong_settings(config.templates)
+        return wrong_settings(settings_in(joint.plan), config.templates)
 
     def phases(self, config: Training) -> str:
         """Those in which templates are hardened."""
@@ -119,6 +136,18 @@ class TemplatesMethod(RowsMethod):
 
     def take_over(self, joint: JointModel, loaded: JointModel) -> None:
         """Nothing: templates are found again by fitting as many to what they generate."""
+
+    def candidates(self, joint: JointModel, states: States) -> tuple[str, ...]:
+        """The members of a source that have the layers of every stack."""
+        from surgery.methods.templates.transfer import candidates
+
+        return candidates(joint, states)
+
+    def begin_as(self, joint: JointModel, states: States, like: str, config: Training, seed: int) -> None:
+        """Open the stacks with a source's templates, every member with the mixtures of one of its members."""
+        from surgery.methods.templates.transfer import transfer
+
+        transfer(joint, states, like, config.templates, seed)
 
     def moves(self, trainer: Trainer) -> Moves:
         """Regularisers and hardening."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from surgery.anatomy.plan import Placement
 from surgery.methods.rows.bank import RowsBank
 from surgery.methods.rows.exact import exact_bank
 from surgery.methods.templates.bank import TemplateBank
+from surgery.methods.templates.layers import inner_products, numbered
+from surgery.methods.templates.settings import Settings
 from surgery.methods.templates.solving import fit_mixtures, harden, signature, solve_templates
 from surgery.settings.names import Mixing
 
@@ -37,6 +40,12 @@ class Templates:
     mixing: Mixing = "softmax"
     start: str = "fit"
     sure: float = _SURE
+
+    @classmethod
+    def of(cls, said: Settings, start: str = "fit", sure: float = _SURE) -> Templates:
+        """Those that a plan asks for, in softmax mixtures where it says nothing of them."""
+        mixture: dict[str, Any] = {"mixing": said.mixture} if "mixture" in said.model_fields_set else {}
+        return cls(said.templates, **mixture, start=start, sure=sure)
 
 
 def has_templates(banks: Mapping[str, RowsBank]) -> bool:
@@ -158,15 +167,12 @@ def gram_of(blocks: Mapping[str, Tensor], weights: Mapping[str, float] | None = 
     """
     total: Tensor | None = None
     for key, each in blocks.items():
-        gram = torch.zeros(len(each), len(each), dtype=torch.float64, device=each.device)
-        for part in each.split(1 << 16, 1):
-            part = part.double()
-            gram += part @ part.T
+        gram = inner_products(list(each))
         mean = float(gram.trace()) / each.numel()
         weight = (1 / mean if mean > 0 else 0.0) if weights is None else weights.get(key, 0.0)
         total = gram * weight if total is None else total + gram * weight
     assert total is not None
-    return total.cpu()
+    return total
 
 
 @torch.no_grad()
@@ -193,9 +199,8 @@ def _distinct(banks: Mapping[str, RowsBank]) -> Tensor:
     codes = [
         torch.stack([bank.psi.double(), bank.contexts.detach()[:, 0].double()]) for bank in banks.values()
     ]
-    group = torch.unique(torch.cat(codes).cpu(), dim=1, return_inverse=True)[1]
-    number: dict[int, int] = {}
-    return torch.tensor([number.setdefault(each, len(number)) for each in group.tolist()])
+    both = torch.cat(codes).T.cpu()
+    return numbered(len(both), lambda one, other: torch.equal(both[one], both[other]))
 
 
 def sure_mixtures(chosen: Tensor, count: int, how: Templates) -> Tensor:

@@ -17,6 +17,7 @@ from surgery.methods.templates.training import (
     penalty,
     stacks_of,
 )
+from surgery.storage.keys import StateKey
 from surgery.training.loop.moves import Facts, Moves
 from surgery.training.loop.optimizers import drop, plain
 
@@ -36,6 +37,11 @@ class TemplateMoves(Moves):
     def __init__(self, name: str, trainer: Trainer):
         super().__init__(name, trainer)
         self.hardened = False
+
+    def terms(self) -> Facts:
+        """Those of the plan, and which mixtures there are, which it may not say."""
+        found = {key: {**said, "mixture": self.banks[key].mixing} for key, said in super().terms().items()}
+        return {key: {"templates": None, **said} for key, said in found.items()}
 
     # -- parameters and losses -----------------------------------------------------------------------------
 
@@ -78,9 +84,10 @@ class TemplateMoves(Moves):
 
     def reads(self, name: str) -> bool:
         """States of earlier versions number templates too."""
-        return name in ("hardened", "born") or any(name == f"identity/{key}" for key in self.banks)
+        key = StateKey.parse(name)
+        return name in ("hardened", "born") or (key.kind == "identity" and key.owner in self.banks)
 
-    def wrong(self, tensors: Parts, facts: Facts, model: Mapping[str, Tensor]) -> Iterator[str]:
+    def wrong(self, tensors: Parts, facts: Facts, model: Mapping[StateKey, Tensor]) -> Iterator[str]:
         """Templates that are hard where they shall not be."""
         hardened = facts.get("hardened", False)
         if not isinstance(hardened, bool):

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from surgery.anatomy.plan import BankPlan, Placement, Plan, make_plan, too_small
-from surgery.anatomy.selectors import matches
+from surgery.anatomy.selectors import matches, miss
 from surgery.anatomy.sites import Anatomy, LeftAlone, Site
 from surgery.anatomy.stacks import Run, Stack, pool_runs
+from surgery.core.registry import settings_of
 from surgery.errors import PlanError
 from surgery.geometry.blocks import BlockGrid
 from surgery.geometry.views import CanonicalView
+from surgery.settings.names import Mixing
 
 _AXES = "abcdefgh"
 
@@ -22,6 +24,8 @@ def plan_templates(
     block: tuple[int, int] = (16, 16),
     context: int = 4,
     *,
+    templates: int | None = None,
+    mixture: Mixing | None = None,
     mix_norms: bool = False,
     stacks: Sequence[str] = (),
 ) -> Plan:
@@ -34,12 +38,19 @@ def plan_templates(
         anatomies: of all members.
         block: m x n, for sites outside stacks.
         context: c, for sites outside stacks.
+        templates: K, so many for each stack. By default the target of a fit decides how many, and training takes one
+            for each distinct layer.
+        mixture: `linear`, `softmax` or `one-hot`; by default `linear` in a fit, and `softmax` in training.
         mix_norms: whether scale and shift of norms are mixed.
         stacks: runs to take, as exact paths such as `encoder.layer.*` or `re:` patterns; all by default.
 
     Raises:
-        PlanError: where there is no stack, or a pattern matches none.
+        PlanError: where there is no stack, a pattern matches none, or a setting is not valid.
     """
+    given = {
+        name: value for name, value in (("templates", templates), ("mixture", mixture)) if value is not None
+    }
+    settings = settings_of("templates", given).model_dump(mode="json", exclude_unset=True)
     chosen = _choose([run for anatomy in anatomies for run in anatomy.runs], stacks)
     pooled = pool_runs(chosen, mix_norms)
     if not pooled:
@@ -56,7 +67,7 @@ def plan_templates(
     placements: list[Placement] = []
     for stack in pooled:
         for bank, placed in _place(stack, entries):
-            banks.append(bank)
+            banks.append(replace(bank, settings=settings))
             placements += placed
     taken = {(p.site.member, p.site.name) for p in placements}
     rest = _plan_rest([_without(anatomy, taken) for anatomy in anatomies], block, context)
@@ -66,11 +77,10 @@ def plan_templates(
 def _choose(runs: Sequence[Run], patterns: Sequence[str]) -> list[Run]:
     if not patterns:
         return list(runs)
-    if lost := [pattern for pattern in patterns if not any(matches(pattern, run.path) for run in runs)]:
-        known = ", ".join(dict.fromkeys(run.path for run in runs)) or "none"
-        raise PlanError(
-            f"select.stacks must name stacks, but {', '.join(lost)} matches none; there are: {known}."
-        )
+    paths = list(dict.fromkeys(run.path for run in runs))
+    if lost := [f"'{pattern}' {why}" for pattern in patterns if (why := miss(pattern, paths))]:
+        known = ", ".join(paths) or "none"
+        raise PlanError(f"`stacks` must name stacks, but {'; '.join(lost)}; there are: {known}.")
     return [run for run in runs if any(matches(pattern, run.path) for pattern in patterns)]
 
 

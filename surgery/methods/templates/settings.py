@@ -1,8 +1,8 @@
-"""Settings of templates in training, as they stand under `train.templates` in a recipe."""
+"""Settings of templates: what is made, under `settings` in a recipe, and how it is trained, under `train.templates`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -10,13 +10,37 @@ from surgery.settings.names import Mixing
 from surgery.settings.problems import Strict
 from surgery.settings.quantities import Context, NotNegative, Rate
 
+if TYPE_CHECKING:
+    from surgery.anatomy.plan import Plan
 
-class TemplateSettings(Strict):
-    """Templates of stacks, where the plan has them (Compositional models).
+
+class Settings(Strict):
+    """Templates of stacks: how many, and which mixtures of them layers may be; with method templates.
 
     Attributes:
-        count: K; one for each distinct layer where it is None. In a recipe, `parameters.templates`.
-        mixing: `softmax`, `linear` or `one-hot`; one-hot ones are not trained. In a recipe, `parameters.mixture`.
+        templates: K, so many for each stack: a merge makes them at the members' precision, or in the precisions that
+            `max_error` or `budget` asks for. Where it is not given, these decide how many; training takes one for each
+            distinct layer.
+        mixture: `linear`, any mixtures; `softmax`, positive ones that sum to 1; or `one-hot`, one template a layer:
+            layers are tied, and mixtures are not trained.
+        mix_norms: whether scale and shift of norms are mixed too; running statistics never are.
+    """
+
+    templates: Context | None = None
+    mixture: Mixing = "linear"
+    mix_norms: bool = False
+
+
+def settings_in(plan: Plan) -> Settings:
+    """What a plan says of its stacks; fields that it does not say are not set."""
+    said = next((bank.settings for bank in plan.banks if bank.stack), {})
+    return Settings.model_validate(dict(said))
+
+
+class TemplateSettings(Strict):
+    """How templates of stacks are trained, where the plan has them (Compositional models).
+
+    Attributes:
         start: templates and mixtures nearest to the layers' weights (`fit`); or the first layers as templates, with
             mixtures by hand (`sequential`, `cyclic`, `progressive`, `random`) or alike (`uniform`): for
             architectures from scratch.
@@ -32,8 +56,6 @@ class TemplateSettings(Strict):
         like: the source's member to begin as; by default the one with which a short trial goes best.
     """
 
-    count: Context | None = None
-    mixing: Mixing = "softmax"
     start: Literal["fit", "sequential", "cyclic", "progressive", "random", "uniform"] = "fit"
     sure: Annotated[float, Field(gt=0, lt=1)] = 0.9
     learn: bool = True

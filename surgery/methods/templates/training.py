@@ -9,22 +9,23 @@ from torch import Tensor
 
 from surgery.core.joint import JointModel
 from surgery.methods.templates.bank import TemplateBank
-from surgery.methods.templates.mixtures import Templates, harden_stack, has_templates
-from surgery.methods.templates.settings import TemplateSettings
+from surgery.methods.templates.mixtures import harden_stack, has_templates
+from surgery.methods.templates.settings import Settings, TemplateSettings
 from surgery.methods.templates.solving import attraction, entropy
 
 
-def how_to_open(settings: TemplateSettings) -> Templates:
-    """What `JointModel.open` takes."""
-    return Templates(settings.count, settings.mixing, settings.start, settings.sure)
+def wrong_settings(said: Settings, settings: TemplateSettings) -> list[str]:
+    """Linear mixtures, whose shares are no probabilities, can neither harden nor have an entropy: a sentence.
 
-
-def wrong_settings(settings: TemplateSettings) -> list[str]:
-    """Linear mixtures, whose shares are no probabilities, can neither harden nor have an entropy: a sentence."""
-    if settings.mixing == "linear" and (settings.harden or settings.entropy or settings.attraction):
+    Args:
+        said: of the plan.
+        settings: of the run.
+    """
+    linear = said.mixture == "linear" and "mixture" in said.model_fields_set
+    if linear and (settings.harden or settings.entropy or settings.attraction):
         return [
-            "Hardening, entropy and attraction of templates need mixtures of positive shares, found linear ones: set "
-            "templates.mixing (in a recipe parameters.mixture) to softmax."
+            "Hardening, entropy and attraction of templates need mixtures of positive shares, found linear ones: use "
+            "`settings.mixture=softmax`."
         ]
     return []
 

@@ -14,22 +14,14 @@ from torch import Tensor
 from surgery.anatomy.plan import Placement
 from surgery.core.generation import to_blocks
 from surgery.core.joint import JointModel
+from surgery.core.method import States
 from surgery.errors import PlanError
 from surgery.methods.rows.bank import rows_bank
 from surgery.methods.rows.exact import exact_bank
-from surgery.methods.templates.mixtures import gram_of, mix_banks, sure_mixtures
-from surgery.methods.templates.settings import TemplateSettings
+from surgery.methods.templates.mixtures import Templates, gram_of, mix_banks, sure_mixtures
+from surgery.methods.templates.settings import TemplateSettings, settings_in
 from surgery.methods.templates.solving import fit_mixtures, solve_templates
-from surgery.methods.templates.training import how_to_open
 from surgery.slots.slots import locate
-
-States = Mapping[str, Mapping[str, Tensor]]
-"""State dicts of the source's members, by name."""
-
-
-def states_of(source: JointModel) -> States:
-    """What a source gives: the ordinary weights of every member, whatever form they are stored in."""
-    return {name: source.collapse(name) for name in source.names}
 
 
 def candidates(joint: JointModel, states: States) -> tuple[str, ...]:
@@ -64,22 +56,24 @@ def transfer(joint: JointModel, states: States, like: str, settings: TemplateSet
     is sure of a template of its own, as after `open`.
 
     Args:
-        joint: as `join` made it, of the plan of `plan_templates`.
+        joint: as `join` made it, of the plan of `plan_templates`, which says how many templates there are.
         states: of the source.
         like: the source's member whose mixtures and other tensors are the start.
-        settings: with `count`, which is needed.
+        settings: of the run.
         seed: of a clustering.
 
     Raises:
-        PlanError: where the source lacks the layers, or `count` is not given.
+        PlanError: where the source lacks the layers, or the plan does not say how many templates there are.
     """
     names = candidates(joint, states)
     if like not in names:
         raise PlanError(f"The source's member must be one of {', '.join(names)}, found '{like}'.")
-    if settings.count is None:
-        raise PlanError("Transfer needs the number of templates: parameters.templates in the recipe.")
+    said = settings_in(joint.plan)
+    if said.templates is None:
+        raise PlanError("Transfer needs the number of templates: give `settings.templates=K`.")
+    how = Templates.of(said, settings.start, settings.sure)
     for keys in joint.plan.stacks.values():
-        _open(joint, keys, states, names, like, settings, seed)
+        _open(joint, keys, states, names, like, how, seed)
     _copy_sites(joint, states[like])
     generated = {(p.site.member, owner) for p in joint.plan.placements for owner in p.site.owners}
     for name in joint.names:
@@ -96,7 +90,7 @@ def _open(
     states: States,
     names: Sequence[str],
     like: str,
-    settings: TemplateSettings,
+    how: Templates,
     seed: int,
 ) -> None:
     placed = {
@@ -109,19 +103,19 @@ def _open(
         key: torch.cat([to_blocks(states[name][p.site.name], p) for name in names for p in found])
         for key, found in own.items()
     }
-    count = min(settings.count or depth, len(names) * depth)
+    count = min(how.count or depth, len(names) * depth)
     generator = torch.Generator().manual_seed(seed)
     if count == len(names) * depth:
-        mixtures = sure_mixtures(torch.arange(count), count, how_to_open(settings))
+        mixtures = sure_mixtures(torch.arange(count), count, how)
         combine = solve_templates(mixtures)
     else:
-        mixtures, combine = fit_mixtures(gram_of(blocks), count, settings.mixing, generator)
+        mixtures, combine = fit_mixtures(gram_of(blocks), count, how.mixing, generator)
     first = names.index(like) * depth
     order = {p.site.name: first + place for place, p in enumerate(own[keys[0]])}
     chosen = mixtures[[order[p.site.name] for p in placed[keys[0]]]]
     rows = {key: (combine @ each.double()).to(each.dtype) for key, each in blocks.items()}
     banks = {key: rows_bank(joint.dictionary[key]) for key in keys}
-    for key, bank in mix_banks(banks, rows, chosen, settings.mixing).items():
+    for key, bank in mix_banks(banks, rows, chosen, how.mixing).items():
         joint.dictionary.banks[key] = bank
 
 

@@ -31,6 +31,7 @@ from surgery.slots.gate import unwatched
 from surgery.slots.hooks import Enter, Leave
 from surgery.slots.serving import Tasks
 from surgery.slots.slots import Slots, locate, put_back, reorder
+from surgery.storage.keys import StateKey
 from surgery.training.distributed.columns import SomeColumns
 from surgery.training.distributed.fsdp import Sharding
 from surgery.training.distributed.shards import ChunkPart, ColumnPart, Part, reshard
@@ -104,7 +105,7 @@ class ShardedModel(JointModel):
         self.members = {name: replace(m, module=copies[name]) for name, m in joint.members.items()}
         self.bodies = nn.ModuleList(copies.values())
         self.tasks = Tasks(self.bodies)
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[StateKey, Part] = {}
         self._shard_members()
         self._placed = {key: [p for p in self.plan.placements if p.bank == key] for key in self.dictionary}
         self._origins: dict[str, tuple[nn.Parameter, Tensor]] = {}
@@ -152,7 +153,7 @@ class ShardedModel(JointModel):
             for first in self.owners[name]:
                 own = getattr(*locate(self[name], first))
                 if own_part(own) is not own:
-                    self.parts[f"member/{name}/{first}"] = self._chunks(own.shape)
+                    self.parts[StateKey("member", name, first)] = self._chunks(own.shape)
         self._private: list[tuple[nn.Parameter, nn.Parameter]] = []
         self.chunks: dict[int, Part] = {}
         for path, given in self._given[0].bodies.named_parameters():
@@ -169,7 +170,7 @@ class ShardedModel(JointModel):
         if not isinstance(bank, RowsBank):
             return
         columns = SomeColumns(bank.width, self.sharding.rank, self.sharding.world)
-        part = self.parts[f"bank/{key}/rows"] = ColumnPart(columns)
+        part = self.parts[StateKey("bank", key, "rows")] = ColumnPart(columns)
         self._rows[key], bank.columns = bank, columns
         bank.rows = nn.Parameter(part.own(bank.rows.detach()), requires_grad=bank.rows.requires_grad)
         if bank.origin is not None:  # not needed until the end: it stays on the CPU
@@ -179,7 +180,7 @@ class ShardedModel(JointModel):
         """How a parameter is cut, as the optimizer gets it; None where every process holds all of it."""
         for key, bank in self._rows.items():
             if bank.rows is parameter:
-                return self.parts[f"bank/{key}/rows"]
+                return self.parts[StateKey("bank", key, "rows")]
         return self.chunks.get(id(parameter))
 
     def _chunks(self, shape: torch.Size) -> ChunkPart:
@@ -278,7 +279,7 @@ class ShardedModel(JointModel):
         """The joint model that this was made of, with what was learnt, whole in every process and on the CPU."""
         joint, device = self._given[0], self.sharding.device
         for key, bank in self._rows.items():
-            part = self.parts[f"bank/{key}/rows"]
+            part = self.parts[StateKey("bank", key, "rows")]
             bank.rows = nn.Parameter(part.whole(bank.rows.detach(), device, True), bank.rows.requires_grad)
             contexts, origin = self._origins.get(key, (None, None))
             if origin is not None and contexts is bank.contexts:  # hardening forgets it, with the mixtures
@@ -290,7 +291,7 @@ class ShardedModel(JointModel):
             generated = {owner for p in self.plan.of(name) for owner in p.site.owners}
             for first in (first for first in self.owners[name] if first not in generated):
                 own = own_part(getattr(*locate(self[name], first)).detach())
-                part = self.parts.get(f"member/{name}/{first}")
+                part = self.parts.get(StateKey("member", name, first))
                 given = getattr(*locate(joint[name], first))
                 given.copy_(own if part is None else part.whole(own, device, True))
         joint.bodies.eval()

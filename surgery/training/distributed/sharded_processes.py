@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from surgery.core.joint import JointModel
 from surgery.errors import PlanError
+from surgery.storage.keys import StateKey
 from surgery.training.distributed.sharded import ShardedModel
 from surgery.training.distributed.shards import Part
 from surgery.training.loop.processes import Processes
@@ -56,18 +57,18 @@ class ShardedProcesses(Processes):
         torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
         return bool(said)
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> Tensors:
+    def whole(self, tensors: Mapping[StateKey, Tensor]) -> Tensors:
         """Put together on the CPU of the main process; elsewhere what is held in parts is empty."""
         found = dict(tensors)
-        for name, part in self.model.parts.items():
-            if name in found:
-                found[name] = part.whole(found[name], self.accelerator.device)
+        for key, part in self.model.parts.items():
+            if key in found:
+                found[key] = part.whole(found[key], self.accelerator.device)
         return found
 
-    def own(self, tensors: Mapping[str, Tensor]) -> Tensors:
+    def own(self, tensors: Mapping[StateKey, Tensor]) -> Tensors:
         """This process's parts of tensors that are whole."""
         parts = self.model.parts
-        return {name: parts[name].own(t) if name in parts else t for name, t in tensors.items()}
+        return {key: parts[key].own(t) if key in parts else t for key, t in tensors.items()}
 
     def whole_state(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         """Put together as in `whole` where it has a number for every one of the parameter."""

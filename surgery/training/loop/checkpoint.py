@@ -9,10 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import TrainingError, shorten
+from surgery.storage.keys import StateKey, of_owner
 from surgery.training.loop.moves import pack_moves, state_of
 from surgery.training.loop.optimizers import plain
-from surgery.training.loop.state import Tensors, model_tensors, random_state, restore, set_random_state, under
-from surgery.training.loop.state_check import wrong_state
+from surgery.training.loop.state import (
+    Tensors,
+    model_tensors,
+    of_model,
+    random_state,
+    restore,
+    set_random_state,
+)
+from surgery.training.loop.state_check import EVOLUTION, scalars_of, wrong_state
 from surgery.training.tasks.stateful import pack_loss, unpack_loss
 
 if TYPE_CHECKING:
@@ -26,29 +34,29 @@ def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
     """
     processes = trainer.processes
     model = processes.whole(model_tensors(trainer.joint))
-    tensors = {f"model/{name}": tensor for name, tensor in model.items()}
+    tensors = {key.in_model(): tensor for key, tensor in model.items()}
     own, facts = pack_moves(trainer.moves)
     tensors |= own
     steps: dict[str, Any] = {}
     for number, parameter in enumerate(trainer.parameters()):
         for name, value in plain(trainer.optimizer).state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer/{number}/{name}"] = processes.whole_state(parameter, value)
+                tensors[StateKey("optimizer", str(number), name)] = processes.whole_state(parameter, value)
             elif value is not None:
                 steps[f"{number}/{name}"] = value
     for number, task in enumerate(trainer.tasks):
         state = pack_loss(trainer.losses[task.name])
-        tensors |= {f"loss/{number}/{name}": tensor for name, tensor in state.items()}
+        tensors |= {StateKey("loss", str(number), name): tensor for name, tensor in state.items()}
     # Every process has its own random state; all else is equal in all.
     accelerator, states, running = trainer.accelerator, [random_state()], trainer.running.sums
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 
         states, running = gather_object(states), accelerator.reduce(running, "mean")
-    tensors |= {f"running/{name}": value for name, value in running.items()}
+    tensors |= {StateKey("running", name): value for name, value in running.items()}
     for rank, (random_tensors, _) in enumerate(states):
-        tensors |= {f"random/{rank}/{name}": value for name, value in random_tensors.items()}
-    tensors["random/evolution"] = trainer.generator.get_state()
+        tensors |= {StateKey("random", str(rank), name): value for name, value in random_tensors.items()}
+    tensors[EVOLUTION] = trainer.generator.get_state()
     scaler = accelerator.scaler
     return tensors, {
         "generation": trainer.generation,
@@ -62,7 +70,7 @@ def pack(trainer: Trainer) -> tuple[Tensors, dict[str, Any]]:
     }
 
 
-def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+def unpack(trainer: Trainer, tensors: Mapping[StateKey, Tensor], document: Mapping[str, Any]) -> None:
     """Go on from what `pack` returned; where it does not fit, nothing in memory has changed.
 
     Raises:
@@ -72,10 +80,10 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
     for number, task in enumerate(
         trainer.tasks
     ):  # a loss of the user's own may refuse what has the right names
-        unpack_loss(trainer.losses[task.name], under(tensors, f"loss/{number}/"), task.name)
+        unpack_loss(trainer.losses[task.name], of_owner(tensors, "loss", number), task.name)
     before = named(trainer.joint.dictionary)
     processes = trainer.processes
-    restore(trainer.joint, processes.own(under(tensors, "model/")))
+    restore(trainer.joint, processes.own(of_model(tensors)))
     trainer.generation, trainer.step = document["generation"], document["step"]
     after = named(trainer.joint.dictionary)
     changed = {id(p): after[name] for name, p in before.items() if after.get(name, p) is not p}
@@ -87,9 +95,9 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
     for number, parameter in enumerate(trainer.parameters()):
         found: dict[str, Any] = {
             name: _as_kept(processes.own_state(parameter, value), parameter)
-            for name, value in under(tensors, f"optimizer/{number}/").items()
+            for name, value in of_owner(tensors, "optimizer", number).items()
         }
-        found |= under(document["optimizer"], f"{number}/")
+        found |= scalars_of(document, number)
         if found:
             inner.state[parameter] = found
     if trainer.scheduler is not None:
@@ -100,13 +108,15 @@ def unpack(trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[st
     if document["scaler"] is not None and trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(document["scaler"])
     device = trainer.accelerator.device
-    trainer.running.sums = {n: t.to(device) for n, t in under(tensors, "running/").items()}
+    trainer.running.sums = {
+        key.owner: tensor.to(device) for key, tensor in tensors.items() if key.kind == "running" and key.owner
+    }
     for name, place in document["streams"].items():
         trainer.streams[name].seek(**place)
-    trainer.generator.set_state(tensors["random/evolution"])
+    trainer.generator.set_state(tensors[EVOLUTION])
     rank = trainer.accelerator.process_index
     rank = rank if rank < len(document["random"]) else 0  # there may be more processes now
-    set_random_state(under(tensors, f"random/{rank}/"), document["random"][rank])
+    set_random_state(of_owner(tensors, "random", rank), document["random"][rank])
 
 
 def _as_kept(value: Tensor, parameter: nn.Parameter) -> Tensor:

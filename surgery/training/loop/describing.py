@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from surgery.core.sizes import parameters_of_dictionary
 from surgery.settings.training import Training
 from surgery.training.loop.moves import gather
-from surgery.training.report.report import adapted_of
+from surgery.training.tasks.losses import adapts_by
 from surgery.training.tasks.metrics import Meter
+from surgery.training.tasks.tasks import Task
 
 if TYPE_CHECKING:
     from surgery.training.loop.trainer import Trainer
@@ -38,3 +39,9 @@ def describe_run(trainer: Trainer, config: Training, seed: int) -> dict[str, Any
         "config": config.model_dump(mode="json"),
         "seed": seed,
     }
+
+
+def adapted_of(task: Task) -> dict[str, Any] | None:
+    """How a task adapts, as JSON: losses with weights, and where the features come from; None where it does not."""
+    ways = adapts_by(task.loss)
+    return {"by": ways, **task.source.document()} if ways and task.source is not None else None

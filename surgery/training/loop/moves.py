@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.bank import Parts, Trained
-from surgery.core.method import active_methods, keys_of
+from surgery.core.registry import active_methods
 from surgery.disk.untrusted import shown, shown_text
+from surgery.storage.keys import StateKey, of_owner
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel
@@ -63,7 +64,11 @@ class Moves:
     @property
     def banks(self) -> dict[str, Any]:
         """The method's banks by key."""
-        return {key: self.joint.dictionary[key] for key in keys_of(self.joint.plan, self.name)}
+        return {key: self.joint.dictionary[key] for key in self.joint.plan.keys_of(self.name)}
+
+    def terms(self) -> Facts:
+        """By bank's key, settings that a run's state must agree with, beside those of the run: those of the plan."""
+        return {key: dict(self.joint.plan.bank(key).settings) for key in self.banks}
 
     # -- parameters ----------------------------------------------------------------------------------------
 
@@ -109,7 +114,7 @@ class Moves:
         """Whether `unpack` has a use for a tensor or a JSON value of this name; asked of those that lie at the top."""
         return False
 
-    def wrong(self, tensors: Parts, facts: Facts, model: Mapping[str, Tensor]) -> Iterator[str]:
+    def wrong(self, tensors: Parts, facts: Facts, model: Mapping[StateKey, Tensor]) -> Iterator[str]:
         """What keeps `unpack` from taking a state, in words; nothing in memory changes.
 
         By default the names, dtypes and shapes must be those that `pack` returns now.
@@ -117,7 +122,7 @@ class Moves:
         Args:
             tensors: as `pack` returned them.
             facts: as well.
-            model: tensors of the joint model in the same state, `bank/<key>/<name>` and others, which fit already.
+            model: tensors of the joint model in the same state, of banks and others, which fit already.
         """
         mine, said = self.pack()
         if set(tensors) != set(mine) or set(facts) != set(said):
@@ -154,6 +159,10 @@ class Moves:
 
     def words(self) -> list[str]:
         """For the line that is shown while a run goes on, such as `12 hypermodules`."""
+        return []
+
+    def lighter(self) -> list[str]:
+        """What would take less memory, such as `fewer train.evolution.challengers`."""
         return []
 
     def tracked(self) -> dict[str, float]:
@@ -195,14 +204,14 @@ def gather(moves: tuple[Moves, ...], what: str) -> Facts:
     return {**found, "methods": below} if below else found
 
 
-def pack_moves(moves: tuple[Moves, ...]) -> tuple[Parts, Facts]:
+def pack_moves(moves: tuple[Moves, ...]) -> tuple[dict[StateKey, Tensor], Facts]:
     """The states of all methods in one."""
-    tensors: Parts = {}
+    tensors: dict[StateKey, Tensor] = {}
     facts: Facts = {}
     below: Facts = {}
     for each in moves:
         mine, said = each.pack()
-        tensors |= {f"{_prefix(each)}{name}": tensor for name, tensor in mine.items()}
+        tensors |= {_key(each, name): tensor for name, tensor in mine.items()}
         if each.top:
             facts |= said
         elif said:
@@ -210,18 +219,19 @@ def pack_moves(moves: tuple[Moves, ...]) -> tuple[Parts, Facts]:
     return tensors, {**facts, "methods": below} if below else facts
 
 
-def state_of(move: Moves, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> tuple[Parts, Facts]:
+def state_of(
+    move: Moves, tensors: Mapping[StateKey, Tensor], document: Mapping[str, Any]
+) -> tuple[Parts, Facts]:
     """A method's part of what `pack_moves` put together: of those at the top, all."""
     if move.top:
-        return dict(tensors), dict(document)
-    prefix = _prefix(move)
-    mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        return {str(key): tensor for key, tensor in tensors.items() if not key.model}, dict(document)
+    mine = of_owner(tensors, "method", move.name)
     return mine, dict(document.get("methods", {}).get(move.name, {}))
 
 
-def is_read(move: Moves, name: str) -> bool:
+def is_read(move: Moves, key: StateKey) -> bool:
     """Whether a tensor of a run's state is a method's."""
-    return move.reads(name) if move.top else name.startswith(_prefix(move))
+    return move.reads(str(key)) if move.top else (key.kind, key.owner) == ("method", move.name)
 
 
 def unread(moves: tuple[Moves, ...], document: Mapping[str, Any], known: Collection[str]) -> list[str]:
@@ -237,5 +247,5 @@ def unread(moves: tuple[Moves, ...], document: Mapping[str, Any], known: Collect
     return sorted(found | set(document.get("methods", {})) - {each.name for each in moves if not each.top})
 
 
-def _prefix(move: Moves) -> str:
-    return "" if move.top else f"method/{move.name}/"
+def _key(move: Moves, name: str) -> StateKey:
+    return StateKey.parse(name) if move.top else StateKey("method", move.name, name)

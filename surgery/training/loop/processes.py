@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from surgery.core.joint import JointModel
+from surgery.storage.keys import StateKey
 from surgery.training.loop.state import Tensors
-from surgery.util.collectives import in_one_call
+from surgery.util.collectives import average
 
 
 class Processes:
@@ -31,8 +32,7 @@ class Processes:
     def average(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average gradients over the processes, all of them in one call."""
         if self.accelerator.num_processes > 1:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            in_one_call(gradients, lambda flat: self.accelerator.reduce(flat, "mean"))
+            average(p.grad for p in parameters if p.grad is not None)
 
     def clip(self, parameters: Sequence[nn.Parameter], norm: float) -> None:
         """Scale all gradients together so that their norm is at most `norm`."""
@@ -44,11 +44,11 @@ class Processes:
 
     # -- what is kept ----------------------------------------------------------------------------------------
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> Tensors:
-        """Named tensors as `model_tensors` has them, put together from all processes; in the main one, on the CPU."""
+    def whole(self, tensors: Mapping[StateKey, Tensor]) -> Tensors:
+        """Tensors as `model_tensors` has them, put together from all processes; in the main one, on the CPU."""
         return dict(tensors)
 
-    def own(self, tensors: Mapping[str, Tensor]) -> Tensors:
+    def own(self, tensors: Mapping[StateKey, Tensor]) -> Tensors:
         """What this process holds of tensors that are whole: the inverse of `whole`."""
         return dict(tensors)
 

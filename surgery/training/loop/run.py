@@ -18,21 +18,22 @@ from surgery.disk.records import check_free, note, read_record
 from surgery.errors import PlanError, TrainingError
 from surgery.settings.training import Training
 from surgery.storage.stored import loosened
+from surgery.training.loop.agreement import differences, flat, terms_of
 from surgery.training.loop.checkpoint import pack, raise_unfit, unpack
-from surgery.training.loop.describing import describe_run
+from surgery.training.loop.describing import adapted_of, describe_run
 from surgery.training.loop.interruptions import Interrupted, stop_signals
 from surgery.training.loop.moves import gather
-from surgery.training.loop.run_plan import differences, flat, make_plan
 from surgery.training.loop.state import Tensors, read_state, restore, snapshot, write_state
 from surgery.training.loop.state_check import wrong_model
 from surgery.training.loop.state_document import BestDocument
 from surgery.training.loop.trainer import Trainer
 from surgery.training.report.comparison import Sizes, as_scores, measure
-from surgery.training.report.report import TrainReport, adapted_of
+from surgery.training.report.report import TrainReport
 from surgery.training.report.runlog import NAME as LOG
 from surgery.training.report.runlog import RunLog, first_validation, read_log
 from surgery.training.report.trackers import tracked
-from surgery.training.tasks.validation import Score, evaluate
+from surgery.training.tasks.score import Score
+from surgery.training.tasks.validation import evaluate
 from surgery.util.progress import task as progress_task
 from surgery.util.text import one_line
 
@@ -67,7 +68,7 @@ class Run:
         self, trainer: Trainer, config: Training, seed: int, folder: Path | None, began: Sizes | None = None
     ):
         self.trainer, self.config, self.seed, self.folder = trainer, config, seed, folder
-        self.plan = make_plan(trainer.joint, trainer.tasks, config, seed, folder)
+        self.terms = terms_of(trainer, seed, folder)
         main = trainer.accelerator.is_main_process
         self.log = RunLog(folder if main else None)
         self.first: dict[str, float] = {}  # the tasks' first validation losses: their scale
@@ -228,7 +229,7 @@ class Run:
                 write_state(self.folder / BEST, kept, {"generation": self.best})
             keep = {"best": self.best, "score": self.best_score, "stale": self.stale, "first": self.first}
             keep["file"] = self.kept is not None
-            document = {**document, "keep": keep, "plan": self.plan, "seconds": self.seconds}
+            document = {**document, "keep": keep, "plan": self.terms, "seconds": self.seconds}
             write_state(self.folder / STATE, tensors, document)
         self.unsaved_best = False
 
@@ -237,7 +238,7 @@ class Run:
         if self.folder is None or not os.path.lexists(self.folder / STATE):
             return
         tensors, document = read_state(self.folder / STATE)
-        if changed := differences(self.plan, document.get("plan")):
+        if changed := differences(self.terms, document.get("plan")):
             raise TrainingError(
                 f"The checkpoint in {self.folder} must be of the same members, tasks, settings and seed, but it "
                 f"belongs to another plan ({changed}): run with what it was begun with, choose another folder, or "

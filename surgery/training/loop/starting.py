@@ -8,7 +8,7 @@ import torch
 
 from surgery.anatomy.selectors import matches
 from surgery.core.joint import JointModel
-from surgery.core.method import active_methods, methods_of
+from surgery.core.registry import active_methods, methods_of
 from surgery.errors import PlanError
 from surgery.settings.training import Training
 

@@ -11,6 +11,7 @@ import json
 import os
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from surgery.errors import TrainingError
 from surgery.members.extra_state import extra_state_of, from_document, set_extra_state, to_document
 from surgery.members.member import content_hash
 from surgery.slots.slots import locate
+from surgery.storage.keys import StateKey, of_owner
 from surgery.training.loop.state_document import VERSION, StateDocument
 
-Tensors = dict[str, Tensor]
+Tensors = dict[StateKey, Tensor]
 
 
 def model_tensors(joint: JointModel) -> Tensors:
@@ -41,14 +43,17 @@ def model_tensors(joint: JointModel) -> Tensors:
     found: Tensors = {}
     for key in joint.dictionary:
         bank = joint.dictionary[key]
-        found |= {f"bank/{key}/{name}": t for name, t in bank.state().items()}
+        found |= {StateKey("bank", key, name): t for name, t in bank.state().items()}
     for name in joint.names:
         generated = {owner for p in joint.plan.of(name) for owner in p.site.owners}
         for first in joint.owners[name]:
             if first not in generated:
-                found[f"member/{name}/{first}"] = own_part(getattr(*locate(joint[name], first)).detach())
+                own = own_part(getattr(*locate(joint[name], first)).detach())
+                found[StateKey("member", name, first)] = own
         if values := extra_state_of(joint[name]):
-            found[f"extra/{name}"] = torch.frombuffer(bytearray(to_document(values, name)), dtype=torch.uint8)
+            found[StateKey("extra", name)] = torch.frombuffer(
+                bytearray(to_document(values, name)), dtype=torch.uint8
+            )
     return found
 
 
@@ -59,29 +64,29 @@ def own_part(tensor: Tensor) -> Tensor:
 
 def snapshot(joint: JointModel) -> Tensors:
     """A copy of `model_tensors` on the CPU."""
-    return {name: tensor.to("cpu", copy=True) for name, tensor in model_tensors(joint).items()}
+    return {key: tensor.to("cpu", copy=True) for key, tensor in model_tensors(joint).items()}
 
 
 @torch.no_grad()
-def restore(joint: JointModel, tensors: Mapping[str, Tensor]) -> None:
+def restore(joint: JointModel, tensors: Mapping[StateKey, Tensor]) -> None:
     """Give a joint model of the same plan the tensors of a `snapshot`; banks take whatever size they had.
 
     Raises:
         TrainingError: where the tensors are those of another joint model.
     """
-    for name, tensor in model_tensors(joint).items():
-        if name.startswith("extra/"):
-            _restore_extra_state(joint, name, tensors)
+    for key, tensor in model_tensors(joint).items():
+        if key.kind == "extra":
+            _restore_extra_state(joint, key, tensors)
             continue
-        if name not in tensors or (name.startswith("member/") and tensor.shape != tensors[name].shape):
+        if key not in tensors or (key.kind == "member" and tensor.shape != tensors[key].shape):
             raise TrainingError(
-                f"The checkpoint must hold what this recipe trains, but '{name}' is missing or of another shape: "
+                f"The checkpoint must hold what this recipe trains, but '{key}' is missing or of another shape: "
                 "it belongs to another run; choose another folder, or delete it."
             )
-        if name.startswith("member/"):
-            tensor.copy_(tensors[name])
+        if key.kind == "member":
+            tensor.copy_(tensors[key])
     for key in joint.dictionary:
-        bank, own = joint.dictionary[key], under(tensors, f"bank/{key}/")
+        bank, own = joint.dictionary[key], of_owner(tensors, "bank", key)
         if wrong := bank.misfits(own):
             raise TrainingError(
                 f"The checkpoint must hold what this recipe trains, but bank '{key}' {wrong[0]}: it belongs to "
@@ -91,21 +96,21 @@ def restore(joint: JointModel, tensors: Mapping[str, Tensor]) -> None:
     joint.refresh()
 
 
-def _restore_extra_state(joint: JointModel, name: str, tensors: Mapping[str, Tensor]) -> None:
+def _restore_extra_state(joint: JointModel, key: StateKey, tensors: Mapping[StateKey, Tensor]) -> None:
     """Of one member, where the state holds it: those of earlier versions do not."""
-    if name in tensors:
+    if key in tensors:
         try:
-            values = from_document(json.loads(tensors[name].cpu().numpy().tobytes()))
+            values = from_document(json.loads(tensors[key].cpu().numpy().tobytes()))
         except ValueError as error:
             raise TrainingError(
-                f"The checkpoint's '{name}' must be extra state, but {error}: delete the checkpoint to start anew."
+                f"The checkpoint's '{key}' must be extra state, but {error}: delete the checkpoint to start anew."
             ) from None
-        set_extra_state(joint[name.partition("/")[2]], values)
+        set_extra_state(joint[key.owner or ""], values)
 
 
-def random_state() -> tuple[Tensors, dict[str, Any]]:
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All global generators that a user's data or members may draw from: tensors, and the rest."""
-    tensors: Tensors = {"torch": torch.get_rng_state()}
+    tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
     version, inner, gauss = random.getstate()
@@ -126,12 +131,12 @@ def set_random_state(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> 
     np.random.set_state((kind, keys, int(position), int(has), cached))
 
 
-def write_state(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
+def write_state(path: Path, tensors: Mapping[StateKey, Tensor], document: Mapping[str, Any]) -> None:
     """Write tensors and a JSON document as one file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.new")
     beside.unlink(missing_ok=True)  # what a kill left, or something that would be waited for
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {str(key): tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     # safetensors refuses two names for one memory, as tied weights have.
     seen: dict[int, str] = {}
     for name, tensor in plain.items():
@@ -171,12 +176,12 @@ def read_state(path: Path, kind: type[BaseModel] = StateDocument) -> tuple[Tenso
         raise _unusable(path, "; ".join(broken_rules(error, 5))) from None
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unusable(path, shown_text(" ".join(str(error).split()))) from None
-    return tensors, document
+    return {StateKey.parse(name): tensor for name, tensor in tensors.items()}, document
 
 
-def under(entries: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The entries whose names begin with a prefix, by the rest of their names."""
-    return {name.removeprefix(prefix): value for name, value in entries.items() if name.startswith(prefix)}
+def of_model(tensors: Mapping[StateKey, Tensor]) -> Tensors:
+    """The joint model's tensors of a state, by the keys that they have without one."""
+    return {replace(key, model=False): tensor for key, tensor in tensors.items() if key.model}
 
 
 def _unusable(path: Path, why: str) -> TrainingError:

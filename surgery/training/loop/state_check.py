@@ -15,9 +15,10 @@ from torch import Tensor
 
 from surgery.core.joint import JointModel
 from surgery.disk.untrusted import shown, shown_text
+from surgery.storage.keys import StateKey, of_owner
 from surgery.training.loop.moves import is_read, state_of, unread
 from surgery.training.loop.optimizers import plain
-from surgery.training.loop.state import model_tensors, under
+from surgery.training.loop.state import model_tensors, of_model
 from surgery.training.loop.state_document import StateDocument
 from surgery.training.tasks.stateful import pack_loss
 
@@ -25,37 +26,40 @@ if TYPE_CHECKING:
     from surgery.training.loop.trainer import Trainer
 
 _ADAM = {"step", "exp_avg", "exp_avg_sq"}
+EVOLUTION = StateKey("random", "evolution")
+"""The generator of all that a run decides."""
+
 MOMENTS = {"Adam": _ADAM, "AdamW": _ADAM, "SGD": {"momentum_buffer"}}
 """What an optimizer keeps of each parameter, by its class."""
 
 
-def wrong_model(joint: JointModel, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def wrong_model(joint: JointModel, tensors: Mapping[StateKey, Tensor]) -> Iterator[str]:
     """What keeps `restore` from giving a joint model these tensors."""
     wanted = model_tensors(joint)
-    for name, tensor in wanted.items():
-        if name.startswith("bank/"):
+    for key, tensor in wanted.items():
+        if key.kind == "bank":
             continue
-        if name not in tensors:
-            yield f"'{shown_text(name)}' is missing"
-        elif tensors[name].dtype != tensor.dtype:
-            yield f"'{name}' must be {tensor.dtype}, found {tensors[name].dtype}"
-        elif tensors[name].shape != tensor.shape:
-            yield f"'{name}' must be {list(tensor.shape)}, found {list(tensors[name].shape)}"
-    for name in sorted(set(tensors) - set(wanted))[:5]:
+        if key not in tensors:
+            yield f"'{shown_text(str(key))}' is missing"
+        elif tensors[key].dtype != tensor.dtype:
+            yield f"'{key}' must be {tensor.dtype}, found {tensors[key].dtype}"
+        elif tensors[key].shape != tensor.shape:
+            yield f"'{key}' must be {list(tensor.shape)}, found {list(tensors[key].shape)}"
+    for name in sorted(map(str, set(tensors) - set(wanted)))[:5]:
         yield f"'{shown_text(name)}' is none of its tensors"
-    for key in joint.dictionary:
-        for wrong in joint.dictionary[key].misfits(under(tensors, f"bank/{key}/")):
-            yield f"bank {key} {wrong}"
+    for bank in joint.dictionary:
+        for wrong in joint.dictionary[bank].misfits(of_owner(tensors, "bank", bank)):
+            yield f"bank {bank} {wrong}"
 
 
 def wrong_state(
-    trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[str, Any]
+    trainer: Trainer, tensors: Mapping[StateKey, Tensor], document: Mapping[str, Any]
 ) -> Iterator[str]:
     """What keeps `unpack` from going on from a state; the document is typed already."""
     if set(document["streams"]) != set(trainer.streams):
         yield f"its tasks must be {', '.join(trainer.streams)}, found {shown(sorted(document['streams']))}"
     try:
-        own = trainer.processes.own(under(tensors, "model/"))
+        own = trainer.processes.own(of_model(tensors))
     except (RuntimeError, ValueError, IndexError) as error:  # of a process that holds parts
         yield f"its tensors cannot be cut: {shown_text(str(error))}"
         return
@@ -94,34 +98,38 @@ def _wrong_progress(trainer: Trainer, document: Mapping[str, Any]) -> Iterator[s
 
 
 def _wrong_names(
-    trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[str, Any]
+    trainer: Trainer, tensors: Mapping[StateKey, Tensor], document: Mapping[str, Any]
 ) -> Iterator[str]:
     """Tensors that nothing would read, as those of another version or another run."""
-    known = [f"loss/{number}/" for number in range(len(trainer.tasks))]
-    known += ["model/", "optimizer/", *(f"random/{rank}/" for rank in range(len(document["random"])))]
-    single = {"random/evolution", *(f"running/{name}" for name in trainer.streams)}
-    for name, tensor in tensors.items():
-        read = name in single or name.startswith(tuple(known))
-        if not read and not any(is_read(each, name) for each in trainer.moves):
-            yield f"'{shown_text(name)}' is none of a state's tensors"
-        elif name.startswith("running/") and (tensor.ndim or not tensor.is_floating_point()):
-            yield f"'{shown_text(name)}' must be one number, found {list(tensor.shape)}"
-    running = under(tensors, "running/")
-    if running and set(running) != set(trainer.streams):
-        yield f"running losses must be of all tasks, found {shown(sorted(running))}"
+    owners = {
+        "loss": {str(number) for number in range(len(trainer.tasks))},
+        "random": {str(rank) for rank in range(len(document["random"]))},
+        "running": set(trainer.streams),
+    }
+    for key, tensor in tensors.items():
+        ours = (
+            key.model or key == EVOLUTION or key.kind == "optimizer" or key.owner in owners.get(key.kind, ())
+        )
+        if not ours and not any(is_read(each, key) for each in trainer.moves):
+            yield f"'{shown_text(str(key))}' is none of a state's tensors"
+        elif key.kind == "running" and (tensor.ndim or not tensor.is_floating_point()):
+            yield f"'{shown_text(str(key))}' must be one number, found {list(tensor.shape)}"
+    running = {key.owner for key in tensors if key.kind == "running"}
+    if running and running != set(trainer.streams):
+        yield f"running losses must be of all tasks, found {shown(sorted(map(str, running)))}"
 
 
 def _wrong_optimizer(
     trainer: Trainer,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[StateKey, Tensor],
     document: Mapping[str, Any],
-    own: Mapping[str, Tensor],
+    own: Mapping[StateKey, Tensor],
 ) -> Iterator[str]:
     """The optimizer's parameters as they will be once the state is in place, and what is kept of each."""
     likes: dict[int, Tensor] = {}  # banks may have had more or fewer rows
     for key in trainer.joint.dictionary:
         for name, parameter in trainer.joint.dictionary[key].named_parameters():
-            likes[id(parameter)] = own.get(f"bank/{key}/{name}", parameter)
+            likes[id(parameter)] = own.get(StateKey("bank", key, name), parameter)
     states = [(each, *state_of(each, tensors, document)) for each in trainer.moves]
     gone = {id(p) for each, _, facts in states for p in each.leaving(facts)}
     listed: list[tuple[Any, Any]] = []  # what each will look like, and the parameter that is there now
@@ -134,13 +142,12 @@ def _wrong_optimizer(
         roles.add(group["role"])
     inner = plain(trainer.optimizer)
     wanted = MOMENTS.get(type(inner).__name__)
-    names = {name.split("/")[1] for name in tensors if name.startswith("optimizer/")}
+    names = {str(key.owner) for key in tensors if key.kind == "optimizer"}
     names |= {name.split("/")[0] for name in document["optimizer"]}
     if unknown := names - {str(number) for number in range(len(listed))}:
         yield f"the optimizer has {len(listed)} parameters, but something is kept of {shown(sorted(unknown))}"
     for number, (like, parameter) in enumerate(listed):
-        kept = under(tensors, f"optimizer/{number}/")
-        scalars = under(document["optimizer"], f"{number}/")
+        kept, scalars = of_owner(tensors, "optimizer", number), scalars_of(document, number)
         if (kept or scalars) and wanted is not None and {*kept, *scalars} != wanted:
             yield f"of parameter {number} the optimizer must keep {shown(sorted(wanted))}, found {shown(sorted(kept))}"
         for name, value in kept.items():
@@ -153,9 +160,15 @@ def _wrong_optimizer(
                 )
 
 
-def _wrong_losses(trainer: Trainer, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def scalars_of(document: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """What an optimizer keeps of a parameter beside tensors, by name."""
+    places = {place.partition("/")[::2]: value for place, value in document["optimizer"].items()}
+    return {name: value for (of, name), value in places.items() if of == str(number)}
+
+
+def _wrong_losses(trainer: Trainer, tensors: Mapping[StateKey, Tensor]) -> Iterator[str]:
     for number, task in enumerate(trainer.tasks):
-        known, found = pack_loss(trainer.losses[task.name]), under(tensors, f"loss/{number}/")
+        known, found = pack_loss(trainer.losses[task.name]), of_owner(tensors, "loss", number)
         if set(known) != set(found):
             yield (
                 f"it must hold the state of the loss of {task.name}, {shown(sorted(known)) if known else 'none'}, but "
@@ -167,23 +180,23 @@ def _wrong_losses(trainer: Trainer, tensors: Mapping[str, Tensor]) -> Iterator[s
 
 
 def _wrong_random(
-    trainer: Trainer, tensors: Mapping[str, Tensor], document: Mapping[str, Any]
+    trainer: Trainer, tensors: Mapping[StateKey, Tensor], document: Mapping[str, Any]
 ) -> Iterator[str]:
     """Generators are tried on ones that nobody uses."""
-    places = ["random/evolution", *(f"random/{rank}/torch" for rank in range(len(document["random"])))]
-    for name in places:
+    ranks = range(len(document["random"]))
+    for key in (EVOLUTION, *(StateKey("random", str(rank), "torch") for rank in ranks)):
         try:
-            torch.Generator().set_state(tensors[name])
+            torch.Generator().set_state(tensors[key])
         except (KeyError, RuntimeError, TypeError) as error:
-            yield f"'{name}' must be the state of a generator: {shown_text(str(error))}"
+            yield f"'{key}' must be the state of a generator: {shown_text(str(error))}"
     for rank, rest in enumerate(document["random"]):
-        words = tensors.get(f"random/{rank}/numpy")
+        words = tensors.get(numpy := StateKey("random", str(rank), "numpy"))
         try:
             assert words is not None and words.dtype == torch.int64 and tuple(words.shape) == (624,)
             assert int(words.min()) >= 0 and int(words.max()) < 1 << 32
             np.random.RandomState().set_state(numpy_state(words, rest["numpy"]))
         except (AssertionError, ValueError, TypeError):
-            yield f"'random/{rank}/numpy' must be the 624 words of NumPy's generator"
+            yield f"'{numpy}' must be the 624 words of NumPy's generator"
         try:
             random.Random().setstate(python_state(rest["python"]))
         except (ValueError, TypeError, OverflowError) as error:

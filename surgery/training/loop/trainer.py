@@ -91,8 +91,8 @@ class Trainer:
             self.train_step()
         except torch.OutOfMemoryError as error:  # a member's own pass is explained where it runs
             raise TrainingError(
-                "Memory ran out in the dictionary or the optimizer, not in a member: take a smaller "
-                "parameters.context, fewer train.evolution.challengers, or fewer members together."
+                "Memory ran out in the dictionary or the optimizer, not in a member: take "
+                f"{''.join(f'{words}, ' for each in self.moves for words in each.lighter())}or fewer members together."
             ) from error
         self.step += 1
         if self.step == self.config.steps:

@@ -10,7 +10,7 @@ from surgery.core.joint import JointModel
 from surgery.core.sizes import parameters_alone, parameters_joint
 from surgery.storage.stored import store
 from surgery.storage.trim import on_cpu, trim
-from surgery.training.tasks.validation import Score
+from surgery.training.tasks.score import Score
 from surgery.util.wording import percent, size
 
 Sizes = dict[str, dict[str, dict[str, int]]]

@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from surgery.disk.untrusted import broken_rules, shown
 from surgery.settings.quantities import Count, NotNegative
-
-Loss = Annotated[float, Field(ge=-1e30, le=1e30, allow_inf_nan=False)]
-"""What can be drawn; a run ends where a loss is no longer finite."""
+from surgery.training.report.report import TrainReport
+from surgery.training.tasks.score import Loss, Score
 
 Integer = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
 
@@ -67,24 +66,13 @@ class StartLine(_Line):
     sizes: dict[str, dict[str, SizeLine]] | None = None
 
 
-class ScoreLine(_Line):
-    """What a task reached; a metric may be NaN."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    loss: Loss | None
-    metric: float | None
-    examples: Count
-    measure: str | None = None
-
-
 class GenerationLine(_Line):
     """One generation."""
 
     event: Literal["generation"]
     generation: Annotated[int, Field(ge=0, lt=1 << 31)]
     losses: dict[str, Loss]
-    validation: dict[str, ScoreLine]
+    validation: dict[str, Score]
     hypermodules: dict[str, Count] = {}
     numbers: Count = 0
     moved: NotNegative = 0.0
@@ -114,20 +102,10 @@ class StatisticLine(_Line):
 
 
 class EndLine(_Line):
-    """How a run ended."""
+    """How a run ended, beside its report."""
 
     event: Literal["end"]
     best: Integer
-    stopped: str = "done"
-    generations: Count = 0
-    numbers: tuple[Count, Count] = (0, 0)
-    trained: Count = 0
-    templates: dict[str, Count] = {}
-    seconds: NotNegative = 0.0
-    first: dict[str, ScoreLine] = {}
-    scores: dict[str, ScoreLine] = {}
-    tests: dict[str, ScoreLine] = {}
-    hypermodules: dict[str, Count] = {}
     stored_modules: dict[str, Count] = {}
     sizes: dict[str, dict[str, SizeLine]] = {}
     overlap: dict[str, OverlapLine] = {}
@@ -155,6 +133,8 @@ def check_line(line: Any, text: bytes) -> str:
         return ""
     try:
         LINES[event].model_validate_json(text)  # of JSON, where a tuple is a list
+        if event == "end":
+            TrainReport.of(line)
     except ValidationError as error:
         return "; ".join(broken_rules(error, 4))
     return ""

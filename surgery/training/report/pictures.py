@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from surgery.core.method import Picture, find_method, method_names
+from surgery.core.method import Method, Picture
+from surgery.core.registry import find_method
 from surgery.disk.records import artifact_files, check_free, write_owned
 from surgery.disk.untrusted import shown_text
 from surgery.errors import TrainingError
+from surgery.settings.methods import method_names
 from surgery.settings.names import SHIPPED_METHODS
 from surgery.training.report.runlog import read_log
 from surgery.util.drawing import GRID, INK, MUTED, colours, label_generations, new_figure, png, tidy
@@ -62,14 +64,21 @@ def pictures_of(start: Line) -> dict[str, Picture]:
     """What is drawn of a run, by file name; of methods that are not installed, nothing is.
 
     Args:
-        start: the first line of its log; those of earlier versions do not name the methods.
+        start: the first line of its log.
+    """
+    drawn: dict[str, Picture] = {"losses.png": draw_losses}
+    for method in methods_trained(start):
+        drawn |= method.pictures()
+    return drawn
+
+
+def methods_trained(start: Line) -> list[Method]:
+    """The methods of a run, by the first line of its log, which did not name them in earlier versions.
+
+    Those that are not installed are left out.
     """
     known = set(method_names())
-    names = [name for name in start.get("method_names", SHIPPED_METHODS) if name in known]
-    drawn: dict[str, Picture] = {"losses.png": draw_losses}
-    for name in names:
-        drawn |= find_method(name).pictures()
-    return drawn
+    return [find_method(name) for name in start.get("method_names", SHIPPED_METHODS) if name in known]
 
 
 def draw_losses(start: Line, generations: Sequence[Line], end: Line | None) -> bytes:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
 
-from surgery.training.tasks.losses import adapts_by
-from surgery.training.tasks.tasks import Task
-from surgery.training.tasks.validation import Score
-from surgery.util.showing import as_html, as_text, plural
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from surgery.settings.quantities import Count, NotNegative
+from surgery.training.tasks.score import Score
+from surgery.util.showing import as_html, as_text, finite, plural
 from surgery.util.wording import count, percent
 
 
@@ -37,21 +39,23 @@ class TrainReport:
         seconds: in all, resumed runs together.
     """
 
-    generations: int
-    best: int
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", strict=True)
+
+    generations: Count = 0
+    best: Annotated[int, Field(ge=-(1 << 53), le=1 << 53)] = 0
     scores: Mapping[str, Score] = field(default_factory=dict)
     tests: Mapping[str, Score] = field(default_factory=dict)
-    hypermodules: Mapping[str, int] = field(default_factory=dict)
-    templates: Mapping[str, int] = field(default_factory=dict)
-    numbers: tuple[int, int] = (0, 0)
-    trained: int = 0
+    hypermodules: Mapping[str, Count] = field(default_factory=dict)
+    templates: Mapping[str, Count] = field(default_factory=dict)
+    numbers: tuple[Count, Count] = (0, 0)
+    trained: Count = 0
     adapted: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     first: Mapping[str, Score] = field(default_factory=dict)
-    sizes: Mapping[str, Mapping[str, Mapping[str, int]]] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, Mapping[str, Count]]] = field(default_factory=dict)
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    loosened: Mapping[str, int] = field(default_factory=dict)
+    loosened: Mapping[str, Count] = field(default_factory=dict)
     stopped: str = "done"
-    seconds: float = 0.0
+    seconds: NotNegative = 0.0
 
     def __repr__(self) -> str:
         return as_text(
@@ -86,6 +90,12 @@ class TrainReport:
         )
         return f"Weights changed since the fit: {ways} now, its target and errors no longer hold."
 
+    @property
+    def made(self) -> list[str]:
+        """What there is in all banks and stacks, such as `12 hypermodules`."""
+        found = {"hypermodules": self.hypermodules, "templates": self.templates}
+        return [f"{sum(each.values())} {name}" for name, each in found.items() if each]
+
     def document(self) -> dict[str, Any]:
         """As JSON."""
         scores = {name: score.document() for name, score in self.scores.items()}
@@ -95,20 +105,20 @@ class TrainReport:
         rest = {key: value for key, value in vars(self).items() if key != "methods" or value}
         return {**rest, "scores": scores, "tests": tests, "first": first, **sizes}
 
+    def to_json(self) -> dict[str, Any]:
+        """What a manifest holds: JSON values that the weights alone decide, without what there is nothing to say of."""
+        found = finite({**self.document(), "seconds": 0.0})
+        usual = finite(TrainReport().document())
+        return {key: value for key, value in found.items() if key not in usual or value != usual[key]}
+
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> TrainReport:
-        """The report whose `document` it is, as the last line of a log has it; what is missing is at its default."""
-        known = {field.name: document[field.name] for field in fields(cls) if field.name in document}
-        for part in {"scores", "tests", "first"} & set(known):
-            known[part] = {name: _score(score) for name, score in known[part].items()}
-        return cls(**{**known, "numbers": tuple(known.get("numbers", (0, 0)))})
+        """The report whose `document` it is, as the last line of a log has it; what is missing is at its default.
+
+        Raises:
+            ValidationError: where it is none.
+        """
+        return _REPORT.validate_json(json.dumps(document))
 
 
-def _score(document: Mapping[str, Any]) -> Score:
-    return Score(**{key: document.get(key) for key in ("loss", "metric", "examples", "measure")})  # type: ignore[arg-type]
-
-
-def adapted_of(task: Task) -> dict[str, Any] | None:
-    """How a task adapts, as JSON: losses with weights, and where the features come from; None where it does not."""
-    ways = adapts_by(task.loss)
-    return {"by": ways, **task.source.document()} if ways and task.source is not None else None
+_REPORT = TypeAdapter(TrainReport)

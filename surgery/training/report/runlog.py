@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from surgery.disk.untrusted import LOG_BYTES, UnreadableError, parse_json, read_regular
 from surgery.errors import TrainingError, shorten
 from surgery.training.report.log_lines import check_line, contradictions
+from surgery.training.report.report import TrainReport
 
 NAME = "log.jsonl"
 
@@ -98,6 +99,24 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             "of it: delete it, and a run goes on without."
         )
     return lines
+
+
+def read_end(path: Path, members: Collection[str]) -> TrainReport | None:
+    """What the last line of a log says of a run; None where that is not its end, or the run trained other members.
+
+    Args:
+        path: of the log; lines in between are not looked at.
+        members: those that the run has to have trained.
+    """
+    try:
+        texts = read_regular(path, LOG_BYTES).strip(b"\n").split(b"\n")
+        start, end = (parse_json(text, finite=False) for text in (texts[0], texts[-1]))
+    except UnreadableError:
+        return None
+    if check_line(start, texts[0]) or check_line(end, texts[-1]):
+        return None
+    whole = start["event"] == "start" and end["event"] == "end" and {*start["members"]} == {*members}
+    return TrainReport.of(end) if whole else None
 
 
 def first_validation(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

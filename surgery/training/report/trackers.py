@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from surgery.errors import PlanError
-from surgery.training.tasks.validation import Score
+from surgery.training.tasks.score import Score
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -115,8 +115,8 @@ def check_sources(recipe: Recipe, permission: Permission) -> None:
     named = [(spec.data, spec.options) for spec in specs]
     named += [(spec.adaptation.data, spec.adaptation.options) for spec in specs if spec.adaptation]
     outside = [each for data, options in named for each in _outside(data, options)]
-    if recipe.train is not None and recipe.train.templates.source is not None:
-        outside.append(recipe.train.templates.source)
+    if recipe.train is not None and recipe.train.source is not None:
+        outside.append(recipe.train.source)
     if recipe.train is not None:  # most of them talk to a server, and start processes
         outside += [f"the tracker {name}" for name in recipe.train.trackers if name not in _LOCAL_TRACKERS]
     if outside:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -14,36 +13,10 @@ from surgery.errors import PlanError, SurgeryError, TrainingError
 from surgery.training.tasks.explain import explain_failure
 from surgery.training.tasks.losses import needs_targets
 from surgery.training.tasks.metrics import Meter
+from surgery.training.tasks.score import Score
 from surgery.training.tasks.tasks import Batch, Loss, Task, as_batch
 from surgery.util.randomness import seeded
 from surgery.util.text import one_line
-
-
-@dataclass(frozen=True)
-class Score:
-    """What one task reached.
-
-    Attributes:
-        loss: mean over the examples; None where it is not defined: without targets that it compares with, or, of an
-            artifact, without the source that a member was adapted to.
-        metric: None where the task has none.
-        examples: how many were seen.
-        measure: the metric's name.
-    """
-
-    loss: float | None
-    metric: float | None
-    examples: int
-    measure: str | None = None
-
-    def document(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
-
-    def words(self) -> tuple[str, str]:
-        """Loss and metric as they are shown."""
-        loss = "-" if self.loss is None else f"{self.loss:.4g}"
-        return loss, "-" if self.metric is None else f"{self.metric:.4g} {self.measure or ''}".strip()
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import nn
 
 import surgery
 from surgery.anatomy.plan import BankPlan
-from surgery.core.method import find_method
+from surgery.core.registry import find_method
 from surgery.methods.siblings.bank import SiblingsBank
 from surgery.settings.methods import method_names
 from surgery.storage.codecs import decode, encode_native, grouped

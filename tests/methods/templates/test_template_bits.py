@@ -18,9 +18,10 @@ from surgery.fitting.allocation import Choice
 from surgery.fitting.assembly import Assembler, weights_of
 from surgery.fitting.fit import fit
 from surgery.fitting.units import Arrangement, measure, tabulate
-from surgery.methods.templates.arrangements import TemplateOptions, candidates, stack_group
+from surgery.methods.templates.arrangements import candidates, stack_group
 from surgery.methods.templates.layers import read_stack
 from surgery.methods.templates.plan import plan_templates
+from surgery.methods.templates.settings import Settings
 from surgery.storage.codecs import NATIVE
 from surgery.storage.keys import PartKey, PlainKey
 from surgery.storage.stored import store
@@ -72,7 +73,7 @@ def test_predicted_errors_are_those_of_the_weights_that_members_get(seed, mixing
     tensors = read_stack(plan, "stack0", originals, moved)
     mine = [(site.member, site.name) for each in tensors for site in each.sites]
     alone = [measure({PlainKey(m, n): originals[m, n]}, {m: moved[m, n]}) for m, n in mine]
-    group = stack_group(tensors, Arrangement(tuple(alone)), TemplateOptions(None, mixing), seed)
+    group = stack_group(tensors, Arrangement(tuple(alone)), Settings(mixture=mixing), seed)
     assert not group.shared and len(group.arrangements) > 3
     table, units, arrangements = tabulate([group], list(states))
     assembler = Assembler(plan, {}, units, arrangements)

@@ -138,6 +138,7 @@ def test_a_given_number_and_a_target_are_one_request(tmp_path, monkeypatch):
     code, out, err = command("merge", *family, "--max-error", "0.05", "--budget", "0.2", "--out", "none")
     assert code == 2 and "can be the target" in " ".join(err.split())
     document = {"models": [{"model": "own.py:net"}], "method": "templates"}
-    for target in ({"templates": 3}, {"templates": 3, "budget": 0.2}, {"max_error": 0.1, "templates": 2}):
-        recipe = Recipe.of({**document, "parameters": target})
-        assert Recipe.of(recipe.resolved()).parameters == recipe.parameters
+    for target, count in (({}, 3), ({"budget": 0.2}, 3), ({"max_error": 0.1}, 2)):
+        recipe = Recipe.of({**document, "parameters": target, "settings": {"templates": count}})
+        again = Recipe.of(recipe.resolved())
+        assert again.parameters == recipe.parameters and again.settings == recipe.settings

@@ -20,9 +20,11 @@ from surgery.methods.templates.mixtures import Templates
 from surgery.methods.templates.plan import plan_templates
 from surgery.methods.templates.training import penalty, stacks_of
 from surgery.settings.training import Evolution, TemplateSettings, Training
+from surgery.training.loop.agreement import differences
 from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.run import STATE
 from surgery.training.loop.starting import start
+from surgery.training.loop.state import read_state
 from surgery.training.loop.trainer import Trainer
 from surgery.training.report.pictures import draw_run
 from surgery.training.report.runlog import read_log
@@ -84,9 +86,9 @@ def test_what_was_loaded_is_trained_on_as_templates(tmp_path, mixing):
         **CONFIG,
         "final": 0,
         "evolution": {"start": "given"},
-        "templates": {"count": 2, "mixing": mixing},
+        "templates": {},
     }
-    train(loaded, [task()], config, cpu=True)
+    train(loaded, [task()], config, settings={"templates": 2, "mixture": mixing}, cpu=True)
     after = loaded.collapse("net")
     for part in ("into.weight", "out.weight"):
         assert not torch.equal(after[f"2.{part}"], before[f"2.{part}"])
@@ -133,14 +135,14 @@ def test_interrupted_at_any_step_and_resumed_it_ends_as_an_unbroken_run(
         ({}, True, True),
         ({"learn": False}, True, False),
         ({"freeze": True}, False, True),
-        ({"mixing": "one-hot", "start": "cyclic"}, True, False),
+        ({"mixture": "one-hot", "start": "cyclic"}, True, False),
     ],
 )
 def test_what_is_frozen_stays(settings, templates, mixtures):
-    joint = build()
-    config = {**CONFIG, "final": 0, "templates": {"count": 2, "start": "sequential", **settings}}
-    twin = build()
-    start(twin, Training(templates=TemplateSettings(count=2, **{"start": "sequential", **settings})), 0)
+    mixture = settings.pop("mixture", None)
+    joint, twin = build(mixture=mixture), build(mixture=mixture)
+    config = {**CONFIG, "final": 0, "templates": {"start": "sequential", **settings}}
+    start(twin, Training(templates=TemplateSettings(**{"start": "sequential", **settings})), 0)
     train(joint, [task()], {**config, "stopping": {"keep": "last"}}, cpu=True)
     for name, banks in stacks_of(joint).items():
         for key, bank in banks.items():
@@ -152,7 +154,7 @@ def test_what_is_frozen_stays(settings, templates, mixtures):
 @pytest.mark.parametrize("start_by", ["uniform", "random", "sequential", "cyclic", "progressive", "fit"])
 def test_a_deeper_model_has_no_more_templates(start_by):
     joint = build(layers=9)
-    start(joint, Training(templates=TemplateSettings(count=2, start=start_by)), 0)
+    start(joint, Training(templates=TemplateSettings(start=start_by)), 0)
     for banks in stacks_of(joint).values():
         for bank in banks.values():
             assert bank.rows.shape[0] == 2 and bank.locations == 9 and bank.mixing == "softmax"
@@ -164,8 +166,8 @@ def test_a_signature_is_that_of_each_member(start_by, one):
     members = [network(), surgery.load_member(network().module, name="twin", inputs=torch.zeros(2, 3))]
     with torch.no_grad():
         members[1].module[1].into.weight.mul_(2)  # not the same layers
-    joint = join(members, plan_templates([discover(each) for each in members], (4, 4), 2))
-    start(joint, Training(templates=TemplateSettings(count=3, start=start_by)), 0)
+    joint = join(members, plan_templates([discover(each) for each in members], (4, 4), 2, templates=3))
+    start(joint, Training(templates=TemplateSettings(start=start_by)), 0)
     for banks in stacks_of(joint).values():
         chosen = next(iter(banks.values())).coefficients.argmax(1).tolist()
         assert chosen == one * 2
@@ -173,7 +175,7 @@ def test_a_signature_is_that_of_each_member(start_by, one):
 
 def test_the_penalty_draws_mixtures_to_signatures_and_templates_together():
     joint = build()
-    settings = TemplateSettings(count=2, start="random", entropy=1.0, attraction=1.0, sure=0.7)
+    settings = TemplateSettings(start="random", entropy=1.0, attraction=1.0, sure=0.7)
     start(joint, Training(templates=settings), 0)
     (banks,) = stacks_of(joint).values()
     first = next(iter(banks.values()))
@@ -213,7 +215,7 @@ def test_settings_that_cannot_be_are_refused():
         Training(final=0, templates=TemplateSettings(harden=True))
     for wrong in ({"harden": True}, {"entropy": 0.1}, {"attraction": 0.1}):
         with pytest.raises(PlanError, match="found linear ones"):
-            train(build(), [task()], {"templates": {"count": 2, "mixing": "linear", **wrong}}, cpu=True)
+            train(build(mixture="linear"), [task()], {"templates": wrong}, cpu=True)
     with pytest.raises(PlanError, match="codes to contexts or ones"):
         start(build(), Training(evolution=Evolution(start="given", codes="diagonals")), 0)
 
@@ -244,3 +246,54 @@ def test_a_stack_in_one_product_is_what_its_tensors_are_one_by_one(mixing, monke
         assert found.keys() == wanted.keys()
         for key, tensor in wanted.items():
             torch.testing.assert_close(found[key], tensor)
+
+
+def trained(config, **options):
+    joint = build(templates=options.pop("planned", None))
+    train(joint, [task()], config, cpu=True, **options)
+    return joint.collapse("net")
+
+
+@pytest.mark.parametrize("mixture", ["linear", None])
+def test_settings_of_the_plan_of_a_run_and_their_former_names_are_one(mixture):
+    plain = {**CONFIG, "generations": 1, "final": 0, "templates": {"start": "random"}}
+    given = {"templates": 2, **({"mixture": mixture} if mixture else {})}
+    former = {"count": 2, **({"mixing": mixture} if mixture else {}), "start": "random"}
+    found = [
+        trained(plain, settings=given),
+        trained({**plain, "templates": former}),
+        trained(plain, planned=2, settings={"mixture": mixture} if mixture else None),
+    ]
+    for key, tensor in found[0].items():
+        assert torch.equal(tensor, found[1][key]) and torch.equal(tensor, found[2][key]), key
+    with pytest.raises(
+        PlanError, match=r"settings\.templates has two values, 3 and, .*train\.templates\.count, 2"
+    ):
+        trained({"templates": {"count": 2}}, settings={"templates": 3})
+    with pytest.raises(
+        PlanError, match=r"'settings\.templats' is not a known key.*; 'train\.stps'|'train\.stps'.*templats"
+    ):
+        trained({"stps": 1}, settings={"templats": 3})
+
+
+def test_a_run_goes_on_by_the_settings_that_it_began_with(tmp_path):
+    """States of versions that recorded `train.templates.count` and `mixing` too."""
+    config = {**CONFIG, "generations": 1, "final": 0, "templates": {"start": "random"}}
+    train(build(), [task()], config, folder=tmp_path, cpu=True)
+    terms = read_state(tmp_path / "state.safetensors")[1]["plan"]
+    (said,) = {tuple(each.items()) for each in terms["banks"].values()}
+    assert dict(said) == {"templates": 2, "mixture": "softmax"}
+    old = {
+        **terms,
+        "train": {**terms["train"], "templates": {"count": 2, "mixing": "softmax", "start": "random"}},
+    }
+    del old["banks"]
+    new = {**terms, "train": {**terms["train"], "templates": {"start": "random"}}}
+    assert differences(new, old) == ""
+    other = {**new, "banks": {key: {"templates": 3, "mixture": "linear"} for key in new["banks"]}}
+    for before in (old, new):
+        said = differences(other, before)
+        assert said == "settings.templates was 2 and is 3; settings.mixture was softmax and is linear"
+    assert differences({**new, "banks": {}}, new) == (
+        "settings.templates was 2 and is None; settings.mixture was softmax and is None"
+    )

@@ -15,17 +15,17 @@ from surgery.core.sizes import parameters_trained
 from surgery.errors import LoadError, PlanError
 from surgery.methods.templates.plan import plan_templates
 from surgery.methods.templates.training import stacks_of
-from surgery.methods.templates.transfer import candidates, states_of, transfer
+from surgery.methods.templates.transfer import candidates, transfer
 from surgery.pipeline.trial import begin_from_source, best_of, load_source
 from surgery.settings.training import TemplateSettings, Training
 from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
 
-MIXED = {"count": 3, "mixing": "softmax", "start": "random", "sure": 0.6}
+MIXED = {"start": "random", "sure": 0.6}
 
 
-def joined(*members):
-    return join(members, plan_templates([discover(each) for each in members], (4, 4), 2))
+def joined(*members, templates=3):
+    return join(members, plan_templates([discover(each) for each in members], (4, 4), 2, templates=templates))
 
 
 def source():
@@ -47,13 +47,13 @@ def source():
 
 @pytest.fixture(scope="module")
 def states():
-    return states_of(source())
+    return source().collapse()
 
 
 @pytest.mark.parametrize("like", ["one", "other"])
 def test_a_new_member_begins_as_the_source_s(states, like):
     joint = joined(network())
-    transfer(joint, states, like, TemplateSettings(count=3), seed=0)
+    transfer(joint, states, like, TemplateSettings(), seed=0)
     state = joint.collapse("net")
     for key, tensor in states[like].items():
         torch.testing.assert_close(state[key], tensor, rtol=1e-4, atol=1e-5)
@@ -66,7 +66,7 @@ def test_a_head_of_another_shape_stays_new(states):
     one.module[6] = nn.Linear(16, 5)
     head = one.module[6].weight.detach().clone()
     joint = joined(one)
-    transfer(joint, states, "one", TemplateSettings(count=3), seed=0)
+    transfer(joint, states, "one", TemplateSettings(), seed=0)
     state = joint.collapse("net")
     assert torch.equal(state["6.weight"], head)
     torch.testing.assert_close(state["0.weight"], states["one"]["0.weight"])
@@ -74,7 +74,7 @@ def test_a_head_of_another_shape_stays_new(states):
 
 def test_only_mixtures_norms_and_head_are_trained(states):
     joint = joined(network())
-    settings = TemplateSettings(count=3, freeze=True, lr=0.3)
+    settings = TemplateSettings(freeze=True, lr=0.3)
     transfer(joint, states, "one", settings, seed=0)
     rows = {key: bank.rows.detach().clone() for b in stacks_of(joint).values() for key, bank in b.items()}
     before = {key: tensor.clone() for key, tensor in joint.collapse("net").items()}
@@ -97,7 +97,7 @@ def test_only_mixtures_norms_and_head_are_trained(states):
 def test_the_best_source_is_found_by_trying_each(states, tmp_path):
     spoilt = {key: tensor * 0 if key.startswith("1.") else tensor for key, tensor in states["other"].items()}
     spoilt |= {key: torch.full_like(tensor, 9.0) for key, tensor in spoilt.items() if key.startswith("0.")}
-    config = Training(steps=10, templates=TemplateSettings(count=3))
+    config = Training(steps=10, templates=TemplateSettings())
     for order in (("one", "other"), ("other", "one")):
         given = {name: {"one": states["one"], "other": spoilt}[name] for name in order}
         joint = joined(network())
@@ -112,21 +112,21 @@ def test_the_best_source_is_found_by_trying_each(states, tmp_path):
 def test_a_task_that_adapts_is_not_tried(states):
     given, joint = source(), joined(network())
     adapting = [replace(task(), loss="moments")]
-    config = Training(steps=4, templates=TemplateSettings(count=3))
+    config = Training(steps=4, templates=TemplateSettings())
     with pytest.raises(
         PlanError, match=r"Task signs adapts without labels.*templates\.like, one of one, other"
     ):
         begin_from_source(joint, adapting, config, given, seed=0, cpu=True)
-    named = config.model_copy(update={"templates": TemplateSettings(count=3, like="other")})
+    named = config.model_copy(update={"templates": TemplateSettings(like="other")})
     assert begin_from_source(joint, adapting, named, given, seed=0, cpu=True).templates.like == "other"
     with pytest.raises(PlanError, match="must be one of one, other, found 'third'"):
-        third = config.model_copy(update={"templates": TemplateSettings(count=3, like="third")})
+        third = config.model_copy(update={"templates": TemplateSettings(like="third")})
         begin_from_source(joint, adapting, third, given, seed=0, cpu=True)
 
 
 def test_as_many_templates_as_layers_are_the_layers(states):
-    joint = joined(network())
-    settings = TemplateSettings(count=8, sure=0.8)  # two members of four layers
+    joint = joined(network(), templates=8)  # two members of four layers
+    settings = TemplateSettings(sure=0.8)
     transfer(joint, states, "other", settings, seed=0)
     (banks,) = stacks_of(joint).values()
     mixtures = next(iter(banks.values())).coefficients
@@ -144,8 +144,8 @@ def test_what_does_not_fit_is_refused(states):
         candidates(joined(other), states)
     joint = joined(network())
     with pytest.raises(PlanError, match="must be one of one, other"):
-        transfer(joint, states, "third", TemplateSettings(count=3), seed=0)
-    with pytest.raises(PlanError, match=r"parameters\.templates"):
-        transfer(joint, states, "one", TemplateSettings(), seed=0)
+        transfer(joint, states, "third", TemplateSettings(), seed=0)
+    with pytest.raises(PlanError, match=r"settings\.templates=K"):
+        transfer(joined(network(), templates=None), states, "one", TemplateSettings(), seed=0)
     with pytest.raises(PlanError, match="'stem' matches none"):
         train(joined(network()), [task()], {"freeze": ["stem"]}, cpu=True)

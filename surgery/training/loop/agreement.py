@@ -4,70 +4,79 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from surgery.core.joint import JointModel
 from surgery.disk.places import into_artifact
 from surgery.disk.untrusted import shown_text
-from surgery.settings.training import Training
-from surgery.training.report.report import adapted_of
+from surgery.settings.former import TODAY
+from surgery.training.loop.describing import adapted_of
 from surgery.training.tasks.tasks import Task
 
-_FORMER = {"train.precision": "train.mixed_precision"}
-"""Names that settings had when older states were saved."""
+if TYPE_CHECKING:
+    from surgery.training.loop.trainer import Trainer
 
 
-def make_plan(
-    joint: JointModel, tasks: Sequence[Task], config: Training, seed: int, folder: Path | None = None
-) -> dict[str, Any]:
+def terms_of(trainer: Trainer, seed: int, folder: Path | None = None) -> dict[str, Any]:
     """All that a state must agree with: where blocks lie, tasks, settings and seed.
 
     Paths are relative to the run's folder, so that a run may go on from another working directory. Learning rates and
     clipping may change, for a run whose loss was no longer finite.
     """
+    joint, config = trainer.joint, trainer.config
     placements: list[Any] = [
         (p.site.member, p.site.name, p.bank, str(p.grid), p.start) for p in joint.plan.placements
     ]
     free = {"save_seconds": True, "trackers": True, "optimizer": {"lr", "soft_lr", "clip"}}
     train = config.model_dump(mode="json", exclude=free)
-    if (source := config.templates.source) is not None and folder is not None:
-        train["templates"]["source"] = into_artifact(folder).path(source)
+    if folder is not None:
+        train = into_artifact(folder).training(train)
     replaced = [asdict(each.replacement) for member in joint.members.values() for each in member.replaced]
     placements += [json.dumps(replaced, sort_keys=True)] if replaced else []
-    settings = {bank.key: dict(bank.settings) for bank in joint.plan.banks if bank.settings}
+    settings = {key: said for move in trainer.moves for key, said in move.terms().items() if said}
     return {
         **({"banks": settings} if settings else {}),
         "blocks": hashlib.sha256(json.dumps(placements).encode()).hexdigest(),
-        "tasks": ", ".join(f"{task.name} of {task.member}" for task in tasks),
-        "losses": [_told(task, folder) for task in tasks],
+        "tasks": ", ".join(f"{task.name} of {task.member}" for task in trainer.tasks),
+        "losses": [_told(task, folder) for task in trainer.tasks],
         "seed": seed,
         "train": train,
     }
 
 
-def differences(plan: Mapping[str, Any], before: object) -> str:
-    """In what a plan differs from the one that a state was saved with; empty where in nothing.
+def differences(terms: Mapping[str, Any], before: object) -> str:
+    """In what a run's terms differ from those that a state was saved with; empty where in nothing.
 
     Example:
         >>> differences({"seed": 1, "train": {"steps": 5}}, {"seed": 0, "train": {"steps": 5}})
         'seed was 0 and is 1'
     """
-    if before == plan:
-        return ""
-    old = flat(before) if isinstance(before, Mapping) else {}
-    old |= {name: old.pop(former) for former, name in _FORMER.items() if former in old}
-    if old == flat(plan):
-        return ""
-    changed = [(name, value) for name, value in flat(plan).items() if value != old.get(name)]
-    return "; ".join(
+    old, now = flat(before) if isinstance(before, Mapping) else {}, flat(terms)
+    former = {TODAY[name]: old.pop(name) for name in [*old] if name in TODAY}
+    for (
+        name,
+        value,
+    ) in former.items():  # of older states, which say settings of a method once for all of its banks
+        places = (
+            [place for place in now if _setting(place) == name] if name.startswith("settings.") else [name]
+        )
+        old |= dict.fromkeys(places, value)
+    gone = [name for name in old if name.startswith("banks.") and name not in now]
+    changed = [
         "members, their replaced modules or blocks are others"
         if name == "blocks"
-        else f"{name} was {shown_text(str(old.get(name)), 100)} and is {shown_text(str(value), 100)}"
-        for name, value in changed
-    )
+        else f"{_setting(name)} was {shown_text(str(old.get(name)), 100)} and is {shown_text(str(now.get(name)), 100)}"
+        for name in (*now, *gone)
+        if now.get(name) != old.get(name)
+    ]
+    return "; ".join(dict.fromkeys(changed))
+
+
+def _setting(name: str) -> str:
+    """How a recipe calls what is said of a bank; any other name as it is."""
+    return f"settings.{name.rpartition('.')[2]}" if name.startswith("banks.") else name
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
