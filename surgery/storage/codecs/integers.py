@@ -20,7 +20,8 @@ from surgery.storage.codecs.codec import Codec, Encoded, Layout, Precision, Stat
 from surgery.storage.codecs.feedback import Inputs, feed_back
 from surgery.util.memory import compact, empty_large
 
-CHUNK = 1 << 20  # values handled at once while encoding: bounds the memory of the scale search
+CHUNK = 1 << 20  # values handled at once while encoding: bounds its memory
+TRIED = 1 << 17  # values, times scales that are tried for them, at once: what is between them stays in the cache
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,), 10: (8, 2), 12: (8, 4)}
 # By bits: the smallest scale tried, as a fraction of the one that clips nothing, and the number of steps down to it.
 SEARCH = {2: (0.4, 9), 3: (0.65, 9), 4: (0.8, 9), 5: (0.85, 7), 6: (0.92, 7), 7: (0.95, 5), 8: (0.97, 5)}
@@ -244,20 +245,25 @@ def _grid(groups: Tensor, bits: int) -> IntegerGrid:
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
     groups = groups * _inverse(largest)  # to at most 1, so that no square overflows; the largest value is +1
-    best_gain, best = torch.full_like(largest, -1.0), torch.zeros_like(largest)
+    tried = _candidates(bits, groups)
+    scales = []
+    for part in groups.split(max(1, TRIED // (len(tried) * groups.shape[1]))):
+        q = (part * tried).round_().clamp_(low, high)  # [C, G, width]
+        # Whole numbers, so <q, q> is 0 or at least 1.
+        xq, inverse = (part * q).sum(2), q.square_().sum(2).clamp_(min=1).reciprocal_()
+        gain = xq * xq * inverse  # |x|^2 minus the error left by the projection
+        gain, best = gain.nan_to_num_(nan=-1.0).max(0, keepdim=True)
+        scales.append(torch.where(gain >= 0, (xq * inverse).gather(0, best), 0.0).view(-1, 1))
+    return IntegerGrid(largest, (torch.cat(scales) * largest).to(torch.bfloat16), bits)
+
+
+def _candidates(bits: int, groups: Tensor) -> Tensor:
+    """Inverse scales to try for values of at most 1, `[C, 1, 1]`: which end takes the largest decides the sign."""
+    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     smallest, steps = SEARCH.get(bits, (1.0, 1))  # finer codes lose next to nothing at their full range
-    for end in (low, high) if bits in SEARCH else (low,):
-        for step in range(steps):
-            shrink = 1.0 - (1.0 - smallest) * step / max(steps - 1, 1)
-            q = (
-                (groups * (end / shrink)).round_().clamp_(low, high)
-            )  # which end takes the largest decides the sign
-            xq, qq = (groups * q).sum(1, keepdim=True), (q * q).sum(1, keepdim=True)
-            gain = xq * xq * _inverse(qq)  # |x|^2 minus the error left by the projection
-            better = gain > best_gain
-            best_gain = torch.where(better, gain, best_gain)
-            best = torch.where(better, xq * _inverse(qq), best)
-    return IntegerGrid(largest, (best * largest).to(torch.bfloat16), bits)
+    shrinks = [1.0 - (1.0 - smallest) * step / max(steps - 1, 1) for step in range(steps)]
+    ends = (low, high) if bits in SEARCH else (low,)
+    return groups.new_tensor([end / shrink for end in ends for shrink in shrinks]).view(-1, 1, 1)
 
 
 def _inverse(x: Tensor) -> Tensor:
