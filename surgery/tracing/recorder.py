@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from surgery.tracing.bounds import Bounds, Watch
 from surgery.tracing.layout import Strided
+from surgery.tracing.remembered import call
 from surgery.tracing.shapes import META
 
 
@@ -115,7 +116,9 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in META and any(isinstance(a, Tensor) and a.is_meta for a in args):
             return META[name](*args, **kwargs)
-        return func(*args, **kwargs)
+        return (
+            func(*args, **kwargs) if writes_to(name, args, kwargs) is not None else call(func, args, kwargs)
+        )
 
     def add_input(self, name: str, value: Any) -> None:
         """A placeholder for every tensor in `value`."""
