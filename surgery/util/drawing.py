@@ -14,9 +14,12 @@ PALETTE = (
 
 def new_figure(width: float, height: float) -> Any:
     """An empty white figure of inches at 100 dots each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=100, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
+    FigureCanvasAgg(figure)  # from the start: a layout then measures its texts once for the drawing too
+    return figure
 
 
 def tidy(axes: Any, title: str = "") -> None:
@@ -41,11 +44,10 @@ def label_generations(axes: Any) -> None:
 
 
 def png(figure: Any, colours: int = 128) -> bytes:
-    """The figure as a PNG with a palette of `colours`: flat areas and edges of text need no more."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """A figure of `new_figure` as a PNG with a palette of `colours`: flat areas and edges of text need no more."""
     from PIL import Image
 
-    canvas = FigureCanvasAgg(figure)
+    canvas = figure.canvas
     canvas.draw()
     size = canvas.get_width_height()
     picture = Image.frombuffer("RGBA", size, bytes(canvas.buffer_rgba()), "raw", "RGBA", 0, 1).convert("RGB")
