@@ -35,7 +35,7 @@ def result_json(joint: JointModel, folder: Path) -> dict[str, Any]:
 
 def fit_report(joint: JointModel) -> FitReport:
     """What a fit met whose weights are as it made them."""
-    assert joint.report is not None
+    assert isinstance(joint.report, FitReport)
     return joint.report
 
 

@@ -253,7 +253,7 @@ def make_manifest(
         like = first.setdefault(json.dumps([each.origin.model_dump(), each.inputs]), name)
         described = {"origin": each.origin, "inputs": each.inputs} if like == name else {"like": like}
         entries[name] = MemberEntry.model_construct(
-            **described,
+            **described,  # pyright: ignore[reportArgumentType]
             hash=each.hash if _is_changed(stored, name) else None,
             bytes=each.bytes,
             ties=dict(stored.ties.get(name, {})),

@@ -108,7 +108,7 @@ def refit(
             with task(f"Writing {folder}"):
                 save(joint, folder, overwrite=True)
     known, found = manifest.report or FitReport(), joint.report
-    assert found is not None  # of the fit
+    assert isinstance(found, FitReport)  # of the fit
     return Refit(
         found.target,
         found.met,

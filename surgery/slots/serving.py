@@ -67,7 +67,7 @@ class Tasks:
         """From now on a task is served."""
         if len(self._since) == _KEPT:
             del self._since[: _KEPT // 2], self._tasks[: _KEPT // 2]
-        self._since.append(torch._C._autograd._get_sequence_nr())
+        self._since.append(torch._C._autograd._get_sequence_nr())  # pyright: ignore[reportAttributeAccessIssue]
         self._tasks.append(task)
         self.tell(task)
 
