@@ -251,7 +251,9 @@ def make_manifest(
     for each in members:
         name = each.name
         like = first.setdefault(json.dumps([each.origin.model_dump(), each.inputs]), name)
-        described = {"origin": each.origin, "inputs": each.inputs} if like == name else {"like": like}
+        described: dict[str, Any] = {"origin": each.origin, "inputs": each.inputs}
+        if like != name:
+            described = {"like": like}
         entries[name] = MemberEntry.model_construct(
             **described,  # pyright: ignore[reportArgumentType]
             hash=each.hash if _is_changed(stored, name) else None,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -41,6 +43,9 @@ from surgery.settings.recipe import Recipe
 from surgery.settings.target import Target
 from surgery.storage.codecs import NATIVE
 from surgery.storage.stored import store
+from surgery.training.loop.interruptions import Interrupted
+from surgery.training.loop.trainer import Trainer
+from surgery.training.report.runlog import read_log
 
 PAGE = DOCS / "add_a_method.md"
 OWN = """
@@ -414,6 +419,46 @@ def test_parts_that_do_not_suit_one_another_are_refused(joint, part, cut, words)
     with pytest.raises(ArtifactError, match=words):
         surgery.load("joint", modules=modules())
     assert not surgery.verify("joint", modules=modules()).ok
+
+
+def test_a_method_with_training_of_its_own_trains_and_goes_on(package, tmp_path, monkeypatch):
+    (package / "bounded_rank.py").write_text(blocks("python")[2])
+    monkeypatch.delitem(sys.modules, "bounded_rank", raising=False)
+    importlib.import_module("bounded_rank")
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(1))
+    task = surgery.Task("sums", "mlp", [(part, part[:, :5]) for part in x.split(8)], "mse")
+    config = {"steps": 3, "generations": 3, "burn_in": 0, "final": 0, "save_seconds": 0}
+
+    def joined():
+        one = nets.member("mlp")
+        settings = {"rank": 4, "bound": 0.25, "lr": 0.05}
+        return surgery.join([one], surgery.plan_with([surgery.discover(one)], "bounded_rank", settings))
+
+    whole = joined()
+    surgery.train(whole, [task], config, folder=tmp_path / "whole", cpu=True)
+    lines = [line["methods"]["bounded_rank"]["cut"] for line in read_log(tmp_path / "whole/log.jsonl")[1:-1]]
+    assert lines == sorted(lines) and lines[0] > 0
+    for bank in whole.dictionary.banks.values():
+        assert 0.2 < float(bank.left.detach().abs().max()) <= 0.25
+        assert float(bank.right.detach().abs().max()) <= 0.25
+    plain, count = Trainer.train_step, [0]
+
+    def interrupt(self):
+        count[0] += 1
+        if count[0] == 5:
+            signal.raise_signal(signal.SIGINT)
+        plain(self)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupt)
+    with pytest.raises(Interrupted):
+        surgery.train(joined(), [task], config, folder=tmp_path / "run", cpu=True)
+    monkeypatch.setattr(Trainer, "train_step", plain)
+    resumed = joined()
+    surgery.train(resumed, [task], config, folder=tmp_path / "run", resume=True, cpu=True)
+    nets.assert_same_bits(resumed.collapse("mlp"), whole.collapse("mlp"))
+    again = surgery.load(surgery.save(resumed, tmp_path / "joint"), modules={"mlp": modules()["mlp"]})
+    nets.assert_same_bits(again.collapse("mlp"), whole.collapse("mlp"))
+    REGISTERED.pop("bounded_rank")
 
 
 def test_nothing_of_the_package_knows_its_name():

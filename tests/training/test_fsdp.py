@@ -13,17 +13,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import fsdp_nets
+import nets
 import pytest
 import torch
+import training_nets
 from processes import ALONE, SECONDS, Started, forks
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from surgery.errors import PlanError
 from surgery.methods.hypermodules.explanation import explained, explained_pairs, fit_contexts, scale_contexts
 from surgery.settings.training import Training
 from surgery.training.distributed.columns import SomeColumns
 from surgery.training.distributed.fsdp import Sharding, read_sharding, uncut
+from surgery.training.distributed.sharded import ShardedModel
 from surgery.training.distributed.shards import ChunkPart
 from surgery.training.loop.run import STATE
 from surgery.training.report.runlog import read_log
@@ -255,3 +259,35 @@ def test_numbers_alone_and_other_dtypes_stay_whole():
     net.embed.bfloat16()
     assert uncut(net) == {net.shift, net.embed.weight}
     assert uncut(nn.ReLU()) == set()
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_gradients_are_handed_over_once_and_those_of_a_penalty_are_added(one_process):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+    plain, joint = (training_nets.build(0.0).open(2) for _ in range(2))
+    with plain.step():
+        plain["a"](x).square().mean().backward()
+    wanted = {name: p.grad for name, p in plain.private("a").items()}
+    model = ShardedModel(joint, Sharding(one_process, torch.device("cpu"), 0, 1))
+    with model.step():
+        model["a"](x).square().mean().backward()
+    private = {name: model["a"].get_parameter(name) for name in wanted}
+    held = {name: model.stepped(p) for name, p in private.items()}
+    assert all(held[name] is not p and p.grad is None for name, p in private.items())
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(held[name].grad, gradient)
+    sum(p.square().sum() for p in private.values()).backward()  # what a method's penalty adds
+    for _ in range(2):  # the second time there is nothing left
+        model.hand_over()
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(held[name].grad, gradient + 2 * held[name].detach())
+            assert private[name].grad is None
+    assert all(local.grad is None for p, local in model._private if not any(p is q for q in private.values()))
+    whole = model.give_back()
+    nets.assert_same_bits(whole.collapse("a"), training_nets.build(0.0).open(2).collapse("a"))

@@ -7,13 +7,18 @@ import pytest
 import torch
 from places import DATA
 
+from surgery.training.report.runlog import read_log
+
 
 @pytest.mark.parametrize("kind", old_runs.KINDS)
 def test_a_run_of_an_older_version_goes_on_to_the_end_of_an_unbroken_one(kind, tmp_path):
     with zipfile.ZipFile(DATA / "runs_1.zip") as archive:
         archive.extractall(tmp_path, [name for name in archive.namelist() if name.startswith(f"{kind}/")])
+    before = read_log(tmp_path / kind / "log.jsonl")
     unbroken, wanted = old_runs.run(kind)
     resumed, found = old_runs.run(kind, tmp_path / kind, resume=True)
+    events = [line["event"] for line in read_log(tmp_path / kind / "log.jsonl")]
+    assert read_log(tmp_path / kind / "log.jsonl")[:3] == before[:3] and events.count("start") == 1
     assert (found.generations, found.best) == (wanted.generations, wanted.best)
     for name in unbroken.names:
         one, other = resumed.collapse(name), unbroken.collapse(name)
