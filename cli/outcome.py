@@ -35,6 +35,8 @@ def result_json(joint: JointModel, folder: Path) -> dict[str, Any]:
 
 def fit_report(joint: JointModel) -> FitReport:
     """What a fit met whose weights are as it made them."""
+    from surgery.fitting.report import FitReport
+
     assert isinstance(joint.report, FitReport)
     return joint.report
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -168,12 +168,11 @@ def locate(module: nn.Module, owner: str) -> tuple[nn.Module, str]:
     path, _, attribute = owner.rpartition(".")
     holder = module
     for part in path.split(".") if path else ():
-        inner = holder._modules.get(part)
-        if inner is None:
-            return module.get_submodule(
-                path
-            ), attribute  # an attribute that is no child, or an error that names it
-        holder = inner
+        children = holder._modules  # of a scripted module it is no dict, and has no `get`
+        if part not in children or children[part] is None:
+            holder = module.get_submodule(path)  # an attribute that is no child, or an error that names it
+            break
+        holder = cast(nn.Module, children[part])
     return holder, attribute
 
 

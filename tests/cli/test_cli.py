@@ -62,9 +62,16 @@ def test_importing_surgery_does_not_import_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_lazy_names_are_functions_even_after_their_submodules_are_imported():
+def test_lazy_names_are_functions_and_own_modules_need_no_library_of_models():
     code = (
-        "import surgery, surgery.fitting.fit, surgery.pipeline.merge\n"
+        "import sys, torch, surgery\n"
+        "def load(name):\n"
+        "    net = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))\n"
+        "    return surgery.load_member(net, name=name, inputs=torch.zeros(2, 4))\n"
+        "surgery.join([load('one'), load('two')], block=(4, 4))\n"
+        "heavy = {'timm', 'accelerate', 'transformers.modeling_utils'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "import surgery.fitting.fit, surgery.pipeline.merge\n"
         "import surgery.artifact.export, surgery.artifact.verify\n"
         "from types import FunctionType\n"
         "for name in ('fit', 'merge', 'export', 'verify', 'join', 'load', 'save', 'discover'):\n"

@@ -15,6 +15,7 @@ import surgery
 from surgery.errors import ArtifactError, LoadError, OutputError
 from surgery.members.extra_state import from_document, to_document
 from surgery.members.member import content_hash, whole_state
+from surgery.storage.keys import StateKey
 from surgery.training.loop.state import restore, snapshot
 
 VALUE = {
@@ -143,7 +144,7 @@ def test_a_run_keeps_and_restores_it_and_what_no_file_holds_is_refused_before(tm
     joint["net"].inner.value = {"steps": 2}
     restore(joint, kept)
     assert joint["net"].inner.value == {"steps": 1}
-    del kept["extra/net"]
+    del kept[StateKey("extra", "net")]
     restore(joint, kept)
     joint["net"].inner.value = {"steps": print}
     with pytest.raises(OutputError, match=r"inner\._extra_state\['steps'\] \(builtins"):

@@ -2,8 +2,9 @@
 
 Run as a program in a process of its own, whose memory is limited: `python tests/support/fuzzing.py FOLDER SEED COUNT`.
 The last line of its output is JSON: how cases ended, and every fault with what reproduces it. A fault is an exception
-that is no `SurgeryError`, a case that takes too long or too much memory, a message of more than a few KB, or weights
-that changed while `verify` finds nothing. Case N of a seed is always the same: `... FOLDER SEED 1 N` runs it alone.
+that is no `SurgeryError`, a case that takes too long or too much memory, a message of more than a few KB, weights
+that changed while `verify` finds nothing, or a file that is not the one that its artifact's manifest describes while
+`verify` finds nothing. Case N of a seed is always the same: `... FOLDER SEED 1 N` runs it alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import sys
 import traceback
 from collections import Counter
@@ -426,9 +428,11 @@ def run_case(seed: int, number: int, corpus: Path, place: Path, expected: dict[s
     if sealed:
         seal(folder, changed)
     what = f"case {number}: {action} of {kind}, {changed}: {done}{', sealed' if sealed else ''}"
-    rss = resident()
+    rss, found = resident(), None
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
+        if kind in ARTIFACTS and not sealed and is_other(path, corpus / kind / changed):
+            found = is_found(folder)
         weights = act(action, folder, place, corpus)
         said = "works"
     except SurgeryError as error:
@@ -455,9 +459,29 @@ def run_case(seed: int, number: int, corpus: Path, place: Path, expected: dict[s
         signal.setitimer(signal.ITIMER_REAL, 0)
     if said in ("works", "refused") and resident() - rss > GROWTH:
         said = f"takes {(resident() - rss) >> 20} MiB"
+    if said in ("works", "refused") and found is False:
+        said = f"{said}, and verify finds nothing"
     if said == "works" and weights is not None:
         said = judge(weights, kind, action, folder, expected, structured or sealed)
     return said, what
+
+
+def is_other(path: Path, original: Path) -> bool:
+    """Whether something else is in place of a file, whatever it is."""
+    if not os.path.lexists(path) or not stat.S_ISREG(path.lstat().st_mode):
+        return True
+    return path.stat().st_size != original.stat().st_size or path.read_bytes() != original.read_bytes()
+
+
+def is_found(folder: Path) -> bool:
+    """Whether `verify` says or finds that something is wrong."""
+    from surgery.artifact.verify import verify
+    from surgery.errors import SurgeryError
+
+    try:
+        return not verify(folder).ok
+    except SurgeryError:
+        return True
 
 
 def judge(weights, kind, action, folder, expected, structured) -> str:
@@ -504,6 +528,9 @@ def prepare(corpus: Path) -> dict[str, str]:
 
 def main(corpus: Path, seed: int, count: int, first: int = 0) -> None:
     """Run cases and print how they ended."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True  # read from the environment by whoever imported it
     faulthandler.enable()
 
     def ring(number, frame):

@@ -156,7 +156,7 @@ def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Mo
 
 def adopt(module: nn.Module) -> Loaded | None:
     """A live module of a class that transformers has, so that it can be built again; None for any other."""
-    if "transformers" not in sys.modules:  # then no module can be of its classes
+    if "transformers.modeling_utils" not in sys.modules:  # then no module can be of its classes
         return None
     import transformers
 

@@ -175,7 +175,7 @@ def _forward(
     rows: Tensor, moment: Tensor, upper: Tensor, width: int, grid: Callable[[Tensor], Grid]
 ) -> Rounded:
     """GPTQ: each group's grid is made of what earlier groups left, and each column's error goes to later ones."""
-    left, codes, grids = rows.T.contiguous(), torch.empty_like(rows.T), []  # columns lie together
+    left, codes, grids = _columns(rows), torch.empty_like(rows.T), []  # columns lie together
     for start in range(0, rows.shape[1], width):
         stop = start + width
         part, root = left[start:stop], upper[start:stop, start:stop]
@@ -193,6 +193,11 @@ def _forward(
     return Rounded(codes, found.grids, price(rows - _decoded(found, width), moment))
 
 
+def _columns(rows: Tensor) -> Tensor:
+    """`rows [R, n]` as `[n, R]` in memory of its own, also where there is one row."""
+    return rows.T.clone(memory_format=torch.contiguous_format)
+
+
 def _inverse_root(moment: Tensor) -> Tensor:
     """The upper triangular U of H^-1 = U^T U: the inverse of H's own upper triangular factor, H = V V^T."""
     lower = torch.linalg.cholesky(moment.double().flip(0, 1))
@@ -203,10 +208,10 @@ def _inverse_root(moment: Tensor) -> Tensor:
 
 def _descend(rows: Tensor, moment: Tensor, width: int, start: Rounded) -> Rounded:
     """Round every column anew, given all the others, as long as that lowers a row's error."""
-    best, columns = start, rows.T.contiguous()  # columns lie together
+    best, columns = start, _columns(rows)  # columns lie together
     steps = moment.diagonal().reciprocal()
     for _ in range(SWEEPS):
-        codes, error = best.codes.T.contiguous(), columns - _decoded(best, width).T
+        codes, error = _columns(best.codes), columns - _decoded(best, width).T
         for number, grid in enumerate(best.grids):
             first, last = number * width, number * width + width
             pull = moment[first:last] @ error  # of all errors on the columns of this group

@@ -120,15 +120,14 @@ def test_bounds_and_budgets_hold_and_bits_make_templates_smaller(mixing):
     assert store(small).nbytes <= 0.2 * whole(small) and max(small.report.errors.values()) < 0.03
 
 
-def test_a_family_takes_no_more_as_templates_than_as_siblings_and_less_than_apart():
-    """The same principal directions, for all tensors of a layer at once instead of each by itself."""
+def test_a_family_takes_less_as_templates_than_apart_and_less_still_as_relatives():
+    """Differences of low rank are each member's own, which mixtures of whole templates cannot have."""
     members = family()
     rows = fit(join(members, make_plan([discover(m) for m in members], (8, 8))), max_error=0.02).report
     templates = fitted(family(), max_error=0.02).report
     apart = sum(fitted([each], max_error=0.02).report.stored_bytes for each in family())
-    assert templates.stored_bytes < 1.1 * rows.stored_bytes
-    assert templates.stored_bytes < 0.8 * apart
-    assert templates.saved["sharing"] > 0.7 * rows.saved["sharing"] > 0
+    assert rows.stored_bytes < templates.stored_bytes < 0.8 * apart
+    assert rows.saved["sharing"] > 0
     # What sharing saved is what the same errors cost apart.
     assert 0.5 < templates.saved["sharing"] / (apart - templates.stored_bytes) < 1.5
     stack = templates.stacks["stack0"]
