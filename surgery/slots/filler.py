@@ -123,9 +123,9 @@ class Filler:
         """Before a part of a member runs: make its slots what the dictionary says; whether it had to."""
         if "torch._dynamo" not in sys.modules:
             return self._enter(name, path)
-        if self._untraced is None:
-            self._untraced = torch.compiler.disable(self._enter)
-        return self._untraced(name, path)
+        # A local, as a frame that is traced all the same may not see what it wrote to an attribute.
+        self._untraced = untraced = self._untraced or torch.compiler.disable(self._enter)
+        return untraced(name, path)
 
     enter._torchdynamo_disable = True  # a compiled member breaks its graph once, before its first layer
 

@@ -113,7 +113,7 @@ def test_a_family_shares_says_how_many_templates_and_trains_on(tmp_path, monkeyp
     code, out, err = command("merge", "--config", "recipe.yaml", "--out", "one")
     assert code == 0, err
     words = " ".join(out.split())
-    assert "stack layers templates before after" in words and "stack0 6 3" in words
+    assert "stack layers made of before after" in words and "stack0 6 3 templates" in words
     assert "what members or layers have in common" in words
     code, out, err = command("verify", "one", "--trust-remote-code")
     assert code == 0, err
