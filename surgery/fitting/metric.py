@@ -24,7 +24,7 @@ from torch import Tensor
 
 from surgery.storage.codecs import Statistics
 
-WIDEST = 4096  # rows or columns up to which a side has a whole moment, and beyond which its diagonal
+WIDEST = 2048  # rows or columns up to which a side has a whole moment, and beyond which its diagonal
 MOST_WORK = (
     1 << 30
 )  # multiplications of one moment; those of half as many columns as it has rows, where that is more

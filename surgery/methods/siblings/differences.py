@@ -192,9 +192,10 @@ def _shared_unit(shared: Tensor, relatives: Sequence[Relative], mean: Metric) ->
     for relative in relatives:
         weight[relative.site.member] += relative.metric.sensitivity
     unit = measure({"shared": shared}, dict(weight))
-    gain = expected_gain(mean.into)
+    known = mean.statistics
+    gain = 1.0 if known is None else expected_gain(known.second_moment)
     errors = tuple(gain * error for error in unit.errors)
-    return Unit(unit.tensors, unit.weight, unit.options, unit.nbytes, errors, mean.statistics)
+    return Unit(unit.tensors, unit.weight, unit.options, unit.nbytes, errors, known)
 
 
 def _runs(relative: Relative) -> list[tuple[int, int, Unit]]:

@@ -204,6 +204,15 @@ def test_it_is_saved_loaded_and_exported_bit_for_bit(fitted, tmp_path):
     assert all(torch.equal(a, small.collapse("two")[key]) for key, a in fitted.collapse("two").items())
 
 
+@pytest.mark.parametrize("widest", [0, 63])
+def test_sides_too_wide_for_a_moment_are_fitted_by_their_diagonal(monkeypatch, widest):
+    monkeypatch.setattr("surgery.fitting.metric.WIDEST", widest)
+    joint = surgery.join([member(net, name, torch.randn(8, 16)) for name, net in family().items()])
+    surgery.fit(joint, budget=0.12)
+    assert {bank.method for bank in joint.plan.banks} == {"siblings"}
+    assert all(error < 0.15 for error in joint.report.errors.values()), joint.report.errors
+
+
 def test_what_a_family_has_not_in_common_is_not_left_out():
     """A budget far below what the differences take keeps those that move outputs most."""
     joint = surgery.join([member(net, name, torch.randn(8, 16)) for name, net in family(64, 0.3).items()])
