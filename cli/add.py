@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
+from . import options
 from .options import (
-    FLAG,
-    RUN,
-    TARGET,
     AllowNonfinite,
+    Calibrate,
     Debug,
     Device,
     Folder,
@@ -31,52 +28,21 @@ surgery add joint new=./bert-new --dry-run
 
 def add(
     folder: Folder,
-    references: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="REF",
-            show_default=False,
-            help="The models, as surgery inspect takes them; [cyan]name=[/cyan] in front names one.",
-        ),
-    ],
+    references: Annotated[list[str], options.references()],
     max_error: Annotated[
         float | None,
-        typer.Option(
-            "--max-error",
-            metavar="F",
-            rich_help_panel=TARGET,
-            help="The fewest bytes with which its outputs move by at most F (relative L2). "
-            "[dim]default: what the others were allowed[/dim]",
+        options.max_error(
+            "The fewest bytes with which its outputs move by at most F (relative L2). "
+            "[dim]default: what the others were allowed[/dim]"
         ),
     ] = None,
     budget: Annotated[
-        float | None,
-        typer.Option(
-            "--budget",
-            metavar="F",
-            rich_help_panel=TARGET,
-            help="Or: the most exact within F times its own bytes.",
-        ),
+        float | None, options.budget("Or: the most exact within F times its own bytes.")
     ] = None,
-    calibrate: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--calibrate",
-            metavar="FILE",
-            rich_help_panel=TARGET,
-            help="Real inputs to measure errors on: .txt, a picture or a folder of pictures, .npz; "
-            "[cyan]NAME=FILE[/cyan] for one member; repeatable. Without it inputs are made up.",
-        ),
-    ] = None,
+    calibrate: Calibrate = None,
     device: Device = None,
     dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            metavar=FLAG,
-            rich_help_panel=RUN,
-            help="Fit and measure, say what it would take, write nothing.",
-        ),
+        bool, options.dry_run("Fit and measure, say what it would take, write nothing.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_nonfinite: AllowNonfinite = False,

@@ -9,13 +9,14 @@ import typer
 
 from surgery.settings.names import Mixing
 
-from . import completion
+from . import completion, options
 from .options import (
     DICTIONARY,
     FLAG,
     RUN,
     TARGET,
     AllowNonfinite,
+    Calibrate,
     Debug,
     Device,
     Json,
@@ -57,36 +58,18 @@ LATE_HELP = {"method": method_help}
 
 
 def merge(
-    references: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="REF",
-            show_default=False,
-            help="The models, as surgery inspect takes them; [cyan]name=[/cyan] in front names one.",
-        ),
-    ] = None,
+    references: Annotated[list[str] | None, options.references()] = None,
     out: Annotated[
         str | None, typer.Option("--out", metavar="DIR", rich_help_panel=RUN, help="The folder to write.")
     ] = None,
     max_error: Annotated[
         float | None,
-        typer.Option(
-            "--max-error",
-            metavar="F",
-            rich_help_panel=TARGET,
-            help="The smallest folder whose members' outputs move by at most F (relative L2). 0 is lossless. "
-            "[dim]default: 0.05[/dim]",
+        options.max_error(
+            "The smallest folder whose members' outputs move by at most F (relative L2). 0 is lossless. "
+            "[dim]default: 0.05[/dim]"
         ),
     ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            "--budget",
-            metavar="F",
-            rich_help_panel=TARGET,
-            help="Or: the most exact folder within F times the members' bytes.",
-        ),
-    ] = None,
+    budget: Annotated[float | None, options.budget(options.BUDGET)] = None,
     hypermodules: Annotated[
         int | None,
         typer.Option(
@@ -106,16 +89,7 @@ def merge(
             "with --max-error or --budget, K templates in as many bits as these ask for.",
         ),
     ] = None,
-    calibrate: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--calibrate",
-            metavar="FILE",
-            rich_help_panel=TARGET,
-            help="Real inputs to measure errors on: .txt, a picture or a folder of pictures, .npz; "
-            "[cyan]NAME=FILE[/cyan] for one member; repeatable. Without it inputs are made up.",
-        ),
-    ] = None,
+    calibrate: Calibrate = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -199,15 +173,7 @@ def merge(
         typer.Option("--seed", metavar="N", rich_help_panel=RUN, help="Seed of all that is drawn at random."),
     ] = None,
     device: Device = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            metavar=FLAG,
-            rich_help_panel=RUN,
-            help="Print the plan, check the target, write nothing.",
-        ),
-    ] = False,
+    dry_run: Annotated[bool, options.dry_run("Print the plan, check the target, write nothing.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_nonfinite: AllowNonfinite = False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,39 @@ _SELECTOR = (
     "Exact tensor name, or [cyan]re:PATTERN[/cyan]; repeatable; [cyan]MEMBER:[/cyan] in front limits it."
 )
 
+
+def references() -> Any:
+    """The argument of verbs that read models."""
+    what = "The models, as surgery inspect takes them; [cyan]name=[/cyan] in front names one."
+    return typer.Argument(metavar="REF", show_default=False, help=what)
+
+
+def max_error(what: str) -> Any:
+    """`--max-error`, with what it asks for."""
+    return typer.Option("--max-error", metavar="F", rich_help_panel=TARGET, help=what)
+
+
+def budget(what: str) -> Any:
+    """`--budget`, with what it asks for."""
+    return typer.Option("--budget", metavar="F", rich_help_panel=TARGET, help=what)
+
+
+def dry_run(what: str) -> Any:
+    """`--dry-run`, with what is done without it."""
+    return typer.Option("--dry-run", metavar=FLAG, rich_help_panel=RUN, help=what)
+
+
+BUDGET = "Or: the most exact folder within F times the members' bytes."
+Calibrate = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibrate",
+        metavar="FILE",
+        rich_help_panel=TARGET,
+        help="Real inputs to measure errors on: .txt, a picture or a folder of pictures, .npz; "
+        "[cyan]NAME=FILE[/cyan] for one member; repeatable. Without it inputs are made up.",
+    ),
+]
 Private = Annotated[
     list[str] | None,
     typer.Option(

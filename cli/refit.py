@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from .options import FLAG, RUN, TARGET, Debug, Device, Folder, Json, Quiet, TrustRemoteCode
+from . import options
+from .options import Calibrate, Debug, Device, Folder, Json, Quiet, TrustRemoteCode
 
 if TYPE_CHECKING:
     from surgery.pipeline.refit import Refit
@@ -21,39 +20,15 @@ def refit(
     folder: Folder,
     max_error: Annotated[
         float | None,
-        typer.Option(
-            "--max-error",
-            metavar="F",
-            rich_help_panel=TARGET,
-            help="The smallest folder whose members' outputs move by at most F (relative L2). "
-            "[dim]default: the target that it has[/dim]",
+        options.max_error(
+            "The smallest folder whose members' outputs move by at most F (relative L2). "
+            "[dim]default: the target that it has[/dim]"
         ),
     ] = None,
-    budget: Annotated[
-        float | None,
-        typer.Option(
-            "--budget",
-            metavar="F",
-            rich_help_panel=TARGET,
-            help="Or: the most exact folder within F times the members' bytes.",
-        ),
-    ] = None,
-    calibrate: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--calibrate",
-            metavar="FILE",
-            rich_help_panel=TARGET,
-            help="Real inputs to measure errors on, as surgery merge takes them; repeatable.",
-        ),
-    ] = None,
+    budget: Annotated[float | None, options.budget(options.BUDGET)] = None,
+    calibrate: Calibrate = None,
     device: Device = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", metavar=FLAG, rich_help_panel=RUN, help="Fit, say what it would save, write nothing."
-        ),
-    ] = False,
+    dry_run: Annotated[bool, options.dry_run("Fit, say what it would save, write nothing.")] = False,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
     quiet: Quiet = False,

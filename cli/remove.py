@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from . import completion
-from .options import FLAG, RUN, Debug, Folder, Json, Quiet
+from . import completion, options
+from .options import Debug, Folder, Json, Quiet
 
 EXAMPLES = """
 surgery remove joint new
@@ -23,12 +23,7 @@ def remove(
             metavar="NAME", show_default=False, help="Which members.", autocompletion=completion.members
         ),
     ],
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", metavar=FLAG, rich_help_panel=RUN, help="Say what would go, write nothing."
-        ),
-    ] = False,
+    dry_run: Annotated[bool, options.dry_run("Say what would go, write nothing.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

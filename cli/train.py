@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from . import completion
+from . import completion, options
 from .options import FLAG, RUN, Debug, Json, Overwrite, Quiet, TrustRemoteCode
 
 if TYPE_CHECKING:
@@ -68,12 +68,7 @@ def train(
             help="Go through every phase in seconds, on a few batches, to see that all of it works.",
         ),
     ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", metavar=FLAG, rich_help_panel=RUN, help="Print the plan, train and write nothing."
-        ),
-    ] = False,
+    dry_run: Annotated[bool, options.dry_run("Print the plan, train and write nothing.")] = False,
     cpu: Annotated[
         bool, typer.Option("--cpu", metavar=FLAG, rich_help_panel=RUN, help="Stay on the CPU.")
     ] = False,
