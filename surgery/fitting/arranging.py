@@ -20,7 +20,7 @@ from surgery.core.method import TensorMethod
 from surgery.core.settle import Settled, settle_banks
 from surgery.fitting.scene import Scene, key_of
 from surgery.fitting.units import BANK_BYTES, Arrangement, Group, Unit, precisions, unit_bytes
-from surgery.storage.codecs import NATIVE, Encoded, decode, encode
+from surgery.storage.codecs import NATIVE, Encoded, Encoding, decode, encode
 from surgery.util import progress
 
 
@@ -44,10 +44,12 @@ class MadeBank:
         return len(self.names)
 
     def assemble(
-        self, number: int, parts: Sequence[Encoded | None]
+        self, number: int, parts: Sequence[Encoding | None]
     ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
         """The bank under its own key, with all of its parts."""
-        found = {name: part for name, part in zip(self.names, parts, strict=True) if part is not None}
+        found = {
+            name: part.encode() for name, part in zip(self.names, parts, strict=True) if part is not None
+        }
         return self.plan, list(self.placements), found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from surgery.anatomy.sites import LeftAlone
 from surgery.core.generation import to_weight
 from surgery.fitting.allocation import Choice
 from surgery.fitting.units import Arrangement, Unit
-from surgery.storage.codecs import Encoded, Precision, decode, encode
+from surgery.storage.codecs import Encoded, Encoding, Precision, decode, encode
 from surgery.storage.keys import PartKey, StorageKey
 from surgery.storage.stored import Stored, build_bank, deduplicate
 
@@ -51,8 +52,8 @@ class Assembler:
                     tensors.update({key: self._encode(unit, key, precision) for key in unit.tensors})
             for shared in arrangement.banks:
                 mine, picks = picks[: shared.count], picks[shared.count :]
-                encoded = [self._part(unit, precision) for unit, precision in mine]
-                bank, placed, parts = shared.assemble(len(banks), encoded)
+                chosen = [self._part(unit, precision) for unit, precision in mine]
+                bank, placed, parts = shared.assemble(len(banks), chosen)
                 banks.append(bank)
                 placements += placed
                 tensors.update({PartKey(bank.key, name): each for name, each in parts.items()})
@@ -62,10 +63,10 @@ class Assembler:
         """Let all tensors of a unit be stored as they are stored already, in that precision."""
         self._encoded.update({(id(unit), key): {encoded.precision: encoded} for key in unit.tensors})
 
-    def _part(self, unit: Unit, precision: Precision | None) -> Encoded | None:
+    def _part(self, unit: Unit, precision: Precision | None) -> Encoding | None:
         """The one tensor of a bank's unit; None where it is left out."""
         (own,) = unit.tensors
-        return None if precision is None else self._encode(unit, own, precision)
+        return None if precision is None else Encoding(precision, partial(self._encode, unit, own, precision))
 
     def _encode(self, unit: Unit, key: Any, precision: Precision) -> Encoded:
         known = self._encoded.setdefault((id(unit), key), {})

@@ -15,6 +15,7 @@ from surgery.fitting.allocation import Table
 from surgery.storage.codecs import (
     NATIVE,
     Encoded,
+    Encoding,
     Precision,
     Statistics,
     decode,
@@ -67,7 +68,7 @@ class Shared(Protocol):
         ...
 
     def assemble(
-        self, number: int, parts: Sequence[Encoded | None]
+        self, number: int, parts: Sequence[Encoding | None]
     ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
         """The bank as it is stored: its plan, what it generates, and its parts by name.
 

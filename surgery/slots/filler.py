@@ -124,7 +124,8 @@ class Filler:
         if "torch._dynamo" not in sys.modules:
             return self._enter(name, path)
         # A local, as a frame that is traced all the same may not see what it wrote to an attribute.
-        self._untraced = untraced = self._untraced or torch.compiler.disable(self._enter)
+        untraced: Any = self._untraced or torch.compiler.disable(self._enter)
+        self._untraced = untraced
         return untraced(name, path)
 
     enter._torchdynamo_disable = True  # a compiled member breaks its graph once, before its first layer

@@ -13,7 +13,7 @@ from surgery.anatomy.sites import Site
 from surgery.core.dictionary import index_dtype
 from surgery.geometry.blocks import BlockGrid
 from surgery.settings.names import DEFAULT_METHOD
-from surgery.storage.codecs import Encoded, encode_native
+from surgery.storage.codecs import Encoded, Encoding, encode_native
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class SharedRows:
         return index + (0 if self.hard else self.contexts.numel() * self.contexts.element_size())
 
     def assemble(
-        self, number: int, parts: Sequence[Encoded | None]
+        self, number: int, parts: Sequence[Encoding | None]
     ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
         """A hypermodule for each location, of the rows that were kept, or rows as they are."""
         grid, dtype = self.grid, self.sites[0].dtype
@@ -60,7 +60,10 @@ class SharedRows:
         context, locations = 1 if self.hard else len(kept), len(self.sites) * grid.locations
         plan = BankPlan(key, (grid.m, grid.n), context, dtype, locations, self.stack, self.method)
         name = "single" if self.hard else "rows"
-        found = {f"{name}.{new}": each for new, each in enumerate(part for part in parts if part is not None)}
+        found = {
+            f"{name}.{new}": each
+            for new, each in enumerate(part.encode() for part in parts if part is not None)
+        }
         contexts = self.contexts[:, :, kept].flatten(0, 1).contiguous()
         psi = torch.arange(grid.locations).repeat(len(self.sites))
         if self.hard:

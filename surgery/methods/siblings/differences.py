@@ -28,6 +28,7 @@ from surgery.methods.siblings.lowrank import Factors, factors
 from surgery.storage.codecs import (
     NATIVE,
     Encoded,
+    Encoding,
     Precision,
     decode,
     encode,
@@ -79,29 +80,29 @@ class Differences:
         return 1 + len(self.runs)
 
     def assemble(
-        self, number: int, parts: Sequence[Encoded | None]
+        self, number: int, parts: Sequence[Encoding | None]
     ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
         """The bank: private rows of one precision are one part; what a fit tries again is not made again."""
         first, o, n = self.relatives[0].site, *self.shared.shape
-        shared, *rest = parts
-        assert shared is not None
         asked = tuple(part and part.precision for part in parts)
+        assert parts[0] is not None
+        shared = parts[0].encode()
         known = self._made.get(asked)
         if known is None or known[0] is not shared:
             if len(self._made) == MADE:
                 del self._made[next(iter(self._made))]
-            known = self._made[asked] = (shared, self._parts(shared, rest))
+            known = self._made[asked] = (shared, self._parts(shared, asked[1:]))
         key = f"1x{n}-{first.dtype}-{number}"
         plan = BankPlan(key, (1, n), 1, first.dtype, o * len(self.relatives), method="siblings")
         grid = BlockGrid(*first.view.shape, 1, n)
         placements = [Placement(r.site, key, grid, i * o) for i, r in enumerate(self.relatives)]
         return plan, placements, dict(known[1])
 
-    def _parts(self, shared: Encoded, runs: Sequence[Encoded | None]) -> dict[str, Encoded]:
+    def _parts(self, shared: Encoded, precisions: Sequence[Precision | None]) -> dict[str, Encoded]:
         kept: dict[Precision, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-        for (i, start, stop), part in zip(self.runs, runs, strict=True):
-            if part is not None:
-                kept[part.precision][i] += range(start, stop)
+        for (i, start, stop), precision in zip(self.runs, precisions, strict=True):
+            if precision is not None:
+                kept[precision][i] += range(start, stop)
         found, left, owner = {"shared": shared}, self._left(decode(shared), kept), []
         for k, (precision, own) in enumerate(kept.items()):
             contexts = torch.cat([self.relatives[i].found.contexts[:, j].T for i, j in own.items()])

@@ -25,6 +25,7 @@ from surgery.storage.codecs.codec import (
 from surgery.storage.codecs.coding import (
     LARGEST,
     Decoded,
+    Encoding,
     always_native,
     as_dtype,
     decode,
@@ -44,7 +45,7 @@ for _codec in (Native(), BFloat16(), Integers()):
     register(_codec)
 
 __all__ = [
-    "BFLOAT16", "CODECS", "LARGEST", "NATIVE", "BFloat16", "Codec", "Decoded", "Encoded", "Grouping", "Integers",
-    "Layout", "Native", "Precision", "Statistics", "always_native", "as_dtype", "decode", "encode", "encode_native",
+    "BFLOAT16", "CODECS", "LARGEST", "NATIVE", "BFloat16", "Codec", "Decoded", "Encoded", "Encoding", "Grouping",
+    "Integers", "Layout", "Native", "Precision", "Statistics", "always_native", "as_dtype", "decode", "encode", "encode_native",
     "grouped", "is_tame", "ladder", "part_layout", "register", "stored_bytes", "stored_precision", "take_rows",
 ]  # fmt: skip

@@ -6,8 +6,8 @@ Every function is pure; `decode(encode(x, p))` is the tensor that a model with t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,19 @@ def stored_precision(tensor: Tensor, precision: Precision) -> Precision:
     if precision.is_native or always_native(tuple(tensor.shape), tensor.dtype) or not is_tame(tensor):
         return NATIVE
     return precision
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A tensor in a precision, encoded when it is asked for.
+
+    Attributes:
+        precision: of the tensor.
+        encode: encodes it; gives the same `Encoded` each time.
+    """
+
+    precision: Precision
+    encode: Callable[[], Encoded]
 
 
 def encode(tensor: Tensor, precision: Precision, statistics: Statistics | None = None) -> Encoded:
