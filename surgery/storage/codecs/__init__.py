@@ -46,6 +46,7 @@ for _codec in (Native(), BFloat16(), Integers()):
 
 __all__ = [
     "BFLOAT16", "CODECS", "LARGEST", "NATIVE", "BFloat16", "Codec", "Decoded", "Encoded", "Encoding", "Grouping",
-    "Integers", "Layout", "Native", "Precision", "Statistics", "always_native", "as_dtype", "decode", "encode", "encode_native",
-    "grouped", "is_tame", "ladder", "part_layout", "register", "stored_bytes", "stored_precision", "take_rows",
+    "Integers", "Layout", "Native", "Precision", "Statistics", "always_native", "as_dtype", "decode", "encode",
+    "encode_native", "grouped", "is_tame", "ladder", "part_layout", "register", "stored_bytes", "stored_precision",
+    "take_rows",
 ]  # fmt: skip
