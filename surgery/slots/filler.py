@@ -45,7 +45,6 @@ class Filler:
         self._held: dict[
             str, str | None
         ] = {}  # by member, outside of steps: the task whose weights slots hold
-        self._untraced: Any = None  # `_enter`, of which no graph is made
         self._leaves: StepLeaves | None = None  # what slots hold within a step
 
     # -- without gradients -----------------------------------------------------------------------------------
@@ -122,15 +121,15 @@ class Filler:
     def enter(self, name: str, path: str) -> bool:
         """Before a part of a member runs: make its slots what the dictionary says; whether it had to."""
         if "torch._dynamo" not in sys.modules:
-            return self._enter(name, path)
-        # A local, as a frame that is traced all the same may not see what it wrote to an attribute.
-        untraced: Any = self._untraced or torch.compiler.disable(self._enter)
-        self._untraced = untraced
-        return untraced(name, path)
+            return self.fill_before(name, path)
+        from surgery.slots import untraced  # here, as it imports the compiler
+
+        return untraced.enter(self, name, path)
 
     enter._torchdynamo_disable = True  # a compiled member breaks its graph once, before its first layer
 
-    def _enter(self, name: str, path: str) -> bool:
+    def fill_before(self, name: str, path: str) -> bool:
+        """What `enter` does; code that a compiler traces calls that one."""
         # Within a backward pass a part runs again for gradient checkpointing, with the weights it had.
         if path and not self.in_step and name in self._inside:
             return False
