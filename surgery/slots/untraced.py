@@ -6,6 +6,7 @@ compiler traces, which then need not see it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from surgery.slots.filler import Filler
 
 
-@torch.compiler.disable
-def enter(filler: Filler, name: str, path: str) -> bool:
-    """Fill the slots below a part of a member, as `Filler.enter` does, outside of every graph."""
+def _enter(filler: Filler, name: str, path: str) -> bool:
     return filler.fill_before(name, path)
+
+
+enter: Callable[[Filler, str, str], bool] = torch.compiler.disable(_enter)  # pyright: ignore[reportAssignmentType]
+"""`Filler.enter` outside of every graph."""
