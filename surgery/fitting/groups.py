@@ -38,6 +38,7 @@ def make_groups(scene: Scene) -> list[Group]:
                 [scene.sites[k] for k in keys],
             )
             groups.append(Group((apart, *(way(scene, sites) for way in ways()))))
+            scene.forget_metrics(sites)
         groups += [Group((Arrangement((unit,)),)) for unit in alone.values()]
         for name, trial in scene.trials.items():
             mine = {

@@ -86,6 +86,11 @@ class Scene:
             )
         return found
 
+    def forget_metrics(self, sites: Iterable[Site]) -> None:
+        """Let go of the metrics of sites that are arranged: those of a layer take as much memory as its weights."""
+        for site in sites:
+            self._measured[site.member][1].pop(site.name, None)
+
     @cached_property
     def _views(self) -> dict[str, dict[str, CanonicalView]]:
         """By member, the views of sites that have relatives: with these sensitivities and metrics take one pass."""

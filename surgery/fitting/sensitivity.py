@@ -10,7 +10,9 @@ weight error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from surgery.fitting.metric import Draws, Metric
 from surgery.fitting.trial import Trial
 from surgery.geometry.views import CanonicalView
 from surgery.inputs.probes import tensors_in
+from surgery.members.member import Inputs
 from surgery.slots.slots import locate
 from surgery.storage.codecs import decode, encode, grouped
 from surgery.util import progress
@@ -84,8 +87,7 @@ def _draw(trial: Trial, seed: int, samples: int, add: Callable[[str, Tensor], No
         with progress.task(f"{trial.name}: sensitivities", samples * len(trial.probes)) as task:
             for _ in range(samples if parameters else 0):
                 for inputs in trial.probes:
-                    for name, gradient in _one_sample(trial, inputs, parameters, norms, generator).items():
-                        add(name, gradient)
+                    _one_sample(trial, inputs, parameters, norms, generator, add)
                     task.advance()
     finally:
         for p in frozen:
@@ -113,9 +115,17 @@ def measured_sensitivities(trial: Trial, names: Sequence[str]) -> dict[str, floa
 
 
 def _one_sample(
-    trial: Trial, inputs, parameters: Mapping[str, Tensor], norms: list[float], generator: torch.Generator
-) -> dict[str, Tensor]:
-    """v^T J for every parameter, for one batch and one v."""
+    trial: Trial,
+    inputs: Inputs,
+    parameters: Mapping[str, Tensor],
+    norms: Sequence[float],
+    generator: torch.Generator,
+    add: Callable[[str, Tensor], None],
+) -> None:
+    """Give v^T J of every parameter to `add`, for one batch and one v.
+
+    Each is given as soon as it is complete, and let go of: all of them take as much memory as the weights.
+    """
     try:
         with torch.enable_grad():
             outputs = tensors_in(trial.module(*inputs.args, **inputs.kwargs))
@@ -125,15 +135,32 @@ def _one_sample(
                     output = torch.view_as_real(output) if output.is_complex() else output
                     signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device) * 2 - 1
                     loss = loss + (output.float() * signs).sum() / norm
-        if not loss.requires_grad:
-            return {}
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        if loss.requires_grad:
+            with _given(parameters, add):
+                loss.backward(inputs=list(parameters.values()))
     except torch.OutOfMemoryError:
         raise
-    except (
-        RuntimeError,
-        NotImplementedError,
-    ):  # a model that cannot be differentiated is measured, not derived
-        return {}
-    pairs = zip(parameters, gradients, strict=True)
-    return {name: gradient for name, gradient in pairs if gradient is not None}
+    except (RuntimeError, NotImplementedError):
+        pass  # a model that cannot be differentiated is measured, not derived
+
+
+@contextmanager
+def _given(parameters: Mapping[str, Tensor], add: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Inside, gradients of parameters go to `add` and not to their `grad`, which is what it was afterwards."""
+    before = {name: p.grad for name, p in parameters.items()}
+
+    def give(name: str, p: Tensor) -> None:
+        gradient, p.grad = p.grad, None
+        if gradient is not None:
+            add(name, gradient)
+
+    for p in parameters.values():
+        p.grad = None
+    hooks = [p.register_post_accumulate_grad_hook(partial(give, name)) for name, p in parameters.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, p in parameters.items():
+            p.grad = before[name]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -37,6 +37,7 @@ from surgery.storage.codecs import (
     stored_bytes,
 )
 from surgery.storage.codecs.feedback import expected_gain
+from surgery.storage.lazy import LazyState, Made
 
 RUNS = (0, 1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 """Ranks between which directions are decided on together."""
@@ -47,12 +48,24 @@ NOTHING = 1e-3  # of the squared error that is allowed: what all sites may leave
 
 @dataclass(frozen=True)
 class Relative:
-    """One site: its matrix, what errors in it cost, and the directions of its difference from what is shared."""
+    """One site, and the directions of its difference from what is shared.
+
+    Attributes:
+        site: where it is.
+        original: its weight, in its own shape and dtype.
+        out: what errors cost by its outputs: `[o, o]` or `[o]`, as of a `Metric`.
+        found: the directions.
+    """
 
     site: Site
-    matrix: Tensor
-    metric: Metric
+    original: Tensor
+    out: Tensor
     found: Factors
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as a matrix, in the dtype of calculations."""
+        return _matrix(self.site, self.original)
 
 
 @dataclass(frozen=True)
@@ -61,14 +74,12 @@ class Differences:
 
     Attributes:
         relatives: N sites of one shape.
-        shared: M `[o, n]`.
-        metric: the mean of theirs.
+        shape: o, n of the shared matrix M.
         runs: for every unit after the first its relative, and the first and last of its directions.
     """
 
     relatives: tuple[Relative, ...]
-    shared: Tensor
-    metric: Metric
+    shape: tuple[int, ...]
     runs: tuple[tuple[int, int, int], ...]
     _made: dict[object, tuple[Encoded, dict[str, Encoded]]] = field(
         default_factory=dict, repr=False, compare=False
@@ -83,7 +94,7 @@ class Differences:
         self, number: int, parts: Sequence[Encoding | None]
     ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
         """The bank: private rows of one precision are one part; what a fit tries again is not made again."""
-        first, o, n = self.relatives[0].site, *self.shared.shape
+        first, o, n = self.relatives[0].site, *self.shape
         asked = tuple(part and part.precision for part in parts)
         assert parts[0] is not None
         shared = parts[0].encode()
@@ -126,7 +137,7 @@ class Differences:
                     for precision, j in mine
                 ]
             )
-            seen = times(contexts.double(), relative.metric.out)
+            seen = times(contexts.double(), relative.out)
             rest = (relative.matrix - shared).double()
             rows = torch.linalg.lstsq(seen @ contexts.double().T, seen @ rest).solution.to(shared.dtype)
             for (precision, _), part in zip(mine, rows.split([len(j) for _, j in mine]), strict=True):
@@ -138,48 +149,80 @@ class Differences:
 def shared_matrix(scene: Scene, sites: Sequence[Site]) -> Arrangement:
     """Related sites as a shared matrix, one unit, and private rows, a unit for every run of directions."""
     originals = [scene.originals[key_of(site)] for site in sites]
-    master = master_dtype(originals[0].dtype)
-    matrices = [
-        site.view.to_matrices(each).flatten(0, 1).to(master)
-        for site, each in zip(sites, originals, strict=True)
+
+    def mean() -> Tensor:
+        return torch.stack([_matrix(*each) for each in zip(sites, originals, strict=True)]).mean(0)
+
+    shared = mean()
+    found = [
+        _priced(shared, site, original, scene.metric(site), _most(site))
+        for site, original in zip(sites, originals, strict=True)
     ]
-    shared, metrics = torch.stack(matrices).mean(0), [scene.metric(site) for site in sites]
-    relatives = tuple(
-        Relative(site, matrix, metric, factors(matrix - shared, metric.into, metric.out, most=_most(site)))
-        for site, matrix, metric in zip(sites, matrices, metrics, strict=True)
-    )
-    mean = mean_metric(metrics)
-    fixed = BANK_BYTES + 4 * PART_BYTES
-    return _arranged(relatives, shared, mean, _shared_unit(shared, relatives, mean), fixed)
+    unit = _shared_unit(shared, [site.member for site in sites], [scene.metric(site) for site in sites])
+    # It is as large as an original: those that are tried are made again.
+    again = Made(tuple(shared.shape), shared.dtype, shared.device, mean)
+    unit = replace(unit, tensors=LazyState(dict.fromkeys(unit.tensors, again)))
+    return _arranged(found, shared.shape, unit, BANK_BYTES + 4 * PART_BYTES)
 
 
 def added_site(scene: Scene, site: Site, stored: Encoded) -> Arrangement:
     """One more site as a shared matrix that stays as it is stored, a unit that costs nothing, and private rows."""
     original, shared = scene.originals[key_of(site)], decode(stored)
     shared = shared.to(original.device, master_dtype(original.dtype))
-    matrix = site.view.to_matrices(original).flatten(0, 1).to(shared.dtype)
-    metric = scene.metric(site)
-    found = factors(matrix - shared, metric.into, metric.out, most=RUNS[-1])
     # Trying directions in all precisions takes longer than finding them: those that move nothing are left out before.
-    bound = scene.target.max_error or 0.0
-    found = found.first(int((found.tails[:-1] > NOTHING * bound**2 / len(scene.unclaimed)).sum()))
+    least = NOTHING * (scene.target.max_error or 0.0) ** 2 / len(scene.unclaimed)
+    found = _priced(shared, site, original, scene.metric(site), RUNS[-1], least)
     unit = Unit({"shared": shared}, {}, (stored.precision,), (0.0,), (0.0,))
-    return _arranged((Relative(site, matrix, metric, found),), shared, metric, unit, 4 * PART_BYTES)
+    return _arranged([found], shared.shape, unit, 4 * PART_BYTES)
 
 
-def _arranged(
-    relatives: tuple[Relative, ...], shared: Tensor, metric: Metric, unit: Unit, fixed: float
-) -> Arrangement:
+@dataclass(frozen=True)
+class _Priced:
+    """A relative, a unit for every run of its directions, and what all of them leave out."""
+
+    relative: Relative
+    runs: list[tuple[int, int, Unit]]
+    left: float
+
+
+def _priced(
+    shared: Tensor, site: Site, original: Tensor, metric: Metric, most: int, least: float | None = None
+) -> _Priced:
+    """A site's difference from a shared matrix, by directions; of its metric G alone is needed later.
+
+    Args:
+        shared: M `[o, n]`.
+        site: where it is.
+        original: its weight.
+        metric: what errors in it cost.
+        most: number of directions, at most.
+        least: directions that move outputs by less, together, are left out before they are tried.
+    """
+    difference = _matrix(site, original) - shared
+    found = factors(difference, metric.into, metric.out, most=most)
+    if least is not None:
+        found = found.first(int((found.tails[:-1] > least).sum()))
+    left = metric.price(difference - found.product())
+    return _Priced(Relative(site, original, metric.out, found), _runs(site, found, metric), left)
+
+
+def _arranged(found: Sequence[_Priced], shape: Sequence[int], unit: Unit, fixed: float) -> Arrangement:
     """A shared matrix, whose unit is given, and private rows."""
     units, runs, left = [unit], [], {}
-    for i, relative in enumerate(relatives):
-        for start, stop, unit in _runs(relative):
-            units.append(unit)
+    for i, each in enumerate(found):
+        for start, stop, own in each.runs:
+            units.append(own)
             runs.append((i, start, stop))
-        whole = relative.metric.price(relative.matrix - shared - relative.found.product())
-        left[relative.site.member] = left.get(relative.site.member, 0.0) + whole
+        member = each.relative.site.member
+        left[member] = left.get(member, 0.0) + each.left
     units.append(Unit({}, left, (NATIVE,), (0.0,), (1.0,)))
-    return Arrangement(tuple(units), fixed, (Differences(relatives, shared, metric, tuple(runs)),))
+    relatives = tuple(each.relative for each in found)
+    return Arrangement(tuple(units), fixed, (Differences(relatives, tuple(shape), tuple(runs)),))
+
+
+def _matrix(site: Site, original: Tensor) -> Tensor:
+    """A weight as one matrix of all its rows, in the dtype of calculations."""
+    return site.view.to_matrices(original).flatten(0, 1).to(master_dtype(original.dtype))
 
 
 def _most(site: Site) -> int:
@@ -187,23 +230,22 @@ def _most(site: Site) -> int:
     return 0 if site.kind == "embedding" else RUNS[-1]
 
 
-def _shared_unit(shared: Tensor, relatives: Sequence[Relative], mean: Metric) -> Unit:
+def _shared_unit(shared: Tensor, members: Sequence[str], metrics: Sequence[Metric]) -> Unit:
     """The shared matrix in every precision, rounded with error feedback."""
     weight: dict[str, float] = defaultdict(float)
-    for relative in relatives:
-        weight[relative.site.member] += relative.metric.sensitivity
+    for member, metric in zip(members, metrics, strict=True):
+        weight[member] += metric.sensitivity
     unit = measure({"shared": shared}, dict(weight))
-    known = mean.statistics
+    known = mean_metric(metrics).statistics
     gain = 1.0 if known is None else expected_gain(known.second_moment)
     errors = tuple(gain * error for error in unit.errors)
-    return Unit(unit.tensors, unit.weight, unit.options, unit.nbytes, errors, known)
+    return replace(unit, errors=errors, statistics=known)
 
 
-def _runs(relative: Relative) -> list[tuple[int, int, Unit]]:
-    """Runs of directions of one relative, first and last, and their units: left out, or stored with few bits."""
-    made = relative.found
+def _runs(site: Site, made: Factors, metric: Metric) -> list[tuple[int, int, Unit]]:
+    """Runs of directions of one site, first and last, and their units: left out, or stored with few bits."""
     rows, contexts = made.rows, made.contexts.T.contiguous()
-    into, out = relative.metric.into, relative.metric.out
+    into, out = metric.into, metric.out
     of_rows = (times(contexts, out) * contexts).sum(1)  # an error of a row counts that much
     of_contexts = (times(rows, into) * rows).sum(1)
     lost = []  # by precision, of each direction
@@ -217,8 +259,8 @@ def _runs(relative: Relative) -> list[tuple[int, int, Unit]]:
         nbytes = [sum(stored_bytes(shape, rows.dtype, each) for shape in shapes) for each in BITS]
         errors = [float(each[start:stop].sum()) for each in lost]
         unit = Unit(
-            {f"{relative.site.member}/{start}": rows[start:stop]},
-            {relative.site.member: 1.0},
+            {f"{site.member}/{start}": rows[start:stop]},
+            {site.member: 1.0},
             (*BITS, None),
             (*map(float, nbytes), 0.0),
             (*errors, float(made.energy[start:stop].sum())),

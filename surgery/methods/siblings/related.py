@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from surgery.anatomy.sites import Site
 from surgery.core.dictionary import master_dtype
@@ -18,6 +19,7 @@ from surgery.geometry.blocks import BlockGrid, tile, untile
 from surgery.methods.rows.shared import SharedRows
 from surgery.methods.siblings import differences  # noqa: F401  # a second way, registered by the import
 from surgery.methods.siblings.principal import principal_rows
+from surgery.storage.lazy import LazyState, Made
 
 
 @register_way("siblings")
@@ -29,9 +31,14 @@ def principal_directions(scene: Scene, sites: Sequence[Site]) -> Arrangement:
     grid = BlockGrid(*view.shape, m, n)
     originals = [scene.originals[key_of(site)] for site in sites]
     master = master_dtype(originals[0].dtype)
-    blocks = torch.stack([tile(view.to_matrices(each), grid).to(master) for each in originals])
-    sensitivity = torch.tensor([scene.sensitivity[key_of(site)] for site in sites], device=blocks.device)
-    rows, contexts, share = principal_rows(blocks, sensitivity)
+    device = originals[0].device
+    sensitivity = torch.tensor([scene.sensitivity[key_of(site)] for site in sites], device=device)
+
+    def made() -> tuple[Tensor, Tensor, Tensor]:
+        blocks = torch.stack([tile(view.to_matrices(each), grid).to(master) for each in originals])
+        return principal_rows(blocks, sensitivity)
+
+    rows, contexts, share = made()
     power = sensitivity.sqrt().mean().square().item()  # rows are scaled by root sensitivity over its mean
     mean = mean_metric([scene.metric(site) for site in sites])
     units = []
@@ -44,6 +51,8 @@ def principal_directions(scene: Scene, sites: Sequence[Site]) -> Arrangement:
             row = untile(rows[j], grid).flatten(0, 1)
             structure = mean.price(row) / max(mean.sensitivity * float(row.square().sum()), 1e-300)
             unit = replace(unit, errors=(*unit.errors[:-1], unit.errors[-1] * max(structure, 1.0)))
-        units.append(unit)
+        # All rows together are as large as the originals: those that are tried are made again.
+        again = Made(tuple(rows[j].shape), master, device, lambda j=j: made()[0][j].clone())
+        units.append(replace(unit, tensors=LazyState({f"rows.{j}": again})))
     bank = SharedRows(tuple(sites), grid, contexts)
     return Arrangement(tuple(units), bank.fixed_bytes + BANK_BYTES, (bank,))
