@@ -45,6 +45,7 @@ def test_wrapped_modules_are_what_is_inside(wrap):
     with torch.no_grad():
         wanted, names = net(X), list(net.state_dict())
     member = surgery.load_member(wrap(net), name="net", inputs=X)
+    net.cpu()  # where there is a GPU, DataParallel moves what it wraps there
     assert member.module is net and list(net.state_dict()) == names
     joint = surgery.join([member], block=(8, 8))
     with torch.no_grad():
