@@ -20,6 +20,7 @@ from surgery.members.origins.definitions import function_problem
 from surgery.members.origins.factory import claims as is_factory
 from surgery.members.references import parse_reference
 from surgery.settings.former import renewed
+from surgery.settings.names import TARGETS
 from surgery.settings.problems import advice_on, problems_of
 from surgery.settings.quantities import check_seed
 from surgery.settings.recipe import NOTHING, Recipe
@@ -95,6 +96,14 @@ def recipe_problems(document: Mapping[str, Any], going_on: bool = False) -> list
         wrong.append("no model has tasks: give at least one of them a list 'tasks'")
     tasks = [each for model in models for each in _list(model.get("tasks")) if isinstance(each, Mapping)]
     wrong += _repeated([each["name"] for each in tasks if isinstance(each.get("name"), str)])
+    parameters = document.get("parameters")
+    if not going_on and isinstance(parameters, Mapping):
+        wrong += [
+            f"parameters.{name}: this is the target of a fit, and training has none: leave it out, and give it to a "
+            "merge of the trained artifact"
+            for name in TARGETS
+            if parameters.get(name) is not None
+        ]
     if isinstance(train, Mapping):
         trackers = [each for each in _list(train.get("trackers")) if isinstance(each, str)]
         wrong += _caught(check_trackers, trackers) if trackers else []

@@ -37,6 +37,7 @@ WRONG = {
         "evolutoin": {},
         "trackers": ["tensorbored"],
     },
+    "parameters": {"budget": 0.5},
     "out": "out",
 }  # fmt: skip
 SAID = [
@@ -57,6 +58,7 @@ SAID = [
     "found 'cosin', did you mean 'cosine'?",
     "'train.evolutoin' is not a known key, did you mean 'evolution'?",
     "tensorbored cannot be imported",
+    "parameters.budget: this is the target of a fit, and training has none",
 ]
 
 
