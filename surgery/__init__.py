@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from surgery.fitting.fit import FitReport, fit
     from surgery.members.member import Inputs, Member, Origin
     from surgery.members.references import load_member
+    from surgery.methods.routes.hardening import harden
+    from surgery.methods.routes.routed import Routed
     from surgery.methods.templates.plan import plan_templates
     from surgery.pipeline.add import add, remove
     from surgery.pipeline.merge import merge
@@ -68,6 +70,8 @@ _HOMES = {
     "settings.recipe": ("Recipe",),
     "members.references": ("load_member",),
     "anatomy.sites": ("Anatomy", "LeftAlone", "Site", "discover"),
+    "methods.routes.hardening": ("harden",),
+    "methods.routes.routed": ("Routed",),
     "methods.templates.plan": ("plan_templates",),
     "tracing": ("trace",),
     "training.report.report": ("TrainReport",),
@@ -79,9 +83,9 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Anatomy", "ArtifactError", "ConsentError", "ExportError", "FitReport", "Inputs", "JointModel", "LeftAlone",
-    "LoadError", "Member", "Origin", "OutputError", "Plan", "PlanError", "Recipe", "Site", "SurgeryError", "Task",
-    "TraceError", "TrainReport", "TrainingError", "VerifyReport", "__version__", "add", "discover", "export", "fit",
-    "join", "load", "load_member", "make_plan", "merge", "plan_modules", "plan_templates", "plan_with",
+    "LoadError", "Member", "Origin", "OutputError", "Plan", "PlanError", "Recipe", "Routed", "Site", "SurgeryError",
+    "Task", "TraceError", "TrainReport", "TrainingError", "VerifyReport", "__version__", "add", "discover", "export",
+    "fit", "harden", "join", "load", "load_member", "make_plan", "merge", "plan_modules", "plan_templates", "plan_with",
     "refit", "remove", "save", "trace", "train", "verify",
 ]  # fmt: skip
 

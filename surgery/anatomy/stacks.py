@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from surgery.anatomy.selectors import matches, miss
+from surgery.errors import PlanError
 from surgery.tracing.types import Trace
 
 if TYPE_CHECKING:
@@ -114,6 +116,25 @@ def pool_runs(runs: Iterable[Run], mix_norms: bool = False) -> tuple[Stack, ...]
         if parts:
             stacks.append(Stack(f"stack{len(stacks)}", tuple(group), parts))
     return tuple(stacks)
+
+
+def choose_runs(runs: Sequence[Run], patterns: Sequence[str]) -> list[Run]:
+    """The runs that patterns name; all without any.
+
+    Args:
+        runs: of any members.
+        patterns: exact paths such as `encoder.layer.*`, or `re:` patterns.
+
+    Raises:
+        PlanError: naming the patterns that match none.
+    """
+    if not patterns:
+        return list(runs)
+    paths = list(dict.fromkeys(run.path for run in runs))
+    if lost := [f"'{pattern}' {why}" for pattern in patterns if (why := miss(pattern, paths))]:
+        known = ", ".join(paths) or "none"
+        raise PlanError(f"`stacks` must name stacks, but {'; '.join(lost)}; there are: {known}.")
+    return [run for run in runs if any(matches(pattern, run.path) for pattern in patterns)]
 
 
 def find_runs(member: str, tensors: Sequence[Site | LeftAlone], found: Trace) -> tuple[Run, ...]:

@@ -104,7 +104,8 @@ def _read_plain(source: str | Path, member: str, trust: bool) -> tuple[Member, n
         stored, described, _ = _one(source, member)
         return described, module_of(state_of(stored, member))
     joint = load(source, members=[member], trust_remote_code=trust)
-    return joint.members[member], joint.extract(member)
+    described, module = joint.members[member], joint.extract(member)
+    return (as_exported(described, module) if replaced else described), module
 
 
 def _one(source: str | Path | JointModel, member: str) -> tuple[Stored, Member, Any]:

@@ -57,7 +57,7 @@ def as_exported(member: Member, module: nn.Module) -> Member:
         member: to be exported.
         module: with ordinary weights.
     """
-    found, bad = _described(replace(member, replaced=()), shapes_of(module))
+    found, bad = _described(replace(member, module=module, replaced=()), shapes_of(module))
     if bad:
         warnings.warn(
             f"Member '{member.name}' is not what its configuration builds: there are {bad}. The folder holds all "

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from surgery.anatomy.plan import CONTEXT, Placement, Plan, leave_alone, make_plan, starting_block
-from surgery.anatomy.sites import Anatomy, discover
+from surgery.anatomy.plan import CONTEXT, Placement, Plan, follow_up, leave_alone, make_plan, starting_block
+from surgery.anatomy.sites import Anatomy, LeftAlone, Site, discover
 from surgery.core.bank import Bank
 from surgery.core.dictionary import Dictionary, master_dtype
 from surgery.core.generation import to_blocks
@@ -19,9 +19,11 @@ from surgery.disk.aligned import align_module
 from surgery.errors import PlanError
 from surgery.members.member import Member, check_names
 from surgery.members.occupancy import check_free
+from surgery.members.replacement import Replaced
 from surgery.methods.rows.exact import exact_bank
 from surgery.settings.recipe import Recipe
-from surgery.slots.slots import locate
+from surgery.slots.collapse import collapse
+from surgery.slots.slots import locate, put_back
 from surgery.storage.codecs import LARGEST, is_tame
 
 
@@ -77,6 +79,62 @@ def _join(members: Sequence[Member], plan: Plan | None, block: tuple[int, int], 
     if told is not None:
         joint.keep_known(replace(joint.known, joined=told))
     return joint
+
+
+def join_anew(joint: JointModel, change: Callable[[JointModel, str], tuple[Replaced, ...]]) -> JointModel:
+    """Let members be changed while they have ordinary parameters, and join what is left of their sites, in place.
+
+    What the dictionary shares beyond equal blocks is shared no more, and stored forms are forgotten.
+
+    Args:
+        joint: any.
+        change: of a member of the joint model, by its name: drops or moves modules of it, and returns what is recorded
+            of its replaced modules then.
+    """
+    before, states = joint.plan, {name: collapse(joint, name) for name in joint.names}
+    known = replace(joint.known, stale=frozenset(joint.names), training=None, joined=None)
+    joint.vacate()
+    for p in before.placements:
+        name, owners = p.site.member, p.site.owners
+        put_back(joint[name], owners, states[name][p.site.name], joint.trains(name, p.site.name))
+    del states
+    entries = [*(p.site for p in before.placements), *before.left_alone]
+    held = {(each.member, id(_tensor(joint[each.member], each.name))): each for each in entries}
+    replaced = {name: change(joint, name) for name in joint.names}
+    joint.take_members([replace(each, replaced=replaced[name]) for name, each in joint.members.items()])
+    found: dict[tuple[str, str], Site | LeftAlone] = {}
+    for name in joint.names:
+        for first, owners in joint.owners[name].items():
+            entry = held.get((name, id(_tensor(joint[name], first))))
+            if entry is not None:
+                found[name, entry.name] = replace(entry, name=first, owners=owners)
+    plan = _plan_of_rest(before, found)
+    modules = {name: align_module(joint[name]) for name in joint.names}
+    banks: dict[str, Bank] = {}
+    for bank in plan.banks:
+        mine = [p for p in plan.placements if p.bank == bank.key]
+        banks[bank.key] = exact_bank(_blocks(modules, mine), bank.block)
+    return joint.occupy(plan, Dictionary(banks), {}, known)
+
+
+def _plan_of_rest(plan: Plan, found: Mapping[tuple[str, str], Site | LeftAlone]) -> Plan:
+    """A plan of the tensors that are still there, under the names that they have now."""
+    placements, banks = [], []
+    for bank in plan.banks:
+        mine = [
+            replace(p, site=site)
+            for p in plan.placements
+            if p.bank == bank.key and isinstance(site := found.get((p.site.member, p.site.name)), Site)
+        ]
+        if mine:
+            placements += follow_up(mine)
+            banks.append(replace(bank, locations=sum(p.grid.locations for p in mine)))
+    left = [e for each in plan.left_alone if isinstance(e := found.get((each.member, each.name)), LeftAlone)]
+    return replace(plan, banks=tuple(banks), placements=tuple(placements), left_alone=tuple(left))
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    return getattr(*locate(module, name))
 
 
 def _told(

@@ -83,12 +83,8 @@ class JointModel(nn.Module):
     ):
         super().__init__()
         check_names(member.name for member in members)
-        self.members: dict[str, Member] = {member.name: member for member in members}
         self.bodies = nn.ModuleList([member.module for member in members])
-        self.owners = {member.name: owners_of(member.module) for member in members}
-        self.state_keys = {member.name: state_keys(member.module) for member in members}
-        # Members whose hooks change the names in their state dicts.
-        self.renamed = {m.name for m in members if {*m.module.state_dict()} != {*self.state_keys[m.name]}}
+        self.take_members(members)
         self.slots, self.filler = Slots(), Filler(self)
         self.task: str | None = None
         self.tasks = Tasks(self.bodies)
@@ -112,6 +108,18 @@ class JointModel(nn.Module):
         if name not in self.members:
             raise KeyError(f"no member '{name}'; the members are {', '.join(self.members)}")
         return self.members[name].module
+
+    def take_members(self, members: Sequence[Member]) -> None:
+        """Take note of members and of the names of their tensors, where no slots are.
+
+        Args:
+            members: of the modules that it has.
+        """
+        self.members: dict[str, Member] = {member.name: member for member in members}
+        self.owners = {member.name: owners_of(member.module) for member in members}
+        self.state_keys = {member.name: state_keys(member.module) for member in members}
+        # Members whose hooks change the names in their state dicts.
+        self.renamed = {m.name for m in members if {*m.module.state_dict()} != {*self.state_keys[m.name]}}
 
     def trained_private(self) -> list[nn.Parameter]:
         """What is trained of the members themselves, beside the dictionary."""

@@ -101,12 +101,14 @@ class Method(ABC):
         summary: what it does, in one line for `--help`.
         settings: class of its settings, which a recipe gives under `settings`.
         does: what methods of its kind do, as verb and noun.
+        sharded: whether processes that each hold a part of the members can train it (FSDP).
     """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     settings: ClassVar[type[Strict]] = Strict
     does: ClassVar[tuple[str, str]] = ("share", "weights")
+    sharded: ClassVar[bool] = True
 
     @abstractmethod
     def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Any:
@@ -139,6 +141,10 @@ class Method(ABC):
             config: settings of the run.
             generator: on the CPU, of the run's seed.
         """
+        return
+
+    def ended(self, joint: JointModel) -> None:
+        """After a run: what is left to do to a joint model that was trained, before it is reported on or saved."""
         return
 
     def moves(self, trainer: Trainer) -> Moves:

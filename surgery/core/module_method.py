@@ -16,6 +16,7 @@ from torch import nn
 
 from surgery.core.method import Method, PlanRequest
 from surgery.errors import ExportError, PlanError
+from surgery.members.member import Member
 from surgery.members.replacement import Replacement
 from surgery.settings.problems import Strict, advice_on
 from surgery.util.wording import sentence
@@ -73,14 +74,21 @@ class ModuleSurgery(Method):
     Attributes:
         recorded: class of the settings of one replacement, by which it is made again when an artifact is loaded. They
             may come from an artifact of others: whatever they may be has to be in this class.
+        whole: whether sites go into the dictionary as whole matrices where no block is given, for methods that share
+            modules: these are then trained nearly as fast as without a dictionary.
     """
 
     does: ClassVar[tuple[str, str]] = ("replace", "modules")
     recorded: ClassVar[type[Strict]] = Strict
+    whole: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Sequence[Replacement]:
         """Which modules are replaced, and all that is needed to do so again when an artifact is loaded."""
+
+    def has_its_own(self, module: nn.Module) -> bool:
+        """Whether a member was written with modules of the method, so that none of its own have to be replaced."""
+        return False
 
     @abstractmethod
     def replace(self, place: Place) -> nn.Module:
@@ -107,6 +115,19 @@ class ModuleSurgery(Method):
             f"{place.replacement.path} of member '{place.replacement.member}' must become an ordinary module, but "
             f"method '{self.name}' has no ordinary form of {type(place.current).__name__}: {SAVE_INSTEAD}"
         )
+
+    def finish(self, member: Member, module: nn.Module, replacements: Sequence[Replacement]) -> None:
+        """What is left to do once every module that the method replaced in a member is a plain one; by default nothing.
+
+        Args:
+            member: as it is in the joint model.
+            module: a copy of its module, to be changed in place.
+            replacements: that the method made in it.
+
+        Raises:
+            ExportError: where no plain model comes of it.
+        """
+        return
 
 
 SAVE_INSTEAD = "save the joint model, which `surgery.load` reads where the method is installed."

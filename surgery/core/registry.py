@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from surgery.core.method import Method, PlanRequest, TensorMethod
 from surgery.errors import PlanError
-from surgery.settings.methods import load_method, validate_settings
+from surgery.settings.methods import known_methods, load_method, validate_settings
 from surgery.settings.problems import InnerError, Strict, problems_of
 from surgery.util.wording import sentence
 
@@ -124,6 +124,10 @@ def methods_of(plan: Plan) -> list[TensorMethod]:
 
 
 def active_methods(joint: JointModel) -> list[Method]:
-    """The methods that a joint model uses: of its banks, and those that replaced modules."""
+    """The methods that a joint model uses: of its banks, those that replaced modules, and those whose modules are
+    in a member as it was written: their classes name it as `surgery_method`."""
     replaced = [each.replacement.method for member in joint.members.values() for each in member.replaced]
-    return [*methods_of(joint.plan), *(find_method(name) for name in dict.fromkeys(replaced))]
+    written = [vars(type(part)).get("surgery_method") for part in joint.bodies.modules()]
+    named = [name for name in written if isinstance(name, str) and name in known_methods()]
+    found = (find_method(name) for name in dict.fromkeys((*replaced, *named)))
+    return [*methods_of(joint.plan), *found]

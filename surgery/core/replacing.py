@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from surgery.anatomy.plan import Plan, make_plan
+from surgery.anatomy.plan import SIDE, Plan, make_plan
 from surgery.anatomy.sites import discover
 from surgery.core.method import PlanRequest
 from surgery.core.module_method import ModuleSurgery, Place
@@ -56,6 +56,7 @@ def plan_replacements(
     found = find_method(method, ModuleSurgery)
     if going_on:
         members = [m for m in members if all(each.replacement.method != method for each in m.replaced)]
+    members = [m for m in members if not found.has_its_own(m.module)]
     asked = found.plan([discover(each) for each in members], request) if members else ()
     if members and not asked:
         raise PlanError(
@@ -69,7 +70,7 @@ def plan_modules(
     method: str,
     settings: Mapping[str, Any] | None = None,
     *,
-    block: tuple[int, int] = (16, 16),
+    block: tuple[int, int] | None = None,
     context: int = 4,
 ) -> Plan:
     """Plan a joint model of members in which a method replaces modules: `join` makes the replacements.
@@ -80,7 +81,7 @@ def plan_modules(
         members: as `load_member` returns them; they are left as they are.
         method: name of a method that replaces modules.
         settings: of that method.
-        block: m x n.
+        block: m x n; by default 16 x 16, or whole matrices where the method wants these.
         context: c of the hypermodules that training opens.
 
     Raises:
@@ -90,7 +91,9 @@ def plan_modules(
         >>> plan = surgery.plan_modules([member], "scaled_copy", {"copies": {"layers.3": "layers.1"}})
         >>> joint = surgery.join([member], plan)
     """
-    request = PlanRequest(block, context, settings_of(method, settings or {}))
+    request = PlanRequest(block or (SIDE, SIDE), context, settings_of(method, settings or {}))
+    if block is None and not find_method(method, ModuleSurgery).whole:
+        block = request.block
     replacements = plan_replacements(method, members, request)
     with modules_replaced(members, replacements) as changed:
         plan = make_plan([discover(each) for each in changed], block, context)
@@ -315,6 +318,9 @@ def collapse_modules(member: Member, module: nn.Module) -> nn.Module:
         with torch.inference_mode(False), torch.no_grad():
             plain = method.collapse(place)
         swaps.put(module, place.current, plain.train(place.current.training))
+    for name in dict.fromkeys(each.replacement.method for each in member.replaced):
+        mine = [each.replacement for each in member.replaced if each.replacement.method == name]
+        find_method(name, ModuleSurgery).finish(member, module, mine)
     return module
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from surgery.core.module_method import part_of
-from surgery.errors import PlanError
+from surgery.errors import PlanError, SurgeryError
 from surgery.inputs.probes import outputs_of
 from surgery.members.member import Inputs, Member
 from surgery.members.replacement import Replaced, Replacement
@@ -161,6 +161,8 @@ def check_calls(member: Member, replaced: Sequence[Replaced], before: Calls | No
     listed = ", ".join(f"{kinds[path]} in place of {what[path]}" for path in what)
     try:
         after = record_calls(member, list(what)) or {}
+    except SurgeryError:  # what stands there says itself what is wrong
+        raise
     except AttributeError as error:
         raise PlanError(
             f"Code of member '{member.name}' reads a replaced module by attribute: with {listed} it raises "

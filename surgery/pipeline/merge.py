@@ -261,6 +261,7 @@ def plan_members(
     """
     from surgery.anatomy.plan import make_plan, starting_block
     from surgery.core.method import PlanRequest, TensorMethod
+    from surgery.core.module_method import ModuleSurgery
     from surgery.core.registry import find_method, settings_of
     from surgery.core.replacing import modules_replaced, plan_replacements
 
@@ -277,11 +278,13 @@ def plan_members(
     if isinstance(method, TensorMethod):
         anatomies = _find_sites(recipe, members)
         return anatomies, method.plan(anatomies, request(anatomies))
+    assert isinstance(method, ModuleSurgery)
     replacements = plan_replacements(recipe.method, members, request(), going_on=going_on)
     with modules_replaced(members, replacements) as changed:
         anatomies = _find_sites(recipe, changed)
     asked = request(anatomies)
-    return anatomies, replace(make_plan(anatomies, asked.block, asked.context), replacements=replacements)
+    block = None if method.whole and not recipe.parameters.block else asked.block
+    return anatomies, replace(make_plan(anatomies, block, asked.context), replacements=replacements)
 
 
 def _find_sites(recipe: Recipe, members: Sequence[Member]) -> list[Anatomy]:

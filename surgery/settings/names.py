@@ -9,6 +9,7 @@ DEFAULT_METHOD = "hypermodules"
 SHIPPED_METHODS = {
     "hypermodules": "blocks of all sites draw on shared hypermodules",
     "templates": "the layers of stacks are mixtures of templates, the rest is hypermodules",
+    "routes": "tasks learn which layers they use, at which depth and how much",
 }
 """Methods of this package that a recipe can name, each a folder of `surgery.methods`, with what they do in one line."""
 

@@ -385,7 +385,7 @@ class RouteMoves(Moves):
 class Routes(ModuleSurgery):
     """Components that tasks choose from."""
 
-    name, settings, recorded = "routes", RouteSettings, RouteSettings
+    name, settings, recorded = "gated", RouteSettings, RouteSettings
 
     def plan(self, anatomies, request):
         own = request.settings.model_dump(mode="json")
@@ -401,7 +401,7 @@ class Routes(ModuleSurgery):
 def routed():
     torch.manual_seed(0)
     member = surgery.load_member(network(dropout=0.0), name="net", inputs=torch.randn(2, 4))
-    return join([member], surgery.plan_modules([member], "routes", block=(8, 8)))
+    return join([member], surgery.plan_modules([member], "gated", block=(8, 8)))
 
 
 def two_tasks():
@@ -409,13 +409,13 @@ def two_tasks():
 
 
 def test_routes_between_modules_are_a_method_like_any_other(tmp_path, monkeypatch):
-    monkeypatch.setitem(REGISTERED, "routes", Routes())
+    monkeypatch.setitem(REGISTERED, "gated", Routes())
     config, groups, plain = {**CONFIG, "accumulate": 2}, [], Trainer.train_step
     joint = routed()
     train(joint, two_tasks(), config, folder=tmp_path / "whole", cpu=True)
     first, *lines, _ = read_log(tmp_path / "whole" / "log.jsonl")
-    assert first["method_names"] == ["hypermodules", "routes"]
-    facts = [line["methods"]["routes"] for line in lines]
+    assert first["method_names"] == ["hypermodules", "gated"]
+    facts = [line["methods"]["gated"] for line in lines]
     assert [each["passes"] for each in facts] == [16, 32, 48, 64]  # two tasks, two batches, four steps
     gates = torch.tensor(facts[-1]["gates"][0])
     assert gates.shape == (2, 2) and bool((gates.sum(1) < 0.95).all())  # the budget, from 1 on

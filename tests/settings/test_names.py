@@ -33,6 +33,10 @@ SEVERAL = {
     "start": "of the alignment, and of templates",
     "freeze": "tensors that stay, and whether hypermodules or templates do",
     "templates": "how many there are, and how they are trained",
+    "tasks": "of a member, and those of a member that have routes of their own",
+    "sure": "the share of a layer's own template, and of a task's own layer",
+    "harden": "templates, and routes",
+    "seed": "of a run, and of orders by chance",
 }
 """Names that are several choices, with what each is."""
 
@@ -84,5 +88,6 @@ def test_former_names_are_none_of_today():
 
 def test_what_one_method_reads_has_no_second_name_among_the_parameters():
     own = {path.rpartition(".")[2] for path in PATHS if path.startswith("settings.")}
-    assert own == {"templates", "mixture", "mix_norms"} <= set(flags_of(app, "merge"))
+    of_templates = {path.rpartition(".")[2] for path in paths_in(settings_class("templates"), "settings")}
+    assert of_templates == {"templates", "mixture", "mix_norms"} <= set(flags_of(app, "merge"))
     assert not own & {path.rpartition(".")[2] for path in PATHS if path.startswith("parameters.")}

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from surgery.anatomy.plan import BankPlan, Placement, Plan, make_plan, too_small
-from surgery.anatomy.selectors import matches, miss
 from surgery.anatomy.sites import Anatomy, LeftAlone, Site
-from surgery.anatomy.stacks import Run, Stack, pool_runs
+from surgery.anatomy.stacks import Stack, choose_runs, pool_runs
 from surgery.core.registry import settings_of
 from surgery.errors import PlanError
 from surgery.geometry.blocks import BlockGrid
@@ -51,7 +50,7 @@ def plan_templates(
         name: value for name, value in (("templates", templates), ("mixture", mixture)) if value is not None
     }
     settings = settings_of("templates", given).model_dump(mode="json", exclude_unset=True)
-    chosen = _choose([run for anatomy in anatomies for run in anatomy.runs], stacks)
+    chosen = choose_runs([run for anatomy in anatomies for run in anatomy.runs], stacks)
     pooled = pool_runs(chosen, mix_norms)
     if not pooled:
         raise PlanError(
@@ -72,16 +71,6 @@ def plan_templates(
     taken = {(p.site.member, p.site.name) for p in placements}
     rest = _plan_rest([_without(anatomy, taken) for anatomy in anatomies], block, context)
     return replace(rest, banks=(*banks, *rest.banks), placements=(*placements, *rest.placements))
-
-
-def _choose(runs: Sequence[Run], patterns: Sequence[str]) -> list[Run]:
-    if not patterns:
-        return list(runs)
-    paths = list(dict.fromkeys(run.path for run in runs))
-    if lost := [f"'{pattern}' {why}" for pattern in patterns if (why := miss(pattern, paths))]:
-        known = ", ".join(paths) or "none"
-        raise PlanError(f"`stacks` must name stacks, but {'; '.join(lost)}; there are: {known}.")
-    return [run for run in runs if any(matches(pattern, run.path) for pattern in patterns)]
 
 
 def _place(

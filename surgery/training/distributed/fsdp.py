@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from surgery.core.joint import JointModel
+from surgery.core.registry import active_methods
 from surgery.errors import PlanError
 from surgery.settings.training import Training
 from surgery.training.tasks.losses import adapts_by
@@ -153,11 +154,16 @@ def wants_checkpointing() -> bool:
 
 
 def check_members(joint: JointModel, sharding: Sharding) -> None:
-    """Raise where a class that accelerate's settings name is in no member.
+    """Raise where a class that accelerate's settings name is in no member, or a method cannot train members in parts.
 
     Raises:
-        PlanError: naming it.
+        PlanError: naming these.
     """
+    if whole := [method.name for method in active_methods(joint) if not method.sharded]:
+        raise PlanError(
+            f"Method {', '.join(whole)} needs whole members in every process, but FSDP cuts them: train in one "
+            "process, or in several without FSDP."
+        )
     known = {type(module).__name__ for module in joint.bodies.modules()}
     if lost := [name for name in sharding.classes if name not in known]:
         raise PlanError(

@@ -1,0 +1,1 @@
+"""Learned routes: which components a task uses, at which depth and how much."""

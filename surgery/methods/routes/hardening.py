@@ -1,0 +1,101 @@
+"""Hardening: routes that take what each task likes best, and nothing else is kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from surgery.core.joining import join_anew
+from surgery.core.joint import JointModel
+from surgery.core.replacing import Swaps
+from surgery.errors import PlanError
+from surgery.members.replacement import Replaced
+from surgery.methods.routes.gates import IDENTITY, LearnedGates, make_gates
+from surgery.methods.routes.groups import harden_gates, routes_in
+from surgery.methods.routes.layers import Pool, RoutedLayer
+from surgery.methods.routes.plan import NAME, Recorded
+from surgery.methods.routes.sharing import routed_layers
+
+
+def harden(joint: JointModel) -> JointModel:
+    """Give every task one route, of the components that it likes best, and drop what no task uses.
+
+    Of `gumbel` routes each z takes its likelier value, or as many layers stay as the settings say; of `soft` ones the
+    component with the largest share stays. Members of which every task has the same route, one component at each depth,
+    then have a plain form.
+
+    Args:
+        joint: with routes; it is changed in place.
+
+    Returns:
+        the same joint model.
+
+    Raises:
+        PlanError: where it has no routes.
+
+    Example:
+        >>> surgery.harden(joint)  # doctest: +SKIP
+        >>> surgery.export(joint, "text", "plain")  # doctest: +SKIP
+    """
+    routes = [depths for name in joint.names for depths in routes_in(joint[name]).values()]
+    if not routes:
+        raise PlanError("Only routes can be hardened, but no member has any: plan them with method routes.")
+    with torch.no_grad():
+        harden_gates(routes)
+    return drop_unused(joint)
+
+
+def is_hard(joint: JointModel) -> bool:
+    """Whether nothing is left to learn of any layer's route, and something was."""
+    learned = [g for name in joint.names for layer in routed_layers(joint, name).values()
+               if isinstance(g := layer.gates, LearnedGates)]  # fmt: skip
+    return bool(learned) and all(gates.hard is not None for gates in learned)
+
+
+def drop_unused(joint: JointModel) -> JointModel:
+    """Fix hard routes, and drop components that no task of a member uses, with their probabilities.
+
+    Args:
+        joint: whose routes are hard; it is changed in place.
+    """
+    return join_anew(joint, _drop_from)
+
+
+def _drop_from(joint: JointModel, name: str) -> tuple[Replaced, ...]:
+    """Fix the routes of one member, whose parameters are ordinary ones; what is recorded of them then."""
+    layers = routed_layers(joint, name)
+    used: dict[int, set[str]] = {}
+    for layer in layers.values():
+        used.setdefault(id(layer.pool), set()).update(_used(layer))
+    swaps, pools, fixed = Swaps(), dict[int, Pool](), dict[str, dict]()
+    for path, layer in layers.items():
+        pool = pools.setdefault(id(layer.pool), Pool())
+        kept = {n: m for n, m in zip(layer.own, layer.held, strict=True) if n in used[id(layer.pool)]}
+        gates = layer.gates
+        chosen = gates.likely() if not isinstance(gates, LearnedGates) else (gates.hard or gates.likely())
+        said = {task: tuple(gates.names[i] for i in numbers) for task, numbers in chosen.items()}
+        fixed[path] = {"chosen": said, "held": tuple(kept)}
+        names = list(dict.fromkeys(name for some in said.values() for name in some))
+        numbers = {task: [names.index(name) for name in some] for task, some in said.items()}
+        new = make_gates(gates.route, gates.depth, names, gates.tasks, gates.settings, chosen=numbers)
+        new.serve(gates.task)
+        new.train(gates.training)
+        made = RoutedLayer(path, kept, new, pool)
+        made.checked, made.wrapped = layer.checked, layer.wrapped
+        swaps.put(joint[name], layer, made.train(layer.training))
+    return tuple(_recorded(each, fixed) for each in joint.members[name].replaced)
+
+
+def _used(layer: RoutedLayer) -> set[str]:
+    gates = layer.gates
+    chosen = gates.likely() if not isinstance(gates, LearnedGates) else (gates.hard or gates.likely())
+    return {gates.names[i] for numbers in chosen.values() for i in numbers} - {IDENTITY}
+
+
+def _recorded(each: Replaced, fixed: dict[str, dict]) -> Replaced:
+    if each.replacement.method != NAME or each.path not in fixed:
+        return each
+    said = {**each.replacement.settings, **fixed[each.path]}
+    settings = Recorded.model_validate(said).model_dump(mode="json", exclude_unset=True)
+    return replace(each, replacement=replace(each.replacement, settings=settings))

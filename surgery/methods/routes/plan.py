@@ -1,0 +1,148 @@
+"""Plans of routes: which layers of pretrained stacks become components, and what is recorded of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+
+from surgery.anatomy.sites import Anatomy
+from surgery.anatomy.stacks import Run, choose_runs
+from surgery.core.method import PlanRequest
+from surgery.errors import PlanError
+from surgery.members.replacement import Replacement
+from surgery.methods.routes.gates import IDENTITY, check_orders
+from surgery.methods.routes.routed import chance_order
+from surgery.methods.routes.settings import Names, Settings
+from surgery.settings.problems import Strict
+from surgery.settings.quantities import Count
+from surgery.util.text import shorten
+
+NAME = "routes"
+
+
+class Recorded(Strict):
+    """What an artifact says of one routed layer.
+
+    Attributes:
+        stack: paths of the layers of its stack.
+        depth: which of them it stands for, from 0.
+        others: members whose layers are components as well; copies of them lie here.
+        tasks: with a route of their own; none where one route serves all.
+        how: the method's settings.
+        chosen: by task, the components of a route that is not learned, or not any more.
+        held: which components lie here; all by default.
+    """
+
+    stack: Names
+    depth: Count
+    others: Names = ()
+    tasks: Names = ()
+    how: Settings = Field(default_factory=Settings)
+    chosen: dict[str, Names] | None = None
+    held: Names | None = None
+
+    def names(self) -> list[str]:
+        """The components of this depth: those that are chosen; of a learned route those of one depth where it is
+        `gumbel`, and of all where it is `soft`."""
+        if self.chosen is not None:
+            return list(dict.fromkeys(name for some in self.chosen.values() for name in some))
+        every = range(len(self.stack))
+        depths = [self.depth] if self.how.routing == "gumbel" else every
+        found = [name for d in depths for name in (str(d), *(f"{other}/{d}" for other in self.others))]
+        return found + [IDENTITY] * self.how.identity
+
+    def lying(self) -> list[str]:
+        """The components that can lie here."""
+        return [str(self.depth), *(f"{other}/{self.depth}" for other in self.others)]
+
+
+def plan_routes(anatomies: Sequence[Anatomy], request: PlanRequest) -> list[Replacement]:
+    """Every layer of every stack that is chosen, routed.
+
+    Args:
+        anatomies: of all members.
+        request: with the method's settings, and patterns of stacks.
+
+    Raises:
+        PlanError: for tasks and orders of members that do not exist, orders of the wrong length, and budgets that no
+            choice of layers meets.
+    """
+    settings = request.settings
+    assert isinstance(settings, Settings)
+    known = [anatomy.member for anatomy in anatomies]
+    if unknown := sorted({*settings.tasks, *settings.orders} - set(known)):
+        raise PlanError(
+            f"`tasks` and `orders` must name members ({shorten(known)}), found {shorten(unknown)}: correct them."
+        )
+    runs = choose_runs([run for anatomy in anatomies for run in anatomy.runs], request.stacks)
+    if settings.layers is not None and (short := [r for r in runs if len(r.layers) < settings.layers]):
+        named = ", ".join(f"{run.path} of '{run.member}' has {len(run.layers)}" for run in short)
+        raise PlanError(f"`layers` is {settings.layers}, but {named}: ask for no more than there are.")
+    least = min((len(run.layers) for run in runs), default=1)
+    if settings.component_budget is not None and settings.component_budget * least < 1:
+        raise PlanError(
+            f"A `component_budget` of {settings.component_budget:g} leaves less than one layer of a stack of {least}: "
+            f"give at least {1 / least:.3g}."
+        )
+    generator = torch.Generator().manual_seed(settings.seed)
+    return [each for run in runs for each in _of_run(run, _alike(run, runs, settings), settings, generator)]
+
+
+def _of_run(
+    run: Run, others: tuple[str, ...], settings: Settings, generator: torch.Generator
+) -> list[Replacement]:
+    tasks = settings.tasks.get(run.member, ())
+    orders = _orders(run, tasks or ("",), settings, generator)
+    used = {number for order in (orders or {}).values() for number in order}
+    found = []
+    for depth, path in enumerate(run.layers):
+        said: dict[str, object] = {"stack": run.layers, "depth": depth}
+        said |= {"others": others} if others else {}
+        said |= {"tasks": tasks} if tasks else {}
+        said["how"] = settings.model_dump(mode="json", exclude={"tasks", "orders"}, exclude_defaults=True)
+        if orders is not None:
+            said["chosen"] = {
+                task: (IDENTITY if order[depth] < 0 else str(order[depth]),) for task, order in orders.items()
+            }
+            said["held"] = (str(depth),) * (depth in used)
+        own = Recorded.model_validate(said).model_dump(mode="json", exclude_unset=True)
+        found.append(Replacement(run.member, path, NAME, own))
+    return found
+
+
+def _orders(
+    run: Run, tasks: Sequence[str], settings: Settings, generator: torch.Generator
+) -> dict[str, list[int]] | None:
+    """By task, the layer at each depth of a route that is not learned."""
+    depth = len(run.layers)
+    if settings.routing == "parallel":
+        return {task: list(range(depth)) for task in tasks}
+    if settings.routing != "permuted":
+        return None
+    given = settings.orders.get(run.member, {})
+    if unknown := sorted(set(given) - set(tasks)):
+        raise PlanError(
+            f"`orders` of '{run.member}' must be of its tasks ({shorten(tasks)}), found {shorten(unknown)}."
+        )
+    check_orders(
+        {task: [max(i, 0) if i == -1 else i for i in order] for task, order in given.items()},
+        depth,
+        depth,
+        f"{run.path} of '{run.member}' (-1 leaves a layer out)",
+    )
+    return {
+        task: list(given[task]) if task in given else chance_order(depth, depth, generator) for task in tasks
+    }
+
+
+def _alike(run: Run, runs: Sequence[Run], settings: Settings) -> tuple[str, ...]:
+    """Other members with a stack of the same structure and number of layers, whose layers this one's tasks may use."""
+    if not settings.members:
+        return ()
+    return tuple(
+        other.member
+        for other in runs
+        if other.member != run.member and other.parts == run.parts and other.layers == run.layers
+    )

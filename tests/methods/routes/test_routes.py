@@ -1,0 +1,326 @@
+"""The mathematics of learned routes, and `Routed` in models of one's own: laws, and what is refused."""
+
+import copy
+import pickle
+import signal
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import surgery
+from surgery.errors import PlanError, SurgeryWarning
+from surgery.methods.routes import mathematics
+from surgery.methods.routes.pictures import cluster, cosine
+from surgery.training.loop.interruptions import Interrupted
+from surgery.training.loop.trainer import Trainer
+from surgery.training.report.pictures import draw_run
+from surgery.training.report.runlog import read_log
+from surgery.training.tasks.streams import Batches
+
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+
+
+def layers(count, width=6, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(count)]
+
+
+# -- mathematics -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.03, 0.5, 0.8])
+def test_samples_follow_bernoulli(p):
+    generator = torch.Generator().manual_seed(1)
+    logits = mathematics.bernoulli_logits(torch.full((40_000,), p))
+    for temperature in (0.5, 50.0):  # which has no part in the samples
+        z = mathematics.sampled(logits, mathematics.gumbel_noise(logits.shape, generator), temperature)
+        assert set(z.unique().tolist()) <= {0.0, 1.0}
+        on, count = float(z.sum()), len(z)
+        chi_square = (on - count * p) ** 2 / (count * p * (1 - p))
+        assert chi_square < 10.83  # one degree of freedom, 1 in 1,000
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 5), st.booleans())
+def test_gradients_are_those_of_the_softened_surrogate(seed, count, rest):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(count, 2, generator=generator, dtype=torch.float64)
+    noise = mathematics.gumbel_noise((count, 2), generator).double()
+    outputs = torch.randn(count + rest, 3, generator=generator, dtype=torch.float64)
+    shares = mathematics.shares_or_identity if rest else mathematics.shares_of_on
+
+    def soft(given):
+        return torch.softmax((given + noise) / 2.0, -1)[..., 0]
+
+    leaf = logits.clone().requires_grad_()
+    z = mathematics.sampled(leaf, noise, 2.0)
+    mathematics.mixed(shares(z), list(outputs)).sum().backward()
+    hard = z.detach()
+    if int(hard.sum()) == 1:  # where the mean has a corner: one-sided differences differ
+        return
+
+    def surrogate(given):  # at the sample, as far as the softmax moves
+        return mathematics.mixed(shares(hard + soft(given) - soft(logits)), list(outputs)).sum()
+
+    step = 1e-6
+    for place in np.ndindex(count, 2):
+        moved = torch.zeros_like(logits)
+        moved[place] = step
+        found = (surrogate(logits + moved) - surrogate(logits - moved)) / (2 * step)
+        if int(hard.sum()) == 0 and not rest:
+            found = torch.autograd.functional.jacobian(surrogate, logits)[place]
+        torch.testing.assert_close(leaf.grad[place], found, rtol=1e-5, atol=1e-7)
+
+
+@given(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=8), st.floats(0.05, 1.0), st.floats(0.0, 0.5))
+def test_the_penalty_is_0_below_the_budget_and_linear_above(probabilities, budget, more):
+    p = torch.tensor(probabilities, dtype=torch.float64)
+    excess = mathematics.budget_excess(p, budget)
+    assert (excess == 0) == (p.mean() <= budget)
+    above = mathematics.budget_excess(p + 1, budget)
+    torch.testing.assert_close(
+        mathematics.budget_excess(p + 1 + more, budget) - above, torch.tensor(more).double()
+    )
+
+
+def test_a_dendrogram_joins_what_is_alike():
+    vectors = np.array([[1.0, 0, 0, 1], [0, 1, 1, 0], [1, 0, 0, 1], [0, 1, 1, 1]])
+    order, merges = cluster(1 - cosine(vectors))
+    assert {frozenset(order[:2]), frozenset(order[2:])} == {frozenset({0, 2}), frozenset({1, 3})}
+    assert [merge[4] for merge in merges] == sorted(merge[4] for merge in merges) and len(merges) == 3
+
+
+# -- Routed ----------------------------------------------------------------------------------------------------
+
+
+def test_parallel_order_is_the_ordinary_sequential_model():
+    parts = layers(4)
+    assert torch.equal(surgery.Routed(parts, routing="parallel")(X), nn.Sequential(*parts)(X))
+
+
+def test_permuted_order_is_by_hand_or_by_chance_and_the_same_for_one_seed():
+    parts = layers(3)
+    by_hand = surgery.Routed(
+        parts, routing="permuted", tasks=("a", "b"), orders={"a": [2, 0, 1], "b": [1, 1, 0]}
+    )
+    by_hand.serve_task("a")
+    assert torch.equal(by_hand(X), parts[1](parts[0](parts[2](X))))
+    by_hand.serve_task("b")
+    assert torch.equal(by_hand(X), parts[0](parts[1](parts[1](X))))
+    tasks = tuple("abcdef")
+    one, again, other = (
+        surgery.Routed(parts, routing="permuted", tasks=tasks, seed=seed) for seed in (3, 3, 4)
+    )
+    orders = [[gates.likely() for gates in routed.depths()] for routed in (one, again, other)]
+    assert orders[0] == orders[1] != orders[2]
+    assert all(sorted(d[task][0] for d in orders[0]) == [0, 1, 2] for task in tasks)
+
+
+@pytest.mark.parametrize("routing", ["soft", "gumbel"])
+@pytest.mark.filterwarnings("ignore:All components")
+def test_it_computes_the_equation(routing):
+    parts, tasks = [layers(3), layers(3, seed=1)], ("a", "b")
+    routed = surgery.Routed(parts[0] if routing == "soft" else parts, 2, routing=routing, tasks=tasks).eval()
+    with torch.no_grad():
+        for gates in routed.depths():
+            gates.parameter.copy_(
+                torch.randn(gates.parameter.shape, generator=torch.Generator().manual_seed(3))
+            )
+    for row, task in enumerate(tasks):
+        routed.serve_task(task)
+        y = X
+        for d, gates in enumerate(routed.depths()):
+            own, used = gates.parameter[row], parts[0] if routing == "soft" else parts[d]
+            if routing == "soft":
+                g = own.exp() / own.exp().sum()
+            else:
+                z = (own[:, 0] >= own[:, 1]).float()
+                g = z / max(float(z.sum()), 1)
+            y = sum(share * part(y) for share, part in zip(g, used, strict=True))
+        torch.testing.assert_close(routed(X), y)
+
+
+def test_soft_shares_are_equal_at_first():
+    routed = surgery.Routed(layers(4), 2, routing="soft", identity=True)
+    torch.testing.assert_close(routed.shares("")[1], torch.full((5,), 0.2))
+
+
+@pytest.mark.parametrize("routing", ["soft", "gumbel"])
+def test_permuting_components_permutes_g_and_nothing_else(routing):
+    parts, order = layers(4), [2, 0, 3, 1]
+    mixed = [parts[i] for i in order]
+    one, other = (
+        surgery.Routed(p if routing == "soft" else [p], 1, routing=routing).train() for p in (parts, mixed)
+    )
+    noise = torch.randn(4, 2, generator=torch.Generator().manual_seed(5)) * 2
+    if routing == "gumbel":
+        one.depths()[0].noise, other.depths()[0].noise = noise, noise[order]
+    outputs = [routed(X) for routed in (one, other)]
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    gradients = [routed.depths()[0].parameter.grad for routed in (one, other)]
+    torch.testing.assert_close(gradients[0][:, order], gradients[1])
+
+
+def test_all_off_gives_zeros_and_a_warning_that_names_task_and_depth():
+    routed = surgery.Routed([layers(2), layers(2)], routing="gumbel", tasks=("mood", "topic")).eval()
+    with torch.no_grad():
+        routed.depths()[1].logits[1] = torch.tensor([[-3.0, 0.0], [-1.0, 0.0]])
+    routed.serve_task("mood")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SurgeryWarning)
+        assert routed(X).abs().sum() > 0
+    routed.serve_task("topic")
+    with pytest.warns(SurgeryWarning, match=r"depth 1 .*are off for task 'topic'"):
+        assert torch.equal(routed(X), torch.zeros(5, 6))
+
+
+def test_components_that_are_off_are_not_run():
+    class Counted(nn.Linear):
+        runs = 0
+
+        def forward(self, x):
+            self.runs += 1
+            return super().forward(x)
+
+    parts = [Counted(6, 6) for _ in range(3)]
+    routed = surgery.Routed([parts], routing="gumbel")
+    routed.train()(X)
+    assert [part.runs for part in parts] == [1, 1, 1]  # all are evaluated while it is trained
+    with torch.no_grad():
+        routed.depths()[0].logits[0, 1] = torch.tensor([-1.0, 0.0])
+    routed.eval()(X)
+    assert [part.runs for part in parts] == [2, 1, 2]
+
+
+def test_it_is_an_ordinary_module():
+    routed = surgery.Routed(layers(3), 2, routing="soft", tasks=("a", "b"), dropout=0.1).eval()
+    routed.serve_task("b")
+    for twin in (copy.deepcopy(routed), pickle.loads(pickle.dumps(routed))):
+        assert torch.equal(twin(X), routed(X))
+    fresh = surgery.Routed(layers(3, seed=2), 2, routing="soft", tasks=("a", "b")).eval()
+    fresh.load_state_dict(routed.state_dict())
+    fresh.serve_task("b")
+    assert torch.equal(fresh(X), routed(X))
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ({"components": layers(2), "routing": "gumbel"}, "a sequence of modules for each depth, found Sequential"),
+    ({"components": [], "routing": "soft"}, "must be modules, found none"),
+    ({"components": layers(2), "depth": 3, "routing": "parallel"}, "depth of 3 needs as many components, found 2"),
+    ({"components": layers(2), "routing": "permuted", "orders": {"": [0, 1, 0]}}, "that of task '' has 3 entries"),
+    ({"components": layers(2), "routing": "permuted", "orders": {"": [0, 7]}}, "that of task '' names 7"),
+    ({"components": layers(2), "routing": "soft", "orders": {"": [0, 1]}}, "Orders need permuted routing"),
+    ({"components": [layers(2)], "routing": "gumbel", "p_init": 1.0}, "p_init"),
+    ({"components": layers(2), "routing": "soft", "component_budget": 0.5}, "component_budget need routing gumbel"),
+])  # fmt: skip
+def test_what_is_refused_when_it_is_made(arguments, said):
+    with pytest.raises(PlanError, match=said):
+        surgery.Routed(**arguments)
+
+
+def test_components_that_do_not_fit_are_all_named_with_their_shapes():
+    parts = [nn.Linear(6, 6), nn.Linear(6, 4), nn.Linear(5, 6)]
+    routed = surgery.Routed(parts, 1, routing="soft")
+    with pytest.raises(
+        PlanError, match=r"0 gives \[5, 6\]; 1 gives \[5, 4\]; 2 gives an error: .*5x6 and 5x6"
+    ):
+        routed(X)
+
+
+def test_a_task_without_a_route_is_refused():
+    with pytest.raises(PlanError, match="Task 'humour' has no route: there are routes for mood, topic"):
+        surgery.Routed(layers(2), tasks=("mood", "topic")).serve_task("humour")
+
+
+# -- trained by surgery.train ----------------------------------------------------------------------------------
+
+TASKS = ("one", "two", "three")
+CONFIG = {"steps": 4, "burn_in": 0, "generations": 3, "final": 1, "save_seconds": 0, "optimizer": {"lr": 0.01},
+          "evolution": {"change": "none", "codes": "ones"}}  # fmt: skip
+
+
+class Net(nn.Module):
+    def __init__(self, routing, **settings):
+        super().__init__()
+        parts = [layers(2, 16), layers(2, 16, 1)] if routing == "gumbel" else layers(3, 16)
+        self.into = nn.Linear(6, 16)
+        self.middle = surgery.Routed(parts, routing=routing, tasks=TASKS, **settings)
+        self.out = nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.out(self.middle(torch.relu(self.into(x))))
+
+
+def trained(routing, folder=None, method=None, **more):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Net(routing, **({"component_budget": 0.9, "rate": 3.0} if routing == "gumbel" else {}))
+    member = surgery.load_member(net, name="net", inputs=X)
+    joint = surgery.join([member], surgery.plan_modules([member], "routes", block=(8, 8))) if method else \
+        surgery.join([member], block=(8, 8))  # fmt: skip
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(4))
+    tasks = [
+        surgery.Task(name, "net", Batches(x, (x[:, number] > 0).long(), 16), "cross_entropy",
+                     validation=Batches(x, (x[:, number] > 0).long(), 16, shuffle=False))
+        for number, name in enumerate(TASKS)
+    ]  # fmt: skip
+    return joint, surgery.train(joint, tasks, CONFIG, folder=folder, cpu=True, **more)
+
+
+@pytest.mark.parametrize("routing", ["gumbel", "soft"])
+def test_routes_of_ones_own_are_trained_hardened_logged_and_resumed(routing, tmp_path, monkeypatch):
+    joint, report = trained(routing, tmp_path / "whole", method="routes")
+    first, *lines, end = read_log(tmp_path / "whole" / "log.jsonl")
+    assert first["method_names"] == ["hypermodules", "routes"]
+    facts = first["methods"]["routes"]["routes"]["net:middle"]
+    assert facts["tasks"] == list(TASKS) and facts["routing"] == routing
+    shares = [line["methods"]["routes"]["shares"]["net:middle"] for line in lines]
+    assert np.array(shares).shape == (4, 2, 3, 2) if routing == "gumbel" else (4, 3, 3, 3)
+    assert shares[0] != shares[2] == shares[3]  # hard in the end, and no longer learned
+    chosen = end["methods"]["routes"]["chosen"]["net:middle"]
+    assert report.methods == {"routes": {"chosen": {"net:middle": chosen}}} and set(chosen) == set(TASKS)
+    drawn = draw_run(tmp_path / "whole" / "log.jsonl")
+    assert {"allocation.png", "routes.png", "likeness.png"} <= set(drawn)
+    plain, count = Trainer.train_step, 0
+
+    def interrupt(self):
+        nonlocal count
+        count += 1
+        if count in (6, 13):
+            signal.raise_signal(signal.SIGINT)
+        plain(self)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupt)
+    for again in (False, True):
+        with pytest.raises(Interrupted):
+            trained(routing, tmp_path / "parts", method="routes", resume=again)
+    resumed, same = trained(routing, tmp_path / "parts", method="routes", resume=True)
+    assert same.scores == report.scores and same.methods == report.methods
+    one, other = (j["net"].state_dict() for j in (joint, resumed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_net_with_routes_needs_no_method_in_the_plan(tmp_path):
+    joint, report = trained("gumbel")
+    assert set(report.methods) == {"routes"}
+    surgery.save(joint, tmp_path / "joint")
+    again = surgery.load(tmp_path / "joint", modules={"net": Net("gumbel", component_budget=0.5)})
+    for task in TASKS:
+        with joint.serving(task), again.serving(task):
+            assert torch.equal(joint["net"](X), again["net"](X))
+
+
+def test_tasks_and_routes_must_be_of_the_same_names():
+    net = surgery.load_member(Net("soft"), name="net", inputs=X)
+    joint = surgery.join([net], block=(8, 8))
+    task = surgery.Task("one", "net", Batches(X, torch.zeros(5).long(), 5), "cross_entropy")
+    with pytest.raises(PlanError, match=r"no task trains two, three of middle .*: correct `tasks`"):
+        surgery.train(joint, [task], CONFIG, cpu=True)
