@@ -1,33 +1,22 @@
 """A bounded fuzz in the default run; `tests/support/fuzzing.py` says what is mutated and runs more by hand."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import fuzzing
 import pytest
+from processes import Started, forks
 
 SEED = 0
 
 
+@forks
 @pytest.mark.parametrize("cases", [150, pytest.param(500, marks=pytest.mark.slow)])
 def test_mutated_files_end_in_an_error_or_as_they_were(tmp_path, cases):
-    script = Path(fuzzing.__file__)
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "corpus"), str(SEED), str(cases)],
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]),
-        },
-    )
-    tail = f"seed {SEED}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    assert done.returncode == 0, tail
-    found = json.loads(done.stdout.splitlines()[-1])
+    run = Started(fuzzing.main, tmp_path / "corpus", SEED, cases, environment={"HF_HUB_OFFLINE": "1"})
+    codes, said = run.wait()
+    tail = f"seed {SEED}\n{said[-8000:]}"
+    assert codes == [0], tail
+    found = json.loads(next(line for line in reversed(said.splitlines()) if line.startswith('{"ends"')))
     assert not found["faults"], "\n".join(found["faults"])
     assert sum(found["ends"].values()) == cases, tail
     # Mutations that nothing notices, or that everything refuses at once, would show nothing.
