@@ -118,7 +118,7 @@ def forward_error(module: nn.Module, inputs: Inputs) -> Exception | None:
     """
     if sum(parameter.numel() for parameter in module.parameters()) > _CPU_LIMIT:
         try:
-            with torch.no_grad(), quiet():
+            with torch.no_grad(), quiet(importing=False):
                 weights = {
                     name: t.to("meta") for name, t in (*module.named_parameters(), *module.named_buffers())
                 }
@@ -130,7 +130,7 @@ def forward_error(module: nn.Module, inputs: Inputs) -> Exception | None:
         except Exception:  # some models compute with values; the pass with data decides
             pass
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(importing=False):
             module(*inputs.args, **inputs.kwargs)
     except Exception as error:
         return error

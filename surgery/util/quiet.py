@@ -4,29 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Silence log lines, warnings and progress bars of timm, transformers, the hub client and torch."""
+def quiet(*, importing: bool = True) -> Iterator[None]:
+    """Silence log lines, warnings and progress bars of timm, transformers, the hub client and torch.
+
+    Args:
+        importing: whether what runs inside may import transformers, which is then imported before, as its progress
+            bars can be silenced only from then on. False saves that second where nothing needs transformers.
+    """
+    loggers = [logging.getLogger(name) for name in ("timm", "transformers", "huggingface_hub", "accelerate")]
+    with contextlib.ExitStack() as undo:
+        if importing or "transformers" in sys.modules:
+            undo.enter_context(_no_progress_bars())
+        for logger in loggers:
+            undo.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.CRITICAL)
+        undo.enter_context(torch_silent())
+        yield
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as chatter
 
-    loggers = [logging.getLogger(name) for name in ("timm", "transformers", "huggingface_hub", "accelerate")]
-    levels = [logger.level for logger in loggers]
     bars = (chatter.is_progress_bar_enabled(), are_progress_bars_disabled())
     chatter.disable_progress_bar()
     disable_progress_bars()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
     try:
-        with torch_silent():
-            yield
+        yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
         if bars[0]:
             chatter.enable_progress_bar()
         if not bars[1]:
