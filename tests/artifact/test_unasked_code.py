@@ -1,14 +1,14 @@
 """Nothing runs and nothing is opened because an artifact names it: hostile artifacts of every kind, every verb.
 
-A subprocess installs an audit hook and then does with each artifact what a user would do with one from elsewhere.
-The hook sees what Python itself sees: code that is compiled or executed from outside of the environment, imports,
-sockets, subprocesses and files that are opened.
+A process of its own installs an audit hook and then does with each artifact what a user would do with one from
+elsewhere. The hook sees what Python itself sees: code that is compiled or executed from outside of the environment,
+imports, sockets, subprocesses and files that are opened.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
+import os
 import sys
 from pathlib import Path
 
@@ -16,13 +16,15 @@ import pytest
 import torch
 from artifacts import rewrite
 from command_line import surgery as command
+from processes import Started, forks
 from surgery_cli import console
-from surgery_cli.__main__ import main
+from surgery_cli.__main__ import app, main
 from surgery_recipes import SHIPPED
 from torch import nn
+from typer.testing import CliRunner
 
 import surgery
-from surgery.errors import ConsentError, LoadError
+from surgery.errors import ConsentError, LoadError, SurgeryError
 from surgery.members.origins.factory import find_function
 from surgery.members.origins.transformers_parts import check_parts
 from surgery.members.references import load_member
@@ -47,47 +49,54 @@ def data(**options):
     return [(torch.zeros(2, 8), torch.zeros(2, dtype=torch.long))]
 """
 
-DRIVER = """
-import functools, json, os, sys, typer.main
 
-typer.main.get_command = functools.cache(typer.main.get_command)
+def drive(cases: dict[str, list[list[str]]], outside: list[str], place: str, out: str) -> None:
+    """Run every command of every case, and write what was seen of each; for a process of its own, which it changes.
 
-import torch, timm, transformers, safetensors.torch, surgery, surgery_cli.__main__, surgery_recipes
-from typer.testing import CliRunner
-from surgery.errors import SurgeryError
+    Args:
+        cases: lists of arguments by name.
+        outside: files and folders that nothing may touch.
+        place: the working directory, and the last place to import from.
+        out: where to write.
+    """
+    home = Path(out).parent / "home"
+    home.mkdir()
+    os.chdir(place)
+    sys.path[:] = [path for path in sys.path if path not in ("", place)] + [place]
+    os.environ.clear()
+    os.environ.update({"PATH": "/usr/bin:/bin", "HOME": str(home), "OMP_NUM_THREADS": "1"})
+    outside, seen = [os.path.realpath(root) for root in outside], []
 
-cases, roots = json.loads(sys.argv[1]), json.loads(sys.argv[2])
-outside, seen = [os.path.realpath(root) for root in roots["outside"]], []
+    def inside(path):
+        real = os.path.realpath(os.fspath(path) if not isinstance(path, bytes) else os.fsdecode(path))
+        return not any(real == root or real.startswith(root + os.sep) for root in outside)
 
-def inside(path):
-    real = os.path.realpath(os.fspath(path) if not isinstance(path, bytes) else os.fsdecode(path))
-    return not any(real == root or real.startswith(root + os.sep) for root in outside)
+    def hook(event, arguments):
+        if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
+            if not inside(arguments[0]):
+                seen.append(f"{event} {arguments[0]}")
+        elif event in ("exec", "compile"):
+            name = getattr(arguments[0], "co_filename", None) if event == "exec" else arguments[1]
+            if isinstance(name, (str, bytes)) and not os.fsdecode(name).startswith("<") and not inside(name):
+                seen.append(f"{event} {name}")
+        elif event == "import" and arguments[1] and not inside(arguments[1]):
+            seen.append(f"import {arguments[0]}")
+        elif event.startswith(
+            ("socket.connect", "socket.getaddrinfo", "subprocess.", "os.system", "os.exec", "os.posix_spawn",
+             "os.spawn", "os.fork", "pickle.find_class", "webbrowser")
+        ):  # fmt: skip
+            seen.append(f"{event} {arguments}")
 
-def hook(event, arguments):
-    if event == "open" and isinstance(arguments[0], (str, bytes, os.PathLike)):
-        if not inside(arguments[0]):
-            seen.append(f"{event} {arguments[0]}")
-    elif event in ("exec", "compile"):
-        name = getattr(arguments[0], "co_filename", None) if event == "exec" else arguments[1]
-        if isinstance(name, (str, bytes)) and not os.fsdecode(name).startswith("<") and not inside(name):
-            seen.append(f"{event} {name}")
-    elif event == "import" and arguments[1] and not inside(arguments[1]):
-        seen.append(f"import {arguments[0]}")
-    elif event.startswith(("socket.connect", "socket.getaddrinfo", "subprocess.", "os.system", "os.exec",
-                           "os.posix_spawn", "os.spawn", "os.fork", "pickle.find_class", "webbrowser")):
-        seen.append(f"{event} {arguments}")
+    sys.addaudithook(hook)
+    found = {}
+    for name, verbs in cases.items():
+        for verb in verbs:
+            seen.clear()
+            error = CliRunner().invoke(app, verb).exception
+            fault = error is not None and not isinstance(error, (SurgeryError, SystemExit))
+            found[f"{name}: {' '.join(verb)}"] = {"seen": list(seen), "fault": repr(error) if fault else None}
+    Path(out).write_text(json.dumps(found))
 
-sys.addaudithook(hook)
-found = {}
-for name, verbs in cases.items():
-    for verb in verbs:
-        seen.clear()
-        result = CliRunner().invoke(surgery_cli.__main__.app, verb)
-        error = result.exception
-        fault = error is not None and not isinstance(error, (SurgeryError, SystemExit))
-        found[f"{name}: {' '.join(verb)}"] = {"seen": list(seen), "fault": repr(error) if fault else None}
-print("FOUND" + json.dumps(found))
-"""
 
 REFERENCES = (
     "{evil}/evil.py:make", "{evil}/evil.py:make?x=1", "evil:make?x=1", "os:system?command=touch%20{ran}",
@@ -225,19 +234,12 @@ def _replace(folder: Path, path: str, content: bytes) -> None:
     rewrite(folder, lambda manifest: manifest["files"].__setitem__(path, entry))
 
 
+@forks
 def test_no_verb_runs_or_opens_what_a_hostile_artifact_names(places, tmp_path):
-    cases = hostile(places)
-    (tmp_path / "home").mkdir()
-    roots = {"outside": [str(places["evil"]), "/etc/passwd"]}
-    path = [str(Path(surgery.__file__).parent.parent), str(places["evil"])]
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {path[:1]!r}; sys.path.append({path[1]!r})\n{DRIVER}",
-         json.dumps(cases), json.dumps(roots)],
-        capture_output=True, text=True, cwd=places["evil"], timeout=600,
-        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.partition("FOUND")[2])
+    cases, out = hostile(places), tmp_path / "found.json"
+    evil = str(places["evil"])
+    Started(drive, cases, [evil, "/etc/passwd"], evil, str(out)).succeed()
+    found = json.loads(out.read_text())
     assert len(found) == sum(map(len, cases.values()))
     assert {name: each for name, each in found.items() if each["seen"] or each["fault"]} == {}
     assert not places["ran"].exists()

@@ -1,11 +1,15 @@
 """What a process of `processes` has imported when it starts: this package, and what others import when first used."""
 
+import functools
 import importlib
 import pkgutil
 
 import surgery_cli
+import typer.main
 
 import surgery
+
+typer.main.get_command = functools.cache(typer.main.get_command)  # as in `conftest`, before others take it
 
 LATE = (
     "accelerate", "jinja2", "matplotlib.backends.backend_agg", "matplotlib.figure", "sympy",
