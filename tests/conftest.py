@@ -17,6 +17,17 @@ typer.main.get_command = functools.cache(typer.main.get_command)  # a process bu
 settings.register_profile("surgery", deadline=None)  # how long an example takes is up to what else runs
 settings.load_profile("surgery")
 
+
+@pytest.fixture
+def compiler():
+    """torch.compile as in a new process: it remembers each function's compilations, and gives up after some."""
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 FEW_AND_LONG = (
     "test_frontier.py", "test_recipes_training.py", "test_unasked_code.py", "test_template_bits.py",
     "test_train_your_own.py", "test_drawn_weights.py", "test_adaptation_recipes.py",

@@ -30,6 +30,7 @@ def _in_place(net):
     return net
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     "wrap",
     [

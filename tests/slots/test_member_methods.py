@@ -313,6 +313,7 @@ def test_quantisation_by_torchao_is_refused():
         extracted(x)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compiled_members_still_follow_the_dictionary():
     joint, joined, plain = _alone()
     compiled = torch.compile(joined, backend="eager")
