@@ -12,7 +12,7 @@ from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, Group, Key, Unit, unit_bytes
 from surgery.storage.codecs import NATIVE, decode, encode, ladder
 from surgery.storage.keys import PlainKey
-from surgery.util import progress
+from surgery.util import memory, progress
 
 
 def make_groups(scene: Scene) -> list[Group]:
@@ -39,6 +39,7 @@ def make_groups(scene: Scene) -> list[Group]:
             )
             groups.append(Group((apart, *(way(scene, sites) for way in ways()))))
             scene.forget_metrics(sites)
+            memory.give_back()
         groups += [Group((Arrangement((unit,)),)) for unit in alone.values()]
         for name, trial in scene.trials.items():
             mine = {

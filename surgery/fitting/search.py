@@ -24,7 +24,7 @@ from surgery.fitting.units import PART_BYTES, Group, Unit, barred, doubtful, tab
 from surgery.settings.target import MAX_ERROR
 from surgery.storage.codecs import Encoded
 from surgery.storage.stored import Stored
-from surgery.util import progress
+from surgery.util import memory, progress
 from surgery.util.wording import more_than
 
 ROUNDS = 8  # corrections of the predicted errors by the measured ones
@@ -133,6 +133,7 @@ class Search:
     def attempt(self, choice: Choice) -> Attempt:
         """Assemble a choice and measure it."""
         stored = self.assembler.assemble(choice)
+        memory.give_back()
         return Attempt(choice, stored, measure_errors(stored, self.trials), self.nbytes(stored))
 
     def nbytes(self, stored: Stored) -> int:
@@ -366,6 +367,7 @@ def measure_errors(stored: Stored, trials: Mapping[str, Trial]) -> np.ndarray:
     for name, trial in trials.items():
         with trial.running_with(weights_of(stored, name)):
             errors.append(trial.error())
+        memory.give_back()
     return np.array(errors)
 
 
