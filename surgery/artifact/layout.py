@@ -20,7 +20,7 @@ from surgery.geometry.blocks import BlockGrid
 from surgery.geometry.views import CanonicalView
 from surgery.settings.methods import package_of
 from surgery.settings.names import DEFAULT_METHOD
-from surgery.storage.codecs import Encoded, Precision, always_native
+from surgery.storage.codecs import Encoded, Precision, always_native, part_layout
 from surgery.storage.keys import piece_name
 from surgery.storage.stored import Stored
 
@@ -131,6 +131,7 @@ def encoded_forms(groups: Iterable[EncodedGroup], where: str) -> dict[str, Form]
             form = Precision.parse(precision), _dtype_of(dtype, where), shape
             if form[0].is_native or always_native(shape, form[1]):
                 raise ValueError(f"{shown(precision)} of {shown(dtype)}, of shape {shown(shape)}")
+            part_layout(shape, form[1], form[0])  # a codec may have no room for a shape
         except ValueError as error:
             raise ArtifactError(
                 f"{where} must be stored in a known precision and dtype, but the manifest says "

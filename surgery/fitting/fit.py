@@ -197,7 +197,7 @@ def _fitted(
             inputs = given.get(name) or probe_inputs(member, seed=asked.seed)
             trials[name] = Trial(member, originals[name], joint.owners[name], inputs, place)
         replaced = still_replaced(joint.members.values())
-        scene = Scene(trials, as_asked(plan), asked, asked.seed, replaced)
+        scene = Scene(trials, as_asked(plan), asked, asked.seed, replaced, frozenset(given))
         free = asked.max_error is None and asked.budget is None
         made = make_exactly if free and scene.asked else search
         outcome = made(scene, ties(joint))

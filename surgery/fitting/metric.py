@@ -68,6 +68,11 @@ class Metric:
         return float(traces) / (len(self.out) * len(self.into))
 
     @property
+    def rows(self) -> Tensor:
+        """What an error of each row counts, of all: `[o]`, the diagonal of G / tr G."""
+        return self.out if self.out.ndim == 1 else self.out.diagonal()
+
+    @property
     def statistics(self) -> Statistics | None:
         """Of the inputs, as codecs make use of them; None where nothing of them is known."""
         return Statistics(self.into, 1) if self.into.ndim == 2 else None

@@ -18,17 +18,22 @@ from surgery.core.generation import to_blocks
 from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method, methods_of
 from surgery.fitting.metric import Metric
+from surgery.fitting.moments import gather, unfolded
 from surgery.fitting.related import related_sites
 from surgery.fitting.sensitivity import measured_sensitivities, metrics
 from surgery.fitting.trial import Trial
-from surgery.fitting.units import Arrangement, Key, Unit, measure
+from surgery.fitting.units import Arrangement, Key, Unit, fed_back, measure
 from surgery.geometry.views import CanonicalView
 from surgery.members.replacement import count_replaced
 from surgery.settings.names import DEFAULT_METHOD, RELATED
 from surgery.settings.target import Target
+from surgery.storage.codecs import Statistics
 from surgery.storage.keys import PlainKey
 
 SHARED_FROM = 4096  # elements of a private tensor; of smaller ones a bank's records outweigh what is saved
+WIDEST = (
+    4096  # columns of a matrix whose inputs are worth knowing: their second moment takes the square of it
+)
 AGAIN = "private; stored together with its relatives by an earlier fit"
 
 
@@ -43,6 +48,7 @@ class Scene:
         seed: of everything random.
         replaced: methods of the modules that were replaced, one for each, where members are compared with what stood
             there.
+        calibrated: members whose trials run on inputs that were given, so that what these look like is known.
     """
 
     trials: Mapping[str, Trial]
@@ -50,6 +56,7 @@ class Scene:
     target: Target
     seed: int
     replaced: Sequence[str] = ()
+    calibrated: frozenset[str] = frozenset()
 
     @cached_property
     def originals(self) -> dict[Key, Tensor]:
@@ -90,6 +97,24 @@ class Scene:
         """Let go of the metrics of sites that are arranged: those of a layer take as much memory as its weights."""
         for site in sites:
             self._measured[site.member][1].pop(site.name, None)
+
+    def inputs_of(self, key: Key) -> Statistics | None:
+        """What is known of the inputs of a matrix that no method decides on; None where they were made up."""
+        return None if key in self.claimed else self._inputs.get(key[0], {}).get(key[1])
+
+    @cached_property
+    def _inputs(self) -> dict[str, dict[str, Statistics]]:
+        """By calibrated member, statistics of the inputs of its matrices."""
+        found: dict[str, dict[str, Statistics]] = {}
+        for member in self.calibrated:
+            trial = self.trials[member]
+            every = {**matrices_alone(self.plan.left_alone), **self.unclaimed}
+            mine = [site for site in every.values() if site.member == member]
+            sites = [site for site in mine if unfolded(site).shape[2] <= WIDEST]
+            seen = gather(trial.module, sites, ((each.args, each.kwargs) for each in trial.probes))
+            known = {name: each.statistics for name, each in seen.items()}
+            found[member] = {name: each for name, each in known.items() if each is not None}
+        return found
 
     @cached_property
     def _views(self) -> dict[str, dict[str, CanonicalView]]:
@@ -166,7 +191,8 @@ class Scene:
         tensor, weight = self.originals[keys[0]], defaultdict[str, float](float)
         for key in keys:
             weight[key[0]] += self.sensitivity.get(key, 0.0)
-        return measure({PlainKey(*key): tensor for key in keys}, dict(weight))
+        unit = measure({PlainKey(*key): tensor for key in keys}, dict(weight))
+        return unit if (known := self.inputs_of(keys[0])) is None else fed_back(unit, known)
 
     def apart(self, keys: Iterable[Key]) -> Arrangement:
         """Tensors each by itself, equal ones once."""
@@ -200,15 +226,22 @@ def private_sites(entries: Iterable[LeftAlone]) -> dict[Key, Site]:
     Args:
         entries: of a plan.
     """
-    found = {}
-    for each in entries:
-        view = private_view(each.shape)
-        own = each.role == "private" and each.reason != BY_REQUEST
-        if own and view is not None and math.prod(each.shape) >= SHARED_FROM:
-            found[each.member, each.name] = Site(
-                each.member, each.name, each.owners, each.kind, each.shape, each.dtype, view, each.order
-            )
-    return found
+    own = (each for each in entries if each.role == "private" and each.reason != BY_REQUEST)
+    return matrices_alone(each for each in own if math.prod(each.shape) >= SHARED_FROM)
+
+
+def matrices_alone(entries: Iterable[LeftAlone]) -> dict[Key, Site]:
+    """Tensors that are left alone, as matrices where they have rows.
+
+    Args:
+        entries: of a plan.
+    """
+    views = ((each, private_view(each.shape)) for each in entries)
+    return {
+        (e.member, e.name): Site(e.member, e.name, e.owners, e.kind, e.shape, e.dtype, view, e.order)
+        for e, view in views
+        if view is not None
+    }
 
 
 def fitted_by(plan: Plan) -> list[TensorMethod]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ from surgery.storage.codecs import (
     stored_bytes,
     stored_precision,
 )
+from surgery.storage.codecs.feedback import expected_gain
 
 SAMPLE = 1 << 18  # values on which the error of a precision is measured
 ROW_SAMPLE = 1 << 16  # of a tensor that is one row, in pieces
@@ -120,6 +121,17 @@ def measure(tensors: Mapping[Any, Tensor], weight: Mapping[str, float], *, dropp
         options, nbytes = [*options, None], [*nbytes, 0.0]
         errors.append(float(tensor.float().square().sum(dtype=torch.float64)))
     return Unit(tensors, weight, tuple(options), tuple(nbytes), tuple(errors))
+
+
+def fed_back(unit: Unit, known: Statistics) -> Unit:
+    """The same unit, rounded with error feedback: what that gains is foretold.
+
+    Args:
+        unit: of one matrix.
+        known: of its inputs.
+    """
+    gain = 1.0 if known.second_moment is None else expected_gain(known.second_moment)
+    return replace(unit, errors=tuple(gain * error for error in unit.errors), statistics=known)
 
 
 def unit_bytes(tensors: Mapping[Any, Tensor], precision: Precision) -> float:

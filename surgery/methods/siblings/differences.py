@@ -22,9 +22,10 @@ from surgery.core.dictionary import index_dtype, master_dtype
 from surgery.fitting.metric import Metric, mean_metric, times
 from surgery.fitting.related import register_way
 from surgery.fitting.scene import Scene, key_of
-from surgery.fitting.units import BANK_BYTES, PART_BYTES, Arrangement, Unit, measure
+from surgery.fitting.units import BANK_BYTES, PART_BYTES, Arrangement, Unit, fed_back, measure
 from surgery.geometry.blocks import BlockGrid
 from surgery.methods.siblings.lowrank import Factors, factors
+from surgery.methods.siblings.tables import TABLE, by_rows, row_weights
 from surgery.storage.codecs import (
     NATIVE,
     Encoded,
@@ -36,7 +37,6 @@ from surgery.storage.codecs import (
     grouped,
     stored_bytes,
 )
-from surgery.storage.codecs.feedback import expected_gain
 from surgery.storage.lazy import LazyState, Made
 
 RUNS = (0, 1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
@@ -158,7 +158,13 @@ def shared_matrix(scene: Scene, sites: Sequence[Site]) -> Arrangement:
         _priced(shared, site, original, scene.metric(site), _most(site))
         for site, original in zip(sites, originals, strict=True)
     ]
-    unit = _shared_unit(shared, [site.member for site in sites], [scene.metric(site) for site in sites])
+    metrics = [scene.metric(site) for site in sites]
+    unit = _shared_unit(shared, [site.member for site in sites], metrics)
+    if sites[0].kind == TABLE:
+        apart = (_matrix(*each) - shared for each in zip(sites, originals, strict=True))
+        moved = sum((each.square().sum(1) for each in apart), start=shared.new_zeros(len(shared)))
+        known = all(site.member in scene.calibrated for site in sites)
+        unit = by_rows(unit, row_weights(mean_metric(metrics).rows if known else None, moved))
     # It is as large as an original: those that are tried are made again.
     again = Made(tuple(shared.shape), shared.dtype, shared.device, mean)
     unit = replace(unit, tensors=LazyState(dict.fromkeys(unit.tensors, again)))
@@ -227,7 +233,7 @@ def _matrix(site: Site, original: Tensor) -> Tensor:
 
 def _most(site: Site) -> int:
     """Directions that are worth finding: none of an embedding, whose differences have no few strong ones."""
-    return 0 if site.kind == "embedding" else RUNS[-1]
+    return 0 if site.kind == TABLE else RUNS[-1]
 
 
 def _shared_unit(shared: Tensor, members: Sequence[str], metrics: Sequence[Metric]) -> Unit:
@@ -235,11 +241,8 @@ def _shared_unit(shared: Tensor, members: Sequence[str], metrics: Sequence[Metri
     weight: dict[str, float] = defaultdict(float)
     for member, metric in zip(members, metrics, strict=True):
         weight[member] += metric.sensitivity
-    unit = measure({"shared": shared}, dict(weight))
-    known = mean_metric(metrics).statistics
-    gain = 1.0 if known is None else expected_gain(known.second_moment)
-    errors = tuple(gain * error for error in unit.errors)
-    return replace(unit, errors=errors, statistics=known)
+    unit, known = measure({"shared": shared}, dict(weight)), mean_metric(metrics).statistics
+    return unit if known is None else fed_back(unit, known)
 
 
 def _runs(site: Site, made: Factors, metric: Metric) -> list[tuple[int, int, Unit]]:

@@ -5,6 +5,7 @@ coding     encoding and decoding with any registered codec
 native     tensors as they are
 bfloat16   tensors rounded to bfloat16
 integers   integers of 2 to 12 bits with a scale for each group of values
+mixed      integers whose bits differ from row to row
 feedback   rounding that makes up for its errors in later columns, where the inputs' second moment is known
 
 A new codec is a file here and its name in the loop below; or, outside of this package, a module that registers it when
@@ -39,14 +40,15 @@ from surgery.storage.codecs.coding import (
     take_rows,
 )
 from surgery.storage.codecs.integers import Grouping, Integers, grouped
+from surgery.storage.codecs.mixed import Classes, Mixed, by_row, mixtures, row_costs
 from surgery.storage.codecs.native import Native
 
-for _codec in (Native(), BFloat16(), Integers()):
+for _codec in (Native(), BFloat16(), Integers(), Mixed()):
     register(_codec)
 
 __all__ = [
-    "BFLOAT16", "CODECS", "LARGEST", "NATIVE", "BFloat16", "Codec", "Decoded", "Encoded", "Encoding", "Grouping",
-    "Integers", "Layout", "Native", "Precision", "Statistics", "always_native", "as_dtype", "decode", "encode",
-    "encode_native", "grouped", "is_tame", "ladder", "part_layout", "register", "stored_bytes", "stored_precision",
-    "take_rows",
+    "BFLOAT16", "CODECS", "LARGEST", "NATIVE", "BFloat16", "Classes", "Codec", "Decoded", "Encoded", "Encoding",
+    "Grouping", "Integers", "Layout", "Mixed", "Native", "Precision", "Statistics", "always_native", "as_dtype",
+    "by_row", "decode", "encode", "encode_native", "grouped", "is_tame", "ladder", "mixtures", "part_layout",
+    "register", "row_costs", "stored_bytes", "stored_precision", "take_rows",
 ]  # fmt: skip

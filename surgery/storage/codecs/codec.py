@@ -25,12 +25,14 @@ class Statistics:
     """What is known of the inputs of the linear map that a tensor is.
 
     Attributes:
-        second_moment: mean of `x x^T` over the inputs x, `[in, in]`, float32.
+        second_moment: mean of `x x^T` over the inputs x, `[in, in]`, float32; None where it is not known.
         count: number of inputs x that the mean is over.
+        rows: what an error of each row counts, `[out]`, in any unit; None where all count the same.
     """
 
-    second_moment: Tensor
+    second_moment: Tensor | None
     count: int
+    rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,10 @@ class Codec(ABC, Generic[Settings]):
         if any(part.shape[:1] != encoded.shape[:1] for part in encoded.parts.values()):
             raise ValueError(f"{encoded.precision} of a tensor of shape {encoded.shape} has no rows to take")
         return {name: part[rows] for name, part in encoded.parts.items()}
+
+    def of_rows(self, encoded: Encoded, rows: Tensor) -> Settings:
+        """The settings of what `take_rows` gives; by default those of the whole."""
+        return encoded.precision.settings
 
     def write(self, settings: Settings) -> str:
         """Settings as text that follows the codec's name in a manifest; what follows a `/` is not shown in pictures."""

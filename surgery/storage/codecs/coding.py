@@ -143,8 +143,9 @@ def take_rows(encoded: Encoded, rows: Tensor) -> Encoded:
     Raises:
         ValueError: for a vector that its codec stores as one row.
     """
-    parts = encoded.precision.codec.take_rows(encoded, rows)
-    return replace(encoded, shape=(len(rows), *encoded.shape[1:]), parts=parts)
+    codec = encoded.precision.codec
+    parts, precision = codec.take_rows(encoded, rows), Precision(codec.name, codec.of_rows(encoded, rows))
+    return replace(encoded, precision=precision, shape=(len(rows), *encoded.shape[1:]), parts=parts)
 
 
 def ladder(tensors: Sequence[Tensor]) -> tuple[Precision, ...]:

@@ -76,7 +76,7 @@ class Integers(Codec[Grouping]):
         codes, scales = [], []
         width = _width(tuple(tensor.shape), settings.group)
         if fits(tensor, statistics):
-            assert statistics is not None
+            assert statistics is not None and statistics.second_moment is not None
             rows, inputs = _columns(tensor, width), Inputs.of(_padded(statistics.second_moment, width))
             for part in rows.split(max(1, CHUNK // rows.shape[1])):
                 code, scale = _fed_back(part, inputs, width, settings.bits)
@@ -179,7 +179,8 @@ def _grouped(tensor: Tensor, group: int) -> Tensor:
 def fits(tensor: Tensor, statistics: Statistics | None) -> bool:
     """Whether statistics are of the inputs of a tensor's rows, flattened: of a linear map or a convolution."""
     columns = _matrix(tuple(tensor.shape))[1]
-    return statistics is not None and tensor.ndim > 1 and statistics.second_moment.shape == (columns, columns)
+    moment = None if statistics is None else statistics.second_moment
+    return moment is not None and tensor.ndim > 1 and moment.shape == (columns, columns)
 
 
 @dataclass(frozen=True)
