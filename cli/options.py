@@ -39,7 +39,7 @@ def dry_run(what: str) -> Any:
     return typer.Option("--dry-run", metavar=FLAG, rich_help_panel=RUN, help=what)
 
 
-BUDGET = "Or: the most exact folder within F times the members' bytes."
+BUDGET = "Or: the most exact weights within F times the members' bytes; records and small files come on top."
 Calibrate = Annotated[
     list[str] | None,
     typer.Option(

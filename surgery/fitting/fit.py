@@ -78,7 +78,8 @@ def fit(
         joint: as `join` returns it.
         max_error: every member's outputs stay within this relative L2 error on its probe inputs; 0 is
             lossless; 0.05 where no target is given.
-        budget: instead, the best quality within this fraction of the members' summed bytes.
+        budget: instead, the best quality of weights within this fraction of the members' summed bytes; records and
+            small files come on top.
         hypermodules: instead, a bank of exactly K hypermodules, the start for joint training.
         block: block shape of shared rows; whole matrices where not given (16x16 for a bank of K).
         context: c of a bank of K, 4 where not given.

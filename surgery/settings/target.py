@@ -39,7 +39,7 @@ class Target(Strict):
 
     Attributes:
         max_error: the smallest artifact whose members' outputs move by at most this much; 0 is lossless.
-        budget: the most exact artifact of this share of the members' bytes.
+        budget: the most exact weights within this share of the members' bytes; records and small files come on top.
         hypermodules: a bank of so many.
         block: sides of the blocks that are shared, such as `16x16`.
         context: basis blocks of a hypermodule (c).
