@@ -10,7 +10,9 @@ themselves are a few dozen more); word embeddings are frozen. On texts that were
     mixtures    six layers, linear mixtures of K templates, begun by the best fit to the six
     tied        six layers of which each takes one of K templates, begun by clustering the six
     spread      six layers of which neighbours take one template: layers 1 1 2 2 3 3, begun from the first K layers
-    dropped     K of the six layers, evenly spaced, the first and the last among them
+    dropped     K of the six layers, evenly spaced, the first and the last among them; for K = 5 the best of
+                the six choices after a tenth of the steps each
+    routed      K of the six layers, which of them learned by routes over the first half of the same steps
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from typing import Any
 from benchmarks.harness import make_header, make_parser, show
 
 LAYERS = 6
-WAYS = ("mixtures", "tied", "spread", "dropped")
+WAYS = ("mixtures", "tied", "spread", "dropped", "routed")
+ROUTES = {"p_init": 0.9, "rate": 100.0, "penalty": 0.3, "temperature": 5.0}  # for so few steps
 _WORDS, _TEST = 24, 512  # words of a text, texts that are tested on
 
 
@@ -113,9 +116,13 @@ def run(way: str, templates: int, seed: int, steps: int, batch: int) -> dict[str
     train, test = (batches(part) for part in texts(documents, seed, steps * batch))
     keep = torch.linspace(0, LAYERS - 1, templates).round().int().tolist() if way == "dropped" else None
 
-    def student() -> Any:
+    def student(keep: Sequence[int] | None) -> Any:
         module, inputs = embedder(keep)
         member = surgery.load_member(module, name="student", inputs=inputs)
+        if way == "routed":
+            return surgery.join(
+                [member], surgery.plan_modules([member], "routes", {"layers": templates, **ROUTES})
+            )
         mixture = "linear" if way == "mixtures" else "one-hot"
         found = [surgery.discover(member)]
         plan = None if keep else surgery.plan_templates(found, templates=templates, mixture=mixture)
@@ -128,7 +135,9 @@ def run(way: str, templates: int, seed: int, steps: int, batch: int) -> dict[str
         "evolution": {"codes": "ones", "change": "none", "start": "own"},
         "stopping": {"keep": "last"},
     }  # fmt: skip
-    if keep is None:
+    if way == "routed":  # learned over half of the steps, hard over the other half
+        config |= {"steps": max(steps // 4, 1), "generations": 2, "final": 2}
+    elif keep is None:
         config["templates"] = {"start": "sequential" if way == "spread" else "fit", "lr": 1e-3}
 
     @torch.no_grad()
@@ -140,14 +149,24 @@ def run(way: str, templates: int, seed: int, steps: int, batch: int) -> dict[str
         kept = spearmanr((made @ made.t())[*pairs], (wanted @ wanted.t())[*pairs]).statistic
         return float(1 - (made * wanted).sum(1).mean()), float(kept)
 
-    begun, joint = student(), student()
+    if way == "dropped" and templates == LAYERS - 1:
+        tried: dict[tuple[int, ...], float] = {}
+        for gone in range(LAYERS):
+            some = tuple(number for number in range(LAYERS) if number != gone)
+            trial = student(some)
+            surgery.train(trial, [task], {**config, "steps": max(steps // 10, 1)}, seed=seed, cpu=True)
+            tried[some] = figures(trial)[0]
+        keep = list(min(tried, key=lambda some: tried[some]))
+    begun, joint = student(keep), student(keep)
     still = {**config, "steps": 1, "optimizer": {"lr": 1e-12}}  # the start alone
     surgery.train(begun, [task], still, seed=seed, cpu=True)
     before = figures(begun)
     report = surgery.train(joint, [task], config, seed=seed, cpu=True)
     after = figures(joint)
+    taken = report.methods.get("routes", {}).get("chosen", {})
+    kept = [[name for (name,) in own] for route in taken.values() for own in route.values()]
     return {
-        "way": way, "K": templates, "seed": seed, "seconds": report.seconds,
+        "layers": kept[0] if kept else keep, "way": way, "K": templates, "seed": seed, "seconds": report.seconds,
         "distance before": before[0], "distance": after[0], "order kept before": before[1], "order kept": after[1],
     }  # fmt: skip
 
@@ -163,7 +182,10 @@ def tabulate(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         for name in ("distance", "order kept"):
             spread = stdev(r[name] for r in mine) / len(mine) ** 0.5 if len(mine) > 1 else None
             row[f"{name}, standard error"] = spread
-        rows.append({**row, "seeds": len(mine)})
+        chosen = [[n for n in r.get("layers") or () if n != "identity"] for r in mine]
+        rows.append(
+            {**row, "seeds": len(mine), "layers": "; ".join(" ".join(map(str, own)) for own in chosen)}
+        )
     return rows
 
 

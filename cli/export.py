@@ -38,6 +38,14 @@ def export(
             "[cyan]compressed[/cyan]: the smallest folder, for surgery.load.",
         ),
     ] = "plain",
+    harden: Annotated[
+        bool,
+        typer.Option(
+            "--harden",
+            rich_help_panel=RUN,
+            help="Make soft routes hard first: of each depth the layer used most.",
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -51,7 +59,15 @@ def export(
     from . import console, outcome
 
     with console.working(quiet=quiet, json_wanted=json), task(f"Exporting {member}"):
-        write(folder, member, out, format=format, overwrite=overwrite, trust_remote_code=trust_remote_code)
+        write(
+            folder,
+            member,
+            out,
+            format=format,
+            harden=harden,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )
     size = outcome.disk_bytes(out)
     if json:
         console.emit({"member": member, "format": format, "out": str(out), "disk_bytes": size})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,6 +14,7 @@ from surgery.artifact.recorded import origin_of, read_member, replacements_of
 from surgery.artifact.reports import report_of, restrict_report
 from surgery.artifact.writing import write
 from surgery.core.joint import JointModel
+from surgery.core.registry import active_methods
 from surgery.disk.claims import claim
 from surgery.disk.folders import check_target, new_folder
 from surgery.errors import ExportError, PlanError
@@ -35,6 +37,7 @@ def export(
     out: str | Path,
     *,
     format: Literal["plain", "compressed"] = "plain",
+    harden: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -46,6 +49,7 @@ def export(
         out: the folder; it appears whole or not at all.
         format: `plain` is ordinary weights that transformers, timm or `load_state_dict` read without this
             package; `compressed` is the smallest artifact of this member, for `surgery.load`.
+        harden: whether the member is written with what is soft in it made hard: routes through its layers.
         overwrite: whether an earlier export or artifact that is already there is replaced.
         trust_remote_code: whether Python files that come with a transformers model may run.
 
@@ -70,14 +74,18 @@ def export(
     check_target(out, overwrite=overwrite, inputs=read)
     with claim(out):
         if format == "plain":
-            return _export_plain(source, member, out, overwrite, trust_remote_code)
+            return _export_plain(source, member, out, overwrite, trust_remote_code, harden)
+        if harden:
+            source = _hardened(source, member, trust_remote_code)
         stored, described, report = _one(source, member)
         return write(stored, [described], report, out, overwrite, None)
 
 
 def _export_plain(
-    source: str | Path | JointModel, member: str, out: str | Path, overwrite: bool, trust: bool
+    source: str | Path | JointModel, member: str, out: str | Path, overwrite: bool, trust: bool, harden: bool
 ) -> Path:
+    if harden:
+        source = _hardened(source, member, trust)
     if isinstance(source, JointModel):
         _check_name(member, source.names)
         module = source.extract(member)
@@ -88,6 +96,24 @@ def _export_plain(
     with new_folder(out, overwrite=overwrite, need=size) as folder:
         write_plain(module, described.origin, described.files, folder)
     return Path(out).expanduser().resolve()
+
+
+def _hardened(source: str | Path | JointModel, member: str, trust: bool) -> JointModel:
+    """One member with what is soft in it made hard; a joint model that is given stays as it is."""
+    if isinstance(source, JointModel):
+        _check_name(member, source.names)
+        joint = deepcopy(source)
+    else:
+        _check_name(member, read_manifest(Path(source).expanduser()).members)
+        joint = load(source, members=[member], trust_remote_code=trust)
+    methods = [method for method in active_methods(joint) if method.hardens]
+    if not methods:
+        raise PlanError(
+            f"`harden` is for routes, but member '{member}' has nothing soft in it: leave it out."
+        )
+    for method in methods:
+        method.harden(joint)
+    return joint
 
 
 def _read_plain(source: str | Path, member: str, trust: bool) -> tuple[Member, nn.Module]:

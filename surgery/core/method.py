@@ -102,6 +102,7 @@ class Method(ABC):
         settings: class of its settings, which a recipe gives under `settings`.
         does: what methods of its kind do, as verb and noun.
         sharded: whether processes that each hold a part of the members can train it (FSDP).
+        hardens: whether what it learned softly can be made hard (`harden`).
     """
 
     name: ClassVar[str]
@@ -109,6 +110,7 @@ class Method(ABC):
     settings: ClassVar[type[Strict]] = Strict
     does: ClassVar[tuple[str, str]] = ("share", "weights")
     sharded: ClassVar[bool] = True
+    hardens: ClassVar[bool] = False
 
     @abstractmethod
     def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Any:
@@ -140,6 +142,14 @@ class Method(ABC):
             joint: to be trained.
             config: settings of the run.
             generator: on the CPU, of the run's seed.
+        """
+        return
+
+    def harden(self, joint: JointModel) -> None:
+        """Make hard what the method learned softly, where it `hardens`.
+
+        Args:
+            joint: that the method is used in; it is changed in place.
         """
         return
 

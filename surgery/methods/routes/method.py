@@ -41,6 +41,7 @@ class Routes(ModuleSurgery):
     recorded: ClassVar[type[Strict]] = Recorded
     sharded: ClassVar[bool] = False
     whole: ClassVar[bool] = True
+    hardens: ClassVar[bool] = True
 
     def plan(self, anatomies: Sequence[Anatomy], request: PlanRequest) -> Sequence[Replacement]:
         """Every layer of the stacks that are chosen."""
@@ -109,6 +110,12 @@ class Routes(ModuleSurgery):
         from surgery.methods.routes.moves import RouteMoves
 
         return RouteMoves(self.name, trainer)
+
+    def harden(self, joint: JointModel) -> None:
+        """One route for each task, of the components that it likes best."""
+        from surgery.methods.routes.hardening import harden
+
+        harden(joint)
 
     def ended(self, joint: JointModel) -> None:
         """Drop the components that no hard route uses."""

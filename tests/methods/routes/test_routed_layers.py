@@ -4,11 +4,15 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import surgery_recipes
 import timm
 import torch
 import transformers
+import yaml
+from command_line import surgery as command
 from torch import nn
 
 import surgery
@@ -166,7 +170,9 @@ def test_soft_routes_are_stored_and_their_plain_export_names_the_remedy(tmp_path
     with pytest.raises(ExportError, match=r"'text' at encoder.layer.3 is still soft.*`harden`"):
         surgery.export(tmp_path / "joint", "text", tmp_path / "plain")
     assert not (tmp_path / "plain").exists()
-    surgery.export(surgery.harden(loaded), "text", tmp_path / "plain")
+    surgery.export(tmp_path / "joint", "text", tmp_path / "plain", harden=True)
+    assert is_hard(loaded) is False
+    surgery.harden(loaded)
     torch.testing.assert_close(
         run(transformers.AutoModel.from_pretrained(tmp_path / "plain").eval()), run(loaded["text"])
     )
@@ -301,7 +307,43 @@ def test_a_stack_whose_single_layers_are_read_has_no_shorter_form():
             return self.out(outs[1] + outs[3])
 
     joint = joined(
-        {"routing": "permuted", "orders": {"net": {"": [-1, 1, 2]}}}, Net(), "net", torch.randn(2, 16)
+        {"routing": "permuted", "orders": {"net": {"": [-1, 1, 2]}}}, Net(), "net", torch.randn(2, 12)
     )
     with pytest.raises(ExportError, match="must give the same outputs without the layers"):
         joint.extract("net")
+
+
+# -- recipes ---------------------------------------------------------------------------------------------------
+
+
+DATA = """
+import torch
+
+
+def data(batch=4, seed=0):
+    ids = torch.randint(5, 60, (12, 7), generator=torch.Generator().manual_seed(seed))
+    rows = [({"input_ids": some}, torch.zeros(len(some))) for some in ids.split(batch)]
+    return {"train": rows, "validation": rows[:1], "test": rows[1:2]}
+"""
+
+
+def test_the_recipe_of_routes_ends_in_a_plain_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bert().save_pretrained("bert")
+    (tmp_path / "data.py").write_text(DATA)
+    found = yaml.safe_load((Path(surgery_recipes.__file__).parent / "routes.yaml").read_text())
+    (model,) = found["models"]
+    model["model"] = "bert"
+    model["tasks"][0] |= {"data": "data.py:data", "options": {}, "batch": 4}
+    found["settings"] |= {"layers": 2}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(found))
+    code, out, err = command("train", "r.yaml", "--out", "joint", "--fast-dev-run", "--cpu")
+    assert code == 0, (out, err)
+    assert command("report", "joint", "--html")[0] == 0
+    code, out, err = command("export", "joint", "--member", "minilm", "--out", "plain")
+    assert code == 0, (out, err)
+    plain = transformers.AutoModel.from_pretrained("plain").eval()
+    assert len(plain.encoder.layer) == 2 == plain.config.num_hidden_layers
+    torch.testing.assert_close(run(plain), run(surgery.load("joint")["minilm"]))
+    folder = tmp_path / "joint" / "training"
+    assert {"allocation.png", "routes.png"} <= {each.name for each in folder.iterdir()}
