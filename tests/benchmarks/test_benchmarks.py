@@ -139,6 +139,20 @@ def test_joint_step_compares_joint_training_with_plain_models(run):
     assert of(document, "ratio to plain")[0] == 1 and min(of(document, "ratio to plain")) > 0
 
 
+def test_route_step_compares_hard_and_soft_routes(run):
+    rows = run("route_step")["results"]
+    assert [(row["what"], row["way"]) for row in rows] == [
+        ("hard", "plain"), ("hard", "joined"), ("hard", "routed"), ("soft", "by hand"), ("soft", "routed"),
+    ]  # fmt: skip
+    assert all(row["medians"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("figure", ["related", "pairs"])
+def test_the_gumbel_matrix_runs(run, figure):
+    rows = run("gumbel_matrix", figure, "--jobs", "1")["results"]
+    assert len(rows) == 4 and all(row["runs"] == 1 for row in rows)
+
+
 def test_template_step_compares_a_step_and_what_generating_costs(run):
     document = run("template_step")
     assert of(document, "step") == ["plain", "templates", "generating"] * 2

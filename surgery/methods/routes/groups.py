@@ -39,14 +39,20 @@ def budget_of(depths: Sequence[Gates]) -> float | None:
     return settings.component_budget
 
 
-def penalty_of(depths: Sequence[Gates]) -> Tensor:
-    """`lambda * max(0, mean p - b)` of each task, summed; zero without a budget."""
+def penalty_of(depths: Sequence[Gates], left: float = 0.0) -> Tensor:
+    """`lambda * max(0, mean p - b)` of each task, summed; zero without a budget.
+
+    Args:
+        depths: the gates of a route.
+        left: how much of the way from all components to the budget b is left to go.
+    """
     learned = [gates for gates in depths if isinstance(gates, BernoulliGates)]
     budget = budget_of(depths)
     if not learned or budget is None or learned[0].hard is not None:
         return torch.zeros(())
     p = torch.cat([gates.probability() for gates in learned], 1)  # [T, D * N]
     of_one = budget / (p.shape[1] / len(learned)) if depths[0].settings.layers is not None else budget
+    of_one += left * (1 - of_one)
     return depths[0].settings.penalty * torch.stack([budget_excess(row, of_one) for row in p]).sum()
 
 

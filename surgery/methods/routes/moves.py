@@ -81,9 +81,7 @@ class RouteMoves(Moves):
 
     def before_step(self) -> None:
         """Say how much of an exact start is left: none from the middle of the phase in which routes are learned."""
-        config, steps = self.config, self.config.steps
-        learning = max(config.generations * steps, 1)
-        done = (self.trainer.steps - config.burn_in * steps) / learning
+        done = self._learned_for()
         for gates in self.learned:
             if gates.hard is not None or gates.own is None:
                 continue
@@ -105,12 +103,27 @@ class RouteMoves(Moves):
     def penalty(self) -> Tensor | None:
         """What exceeds the budgets of all routes."""
         found = [
-            penalty_of(depths)
+            penalty_of(depths, self._left(depths))
             for depths in self.routes.values()
             if budget_of(depths) is not None
             and any(isinstance(g, BernoulliGates) and g.hard is None and not g.waits for g in depths)
         ]
         return None if not found else sum(found[1:], found[0])
+
+    def _left(self, depths: list[Gates]) -> float:
+        """How much of the way to its budget a pretrained stack has still to go.
+
+        It goes there over three quarters of the phase in which routes are learned, so that layers leave one by one.
+        """
+        if not any(isinstance(gates, LearnedGates) and gates.own is not None for gates in depths):
+            return 0.0
+        return max(0.0, 1 - self._learned_for() / 0.75)
+
+    def _learned_for(self) -> float:
+        """Which share of the phase in which routes are learned is over; below 0 in burn-in."""
+        config = self.config
+        steps = self.trainer.steps - config.burn_in * config.steps
+        return steps / max(config.generations * config.steps, 1)
 
     # -- a generation --------------------------------------------------------------------------------------
 

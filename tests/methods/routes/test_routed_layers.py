@@ -17,7 +17,7 @@ from torch import nn
 
 import surgery
 from surgery.errors import ExportError, PlanError
-from surgery.methods.routes.groups import routes_in
+from surgery.methods.routes.groups import penalty_of, routes_in
 from surgery.methods.routes.hardening import is_hard
 from surgery.training.tasks.streams import Batches
 
@@ -157,6 +157,12 @@ def test_timm_models_get_their_depth(tmp_path):
     assert len(again.blocks) == 3 and torch.equal(run(again, x), run(expected, x))
 
 
+def test_a_budget_is_reached_step_by_step():
+    depths = next(iter(routes_in(joined({"layers": 2, "p_init": 0.9})["text"]).values()))
+    found = [penalty_of(depths, left).item() for left in (1.0, 0.6, 0.3, 0.0)]
+    assert found == pytest.approx([0.0, 0.9 - 0.8, 0.9 - 0.65, 0.9 - 0.5], abs=1e-6)
+
+
 # -- soft routes, and several tasks ----------------------------------------------------------------------------
 
 
@@ -199,7 +205,7 @@ def family(**settings):
     return surgery.join(members, surgery.plan_modules(members, "routes", {"members": True, **settings}))
 
 
-@pytest.mark.parametrize("routing", ["gumbel", "soft"])
+@pytest.mark.parametrize("routing", ["gumbel", pytest.param("soft", marks=pytest.mark.slow)])
 def test_members_use_layers_of_others_which_stay_one(routing, tmp_path):
     joint = family(routing=routing, rate=3.0, harden=False)
     for seed, name in ((0, "a"), (1, "b")):
