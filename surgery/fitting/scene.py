@@ -21,6 +21,7 @@ from surgery.fitting.metric import Metric
 from surgery.fitting.moments import gather, unfolded
 from surgery.fitting.related import related_sites
 from surgery.fitting.sensitivity import measured_sensitivities, metrics
+from surgery.fitting.tables import TABLE, by_rows, row_weights
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, Key, Unit, fed_back, measure
 from surgery.geometry.views import CanonicalView
@@ -123,7 +124,15 @@ class Scene:
         for keys in self.kin:
             for member, name in keys:
                 views[member][name] = self.sites[member, name].view
+        for (member, name), site in self._tables.items():
+            views[member].setdefault(name, site.view)
         return views
+
+    @cached_property
+    def _tables(self) -> dict[Key, Site]:
+        """Tables of calibrated members: which of their rows matter is known."""
+        sites = {**private_sites(self.plan.left_alone), **self.unclaimed}
+        return {key: s for key, s in sites.items() if s.kind == TABLE and s.member in self.calibrated}
 
     @cached_property
     def _measured(self) -> dict[str, tuple[dict[str, float], dict[str, Metric]]]:
@@ -192,7 +201,13 @@ class Scene:
         for key in keys:
             weight[key[0]] += self.sensitivity.get(key, 0.0)
         unit = measure({PlainKey(*key): tensor for key in keys}, dict(weight))
-        return unit if (known := self.inputs_of(keys[0])) is None else fed_back(unit, known)
+        if (known := self.inputs_of(keys[0])) is not None:
+            return fed_back(unit, known)
+        metric = self._tables.get(keys[0]) and self._measured[keys[0][0]][1].get(keys[0][1])
+        if metric is None:
+            return unit
+        unit = unit if metric.statistics is None else fed_back(unit, metric.statistics)
+        return by_rows(unit, row_weights(metric.rows, torch.zeros_like(metric.rows)))
 
     def apart(self, keys: Iterable[Key]) -> Arrangement:
         """Tensors each by itself, equal ones once."""

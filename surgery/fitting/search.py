@@ -311,7 +311,7 @@ class Search:
             if (nbytes := self.nbytes(stored)) <= budget * self.whole:
                 break
             limit -= nbytes - budget * self.whole
-            choice = within_bytes(table, limit)
+            choice = within_bytes(table, limit, common=related)
         return choice
 
     def saved_by_sharing(self, found: Attempt) -> int:

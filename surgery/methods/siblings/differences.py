@@ -22,10 +22,10 @@ from surgery.core.dictionary import index_dtype, master_dtype
 from surgery.fitting.metric import Metric, mean_metric, times
 from surgery.fitting.related import register_way
 from surgery.fitting.scene import Scene, key_of
+from surgery.fitting.tables import TABLE, by_rows, row_weights
 from surgery.fitting.units import BANK_BYTES, PART_BYTES, Arrangement, Unit, fed_back, measure
 from surgery.geometry.blocks import BlockGrid
 from surgery.methods.siblings.lowrank import Factors, factors
-from surgery.methods.siblings.tables import TABLE, by_rows, row_weights
 from surgery.storage.codecs import (
     NATIVE,
     Encoded,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from surgery.util.memory import compact
 MOST = 255  # classes
 MEANS = (2.1, 2.25, 2.4, 2.6, 2.8, 3.0, 3.25, 3.5, 3.8, 4.2, 4.6, 5.0, 5.5, 6.0, 7.0)
 """Mean bits of a row for which a fit has a choice of classes."""
-STEPS = 30  # of bisection
+STEPS = 60  # of bisection
 
 
 @dataclass(frozen=True)
@@ -205,31 +206,48 @@ def mixtures(
     if len(able) < 2 or not float(costs.sum()) > 0:
         return []
     group = next(each.settings.group for each in options if each is not None and each.name == Integers.name)
-    bits, lost = (torch.tensor(each, dtype=torch.float64) for each in zip(*able, strict=True))
-    ordered = costs.double().cpu().sort(descending=True).values
+    hull = _hull(able)
+    # What a bit more gains, in classes from the coarsest.
+    gains = [(loss - least) / (more - few) for (few, loss), (more, least) in pairwise(hull)]
+    rising = costs.double().cpu().sort().values
+    sums = torch.cat([rising.new_zeros(1), rising.cumsum(0)])
     found: dict[tuple[int, ...], tuple[Precision, float]] = {}
     for mean in MEANS:
-        chosen = _narrowest(ordered, bits, lost, mean)
-        counts = torch.bincount(chosen, minlength=len(bits))
-        if int((counts > 0).sum()) < 2:
-            continue
-        rows = [(int(b), int(count)) for b, count in zip(bits, counts, strict=True) if count]
-        found[tuple(counts.tolist())] = by_row(group, rows), float((ordered * lost[chosen]).sum())
+        stops = _stops(rising, [bits for bits, _ in hull], gains, mean)
+        rows = [(bits, last - first) for (bits, _), (first, last) in zip(hull, pairwise(stops), strict=True)]
+        if sum(count > 0 for _, count in rows) > 1:
+            lost = sum(
+                loss * float(sums[last] - sums[first])
+                for (_, loss), (first, last) in zip(hull, pairwise(stops), strict=True)
+            )
+            found[tuple(stops)] = by_row(group, [each for each in reversed(rows) if each[1]]), lost
     return list(found.values())
 
 
-def _narrowest(costs: Tensor, bits: Tensor, losses: Tensor, mean: float) -> Tensor:
-    """The number of each row's option, of least cost where rows have about `mean` bits on average."""
-    low, high = -120.0, 120.0
-    chosen = costs.new_zeros(len(costs), dtype=torch.long)
+def _hull(options: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Bits and losses of the options that are best for some price of a bit, the coarsest first."""
+    left = sorted(options)
+    found = [min(left)]
+    while finer := [each for each in left if each[0] > found[-1][0] and each[1] < found[-1][1]]:
+        bits, loss = found[-1]
+        found.append(max(finer, key=lambda each: ((loss - each[1]) / (each[0] - bits), each[0])))
+    return found
+
+
+def _stops(rising: Tensor, bits: Sequence[int], gains: Sequence[float], mean: float) -> list[int]:
+    """Where classes begin and end in rows by rising cost, for about `mean` bits of a row and no more where possible."""
+    low, high = -200.0, 200.0
+    stops: list[int] = []
     for _ in range(STEPS):
         price = 2.0 ** ((low + high) / 2)
-        chosen = (costs[:, None] * losses + price * bits).argmin(1)
-        if float(bits[chosen].mean()) > mean:
+        ends = torch.searchsorted(rising, torch.tensor([price / gain for gain in gains], dtype=rising.dtype))
+        stops = [0, *ends.tolist(), len(rising)]
+        now = sum(b * (last - first) for b, (first, last) in zip(bits, pairwise(stops), strict=True))
+        if now > mean * len(rising):
             low = (low + high) / 2
         else:
             high = (low + high) / 2
-    return chosen
+    return stops
 
 
 def _precisions(settings: Classes) -> list[Grouping]:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surgery
+from surgery.fitting.tables import UNSEEN, row_weights
 from surgery.members.member import Inputs
-from surgery.methods.siblings.tables import UNSEEN, row_weights
 from surgery.storage.codecs import decode
 from surgery.storage.stored import store
 
@@ -77,3 +77,13 @@ def test_weights_of_rows_add_up(seed, rows, seen):
     assert bool((alone >= 0).all()) and float(alone.sum()) <= 1 + 1e-4
     if seen:
         assert float(found[:seen].sum()) >= (1 - UNSEEN) * 0.999
+
+
+def test_a_member_alone_has_more_bits_for_rows_in_use():
+    one = members()[0]
+    joint = surgery.fit(
+        surgery.join([one]), budget=0.12, probes={one.name: [one.inputs]}, seed=0, device="cpu"
+    )
+    (table,) = [each for each in store(joint).tensors.values() if each.precision.name == "mixed"]
+    error = (decode(table) - members()[0].module.table.weight.detach()).square().mean(1)
+    assert error[:USED].median() < 0.1 * error[USED:].median()

@@ -1,7 +1,8 @@
-"""Tables of related members: rows that are looked up often, or that fine-tuning moved, have more bits than others.
+"""Tables: rows that are looked up often, or that fine-tuning moved, have more bits than others.
 
 Calibration data use few of the rows of a table, and other data use others. What rows that no calibration example used
-count is therefore estimated from where fine-tuning moved rows: those are the ones that the members' own data used.
+count is therefore estimated from where fine-tuning of related members moved rows: those are the ones that the members'
+own data used. Of a member alone nothing is known of them, and they all count the same.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from surgery.fitting.metric import DAMPING
-from surgery.fitting.units import Unit, unit_bytes
-from surgery.storage.codecs import Precision, Statistics, mixtures, row_costs
+from surgery.fitting.units import PART_BYTES, Unit, unit_bytes
+from surgery.storage.codecs import Precision, Statistics, mixtures, part_layout, row_costs
 
 TABLE = "embedding"  # the kind of sites that are looked up row by row
 UNSEEN = 0.2  # share of look-ups that go to rows which calibration data do not use: typical of some hundred sentences
@@ -28,13 +29,14 @@ def row_weights(seen: Tensor | None, moved: Tensor) -> Tensor:
     Args:
         seen: `[o]`, what it counts on calibration data, damped, of all; None where there are none: made-up inputs look
             up any row.
-        moved: `[o]`, squared differences of the members from what they share.
+        moved: `[o]`, squared differences of the members from what they share; zeros where that is not known.
     """
     rows = len(moved)
     own = torch.zeros_like(moved) if seen is None else seen * (1 + DAMPING) - DAMPING / rows
     own = torch.where(own > NEVER / rows, own, 0.0)
     own = own / own.sum().clamp_min(1e-30)
     moved = torch.where(own > 0, 0.0, moved)
+    moved = moved if float(moved.sum()) > 0 else (own == 0).to(own)
     moved = moved / moved.sum().clamp_min(1e-30)
     unseen = 1.0 if seen is None else UNSEEN
     return (1 - unseen) * own + unseen * ((1 - ELSEWHERE) * moved + ELSEWHERE / rows)
@@ -54,10 +56,15 @@ def by_rows(unit: Unit, weights: Tensor) -> Unit:
     total = float(costs.sum(dtype=torch.float64))
     found = mixtures(costs, unit.options, losses)
     mixed: Sequence[Precision] = [precision for precision, _ in found]
+    shape, dtype = tuple(tensor.shape), tensor.dtype
+    names = [PART_BYTES / 2 * (len(part_layout(shape, dtype, each)) - 2) for each in mixed]  # of all classes
     return replace(
         unit,
         options=(*unit.options, *mixed),
-        nbytes=(*unit.nbytes, *(unit_bytes(unit.tensors, each) for each in mixed)),
+        nbytes=(
+            *unit.nbytes,
+            *(unit_bytes(unit.tensors, each) + more for each, more in zip(mixed, names, strict=True)),
+        ),
         errors=(*(total * loss for loss in losses), *(cost for _, cost in found)),
         statistics=Statistics(known and known.second_moment, 1, weights),
     )
