@@ -86,9 +86,16 @@ class Routes(ModuleSurgery):
     # -- training ------------------------------------------------------------------------------------------
 
     def unsuited(self, joint: JointModel, config: Training) -> list[str]:
-        """Copies of other members' layers that would be trained apart."""
+        """Copies of other members' layers that would be trained apart, and compiled members.
+
+        Which layers run depends on the task and on the phase of a run; compiled code would keep both as they were.
+        """
         from surgery.methods.routes.sharing import borrows
 
+        if config.compile:
+            return [
+                "Members with routes run other layers for each task and phase: set `train.compile` to false."
+            ]
         if borrows(joint) and config.evolution.start == "own":
             return [
                 "Routes through other members' layers need these to stay one: set `train.evolution.start` to given."

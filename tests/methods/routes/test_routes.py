@@ -1,21 +1,26 @@
 """The mathematics of learned routes, and `Routed` in models of one's own: laws, and what is refused."""
 
 import copy
+import os
 import pickle
 import signal
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import Started, forks
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import surgery
 from surgery.errors import PlanError, SurgeryWarning
 from surgery.methods.routes import mathematics
 from surgery.methods.routes.pictures import cluster, cosine
+from surgery.training.distributed.fsdp import check_members
 from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.trainer import Trainer
 from surgery.training.report.pictures import draw_run
@@ -324,3 +329,40 @@ def test_tasks_and_routes_must_be_of_the_same_names():
     task = surgery.Task("one", "net", Batches(X, torch.zeros(5).long(), 5), "cross_entropy")
     with pytest.raises(PlanError, match=r"no task trains two, three of middle .*: correct `tasks`"):
         surgery.train(joint, [task], CONFIG, cpu=True)
+
+
+def test_compiled_members_are_refused():
+    net = surgery.load_member(Net("soft"), name="net", inputs=X)
+    tasks = [surgery.Task(n, "net", Batches(X, torch.zeros(5).long(), 5), "cross_entropy") for n in TASKS]
+    with pytest.raises(PlanError, match=r"set `train.compile` to false"):
+        surgery.train(surgery.join([net], block=(8, 8)), tasks, {**CONFIG, "compile": True}, cpu=True)
+
+
+def test_members_in_parts_are_refused():
+    joint = surgery.join([surgery.load_member(Net("soft"), name="net", inputs=X)], block=(8, 8))
+    with pytest.raises(
+        PlanError, match="Method routes needs whole members in every process, but FSDP cuts them"
+    ):
+        check_members(joint, SimpleNamespace(classes=()))
+
+
+def in_parts(out):
+    """Train as one of some processes."""
+    joint, _ = trained("gumbel")
+    state = {name: tensor.clone() for name, tensor in joint["net"].state_dict().items()}
+    save_file(state, f"{out}/{os.environ.get('RANK', '0')}.safetensors")
+
+
+@forks
+def test_processes_sample_alike(tmp_path):
+    Started(in_parts, str(tmp_path), ranks=2).succeed()
+    one, other = (load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    (tmp_path / "alone").mkdir()
+    in_parts(tmp_path / "alone")
+    alone = load_file(tmp_path / "alone" / "0.safetensors")
+    for (
+        name,
+        tensor,
+    ) in alone.items():  # the same samples: what is left is the order in which gradients are added
+        torch.testing.assert_close(one[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
