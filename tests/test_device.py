@@ -127,7 +127,8 @@ def test_a_fit_on_the_device_keeps_its_bound_on_the_cpu():
 
 @pytest.mark.parametrize("asked", [{"templates": 2}, {"max_error": 0.2}, {"max_error": 2.0, "templates": 2}])
 def test_templates_are_fitted_on_the_device_as_on_the_cpu(asked):
-    found = [fit(stacked.build(hidden=400), **asked, device=device) for device in ("cpu", "cuda")]
+    plans = [stacked.build(hidden=400, templates=asked.get("templates")) for _ in range(2)]
+    found = [fit(each, **asked, device=device) for each, device in zip(plans, ("cpu", "cuda"), strict=True)]
     errors = [joint.report.errors["net"] for joint in found]
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
     sizes = [joint.report.stored_bytes for joint in found]
