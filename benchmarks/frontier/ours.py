@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +26,7 @@ class Merged:
         states: members' weights, as they are loaded again.
         nbytes: of all its files but the card and its picture.
         all_bytes: of all its files.
-        marginal: bytes of tensors that one member has alone, on average.
+        marginal: bytes of tensors, and of parts of them, that one member has alone, on average.
         make: seconds of joining, fitting and writing.
         load: seconds until all members' weights are there.
         detail: what was asked, and what the report says.
@@ -91,12 +92,12 @@ def merge(family: Family, budget: float, out: Path, seed: int, calibrated: bool)
     files = [path for path in out.rglob("*") if path.is_file()]
     sizes = {path: path.stat().st_size for path in files}
     needed = sum(n for path, n in sizes.items() if not path.name.startswith(BESIDE) and path.suffix != ".svg")
-    own = sum(n for path, n in sizes.items() if "members" in path.relative_to(out).parts)
+    alone = [surgery.remove(out, name, dry_run=True).stored_bytes for name in family.states]
     saved = joint.report.saved
     detail = f"budget {budget:.4f}; saved by " + ", ".join(
         f"{key} {value / 1e3:,.0f} kB" for key, value in saved.items()
     )
-    return Merged(states, needed, sum(sizes.values()), own / len(members), made, seconds, detail)
+    return Merged(states, needed, sum(sizes.values()), mean(alone), made, seconds, detail)
 
 
 def _member(family: Family, name: str) -> Member:
