@@ -57,7 +57,9 @@ def test_demo_and_the_command_that_it_prints_write_the_same_folder(tmp_path, mon
     image = "timm:tf_efficientnet_lite0=demo/weights/tf_efficientnet_lite0.safetensors"
     recipe = demo_recipe(("demo/weights/all-MiniLM-L6-v2", image), Path("demo/joint"), 0.05, 0)
     words = shlex.split(" ".join(equivalent_command(recipe)).replace("\\", ""))
-    words[words.index("--out") + 1] = "demo/again"  # beside it: references are relative to the folder that has them
+    words[words.index("--out") + 1] = (
+        "demo/again"  # beside it: references are relative to the folder that has them
+    )
     code, _, err = surgery(*words[1:], "--quiet")
     assert code == 0, err
     assert_same_files(tmp_path / "demo" / "again", tmp_path / "demo" / "joint")
