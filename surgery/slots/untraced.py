@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._dynamo  # before the next one, which it imports in a circle
 from torch._functorch._aot_autograd import runtime_wrappers
 
 from surgery.slots.slots import Slot
