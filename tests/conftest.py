@@ -42,6 +42,12 @@ def needs_processes(file):
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """For `-n auto`: one more than there are cores, as a worker whose test waits for processes leaves its core idle."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """For `-n` alone: the tests of a file go to one worker, and files that fork to one, which imports for it once."""
     if config.getvalue("dist") != "load":

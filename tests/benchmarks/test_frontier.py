@@ -366,6 +366,7 @@ def run(capsys, tmp_path):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_the_frontier_of_a_tiny_family(run, tmp_path):
     table, plot = tmp_path / "t.csv", tmp_path / "t.png"
     options = ("--sizes", "0.4", "--finalists", "2", "--members", "2")

@@ -132,7 +132,9 @@ def small_encoder(tmp_path, monkeypatch):
 
 
 @needs_weights
-@pytest.mark.parametrize("name", PRETRAINED)
+@pytest.mark.parametrize(
+    "name", [PRETRAINED[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PRETRAINED[1:])]
+)
 @pytest.mark.usefixtures("small_encoder")
 def test_recipes_of_pretrained_encoders_run_with_a_small_one(name, folder, tmp_path):
     recipe = changed(name, folder, tmp_path / "joint")

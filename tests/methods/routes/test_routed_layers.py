@@ -94,7 +94,9 @@ def test_the_first_step_of_a_soft_route_computes_what_the_member_does():
     assert not torch.equal(run(joint["text"]), run(bert()))
 
 
-@pytest.mark.parametrize("settings", [{"layers": 2, "rate": 3.0}, {"routing": "soft"}])
+@pytest.mark.parametrize(
+    "settings", [{"layers": 2, "rate": 3.0}, pytest.param({"routing": "soft"}, marks=pytest.mark.slow)]
+)
 def test_trained_routes_harden_are_stored_alone_and_export_as_plain_models(settings, tmp_path):
     joint = joined(settings)
     report = train(joint)
