@@ -357,11 +357,16 @@ def command(*arguments) -> None:
     """The command line, with its errors as exceptions."""
     from surgery_cli.__main__ import app
 
+    from surgery.errors import SurgeryError
+
     out, err = StringIO(), StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
             app([str(each) for each in arguments])
         except SystemExit as end:
+            # Of a flag that what is left of the files has no use for.
+            if end.code == 2 and "Invalid value" in err.getvalue():
+                raise SurgeryError(err.getvalue().strip()[-MESSAGE:]) from None
             if end.code not in (0, None):
                 raise
     if len(out.getvalue() + err.getvalue()) > 10 * MESSAGE:
