@@ -147,7 +147,8 @@ def test_route_step_compares_hard_and_soft_routes(run):
     assert all(row["medians"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("figure", ["pairs", pytest.param("related", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("figure", ["pairs", "related"])
 def test_the_gumbel_matrix_runs(run, figure):
     rows = run("gumbel_matrix", figure, "--jobs", "1")["results"]
     assert len(rows) == 4 and all(row["runs"] == 1 for row in rows)

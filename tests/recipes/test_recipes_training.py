@@ -132,9 +132,8 @@ def small_encoder(tmp_path, monkeypatch):
 
 
 @needs_weights
-@pytest.mark.parametrize(
-    "name", [PRETRAINED[0], *(pytest.param(name, marks=pytest.mark.slow) for name in PRETRAINED[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRETRAINED)
 @pytest.mark.usefixtures("small_encoder")
 def test_recipes_of_pretrained_encoders_run_with_a_small_one(name, folder, tmp_path):
     recipe = changed(name, folder, tmp_path / "joint")
@@ -239,6 +238,7 @@ def test_digits_and_clothes_are_seen_in_other_ways(folder):
         mnist(folder=str(folder), view="rotated+blurred")
 
 
+@pytest.mark.slow
 def test_transfer_goes_on_from_nine_tasks(nine, folder, tmp_path):
     given = nine[0]
     still = ("train.optimizer.lr=1e-12", "train.templates.lr=1e-12")

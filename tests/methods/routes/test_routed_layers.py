@@ -94,9 +94,8 @@ def test_the_first_step_of_a_soft_route_computes_what_the_member_does():
     assert not torch.equal(run(joint["text"]), run(bert()))
 
 
-@pytest.mark.parametrize(
-    "settings", [{"layers": 2, "rate": 3.0}, pytest.param({"routing": "soft"}, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"layers": 2, "rate": 3.0}, {"routing": "soft"}])
 def test_trained_routes_harden_are_stored_alone_and_export_as_plain_models(settings, tmp_path):
     joint = joined(settings)
     report = train(joint)
@@ -207,7 +206,8 @@ def family(**settings):
     return surgery.join(members, surgery.plan_modules(members, "routes", {"members": True, **settings}))
 
 
-@pytest.mark.parametrize("routing", ["gumbel", pytest.param("soft", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("routing", ["gumbel", "soft"])
 def test_members_use_layers_of_others_which_stay_one(routing, tmp_path):
     joint = family(routing=routing, rate=3.0, harden=False)
     for seed, name in ((0, "a"), (1, "b")):
