@@ -61,6 +61,8 @@ class WordModel(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.lstm = nn.LSTM(width, width, layers, dropout=dropout if layers > 1 else 0.0, batch_first=True)
         self.output = nn.Linear(width, words)
+        for weight in (p for p in self.lstm.parameters() if p.ndim > 1):
+            nn.init.uniform_(weight, -((3 / width) ** 0.5), (3 / width) ** 0.5)  # of deviation 1/sqrt(width)
         nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
         nn.init.zeros_(self.output.bias)
         if tied:

@@ -44,6 +44,9 @@ FORMER = (
 TODAY = {each.former: each.name for each in FORMER}
 """Today's paths by former ones."""
 
+DEFAULTS: dict[str, Any] = {"evolution.scale": "contexts"}
+"""Defaults of former versions under `train`, by path: a run that began with them goes on with them."""
+
 
 def renewed(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A recipe's document with today's names, and what is wrong with it: settings with two values, by two names.

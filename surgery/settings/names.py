@@ -32,7 +32,7 @@ Mixing = Literal["linear", "softmax", "one-hot"]
 SIGNATURES = ("sequential", "cyclic", "progressive", "random")
 """One template for each layer, by hand."""
 
-Scale = Literal["contexts", "rows"]
+Scale = Literal["balanced", "contexts", "rows"]
 """What carries the deviation of a layer's weights when its blocks become hypermodules."""
 
 

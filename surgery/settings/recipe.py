@@ -65,6 +65,7 @@ class TaskSpec(Strict):
         adaptation: what a loss that adapts without labels compares with.
         metric: a name, or one name with its arguments, such as `{f1: {average: macro}}`.
         weight: of its loss among the tasks' losses.
+        lr: learning rate of the member; tasks of one member must agree on it.
     """
 
     data: str
@@ -76,6 +77,7 @@ class TaskSpec(Strict):
     adaptation: Adaptation | None = None
     metric: str | dict[str, dict[str, Any]] | None = None
     weight: Rate = 1.0
+    lr: Rate | None = None
 
 
 class Model(Strict):
@@ -86,12 +88,14 @@ class Model(Strict):
         name: by default from the reference.
         calibrate: a file or folder with real inputs, to measure errors of a merge on.
         tasks: what it is trained to do.
+        lr: learning rate that it is trained at, in place of `train.optimizer.lr`.
     """
 
     model: str
     name: str | None = None
     calibrate: str | None = None
     tasks: tuple[TaskSpec, ...] = ()
+    lr: Rate | None = None
 
 
 class Parameters(Target):
@@ -223,6 +227,9 @@ class Recipe(Strict):
         if not self.allow_nonfinite:  # most recipes have nothing to say of it
             del document["allow_nonfinite"]
         for model in document["models"]:
+            for each in (model, *model["tasks"]):
+                if each["lr"] is None:
+                    del each["lr"]
             if not model["tasks"]:
                 del model["tasks"]
         if not self.settings:

@@ -18,6 +18,8 @@ class Optimizer(Strict):
     Attributes:
         name: `adam`, `adamw` or `sgd`.
         lr: learning rate.
+        rates: learning rates of members in place of `lr`, by name; what members share learns at the rate of the member
+            that had it first. A recipe says them as `lr` of a model or of its task.
         soft_lr: of the soft weights; the paper takes 10 to 100 times `lr`.
         soft_eps: Adam's epsilon for the soft weights: well above their gradients, steps follow a gradient's
             size and not only its sign, so that noise decides less.
@@ -30,6 +32,7 @@ class Optimizer(Strict):
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
     lr: Rate = 1e-3
+    rates: dict[str, Rate] = Field(default_factory=dict)
     soft_lr: Rate = 0.1
     soft_eps: Rate = 1e-8
     weight_decay: NotNegative = 0.0

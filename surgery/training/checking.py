@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,11 +172,26 @@ def check_run(
     names = {name: list(joint.private(name)) for name in joint.names}
     for key in ("share", "freeze"):
         wrong += _caught(share_selectors, getattr(training, key), names, f"train.{key}")
+    wrong += [
+        f"train.optimizer.rates are of members {', '.join(joint.names)}, found {name}"
+        for name in training.optimizer.rates
+        if name not in joint.names
+    ]
     if wrong:
         raise PlanError(
             sentence(f"Training needs settings and tasks that fit the joint model; found: {'; '.join(wrong)}")
         )
-    return training, plan
+    return _with_rates(training, tasks), plan
+
+
+def _with_rates(training: Training, tasks: Sequence[Task]) -> Training:
+    """The settings with the learning rates that tasks ask for their members."""
+    rates = {**training.optimizer.rates, **{task.member: task.lr for task in tasks if task.lr is not None}}
+    if rates == training.optimizer.rates:
+        return training
+    return training.model_copy(
+        update={"optimizer": training.optimizer.model_copy(update={"rates": rates})}
+    )
 
 
 def _task_problems(joint: JointModel, tasks: Sequence[Task]) -> list[str]:
@@ -190,8 +206,15 @@ def _task_problems(joint: JointModel, tasks: Sequence[Task]) -> list[str]:
             wrong.append(f"{said} has no data")
         if not task.weight > 0:
             wrong.append(f"{said} has weight {task.weight}, not above 0")
+        if task.lr is not None and not 0 < task.lr < inf:
+            wrong.append(f"{said} has a learning rate of {task.lr}, not above 0")
         wrong += [f"{said}: {each}" for each in loss_problems(task.loss)]
         wrong += [f"{said}: {each}" for each in _metric_problems(task.metric)]
+    for member in dict.fromkeys(task.member for task in tasks):
+        rates = {task.name: task.lr for task in tasks if task.member == member}
+        if len(set(rates.values())) > 1:
+            said = ", ".join(f"{rate} of '{name}'" for name, rate in rates.items())
+            wrong.append(f"the tasks of member '{member}' must have one learning rate, but have {said}")
     return wrong or ([] if tasks else ["there is no task"])
 
 

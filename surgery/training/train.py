@@ -29,7 +29,7 @@ from surgery.training.distributed.fsdp import (
     read_sharding,
     wants_checkpointing,
 )
-from surgery.training.loop.run import Run, check_folder
+from surgery.training.loop.run import Run, begun_with, check_folder
 from surgery.training.loop.sharing_private import share_private
 from surgery.training.loop.starting import freeze, start
 from surgery.training.loop.trainer import Trainer
@@ -127,6 +127,8 @@ def _train(
         atexit.register(_part)
     if place is not None and accelerator.is_main_process:
         check_folder(place, resume)
+    if place is not None and resume:
+        settings = begun_with(place, settings)
     sharding = read_sharding(accelerator, settings)
     set_seed(seed)
     place_original = None

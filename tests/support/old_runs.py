@@ -90,10 +90,10 @@ def tasks(kind, stop=None):
     ]  # fmt: skip
 
 
-def run(kind, folder=None, stop=None, resume=False):
+def run(kind, folder=None, stop=None, resume=False, config=None):
     """Train; the joint model and the report."""
-    joint = build(kind)
-    return joint, surgery.train(joint, tasks(kind, stop), KINDS[kind], folder=folder, resume=resume, cpu=True)
+    joint, config = build(kind), config or KINDS[kind]
+    return joint, surgery.train(joint, tasks(kind, stop), config, folder=folder, resume=resume, cpu=True)
 
 
 if __name__ == "__main__":

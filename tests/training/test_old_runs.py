@@ -15,7 +15,9 @@ def test_a_run_of_an_older_version_goes_on_to_the_end_of_an_unbroken_one(kind, t
     with zipfile.ZipFile(DATA / "runs_1.zip") as archive:
         archive.extractall(tmp_path, [name for name in archive.namelist() if name.startswith(f"{kind}/")])
     before = read_log(tmp_path / kind / "log.jsonl")
-    unbroken, wanted = old_runs.run(kind)
+    config = {**old_runs.KINDS[kind]}
+    config["evolution"] = {"scale": "contexts", **config.get("evolution", {})}  # the defaults of its version
+    unbroken, wanted = old_runs.run(kind, config=config)
     resumed, found = old_runs.run(kind, tmp_path / kind, resume=True)
     events = [line["event"] for line in read_log(tmp_path / kind / "log.jsonl")]
     assert read_log(tmp_path / kind / "log.jsonl")[:3] == before[:3] and events.count("start") == 1

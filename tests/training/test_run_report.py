@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from surgery.disk.records import RECORD
 from surgery.errors import OutputError, TrainingError
 from surgery.methods.hypermodules.analysis import STATISTICS, kinds_of_modules, layer_overlap
-from surgery.settings.training import Training
+from surgery.settings.training import Evolution, Training
 from surgery.training.loop.starting import start
 from surgery.training.report.pictures import draw_run, pictures_of, write_pictures
 from surgery.training.report.report import TrainReport
@@ -26,10 +26,10 @@ from surgery.training.tasks.score import Score
 from surgery.training.train import train
 
 
-def opened(psi=None, seed=0):
+def opened(psi=None, seed=0, scale="balanced"):
     """Two small members with one bank, their alignment as it starts or as given."""
     joint = training_nets.build()
-    start(joint, Training(), seed)
+    start(joint, Training(evolution=Evolution(scale=scale)), seed)
     if psi is not None:
         key = next(iter(joint.dictionary))
         joint.dictionary[key].psi = torch.tensor(psi)
@@ -77,7 +77,7 @@ def test_chance_is_the_mean_over_dealt_alignments(seed, hypermodules):
 
 
 def test_generic_and_specific_hypermodules_are_told_apart():
-    joint = opened()
+    joint = opened(scale="contexts")
     key = next(iter(joint.dictionary))
     bank = joint.dictionary[key]
     owner = torch.zeros(bank.locations, dtype=torch.long)

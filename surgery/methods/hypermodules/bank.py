@@ -20,11 +20,16 @@ class HypermoduleBank(RowsBank):
     Attributes:
         contest: the alternatives that compete while training decides between them, else None.
         diagonals: parameter `[L, min(m, n)]`, added to the blocks' own diagonals, else None.
+        scale: `[L]`, and
+        size: `[K]`: a location's contexts are multiplied by `scale_l / size_k`, which is not trained (see
+            `methods.hypermodules.balance`); None where they are used as they are.
     """
 
     form: ClassVar[str] = "rows"
     contest: Contest | None
     diagonals: nn.Parameter | None
+    scale: Tensor | None
+    size: Tensor | None
 
     def __init__(
         self, block: tuple[int, int], rows: Tensor, psi: Tensor, contexts: Tensor, hypermodules: int
@@ -32,6 +37,9 @@ class HypermoduleBank(RowsBank):
         super().__init__(block, rows, psi, contexts, hypermodules)
         self.register_module("contest", None)
         self.register_parameter("diagonals", None)
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("size", None, persistent=False)
+        self._factors: tuple[Tensor, int, Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, bank: RowsBank) -> HypermoduleBank:
@@ -42,13 +50,40 @@ class HypermoduleBank(RowsBank):
         made.rows, made.contexts, made.origin = bank.rows, bank.contexts, bank.origin
         return made.train(bank.training)
 
+    # -- factors -------------------------------------------------------------------------------------------
+
+    def set_factors(self, scale: Tensor, size: Tensor) -> None:
+        """Multiply contexts by `scale [L] / size [K]` from now on."""
+        self.scale, self.size = scale.to(self.rows), size.to(self.rows)
+
+    def factors_of(self, locations: Tensor, hypermodules: Tensor) -> Tensor | None:
+        """By what contexts are multiplied at some locations `[N]` with hypermodules `[N, A]`: `[N, A]`, or None."""
+        if self.scale is None or self.size is None:
+            return None
+        return self.scale[locations].unsqueeze(1) / self.size[hypermodules]
+
+    @property
+    def factors(self) -> Tensor:
+        """By what the contexts of each location are multiplied: `[L]`, kept while the alignment stays as it is."""
+        if self.scale is None or self.size is None:
+            return torch.ones(self.locations, dtype=self.rows.dtype, device=self.device)
+        known = self._factors
+        if known is None or known[0] is not self.psi or known[1] != self.psi._version or known[2] is not self.size:
+            known = self._factors = (self.psi, self.psi._version, self.size, self.scale / self.size[self.psi])
+        return known[3]
+
+    @property
+    def coefficients(self) -> Tensor:
+        """Contexts times factors."""
+        return self.contexts if self.scale is None else self.contexts * self.factors.unsqueeze(1)
+
     def blocks(self, start: int = 0, stop: int | None = None, task: str | None = None) -> Tensor:
         """Generate blocks; while a contest is open, alternatives weighted. # Eq. (5), Eq. (8)"""
         if self.contest is None:
             blocks = super().blocks(start, stop)
         else:
             with torch.autocast(self.rows.device.type, enabled=False):
-                blocks = self.contest.blocks(self.rows, self.contexts, start, stop)
+                blocks = self.contest.blocks(self.rows, self.contexts, start, stop, self.coefficients)
         return blocks if self.diagonals is None else self._on_diagonals(blocks, self.diagonals[start:stop])
 
     def add_diagonals(self) -> None:
@@ -90,9 +125,22 @@ class HypermoduleBank(RowsBank):
         return [rows, Trained("contexts", (*contexts.parameters, *own), decay=False)]
 
     def state(self) -> Parts:
-        """Rows, contexts, alignment and diagonals; an open contest is kept beside it."""
-        own = {} if self.diagonals is None else {"diagonals": self.diagonals.detach()}
-        return {**super().state(), **own}
+        """Rows, contexts, alignment, diagonals and factors; an open contest is kept beside it."""
+        own = {"diagonals": self.diagonals, "scale": self.scale, "size": self.size}
+        return {**super().state(), **{name: t.detach() for name, t in own.items() if t is not None}}
+
+    def misfits(self, state: Mapping[str, Tensor]) -> list[str]:
+        """As of rows and codes; each hypermodule has a size, above 0."""
+        own, size = self.size, state.get("size")
+        if own is None or size is None or not isinstance(state.get("rows"), Tensor):
+            return super().misfits(state)
+        count = len(state["rows"]) // self.context
+        if wrong := super().misfits({**state, "size": size if size.shape != (count,) else own}):
+            return wrong
+        factors = torch.cat([size, state["scale"]])
+        if size.dtype != own.dtype or not bool((factors.isfinite() & (factors > 0)).all()):
+            return ["must have factors above 0"]
+        return []
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -100,6 +148,8 @@ class HypermoduleBank(RowsBank):
         super().restore(state)
         if self.diagonals is not None:
             self.diagonals.copy_(state["diagonals"])
+        if self.scale is not None:
+            self.set_factors(state["scale"].to(self.device, copy=True), state["size"].to(self.device, copy=True))
         self.contest = None
 
     @property
@@ -120,3 +170,10 @@ class HypermoduleBank(RowsBank):
         if self.diagonals is not None:
             return "each of its blocks has a diagonal of its own"
         return super().refuses(locations)
+
+    def write(self, locations: Tensor, blocks: Tensor) -> None:
+        """As of rows and codes, with a factor of 1."""
+        super().write(locations, blocks)
+        if self.scale is not None and self.size is not None:
+            self.scale[locations] = self.size[self.psi[locations]]
+            self._factors = None

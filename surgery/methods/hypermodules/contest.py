@@ -23,6 +23,7 @@ class Contest(nn.Module):
         candidates: `[N, 1+lambda]` hypermodules, the incumbent first.
         soft: parameter `[N, 1+lambda]`.
         contexts: parameter `[N, lambda, c]` of challengers that have their own, else None.
+        factors: `[N, 1+lambda]`, by what contexts are multiplied; None where they are used as they are.
 
     Example:
         >>> contest = Contest(torch.tensor([0, 1, 2]), 3, torch.tensor([1]), torch.tensor([[2]]), 1, 0.5)
@@ -32,6 +33,7 @@ class Contest(nn.Module):
 
     chosen: Tensor
     candidates: Tensor
+    factors: Tensor | None
     index: Tensor
     offset: Tensor
     _source: Tensor
@@ -46,6 +48,7 @@ class Contest(nn.Module):
         context: int,
         alpha: float,
         contexts: Tensor | None = None,
+        factors: Tensor | None = None,
     ):
         """Open a contest.
 
@@ -57,6 +60,7 @@ class Contest(nn.Module):
             context: c.
             alpha: probability of not choosing the incumbent, at the start.
             contexts: `[N, lambda, c]`, where challengers do not use their location's own.
+            factors: `[N, 1+lambda]`, by what contexts are multiplied with each alternative; 1 by default.
         """
         super().__init__()
         self.context, self.hypermodules = context, hypermodules
@@ -66,26 +70,36 @@ class Contest(nn.Module):
         start[:, 0] = 0
         self.soft = nn.Parameter(start)
         self.contexts = None if contexts is None else nn.Parameter(contexts)
-        for name, tensor in (("chosen", chosen), ("candidates", candidates)):
+        for name, tensor in (("chosen", chosen), ("candidates", candidates), ("factors", factors)):
             self.register_buffer(name, tensor, persistent=False)
         for name, tensor in zip(("index", "offset"), self._bags(psi), strict=True):
             self.register_buffer(name, tensor, persistent=False)
         self._transposed: TransposedIndex | None = None
 
-    def coefficients(self, contexts: Tensor) -> Tensor:
+    def coefficients(self, contexts: Tensor, coefficients: Tensor | None = None) -> Tensor:
         """`softmax(s_l)_i * z_l` for every entry of the code, in its order: `[E]`. # Eq. (8)
 
         Args:
             contexts: `[L, c]` of the bank.
+            coefficients: `[L, c]` of the bank, contexts times factors; by default the contexts.
         """
-        probability = self.soft.softmax(1).to(contexts.dtype).unsqueeze(2)
+        probability = self.soft.softmax(1).to(contexts.dtype)
+        probability = (probability if self.factors is None else probability * self.factors).unsqueeze(2)
         own = contexts.index_select(0, self.chosen).unsqueeze(1)
         rivals = probability * (own if self.contexts is None else torch.cat([own, self.contexts], 1))
         # Entries are gathered from two tables, sampled and not, in the order of the code.
-        table = torch.cat([contexts.reshape(-1), rivals.reshape(-1)])
+        plain = contexts if coefficients is None else coefficients
+        table = torch.cat([plain.reshape(-1), rivals.reshape(-1)])
         return table.index_select(0, self._source)
 
-    def blocks(self, rows: Tensor, contexts: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+    def blocks(
+        self,
+        rows: Tensor,
+        contexts: Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        coefficients: Tensor | None = None,
+    ) -> Tensor:
         """Generate the blocks `[L', d]` of locations `start` to `stop`, alternatives weighted. # Eq. (8)
 
         Args:
@@ -93,10 +107,11 @@ class Contest(nn.Module):
             contexts: `[L, c]` of the bank.
             start: first location.
             stop: one past the last location; the end by default.
+            coefficients: `[L, c]` of the bank, contexts times factors; by default the contexts.
         """
         locations = len(contexts)
         stop = locations if stop is None else stop
-        coefficient = self.coefficients(contexts)
+        coefficient = self.coefficients(contexts, coefficients)
         if locations * len(rows) <= DENSE_CODE:
             code = coefficient.new_zeros(locations * len(rows)).index_add(0, self._place, coefficient)
             return code.view(locations, len(rows))[start:stop] @ rows

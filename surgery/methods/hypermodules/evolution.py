@@ -61,8 +61,26 @@ def contend(
             contexts = fit_contexts(blocks, _hypermodules(bank), drawn, total=_total(bank))
             if settings.contexts == "scaled":
                 contexts = scale_contexts(contexts, blocks, _hypermodules(bank), drawn, _total(bank))
-    bank.contest = Contest(bank.psi, bank.hypermodules, chosen, drawn, bank.context, alpha, contexts)
+    bank.contest = open_contest(bank, chosen, drawn, alpha, contexts)
     return resized
+
+
+def open_contest(
+    bank: HypermoduleBank, chosen: Tensor, drawn: Tensor, alpha: float, coefficients: Tensor | None = None
+) -> Contest:
+    """A contest of challengers `drawn [N, lambda]` for the locations `chosen [N]` of a bank.
+
+    Args:
+        bank: with hypermodules only, those drawn among them.
+        chosen: ascending.
+        drawn: hypermodules.
+        alpha: probability of not choosing the incumbent.
+        coefficients: `[N, lambda, c]` of challengers that do not use their location's own contexts.
+    """
+    factors = bank.factors_of(chosen, torch.cat([bank.psi[chosen].unsqueeze(1), drawn.to(bank.psi)], 1))
+    if coefficients is not None and factors is not None:
+        coefficients = coefficients / factors[:, 1:].unsqueeze(2)
+    return Contest(bank.psi, bank.hypermodules, chosen, drawn, bank.context, alpha, coefficients, factors)
 
 
 def conclude(bank: HypermoduleBank) -> tuple[list[Resized], int]:
@@ -185,7 +203,7 @@ def _draw(
 
 
 def _grow(bank: HypermoduleBank, new: int, generator: torch.Generator) -> Resized:
-    """Append new hypermodules of deviation 1/sqrt(c), times what rows have grown to since."""
+    """Append new hypermodules, noise of the deviation that the rows of all have."""
     old, c = bank.rows, bank.context
     noise = torch.randn(new * c, bank.width, generator=generator, dtype=old.dtype)
     noise, size = bank.columns.cut(noise), bank.columns.mean(old.detach().square()).sqrt()
@@ -204,6 +222,10 @@ def _replace(bank: HypermoduleBank, rows: Tensor, source: Tensor, hypermodules: 
     old = bank.rows
     bank.rows = nn.Parameter(rows, requires_grad=old.requires_grad)
     bank.hypermodules = hypermodules
+    if bank.size is not None:
+        module = source[:: bank.context] // bank.context
+        typical = bank.size.square().mean().sqrt()  # of new ones
+        bank.size = torch.where(module >= 0, bank.size[module.clamp_min(0)], typical)
     return Resized(old, bank.rows, source)
 
 

@@ -38,10 +38,12 @@ class HypermoduleOpening:
     Attributes:
         context: c; by default what the plan says. With 0, hypermodules of one basis block with coefficients that stay.
         scale: what carries the deviations of layers; see `open_bank`.
+        norm: as in `open_bank`.
     """
 
     context: int | None = None
     scale: Scale = "contexts"
+    norm: int = 1
 
 
 @register_method
@@ -80,8 +82,11 @@ class Hypermodules(RowsMethod):
 
     def training_options(self, config: Training) -> dict[str, Any]:
         """Hypermodules of one basis block where locations have no contexts."""
+        from surgery.methods.hypermodules.balance import norm_of
+
         settings = config.evolution
-        return {"context": None if settings.codes == "contexts" else 0, "scale": settings.scale}
+        context = None if settings.codes == "contexts" else 0
+        return {"context": context, "scale": settings.scale, "norm": norm_of(config.optimizer)}
 
     def unsuited(self, joint: JointModel, config: Training) -> list[str]:
         """Codes that cannot go on from what there is."""
@@ -97,10 +102,14 @@ class Hypermodules(RowsMethod):
         return f"{config.burn_in} burn-in, {config.generations} {change}, {config.final} final"
 
     def start(self, joint: JointModel, config: Training, generator: torch.Generator) -> None:
-        """Give every bank the alignment to begin with."""
+        """Give every bank the alignment to begin with, and bring it into balance."""
+        from surgery.methods.hypermodules.balance import balance_banks
         from surgery.methods.hypermodules.starts import align
 
-        align(joint, config.evolution, generator)
+        settings = config.evolution
+        align(joint, settings, generator)
+        if settings.scale == "balanced":
+            balance_banks(joint, config.optimizer, settings.codes == "contexts")
 
     def take_over(self, joint: JointModel, loaded: JointModel) -> None:
         """Hypermodules go on in all blocks that the artifact has too."""
@@ -136,8 +145,8 @@ class Hypermodules(RowsMethod):
             return fixed_bank(bank)
         sigma = _deviations(bank.blocks(), [p for p in plan.placements if p.bank == key])
         if bank.hypermodules:
-            return open_rest(bank, how.generator, sigma, given.scale)
-        return open_bank(bank, c, how.generator, sigma, given.scale)
+            return open_rest(bank, how.generator, sigma, given.scale, given.norm)
+        return open_bank(bank, c, how.generator, sigma, given.scale, given.norm)
 
 
 @torch.no_grad()

@@ -56,6 +56,11 @@ class HypermoduleMoves(Moves):
 
     # -- parameters ----------------------------------------------------------------------------------------
 
+    @property
+    def balances(self) -> bool:
+        """By factors, where rows are balanced."""
+        return self.config.evolution.scale == "balanced"
+
     def more_groups(self) -> list[Trained]:
         """Soft weights, with a learning rate of their own; between contests there are none."""
         settings = self.config.optimizer
@@ -254,15 +259,16 @@ def unpack_contest(bank: HypermoduleBank, tensors: Mapping[str, Tensor]) -> Cont
         return None
     device = bank.rows.device
     candidates = tensors["candidates"].to(device)
-    own = tensors.get("contexts")
+    own, chosen = tensors.get("contexts"), tensors["chosen"].to(device)
     contest = Contest(
         bank.psi,
         bank.hypermodules,
-        tensors["chosen"].to(device),
+        chosen,
         candidates[:, 1:],
         bank.context,
         0.5,  # where soft weights began no longer matters
         None if own is None else own.to(device, copy=True),
+        bank.factors_of(chosen, candidates),
     )
     with torch.no_grad():
         contest.soft.copy_(tensors["soft"])

@@ -31,6 +31,7 @@ def open_bank(
     generator: torch.Generator,
     sigma: Tensor | None = None,
     scale: Scale = "contexts",
+    norm: int = 1,
 ) -> HypermoduleBank:
     """The pessimistic start for training: each single row becomes a hypermodule of c basis blocks.
 
@@ -40,14 +41,16 @@ def open_bank(
 
     With `scale` rows it is the hypermodules that have the layers' deviations, and |z| = 1. A step of an optimizer such
     as Adam then moves weights as far as it does in plain training; otherwise it moves them |z| times as far, which for
-    pretrained layers, of deviation 0.05, is next to nothing.
+    pretrained layers, of deviation 0.05, is next to nothing. With |z| = 1 a step of Adam moves a block sqrt(c) times as
+    far; with `scale` balanced the norm of z that says how far is 1 (see `balance`), and rows are as much larger.
 
     Args:
         bank: without hypermodules, as `exact_bank` makes it.
         context: c.
         generator: on the CPU; decides the noise.
         sigma: `[L]`, the deviation of the weights that each location belongs to; by default that of the bank.
-        scale: what carries the layers' deviations, `contexts` as in the paper or `rows`.
+        scale: what carries the layers' deviations, `contexts` as in the paper, `rows`, or rows that are `balanced`.
+        norm: the norm of z that is 1 where rows are balanced; see `norm_of`.
     """
     if bank.hypermodules:
         raise ValueError("only a bank of single rows can be opened")
@@ -65,6 +68,9 @@ def open_bank(
     basis = noise / context**0.5
     if scale == "rows":
         basis, lead = basis * lead[:, None, None], torch.ones_like(lead)
+    elif scale == "balanced":
+        longer = context ** (1 / norm - 0.5)
+        basis, lead = noise * (longer * lead)[:, None, None], torch.full_like(lead, 1 / longer)
     z = (lead / context**0.5).unsqueeze(1).expand(count, context)  # Eq. (7), sqrt(c) for c
     for _ in range(2):  # the second pass takes away the first one's rounding
         error = rows - torch.einsum("kc,kcd->kd", z, basis)
@@ -78,7 +84,11 @@ def open_bank(
 
 
 def open_rest(
-    bank: RowsBank, generator: torch.Generator, sigma: Tensor | None = None, scale: Scale = "contexts"
+    bank: RowsBank,
+    generator: torch.Generator,
+    sigma: Tensor | None = None,
+    scale: Scale = "contexts",
+    norm: int = 1,
 ) -> HypermoduleBank:
     """Open the single rows of a bank that has hypermodules already; these stay as they are.
 
@@ -87,12 +97,13 @@ def open_rest(
         generator: on the CPU; decides the noise of new basis blocks.
         sigma: `[L]`, as in `open_bank`.
         scale: as in `open_bank`.
+        norm: as in `open_bank`.
     """
     c, count = bank.context, bank.hypermodules
     single = bank.psi >= count
     rows, contexts = bank.rows.detach(), bank.contexts.detach().clone()
     alone = RowsBank(bank.block, rows[count * c :], bank.psi[single] - count, contexts[single, :1], 0)
-    opened = open_bank(alone, c, generator, None if sigma is None else sigma[single], scale)
+    opened = open_bank(alone, c, generator, None if sigma is None else sigma[single], scale, norm)
     contexts[single] = opened.contexts.detach()
     psi = bank.psi.clone()
     psi[single] = opened.psi + count

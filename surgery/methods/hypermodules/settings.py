@@ -40,9 +40,11 @@ class Evolution(Strict):
         contexts: challengers use the location's `own` context, one `fitted` to its block by least squares, or
             a fitted one `scaled` so that the block that it generates is as long as the incumbent's: a fit alone
             shortens every block that a challenger does not wholly explain, which costs it the contest.
-        scale: what carries the deviation of a layer's weights: its `contexts`, as in the paper, so that a location
-            can use any hypermodule with the context it has; or `rows`, so that a learning rate means what it means
-            in plain training, for pretrained members. With `rows`, challengers should have contexts of their own.
+        scale: what carries the deviation of a layer's weights. `balanced`: rows, with a factor at each location that is
+            not trained, so that a step moves weights as far as in plain training and any hypermodule generates blocks
+            of a location's own deviation. `contexts`, as in the paper: a step moves weights a tenth as far or less.
+            `rows`: steps of Adam are sqrt(c) times those of plain training, and challengers should have contexts of
+            their own.
         alpha: probability of not choosing the incumbent, at the start of a generation; the number of
             challengers over that of alternatives makes all alike.
         final_alpha: what `alpha` falls to, geometrically, until the last generation; none keeps it.
@@ -61,7 +63,7 @@ class Evolution(Strict):
     least: Annotated[float, Field(ge=0, le=1)] = 0.0
     siblings: bool = False
     contexts: Literal["own", "fitted", "scaled"] = "own"
-    scale: Scale = "contexts"
+    scale: Scale = "balanced"
     alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
     final_alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
     epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-4

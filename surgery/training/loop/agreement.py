@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.disk.places import into_artifact
 from surgery.disk.untrusted import shown_text
-from surgery.settings.former import TODAY
+from surgery.settings.former import DEFAULTS, TODAY
+from surgery.settings.training import Training
 from surgery.training.loop.describing import adapted_of
 from surgery.training.tasks.tasks import Task
 
@@ -23,13 +24,15 @@ def terms_of(trainer: Trainer, seed: int, folder: Path | None = None) -> dict[st
     """All that a state must agree with: where blocks lie, tasks, settings and seed.
 
     Paths are relative to the run's folder, so that a run may go on from another working directory. Learning rates and
-    clipping may change, for a run whose loss was no longer finite.
+    clipping may change, for a run whose loss was no longer finite; where members have rates of their own, these and what
+    they are relative to stay.
     """
     joint, config = trainer.joint, trainer.config
     placements: list[Any] = [
         (p.site.member, p.site.name, p.bank, str(p.grid), p.start) for p in joint.plan.placements
     ]
-    free = {"save_seconds": True, "trackers": True, "optimizer": {"lr", "soft_lr", "clip"}}
+    rates = {"soft_lr", "clip"} if config.optimizer.rates else {"lr", "rates", "soft_lr", "clip"}
+    free = {"save_seconds": True, "trackers": True, "optimizer": rates}
     train = config.model_dump(mode="json", exclude=free)
     if folder is not None:
         train = into_artifact(folder).training(train)
@@ -44,6 +47,29 @@ def terms_of(trainer: Trainer, seed: int, folder: Path | None = None) -> dict[st
         "seed": seed,
         "train": train,
     }
+
+
+def as_begun(config: Training, before: object) -> Training:
+    """The settings of a run that goes on: what is not given, and had another default in the version that began it, has
+    that one.
+
+    Args:
+        config: of the run as it is asked for now.
+        before: what the state says of these settings.
+    """
+    old = flat(before) if isinstance(before, Mapping) else {}
+    for name, value in DEFAULTS.items():
+        if old.get(name, value) == value:
+            config = _unless_given(config, name.split("."), value)
+    return config
+
+
+def _unless_given(settings: Any, path: list[str], value: object) -> Any:
+    """Settings with a value at a place where nothing is given."""
+    key, *rest = path
+    if rest:
+        return settings.model_copy(update={key: _unless_given(getattr(settings, key), rest, value)})
+    return settings if key in settings.model_fields_set else settings.model_copy(update={key: value})
 
 
 def differences(terms: Mapping[str, Any], before: object) -> str:

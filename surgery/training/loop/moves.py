@@ -8,6 +8,7 @@ between generations, keeps a state of its own, and says what the log holds of it
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -73,8 +74,26 @@ class Moves:
     # -- parameters ----------------------------------------------------------------------------------------
 
     def groups(self) -> list[Trained]:
-        """What the optimizer steps of the method's banks, with learning rates of roles."""
-        return [trained for bank in self.banks.values() for trained in bank.trained()]
+        """What the optimizer steps of the method's banks, with learning rates of roles, and of members that have theirs.
+
+        A bank of several members learns at the lowest of their rates, unless the method `balances` them.
+        """
+        found: list[Trained] = []
+        for key, bank in self.banks.items():
+            members = {p.site.member for p in self.joint.plan.placements if p.bank == key}
+            rate = None if self.balances else self._rate(members)
+            found += [replace(t, lr=rate) if rate and t.lr is None else t for t in bank.trained()]
+        return found
+
+    @property
+    def balances(self) -> bool:
+        """Whether the method's banks make what is of each member learn at that member's rate by themselves."""
+        return False
+
+    def _rate(self, members: Collection[str]) -> float | None:
+        """The rate of some members, where they have rates of their own: the lowest, as of other things they share."""
+        settings = self.config.optimizer
+        return min((settings.rates.get(name, settings.lr) for name in members), default=None) if settings.rates else None
 
     def more_groups(self) -> list[Trained]:
         """Groups besides: private parameters that are stepped in another way, and those that are empty at first."""

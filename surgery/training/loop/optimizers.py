@@ -48,8 +48,24 @@ def make_optimizer(
     more = [_stepped(joint, t) for each in moves for t in each.more_groups()]
     apart = {id(p) for trained in more for p in trained.parameters}
     private = [p for p in joint.trained_private() if id(p) not in apart]
-    groups = [*found, Trained("private", tuple(private)), *more]
+    groups = [*found, *_private(joint, private, settings), *more]
     return OPTIMIZERS[settings.name]([_group(trained, settings) for trained in groups], settings)
+
+
+def _private(joint: JointModel, parameters: Sequence[nn.Parameter], settings: Optimizer) -> list[Trained]:
+    """One group for each learning rate of members; what several of them share takes the lowest of theirs."""
+    rates: dict[int, float] = {}
+    for name in joint.names if settings.rates else ():
+        rate = settings.rates.get(name, settings.lr)
+        for p in joint.private(name).values():
+            own = joint.stepped(p)
+            rates[id(own)] = min(rate, rates.get(id(own), rate))
+    groups: dict[float, list[nn.Parameter]] = {}
+    for p in parameters:
+        groups.setdefault(rates.get(id(p), settings.lr), []).append(p)
+    if not groups:
+        return [Trained("private", ())]
+    return [Trained("private", tuple(own), lr=rate) for rate, own in groups.items()]
 
 
 def _group(trained: Trained, settings: Optimizer) -> dict[str, Any]:

@@ -18,12 +18,12 @@ from surgery.disk.records import check_free, note, read_record
 from surgery.errors import PlanError, TrainingError
 from surgery.settings.training import Training
 from surgery.storage.stored import loosened
-from surgery.training.loop.agreement import differences, flat, terms_of
+from surgery.training.loop.agreement import as_begun, differences, flat, terms_of
 from surgery.training.loop.checkpoint import pack, raise_unfit, unpack
 from surgery.training.loop.describing import adapted_of, describe_run
 from surgery.training.loop.interruptions import Interrupted, stop_signals
 from surgery.training.loop.moves import gather
-from surgery.training.loop.state import Tensors, read_state, restore, snapshot, write_state
+from surgery.training.loop.state import Tensors, read_document, read_state, restore, snapshot, write_state
 from surgery.training.loop.state_check import wrong_model
 from surgery.training.loop.state_document import BestDocument
 from surgery.training.loop.trainer import Trainer
@@ -59,6 +59,18 @@ def check_folder(folder: Path, resume: bool) -> None:
             read_state(folder / STATE)  # that it can be read says whose it is: older runs have no record
     else:
         check_free(folder, FILES)
+
+
+def begun_with(folder: Path, config: Training) -> Training:
+    """The settings with which the run in a folder goes on: its own former defaults where nothing is given.
+
+    Args:
+        folder: with the state of a run, or none.
+        config: as it is asked for now.
+    """
+    if not os.path.lexists(folder / STATE):
+        return config
+    return as_begun(config, read_document(folder / STATE).get("plan", {}).get("train"))
 
 
 class Run:

@@ -149,6 +149,14 @@ def write_state(path: Path, tensors: Mapping[StateKey, Tensor], document: Mappin
     beside.replace(path)
 
 
+def read_document(path: Path) -> dict[str, Any]:
+    """The JSON document of a state, unchecked; empty where it cannot be read, which `read_state` explains."""
+    try:
+        return dict(as_mapping(parse_json(parse_header(path).metadata["document"], finite=False)))
+    except (UnreadableError, OSError, KeyError):
+        return {}
+
+
 def read_state(path: Path, kind: type[BaseModel] = StateDocument) -> tuple[Tensors, dict[str, Any]]:
     """What `write_state` wrote, its document typed and its bytes those that were written.
 

@@ -54,13 +54,25 @@ def make_tasks(
         PlanError: where a recipe names no task.
     """
     tasks: list[Task] = []
+    rates = {model.name: model.lr for model in recipe.models}
     for name, member, spec in named_specs(recipe):
         parts = (
             read(spec, members[member]) if read else load_data(spec, members[member], recipe.seed, permission)
         )
         data = parts.train if spec.labels else Unlabelled(parts.train)
+        rate = rates[member] if spec.lr is None else spec.lr
         tasks.append(
-            Task(name, member, data, spec.loss, spec.metric, parts.validation, parts.test, spec.weight)
+            Task(
+                name,
+                member,
+                data,
+                spec.loss,
+                spec.metric,
+                parts.validation,
+                parts.test,
+                spec.weight,
+                lr=rate,
+            )
         )
     if not tasks:
         raise PlanError("A training recipe needs tasks: give at least one of its models a list 'tasks'.")

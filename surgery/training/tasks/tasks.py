@@ -127,6 +127,7 @@ class Task:
         test: data that nothing is chosen by.
         weight: of its loss among the tasks' losses.
         source: features of another domain, which losses of adaptation compare with.
+        lr: learning rate of the member, in place of the run's; tasks of one member must agree on it.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Task:
     test: Iterable[Any] | None = None
     weight: float = 1.0
     source: SourceFeatures | None = None
+    lr: float | None = None
 
 
 def prediction_of(output: Any) -> Tensor:
