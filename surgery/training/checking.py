@@ -189,9 +189,7 @@ def _with_rates(training: Training, tasks: Sequence[Task]) -> Training:
     rates = {**training.optimizer.rates, **{task.member: task.lr for task in tasks if task.lr is not None}}
     if rates == training.optimizer.rates:
         return training
-    return training.model_copy(
-        update={"optimizer": training.optimizer.model_copy(update={"rates": rates})}
-    )
+    return training.model_copy(update={"optimizer": training.optimizer.model_copy(update={"rates": rates})})
 
 
 def _task_problems(joint: JointModel, tasks: Sequence[Task]) -> list[str]:

@@ -33,8 +33,8 @@ SHARE = 0.1
 def norm_of(settings: Optimizer) -> int:
     """Which norm of a location's coefficients says how far a step of its rows moves the block.
 
-    Steps of Adam have the size of the learning rate in each row, whatever its gradient, so they add up to |z|_1; those of
-    SGD follow a gradient that is z_j times the block's, and add up to |z|_2 squared.
+    Steps of Adam have the size of the learning rate in each row, whatever its gradient, so they add up to |z|_1; those
+    of SGD follow a gradient that is z_j times the block's, and add up to |z|_2 squared.
 
     Args:
         settings: of the optimizer.

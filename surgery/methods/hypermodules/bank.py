@@ -68,7 +68,12 @@ class HypermoduleBank(RowsBank):
         if self.scale is None or self.size is None:
             return torch.ones(self.locations, dtype=self.rows.dtype, device=self.device)
         known = self._factors
-        if known is None or known[0] is not self.psi or known[1] != self.psi._version or known[2] is not self.size:
+        if (
+            known is None
+            or known[0] is not self.psi
+            or known[1] != self.psi._version
+            or known[2] is not self.size
+        ):
             known = self._factors = (self.psi, self.psi._version, self.size, self.scale / self.size[self.psi])
         return known[3]
 
@@ -149,7 +154,9 @@ class HypermoduleBank(RowsBank):
         if self.diagonals is not None:
             self.diagonals.copy_(state["diagonals"])
         if self.scale is not None:
-            self.set_factors(state["scale"].to(self.device, copy=True), state["size"].to(self.device, copy=True))
+            self.set_factors(
+                state["scale"].to(self.device, copy=True), state["size"].to(self.device, copy=True)
+            )
         self.contest = None
 
     @property

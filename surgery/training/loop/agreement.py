@@ -24,8 +24,8 @@ def terms_of(trainer: Trainer, seed: int, folder: Path | None = None) -> dict[st
     """All that a state must agree with: where blocks lie, tasks, settings and seed.
 
     Paths are relative to the run's folder, so that a run may go on from another working directory. Learning rates and
-    clipping may change, for a run whose loss was no longer finite; where members have rates of their own, these and what
-    they are relative to stay.
+    clipping may change, for a run whose loss was no longer finite; where members have rates of their own, these and
+    what they are relative to stay.
     """
     joint, config = trainer.joint, trainer.config
     placements: list[Any] = [

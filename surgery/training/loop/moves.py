@@ -74,7 +74,7 @@ class Moves:
     # -- parameters ----------------------------------------------------------------------------------------
 
     def groups(self) -> list[Trained]:
-        """What the optimizer steps of the method's banks, with learning rates of roles, and of members that have theirs.
+        """What the optimizer steps of the method's banks, with learning rates of roles and of members.
 
         A bank of several members learns at the lowest of their rates, unless the method `balances` them.
         """
@@ -91,9 +91,11 @@ class Moves:
         return False
 
     def _rate(self, members: Collection[str]) -> float | None:
-        """The rate of some members, where they have rates of their own: the lowest, as of other things they share."""
+        """The lowest rate of some members, where any has one of its own."""
         settings = self.config.optimizer
-        return min((settings.rates.get(name, settings.lr) for name in members), default=None) if settings.rates else None
+        if not settings.rates:
+            return None
+        return min((settings.rates.get(name, settings.lr) for name in members), default=None)
 
     def more_groups(self) -> list[Trained]:
         """Groups besides: private parameters that are stepped in another way, and those that are empty at first."""

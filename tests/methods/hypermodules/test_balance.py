@@ -49,7 +49,12 @@ def pictures():
 
 def strands():
     return nn.Sequential(
-        nn.Conv1d(4, 8, 1), nn.Conv1d(8, 16, 5), nn.Flatten(), nn.Linear(16 * 8, 16), nn.ReLU(), nn.Linear(16, 3)
+        nn.Conv1d(4, 8, 1),
+        nn.Conv1d(8, 16, 5),
+        nn.Flatten(),
+        nn.Linear(16 * 8, 16),
+        nn.ReLU(),
+        nn.Linear(16, 3),
     )
 
 
@@ -75,7 +80,10 @@ def after_a_step(scale, block, context, config):
     joint = surgery.join(members, block=block, context=context)
     sites = [(p.site.member, p.site.name) for p in joint.plan.placements]
     before = {(m, n): t for m, state in joint.collapse().items() for n, t in state.items()}
-    tasks = [Task(name, name, [(x, y)], lambda scores, batch: loss(scores, batch.target)) for name, (_, x, y) in made.items()]
+    tasks = [
+        Task(name, name, [(x, y)], lambda scores, batch: loss(scores, batch.target))
+        for name, (_, x, y) in made.items()
+    ]
     training = Training.model_validate(config)
     start(joint, training, 0)
     for member, state in joint.collapse().items():  # an exact start, bit for bit
