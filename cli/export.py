@@ -13,6 +13,7 @@ from .options import RUN, Debug, Folder, Json, Overwrite, Quiet, TrustRemoteCode
 EXAMPLES = """
 surgery export joint --member minilm --format plain --out minilm-plain
 surgery export joint --member minilm --format compressed --out minilm-small
+surgery export joint --member minilm --format transformers --out minilm-coded
 """
 
 
@@ -30,12 +31,13 @@ def export(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR2", rich_help_panel=RUN, help="Folder to write.")],
     format: Annotated[
-        Literal["plain", "compressed"],
+        Literal["plain", "compressed", "transformers"],
         typer.Option(
             "--format",
             rich_help_panel=RUN,
             help="[cyan]plain[/cyan]: transformers or timm load it without surgery. "
-            "[cyan]compressed[/cyan]: the smallest folder, for surgery.load.",
+            "[cyan]compressed[/cyan]: the smallest folder, for surgery.load. "
+            "[cyan]transformers[/cyan]: compressed, for AutoModel.from_pretrained after import surgery.",
         ),
     ] = "plain",
     harden: Annotated[

@@ -27,6 +27,7 @@ from surgery.errors import (
     TraceError,
     TrainingError,
 )
+from surgery.integrations.arrival import when_imported
 from surgery.version import __version__
 
 if TYPE_CHECKING:
@@ -100,3 +101,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+when_imported("transformers.quantizers.auto", "surgery.integrations.transformers")

@@ -10,7 +10,7 @@ import surgery
 ROOT = Path(surgery.__file__).parent
 
 ROOMS = (
-    "errors", "permission", "version",
+    "errors", "integrations.arrival", "permission", "version",
     "disk.untrusted", "disk.tensorheader", "storage.lazy", "disk",
     "util", "settings.problems", "settings.quantities", "settings.names",
     "methods.hypermodules.settings", "methods.templates.settings",
@@ -19,7 +19,7 @@ ROOMS = (
     "storage.codecs", "storage.keys", "anatomy", "core.bank", "core.dictionary", "core.kernel", "core.method",
     "core.registry", "methods.rows", "core.generation", "slots", "core", "storage",
     "fitting", "training.tasks.score", "training.report.report", "training.report.log_lines", "training.report.runlog",
-    "artifact",
+    "artifact", "integrations",
     "training.tasks", "training.report", "training.loop", "training.distributed", "training",
     "methods", "page", "pipeline",
 )  # fmt: skip

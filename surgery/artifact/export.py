@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from surgery.artifact.folder import load
+from surgery.artifact.formats.transformers import write_transformers
 from surgery.artifact.manifest import read_manifest
 from surgery.artifact.reading import read_stored
 from surgery.artifact.rebuild import as_exported, as_saved
@@ -27,6 +28,9 @@ from surgery.storage.trim import on_cpu, restrict
 if TYPE_CHECKING:
     from torch import nn
 
+Format = Literal["plain", "compressed", "transformers"]
+"""Formats of an export."""
+
 BARE_KINDS = ("module", "factory")
 """Origins whose plain form is a state dict, for which no class is needed."""
 
@@ -36,7 +40,7 @@ def export(
     member: str,
     out: str | Path,
     *,
-    format: Literal["plain", "compressed"] = "plain",
+    format: Format = "plain",
     harden: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -48,7 +52,8 @@ def export(
         member: its name.
         out: the folder; it appears whole or not at all.
         format: `plain` is ordinary weights that transformers, timm or `load_state_dict` read without this
-            package; `compressed` is the smallest artifact of this member, for `surgery.load`.
+            package; `compressed` is the smallest artifact of this member, for `surgery.load`; `transformers` is
+            compressed as well, for `AutoModel.from_pretrained` where `surgery` is imported.
         harden: whether the member is written with what is soft in it made hard: routes through its layers.
         overwrite: whether an earlier export or artifact that is already there is replaced.
         trust_remote_code: whether Python files that come with a transformers model may run.
@@ -59,16 +64,17 @@ def export(
     Raises:
         PlanError: where there is no such member or format.
         ArtifactError: where the artifact is damaged.
-        ExportError: where a module of the member was replaced and has no plain form.
+        ExportError: where a module of the member was replaced and has no plain form, or the format is not one for
+            the member.
         OutputError: where the folder exists, holds other files, cannot be written, or the disk is full.
 
     Example:
         >>> surgery.export("joint", "text", "text", format="plain")
         PosixPath('/home/me/text')
     """
-    if format not in ("plain", "compressed"):
+    if format not in get_args(Format):
         raise PlanError(
-            f"The format of an export is plain or compressed, found '{format}'; give one of these."
+            f"The format of an export is one of {', '.join(get_args(Format))}, found '{format}'; give one of these."
         )
     read = () if isinstance(source, JointModel) else (Path(source),)
     check_target(out, overwrite=overwrite, inputs=read)
@@ -78,6 +84,10 @@ def export(
         if harden:
             source = _hardened(source, member, trust_remote_code)
         stored, described, report = _one(source, member)
+        if format == "transformers":
+            with new_folder(out, overwrite=overwrite, need=stored.nbytes) as folder:
+                write_transformers(folder, stored, described, trust_remote_code)
+            return Path(out).expanduser().resolve()
         return write(stored, [described], report, out, overwrite, None)
 
 

@@ -234,7 +234,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         raise ArtifactError(_broken(path, broken_rules(error))) from None
-    if broken := list(_contradictions(manifest, folder)):
+    if broken := list(contradictions(manifest, folder)):
         raise ArtifactError(_broken(path, first_few(broken, 10)))
     return _placed(manifest, folder)
 
@@ -276,7 +276,7 @@ def is_safe(relative: str) -> bool:
     )
 
 
-def _contradictions(manifest: Manifest, folder: Path) -> Iterator[str]:
+def contradictions(manifest: Manifest, folder: Path) -> Iterator[str]:
     """Everything in a well-formed manifest that cannot be true."""
     root = folder.resolve()
     # The hub's cache keeps a repository's files in `blobs` and links to them from `snapshots/<commit>`.

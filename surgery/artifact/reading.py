@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -59,6 +61,12 @@ def _check_methods(folder: Path, manifest: Manifest, plan: Plan) -> None:
     raise_damaged(folder, bad)
 
 
+def _checked_plan(folder: Path, manifest: Manifest) -> Plan:
+    plan = plan_of(manifest)
+    _check_methods(folder, manifest, plan)
+    return plan
+
+
 def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Stored:
     """The stored form of some members, mapped from the disk.
 
@@ -89,30 +97,63 @@ def map_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Stor
     raise_damaged(
         folder, _wrong_files(folder, manifest, [path for paths in wanted.values() for path in paths])
     )
-    plan = plan_of(manifest)
-    _check_methods(folder, manifest, plan)
-    tensors: dict[StorageKey, Encoded] = {}
+    plan = _checked_plan(folder, manifest)  # before a tensor is read
+    held: dict[str, dict[str, Tensor]] = {}
     bad: list[str] = []
     for stem, paths in wanted.items():
-        held: dict[str, Tensor] = {}
+        held[stem] = {}
         for path in paths:
             found = read_tensors(folder / path)
-            twice = sorted(held.keys() & found.keys())
+            twice = sorted(held[stem].keys() & found.keys())
             bad += [f"{path} holds {shown_text(name)}, which another file holds too" for name in twice]
-            held.update(found)
+            held[stem].update(found)
+    where = {stem: f"{stem} ({', '.join(paths) or 'no file'})" for stem, paths in wanted.items()}
+    extra = read_extra_state(folder, manifest, members)
+    return assemble(folder, manifest, members, held, where, extra, bad, plan)
+
+
+def assemble(
+    folder: Path,
+    manifest: Manifest,
+    members: Sequence[str],
+    held: Mapping[str, dict[str, Tensor]],
+    where: Mapping[str, str],
+    extra: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    wrong: Iterable[str] = (),
+    plan: Plan | None = None,
+) -> Stored:
+    """What files hold as the stored form that a manifest describes, no value looked at.
+
+    Args:
+        folder: of the files, for errors.
+        manifest: of them.
+        members: whose tensors they must hold.
+        held: tensors by name in their file, by stem: `dictionary` and `members/NAME/weights`.
+        where: what errors call each stem.
+        extra: per member, extra state.
+        wrong: what is known to be wrong already, in words.
+        plan: of the manifest, where it is known already.
+
+    Raises:
+        ArtifactError: for all that does not fit together.
+    """
+    plan = plan or _checked_plan(folder, manifest)
+    tensors: dict[StorageKey, Encoded] = {}
+    bad = list(wrong)
+    for stem, own in held.items():
         if stem == DICTIONARY:
-            bad += _of_no_bank(manifest, held)
-        for make, groups, mine in _sections(manifest, stem, held):
+            bad += _of_no_bank(manifest, own)
+        for make, groups, mine in _sections(manifest, stem, own):
             forms = encoded_forms(groups, f"{make('')} in {folder}")
-            named, wrong = _assemble(mine, forms, f"{stem} ({', '.join(paths) or 'no file'})")
+            named, faults = _assemble(mine, forms, where[stem])
             tensors.update({make(name): encoded for name, encoded in named.items()})
-            bad += wrong
+            bad += faults
     raise_damaged(folder, bad)
     aliases = {
         PlainKey(name, each): key for name in manifest.members for each, key in manifest.same_of(name).items()
     }
     ties = {name: entry.ties for name, entry in manifest.members.items() if entry.ties}
-    stored = Stored(plan, tensors, aliases, ties, read_extra_state(folder, manifest, members))
+    stored = Stored(plan, tensors, aliases, ties, extra)
     if lost := [key for name in members for key in manifest.same_of(name).values() if key not in tensors]:
         raise_damaged(folder, [f"{key} is stored for several, but no file holds it" for key in lost])
     raise_damaged(folder, wrong_claims(stored))

@@ -1,0 +1,57 @@
+"""The format `transformers`: a compressed checkpoint that `from_pretrained` decodes, where `surgery` is imported.
+
+Every parameter of the class has a tensor of its name: itself, or a marker whose codes lie beside
+(`surgery.artifact.codes`). Without the import transformers finds markers of another shape, and raises.
+`surgery.integrations.transformers` reads it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from surgery.artifact.codes import PREFIX, compressed_names, pack
+from surgery.artifact.formats.checkpoint import architecture, checkpoint_names, write_checkpoint
+from surgery.errors import ExportError
+from surgery.members.member import Member
+from surgery.storage.states import lazy_state_of
+from surgery.storage.stored import Stored
+from surgery.storage.trim import trim
+
+METHOD = "surgery"
+"""What `quantization_config` calls it."""
+
+
+def write_transformers(folder: Path, stored: Stored, member: Member, trust: bool = False) -> None:
+    """Write a compressed checkpoint.
+
+    Args:
+        folder: in which it is written.
+        stored: of this member alone, on the CPU.
+        member: as it is described where it is stored.
+        trust: whether Python files that come with it may run.
+
+    Raises:
+        ExportError: where it is no model of transformers as it is, or tensors have names of the format's.
+    """
+    module = architecture(member, stored, "transformers", trust)
+    stored = trim(stored)
+    state, codes = lazy_state_of(stored, member.name), compressed_names(stored, member.name)
+    document, packed = pack(stored, member.name)
+    names = [name for name in checkpoint_names(module) if name in state]
+    if taken := [name for name in names if name.startswith(PREFIX)]:
+        raise ExportError(
+            f"Names that begin with {PREFIX} are those of codes, but member '{member.name}' has "
+            f"{', '.join(taken[:3])}; export it as compressed."
+        )
+    own: dict[str, Tensor] = {
+        name: torch.empty(0, dtype=codes[name]) if name in codes else _apart(state[name]) for name in names
+    }
+    dtypes = {each.dtype for each in state.handles.values()}
+    write_checkpoint(folder, module, member, {**own, **packed}, {"quant_method": METHOD, **document}, dtypes)
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous()
