@@ -7,17 +7,16 @@ runs what there is to do after that module, and is gone.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.util
 import sys
 import warnings
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from surgery.errors import SurgeryWarning
 
 
-class _After(importlib.abc.Loader):
+class _After:  # its base class in importlib.abc would take ten milliseconds
     """A module's own loader, and an import after it.
 
     Args:
@@ -25,7 +24,7 @@ class _After(importlib.abc.Loader):
         then: name of the module that is imported when it is there.
     """
 
-    def __init__(self, loader: importlib.abc.Loader, then: str):
+    def __init__(self, loader: Any, then: str):
         self.loader, self.then = loader, then
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -42,7 +41,7 @@ class _After(importlib.abc.Loader):
         _import(self.then)
 
 
-class _Waiting(importlib.abc.MetaPathFinder):
+class _Waiting:
     """Waits for a module.
 
     Args:
@@ -59,10 +58,12 @@ class _Waiting(importlib.abc.MetaPathFinder):
         """Nothing of its own: the spec that others find for the module, with an import after it."""
         if name != self.module:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        from importlib.util import find_spec
+
+        sys.meta_path.remove(self)  # pyright: ignore[reportArgumentType]
+        spec = find_spec(name)
         if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = _After(spec.loader, self.then)
+            spec.loader = _After(spec.loader, self.then)  # pyright: ignore[reportAttributeAccessIssue]
         return spec
 
 
@@ -76,7 +77,7 @@ def when_imported(module: str, then: str) -> None:
     if module in sys.modules:
         _import(then)
     elif not any(isinstance(each, _Waiting) and each.module == module for each in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting(module, then))
+        sys.meta_path.insert(0, _Waiting(module, then))  # pyright: ignore[reportArgumentType]
 
 
 def _import(name: str) -> None:

@@ -7,9 +7,10 @@ The weights are decoded while they are loaded, one at a time; what comes of it i
 which `save_pretrained` writes as ordinary weights. `import surgery` registers this as soon as transformers is
 imported.
 
-A loader puts a marker in the place of each parameter that has codes, with the dtype and on the device that the parameter
-shall have; so `dtype`, `device_map` and parameters that a class keeps in float32 are transformers' affair. Afterwards
-each marker gives way to what its codes stand for, before weights are tied and others drawn, which looks at shapes.
+A loader puts a marker in the place of each parameter that has codes, with the dtype and on the device that the
+parameter shall have; so `dtype`, `device_map` and parameters that a class keeps in float32 are transformers' affair.
+Afterwards each marker gives way to what its codes stand for, before weights are tied and others drawn, which looks at
+shapes.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def test_bad_requests(joint, out: Path, tmp_path: Path):
         for format in ("plain", "compressed"):
             with pytest.raises(PlanError, match="must be one of text, vision, found 'other'"):
                 export(source, "other", tmp_path / "x", format=format)
-    with pytest.raises(PlanError, match="plain or compressed, found 'zip'"):
+    with pytest.raises(PlanError, match=r"plain, compressed, .*found 'zip'"):
         export(joint, "text", tmp_path / "x", format="zip")  # pyright: ignore[reportArgumentType]
     assert not list(tmp_path.iterdir())
 
