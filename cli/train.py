@@ -236,7 +236,7 @@ def print_report(report: TrainReport, folder: Path, trust: bool = False) -> None
     now, whole = report.numbers
     ended = "" if report.stopped == "done" else f" ({report.stopped})"
     console.say(
-        f"{report.generations} generations in {report.seconds:.0f} s{ended}; kept is generation {report.best + 1}. "
+        f"{report.generations} generations in {report.seconds:.0f} s{ended}; kept is generation {report.kept_words}. "
         f"{' and '.join(report.made) or 'Nothing shared'} for the sites: {console.count(now)} parameters for "
         f"{console.count(whole)} ({console.percent(now / max(whole, 1))}). "
         f"{console.count(report.trained)} parameters were trained."

@@ -151,6 +151,21 @@ class Bank(nn.Module, ABC):
         for name, own in self.state().items():
             own.copy_(state[name])
 
+    @property
+    def mixable(self) -> bool:
+        """Whether some locations can be as in one state and the others as in another; see `mixed`."""
+        return False
+
+    def mixed(self, kept: Mapping[str, Tensor], now: Mapping[str, Tensor], fresh: Tensor) -> Parts:
+        """A state in which the locations `fresh [L]` are as in `now` and all others as they were `kept`.
+
+        Args:
+            kept: a state of an earlier time, as `state` returns it.
+            now: of a later one.
+            fresh: boolean.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot mix states")
+
     # -- what is stored ------------------------------------------------------------------------------------
 
     @property

@@ -44,7 +44,7 @@ FORMER = (
 TODAY = {each.former: each.name for each in FORMER}
 """Today's paths by former ones."""
 
-DEFAULTS: dict[str, Any] = {"evolution.scale": "contexts"}
+DEFAULTS: dict[str, Any] = {"evolution.scale": "contexts", "stopping.best": "all"}
 """Defaults of former versions under `train`, by path: a run that began with them goes on with them."""
 
 

@@ -69,10 +69,16 @@ class Stopping(Strict):
     Attributes:
         patience: validations without a better one after which training stops; none trains to the end.
         keep: the `best` state by validation, or the `last`.
+        best: for whom. `member`: each member in its own best state, with the rows that it used then; members that are
+            best in one generation go on sharing. `regret`: the one state in which no task is far from the least loss
+            that it had. `all`: the one of the least mean loss. By default `member`, or `regret` where an alignment that
+            is shared from the start would lose what it shares. Where members share what cannot be taken apart,
+            `member` is `all`.
     """
 
     patience: Positive | None = None
     keep: Literal["best", "last"] = "best"
+    best: Literal["member", "regret", "all"] | None = None
 
 
 class Training(Strict):
@@ -164,6 +170,11 @@ class Training(Strict):
             "trackers": (),
         }
         return self.model_copy(update=changes)
+
+    @property
+    def keeps(self) -> Literal["member", "regret", "all"]:
+        """For whom the state that is kept is the best."""
+        return self.stopping.best or ("member" if self.evolution.start == "own" else "regret")
 
     @property
     def total(self) -> int:

@@ -160,6 +160,27 @@ class HypermoduleBank(RowsBank):
         self.contest = None
 
     @property
+    def mixable(self) -> bool:
+        """Each state brings its rows."""
+        return True
+
+    def mixed(self, kept: Mapping[str, Tensor], now: Mapping[str, Tensor], fresh: Tensor) -> Parts:
+        """Rows of both states that some location uses; what shares a row in one of them goes on to."""
+        c, count = self.context, len(kept["rows"]) // self.context
+        psi = torch.where(fresh, now["psi"] + count, kept["psi"])
+        used, psi = torch.unique(psi, return_inverse=True)
+        rows = (used.unsqueeze(1) * c + torch.arange(c)).reshape(-1)
+        own = fresh.unsqueeze(1)
+        found = {
+            name: torch.where(own if tensor.ndim > 1 else fresh, now[name], tensor)
+            for name, tensor in kept.items()
+            if name not in ("rows", "psi", "size")
+        }
+        if "size" in kept:
+            found["size"] = torch.cat([kept["size"], now["size"]])[used]
+        return {"rows": torch.cat([kept["rows"], now["rows"]])[rows], "psi": psi, **found}
+
+    @property
     def packable(self) -> bool:
         """Diagonals have no stored form: they become part of blocks."""
         return self.diagonals is None

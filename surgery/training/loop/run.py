@@ -22,8 +22,9 @@ from surgery.training.loop.agreement import as_begun, differences, flat, terms_o
 from surgery.training.loop.checkpoint import pack, raise_unfit, unpack
 from surgery.training.loop.describing import adapted_of, describe_run
 from surgery.training.loop.interruptions import Interrupted, stop_signals
+from surgery.training.loop.keeping import Keeper
 from surgery.training.loop.moves import gather
-from surgery.training.loop.state import Tensors, read_document, read_state, restore, snapshot, write_state
+from surgery.training.loop.state import Tensors, read_document, read_state, restore, write_state
 from surgery.training.loop.state_check import wrong_model
 from surgery.training.loop.state_document import BestDocument
 from surgery.training.loop.trainer import Trainer
@@ -83,12 +84,9 @@ class Run:
         self.terms = terms_of(trainer, seed, folder)
         main = trainer.accelerator.is_main_process
         self.log = RunLog(folder if main else None)
-        self.first: dict[str, float] = {}  # the tasks' first validation losses: their scale
+        self.keeper = Keeper(trainer, config)
         self.first_scores: dict[str, Score] = {}
         self.began = None if began is None else {"alone": began["alone"], "start": began["joint"]}
-        self.best_score, self.best, self.stale = float("inf"), 0, 0
-        self.kept: Tensors | None = None
-        self.unsaved_best = False
         self.before, self.clock, self.saved = 0.0, time.monotonic(), time.monotonic()
         self._answer: Tensor | None = None
 
@@ -120,8 +118,8 @@ class Run:
                 work.advance()
                 if trainer.generation > generation:
                     self._after_generation(generation, work)
-                    if config.stopping.patience is not None and self.stale >= config.stopping.patience:
-                        stopped = f"no better validation in {self.stale}"
+                    if config.stopping.patience is not None and self.keeper.stale >= config.stopping.patience:
+                        stopped = f"no better validation in {self.keeper.stale}"
                         break
                 if self._agreed(bool(asked)):
                     trainer.check()
@@ -160,7 +158,7 @@ class Run:
         losses = trainer.losses_so_far()
         last = generation + 1 == config.total
         if any(each.begins_anew(generation) for each in trainer.moves):
-            self.best_score, self.kept, self.stale = float("inf"), None, 0
+            self.keeper.begin_anew()
         scores: dict[str, Score] = {}
         if last or (generation + 1) % config.validate_every == 0:
             scores = evaluate(trainer.joint, trainer.tasks, trainer.losses, seed=self.seed)
@@ -176,7 +174,7 @@ class Run:
             numbers=now,
             share=now / max(whole, 1),
             **gather(trainer.moves, "log"),
-            best=self.best == generation,
+            best=self.keeper.best == generation,
             seconds=self.seconds,
         )
         if config.trackers:
@@ -194,7 +192,7 @@ class Run:
             self._save()
 
     def _judge(self, generation: int, scores: Mapping[str, Score], losses: Mapping[str, float]) -> None:
-        """Whether this state is the best so far: the tasks' validation losses, relative to their first ones."""
+        """Keep what is better now than it ever was, by the tasks' losses on validation data."""
         measured = {name: score.loss for name, score in scores.items() if score.loss is not None}
         found = {task.name: measured.get(task.name, losses[task.name]) for task in self.trainer.tasks}
         for name, value in found.items():
@@ -204,14 +202,7 @@ class Run:
                     f"{generation + 1}: look at these data, lower the learning rate, or clip gradients "
                     "(train.optimizer.clip)."
                 )
-            self.first.setdefault(name, max(abs(value), 1e-12))
-        score = sum(self.trainer.weights[name] * value / self.first[name] for name, value in found.items())
-        if self.trainer.processes.agree(score < self.best_score):
-            self.best_score, self.best, self.stale = score, generation, 0
-            if self.config.stopping.keep == "best":
-                self.kept, self.unsaved_best = snapshot(self.trainer.joint), True
-        else:
-            self.stale += 1
+        self.keeper.judge(generation, found)
 
     # -- saving --------------------------------------------------------------------------------------------
 
@@ -233,17 +224,15 @@ class Run:
         if self.folder is None:
             return
         tensors, document = pack(self.trainer)
-        kept = None
-        if self.unsaved_best and self.kept is not None:
-            kept = self.trainer.processes.whole(self.kept)
+        kept, keeper = None, self.keeper
+        if keeper.unsaved and keeper.tensors is not None:
+            kept = self.trainer.processes.whole(keeper.tensors)
         if self.trainer.accelerator.is_main_process:
             if kept is not None:
-                write_state(self.folder / BEST, kept, {"generation": self.best})
-            keep = {"best": self.best, "score": self.best_score, "stale": self.stale, "first": self.first}
-            keep["file"] = self.kept is not None
-            document = {**document, "keep": keep, "plan": self.terms, "seconds": self.seconds}
+                write_state(self.folder / BEST, kept, {"generation": keeper.best})
+            document = {**document, "keep": keeper.document(), "plan": self.terms, "seconds": self.seconds}
             write_state(self.folder / STATE, tensors, document)
-        self.unsaved_best = False
+        keeper.unsaved = False
 
     def resume(self) -> None:
         """Go on from the state in the folder; start anew where there is none."""
@@ -262,9 +251,8 @@ class Run:
         if self.trainer.accelerator.is_main_process:
             note(self.folder, *FILES)
         unpack(self.trainer, tensors, document)
-        self.best, self.best_score, self.stale = keep["best"], keep["score"], keep["stale"]
-        self.first, self.before = dict(keep["first"]), document["seconds"]
-        self.kept = kept
+        self.keeper.take(keep, kept)
+        self.before = document["seconds"]
         self.log.cut(self.trainer.generation)
         if self.log.path is not None and self.log.path.exists():
             self.first_scores = as_scores(first_validation(read_log(self.log.path)))
@@ -296,10 +284,11 @@ class Run:
 
     def _finish(self, stopped: str) -> TrainReport:
         trainer, joint = self.trainer, self.trainer.joint
-        best = trainer.generation - 1
-        if self.kept is not None and self.best != best:
-            restore(joint, self.kept)
-            best = self.best
+        best, keeper = trainer.generation - 1, self.keeper
+        kept = keeper.kept_at(best)
+        if keeper.tensors is not None and (keeper.best != best or kept):
+            restore(joint, keeper.tensors)
+            best = keeper.best
         joint.bodies.eval()
         joint.refresh()
         scores = evaluate(joint, trainer.tasks, trainer.losses, seed=self.seed)
@@ -309,6 +298,7 @@ class Run:
         report = TrainReport(
             generations=trainer.generation,
             best=best,
+            kept=kept,
             scores=scores,
             tests=tests,
             numbers=parameters_of_dictionary(joint),

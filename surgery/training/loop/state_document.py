@@ -27,7 +27,9 @@ class StreamState(_Part):
 class Kept(_Part):
     """What validation kept: the best generation, its score, for how long none was better, and the first losses.
 
-    `file` says whether a state that is kept lies beside this one; states of earlier versions do not say.
+    `file` says whether a state that is kept lies beside this one; states of earlier versions do not say. Where members
+    are kept by themselves, `members` has the best generation and score of each; of the state of least regret `losses`
+    are the tasks' losses and `least` the best that there were.
     """
 
     best: Integer
@@ -35,6 +37,9 @@ class Kept(_Part):
     stale: Count
     first: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
     file: bool | None = None
+    members: dict[str, tuple[Count, Finite]] = {}
+    least: dict[str, Finite] = {}
+    losses: dict[str, Finite] = {}
 
 
 class RandomState(_Part):

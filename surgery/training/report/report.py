@@ -22,6 +22,7 @@ class TrainReport:
     Attributes:
         generations: that were done.
         best: the generation whose state was kept.
+        kept: by member the generation whose state was kept, where it is not the same for all.
         scores: by task, of the state that was kept, on validation data.
         tests: by task, of the state that was kept, on test data.
         hypermodules: by bank.
@@ -43,6 +44,7 @@ class TrainReport:
 
     generations: Count = 0
     best: Annotated[int, Field(ge=-(1 << 53), le=1 << 53)] = 0
+    kept: Mapping[str, Annotated[int, Field(ge=0, lt=1 << 53)]] = field(default_factory=dict)
     scores: Mapping[str, Score] = field(default_factory=dict)
     tests: Mapping[str, Score] = field(default_factory=dict)
     hypermodules: Mapping[str, Count] = field(default_factory=dict)
@@ -69,8 +71,14 @@ class TrainReport:
         now, whole = self.numbers
         return (
             f"{plural(self.generations, 'generation')} in {self.seconds:.0f} s ({self.stopped}), kept is "
-            f"{self.best + 1}; {count(now)} of {count(whole)} parameters of sites ({percent(now / max(whole, 1))})"
+            f"{self.kept_words}; {count(now)} of {count(whole)} parameters of sites ({percent(now / max(whole, 1))})"
         )
+
+    @property
+    def kept_words(self) -> str:
+        """The number of the generation that was kept, counted from 1, or those of the members."""
+        numbers = [f"{generation + 1} of {name}" for name, generation in self.kept.items()]
+        return ", ".join(numbers) or str(self.best + 1)
 
     def _rows(self) -> list[list[str]]:
         return [
@@ -102,7 +110,7 @@ class TrainReport:
         tests = {name: score.document() for name, score in self.tests.items()}
         first = {name: score.document() for name, score in self.first.items()}
         sizes = {"hypermodules": dict(self.hypermodules), "templates": dict(self.templates)}
-        rest = {key: value for key, value in vars(self).items() if key != "methods" or value}
+        rest = {key: value for key, value in vars(self).items() if key not in ("methods", "kept") or value}
         return {**rest, "scores": scores, "tests": tests, "first": first, **sizes}
 
     def to_json(self) -> dict[str, Any]:
