@@ -44,7 +44,13 @@ FORMER = (
 TODAY = {each.former: each.name for each in FORMER}
 """Today's paths by former ones."""
 
-DEFAULTS: dict[str, Any] = {"evolution.scale": "contexts", "stopping.best": "all"}
+DEFAULTS: dict[str, Any] = {
+    "evolution.scale": "contexts",
+    "evolution.fraction": 0.5,
+    "evolution.alpha": 0.5,
+    "evolution.heat": 0.1,
+    "stopping.best": "all",
+}
 """Defaults of former versions under `train`, by path: a run that began with them goes on with them."""
 
 

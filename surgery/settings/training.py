@@ -199,9 +199,19 @@ class Training(Strict):
             return "burn-in"
         return "evolution" if generation < self.burn_in + self.generations else "final"
 
+    @property
+    def fraction(self) -> float:
+        """Share of the locations that are sampled for a generation."""
+        if (given := self.evolution.fraction) is not None:
+            return given
+        return 0.5 if self.evolution.change == "random" else min(0.25, max(self.steps / 400, 0.1))
+
     def alpha(self, generation: int) -> float:
-        """Alpha of a generation: from `alpha` to `final_alpha` by equal factors."""
+        """Alpha of a generation: from `alpha` to `final_alpha` by equal factors; not given, it follows from `steps`."""
         first, last = self.evolution.alpha, self.evolution.final_alpha
+        if first is None:
+            first = min(0.5, max(self.steps / 400, 0.05))
+            last = first / 4 if last is None else last
         if last is None or self.generations < 2:
             return first
         progress = (generation - self.burn_in) / (self.generations - 1)

@@ -17,7 +17,8 @@ from surgery.training.train import train
 
 CONFIG = {
     "steps": 7, "burn_in": 1, "generations": 4, "final": 1, "save_seconds": 0,
-    "evolution": {"epsilon": 0.1, "challengers": 2, "alpha": 0.7, "contexts": "fitted", "draw": "explain"},
+    "evolution": {"fraction": 0.5, "epsilon": 0.1, "challengers": 2, "alpha": 0.7, "contexts": "fitted",
+                  "draw": "explain"},
     "optimizer": {"lr": 0.01, "schedule": "cosine", "warmup": 3, "clip": 1.0},
 }  # fmt: skip
 

@@ -16,7 +16,8 @@ def test_a_run_of_an_older_version_goes_on_to_the_end_of_an_unbroken_one(kind, t
         archive.extractall(tmp_path, [name for name in archive.namelist() if name.startswith(f"{kind}/")])
     before = read_log(tmp_path / kind / "log.jsonl")
     config = {**old_runs.KINDS[kind]}
-    config["evolution"] = {"scale": "contexts", **config.get("evolution", {})}  # the defaults of its version
+    defaults = {"scale": "contexts", "fraction": 0.5, "alpha": 0.5}  # of its version
+    config["evolution"] = {**defaults, **config.get("evolution", {})}
     unbroken, wanted = old_runs.run(kind, config=config)
     resumed, found = old_runs.run(kind, tmp_path / kind, resume=True)
     events = [line["event"] for line in read_log(tmp_path / kind / "log.jsonl")]

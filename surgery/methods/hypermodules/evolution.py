@@ -37,7 +37,7 @@ def contend(
 
     Args:
         bank: with hypermodules only.
-        settings: of the evolution.
+        settings: of the evolution; half of the locations are sampled where they do not say how many.
         alpha: probability of not choosing the incumbent.
         capacity: how many hypermodules there may be, K at the start of training.
         generator: on the CPU; all processes draw the same.
@@ -46,7 +46,8 @@ def contend(
     Returns:
         The rows, where new hypermodules were drawn.
     """
-    chosen = draw_locations(bank.locations, settings.fraction, generator).to(bank.psi.device)
+    fraction = 0.5 if settings.fraction is None else settings.fraction  # the paper's
+    chosen = draw_locations(bank.locations, fraction, generator).to(bank.psi.device)
     drawn = _draw(bank, settings, chosen, generator, siblings)
     if settings.least > 0:
         chosen, drawn = _able(bank, chosen, drawn, settings.least)
@@ -102,12 +103,12 @@ def conclude(bank: HypermoduleBank) -> tuple[list[Resized], int]:
     return prune(bank), moved
 
 
-def redraw(bank: HypermoduleBank, settings: Evolution, generator: torch.Generator) -> int:
-    """Sampled locations take any hypermodule by chance, whatever it is worth; how many changed theirs.
+def redraw(bank: HypermoduleBank, fraction: float, generator: torch.Generator) -> int:
+    """A fraction of the locations takes any hypermodule by chance, whatever it is worth; how many changed theirs.
 
     Nothing is removed: a hypermodule that nobody uses now may be drawn again.
     """
-    chosen = draw_locations(bank.locations, settings.fraction, generator).to(bank.psi.device)
+    chosen = draw_locations(bank.locations, fraction, generator).to(bank.psi.device)
     every = torch.arange(bank.hypermodules, device=bank.psi.device)
     psi = bank.psi.clone()
     psi[chosen] = draw_uniformly(every, len(chosen), 1, generator).squeeze(1)

@@ -17,6 +17,7 @@ from surgery.methods.hypermodules.analysis import kinds_of_modules, layer_overla
 from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.contest import Contest
 from surgery.methods.hypermodules.evolution import conclude, contend, inherit, redraw
+from surgery.methods.hypermodules.heat import Thermostat, wrong_heat
 from surgery.methods.hypermodules.starts import siblings
 from surgery.storage.keys import StateKey, of_owner
 from surgery.training.loop.moves import Facts, Moves
@@ -37,6 +38,7 @@ class HypermoduleMoves(Moves):
         identity: by bank the lifelong number of each hypermodule, `[K]`: removals do not change it.
         born: by bank how many numbers were given.
         moved: share of locations whose hypermodule the last decision changed.
+        heat: what contests are opened with, and did.
     """
 
     top: ClassVar[bool] = True
@@ -48,6 +50,9 @@ class HypermoduleMoves(Moves):
         self.born = dict(self.capacity)
         self.siblings = {key: siblings(self.joint, key) for key in self.banks}
         self.moved = 0.0
+        given = self.config.evolution.alpha is not None
+        self.heat = Thermostat(None if given else self.config.evolution.heat)
+        self.seen: list[list[float]] = []  # losses of a generation's steps before it was interrupted
 
     @property
     def banks(self) -> dict[str, HypermoduleBank]:
@@ -78,12 +83,17 @@ class HypermoduleMoves(Moves):
 
     def after_generation(self) -> None:
         """Decide what competed."""
+        if self.config.evolution.change == "evolve":
+            opened = any(bank.contest is not None for bank in self.banks.values())
+            self.heat.end(self._losses(), opened)
+            self.seen = []
         if not self.config.redraws(self.trainer.generation):
             self.conclude()
 
     def contend(self) -> None:
         """Let alternatives compete for sampled locations of every bank."""
-        settings, alpha = self.config.evolution, self.config.alpha(self.trainer.generation)
+        settings = self.config.evolution.model_copy(update={"fraction": self.config.fraction})
+        alpha = self.heat.begin(self.config.alpha(self.trainer.generation))
         for key, bank in self.banks.items():
             resized = contend(bank, settings, alpha, self.capacity[key], self.generator, self.siblings[key])
             self._follow(key, resized)
@@ -107,8 +117,12 @@ class HypermoduleMoves(Moves):
     def redraw(self) -> None:
         """A new alignment by chance, to compare evolution with."""
         banks = self.banks.values()
-        changed = sum(redraw(bank, self.config.evolution, self.generator) for bank in banks)
+        changed = sum(redraw(bank, self.config.fraction, self.generator) for bank in banks)
         self.moved = changed / max(sum(bank.locations for bank in banks), 1)
+
+    def _losses(self) -> list[list[float]]:
+        """The tasks' losses in every step of this generation."""
+        return [*self.seen, *self.trainer.running.steps()]
 
     def _enter(self, contest: Contest) -> None:
         for role, parameter in _parameters(contest).items():
@@ -133,12 +147,17 @@ class HypermoduleMoves(Moves):
             parts = pack_contest(bank.contest)
             tensors |= {str(StateKey("contest", key, name)): t for name, t in parts.items()}
             tensors[_identity(key)] = self.identity[key]
-        return tensors, {"moved": self.moved, "born": dict(self.born)}
+        facts: Facts = {"moved": self.moved, "born": dict(self.born)}
+        if self.config.evolution.change == "evolve":
+            facts["heat"] = {**self.heat.document(), "steps": self._losses()}
+        return tensors, facts
 
     def reads(self, name: str) -> bool:
-        """Those of its banks, and two facts."""
+        """Those of its banks, and three facts."""
         key = StateKey.parse(name)
-        return name in ("moved", "born") or (key.kind in ("identity", "contest") and key.owner in self.banks)
+        return name in ("moved", "born", "heat") or (
+            key.kind in ("identity", "contest") and key.owner in self.banks
+        )
 
     def wrong(self, tensors: Parts, facts: Facts, model: Mapping[StateKey, Tensor]) -> Iterator[str]:
         """What cannot be true of contests and numbers, beside rows and an alignment that are as they should be."""
@@ -150,6 +169,8 @@ class HypermoduleMoves(Moves):
         ):
             yield f"hypermodules that were born must be counted, found {shown(born)}"
             return
+        if facts.get("heat") is not None and (wrong := wrong_heat(facts["heat"], len(self.trainer.tasks))):
+            yield wrong
         for key, bank in self.banks.items():
             rows, psi = (model[StateKey("bank", key, name)] for name in ("rows", "psi"))
             count = len(rows) // bank.context
@@ -171,6 +192,9 @@ class HypermoduleMoves(Moves):
         """Open the contests that were open."""
         self.moved = float(facts["moved"])
         self.born = {key: facts["born"][key] for key in self.banks}
+        heat = facts.get("heat") or {}  # states of earlier versions have none
+        self.heat.take(heat)
+        self.seen = [list(map(float, step)) for step in heat.get("steps", ())]
         for key, bank in self.banks.items():
             self.identity[key] = tensors[_identity(key)].clone()
             bank.contest = unpack_contest(bank, _contest(tensors, key))
@@ -199,7 +223,15 @@ class HypermoduleMoves(Moves):
             for key, bank in self.banks.items()
             if bank.locations <= STRIP
         }
-        return {**self.reached(), "moved": self.moved, "subsets": subsets(self.joint), "alignment": alignment}
+        found = {
+            **self.reached(),
+            "moved": self.moved,
+            "subsets": subsets(self.joint),
+            "alignment": alignment,
+        }
+        if self.heat.opening is not None:
+            found["opening"] = {"alpha": self.heat.alpha, **self.heat.opening.document()}
+        return found
 
     def words(self) -> list[str]:
         """How many, and how much of the alignment changed."""

@@ -29,7 +29,8 @@ class Evolution(Strict):
             generation (`random`), for comparison; or stays (`none`).
         freeze: whether hypermodules stay as they are, so that nothing but stacks and private parameters is trained;
             with `change` none and `codes` ones.
-        fraction: share of the locations that are sampled for a generation (p).
+        fraction: share of the locations that are sampled for a generation (p); by default a quarter, fewer where a
+            generation has less than 100 steps, and half of them where the alignment is drawn by chance.
         challengers: alternatives that compete with the incumbent of each sampled location (lambda).
         draw: challengers by `usage`, `uniform`ly, or by how much of a block they `explain`.
         power: exponent of the share of a block's energy that a hypermodule explains, in an `explain` draw;
@@ -46,8 +47,11 @@ class Evolution(Strict):
             `rows`: steps of Adam are sqrt(c) times those of plain training, and challengers should have contexts of
             their own.
         alpha: probability of not choosing the incumbent, at the start of a generation; the number of
-            challengers over that of alternatives makes all alike.
-        final_alpha: what `alpha` falls to, geometrically, until the last generation; none keeps it.
+            challengers over that of alternatives makes all alike. By default a half in generations of 200 steps or
+            more, less in shorter ones, falling to a quarter of that, and as low as `heat` asks for.
+        final_alpha: what `alpha` falls to, geometrically, until the last generation; none keeps an alpha that is given.
+        heat: how far losses may rise as a contest opens, relative to before, where alpha is not given: after each
+            opening alpha follows the rise that was measured.
         epsilon: probability that a challenger is a new hypermodule.
         hypermodules: K of a `random` start.
     """
@@ -56,7 +60,7 @@ class Evolution(Strict):
     codes: Literal["contexts", "ones", "diagonals"] = "contexts"
     change: Literal["evolve", "random", "none"] = "evolve"
     freeze: bool = False
-    fraction: Share = 0.5
+    fraction: Share | None = None
     challengers: Positive = 1
     draw: Literal["usage", "uniform", "explain"] = "usage"
     power: Rate = 1.0
@@ -64,8 +68,9 @@ class Evolution(Strict):
     siblings: bool = False
     contexts: Literal["own", "fitted", "scaled"] = "own"
     scale: Scale = "balanced"
-    alpha: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
     final_alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
+    heat: Rate = 0.1
     epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-4
     hypermodules: Positive | None = None
 

@@ -98,6 +98,7 @@ class Trainer:
         if self.step == self.config.steps:
             for each in self.moves:
                 each.after_generation()
+            self.running.trace = []
             self.step, self.generation = 0, self.generation + 1
 
     def train_step(self) -> None:

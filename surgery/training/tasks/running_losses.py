@@ -20,11 +20,13 @@ class RunningLosses:
 
     Attributes:
         sums: by task.
+        trace: the losses of every step of a generation, a tensor of all tasks for each.
     """
 
     def __init__(self, accelerator: Any):
         self.accelerator = accelerator
         self.sums: dict[str, Tensor] = {}
+        self.trace: list[Tensor] = []
 
     @property
     def prompt(self) -> bool:
@@ -46,11 +48,18 @@ class RunningLosses:
     def add(self, losses: Mapping[str, Tensor]) -> None:
         """Add a step's; after one that is not finite none, so that it names its task."""
         before = self.sums
+        self.trace.append(torch.stack([value.float() for value in losses.values()]))
         if not before or self.prompt:
             self.sums = {name: before[name] + value if before else value for name, value in losses.items()}
             return
         good = torch.stack(list(before.values())).sum().isfinite()
         self.sums = {name: before[name] + torch.where(good, value, 0) for name, value in losses.items()}
+
+    def steps(self) -> list[list[float]]:
+        """The losses of every step of this generation, a list of all tasks for each; all processes call it."""
+        if not self.trace:
+            return []
+        return self.accelerator.reduce(torch.stack(self.trace), "mean").tolist()
 
     def means(self, steps: int, generation: int) -> dict[str, float]:
         """By task, over so many steps and all processes.

@@ -246,7 +246,7 @@ def test_incumbents_keep_their_history_where_challengers_lose() -> None:
 
 def test_an_alignment_by_chance_changes_in_every_generation_and_keeps_its_hypermodules() -> None:
     bank = make_bank()
-    moved = [redraw(bank, Evolution(change="random"), seeded(seed)) for seed in range(3)]
+    moved = [redraw(bank, 0.5, seeded(seed)) for seed in range(3)]
     assert all(LOCATIONS // 4 < count <= LOCATIONS // 2 for count in moved)
     assert bank.hypermodules == LOCATIONS and bank.psi.max() < LOCATIONS
 

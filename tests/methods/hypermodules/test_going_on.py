@@ -16,7 +16,7 @@ from surgery.training.loop.starting import start
 from surgery.training.train import train
 
 KEY, SMALL = "8x8-float32", "4x4-float32"
-EAGER = {"challengers": 2, "alpha": 0.9, "contexts": "fitted"}
+EAGER = {"fraction": 0.5, "challengers": 2, "alpha": 0.9, "contexts": "fitted"}
 
 
 def twins():
@@ -101,7 +101,8 @@ def test_surgery_train_goes_on_with_a_folder(tmp_path, monkeypatch):
         "  - {name: a, model: 'own.py:net', tasks: [{data: 'own.py:data'}]}\n"
         "  - {name: b, model: 'own.py:net', tasks: [{data: 'own.py:data'}]}\n"
         "parameters: {block: 4x4, context: 1}\n"
-        "train: {steps: 5, generations: 6, final: 1, evolution: {challengers: 2, alpha: 0.9, contexts: fitted}}\n"
+        "train:\n  {steps: 5, generations: 6, final: 1,\n"
+        "  evolution: {fraction: 0.5, challengers: 2, alpha: 0.9, contexts: fitted}}\n"
     )
     monkeypatch.chdir(tmp_path)
     first = command("train", "recipe.yaml", "--out", "one", "--cpu", "--json")
