@@ -14,6 +14,7 @@ EXAMPLES = """
 surgery export joint --member minilm --format plain --out minilm-plain
 surgery export joint --member minilm --format compressed --out minilm-small
 surgery export joint --member minilm --format transformers --out minilm-coded
+surgery export joint --member minilm --format compressed-tensors --out minilm-packed
 """
 
 
@@ -31,13 +32,15 @@ def export(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR2", rich_help_panel=RUN, help="Folder to write.")],
     format: Annotated[
-        Literal["plain", "compressed", "transformers"],
+        Literal["plain", "compressed", "transformers", "compressed-tensors"],
         typer.Option(
             "--format",
             rich_help_panel=RUN,
             help="[cyan]plain[/cyan]: transformers or timm load it without surgery. "
             "[cyan]compressed[/cyan]: the smallest folder, for surgery.load. "
-            "[cyan]transformers[/cyan]: compressed, for AutoModel.from_pretrained after import surgery.",
+            "[cyan]transformers[/cyan]: compressed, for AutoModel.from_pretrained after import surgery. "
+            "[cyan]compressed-tensors[/cyan]: linear layers as packed integers, for transformers with that package and "
+            "for servers.",
         ),
     ] = "plain",
     harden: Annotated[
@@ -46,6 +49,14 @@ def export(
             "--harden",
             rich_help_panel=RUN,
             help="Make soft routes hard first: of each depth the layer used most.",
+        ),
+    ] = False,
+    tie_widths: Annotated[
+        bool,
+        typer.Option(
+            "--tie-widths",
+            rich_help_panel=RUN,
+            help="One width, of 4 or 8 bits, for layers that servers merge; for compressed-tensors.",
         ),
     ] = False,
     overwrite: Overwrite = False,
@@ -67,6 +78,8 @@ def export(
             out,
             format=format,
             harden=harden,
+            tie_widths=tie_widths,
+            say=None if json or quiet else console.say,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         )

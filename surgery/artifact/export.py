@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from surgery.artifact.folder import load
+from surgery.artifact.formats.compressed_tensors import plan_packing, write_compressed_tensors
 from surgery.artifact.formats.transformers import write_transformers
 from surgery.artifact.manifest import read_manifest
 from surgery.artifact.reading import read_stored
@@ -28,7 +30,7 @@ from surgery.storage.trim import on_cpu, restrict
 if TYPE_CHECKING:
     from torch import nn
 
-Format = Literal["plain", "compressed", "transformers"]
+Format = Literal["plain", "compressed", "transformers", "compressed-tensors"]
 """Formats of an export."""
 
 BARE_KINDS = ("module", "factory")
@@ -42,8 +44,10 @@ def export(
     *,
     format: Format = "plain",
     harden: bool = False,
+    tie_widths: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Path:
     """Write one member as a folder of its own.
 
@@ -53,10 +57,14 @@ def export(
         out: the folder; it appears whole or not at all.
         format: `plain` is ordinary weights that transformers, timm or `load_state_dict` read without this
             package; `compressed` is the smallest artifact of this member, for `surgery.load`; `transformers` is
-            compressed as well, for `AutoModel.from_pretrained` where `surgery` is imported.
+            compressed as well, for `AutoModel.from_pretrained` where `surgery` is imported; `compressed-tensors` has
+            linear layers packed as integers, for transformers with that package, and for servers.
         harden: whether the member is written with what is soft in it made hard: routes through its layers.
+        tie_widths: whether layers that servers merge, such as q, k and v, get one width, of 4 or 8 bits; for
+            `compressed-tensors`.
         overwrite: whether an earlier export or artifact that is already there is replaced.
         trust_remote_code: whether Python files that come with a transformers model may run.
+        say: is given, before anything is written, what becomes of compressed tensors, a line for each kind.
 
     Returns:
         the folder.
@@ -76,6 +84,8 @@ def export(
         raise PlanError(
             f"The format of an export is one of {', '.join(get_args(Format))}, found '{format}'; give one of these."
         )
+    if tie_widths and format != "compressed-tensors":
+        raise PlanError(f"`tie_widths` is for the format compressed-tensors, found {format}; leave it out.")
     read = () if isinstance(source, JointModel) else (Path(source),)
     check_target(out, overwrite=overwrite, inputs=read)
     with claim(out):
@@ -87,6 +97,13 @@ def export(
         if format == "transformers":
             with new_folder(out, overwrite=overwrite, need=stored.nbytes) as folder:
                 write_transformers(folder, stored, described, trust_remote_code)
+            return Path(out).expanduser().resolve()
+        if format == "compressed-tensors":
+            packing, module = plan_packing(stored, described, tie_widths, trust_remote_code)
+            for line in packing.lines() if say else ():
+                say(line)
+            with new_folder(out, overwrite=overwrite, need=sum(packing.sizes.values())) as folder:
+                write_compressed_tensors(folder, packing, module, stored, described)
             return Path(out).expanduser().resolve()
         return write(stored, [described], report, out, overwrite, None)
 

@@ -39,7 +39,7 @@ from surgery.storage.codecs.coding import (
     stored_precision,
     take_rows,
 )
-from surgery.storage.codecs.integers import Grouping, Integers, grouped
+from surgery.storage.codecs.integers import Grouping, Integers, codes_of, grouped
 from surgery.storage.codecs.mixed import Classes, Mixed, by_row, mixtures, row_costs
 from surgery.storage.codecs.native import Native
 
@@ -49,6 +49,6 @@ for _codec in (Native(), BFloat16(), Integers(), Mixed()):
 __all__ = [
     "BFLOAT16", "CODECS", "LARGEST", "NATIVE", "BFloat16", "Classes", "Codec", "Decoded", "Encoded", "Encoding",
     "Grouping", "Integers", "Layout", "Mixed", "Native", "Precision", "Statistics", "always_native", "as_dtype",
-    "by_row", "decode", "encode", "encode_native", "grouped", "is_tame", "ladder", "mixtures", "part_layout",
-    "register", "row_costs", "stored_bytes", "stored_precision", "take_rows",
+    "by_row", "codes_of", "decode", "encode", "encode_native", "grouped", "is_tame", "ladder", "mixtures",
+    "part_layout", "register", "row_costs", "stored_bytes", "stored_precision", "take_rows",
 ]  # fmt: skip

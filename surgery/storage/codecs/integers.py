@@ -316,3 +316,19 @@ def _spread(packed: Tensor, plane: int) -> Tensor:
     for distance, mask in steps:
         words.bitwise_or_(words << distance).bitwise_and_(mask)
     return words.view(torch.uint8)
+
+
+def codes_of(encoded: Encoded) -> tuple[Tensor, Tensor]:
+    """The integers and scales that hold a matrix: `value = (code - 2^(bits-1)) * scale`.
+
+    Args:
+        encoded: grouped integers of at most 8 bits, of a tensor of at least two axes.
+
+    Returns:
+        codes `[rows, groups * width]`, uint8, zeros that fill up the last group of a row included; scales
+        `[rows, groups]`, bfloat16.
+    """
+    scale, rows = encoded.parts["scale"], encoded.shape[0]
+    width = _width(encoded.shape, encoded.precision.settings.group)
+    codes = _unpack(encoded.parts, encoded.precision.settings.bits, scale.numel() * width)
+    return codes.view(rows, -1), scale.view(rows, -1)
