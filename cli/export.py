@@ -15,6 +15,7 @@ surgery export joint --member minilm --format plain --out minilm-plain
 surgery export joint --member minilm --format compressed --out minilm-small
 surgery export joint --member minilm --format transformers --out minilm-coded
 surgery export joint --member minilm --format compressed-tensors --out minilm-packed
+surgery export joint --member b --format lora --base a-plain --max-error 0.01 --out b-adapter
 """
 
 
@@ -32,7 +33,7 @@ def export(
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR2", rich_help_panel=RUN, help="Folder to write.")],
     format: Annotated[
-        Literal["plain", "compressed", "transformers", "compressed-tensors"],
+        Literal["plain", "compressed", "transformers", "compressed-tensors", "lora"],
         typer.Option(
             "--format",
             rich_help_panel=RUN,
@@ -40,7 +41,7 @@ def export(
             "[cyan]compressed[/cyan]: the smallest folder, for surgery.load. "
             "[cyan]transformers[/cyan]: compressed, for AutoModel.from_pretrained after import surgery. "
             "[cyan]compressed-tensors[/cyan]: linear layers as packed integers, for transformers with that package and "
-            "for servers.",
+            "for servers. [cyan]lora[/cyan]: an adapter of peft for --base.",
         ),
     ] = "plain",
     harden: Annotated[
@@ -59,6 +60,24 @@ def export(
             help="One width, of 4 or 8 bits, for layers that servers merge; for compressed-tensors.",
         ),
     ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="REF",
+            rich_help_panel=RUN,
+            help="The model that an adapter belongs to, such as the plain export of a relative; for lora.",
+        ),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(
+            "--max-error",
+            metavar="E",
+            rich_help_panel=RUN,
+            help="How far an adapter may move the member's outputs; 0.01 by default; for lora.",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -79,6 +98,8 @@ def export(
             format=format,
             harden=harden,
             tie_widths=tie_widths,
+            base=base,
+            max_error=max_error,
             say=None if json or quiet else console.say,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from surgery.artifact.folder import load
 from surgery.artifact.formats.compressed_tensors import plan_packing, write_compressed_tensors
+from surgery.artifact.formats.lora import write_lora
 from surgery.artifact.formats.transformers import write_transformers
 from surgery.artifact.manifest import read_manifest
 from surgery.artifact.reading import read_stored
@@ -30,7 +31,7 @@ from surgery.storage.trim import on_cpu, restrict
 if TYPE_CHECKING:
     from torch import nn
 
-Format = Literal["plain", "compressed", "transformers", "compressed-tensors"]
+Format = Literal["plain", "compressed", "transformers", "compressed-tensors", "lora"]
 """Formats of an export."""
 
 BARE_KINDS = ("module", "factory")
@@ -45,6 +46,8 @@ def export(
     format: Format = "plain",
     harden: bool = False,
     tie_widths: bool = False,
+    base: str | None = None,
+    max_error: float | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     say: Callable[[str], None] | None = None,
@@ -58,13 +61,17 @@ def export(
         format: `plain` is ordinary weights that transformers, timm or `load_state_dict` read without this
             package; `compressed` is the smallest artifact of this member, for `surgery.load`; `transformers` is
             compressed as well, for `AutoModel.from_pretrained` where `surgery` is imported; `compressed-tensors` has
-            linear layers packed as integers, for transformers with that package, and for servers.
+            linear layers packed as integers, for transformers with that package, and for servers; `lora` is an adapter
+            of peft for a base.
         harden: whether the member is written with what is soft in it made hard: routes through its layers.
         tie_widths: whether layers that servers merge, such as q, k and v, get one width, of 4 or 8 bits; for
             `compressed-tensors`.
+        base: reference to the model that an adapter belongs to, such as the plain export of a relative; for `lora`.
+        max_error: how far an adapter may move the member's outputs, 0.01 by default; for `lora`.
         overwrite: whether an earlier export or artifact that is already there is replaced.
         trust_remote_code: whether Python files that come with a transformers model may run.
-        say: is given, before anything is written, what becomes of compressed tensors, a line for each kind.
+        say: is given what becomes of compressed tensors, a line for each kind, before anything is written, and what
+            an adapter is.
 
     Returns:
         the folder.
@@ -86,9 +93,18 @@ def export(
         )
     if tie_widths and format != "compressed-tensors":
         raise PlanError(f"`tie_widths` is for the format compressed-tensors, found {format}; leave it out.")
+    if (format == "lora") != (base is not None) or (max_error is not None and format != "lora"):
+        raise PlanError(
+            f"The format lora needs a `base`, and no other takes `base` or `max_error`; found format {format}, base "
+            f"{base}, max_error {max_error}."
+        )
     read = () if isinstance(source, JointModel) else (Path(source),)
     check_target(out, overwrite=overwrite, inputs=read)
     with claim(out):
+        if format == "lora":
+            assert base is not None
+            bound = 0.01 if max_error is None else max_error
+            return _export_lora(source, member, out, base, bound, overwrite, trust_remote_code, say)
         if format == "plain":
             return _export_plain(source, member, out, overwrite, trust_remote_code, harden)
         if harden:
@@ -100,8 +116,9 @@ def export(
             return Path(out).expanduser().resolve()
         if format == "compressed-tensors":
             packing, module = plan_packing(stored, described, tie_widths, trust_remote_code)
-            for line in packing.lines() if say else ():
-                say(line)
+            if say is not None:
+                for line in packing.lines():
+                    say(line)
             with new_folder(out, overwrite=overwrite, need=sum(packing.sizes.values())) as folder:
                 write_compressed_tensors(folder, packing, module, stored, described)
             return Path(out).expanduser().resolve()
@@ -122,6 +139,27 @@ def _export_plain(
     size = sum(tensor.numel() * tensor.element_size() for tensor in state_tensors(module).values())
     with new_folder(out, overwrite=overwrite, need=size) as folder:
         write_plain(module, described.origin, described.files, folder)
+    return Path(out).expanduser().resolve()
+
+
+def _export_lora(
+    source: str | Path | JointModel,
+    member: str,
+    out: str | Path,
+    base: str,
+    max_error: float,
+    overwrite: bool,
+    trust: bool,
+    say: Callable[[str], None] | None,
+) -> Path:
+    if isinstance(source, JointModel):
+        _check_name(member, source.names)
+        joint = source
+    else:
+        _check_name(member, read_manifest(Path(source).expanduser()).members)
+        joint = load(source, members=[member], trust_remote_code=trust)
+    with new_folder(out, overwrite=overwrite) as folder:
+        write_lora(folder, joint.members[member], joint.extract(member), base, max_error, trust, say)
     return Path(out).expanduser().resolve()
 
 

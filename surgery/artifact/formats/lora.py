@@ -1,0 +1,319 @@
+"""The format `lora`: a member as a base model and an adapter of peft, the form in which servers run many models.
+
+What a member differs by from a base is, at a linear layer, a product of low rank as far as an error bound allows: the
+rank of each layer is the smallest whose remainder is below one share of the difference, and that share is the largest
+with which the member's outputs stay within the bound, as measured. What else differs, and what a product would not
+make smaller, is saved whole. The adapter is written by peft, opened again on its base, and measured once more.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from surgery.errors import ExportError, LoadError
+from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
+from surgery.members.member import Member, shapes_of
+from surgery.members.references import load_member
+from surgery.util.quiet import quiet
+from surgery.util.showing import plural
+from surgery.util.text import shorten
+from surgery.util.wording import percent, size
+
+SHARES = (0.9, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01, 3e-3, 1e-3, 1e-4, 1e-6)
+"""Of a difference, in the Frobenius norm, that may be left out."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a linear layer differs by, taken apart.
+
+    Attributes:
+        left: `U * S` of the weights' difference `[out, k]`.
+        right: `V^T` `[k, in]`.
+        values: singular values, falling `[k]`.
+        bias: difference of the biases; None where there is none.
+    """
+
+    left: Tensor
+    right: Tensor
+    values: Tensor
+    bias: Tensor | None
+
+    def rank(self, share: float) -> int:
+        """The least rank that leaves out no more than a share of it."""
+        energy = self.values.square()
+        total = float(energy.sum())
+        if not total:
+            return 0
+        left_out = (energy.sum() - energy.cumsum(0)).clamp_(min=0) / total
+        return min(int((left_out > share**2).sum()) + 1, len(self.values))
+
+    def pays(self, rank: int) -> bool:
+        """Whether a product of a rank has fewer elements than the weight."""
+        return rank * (len(self.left) + self.right.shape[1]) < len(self.left) * self.right.shape[1]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter has.
+
+    Attributes:
+        ranks: of linear layers, by name.
+        whole: modules that are saved whole.
+        biased: whether products have a bias.
+    """
+
+    ranks: Mapping[str, int]
+    whole: tuple[str, ...]
+    biased: bool
+
+
+def write_lora(
+    folder: Path,
+    member: Member,
+    module: nn.Module,
+    base: str,
+    max_error: float,
+    trust: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> None:
+    """Write the adapter that makes a member of a base.
+
+    Args:
+        folder: in which it is written.
+        member: whose example inputs and origin it has.
+        module: of the member, with ordinary weights.
+        base: reference to the base model, which the adapter names.
+        max_error: how far outputs may move, relative.
+        trust: whether Python files that come with the base may run.
+        say: is given what the adapter is, and the measured error.
+
+    Raises:
+        ExportError: where peft is not installed, the base is another architecture, or no adapter is within the bound.
+    """
+    peft = _peft()
+    try:
+        inputs = (
+            member.inputs if member.origin.kind in ("module", "factory") else None
+        )  # what its library makes
+        origin = load_member(base, name="base", inputs=inputs, trust_remote_code=trust).module
+    except LoadError as error:
+        raise ExportError(f"The base of an adapter must be a model that can be loaded: {error}") from error
+    module, origin = module.eval(), origin.eval()
+    _check_alike(member.name, base, module, origin)
+    differences, others = _differences(module, origin)
+    if not differences and not others:
+        raise ExportError(f"Member '{member.name}' is {base}: there is nothing for an adapter to say.")
+    differences = differences or _none(module, others)
+    probes = probe_inputs(member)
+    reference = outputs_over(module, probes)
+    for share in SHARES:
+        adapter = _adapter(module, differences, others, share)
+        error = relative_error(
+            reference, outputs_over(_changed(origin, module, differences, adapter), probes)
+        )
+        if error <= max_error:
+            break
+    else:
+        raise ExportError(
+            f"An adapter of member '{member.name}' must move its outputs by at most {percent(max_error, 2)} of it, but "
+            f"with all that {base} can be given it moves them by {percent(error, 2)}; take a base that is related, or "
+            "export the member as plain."
+        )
+    with quiet():
+        net = _with_adapter(peft, copy.deepcopy(origin), module, differences, adapter, base)
+        net.save_pretrained(str(folder))
+        opened = peft.PeftModel.from_pretrained(
+            copy.deepcopy(origin), str(folder), autocast_adapter_dtype=False
+        )
+    error = relative_error(reference, outputs_over(opened.eval(), probes))
+    if not error <= max_error:
+        raise ExportError(
+            f"What peft opens must move the outputs of member '{member.name}' by at most {percent(max_error, 2)}, but "
+            f"moves them by {percent(error, 2)}: tied tensors and modules that peft does not adapt are exported as "
+            "plain."
+        )
+    if say is not None:
+        for line in _lines(adapter, folder, base, error, max_error):
+            say(line)
+
+
+def _peft() -> Any:
+    try:
+        with quiet():
+            import peft
+    except ImportError as error:
+        raise ExportError(
+            "Adapters are written by peft, which is not installed: pip install 'model-surgery[peft]'."
+        ) from error
+    return peft
+
+
+def _check_alike(name: str, base: str, module: nn.Module, origin: nn.Module) -> None:
+    """Refuse a base that is no model of the member's architecture."""
+    mine, theirs = shapes_of(module), shapes_of(origin)
+    if mine == theirs:
+        return
+    wrong = [
+        f"{each} {list(mine[each])} for {list(theirs[each])}"
+        for each in mine
+        if theirs.get(each, mine[each]) != mine[each]
+    ]
+    wrong += [f"{each} of one of them alone" for each in sorted(mine.keys() ^ theirs.keys())]
+    raise ExportError(
+        f"An adapter needs a base of the member's architecture, but member '{name}' ({type(module).__name__}) and "
+        f"{base} ({type(origin).__name__}) differ: {shorten(wrong, 5, '; ')}; give the base with ?class=NAME, or another "
+        "one."
+    )
+
+
+@torch.no_grad()
+def _differences(module: nn.Module, origin: nn.Module) -> tuple[dict[str, Difference], list[str]]:
+    """Linear layers that differ, taken apart, and other modules that do."""
+    differences, others = {}, []
+    for (name, mine), (_, theirs) in zip(module.named_modules(), origin.named_modules(), strict=True):
+        own = [*mine.named_parameters(recurse=False), *mine.named_buffers(recurse=False)]
+        before = dict([*theirs.named_parameters(recurse=False), *theirs.named_buffers(recurse=False)])
+        changed = [part for part, tensor in own if not torch.equal(tensor, before[part])]
+        if not changed:
+            continue
+        if _is_linear(mine):
+            difference = (mine.weight - before["weight"]).double()  # pyright: ignore
+            difference = difference.T if _transposed(mine) else difference
+            left, values, right = torch.linalg.svd(difference, full_matrices=False)
+            bias = None if "bias" not in changed else (mine.bias - before["bias"]).float()  # pyright: ignore
+            differences[name] = Difference((left * values).float(), right.float(), values, bias)
+        else:
+            others.append(name)
+    return differences, others
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether peft has products of low rank for it."""
+    return type(module) is nn.Linear or _transposed(module)
+
+
+def _transposed(module: nn.Module) -> bool:
+    """Whether it is transformers' linear layer with a weight `[in, out]`."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _none(module: nn.Module, others: Sequence[str]) -> dict[str, Difference]:
+    """No difference at the smallest linear layer: peft has no adapter without a product.
+
+    Raises:
+        ExportError: where there is none.
+    """
+    linear = [
+        (name, each) for name, each in module.named_modules() if _is_linear(each) and name not in others
+    ]
+    if not linear:
+        raise ExportError("An adapter needs a linear layer, but the member has none; export it as plain.")
+    name, layer = min(linear, key=lambda pair: pair[1].weight.numel())  # pyright: ignore
+    out, into = layer.weight.T.shape if _transposed(layer) else layer.weight.shape  # pyright: ignore
+    return {name: Difference(torch.zeros(out, 1), torch.zeros(1, into), torch.zeros(1), None)}
+
+
+def _adapter(
+    module: nn.Module, differences: Mapping[str, Difference], others: Sequence[str], share: float
+) -> Adapter:
+    """What of a member is a product, and what is saved whole, if a share of each difference is left out."""
+    ranks, whole = {}, list(others)
+    for name, each in differences.items():
+        rank = max(each.rank(share), 1)
+        if each.pays(rank):
+            ranks[name] = rank
+        else:
+            whole.append(name)
+    if not ranks:  # peft has no adapter without a product
+        smallest = min(differences, key=lambda name: differences[name].left.numel())
+        ranks[smallest] = max(differences[smallest].rank(share), 1)
+        whole.remove(smallest)
+    # peft saves all modules whose names end like one that is named.
+    ending = (
+        [name for name, _ in module.named_modules() if name and name.endswith(tuple(whole))] if whole else []
+    )
+    ranks = {name: rank for name, rank in ranks.items() if name not in ending}
+    return Adapter(ranks, tuple(ending), any(differences[name].bias is not None for name in ranks))
+
+
+@torch.no_grad()
+def _changed(
+    origin: nn.Module, module: nn.Module, differences: Mapping[str, Difference], adapter: Adapter
+) -> nn.Module:
+    """The base with what an adapter changes."""
+    net = copy.deepcopy(origin)
+    for name, rank in adapter.ranks.items():
+        layer, each = net.get_submodule(name), differences[name]
+        change = each.left[:, :rank] @ each.right[:rank]
+        layer.weight += (change.T if _transposed(layer) else change).to(layer.weight)  # pyright: ignore
+        if each.bias is not None:
+            layer.bias += each.bias.to(layer.bias)  # pyright: ignore
+    for name in adapter.whole:
+        net.get_submodule(name).load_state_dict(module.get_submodule(name).state_dict())
+    return net
+
+
+@torch.no_grad()
+def _with_adapter(
+    peft: Any,
+    net: nn.Module,
+    module: nn.Module,
+    differences: Mapping[str, Difference],
+    adapter: Adapter,
+    base: str,
+) -> Any:
+    """The base as peft's model, with the adapter's values."""
+    ranks = dict(adapter.ranks)
+    most = max(ranks.values(), default=1)
+    patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}
+    config = peft.LoraConfig(
+        r=most, lora_alpha=most, rank_pattern=patterns, alpha_pattern=patterns, lora_bias=adapter.biased,
+        target_modules=list(ranks) or "^$", modules_to_save=list(adapter.whole) or None, inference_mode=True,
+        base_model_name_or_path=base, fan_in_fan_out=any(_transposed(net.get_submodule(name)) for name in ranks),
+    )  # fmt: skip
+    found = peft.get_peft_model(net, config, autocast_adapter_dtype=False)
+    found.peft_config["default"].base_model_name_or_path = base
+    for name, layer in _adapted(found):
+        each, rank = differences[name], ranks[name]
+        layer.lora_A["default"].weight.copy_(each.right[:rank])
+        layer.lora_B["default"].weight.copy_(each.left[:, :rank])
+        if adapter.biased:
+            bias = layer.lora_B["default"].bias
+            bias.copy_(torch.zeros_like(bias) if each.bias is None else each.bias)
+    for name in adapter.whole:
+        saved = found.base_model.model.get_submodule(name).modules_to_save["default"]
+        saved.load_state_dict(module.get_submodule(name).state_dict())
+    return found
+
+
+def _adapted(found: Any) -> Iterator[tuple[str, Any]]:
+    for name, layer in found.base_model.model.named_modules():
+        if "default" in getattr(layer, "lora_A", ()):
+            yield name, layer
+
+
+def _lines(adapter: Adapter, folder: Path, base: str, error: float, bound: float) -> list[str]:
+    """What an adapter is, for people."""
+    ranks = sorted(adapter.ranks.values())
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    between = (
+        f"{ranks[0]}" if ranks and ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}" if ranks else ""
+    )
+    of_rank = (
+        f"products of rank {between} at {plural(len(ranks), 'linear layer')}" if ranks else "no products"
+    )
+    whole = f", whole: {shorten(adapter.whole, 6)}" if adapter.whole else ""
+    biases = "; biases by lora_bias" if adapter.biased else ""
+    return [
+        f"adapter of {base}: {of_rank}{biases}{whole} ({size(stored)})",
+        f"output moved by {percent(error, 2)} of the member's, at most {percent(bound, 2)} was asked for",
+    ]

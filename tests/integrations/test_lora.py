@@ -1,0 +1,112 @@
+"""Members of families as adapters of peft on a base, within a measured error."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny_transformers import TINY, save_tiny, tiny
+from transformers.pytorch_utils import Conv1D
+
+import surgery
+from surgery.artifact.export import export
+from surgery.errors import ExportError, OutputError, PlanError
+
+KINDS = {"bert": 3, "gpt2_classifier": 2, "llama": 2, "vit": 3}
+
+
+def tuned(kind: str, rank: int, noise: float = 0.0) -> torch.nn.Module:
+    """A model whose linear layers differ from the base by products of some rank, and whose norms and biases do."""
+    net = copy.deepcopy(tiny(kind))
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, (torch.nn.Linear, Conv1D)):
+                out, into = module.weight.shape
+                module.weight += 0.05 * draw(out, rank) @ draw(rank, into) / rank + noise * draw(out, into)
+                if module.bias is not None:
+                    module.bias += 0.01 * draw(module.bias.numel())
+            elif isinstance(module, torch.nn.LayerNorm):
+                module.weight += 0.05 * draw(*module.weight.shape)
+    return net
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_opened_by_peft(kind, tmp_path: Path):
+    base = save_tiny(kind, tmp_path / "base")
+    tuned(kind, KINDS[kind]).save_pretrained(tmp_path / "tuned")
+    joint = surgery.join([surgery.load_member(str(tmp_path / "tuned"), name="net")])
+    said: list[str] = []
+    folder = export(
+        joint, "net", tmp_path / "adapter", format="lora", base=str(base), max_error=1e-4, say=said.append
+    )
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base) and config["r"] <= KINDS[kind]
+    assert "output moved by <0.01% of the member's" in said[1]
+    opened = peft.PeftModel.from_pretrained(
+        getattr(transformers, TINY[kind][0]).from_pretrained(base), folder
+    ).eval()
+    inputs = joint.members["net"].inputs
+    with torch.no_grad():
+        theirs = opened(*inputs.args, **inputs.kwargs)[0]
+        ours = joint["net"](*inputs.args, **inputs.kwargs)[0]
+    assert float((theirs - ours).norm() / ours.norm()) < 1e-4
+    again = surgery.load_member(str(folder), name="again")  # merged, as surgery reads adapters
+    wanted = joint.collapse("net")
+    assert all(torch.allclose(t, wanted[n], atol=1e-5) for n, t in again.module.state_dict().items())
+
+
+def test_ranks_follow_the_bound(tmp_path):
+    base = save_tiny("bert", tmp_path / "base")
+    tuned("bert", 2, noise=0.002).save_pretrained(tmp_path / "tuned")
+    joint = surgery.join([surgery.load_member(str(tmp_path / "tuned"), name="net")])
+    sizes = []
+    for bound in (0.2, 1e-6):
+        folder = export(joint, "net", tmp_path / f"a{bound}", format="lora", base=str(base), max_error=bound)
+        sizes.append(sum(t.numel() for t in load_file(folder / "adapter_model.safetensors").values()))
+    assert sizes[0] < sizes[1]
+    whole = sum(t.numel() for t in joint.collapse("net").values())
+    assert sizes[1] <= whole
+
+
+@pytest.mark.slow  # a fit of a family
+def test_relatives_of_an_artifact(tmp_path):
+    """Members that are stored as a common matrix and products differ by a product of at most both ranks."""
+    save_tiny("bert", tmp_path / "one")
+    tuned("bert", 2).save_pretrained(tmp_path / "two")
+    joint = surgery.fit(
+        surgery.join([surgery.load_member(str(tmp_path / n), name=n) for n in ("one", "two")]), max_error=0.05
+    )
+    out = surgery.save(joint, tmp_path / "joint")
+    base = export(out, "one", tmp_path / "plain")
+    folder = export(out, "two", tmp_path / "adapter", format="lora", base=str(base), max_error=0.02)
+    assert (folder / "adapter_model.safetensors").stat().st_size < (base / "model.safetensors").stat().st_size
+
+
+def test_what_is_refused(tmp_path):
+    base = save_tiny("bert", tmp_path / "base")
+    joint = surgery.join([surgery.load_member(str(base), name="net")])
+    out = tmp_path / "out"
+    with pytest.raises(PlanError, match="lora needs a `base`"):
+        export(joint, "net", out, format="lora")
+    with pytest.raises(PlanError, match="no other takes `base` or `max_error`"):
+        export(joint, "net", out, format="plain", max_error=0.1)
+    with pytest.raises(ExportError, match="nothing for an adapter to say"):
+        export(joint, "net", out, format="lora", base=str(base))
+    with pytest.raises(ExportError, match=r"BertModel\) and .*vit .*differ"):
+        export(joint, "net", out, format="lora", base=str(save_tiny("vit", tmp_path / "vit")))
+    with pytest.raises(ExportError, match="must be a model that can be loaded"):
+        export(joint, "net", out, format="lora", base=str(tmp_path / "nothing"))
+    with pytest.raises(OutputError):
+        export(joint, "net", base, format="lora", base=str(base))
+    assert not out.exists()
