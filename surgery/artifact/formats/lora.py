@@ -162,16 +162,13 @@ def _check_alike(name: str, base: str, module: nn.Module, origin: nn.Module) -> 
     mine, theirs = shapes_of(module), shapes_of(origin)
     if mine == theirs:
         return
-    wrong = [
-        f"{each} {list(mine[each])} for {list(theirs[each])}"
-        for each in mine
-        if theirs.get(each, mine[each]) != mine[each]
-    ]
+    common = [each for each in mine if each in theirs and mine[each] != theirs[each]]
+    wrong = [f"{each} {list(mine[each])} for {list(theirs[each])}" for each in common]
     wrong += [f"{each} of one of them alone" for each in sorted(mine.keys() ^ theirs.keys())]
+    these = f"member '{name}' ({type(module).__name__}) and {base} ({type(origin).__name__})"
     raise ExportError(
-        f"An adapter needs a base of the member's architecture, but member '{name}' ({type(module).__name__}) and "
-        f"{base} ({type(origin).__name__}) differ: {shorten(wrong, 5, '; ')}; give the base with ?class=NAME, or another "
-        "one."
+        f"An adapter needs a base of the member's architecture, but {these} differ: {shorten(wrong, 5, '; ')}; give "
+        "the base with ?class=NAME, or another one."
     )
 
 
@@ -217,8 +214,9 @@ def _none(module: nn.Module, others: Sequence[str]) -> dict[str, Difference]:
     ]
     if not linear:
         raise ExportError("An adapter needs a linear layer, but the member has none; export it as plain.")
-    name, layer = min(linear, key=lambda pair: pair[1].weight.numel())  # pyright: ignore
-    out, into = layer.weight.T.shape if _transposed(layer) else layer.weight.shape  # pyright: ignore
+    sizes = {name: tuple(each.get_parameter("weight").shape) for name, each in linear}
+    name = min(sizes, key=lambda each: sizes[each][0] * sizes[each][1])
+    out, into = sizes[name][::-1] if _transposed(module.get_submodule(name)) else sizes[name]
     return {name: Difference(torch.zeros(out, 1), torch.zeros(1, into), torch.zeros(1), None)}
 
 

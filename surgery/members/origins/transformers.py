@@ -39,6 +39,7 @@ from surgery.members.origins.transformers_places import (
     bounds_of,
     check_folder,
     check_hub,
+    part_files,
     snapshot,
     split_revision,
 )
@@ -112,7 +113,8 @@ def load(reference: str, request: Request) -> Loaded:
             if attention:
                 module.set_attn_implementation(attention["attn_implementation"])
         commit = getattr(config, "_commit_hash", None)
-        files = read_small_files(folder if local else snapshot(where, commit or revision), FILES)
+        place = folder if local else snapshot(where, commit or revision)
+        files = {**read_small_files(place, FILES), **part_files(place)}
     if stored and (note := decoded_float8(config, folder, module)) is not None:
         warnings.warn(f"{reference}: {note}", SurgeryWarning, stacklevel=4)
     if prefix:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
 from surgery.disk.tensorheader import parse_header
+from surgery.disk.untrusted import is_regular, read_regular
 from surgery.errors import LoadError
 from surgery.members.origins.base import check_files, read_config
 from surgery.members.origins.bounded import by_file
@@ -18,9 +20,12 @@ FILES = (
     "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json", "modules.json",
     "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]*_*/config.json",
+    "[0-9]*_*/model.safetensors", "[0-9]*_*/pytorch_model.bin",
 )  # fmt: skip
-"""Small files that a folder needs besides its weights, sentence-transformers' own among them."""
+"""Small files that a folder needs besides its weights, sentence-transformers' own among them: of modules such as a
+dense layer behind the pooling with their weights, which are no part of the model."""
 _WEIGHTS = ("*.safetensors", "*.bin")
+LARGEST_PART = 1 << 28  # bytes of the weights of one module behind the model
 _PATIENCE = 10.0  # seconds for the hub's first answer
 
 
@@ -87,6 +92,40 @@ def check_folder(folder: Path, stored: bool) -> None:
     for file in weights:
         if file.suffix == ".safetensors":
             check_safetensors(file)
+
+
+def part_files(folder: Path) -> dict[str, bytes]:
+    """Weights of sentence-transformers' modules behind the model, such as a dense layer, as safetensors files.
+
+    They are no part of the model, and are kept as they are beside it.
+
+    Raises:
+        LoadError: where one is larger than what is kept beside a model, or cannot be read without running code.
+    """
+    found: dict[str, bytes] = {}
+    for path in sorted(folder.glob("[0-9]*_*/*")):
+        place = path.parent / "model.safetensors"
+        if path.name not in ("model.safetensors", "pytorch_model.bin") or not is_regular(path):
+            continue
+        try:
+            data = read_regular(path, LARGEST_PART)
+            if path.name == "model.safetensors":
+                parse_header(path)
+            elif not place.exists():
+                import torch
+                from safetensors.torch import save
+
+                state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+                data = save({name: tensor.contiguous() for name, tensor in state.items()})
+            else:
+                continue
+        except Exception as error:  # damaged, too large, or a pickle of other things
+            raise LoadError(
+                f"{path} must hold the weights of a module of sentence-transformers, of at most {LARGEST_PART:,} "
+                f"bytes, but {one_line(error)}: copy the model again, or give its first module's folder alone"
+            ) from error
+        found[place.relative_to(folder).as_posix()] = data
+    return found
 
 
 def bounds_of(folder: Path) -> dict[str, int]:
