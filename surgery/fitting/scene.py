@@ -32,7 +32,7 @@ from surgery.storage.codecs import Statistics
 from surgery.storage.keys import PlainKey
 
 SHARED_FROM = 4096  # elements of a private tensor; of smaller ones a bank's records outweigh what is saved
-WIDEST = (
+WIDEST_INPUT = (
     4096  # columns of a matrix whose inputs are worth knowing: their second moment takes the square of it
 )
 AGAIN = "private; stored together with its relatives by an earlier fit"
@@ -111,7 +111,7 @@ class Scene:
             trial = self.trials[member]
             every = {**matrices_alone(self.plan.left_alone), **self.unclaimed}
             mine = [site for site in every.values() if site.member == member]
-            sites = [site for site in mine if unfolded(site).shape[2] <= WIDEST]
+            sites = [site for site in mine if unfolded(site).shape[2] <= WIDEST_INPUT]
             seen = gather(trial.module, sites, ((each.args, each.kwargs) for each in trial.probes))
             known = {name: each.statistics for name, each in seen.items()}
             found[member] = {name: each for name, each in known.items() if each is not None}

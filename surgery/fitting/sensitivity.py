@@ -124,8 +124,18 @@ def _one_sample(
 ) -> None:
     """Give v^T J of every parameter to `add`, for one batch and one v.
 
-    Each is given as soon as it is complete, and let go of: all of them take as much memory as the weights.
+    Each is given as soon as it is complete, and let go of: all of them take as much memory as the weights. What
+    `add` raises is raised; what the backward pass raises means that the model cannot be differentiated.
     """
+    raised: list[Exception] = []
+
+    def watched(name: str, gradient: Tensor) -> None:
+        try:
+            add(name, gradient)
+        except Exception as error:
+            raised.append(error)
+            raise
+
     try:
         with torch.enable_grad():
             outputs = tensors_in(trial.module(*inputs.args, **inputs.kwargs))
@@ -136,12 +146,13 @@ def _one_sample(
                     signs = torch.randint(0, 2, output.shape, generator=generator).to(output.device) * 2 - 1
                     loss = loss + (output.float() * signs).sum() / norm
         if loss.requires_grad:
-            with _given(parameters, add):
+            with _given(parameters, watched):
                 loss.backward(inputs=list(parameters.values()))
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, NotImplementedError):
-        pass  # a model that cannot be differentiated is measured, not derived
+    except RuntimeError:  # a model that cannot be differentiated is measured, not derived
+        if raised:
+            raise raised[0] from None
 
 
 @contextmanager
