@@ -14,7 +14,7 @@ import surgery
 from benchmarks.frontier.families import Batch, Family
 from surgery import Inputs, Member
 
-BESIDE = ("README.md", "picture")  # a card for people; nothing is loaded from it
+BESIDE = ("README.md", "sharing.png")  # a card and its picture, for people; nothing is loaded from them
 TRIES = 4
 
 
@@ -91,7 +91,7 @@ def merge(family: Family, budget: float, out: Path, seed: int, calibrated: bool)
     seconds = time.perf_counter() - start
     files = [path for path in out.rglob("*") if path.is_file()]
     sizes = {path: path.stat().st_size for path in files}
-    needed = sum(n for path, n in sizes.items() if not path.name.startswith(BESIDE) and path.suffix != ".svg")
+    needed = sum(n for path, n in sizes.items() if path.name not in BESIDE)
     alone = [surgery.remove(out, name, dry_run=True).stored_bytes for name in family.states]
     saved = joint.report.saved
     detail = f"budget {budget:.4f}; saved by " + ", ".join(

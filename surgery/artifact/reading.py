@@ -30,7 +30,7 @@ from surgery.disk.untrusted import UnreadableError, regular_size, shown_text
 from surgery.errors import PlanError
 from surgery.settings.methods import missing_method
 from surgery.settings.problems import problems_of
-from surgery.storage.codecs import Encoded, encode_native, part_layout
+from surgery.storage.codecs import ANY_LENGTH, Encoded, encode_native, part_layout
 from surgery.storage.keys import PartKey, PlainKey, StorageKey, piece_name
 from surgery.storage.stored import Stored
 from surgery.storage.trim import restrict
@@ -252,7 +252,7 @@ def _assemble(
         layout = part_layout(shape, dtype, precision)
         for part, (kind, size) in layout.items():
             tensor = rest.pop(piece_name(name, part), None)
-            if tensor is None or tensor.dtype != kind or tuple(tensor.shape) != size:
+            if tensor is None or tensor.dtype != kind or not _fits(tuple(tensor.shape), size):
                 found = "there is none" if tensor is None else f"it is {tensor.dtype} {tuple(tensor.shape)}"
                 bad.append(f"{where} must hold {piece_name(name, part)} as {kind} {size}, but {found}")
             else:
@@ -262,6 +262,13 @@ def _assemble(
         named[name] = Encoded(precision, shape, dtype, held)
     named.update({name: encode_native(t) for name, t in rest.items()})
     return named, bad
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether a part has the shape that its codec expects."""
+    return len(shape) == len(expected) and all(
+        e in (ANY_LENGTH, n) for n, e in zip(shape, expected, strict=True)
+    )
 
 
 def _wrong_ties(stored: Stored, members: Iterable[str]) -> list[str]:

@@ -73,7 +73,7 @@ def count_tensors(stored: Stored) -> tuple[TensorReport, ...]:
         for key, first in (*own.items(), *stored.aliases.items()):
             if key.member == member:
                 encoded, sharers = stored.tensors[first], users.get(first, 1)
-                how = f"{COPY}, {encoded.precision}" if sharers > 1 else str(encoded.precision)
+                how = f"{COPY}, {encoded.precision.shown}" if sharers > 1 else encoded.precision.shown
                 whole = math.prod(encoded.shape) * encoded.dtype.itemsize
                 found.append((key.name, how, encoded.nbytes / sharers, whole))
         for p in stored.plan.of(member):

@@ -14,12 +14,22 @@ from surgery.anatomy.sites import LeftAlone
 from surgery.core.generation import to_weight
 from surgery.fitting.allocation import Choice
 from surgery.fitting.units import Arrangement, Unit
-from surgery.storage.codecs import Encoded, Encoding, Precision, decode, encode
-from surgery.storage.keys import PartKey, StorageKey
+from surgery.storage.codecs import (
+    Encoded,
+    Encoding,
+    Precision,
+    Statistics,
+    decode,
+    encode,
+    encode_native,
+    packed,
+)
+from surgery.storage.keys import PartKey, PlainKey, StorageKey
 from surgery.storage.stored import Stored, build_bank, deduplicate
+from surgery.storage.trim import entry_bytes
 
 PLAIN = "sharing it does not pay"
-KEPT = {False: 1, True: 3}  # precisions of a tensor that are kept encoded; error feedback takes its time
+KEPT = {False: 2, True: 3}  # precisions of a tensor that are kept encoded; error feedback takes its time
 
 
 @dataclass
@@ -73,8 +83,18 @@ class Assembler:
         if precision not in known:
             if len(known) == KEPT[unit.statistics is not None]:
                 del known[next(iter(known))]
-            known[precision] = encode(unit.tensors[key], precision, unit.statistics)
+            known[precision] = _smallest(key, unit.tensors[key], precision, unit.statistics)
         return known[precision]
+
+
+def _smallest(key: Any, tensor: Tensor, precision: Precision, statistics: Statistics | None) -> Encoded:
+    """A tensor in a precision, or as it is where that takes no more of a file."""
+    made = packed(encode(tensor, precision, statistics))
+    if isinstance(key, PlainKey):
+        whole = encode_native(tensor)
+        if entry_bytes(key.name, whole) <= entry_bytes(key.name, made):
+            return whole
+    return made
 
 
 def with_plain(plan: Plan, banks: Sequence[BankPlan], placements: Sequence[Placement]) -> Plan:

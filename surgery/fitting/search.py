@@ -27,12 +27,13 @@ from surgery.storage.stored import Stored
 from surgery.util import memory, progress
 from surgery.util.wording import more_than
 
-ROUNDS = 8  # corrections of the predicted errors by the measured ones
+ROUNDS = 8  # corrections of what is predicted by what is measured
 MORE_ROUNDS = 12  # if none of them met the bound
 CORRECTIONS = 2  # of what is predicted of related sites within a budget
 DOUBT = (
     0.1  # of an artifact's bytes: a saving predicted of what methods share that measuring may well turn round
 )
+FULL, FILLED = 0.99, 2  # share of a budget that is enough, and how often more of it is tried
 HEADERS = 48 * 2**10  # bytes of names and headers that a budget does not count
 
 
@@ -302,17 +303,27 @@ class Search:
         return max(found.nbytes, found.choice.nbytes - self.headers) / self.whole
 
     def of_bytes(self, table: Table, budget: float) -> Choice:
-        """The choice of least predicted error for a fraction of the members' bytes."""
-        limit = budget * self.whole + self.headers
+        """The choice of least predicted error for a fraction of the members' bytes.
+
+        What a choice takes shows when it is encoded: coding depends on values, and shared rows may have fewer headers
+        than the tensors that they stand for. So the limit of what is predicted is moved until it fits.
+        """
         related = bool(np.isfinite(table.fixed[self.structure.together]).any())
-        choice = within_bytes(table, limit, common=related)
-        for _ in range(ROUNDS):  # shared rows may have fewer headers than the tensors that they stand for
-            stored = self.assembler.assemble(choice)
-            if (nbytes := self.nbytes(stored)) <= budget * self.whole:
+        limit, allowed = budget * self.whole + self.headers, budget * self.whole
+        choice, best, most = within_bytes(table, limit, common=related), None, -1
+        for number in range(ROUNDS):
+            nbytes = self.nbytes(self.assembler.assemble(choice))
+            if most < nbytes <= allowed:
+                best, most = choice, nbytes
+            if best is not None and (number >= FILLED or nbytes >= FULL * allowed):
                 break
-            limit -= nbytes - budget * self.whole
-            choice = within_bytes(table, limit, common=related)
-        return choice
+            over = max(nbytes - allowed, 0.0)
+            limit -= (nbytes - allowed if nbytes < allowed else over * (1 + number)) + 1
+            following = within_bytes(table, limit, common=related)
+            if best is not None and np.array_equal(following.option, choice.option):
+                break
+            choice = following
+        return choice if best is None else best
 
     def saved_by_sharing(self, found: Attempt) -> int:
         """What the same predicted errors would cost more without shared rows, and copies left out."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from surgery.fitting.metric import DAMPING
-from surgery.fitting.units import PART_BYTES, Unit, unit_bytes
-from surgery.storage.codecs import Precision, Statistics, mixtures, part_layout, row_costs
+from surgery.fitting.units import Unit, unit_bytes
+from surgery.storage.codecs import Precision, Statistics, mixtures, row_costs
 
 TABLE = "embedding"  # the kind of sites that are looked up row by row
 UNSEEN = 0.2  # share of look-ups that go to rows which calibration data do not use: typical of some hundred sentences
@@ -56,15 +56,10 @@ def by_rows(unit: Unit, weights: Tensor) -> Unit:
     total = float(costs.sum(dtype=torch.float64))
     found = mixtures(costs, unit.options, losses)
     mixed: Sequence[Precision] = [precision for precision, _ in found]
-    shape, dtype = tuple(tensor.shape), tensor.dtype
-    names = [PART_BYTES / 2 * (len(part_layout(shape, dtype, each)) - 2) for each in mixed]  # of all classes
     return replace(
         unit,
         options=(*unit.options, *mixed),
-        nbytes=(
-            *unit.nbytes,
-            *(unit_bytes(unit.tensors, each) + more for each, more in zip(mixed, names, strict=True)),
-        ),
+        nbytes=(*unit.nbytes, *(unit_bytes(unit.tensors, each) for each in mixed)),
         errors=(*(total * loss for loss in losses), *(cost for _, cost in found)),
         statistics=Statistics(known and known.second_moment, 1, weights),
     )

@@ -20,10 +20,9 @@ from surgery.storage.codecs import (
     Statistics,
     decode,
     encode,
+    expected_bytes,
     is_tame,
     ladder,
-    part_layout,
-    stored_bytes,
     stored_precision,
 )
 from surgery.storage.codecs.feedback import expected_gain
@@ -140,8 +139,7 @@ def unit_bytes(tensors: Mapping[Any, Tensor], precision: Precision) -> float:
     total = 0.0
     for tensor in distinct:
         shape, own = tuple(tensor.shape), stored_precision(tensor, precision)
-        parts = min(len(part_layout(shape, tensor.dtype, own)), 2)  # further ones have short entries
-        total += stored_bytes(shape, tensor.dtype, own) + PART_BYTES * parts
+        total += expected_bytes(shape, tensor.dtype, own) + PART_BYTES
     return total
 
 

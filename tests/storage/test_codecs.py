@@ -94,10 +94,11 @@ def test_a_codec_from_outside_is_exported_and_shown(joint):
 def test_what_no_codec_is_registered_for_is_named(joint, monkeypatch):
     monkeypatch.delitem(CODECS, "signs")
     with pytest.raises(
-        ArtifactError, match=r"'signs' is not a precision: native, bfloat16, intB.* or mixed.* registers"
+        ArtifactError,
+        match=r"'signs' is not a precision: native, bfloat16, intB.*, mixed.* or huffman.* registers",
     ):
         surgery.load("joint", modules=artifacts.modules())
-    with pytest.raises(ValueError, match="one of native, bfloat16, int, mixed, found 'signs'"):
+    with pytest.raises(ValueError, match="one of native, bfloat16, int, mixed, huffman, found 'signs'"):
         encode(torch.ones(2, 2), Precision("signs"))
 
 

@@ -34,8 +34,9 @@ from surgery.storage.codecs import (
     decode,
     encode,
     encode_native,
+    expected_bytes,
     grouped,
-    stored_bytes,
+    packed,
 )
 from surgery.storage.lazy import LazyState, Made
 
@@ -117,8 +118,8 @@ class Differences:
         found, left, owner = {"shared": shared}, self._left(decode(shared), kept), []
         for k, (precision, own) in enumerate(kept.items()):
             contexts = torch.cat([self.relatives[i].found.contexts[:, j].T for i, j in own.items()])
-            found[f"contexts.{k}"] = encode(contexts.contiguous(), precision)
-            found[f"rows.{k}"] = encode(torch.cat([left[precision, i] for i in own]), precision)
+            found[f"contexts.{k}"] = packed(encode(contexts.contiguous(), precision))
+            found[f"rows.{k}"] = packed(encode(torch.cat([left[precision, i] for i in own]), precision))
             owner += [i for i, directions in own.items() for _ in directions]
         if owner:
             found["owner"] = encode_native(torch.tensor(owner).to(index_dtype(len(self.relatives))))
@@ -259,7 +260,7 @@ def _runs(site: Site, made: Factors, metric: Metric) -> list[tuple[int, int, Uni
     found = []
     for start, stop in pairwise([*(rank for rank in RUNS if rank < len(rows)), len(rows)]):
         shapes = (stop - start, rows.shape[1]), (stop - start, contexts.shape[1])
-        nbytes = [sum(stored_bytes(shape, rows.dtype, each) for shape in shapes) for each in BITS]
+        nbytes = [sum(expected_bytes(shape, rows.dtype, each) for shape in shapes) for each in BITS]
         errors = [float(each[start:stop].sum()) for each in lost]
         unit = Unit(
             {f"{site.member}/{start}": rows[start:stop]},

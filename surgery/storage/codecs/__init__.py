@@ -6,6 +6,7 @@ native     tensors as they are
 bfloat16   tensors rounded to bfloat16
 integers   integers of 2 to 12 bits with a scale for each group of values
 mixed      integers whose bits differ from row to row
+huffman    what another codec stores, in fewer bytes
 feedback   rounding that makes up for its errors in later columns, where the inputs' second moment is known
 
 A new codec is a file here and its name in the loop below; or, outside of this package, a module that registers it when
@@ -14,6 +15,7 @@ it is imported (docs/add_a_codec.md). A fit tries what codecs offer in the order
 
 from surgery.storage.codecs.bfloat16 import BFLOAT16, BFloat16
 from surgery.storage.codecs.codec import (
+    ANY_LENGTH,
     CODECS,
     NATIVE,
     Codec,
@@ -32,6 +34,7 @@ from surgery.storage.codecs.coding import (
     decode,
     encode,
     encode_native,
+    expected_bytes,
     is_tame,
     ladder,
     part_layout,
@@ -39,16 +42,18 @@ from surgery.storage.codecs.coding import (
     stored_precision,
     take_rows,
 )
+from surgery.storage.codecs.huffman import Huffman, packed, unpacked
 from surgery.storage.codecs.integers import Grouping, Integers, codes_of, grouped
 from surgery.storage.codecs.mixed import Classes, Mixed, by_row, mixtures, row_costs
 from surgery.storage.codecs.native import Native
 
-for _codec in (Native(), BFloat16(), Integers(), Mixed()):
+for _codec in (Native(), BFloat16(), Integers(), Mixed(), Huffman()):
     register(_codec)
 
 __all__ = [
-    "BFLOAT16", "CODECS", "LARGEST", "NATIVE", "BFloat16", "Classes", "Codec", "Decoded", "Encoded", "Encoding",
-    "Grouping", "Integers", "Layout", "Mixed", "Native", "Precision", "Statistics", "always_native", "as_dtype",
-    "by_row", "codes_of", "decode", "encode", "encode_native", "grouped", "is_tame", "ladder", "mixtures",
-    "part_layout", "register", "row_costs", "stored_bytes", "stored_precision", "take_rows",
+    "ANY_LENGTH", "BFLOAT16", "CODECS", "LARGEST", "NATIVE", "BFloat16", "Classes", "Codec", "Decoded",
+    "Encoded", "Encoding", "Grouping", "Huffman", "Integers", "Layout", "Mixed", "Native", "Precision",
+    "Statistics", "always_native", "as_dtype", "by_row", "codes_of", "decode", "encode", "encode_native",
+    "expected_bytes", "grouped", "is_tame", "ladder", "mixtures", "packed", "part_layout", "register",
+    "row_costs", "stored_bytes", "stored_precision", "take_rows", "unpacked",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -36,6 +37,40 @@ class BFloat16(Codec[None]):
         """Worth trying where some tensor gets smaller."""
         return (None,) if any(tensor.element_size() > 2 for tensor in tensors) else ()
 
+    def has_streams(self, settings: None = None) -> bool:
+        """Exponents of weights are alike."""
+        return True
+
+    def streams(self, encoded: Encoded) -> list[Tensor]:
+        """The lower bytes of all values, then the higher ones: sign and exponent."""
+        return split_bytes(encoded.parts["bf16"])
+
+    def stream_sizes(self, shape: tuple[int, ...], dtype: torch.dtype, settings: None = None) -> list[int]:
+        """A byte of each value in each of the two."""
+        return [math.prod(shape)] * 2
+
+    def from_streams(
+        self, streams: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype, settings: None = None
+    ) -> Mapping[str, Tensor]:
+        """Lower and higher bytes together."""
+        return {"bf16": joined_bytes(*streams).view(shape)}
+
     def span(self, settings: None = None) -> int:
         """Every value by itself."""
         return 1
+
+
+def split_bytes(values: Tensor) -> list[Tensor]:
+    """The lower and the higher bytes of bfloat16 values.
+
+    Example:
+        >>> [part.tolist() for part in split_bytes(torch.tensor([1.0, -2.0], dtype=torch.bfloat16))]
+        [[128, 0], [63, 192]]
+    """
+    pairs = values.contiguous().reshape(-1).view(torch.uint8).view(-1, 2)
+    return [pairs[:, 0].contiguous(), pairs[:, 1].contiguous()]
+
+
+def joined_bytes(low: Tensor, high: Tensor) -> Tensor:
+    """The inverse of `split_bytes`, flat."""
+    return torch.stack([low, high], 1).view(-1).view(torch.bfloat16)

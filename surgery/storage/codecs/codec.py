@@ -7,6 +7,7 @@ axis gives, independently of the other rows; a vector is one row.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from torch import Tensor
 
 Settings = TypeVar("Settings", bound=Hashable)
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Dtype and shape of each part of an encoded tensor, by name."""
+"""Dtype and shape of each part of an encoded tensor, by name; a length that depends on the values is `ANY_LENGTH`."""
+ANY_LENGTH = -1
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ class Precision:
     def is_native(self) -> bool:
         """Whether tensors are stored as they are, in their own dtype."""
         return self.name == NATIVE.name
+
+    @property
+    def shown(self) -> str:
+        """What it does to values, as reports and pictures say it."""
+        return self.codec.shown(self.settings)
 
 
 NATIVE = Precision("native")
@@ -185,6 +192,51 @@ class Codec(ABC, Generic[Settings]):
     def ladder(self, tensors: Sequence[Tensor]) -> tuple[Settings, ...]:
         """Settings that a fit tries for tensors that it stores alike, the finest first; by default none."""
         return ()
+
+    def shown(self, settings: Settings) -> str:
+        """What it does to values, as reports and pictures say it; by default the precision's text."""
+        return self.name + self.write(settings)
+
+    def expected_bytes(self, shape: tuple[int, ...], dtype: torch.dtype, settings: Settings) -> int:
+        """Bytes of all parts that `encode` makes of such a tensor, about where they depend on the values."""
+        return sum(
+            math.prod(size) * kind.itemsize for kind, size in self.layout(shape, dtype, settings).values()
+        )
+
+    def pieces(self, shape: tuple[int, ...], settings: Settings) -> list[tuple[Precision, tuple[int, ...]]]:
+        """Precisions and shapes that a tensor is stored as; by default one, itself."""
+        return [(Precision(self.name, settings), shape)]
+
+    def has_streams(self, settings: Settings) -> bool:
+        """Whether `streams` says how what is stored can be coded in fewer bytes; by default not."""
+        return False
+
+    def streams(self, encoded: Encoded) -> list[Tensor]:
+        """What is stored, as flat uint8 tensors: bytes of one of them are alike, and some of them frequent."""
+        raise NotImplementedError(f"codec {self.name} has no streams")
+
+    def stream_sizes(self, shape: tuple[int, ...], dtype: torch.dtype, settings: Settings) -> list[int]:
+        """Bytes of each stream of such a tensor."""
+        raise NotImplementedError(f"codec {self.name} has no streams")
+
+    def from_streams(
+        self, streams: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype, settings: Settings
+    ) -> Mapping[str, Tensor]:
+        """The inverse of `streams`: parts by name."""
+        raise NotImplementedError(f"codec {self.name} has no streams")
+
+    def decode_streams(
+        self, streams: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype, settings: Settings
+    ) -> Tensor:
+        """What `decode` makes of the parts of streams.
+
+        Raises:
+            ValueError: where `fault` finds something wrong with the parts.
+        """
+        parts = self.from_streams(streams, shape, dtype, settings)
+        if fault := self.fault(parts):
+            raise ValueError(fault)
+        return self.decode(Encoded(Precision(self.name, settings), shape, dtype, parts))
 
     def span(self, settings: Settings) -> int:
         """Values along a row that are stored independently of its other values; 0 for a whole row."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from surgery.storage.codecs.codec import CODECS, NATIVE, Encoded, Layout, Precision, Statistics
+from surgery.storage.codecs.codec import ANY_LENGTH, CODECS, NATIVE, Encoded, Layout, Precision, Statistics
+from surgery.storage.codecs.huffman import Huffman
 from surgery.storage.lazy import Handle
 
 LARGEST = 1e18  # magnitude from which squares overflow float32: such values, and NaN, have no projection and no scale
@@ -116,7 +117,18 @@ def part_layout(shape: tuple[int, ...], dtype: torch.dtype, precision: Precision
 def stored_bytes(shape: tuple[int, ...], dtype: torch.dtype, precision: Precision) -> int:
     """Bytes that `encode` of such a tensor takes, without encoding it."""
     layout = part_layout(shape, dtype, precision).values()
+    if any(ANY_LENGTH in size for _, size in layout):
+        raise ValueError(f"how many bytes {precision} takes depends on the values")
     return sum(math.prod(size) * kind.itemsize for kind, size in layout)
+
+
+def expected_bytes(shape: tuple[int, ...], dtype: torch.dtype, precision: Precision) -> int:
+    """Bytes that such a tensor takes when it is written, Huffman-coded where that pays: about, as it is not there."""
+    if always_native(shape, dtype):
+        precision = NATIVE
+    if precision.codec.has_streams(precision.settings):
+        precision = Precision(Huffman.name, precision)
+    return precision.codec.expected_bytes(shape, dtype, precision.settings)
 
 
 def as_dtype(encoded: Encoded, dtype: torch.dtype) -> Encoded | None:

@@ -9,13 +9,14 @@ bit planes of 8, 4, 2 and 1 bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from surgery.storage.codecs.bfloat16 import joined_bytes, split_bytes
 from surgery.storage.codecs.codec import Codec, Encoded, Layout, Precision, Statistics
 from surgery.storage.codecs.feedback import Inputs, feed_back
 from surgery.util.memory import compact, empty_large
@@ -92,25 +93,13 @@ class Integers(Codec[Grouping]):
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Codes times their group's scale."""
-        parts, bits = encoded.parts, encoded.precision.settings.bits
-        width = _width(encoded.shape, encoded.precision.settings.group)
-        scale = parts["scale"].float().unsqueeze(1)
-        values = empty_large((scale.shape[0], width), encoded.dtype, scale.device)
-        step = max(DECODE_CHUNK // (8 * width), 1) * 8  # groups: of all planes, each chunk is whole bytes
-        for start in range(0, len(values), step):
-            out = values[start : start + step]
-            chunk = {f"q{p}": parts[f"q{p}"][start * width * p // 8 :] for p in PLANES[bits]}
-            codes = _unpack(chunk, bits, out.numel()).sub(1 << (bits - 1))
-            # Unsigned bytes wrap around to the signed ones.
-            signed = codes.view(torch.int8) if bits <= 8 else codes
-            if encoded.dtype == torch.float32:  # the usual case, without a copy in between
-                out.copy_(signed.view(-1, width)).mul_(scale[start : start + step])
-                continue
-            real = signed.view(-1, width).to(torch.float32).mul_(scale[start : start + step])
-            out.copy_(real.clamp_(-65504.0, 65504.0) if encoded.dtype == torch.float16 else real)
-        first, rest = _matrix(encoded.shape)
-        # A single row stays contiguous without its padding: it is a view that only a copy makes shorter.
-        return compact(values.view(first, -1)[:, :rest]).contiguous().view(encoded.shape)
+        parts, settings = encoded.parts, encoded.precision.settings
+
+        def codes(start: int, stop: int) -> Tensor:  # chunks begin at whole bytes of all planes
+            chunk = {f"q{p}": parts[f"q{p}"][start * p // 8 :] for p in PLANES[settings.bits]}
+            return _unpack(chunk, settings.bits, stop - start)
+
+        return _decode(codes, parts["scale"], encoded.shape, encoded.dtype, settings)
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype, settings: Grouping) -> Layout:
         """Whole bytes for each plane, and bfloat16 scales."""
@@ -131,6 +120,55 @@ class Integers(Codec[Grouping]):
         width = _width(encoded.shape, encoded.precision.settings.group)
         codes = _unpack(encoded.parts, bits, scale.numel() * width).view(encoded.shape[0], -1)[rows]
         return {**_pack(codes.reshape(-1), bits), "scale": scale.view(-1, groups)[rows].reshape(-1)}
+
+    def has_streams(self, settings: Grouping) -> bool:
+        """Codes near zero are the most frequent ones."""
+        return True
+
+    def streams(self, encoded: Encoded) -> list[Tensor]:
+        """Codes, as many in a byte as fit; those of more than a byte by planes. Then both bytes of the scales."""
+        bits, parts = encoded.precision.settings.bits, encoded.parts
+        codes = [parts[f"q{plane}"] for plane in PLANES[bits]]
+        if len(codes) > 1 and bits < 8:
+            width = _width(encoded.shape, encoded.precision.settings.group)
+            codes = [_together(_unpack(parts, bits, parts["scale"].numel() * width), bits)]
+        return [*codes, *split_bytes(parts["scale"])]
+
+    def stream_sizes(self, shape: tuple[int, ...], dtype: torch.dtype, settings: Grouping) -> list[int]:
+        """Of codes or their planes, and a byte for each scale in both of the last."""
+        (*planes, (_, (groups,))) = self.layout(shape, dtype, settings).values()
+        codes = [size for _, (size,) in planes]
+        if len(codes) > 1 and settings.bits < 8:
+            codes = [-(-groups * _width(shape, settings.group) // (8 // settings.bits))]
+        return [*codes, groups, groups]
+
+    def from_streams(
+        self, streams: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype, settings: Grouping
+    ) -> Mapping[str, Tensor]:
+        """Planes and scales."""
+        *codes, low, high = streams
+        if len(codes) == 1 and len(PLANES[settings.bits]) > 1:
+            count = len(low) * _width(shape, settings.group)
+            planes = _pack(_apart(codes[0], settings.bits)[:count], settings.bits)
+        else:
+            planes = {f"q{plane}": each for plane, each in zip(PLANES[settings.bits], codes, strict=True)}
+        return {**planes, "scale": joined_bytes(low, high)}
+
+    def decode_streams(
+        self, streams: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype, settings: Grouping
+    ) -> Tensor:
+        """As `decode`, without planes in between."""
+        *codes, low, high = streams
+        each, scale = max(8 // settings.bits, 1), joined_bytes(low, high)
+        if len(codes) > 1 or len(PLANES[settings.bits]) == 1:
+            return super().decode_streams(streams, shape, dtype, settings)
+        if fault := self.fault({"scale": scale}):
+            raise ValueError(fault)
+
+        def few(start: int, stop: int) -> Tensor:
+            return _apart(codes[0][start // each : -(-stop // each)], settings.bits)[: stop - start]
+
+        return _decode(few, scale, shape, dtype, settings)
 
     def write(self, settings: Grouping) -> str:
         """Bits and group: `4/64`."""
@@ -155,6 +193,33 @@ class Integers(Codec[Grouping]):
     def fault(self, parts: Mapping[str, Tensor]) -> str:
         """Scales must be finite."""
         return "" if bool(parts["scale"].isfinite().all()) else "scales that are NaN or infinite"
+
+
+def _decode(
+    codes: Callable[[int, int], Tensor],
+    scale: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    settings: Grouping,
+) -> Tensor:
+    """Codes times their group's scale; `codes` gives some of them, the first and one past the last asked for."""
+    bits, width = settings.bits, _width(shape, settings.group)
+    scale = scale.float().unsqueeze(1)
+    values = empty_large((scale.shape[0], width), dtype, scale.device)
+    step = max(DECODE_CHUNK // (8 * width), 1) * 8  # groups: of all planes, each chunk is whole bytes
+    for start in range(0, len(values), step):
+        out = values[start : start + step]
+        part = codes(start * width, start * width + out.numel()).sub(1 << (bits - 1))
+        # Unsigned bytes wrap around to the signed ones.
+        signed = part.view(torch.int8) if bits <= 8 else part
+        if dtype == torch.float32:  # the usual case, without a copy in between
+            out.copy_(signed.view(-1, width)).mul_(scale[start : start + step])
+            continue
+        real = signed.view(-1, width).to(torch.float32).mul_(scale[start : start + step])
+        out.copy_(real.clamp_(-65504.0, 65504.0) if dtype == torch.float16 else real)
+    first, rest = _matrix(shape)
+    # A single row stays contiguous without its padding: it is a view that only a copy makes shorter.
+    return compact(values.view(first, -1)[:, :rest]).contiguous().view(shape)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -288,6 +353,24 @@ def _pack(codes: Tensor, bits: int) -> dict[str, Tensor]:
         planes[f"q{plane}"] = packed
         shift += plane
     return planes
+
+
+def _together(codes: Tensor, bits: int) -> Tensor:
+    """Codes of up to 7 bits, as many in a byte as fit, the first lowest."""
+    each = 8 // bits
+    codes = torch.nn.functional.pad(codes, (0, -codes.numel() % each)).view(-1, each)
+    found = codes[:, 0].clone()
+    for slot in range(1, each):
+        found |= codes[:, slot] << (slot * bits)
+    return found
+
+
+def _apart(found: Tensor, bits: int) -> Tensor:
+    """The inverse of `_together`, up to codes that fill up the last byte."""
+    each = 8 // bits
+    if each == 1:
+        return found.clone()
+    return torch.stack([(found >> (slot * bits)) & ((1 << bits) - 1) for slot in range(each)], 1).view(-1)
 
 
 def _unpack(parts: Mapping[str, Tensor], bits: int, count: int) -> Tensor:

@@ -131,6 +131,39 @@ class Mixed(Codec[Classes]):
         own = tuple((b, count) for b, count in zip(bits, counts, strict=True) if count)
         return replace(encoded.precision.settings, rows=own)
 
+    def pieces(self, shape: tuple[int, ...], settings: Classes) -> list[tuple[Precision, tuple[int, ...]]]:
+        """A tensor for each class."""
+        each = zip(settings.rows, _precisions(settings), strict=True)
+        return [(Precision(Integers.name, own), (count, *shape[1:])) for (_, count), own in each]
+
+    def has_streams(self, settings: Classes) -> bool:
+        """Those of every class."""
+        return True
+
+    def streams(self, encoded: Encoded) -> list[Tensor]:
+        """The class of each row, then the streams of every class."""
+        inner = [stream for part in _each(encoded) for stream in _INTEGERS.streams(part)]
+        return [encoded.parts["class"], *inner]
+
+    def stream_sizes(self, shape: tuple[int, ...], dtype: torch.dtype, settings: Classes) -> list[int]:
+        """A byte for each row, then those of every class."""
+        classes = zip(settings.rows, _precisions(settings), strict=True)
+        inner = [_INTEGERS.stream_sizes((count, *shape[1:]), dtype, each) for (_, count), each in classes]
+        return [shape[0], *(size for sizes in inner for size in sizes)]
+
+    def from_streams(
+        self, streams: Sequence[Tensor], shape: tuple[int, ...], dtype: torch.dtype, settings: Classes
+    ) -> Mapping[str, Tensor]:
+        """The class of each row, and the parts of every class."""
+        parts, place = {"class": streams[0]}, 1
+        for number, ((_, count), each) in enumerate(zip(settings.rows, _precisions(settings), strict=True)):
+            own = (count, *shape[1:])
+            stop = place + len(_INTEGERS.stream_sizes(own, dtype, each))
+            found = _INTEGERS.from_streams(streams[place:stop], own, dtype, each)
+            parts |= {f"{number}.{name}": part for name, part in found.items()}
+            place = stop
+        return parts
+
     def write(self, settings: Classes) -> str:
         """The mean of all bits, the group, and bits and rows of each class: `5.0/64:8x10,4x30`."""
         classes = ",".join(f"{bits}x{count}" for bits, count in settings.rows)
