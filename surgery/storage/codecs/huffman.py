@@ -141,8 +141,8 @@ class Huffman(Codec[Precision]):
 
 def _damaged(encoded: Encoded, error: Exception) -> ArtifactError:
     return ArtifactError(
-        f"A tensor of shape {encoded.shape} held as {encoded.precision} must decode, but its bytes give '{error}'; copy "
-        "the artifact again."
+        f"A tensor of shape {encoded.shape} held as {encoded.precision} must decode, but its bytes give '{error}'; "
+        "copy the artifact again."
     )
 
 
