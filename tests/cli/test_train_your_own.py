@@ -55,6 +55,7 @@ def prepare(folder):
     save_file(timm.create_model("test_vit", num_classes=3).state_dict(), folder / "weights.safetensors")
 
 
+@pytest.mark.slow
 def test_every_block_of_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

@@ -24,7 +24,7 @@ from surgery.errors import PlanError
 SMALL = tuple(name for name in NAMES if name not in HUGE)
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", [*SMALL, *(pytest.param(each, marks=pytest.mark.slow) for each in HUGE)])
 def test_joining_changes_neither_outputs_nor_weights(kind):
     one = member(kind)
     before = {key: t.clone() for key, t in one.module.state_dict().items()}

@@ -69,7 +69,7 @@ def original_bytes(members):
     opened=st.sampled_from([0, 0, 1, 3]),
     trained=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_what_is_stored_is_never_larger_than_the_members(
     seed, shapes, block, dtype, repeat, factor, opened, trained
 ):

@@ -171,7 +171,7 @@ def test_ties_keys_order_and_dtypes_survive():
 
 
 @pytest.mark.parametrize("block", [None, (8, 8)])
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_siblings_cost_clearly_less_together(count, block):
     def family():
         base = made("base", mlp(128, 3), torch.randn(8, 6, generator=torch.Generator().manual_seed(0)))

@@ -127,6 +127,7 @@ def recipe(models, out, **more):
     return Recipe.of({"parameters": {"max_error": 0}, **document})
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_bytes_and_verify_agrees(tmp_path):
     models = {"a": SMALL, "b": OTHER, "c": SMALL}
     merge(recipe(models, tmp_path / "one"))

@@ -59,8 +59,8 @@ def digits(folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("way", "view"),
     [
-        ("{moments: 1.0}", "shear"),
-        ("adversary", "shot"),
+        pytest.param("{moments: 1.0}", "shear", marks=pytest.mark.slow),
+        pytest.param("adversary", "shot", marks=pytest.mark.slow),
         ("statistics", "scale"),
         ("{adversary: 1, moments: 2}", "shot"),
     ],

@@ -142,7 +142,8 @@ def test_recipes_of_pretrained_encoders_run_with_a_small_one(name, folder, tmp_p
 
 @pytest.mark.parametrize(
     "name",
-    ["crossmodal_small", "crossmodal", "isometric", "nine_tasks"]
+    ["crossmodal_small", "isometric"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("crossmodal", "nine_tasks")]
     + [pytest.param(name, marks=[needs_weights, pytest.mark.slow]) for name in PRETRAINED],
 )
 def test_every_recipe_runs_from_end_to_end(name, folder, tmp_path, request):

@@ -46,7 +46,7 @@ def check(member, skipped=0.0, sites=True):
 
 LARGE = {
     "sequencer2d_s", "samvit_base_patch16_224", "nfnet_f0", "mvitv2_tiny", "falcon_h1", "detr", "qwen2_vl", "swin_t",
-    "raft_large",
+    "raft_large", "nf_resnet26", "jamba", "longformer", "hiera_tiny_224", "twins_pcpvt_small",
 }  # fmt: skip
 
 
@@ -64,6 +64,7 @@ def test_timm(name):
     check(Member(name, module, Inputs((torch.randn(1, 3, *side),)), Origin("timm", name, name)))
 
 
+@pytest.mark.slow
 def test_timm_with_few_layers():
     """The smallest of its kind has 167 million parameters."""
     torch.manual_seed(0)

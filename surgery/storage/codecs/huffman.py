@@ -126,7 +126,7 @@ class Huffman(Codec[Precision]):
     def _streams(self, encoded: Encoded) -> list[Tensor]:
         inner: Precision = encoded.precision.settings
         sizes = inner.codec.stream_sizes(encoded.shape, encoded.dtype, inner.settings)
-        content = memoryview(encoded.parts[PART].cpu().contiguous().numpy())
+        content = encoded.parts[PART].cpu().contiguous().numpy().data
         try:
             spans = _split(content, len(content))
             if len(spans) != len(sizes):

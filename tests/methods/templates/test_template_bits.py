@@ -120,6 +120,7 @@ def test_bounds_and_budgets_hold_and_bits_make_templates_smaller(mixing):
     assert store(small).nbytes <= 0.2 * whole(small) and max(small.report.errors.values()) < 0.03
 
 
+@pytest.mark.slow
 def test_a_family_takes_less_as_templates_than_apart_and_less_still_as_relatives():
     """Differences of low rank are each member's own, which mixtures of whole templates cannot have."""
     members = family()

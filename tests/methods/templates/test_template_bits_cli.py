@@ -60,6 +60,7 @@ def encoder(request, tmp_path):
     return tmp_path / "bert"
 
 
+@pytest.mark.slow
 def test_an_encoder_within_a_budget_end_to_end(encoder, tmp_path):
     code, out, err = command(
         "merge", f"minilm={encoder}", "--method", "templates", "--budget", "0.25", "--out", tmp_path / "joint", "--json"

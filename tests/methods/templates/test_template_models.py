@@ -207,6 +207,7 @@ def test_hardening_keeps_the_templates_that_contribute_most():
     assert all(bank.context == 1 for bank in store(joint).plan.banks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixing", only("linear"))
 def test_error_and_budget_decide_the_number_of_templates(mixing):
     base = network("vit")
