@@ -317,21 +317,13 @@ def damage_weights(folder):
 
 
 def damage_values(folder):
-    """A shared matrix with a scale that is not a number."""
-    from safetensors.torch import load_file, save_file
-
+    """A shared matrix whose bytes are no codes."""
     path = folder / "dictionary.safetensors"
-    found = load_file(path)
-    name = next(key for key in found if key.endswith("shared:scale"))
-    found[name][0] = torch.nan
-    begin = path.read_bytes()
-    save_file(found, folder / "other")
-    assert len((folder / "other").read_bytes()) <= len(begin) + 4096
-    (folder / "other").unlink()
-    data = bytearray(begin)
+    data = bytearray(path.read_bytes())
     header = int.from_bytes(data[:8], "little")
-    at = json.loads(data[8 : 8 + header])[name]["data_offsets"][0] + 8 + header
-    data[at : at + 2] = b"\xc0\x7f"
+    entries = json.loads(data[8 : 8 + header])
+    begin, end = next(each["data_offsets"] for name, each in entries.items() if name.endswith("shared:z"))
+    data[8 + header + begin : 8 + header + end] = b"\xff" * (end - begin)
     path.write_bytes(bytes(data))
 
 

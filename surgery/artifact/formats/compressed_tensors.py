@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from surgery.artifact.formats.checkpoint import architecture, checkpoint_names, write_checkpoint
 from surgery.errors import ExportError
 from surgery.members.member import Member
-from surgery.storage.codecs import BFLOAT16, Encoded, Grouping, Integers, codes_of
+from surgery.storage.codecs import BFLOAT16, Encoded, Grouping, Integers, codes_of, unpacked
 from surgery.storage.states import lazy_state_of
 from surgery.storage.stored import Stored
 from surgery.util.quiet import quiet
@@ -89,7 +89,7 @@ def write_compressed_tensors(
     Raises:
         ExportError: where transformers cannot open it, as far as compressed-tensors is here to try.
     """
-    state, plain = lazy_state_of(stored, member.name), stored.plain(member.name)
+    state, plain = lazy_state_of(stored, member.name), _plain(stored, member.name)
     tensors: dict[str, Tensor] = {}
     for name in checkpoint_names(module):
         layer = name.removesuffix(".weight")
@@ -130,7 +130,7 @@ def plan_packing(stored: Stored, member: Member, tie_widths: bool, trust: bool) 
         ExportError: where it is no model of transformers as it is, or none of its layers can be packed.
     """
     module = architecture(member, stored, METHOD, trust)
-    plain, sites = stored.plain(member.name), {p.site.name for p in stored.plan.of(member.name)}
+    plain, sites = _plain(stored, member.name), {p.site.name for p in stored.plan.of(member.name)}
     names, packed, reasons = checkpoint_names(module), {}, {}
     for name in names:
         each = plain.get(name)
@@ -168,6 +168,11 @@ def plan_packing(stored: Stored, member: Member, tie_widths: bool, trust: bool) 
 
 
 _MERGED_WITH_PLAIN = "servers merge it with a layer that is not packed"
+
+
+def _plain(stored: Stored, member: str) -> dict[str, Encoded]:
+    """A member's plain tensors by name, as codes and scales where they are of integers."""
+    return {name: unpacked(each) for name, each in stored.plain(member).items()}
 
 
 def _unfit(module: nn.Module, name: str, encoded: Encoded) -> str:

@@ -107,7 +107,7 @@ def test_a_family_shares_says_how_many_templates_and_trains_on(tmp_path, monkeyp
         "  - {name: a, model: 'own.py:net', tasks: [{data: 'own.py:data'}]}\n"
         "  - {name: b, model: 'own.py:other', tasks: [{data: 'own.py:data'}]}\n"
         "method: templates\n"
-        "parameters: {budget: 0.15, block: 8x8}\n"
+        "parameters: {budget: 0.12, block: 8x8}\n"
         "train: {steps: 3, generations: 2}\n"
     )
     monkeypatch.chdir(tmp_path)
