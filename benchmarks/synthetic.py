@@ -7,17 +7,20 @@
 Each row is a recipe of that name, trained by its own settings on one thread. RMSE is the mean over the tasks, on test
 data, in the state that the recipe keeps. *Found* is the first generation after which three hypermodules serve the 30
 tasks and at least 27 of them are with most of their group; *kept* is the share of the later generations of which that
-is still true. Without --file every seed draws its own data.
+is still true; the adjusted Rand index compares the final grouping with the true one. Without --file every seed draws
+its own data.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -60,10 +63,27 @@ def run(setting: str, noisy: bool, seed: int, file: str | None) -> dict[str, Any
         "setting": setting, "noisy": noisy, "seed": seed,
         "rmse": float(errors.mean()),
         "modules": len(set(strips[report.best])),
+        "agreement": rand_index(strips[report.best], found.group.tolist()),
         "found": None if first is None else first + 1,
         "kept": None if first is None else statistics.mean(right[first:]),
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
+
+
+def rand_index(one: Sequence[int], other: Sequence[int]) -> float:
+    """The adjusted Rand index of two groupings: 1 where they are equal, 0 what chance gives.
+
+    Example:
+        >>> rand_index([5, 5, 2, 2], [0, 0, 1, 1])
+        1.0
+    """
+    pairs = [
+        sum(math.comb(n, 2) for n in Counter(g).values()) for g in (zip(one, other, strict=True), one, other)
+    ]
+    both, first, second = pairs
+    chance = first * second / math.comb(len(one), 2)
+    most = (first + second) / 2
+    return 1.0 if most == chance else (both - chance) / (most - chance)
 
 
 def _is_found(strip: Sequence[int], group: Sequence[int]) -> bool:
@@ -81,8 +101,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: one row for each setting and kind of data."""
     lines = [
         "| recipe | targets | RMSE, mean ± standard error | hypermodules at the end | found (median generation) "
-        "| found in | kept afterwards | seconds a run |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
+        "| found in | kept afterwards | adjusted Rand index, and runs where it is 1 | seconds a run |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for noisy in (False, True):
         for setting in SETTINGS:
@@ -100,6 +120,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             lines.append(
                 f"| {setting} | {'noisy' if noisy else 'clean'} | {statistics.mean(errors):.3f} ± {error:.3f} | "
                 f"{modules} | {median} | {len(found)}/{len(rows)} | {kept} | "
+                f"{statistics.mean(r['agreement'] for r in rows):.3f}, "
+                f"{sum(r['agreement'] == 1 for r in rows)}/{len(rows)} | "
                 f"{statistics.mean(r['seconds'] for r in rows):.0f} |"
             )
     return "\n".join(lines)
