@@ -101,6 +101,7 @@ def inspect(
             trust_remote_code=trust_remote_code,
             seed=seed,
             allow_nonfinite=allow_nonfinite,
+            read=False,
         )
         anatomy = discover(
             member, private=tuple(private or ()), sites=tuple(sites or ()), skip=tuple(skip or ())

@@ -259,7 +259,7 @@ def preview(
 
     with console.working(quiet=quiet, json_wanted=json):
         check(recipe, overwrite=overwrite)
-        prepared = prepare(recipe, trust_remote_code=trust_remote_code)
+        prepared = prepare(recipe, trust_remote_code=trust_remote_code, read=False)
     if json:
         console.emit(planned.plan_json(prepared))
     elif not quiet:

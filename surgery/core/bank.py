@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from surgery.util.stamps import Stamp, stamp, versions
+
 if TYPE_CHECKING:
     from surgery.anatomy.plan import BankPlan, Placement
 
@@ -81,6 +83,33 @@ class Bank(nn.Module, ABC):
     def dtype(self) -> torch.dtype:
         """Of what it generates."""
         return next(self.parameters()).dtype
+
+    @property
+    def learns(self) -> bool:
+        """Whether any parameter of it requires gradients."""
+        return any(p.requires_grad for p in self.parameters())
+
+    def versions(self) -> Stamp:
+        """Of all that blocks are generated from; they differ as soon as something is written to."""
+        return versions((*self.parameters(), *self.buffers()))
+
+    def stamp(self) -> Stamp:
+        """As `versions`, with a few values, as some changes leave no trace in versions."""
+        return stamp((*self.parameters(), *self.buffers()))
+
+    # -- weights that lie elsewhere ------------------------------------------------------------------------
+
+    def held(self, p: Placement) -> Tensor | None:
+        """The weight of a site where the bank has it as a whole, mapped from a file; nobody may write to it.
+
+        Args:
+            p: of the site in the bank.
+        """
+        return None
+
+    def lent(self) -> Iterable[tuple[Placement, Tensor]]:
+        """The weights of sites that the bank has as wholes, in memory that takes no room until it is written to."""
+        return ()
 
     # -- generating ----------------------------------------------------------------------------------------
 

@@ -49,9 +49,16 @@ class Generated(Handle):
         self.bank, self.p, self.blocks = bank, p, blocks
         self.shape, self.dtype, self.device = p.site.shape, torch_dtype(p.site.dtype), bank.device
 
+    def look(self) -> Tensor:
+        """The weight, which nobody may write to."""
+        held = self.bank.held(self.p)
+        return self.read() if held is None else held
+
     @torch.no_grad()
     def read(self) -> Tensor:
         """The weight, no view of a larger storage."""
+        if (held := self.bank.held(self.p)) is not None:
+            return held.clone()
         start, stop = self.p.start, self.p.stop
         mine = self.blocks.take()[start:stop] if self.blocks else self.bank.settled_blocks(start, stop)
         return memory.compact(to_weight(mine, self.p))
@@ -89,12 +96,20 @@ def generate_weights(
         mine = sorted((p for key in keys for p in by_bank[key]), key=lambda p: p.start)
         if len(keys) > 1:
             weights |= _cut(banks[0].generate_together(banks, task), mine)
+        elif not torch.is_grad_enabled() and banks[0].held(mine[0]) is not None:
+            weights |= {(p.site.member, p.site.name): _copy(banks[0].held(p)) for p in mine}
         elif not torch.is_grad_enabled() and (tied := _tied_weights(banks[0], mine)) is not None:
             weights |= tied
         else:
             for run in _pieces(_runs(mine), banks[0]):
                 weights |= _cut(banks[0].blocks(run[0].start, run[-1].stop, task), run)
     return weights
+
+
+def _copy(weight: Tensor | None) -> Tensor:
+    """A weight that a bank holds, in memory of its own."""
+    assert weight is not None  # a bank holds all its sites, or none
+    return weight.clone()
 
 
 def _together(dictionary: Dictionary, by_bank: Mapping[str, Sequence[Placement]]) -> list[list[str]]:

@@ -16,11 +16,14 @@ from surgery.core.generation import to_blocks
 from surgery.core.joint import JointModel
 from surgery.core.replacing import modules_replaced
 from surgery.disk.aligned import align_module
+from surgery.disk.mapped import Reader, places_of
 from surgery.errors import PlanError
 from surgery.members.member import Member, check_names
 from surgery.members.occupancy import check_free
 from surgery.members.replacement import Replaced
 from surgery.methods.rows.exact import exact_bank
+from surgery.methods.rows.referred import ReferredRows
+from surgery.methods.rows.sources import SiteBlocks
 from surgery.settings.recipe import Recipe
 from surgery.slots.collapse import collapse
 from surgery.slots.slots import locate, put_back
@@ -70,12 +73,7 @@ def _join(members: Sequence[Member], plan: Plan | None, block: tuple[int, int], 
     keys = [(p.site.member, p.site.name) for p in plan.placements]
     wild = {(name, site) for name, site in keys if not is_tame(_weight(modules[name], site))}
     plan = leave_alone(plan, wild, f"holds NaN, infinite values or values beyond {LARGEST:.0e}")
-    banks: dict[str, Bank] = {}
-    for bank in plan.banks:
-        banks[bank.key] = exact_bank(
-            _blocks(modules, [p for p in plan.placements if p.bank == bank.key]), bank.block
-        )
-    joint = JointModel(members, plan, Dictionary(banks))
+    joint = JointModel(members, plan, _exact_start(modules, plan))
     if told is not None:
         joint.keep_known(replace(joint.known, joined=told))
     return joint
@@ -110,11 +108,7 @@ def join_anew(joint: JointModel, change: Callable[[JointModel, str], tuple[Repla
                 found[name, entry.name] = replace(entry, name=first, owners=owners)
     plan = _plan_of_rest(before, found)
     modules = {name: align_module(joint[name]) for name in joint.names}
-    banks: dict[str, Bank] = {}
-    for bank in plan.banks:
-        mine = [p for p in plan.placements if p.bank == bank.key]
-        banks[bank.key] = exact_bank(_blocks(modules, mine), bank.block)
-    return joint.occupy(plan, Dictionary(banks), {}, known)
+    return joint.occupy(plan, _exact_start(modules, plan), {}, known)
 
 
 def _plan_of_rest(plan: Plan, found: Mapping[tuple[str, str], Site | LeftAlone]) -> Plan:
@@ -151,6 +145,25 @@ def _told(
     models = [{"model": member.origin.reference, "name": member.name} for member in members]
     parameters = {} if block == starting_block(anatomies) else {"block": block}
     return Recipe.of({"models": models, "parameters": parameters})
+
+
+def _exact_start(modules: Mapping[str, nn.Module], plan: Plan) -> Dictionary:
+    """Every distinct block of the plan's sites as a row; of weights that are mapped from files, where it is there."""
+    weights = {
+        (p.site.member, p.site.name): _weight(modules[p.site.member], p.site.name) for p in plan.placements
+    }
+    places = places_of(weights.values())
+    banks: dict[str, Bank] = {}
+    for bank in plan.banks:
+        mine = [p for p in plan.placements if p.bank == bank.key]
+        lies = (places.get(id(weights[p.site.member, p.site.name])) for p in mine)
+        found = [place for place in lies if place is not None]
+        if len(found) == len(mine):
+            source = SiteBlocks(mine, found, Reader(place.file for place in found))
+            banks[bank.key] = ReferredRows(bank.block, source)
+        else:
+            banks[bank.key] = exact_bank(_blocks(modules, mine), bank.block)
+    return Dictionary(banks)
 
 
 def _blocks(modules: Mapping[str, nn.Module], placements: Sequence[Placement]) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from surgery.anatomy.plan import Placement, Plan, torch_dtype
 from surgery.core.dictionary import Dictionary
 from surgery.core.generation import Weights, generate_weights
-from surgery.core.known import Known, Stamp, stamp, versions
+from surgery.core.known import Known
 from surgery.core.method import Opening
 from surgery.core.opening import open_dictionary
 from surgery.core.replacing import collapse_modules, copy_replaced, put_originals
@@ -44,6 +45,7 @@ from surgery.storage.codecs import Encoded
 from surgery.storage.keys import StorageKey
 from surgery.util import memory
 from surgery.util.showing import as_html, as_text, plural
+from surgery.util.stamps import Stamp, stamp
 from surgery.util.wording import count
 
 if TYPE_CHECKING:
@@ -379,7 +381,7 @@ class JointModel(nn.Module):
             forget_derived(self[name])
         self.keep_known(known)
         memory.give_back()  # the parameters whose place slots take
-        self.refresh()
+        self.filler.begin()
         return self
 
     # -- internals -----------------------------------------------------------------------------------------
@@ -390,12 +392,12 @@ class JointModel(nn.Module):
         generated = {p.site.name for p in placed}
         own = [_held(module, first) for first in self.owners[name] if first not in generated]
         banks = [self.dictionary[key] for key in dict.fromkeys(p.bank for p in placed)]
-        made = [t for bank in banks for t in (*bank.parameters(), *bank.buffers())]
-        return stamp([t for t in (*own, *made) if isinstance(t, Tensor)])
+        made = (bank.stamp() for bank in banks)
+        return (*stamp(t for t in own if isinstance(t, Tensor)), *chain.from_iterable(made))
 
     def versions(self) -> Stamp:
         """Of everything that weights are generated from; they differ as soon as something is written to."""
-        return versions((*self.dictionary.parameters(), *self.dictionary.buffers()))
+        return tuple(chain.from_iterable(self.dictionary[key].versions() for key in self.dictionary))
 
     def trains(self, name: str, site: str) -> bool:
         """Whether a site's parameter was trainable; what it is extracted as."""

@@ -55,7 +55,7 @@ def settle_banks(plan: Plan, found: Mapping[str, Bank], keep: Collection[str] = 
             placements += kept
         sites = {(p.site.member, p.site.name) for p in kept}
         if left := [p for p in mine if (p.site.member, p.site.name) not in sites]:
-            plain |= {key: weight.read() for key, weight in generated(found, left).items()}
+            plain |= {key: weight.look() for key, weight in generated(found, left).items()}
     order = {(p.site.member, p.site.name): i for i, p in enumerate(plan.placements)}
     placements.sort(key=lambda p: order[p.site.member, p.site.name])
     return Settled(replace(plan, banks=tuple(plans), placements=tuple(placements)), banks, plain)

@@ -16,11 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from surgery.disk.mapped import places_of
 from surgery.disk.tensorheader import parse_header
 from surgery.errors import OutputError, shorten
 from surgery.storage.lazy import Handle, file_dtypes, read, tensors_in_file
 
 ALIGNMENT = 64  # bytes; PyTorch's own on the CPU, and the width of its widest vectors
+
+MUCH = 128 * 2**20  # bytes of mapped tensors that are not copied for their alignment before they have to run
 
 NOTES = "__metadata__"  # what the format calls the entry of a header that is no tensor
 
@@ -46,14 +49,43 @@ def is_aligned(tensor: Tensor) -> bool:
 
 
 @torch.no_grad()
-def align_module(module: nn.Module) -> nn.Module:
-    """Move parameters and buffers that begin elsewhere to multiples of 64 bytes, in place; ties are kept."""
+def align_module(module: nn.Module, *, to_run: bool = False) -> nn.Module:
+    """Move parameters and buffers that begin elsewhere to multiples of 64 bytes, in place; ties are kept.
+
+    Where that would copy `MUCH` or more of a model that is mapped from files, these tensors stay until the module runs.
+
+    Args:
+        module: of any kind.
+        to_run: whether it is about to run.
+    """
     moved: dict[tuple, Tensor] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        if type(tensor) in (Tensor, nn.Parameter, nn.Buffer) and not is_aligned(tensor):
+    plain = (
+        t for t in (*module.parameters(), *module.buffers()) if type(t) in (Tensor, nn.Parameter, nn.Buffer)
+    )
+    apart = [tensor for tensor in plain if not is_aligned(tensor)]
+    if not to_run and sum(tensor.nbytes for tensor in apart) >= MUCH and (stay := places_of(apart)):
+        apart = [tensor for tensor in apart if id(tensor) not in stay]
+        module.register_forward_pre_hook(_ALIGN_FIRST)
+    for tensor in apart:
+        if not is_aligned(tensor):
             place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
             tensor.data = moved.setdefault(place, tensor.detach().clone())
     return module
+
+
+class _AlignFirst:
+    """Hook before a module runs: moves what is not aligned yet."""
+
+    def __call__(self, module: nn.Module, *args: object) -> None:
+        """Align what a call is about to read; not while the module is traced, where nothing is read."""
+        if not torch.compiler.is_compiling() and not torch._C._len_torch_function_stack():
+            align_module(module, to_run=True)
+
+    def __deepcopy__(self, memo: dict) -> _AlignFirst:
+        return self
+
+
+_ALIGN_FIRST = _AlignFirst()
 
 
 def write_shards(

@@ -188,7 +188,7 @@ def _fitted(
     joint.vacate()
     try:
         for name, state in states.items():
-            originals[name] = _by_owner(joint, name, state).resident()
+            originals[name] = _by_owner(joint, name, state).resident(writable=False)
         states.clear()
         given_up = _give_up(before[0], before[1], originals)
         memory.give_back()

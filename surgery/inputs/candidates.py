@@ -9,18 +9,19 @@ embeddings for ids, and a batch of one.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from surgery.errors import LoadError
+from surgery.errors import LoadError, SurgeryWarning
 from surgery.inputs.fields import known, make
 from surgery.inputs.repairs import outline, repairs
 from surgery.inputs.sample import Sample, TooLargeError
 from surgery.members.member import Inputs, Origin
-from surgery.tracing.copying import on_meta
+from surgery.tracing import run_without_weights
 from surgery.util.quiet import quiet
 from surgery.util.text import one_line
 
@@ -114,26 +115,30 @@ def inputs_for_part(part: nn.Module) -> Inputs | None:
 def forward_error(module: nn.Module, inputs: Inputs) -> Exception | None:
     """None where one forward pass with `inputs` works, else what it raised.
 
-    Large modules run on the meta device first, which costs no arithmetic.
+    Large modules run without their weights first, which reads none and costs no arithmetic.
     """
+    apart: Exception | None = None
     if sum(parameter.numel() for parameter in module.parameters()) > _CPU_LIMIT:
         try:
             with torch.no_grad(), quiet(importing=False):
-                weights = {
-                    name: t.to("meta") for name, t in (*module.named_parameters(), *module.named_buffers())
-                }
-                args = tuple(on_meta(value) for value in inputs.args)
-                torch.func.functional_call(
-                    module, weights, args, {k: on_meta(v) for k, v in inputs.kwargs.items()}
-                )
+                run_without_weights(module, inputs)
             return None
-        except Exception:  # some models compute with values; the pass with data decides
-            pass
+        except (
+            Exception
+        ) as error:  # some models compute with values of their weights; the pass with data decides
+            apart = error
     try:
         with torch.no_grad(), quiet(importing=False):
             module(*inputs.args, **inputs.kwargs)
     except Exception as error:
         return error
+    if apart is not None:
+        warnings.warn(
+            f"{type(module).__name__} runs with its weights alone, all of which were read: without them it raises "
+            f"{one_line(apart)}",
+            SurgeryWarning,
+            stacklevel=2,
+        )
     return None
 
 

@@ -187,8 +187,9 @@ def content_hash(tensors: Mapping[str, Any]) -> str:
     read tensor by tensor.
     """
     digest = hashlib.sha256()
+    look = getattr(tensors, "look", tensors.__getitem__)  # of handles, what is mapped is not copied
     for name in sorted(tensors):
-        value = tensors[name]  # once: a handle is read
+        value = look(name)  # once: a handle is read
         if not isinstance(value, Tensor) or name.rpartition(".")[2] == KEY:
             digest.update(f"{name}\0".encode() + document_or_nothing({name: value}))
             continue

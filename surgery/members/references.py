@@ -112,6 +112,7 @@ def load_member(
     trust_remote_code: bool = False,
     seed: int = 0,
     allow_nonfinite: bool = False,
+    read: bool = True,
 ) -> Member:
     """Load one member from a reference, or take a live module, which is put into eval mode.
 
@@ -125,6 +126,7 @@ def load_member(
         seed: of all that is drawn at random: example inputs, and weights where the reference has no stored ones. These
             depend on the seed and the member's name alone; no global generator is moved.
         allow_nonfinite: whether NaN and infinite weights are accepted.
+        read: whether weights are read, to see that they are finite; without, those of large models stay on the disk.
 
     Returns:
         the member in eval mode, every tensor in the dtype in which its file holds it, whatever the configuration says.
@@ -156,7 +158,9 @@ def load_member(
         request = Request(Permission.of_user(trust_remote_code))
         loaded = _load(kind, rest, request, member_seed(seed, chosen))
         align_module(loaded.module)  # tensors that are mapped lie where their file has them
-    return _member(chosen, loaded, inputs, seed, allow_nonfinite, live=isinstance(reference, nn.Module))
+    return _member(
+        chosen, loaded, inputs, seed, allow_nonfinite or not read, live=isinstance(reference, nn.Module)
+    )
 
 
 def _given(inputs: Any, name: str, loaded: Loaded, seed: int) -> Inputs | None:

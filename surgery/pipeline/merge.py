@@ -176,6 +176,7 @@ def prepare(
     *,
     trust_remote_code: bool = False,
     inputs: Callable[[Model, Member], Inputs | None] | None = None,
+    read: bool = True,
 ) -> Prepared:
     """Load the members, find their sites, read calibration files and plan the dictionary; nothing is changed.
 
@@ -183,6 +184,7 @@ def prepare(
         recipe: what to do.
         trust_remote_code: whether Python files that come with a model may run.
         inputs: gives example inputs of a recipe's model, or None for those that it has otherwise.
+        read: whether weights are read, to see that they are finite.
 
     Raises:
         SurgeryError: where a member cannot be loaded or traced, a selector matches nothing, or no plan
@@ -195,7 +197,7 @@ def prepare(
     members: list[Member] = []
     models: list[Model] = []
     for model in track(recipe.models, "Loading members"):
-        for member, tasks in load_entry(model, inputs, recipe, trust_remote_code):
+        for member, tasks in load_entry(model, inputs, recipe, trust_remote_code, read):
             check_names(each.name for each in (*members, member))
             members.append(member)
             entry: dict[str, Any] = {"model": parse_reference(model.model)[1], "name": member.name}
@@ -215,6 +217,7 @@ def load_entry(
     inputs: Callable[[Model, Member], Inputs | None] | None,
     recipe: Recipe,
     trust_remote_code: bool,
+    read: bool = True,
 ) -> list[tuple[Member, tuple[TaskSpec, ...]]]:
     """What a recipe's entry names: one member, or those of a folder that surgery wrote, as they are there.
 
@@ -234,6 +237,7 @@ def load_entry(
             seed=recipe.seed,
             trust_remote_code=trust_remote_code,
             allow_nonfinite=recipe.allow_nonfinite,
+            read=read,
         )
         return [(member, ())]
     from surgery.artifact import load

@@ -46,8 +46,32 @@ class Filler:
             str, str | None
         ] = {}  # by member, outside of steps: the task whose weights slots hold
         self._leaves: StepLeaves | None = None  # what slots hold within a step
+        self._resting: set[str] = set()  # members whose slots hold tensors that are mapped
 
     # -- without gradients -----------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Fill the slots of members for the first time: those of mapped weights with the mapped tensors themselves.
+
+        These take no memory, and are generated when their member first runs.
+        """
+        self.refuse_in_step("Filling the slots")
+        with torch.inference_mode(False), torch.no_grad():
+            lent = {
+                (p.site.member, p.site.name): tensor
+                for key in self.joint.dictionary
+                for p, tensor in self.joint.dictionary[key].lent()
+            }
+            self._fill_leaves(lent)
+            left = [p for p in self.joint.plan.placements if (p.site.member, p.site.name) not in lent]
+            self._fill_leaves(generate_weights(self.joint.dictionary, left, self.joint.task))
+        self._note_filled(self.joint.names)
+        self._resting = {member for member, _ in lent}
+
+    def _note_filled(self, members: Sequence[str]) -> None:
+        self.filled.update({name: self._generated_from(name) for name in members})
+        self._held.update(dict.fromkeys(members, self.joint.task))
+        self._resting -= set(members)
 
     def refresh(self, members: Sequence[str] | None = None) -> None:
         """Fill slots without gradients, from the dictionary as it is now; see `JointModel.refresh`."""
@@ -55,8 +79,7 @@ class Filler:
         # Tensors made in inference mode could not take part in a later training of private parameters.
         with torch.inference_mode(False), torch.no_grad():
             self._fill_leaves(self.joint.generate(members))
-        self.filled.update({name: self._generated_from(name) for name in members or self.joint.names})
-        self._held.update(dict.fromkeys(members or self.joint.names, self.joint.task))
+        self._note_filled(tuple(members or self.joint.names))
 
     def make_current(self, name: str, below: str = "") -> None:
         """Before somebody reads a member's slots: make those whose owners begin with `below` what the dictionary says.
@@ -150,7 +173,7 @@ class Filler:
             mine = self._below(name, f"{path}." if path else "")
             self._fill(generate_weights(self.joint.dictionary, mine, task))
             self._held[name] = task
-        elif not self.is_filled(name):
+        elif name in self._resting or not self.is_filled(name):
             self.joint.refresh([name])
         return True
 
@@ -218,4 +241,4 @@ class Filler:
         )
 
     def _learns(self) -> bool:
-        return any(p.requires_grad for p in self.joint.dictionary.parameters())
+        return any(self.joint.dictionary[key].learns for key in self.joint.dictionary)

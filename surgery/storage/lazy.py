@@ -45,6 +45,10 @@ class Handle(ABC):
     def read(self) -> Tensor:
         """The tensor; a handle that makes it keeps no reference to it."""
 
+    def look(self) -> Tensor:
+        """The tensor, for somebody who does not write to it: one that is mapped is not copied."""
+        return self.read()
+
     @property
     def nbytes(self) -> int:
         """Bytes that the tensor takes when it is there."""
@@ -227,12 +231,21 @@ class LazyState(Mapping[str, Any]):
     def __contains__(self, name: object) -> bool:  # Mapping's own would read
         return name in self.entries
 
-    def resident(self) -> dict[str, Any]:
-        """All of it read: an ordinary dict, in which tied names have one tensor."""
+    def look(self, name: str) -> Any:
+        """An entry as `state[name]` gives it, for somebody who does not write to it."""
+        entry = self.entries[name]
+        return entry.look() if isinstance(entry, Handle) else entry
+
+    def resident(self, *, writable: bool = True) -> dict[str, Any]:
+        """All of it read: an ordinary dict, in which tied names have one tensor.
+
+        Args:
+            writable: whether somebody may write to the tensors; those that are mapped are copied then.
+        """
         made: dict[int, Any] = {}
-        for each in self.entries.values():
+        for name, each in self.entries.items():
             if id(each) not in made:
-                made[id(each)] = read(each)
+                made[id(each)] = read(each) if writable else self.look(name)
         return {name: made[id(each)] for name, each in self.entries.items()}
 
 

@@ -26,7 +26,7 @@ from surgery.tracing.table import table_uses
 from surgery.tracing.types import Trace, Use
 from surgery.util.quiet import torch_silent
 
-__all__ = ["TABLE", "TIERS", "Bounds", "Tier", "Trace", "Use", "trace"]
+__all__ = ["TABLE", "TIERS", "Bounds", "Tier", "Trace", "Use", "run_without_weights", "trace"]
 
 TABLE = "table of module types"
 
@@ -181,6 +181,16 @@ def _record_stubbed(module: nn.Module, inputs: Inputs, watch: Watch) -> tuple[fx
         return graph, (f"branch assumed: {', '.join(said)}",) if said else ()
     assert failure is not None
     raise failure
+
+
+def run_without_weights(module: nn.Module, inputs: Inputs) -> None:
+    """Run a copy of a module on the meta device, where what does not depend on weights has its values.
+
+    Raises:
+        Exception: whatever the module raises.
+    """
+    with torch_silent():
+        _record_stubbed(module, inputs, Watch(Bounds()))
 
 
 def _record_real(module: nn.Module, inputs: Inputs, watch: Watch) -> tuple[fx.Graph, tuple[str, ...]]:

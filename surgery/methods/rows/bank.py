@@ -92,6 +92,10 @@ class RowsBank(Bank):
         """The single rows: `[S, m*n]`, a view without gradients."""
         return self.rows.detach()[self.hypermodules * self.context :]
 
+    def row_values(self, index: Tensor) -> Tensor:
+        """Single rows by their numbers `[N]`, which the caller may keep: `[N, m*n]`."""
+        return self.single_rows[index]
+
     @property
     def uses(self) -> Tensor:
         """How many locations each hypermodule, and after these each single row, has: `[K + S]`."""
@@ -279,7 +283,7 @@ class RowsBank(Bank):
         found = torch.zeros(len(self.rows), dtype=torch.bool, device=self.device)
         for start, mine in blocks():
             rows, same = self._taken(start, mine)
-            if not torch.equal(_bits(self.rows[rows]), _bits(same)):
+            if not torch.equal(bits(self.rows[rows]), bits(same)):
                 return None
             found[rows] = True
         if not found.all():
@@ -333,7 +337,7 @@ def rows_bank(bank: Bank) -> RowsBank:
     return bank
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
     """Rows as integers: 0.0 is not -0.0, and NaN is itself."""
     return tensor.contiguous().view(torch.int64 if tensor.dtype == torch.float64 else torch.int32)
 

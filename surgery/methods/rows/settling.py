@@ -99,8 +99,8 @@ def _worth_generating(bank: RowsBank, placements: list[Placement], itemsize: int
     dtype.
     """
     kept, previous = list(placements), -1
-    count, master = bank.hypermodules, bank.rows.element_size()
-    width, shared = bank.rows.shape[1], bank.psi < count
+    count, master = bank.hypermodules, bank.dtype.itemsize
+    width, shared = bank.width, bank.psi < count
     factors = bool((bank.contexts[~shared, 0] != 1).any())
     rows = torch.where(shared, float(bank.context * width * master), float(width * itemsize))
     codes = torch.where(shared, float(bank.context * master), float(master * factors))
@@ -120,12 +120,10 @@ def _select(bank: RowsBank, placements: list[Placement]) -> tuple[RowsBank, list
     psi, c = bank.psi[chosen], bank.context
     used, compact = torch.unique(psi, return_inverse=True)
     hyper, single = used[used < bank.hypermodules], used[used >= bank.hypermodules]
-    index = torch.cat(
-        [
-            (hyper.unsqueeze(1) * c + torch.arange(c, device=psi.device)).reshape(-1),
-            single + bank.hypermodules * (c - 1),
-        ]
-    )
+    rows = bank.row_values(single - bank.hypermodules)
+    if len(hyper):
+        basis = (hyper.unsqueeze(1) * c + torch.arange(c, device=psi.device)).reshape(-1)
+        rows = torch.cat([bank.rows.detach()[basis], rows])
     contexts = bank.coefficients.detach()[chosen]
     if not len(hyper):  # single rows need one column only
         contexts = contexts[:, :1]
@@ -133,9 +131,7 @@ def _select(bank: RowsBank, placements: list[Placement]) -> tuple[RowsBank, list
     for p in placements:
         moved.append(replace(p, start=start))
         start += p.grid.locations
-    return RowsBank(
-        bank.block, bank.rows.detach()[index].clone(), compact, contexts.clone(), len(hyper)
-    ), moved
+    return RowsBank(bank.block, rows, compact, contexts.clone(), len(hyper)), moved
 
 
 def _numel(p: Placement) -> int:
