@@ -24,6 +24,7 @@ from surgery.disk.folders import check_target, new_folder
 from surgery.errors import ExportError, PlanError
 from surgery.members.member import Member, state_tensors
 from surgery.members.references import write_plain
+from surgery.slots.extracting import dissolve
 from surgery.storage.states import module_of, state_of
 from surgery.storage.stored import Stored, store
 from surgery.storage.trim import on_cpu, restrict
@@ -195,8 +196,10 @@ def _read_plain(source: str | Path, member: str, trust: bool) -> tuple[Member, n
         stored, described, _ = _one(source, member)
         return described, module_of(state_of(stored, member))
     joint = load(source, members=[member], trust_remote_code=trust)
+    if not replaced:
+        return joint.members[member], dissolve(joint, member)
     described, module = joint.members[member], joint.extract(member)
-    return (as_exported(described, module) if replaced else described), module
+    return as_exported(described, module), module
 
 
 def _one(source: str | Path | JointModel, member: str) -> tuple[Stored, Member, Any]:

@@ -88,9 +88,27 @@ def save(
         >>> surgery.save(joint, "joint")
         PosixPath('/home/me/joint')
     """
+    return _save(joint, out, overwrite, recipe, max_shard_size, extras or {}, {})
+
+
+def save_fitted(joint: JointModel, out: str | Path, *, overwrite: bool = False) -> Path:
+    """`save` right after a fit, whose hashes of weights are those of the weights that are there."""
+    return _save(joint, out, overwrite, None, "5GB", {}, joint.known.hashes)
+
+
+def _save(
+    joint: JointModel,
+    out: str | Path,
+    overwrite: bool,
+    recipe: Recipe | Mapping[str, Any] | None,
+    max_shard_size: int | str,
+    extras: Mapping[str, bytes],
+    hashes: Mapping[str, str],
+) -> Path:
+    """`save`, with content hashes of members, as far as these are known."""
     stored = store(joint)
     members = [as_saved(member, stored) for member in joint.members.values()]
-    report = report_of(joint, stored)
+    report = report_of(joint, stored, hashes)
     if recipe is None:
         given = joint.recipe
         # What was made of the artifact that is written over has lost what it was made of.
@@ -98,9 +116,8 @@ def save(
     else:
         given, holds = recipe if isinstance(recipe, Recipe) else Recipe.of(recipe), True
     given = given if given is None or holds else given.without_target()
-    extras = extras or {}
     training = None if TRAINING_LOG in extras else joint.known.training  # which says the same
-    return write(stored, members, report, out, overwrite, given, max_shard_size, extras, training)
+    return write(stored, members, report, out, overwrite, given, max_shard_size, extras, training, hashes)
 
 
 def load(

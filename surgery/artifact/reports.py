@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from surgery.fitting.report import FitReport, Probes
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
     from surgery.core.joint import JointModel
 
 
-def report_of(joint: JointModel, stored: Stored) -> FitReport | None:
+def report_of(
+    joint: JointModel, stored: Stored, hashes: Mapping[str, str] = MappingProxyType({})
+) -> FitReport | None:
     """What a joint model's report says that holds for what is stored of it; None without one.
 
     Args:
         joint: fitted, loaded or trained.
         stored: as `store` returns it.
+        hashes: content hashes of members, as far as these are known.
     """
     known = joint.known
     report = known.report
@@ -39,7 +43,7 @@ def report_of(joint: JointModel, stored: Stored) -> FitReport | None:
         name
         for name in joint.names
         if (
-            content_hash(lazy_state_of(stored, name)) == known.hashes[name]
+            (hashes.get(name) or content_hash(lazy_state_of(stored, name))) == known.hashes[name]
             if name in known.hashes
             else name not in known.stale
         )

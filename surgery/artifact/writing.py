@@ -76,6 +76,7 @@ def write(
     max_shard_size: int | str = "5GB",
     extras: Mapping[str, bytes] = MappingProxyType({}),
     training: TrainReport | None = None,
+    hashes: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write what is stored of some members; `save` says what the arguments are."""
     stored = trim(on_cpu(stored))
@@ -105,7 +106,7 @@ def write(
             put_file(folder / "recipe.yaml", recipe_bytes(document))
         for relative, content in extras.items():
             put_file(folder / relative, content)
-        described = [describe_member(member, stored) for member in members]
+        described = [describe_member(member, stored, hashes.get(member.name)) for member in members]
         manifest = make_manifest(stored, described, report, document, borrowed, folders)
         beside = sum(map(len, extras.values()))
         if training is not None:
@@ -206,15 +207,21 @@ class Described:
     alone: Alone | None = None
 
 
-def describe_member(member: Member, stored: Stored) -> Described:
-    """What a manifest says of a member that is at hand."""
+def describe_member(member: Member, stored: Stored, known: str | None = None) -> Described:
+    """What a manifest says of a member that is at hand.
+
+    Args:
+        member: with its module, where it has one.
+        stored: of the joint model.
+        known: content hash of its state dict, where that was taken already.
+    """
     state = lazy_state_of(stored, member.name)
     once = {id(each): (key, each.dtype, each.shape) for key, each in state.handles.items()}
     return Described(
         member.name,
         OriginEntry.model_construct(**asdict(member.origin)),
         sketch(member.inputs, _followed(member)),
-        content_hash(state) if _is_changed(stored, member.name) else None,
+        (known or content_hash(state)) if _is_changed(stored, member.name) else None,
         aligned_file_bytes(once.values()) + sum(map(len, member.files.values())),
         tuple(_replaced(each.replacement) for each in member.replaced),
         member.alone,

@@ -42,7 +42,7 @@ from surgery.slots.collapse import collapsed
 from surgery.slots.slots import assign
 from surgery.storage.codecs import NATIVE, stored_bytes
 from surgery.storage.lazy import LazyState
-from surgery.storage.states import lazy_state_of
+from surgery.storage.states import lazy_state_of, same_state
 from surgery.storage.stored import Stored, adopt, compressed, expand, extra, store, ties
 from surgery.storage.trim import trim
 from surgery.util import memory
@@ -132,7 +132,7 @@ def fit(
     return joint
 
 
-Fitted = tuple[Stored, FitReport, Known, Mapping[str, str]]
+Fitted = tuple[Stored, FitReport, Known, Mapping[str, str], Collection[str]]
 """What `_adopt` takes; whatever else a fit holds is let go of before."""
 
 
@@ -167,7 +167,9 @@ def _lossless(
     report = _report(
         target, True, stored, originals, precision, errors, was, before.original, measured, stacks
     )
-    return stored, report, before, was.hashes
+    plain = [name for name, member in joint.members.items() if not member.replaced]
+    kept = [name for name in plain if same_state(states[name], lazy_state_of(stored, name))]
+    return stored, report, before, was.hashes, kept
 
 
 def _fitted(
@@ -224,7 +226,7 @@ def _fitted(
         outcome.target, outcome.met, stored, originals, precision, errors, was, before[3].original, measured,
         stacks,
     )  # fmt: skip
-    return stored, report, before[3], was.hashes
+    return stored, report, before[3], was.hashes, ()
 
 
 def _give_up(
@@ -247,6 +249,7 @@ def _adopt(
     report: FitReport,
     before: Known,
     hashes: Mapping[str, str],
+    kept: Collection[str],
 ) -> None:
     """Give a joint model what was fitted, with what is now known of it: the report describes these weights alone.
 
@@ -256,9 +259,13 @@ def _adopt(
         report: of it.
         before: what was known before the fit.
         hashes: of each member's weights before the fit.
+        kept: members whose weights are known to be what they were.
     """
     stored = replace(stored, extra=extra(joint))
-    described = {name: content_hash(lazy_state_of(stored, name)) for name in joint.names}
+    described = {
+        name: hashes[name] if name in kept else content_hash(lazy_state_of(stored, name))
+        for name in joint.names
+    }
     same = frozenset(name for name in before.original if described[name] == hashes[name])
     sources = {name: folder for name, folder in before.sources.items() if described[name] == hashes[name]}
     joint.forget_originals()  # what the fit compared with

@@ -96,7 +96,7 @@ def merge(
 
 def _merge(recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_remote_code: bool) -> JointModel:
     """`merge`, with its target checked and held by this process."""
-    from surgery.artifact import save
+    from surgery.artifact.folder import save_fitted
     from surgery.core.joining import join
     from surgery.fitting.fit import fit
 
@@ -114,7 +114,7 @@ def _merge(recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_rem
         joint.recipe = Recipe.of(prepared.resolved())
         if recipe.out is not None:
             work.describe(f"Writing {recipe.out}")
-            save(joint, recipe.out, overwrite=overwrite)
+            save_fitted(joint, recipe.out, overwrite=overwrite)
     return joint
 
 

@@ -7,13 +7,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from surgery.slots.collapse import collapse
+from surgery.slots.collapse import collapse, collapsed
 from surgery.slots.gate import unwatched
 from surgery.slots.slots import forget_derived, locate, put_back, reorder
 from surgery.util.copies import duplicate
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel
+
+
+def dissolve(joint: JointModel, name: str) -> nn.Module:
+    """One member itself with parameters of its own, as `extract` copies it; the joint model is used up.
+
+    Args:
+        joint: nobody needs any more.
+        name: a member's name.
+    """
+    state, placed = collapsed(joint, name), joint.plan.of(name)
+    learns = {p.site.name: joint.trains(name, p.site.name) for p in placed}
+    joint.vacate()
+    module = joint[name]
+    for p in placed:
+        put_back(module, p.site.owners, state[p.site.name], learns[p.site.name])
+    reorder(module, joint.state_keys[name])
+    forget_derived(module)
+    return module
 
 
 def extract(joint: JointModel, name: str, path: str = "", memo: dict[int, Any] | None = None) -> nn.Module:

@@ -10,15 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import count
 
-import torch
-from torch import Tensor
-
 from surgery.anatomy.plan import Placement, Plan
 from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
 from surgery.storage.codecs import Encoded
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
-from surgery.storage.stored import ALIAS_BYTES, Stored
+from surgery.storage.stored import ALIAS_BYTES, Stored, same_bytes
 
 
 def graft(stored: Stored, addition: Stored, banks: Mapping[str, str | PlainKey]) -> Stored:
@@ -139,20 +136,6 @@ def _shared_with(
                 aliases[key] = first
     aliases.update({key: aliases.get(first, first) for key, first in addition.aliases.items()})
     return plain, aliases
-
-
-def same_bytes(one: Encoded, other: Encoded) -> bool:
-    """Whether two stored forms of one precision, dtype and shape are equal byte for byte; most are seen to differ in a
-    few values."""
-    if one is other:
-        return True
-    few = slice(0, 16)
-    pairs = [(each.reshape(-1), other.parts[name].reshape(-1)) for name, each in sorted(one.parts.items())]
-    return all(_equal(a[few], b[few]) for a, b in pairs) and all(_equal(a, b) for a, b in pairs)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(*(each.contiguous().view(torch.uint8) for each in (one, other)))
 
 
 def _form(encoded: Encoded) -> object:

@@ -76,6 +76,29 @@ def _generated(p: Placement, bank: Shared[Bank]) -> Handle:
     return Made(p.site.shape, dtype, CPU, lambda: weight_of(p, bank.take()))
 
 
+def same_state(one: LazyState, other: LazyState) -> bool:
+    """Whether two state dicts have equal tensors bit for bit, by their places in memory where they share these.
+
+    Extra state is not compared.
+    """
+    mine, theirs = one.handles, other.handles
+    if {n: (h.shape, h.dtype) for n, h in mine.items()} != {n: (h.shape, h.dtype) for n, h in theirs.items()}:
+        return False
+    seen: set[tuple[int, int]] = set()
+    for name, each in mine.items():
+        pair = id(each), id(theirs[name])
+        if pair not in seen and not _same_bits(each.look(), theirs[name].look()):
+            return False
+        seen.add(pair)
+    return True
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.data_ptr() == other.data_ptr() and one.stride() == other.stride():
+        return True
+    return torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (one, other)))
+
+
 @torch.no_grad()
 def weight_of(p: Placement, bank: Bank) -> Tensor:
     """The weight of one site."""

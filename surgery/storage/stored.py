@@ -10,7 +10,6 @@ its own dtype, as it is, until a fit decides anew.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,6 +35,7 @@ from surgery.storage.keys import PartKey, PlainKey, StorageKey
 from surgery.storage.lazy import Handle, LazyState, Made
 from surgery.util import memory
 
+_FEW = 16  # values by which stored forms are told apart
 ALIAS_BYTES = 512  # a tensor smaller than this is not worth the manifest's line that would alias it
 
 
@@ -195,13 +195,15 @@ def deduplicate(stored: Stored) -> Stored:
     """Keep one of several plain tensors that are equal byte for byte, within and across members."""
     tensors: dict[StorageKey, Encoded] = {}
     aliases: dict[PlainKey, PlainKey] = {}
-    seen: dict[bytes, PlainKey] = {}
+    seen: dict[object, list[PlainKey]] = {}
     for key, encoded in stored.tensors.items():
         if isinstance(key, PlainKey) and encoded.nbytes >= ALIAS_BYTES:
-            first = seen.setdefault(_fingerprint(encoded), key)
-            if first != key:
+            alike = seen.setdefault(_looks(encoded), [])
+            first = next((at for at in alike if same_bytes(stored.tensors[at], encoded)), None)
+            if first is not None:
                 aliases[key] = first
                 continue
+            alike.append(key)
         tensors[key] = encoded
     return replace(stored, tensors=tensors, aliases=aliases)
 
@@ -278,12 +280,21 @@ def _encode_as_before(tensor: Tensor, before: Encoded | None) -> Encoded:
     return encode_native(tensor)
 
 
-def _fingerprint(encoded: Encoded) -> bytes:
-    digest = hashlib.sha256(f"{encoded.precision} {encoded.shape} {encoded.dtype}".encode())
-    for name in sorted(encoded.parts):
-        part = _bytes(encoded.parts[name].cpu()).numpy()
-        digest.update(part.data if part.size else b"")
-    return digest.digest()
+def same_bytes(one: Encoded, other: Encoded) -> bool:
+    """Whether two stored forms of one precision, dtype and shape are equal byte for byte."""
+    if one is other:
+        return True
+    pairs = [(each, other.parts[name].to(each.device)) for name, each in sorted(one.parts.items())]
+    return all(_bytes(a).equal(_bytes(b)) for a, b in pairs)
+
+
+def _looks(encoded: Encoded) -> object:
+    """Equal for equal stored forms: their form, and a few values from all over them, by which most are told apart."""
+    few = []
+    for name, part in sorted(encoded.parts.items()):
+        flat = part.reshape(-1)
+        few.append((name, bytes(_bytes(flat[:: max(1, flat.numel() // _FEW)].cpu()).numpy().data)))
+    return str(encoded.precision), encoded.shape, encoded.dtype, tuple(few)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

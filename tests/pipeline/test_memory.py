@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 import pytest
-from benchmarks.scale import MIB, Sampler, make_folder, memory
 
-from surgery.artifact import verify
+from benchmarks.scale import MIB, Sampler, make_folder, memory
+from surgery.artifact.verify import verify
 from surgery.disk import aligned
 from surgery.pipeline.merge import merge
 from surgery.settings.recipe import Recipe

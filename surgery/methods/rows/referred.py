@@ -23,6 +23,7 @@ from surgery.methods.rows.sources import SiteBlocks
 from surgery.util.stamps import Stamp
 
 _MADE = ("rows", "contexts", "psi")
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 class ReferredRows(RowsBank):
@@ -224,17 +225,15 @@ class ReferredRows(RowsBank):
         self.make()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        self.make()
-        return self.__dict__
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return RowsBank, (self.block, self.rows.detach(), self.psi, self.contexts.detach(), 0)
 
     def __deepcopy__(self, memo: dict) -> RowsBank:
         if not self.made:
-            copied = object.__new__(type(self))
-            copied.__dict__.update(self.__dict__)
-            for name in ("_parameters", "_buffers", "_modules"):
-                copied.__dict__[name] = dict(self.__dict__[name])
+            copied = memo[id(self)] = object.__new__(type(self))
+            vars(copied).update(vars(self))
+            vars(copied).update({name: dict(vars(self)[name]) for name in _REGISTRIES})
             return copied
         copied = memo[id(self)] = object.__new__(type(self))
-        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        vars(copied).update(deepcopy(vars(self), memo))
         return copied

@@ -99,7 +99,9 @@ def test_it_is_the_bank_that_holds_all_blocks(tmp_path_factory, seed, shapes, dt
             for generate in ("settled_blocks", "portable_blocks"):
                 mine, theirs = (getattr(each, generate)(start, stop) for each in (bank, held))
                 assert_same_bits({"": mine}, {"": theirs})
-            assert torch.equal(bank.blocks(start, stop), held.blocks(start, stop))  # whose sums turn -0.0 into 0.0
+            assert torch.equal(
+                bank.blocks(start, stop), held.blocks(start, stop)
+            )  # whose sums turn -0.0 into 0.0
     settled = [settle_rows(each, placements, dtype.itemsize) for each in (bank, held)]
     assert settled[0][1] == settled[1][1]
     if settled[0][1]:
