@@ -360,7 +360,8 @@ def _by_number(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
 def _pack(layer: str, encoded: Encoded, bits: int) -> dict[str, Tensor]:
     """A linear layer's tensors: codes of `bits` each without a gap, scales, and the shape."""
     codes, scale = codes_of(encoded)
-    wider = (1 << (bits - 1)) - (1 << (encoded.precision.settings.bits - 1))  # where zero lies
+    how: Grouping = encoded.precision.settings
+    wider = (1 << (bits - 1)) - (1 << (how.bits - 1))  # where zero lies
     return {
         f"{layer}.weight_packed": packed_words(codes + wider, bits),
         f"{layer}.weight_scale": scale.contiguous(),

@@ -369,7 +369,7 @@ def _apart(found: Tensor, bits: int) -> Tensor:
     """The inverse of `_together`, up to codes that fill up the last byte."""
     each = 8 // bits
     if each == 1:
-        return found.clone()
+        return found
     return torch.stack([(found >> (slot * bits)) & ((1 << bits) - 1) for slot in range(each)], 1).view(-1)
 
 
