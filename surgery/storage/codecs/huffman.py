@@ -15,12 +15,13 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 try:
-    from isal import isal_zlib as inflate  # pyright: ignore[reportMissingImports]  # twice as fast
+    from isal import isal_zlib as inflate  # twice as fast
 except ImportError:  # no wheel for this platform
     import zlib as inflate
 
@@ -28,6 +29,7 @@ from surgery.errors import ArtifactError
 from surgery.storage.codecs.codec import ANY_LENGTH, Codec, Encoded, Layout, Precision, Statistics
 
 PART = "z"
+_FAULTS: Any = (ValueError, zlib.error, inflate.error)  # of bytes that are no stream
 _RAW = -zlib.MAX_WBITS  # Deflate without a header and a checksum: files have theirs
 _TYPICAL = (512, 1024)  # of a tensor by whose bytes others are foretold
 _TABLE = 60  # bytes that code lengths take, about, in all streams of a tensor
@@ -140,7 +142,7 @@ class Huffman(Codec[Precision]):
                 _stream(content[start:stop], size, raw)
                 for (start, stop, raw), size in zip(spans, sizes, strict=True)
             ]
-        except (ValueError, zlib.error, inflate.error) as error:
+        except _FAULTS as error:
             raise _damaged(encoded, error) from error
 
 
