@@ -16,7 +16,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, overload
 
 from torch import nn
 
@@ -36,6 +36,7 @@ from surgery.artifact.recorded import (
     stored_shapes,
 )
 from surgery.artifact.reports import TRAINING_LOG, report_of, restrict_report, trained_report
+from surgery.artifact.resident import Resident, ResidentModel, make_resident
 from surgery.artifact.writing import write
 from surgery.core.joint import JointModel
 from surgery.core.known import Known
@@ -120,6 +121,7 @@ def _save(
     return write(stored, members, report, out, overwrite, given, max_shard_size, extras, training, hashes)
 
 
+@overload
 def load(
     directory: str | Path,
     *,
@@ -127,7 +129,31 @@ def load(
     members: Sequence[str] | None = None,
     trust_remote_code: bool = False,
     device: str = "cpu",
-) -> JointModel:
+    resident: None = None,
+) -> JointModel: ...
+
+
+@overload
+def load(
+    directory: str | Path,
+    *,
+    modules: Mapping[str, nn.Module] | None = None,
+    members: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    resident: Resident,
+) -> ResidentModel: ...
+
+
+def load(
+    directory: str | Path,
+    *,
+    modules: Mapping[str, nn.Module] | None = None,
+    members: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    resident: Resident | None = None,
+) -> JointModel | ResidentModel:
     """Read an artifact.
 
     Args:
@@ -138,6 +164,9 @@ def load(
         trust_remote_code: whether Python code that the artifact names may run: factories, and files that came
             with a transformers model.
         device: where the weights go.
+        resident: how weights are held that are run and not trained: `packed` as they are stored, decoded layer by layer
+            when they are used; `shared` the same, but what several members have in common decoded once. By default
+            all are decoded, and the members train.
 
     Returns:
         the joint model, with report and recipe as far as the artifact holds them.
@@ -152,6 +181,8 @@ def load(
         >>> joint.names
         ('text', 'vision')
     """
+    if resident not in (None, *get_args(Resident)):
+        raise PlanError(f"`resident` must be one of {', '.join(get_args(Resident))}, found {resident!r}.")
     folder = Path(directory).expanduser()
     manifest = read_manifest(folder)
     names = _chosen(manifest, members)
@@ -159,6 +190,9 @@ def load(
     check_free({name: module for name, module in (modules or {}).items() if name in names})
     stored = read_stored(folder, manifest, names)
     found = [_member(folder, manifest, stored, name, (modules or {}).get(name), permission) for name in names]
+    if resident is not None:
+        packed = make_resident(found, stored, resident)
+        return packed.to(device) if device != "cpu" else packed
     joint = revive(found, stored, _known(folder, manifest, stored, found))
     return joint.to(device) if device != "cpu" else joint
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from surgery.artifact.formats.checkpoint import architecture, checkpoint_names, write_checkpoint
 from surgery.errors import ExportError
 from surgery.members.member import Member
-from surgery.storage.codecs import BFLOAT16, Encoded, Grouping, Integers, codes_of, unpacked
+from surgery.storage.codecs import BFLOAT16, Encoded, Grouping, codes_of, grouping_of, unpacked
 from surgery.storage.states import lazy_state_of
 from surgery.storage.stored import Stored
 from surgery.util.quiet import quiet
@@ -137,14 +137,11 @@ def plan_packing(stored: Stored, member: Member, tie_widths: bool, trust: bool) 
         if name in sites:
             reasons[name] = "generated from what several tensors have in common"
         elif each is not None and not each.precision.is_native:
-            reason = _unfit(module, name, each)
-            if reason:
-                reasons[name] = reason
+            how = _fit(module, name, each)
+            if isinstance(how, str):
+                reasons[name] = how
             else:
-                settings: Grouping = each.precision.settings
-                packed[name.removesuffix(".weight")] = replace(
-                    settings, group=min(settings.group, each.shape[1])
-                )
+                packed[name.removesuffix(".weight")] = how
     if tie_widths:
         packed, apart = tie(packed, [n for n, m in module.named_modules() if isinstance(m, nn.Linear)])
         reasons |= {f"{name}.weight": _MERGED_WITH_PLAIN for name in apart}
@@ -175,8 +172,8 @@ def _plain(stored: Stored, member: str) -> dict[str, Encoded]:
     return {name: unpacked(each) for name, each in stored.plain(member).items()}
 
 
-def _unfit(module: nn.Module, name: str, encoded: Encoded) -> str:
-    """Why a compressed tensor cannot be packed, in words; nothing where it can."""
+def _fit(module: nn.Module, name: str, encoded: Encoded) -> Grouping | str:
+    """Bits and group of a compressed tensor that can be packed, or why it cannot, in words."""
     path, _, attribute = name.rpartition(".")
     owner = module.get_submodule(path)
     if len(encoded.shape) < 2:
@@ -186,17 +183,17 @@ def _unfit(module: nn.Module, name: str, encoded: Encoded) -> str:
     tied = getattr(module, "all_tied_weights_keys", None) or {}
     if name in tied.values():
         return "tied to another tensor"
-    if encoded.precision.name != Integers.name:
+    how = grouping_of(encoded)
+    if how is None:
         return f"stored as {encoded.precision.name}, where integers of one width are packed"
-    how: Grouping = encoded.precision.settings
     if how.bits > 8:
         return f"stored in {how.bits} bits, where at most 8 are packed"
-    if encoded.shape[1] % min(how.group, encoded.shape[1]):
+    if encoded.shape[1] % how.group:
         return f"with rows that are not whole groups of {how.group}"
     scale = encoded.parts["scale"]
     if not torch.equal(scale.to(encoded.dtype).float(), scale.float()):
         return f"with scales that {str(encoded.dtype).removeprefix('torch.')} does not hold"
-    return ""
+    return how
 
 
 def tie(packed: Mapping[str, Grouping], linear: Iterable[str]) -> tuple[dict[str, Grouping], list[str]]:
@@ -359,11 +356,9 @@ def _by_number(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
 
 def _pack(layer: str, encoded: Encoded, bits: int) -> dict[str, Tensor]:
     """A linear layer's tensors: codes of `bits` each without a gap, scales, and the shape."""
-    codes, scale = codes_of(encoded)
-    how: Grouping = encoded.precision.settings
-    wider = (1 << (bits - 1)) - (1 << (how.bits - 1))  # where zero lies
+    codes, scale = codes_of(encoded, bits)
     return {
-        f"{layer}.weight_packed": packed_words(codes + wider, bits),
+        f"{layer}.weight_packed": packed_words(codes, bits),
         f"{layer}.weight_scale": scale.contiguous(),
         f"{layer}.weight_shape": torch.tensor(encoded.shape, dtype=torch.int64),
     }

@@ -110,7 +110,7 @@ class Integers(Codec[Grouping]):
         return {**planes, "scale": (torch.bfloat16, (groups,))}
 
     def take_rows(self, encoded: Encoded, rows: Tensor) -> Mapping[str, Tensor]:
-        """Codes unpacked and packed again: groups never reach over a row, but bytes do."""
+        """Bytes of rows as they are where rows are whole bytes; else codes unpacked and packed again."""
         if len(encoded.shape) < 2:
             raise ValueError(
                 f"a vector of {math.prod(encoded.shape)} held as {encoded.precision} has no rows to take"
@@ -118,8 +118,16 @@ class Integers(Codec[Grouping]):
         bits, scale = encoded.precision.settings.bits, encoded.parts["scale"]
         groups = scale.numel() // encoded.shape[0]
         width = _width(encoded.shape, encoded.precision.settings.group)
+        taken = scale.view(-1, groups)[rows].reshape(-1)
+        if all(groups * width * plane % 8 == 0 for plane in PLANES[bits]):
+            planes = {f"q{plane}": encoded.parts[f"q{plane}"] for plane in PLANES[bits]}
+            count = encoded.shape[0]
+            return {
+                **{q: each.view(count, -1)[rows].reshape(-1) for q, each in planes.items()},
+                "scale": taken,
+            }
         codes = _unpack(encoded.parts, bits, scale.numel() * width).view(encoded.shape[0], -1)[rows]
-        return {**_pack(codes.reshape(-1), bits), "scale": scale.view(-1, groups)[rows].reshape(-1)}
+        return {**_pack(codes.reshape(-1), bits), "scale": taken}
 
     def has_streams(self, settings: Grouping) -> bool:
         """Codes near zero are the most frequent ones."""
@@ -401,17 +409,32 @@ def _spread(packed: Tensor, plane: int) -> Tensor:
     return words.view(torch.uint8)
 
 
-def codes_of(encoded: Encoded) -> tuple[Tensor, Tensor]:
+def grouping_of(encoded: Encoded) -> Grouping | None:
+    """Bits and group of a tensor that is stored as integers of one width; None of any other.
+
+    Example:
+        >>> from surgery.storage.codecs import encode
+        >>> grouping_of(encode(torch.ones(2, 8), grouped(4, 64)))
+        Grouping(bits=4, group=8)
+    """
+    if encoded.precision.name != Integers.name:
+        return None
+    how: Grouping = encoded.precision.settings
+    return Grouping(how.bits, _width(encoded.shape, how.group))
+
+
+def codes_of(encoded: Encoded, bits: int) -> tuple[Tensor, Tensor]:
     """The integers and scales that hold a matrix: `value = (code - 2^(bits-1)) * scale`.
 
     Args:
         encoded: grouped integers of at most 8 bits, of a tensor of at least two axes.
+        bits: of the codes, at least as many as it has.
 
     Returns:
         codes `[rows, groups * width]`, uint8, zeros that fill up the last group of a row included; scales
         `[rows, groups]`, bfloat16.
     """
-    scale, rows = encoded.parts["scale"], encoded.shape[0]
+    scale, rows, own = encoded.parts["scale"], encoded.shape[0], encoded.precision.settings.bits
     width = _width(encoded.shape, encoded.precision.settings.group)
-    codes = _unpack(encoded.parts, encoded.precision.settings.bits, scale.numel() * width)
-    return codes.view(rows, -1), scale.view(rows, -1)
+    codes = _unpack(encoded.parts, own, scale.numel() * width).view(rows, -1)
+    return codes + ((1 << (bits - 1)) - (1 << (own - 1))), scale.view(rows, -1)

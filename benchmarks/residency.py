@@ -1,0 +1,194 @@
+"""What members take in memory that run as they are stored, and what that costs: `python -m benchmarks.residency`.
+
+MiniLM within 5% of its outputs, and ten fine-tunes of one vision transformer (differences of rank 4 at its linear
+layers and small ones elsewhere, drawn at random), each loaded plainly, packed, and with what members share decoded
+once. Bytes are those of PyTorch's own accounting: of weights, and the most that a forward pass allocates besides (its profiler on
+a CPU, its allocator on a GPU). Also how long it takes to make one module another member.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import surgery
+from benchmarks import zoo
+from benchmarks.harness import judge, make_header, make_parser, show, take_turns
+
+OF_STORED, SLOWER, FAMILY = 1.15, 1.5, 1.3
+FINE_TUNES, RANK = 10, 4
+
+
+def plain_bytes(modules: Sequence[torch.nn.Module]) -> int:
+    """Bytes of the weights of ordinary modules."""
+    tensors = [tensor for module in modules for tensor in module.state_dict().values()]
+    return sum({each.untyped_storage().data_ptr(): each.nbytes for each in tensors}.values())
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """The most that is allocated at once while something runs."""
+    run()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # pyright: ignore
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def fine_tunes(folder: Path, seed: int, fast: bool) -> list[Path]:
+    """Write fine-tunes of one vision transformer."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    width, depth, side = (32, 1, 32) if fast else (192, 6, 64)
+    torch.manual_seed(seed)
+    config = ViTConfig(hidden_size=width, num_hidden_layers=depth, num_attention_heads=4)
+    config.intermediate_size, config.image_size, config.patch_size = 4 * width, side, 8
+    base = ViTForImageClassification(config)
+    generator = torch.Generator().manual_seed(seed + 1)
+    found = []
+    for number in range(3 if fast else FINE_TUNES):
+        net = copy.deepcopy(base)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                if parameter.ndim == 2:
+                    left, right = (torch.randn(n, RANK, generator=generator) for n in parameter.shape)
+                    parameter += 0.2 * float(parameter.std()) * left @ right.T / RANK**0.5
+                else:
+                    parameter += 1e-3 * torch.randn(parameter.shape, generator=generator)
+        net.save_pretrained(folder / f"vit-{number}")
+        found.append(folder / f"vit-{number}")
+    return found
+
+
+def compare(
+    folder: Path, inputs: dict[str, dict[str, Any]], rounds: int, device: str
+) -> list[dict[str, Any]]:
+    """Bytes and seconds of each way of holding an artifact's members, the first of which runs."""
+    rows, runs = [], {}
+    for way in (None, "packed", "shared"):
+        joint = surgery.load(folder, resident=way, device=device)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        name = joint.names[0]
+        with torch.inference_mode():
+            joint[name](**inputs["batch"])
+        held = (
+            plain_bytes([joint.extract(each) for each in joint.names])
+            if way is None
+            else joint.resident_bytes
+        )
+        stored = surgery.load(folder, resident="packed").stored_bytes if way is None else joint.stored_bytes
+
+        def run(module: torch.nn.Module = joint[name], given: str = "batch") -> None:
+            with torch.inference_mode():
+                module(**inputs[given])
+
+        label = way or "plain"
+        rows.append({"way": label, "held": held, "of stored": held / stored, "peak": peak_bytes(run, device)})
+        runs |= {(label, given): (lambda run=run, given=given: run(given=given)) for given in inputs}
+    times = take_turns({f"{way}, {given}": run for (way, given), run in runs.items()}, rounds, device=device)
+    for row in rows:
+        for given in inputs:
+            row[f"{given}, ms"] = 1000 * times[f"{row['way']}, {given}"].median
+            row[f"{given}, times plain"] = (
+                times[f"{row['way']}, {given}"].median / times[f"plain, {given}"].median
+            )
+    return rows
+
+
+def switches(folder: Path, rounds: int) -> dict[str, float]:
+    """Milliseconds to get another member: one module that changes, and a load of it alone."""
+    joint = surgery.load(folder, resident="packed")
+    names = joint.names
+    joint.activate(names[0])
+    for name in names:
+        joint.activate(name)
+    turns = iter(list(names) * (rounds + 2))
+    times = take_turns(
+        {
+            "activate": lambda: joint.activate(next(turns)),
+            "load": lambda: surgery.load(folder, members=[names[1]]),
+        },
+        rounds,
+    )
+    return {name: 1000 * each.median for name, each in times.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    parser = make_parser(__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    rounds = 2 if options.fast else options.rounds
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        text = zoo.tiny_text_folder(work / "plain", options.seed) if options.fast else zoo.minilm_folder()
+        joint = surgery.join([surgery.load_member(str(text), name="text")])
+        out = surgery.save(surgery.fit(joint, max_error=0.05, seed=options.seed, device="cpu"), work / "text")
+        if options.fast:
+            ids = torch.arange(96).view(32, 3) % 20
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        else:
+            lines = (Path(__file__).parent / "sentences.txt").read_text().splitlines()
+            said = [line for line in lines if line.strip()][:32]
+            batch = dict(
+                AutoTokenizer.from_pretrained(text)(said, padding=True, truncation=True, return_tensors="pt")
+            )
+        batch = {name: each.to(options.device) for name, each in batch.items()}
+        inputs = {"batch": batch, "one": {name: each[:1] for name, each in batch.items()}}
+        encoder = compare(out, inputs, rounds, options.device)
+        nets = fine_tunes(work, options.seed, options.fast)
+        family = surgery.join([surgery.load_member(str(each)) for each in nets])
+        out = surgery.save(
+            surgery.fit(family, max_error=0.05, seed=options.seed, device="cpu"), work / "family"
+        )
+        side = 32 if options.fast else 64
+        picture = torch.randn(32, 3, side, side, generator=torch.Generator().manual_seed(options.seed))
+        picture = picture.to(options.device)
+        inputs = {"batch": {"pixel_values": picture}, "one": {"pixel_values": picture[:1]}}
+        family = compare(out, inputs, rounds, options.device)
+        switched = switches(out, rounds)
+    results = [
+        {"members": name, **row, "another member, ms": None}
+        for name, rows in (("sentence encoder", encoder), (f"{len(nets)} vision transformers", family))
+        for row in rows
+    ]
+    results[3]["another member, ms"], results[4]["another member, ms"] = (
+        switched["load"],
+        switched["activate"],
+    )
+    one, many = encoder[1], family[1]
+    verdicts = [
+        judge(f"packed encoder keeps at most {OF_STORED} of its stored bytes", one["of stored"], OF_STORED),
+        judge(
+            f"its forward pass of 32 takes at most {SLOWER} of a plain one", one["batch, times plain"], SLOWER
+        ),
+        judge(f"the family keeps at most {FAMILY} of its stored bytes", many["of stored"], FAMILY),
+    ]
+    header = make_header("residency", options, argv)
+    show("what members take that run as they are stored", header, results, verdicts, options.json)
+
+
+if __name__ == "__main__":
+    main()

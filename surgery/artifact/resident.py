@@ -1,0 +1,352 @@
+"""Artifacts that run as they are stored: members whose weights stay packed in memory.
+
+`packed` keeps every stored form as it is; a layer's weight is decoded when it is used and dropped after. `shared`
+decodes once what several members have in common, and keeps it; what is each one's own stays packed. Either way what
+members share is held once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from surgery.anatomy.plan import Placement, torch_dtype
+from surgery.core.method import TensorMethod
+from surgery.core.registry import find_method
+from surgery.errors import PlanError, TrainingError
+from surgery.members.extra_state import set_extra_state
+from surgery.members.member import Member
+from surgery.slots.slots import assign, forget_derived, locate, put_back
+from surgery.storage.codecs import Encoded, decode, encode_native, unpacked
+from surgery.storage.keys import PartKey, StorageKey
+from surgery.storage.packed import REFUSED, Form, PackedWeight, held_bytes
+from surgery.storage.stored import Stored, expand
+from surgery.util.memory import compact
+from surgery.util.showing import as_html, as_text, plural
+from surgery.util.wording import size
+
+Resident = Literal["packed", "shared"]
+
+
+class ResidentModel:
+    """Members of an artifact whose weights stay packed in memory.
+
+    Attributes:
+        members: by name.
+        resident: how: `packed` or `shared`.
+
+    Example:
+        >>> packed = surgery.load("joint", resident="packed")
+        >>> packed["text"](**tokens).last_hidden_state.shape
+        torch.Size([1, 8, 384])
+    """
+
+    def __init__(self, members: Mapping[str, Member], resident: Resident, stored_bytes: int):
+        self.members, self.resident = dict(members), resident
+        self.stored_bytes = stored_bytes
+        self._active: tuple[str, nn.Module, dict[str, Any]] | None = None
+        self._contents: dict[int, bytes] = {}  # of what is held, by id: nothing changes it
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The members' names."""
+        return tuple(self.members)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of all weights that are held, each once."""
+        own = held_bytes(member.module for member in self.members.values())
+        return own + (held_bytes([self._active[1]]) if self._active else 0)
+
+    def __getitem__(self, name: str) -> nn.Module:
+        """The member's module, of its own class, ready to call."""
+        self._check(name)
+        return self.members[name].module
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def to(self, device: str | torch.device) -> ResidentModel:
+        """Move all weights, packed as they are; what members share is moved once."""
+        copies: dict[int, Encoded] = {}
+        for member in self.members.values():
+            for module in member.module.modules():
+                for name, each in module._parameters.items():
+                    if isinstance(each, PackedWeight):
+                        moved = each.like(
+                            each.form.moved(torch.device(device), copies), None, torch.device(device)
+                        )
+                        module._parameters[name] = nn.Parameter(moved, requires_grad=False)
+            member.module.to(device)
+        return self
+
+    @torch.no_grad()
+    def extract(self, name: str) -> nn.Module:
+        """A copy of one member with ordinary weights, which trains."""
+        from copy import deepcopy
+
+        self._check(name)
+        module = deepcopy(self.members[name].module)
+        for method in _GUARDED:
+            module.__dict__.pop(method, None)
+        made: dict[tuple, nn.Parameter] = {}
+        for part in module.modules():
+            for attribute, each in part._parameters.items():
+                if isinstance(each, PackedWeight):
+                    if each.form.key not in made:
+                        made[each.form.key] = nn.Parameter(_own(each.unpacked()))
+                    setattr(part, attribute, made[each.form.key])
+                elif each is not None and each.is_floating_point():
+                    each.requires_grad_(True)
+        forget_derived(module)
+        return module
+
+    @torch.no_grad()
+    def activate(self, name: str) -> nn.Module:
+        """One module with ordinary weights that is a member, and is made another one by what differs.
+
+        Members of one architecture take turns in the same module: tensors that are stored once for both stay.
+
+        Args:
+            name: the member that it shall be.
+        """
+        self._check(name)
+        wanted = self.members[name].module
+        forms = {key: self._content(each) for key, each in _places(wanted).items()}
+        active = self._active
+        if active is None or {k: _kind(each) for k, each in _places(active[1]).items()} != {
+            k: _kind(each) for k, each in _places(wanted).items()
+        }:
+            self._active = name, self.extract(name).eval(), forms
+            return self._active[1]
+        mine, theirs = _places(active[1]), _places(wanted)
+        done: set[int] = set()
+        for key, source in forms.items():
+            if source != active[2][key] and id(mine[key]) not in done:
+                done.add(id(mine[key]))
+                each = theirs[key]
+                mine[key].copy_(each.unpacked() if isinstance(each, PackedWeight) else each)
+        forget_derived(active[1])
+        self._active = name, active[1], forms
+        return active[1]
+
+    def _content(self, tensor: Tensor) -> tuple:
+        """Equal for tensors whose stored forms are; each is looked at once."""
+        if isinstance(tensor, PackedWeight):
+            place = tensor.form.plan and (tensor.form.plan[0].key, str(tensor.form.plan[1].site.view))
+            parts = [
+                (name, str(each.precision), each.parts) for name, each in sorted(tensor.form.parts.items())
+            ]
+        else:
+            place, parts = None, [("", "", {"": tensor})]
+        found = []
+        for name, precision, pieces in parts:
+            for piece, each in sorted(pieces.items()):
+                if id(each) not in self._contents:
+                    flat = each.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                    data = flat.numpy().data if flat.numel() else b""
+                    self._contents[id(each)] = hashlib.blake2b(data, digest_size=16).digest()
+                found.append((name, precision, piece, tuple(each.shape), self._contents[id(each)]))
+        return place, tuple(tensor.shape), *found
+
+    def __repr__(self) -> str:
+        return as_text(self._title(), ["  ".join(row) for row in self._rows()])
+
+    def _repr_html_(self) -> str:
+        return as_html(self._title(), ("member", "class", "held by itself"), self._rows())
+
+    def _title(self) -> str:
+        what = f"{size(self.resident_bytes)} in memory, {size(self.stored_bytes)} stored"
+        return f"ResidentModel of {plural(len(self), 'member')}, {self.resident}: {what}"
+
+    def _rows(self) -> list[list[str]]:
+        return [
+            [name, type(each.module).__name__, size(held_bytes([each.module]))]
+            for name, each in self.members.items()
+        ]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_JOINT_MODELS:
+            raise _Refused(
+                f"A model that is resident as {self.__dict__.get('resident')} has no `{name}`. {REFUSED}"
+            )
+        raise AttributeError(f"'ResidentModel' object has no attribute '{name}'")
+
+    def _check(self, name: str) -> None:
+        if name not in self.members:
+            raise KeyError(f"no member '{name}'; the members are {', '.join(self.members)}")
+
+
+class _Refused(TrainingError, AttributeError):
+    """Of what a joint model has and a resident one does not."""
+
+
+_OF_JOINT_MODELS = (
+    "step", "serving", "dictionary", "plan", "known", "open", "collapse", "parameters", "train", "state_dict",
+    "encoded", "recipe", "report", "slots", "filler", "freeze", "generate", "bodies",
+)  # fmt: skip
+
+
+def make_resident(members: list[Member], stored: Stored, resident: Resident) -> ResidentModel:
+    """Fill members, still without weights, with what is stored of them.
+
+    Args:
+        members: of the artifact; modules on the meta device.
+        stored: of them.
+        resident: how weights are held.
+
+    Raises:
+        PlanError: where that is no way, or modules of a member were replaced.
+    """
+    for member in members:
+        if member.replaced:
+            raise PlanError(
+                f"Modules of member '{member.name}' were replaced, which are not held as {resident}: load it without "
+                "`resident`."
+            )
+    nbytes = stored.nbytes
+    # Codes that are Huffman-coded are held as they were before: a few bytes more, of which rows can be had alone.
+    stored = replace(stored, tensors={key: unpacked(each) for key, each in stored.tensors.items()})
+    if resident == "shared":
+        stored = _common_decoded(stored)
+    encoded = expand(stored)
+    shared = Counter(id(each) for each in encoded.values())
+    decoded: dict[int, Tensor] = {}  # what is decoded at once, by its stored form: members have it in common
+    placed = _placed(stored)
+    for member in members:
+        own = {
+            key: each
+            for key, each in encoded.items()
+            if not isinstance(key, PartKey) and key.member == member.name
+        }
+        _fill(member, stored, own, shared, placed, decoded)
+        for name, values in stored.extra.items():
+            if name == member.name:
+                set_extra_state(member.module, values)
+        _refuse_training(member.module)
+    return ResidentModel({member.name: member for member in members}, resident, nbytes)
+
+
+def _common_decoded(stored: Stored) -> Stored:
+    """The same, with what several members have in common decoded."""
+    users = Counter(first for first in stored.aliases.values())
+    common = {key for key in stored.tensors if users.get(key)}  # pyright: ignore
+    tensors: dict[StorageKey, Encoded] = dict(stored.tensors)
+    for bank in stored.plan.banks:
+        mine = [p for p in stored.plan.placements if p.bank == bank.key]
+        if len({p.site.member for p in mine}) > 1:
+            common |= {PartKey(bank.key, name) for name in _common_parts(stored, bank.key)}
+    for key in common:
+        tensors[key] = encode_native(decode(tensors[key]))
+    return replace(stored, tensors=tensors)
+
+
+def _common_parts(stored: Stored, bank: str) -> set[str]:
+    """Parts of a bank that `restrict` leaves whole, so that all its sites hold them."""
+    plan, parts = stored.plan.bank(bank), stored.parts(bank)
+    first = next(p for p in stored.plan.placements if p.bank == bank)
+    _, _, kept = find_method(plan.method, TensorMethod).restrict(plan, [first], parts)
+    return {name for name, each in kept.items() if name in parts and each.parts is parts[name].parts}
+
+
+def _placed(stored: Stored) -> dict[tuple[str, str], tuple[Form, Placement]]:
+    """By member and site, what its weight is generated from: of its bank what it needs."""
+    found = {}
+    for bank in stored.plan.banks:
+        mine = [p for p in stored.plan.placements if p.bank == bank.key]
+        method, parts = find_method(bank.method, TensorMethod), stored.parts(bank.key)
+        for p in mine:
+            plan, (placement,), kept = method.restrict(bank, [p], parts)
+            found[p.site.member, p.site.name] = Form(kept, (plan, placement)), p
+    return found
+
+
+def _fill(
+    member: Member,
+    stored: Stored,
+    own: Mapping[Any, Encoded],
+    shared: Counter[int],
+    placed: Mapping[tuple[str, str], tuple[Form, Placement]],
+    decoded: dict[int, Tensor],
+) -> None:
+    """Give a member its tensors: packed where that takes less, or memory that is shared."""
+    module, tensors = member.module, {}
+    for key, each in own.items():
+        holder, attribute = locate(module, key.name)
+        small = len(each.shape) < 2 or math.prod(each.shape) < SMALL
+        if attribute in holder._buffers:  # a forward pass may write to it
+            tensors[key.name] = decode(each).clone()
+        elif each.precision.is_native or small:
+            if id(each) not in decoded:
+                decoded[id(each)] = decode(each)
+            tensors[key.name] = decoded[id(each)]
+        else:
+            tensors[key.name] = _parameter(Form({"": each}), each.shape, each.dtype)
+    assign(module, tensors, dict(stored.ties.get(member.name, {})))
+    for (name, _), (form, p) in placed.items():
+        if name != member.name:
+            continue
+        dtype = torch_dtype(p.site.dtype)
+        dense = math.prod(p.site.shape) * dtype.itemsize
+        alone = sum(shared[id(each)] == 1 for each in form.parts.values()) == len(form.parts)
+        if alone and sum(each.nbytes for each in form.parts.values()) >= dense:
+            put_back(module, p.site.owners, form.read(dtype), requires_grad=False)
+        else:
+            put_back(module, p.site.owners, _parameter(form, p.site.shape, dtype))
+    for parameter in module.parameters():
+        if not isinstance(parameter, PackedWeight):
+            parameter.requires_grad_(False)
+    forget_derived(module)
+
+
+_GUARDED = ("train", "requires_grad_")
+
+SMALL = 1 << 12
+"""Elements below which a tensor is decoded when it is loaded: a call would take longer than it saves."""
+
+
+def _parameter(form: Form, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    device = form.tensors[0].device
+    return nn.Parameter(PackedWeight(form, shape, dtype, device), requires_grad=False)
+
+
+def _refuse_training(module: nn.Module) -> None:
+    """Have a member refuse to be set to training."""
+
+    def unless(method: str) -> Callable[..., nn.Module]:
+        def asked(on: bool = True) -> nn.Module:
+            if on:
+                raise TrainingError(REFUSED)
+            return getattr(type(module), method)(module, on)
+
+        return asked
+
+    module.__dict__.update({method: unless(method) for method in _GUARDED})
+
+
+def _places(module: nn.Module) -> dict[str, Tensor]:
+    """Every tensor at every place where it is."""
+    return {
+        f"{path}.{name}" if path else name: each
+        for path, part in module.named_modules(remove_duplicate=False)
+        for name, each in (*part._parameters.items(), *part._buffers.items())
+        if each is not None
+    }
+
+
+def _kind(tensor: Tensor) -> tuple:
+    return tuple(tensor.shape), tensor.dtype
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return compact(tensor).clone()

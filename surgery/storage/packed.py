@@ -1,0 +1,201 @@
+"""Packed weights: parameters whose codes stay as they are stored, decoded when they are used and dropped after.
+
+A `PackedWeight` says shape, dtype and device of the weight that it stands for and holds its stored form. Whatever
+PyTorch computes with it gets the decoded weight, which is gone when that call is over; so classes, and code that reads
+weights of modules that it does not call, stay what they are.
+
+An embedding decodes the rows that are looked up alone. Nothing is learnt: a weight that is decoded anew each time keeps
+no change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from surgery.anatomy.plan import BankPlan, Placement
+from surgery.core.generation import generated
+from surgery.errors import TrainingError
+from surgery.storage.codecs import Encoded, as_dtype, decode, take_rows
+from surgery.storage.keys import PartKey, StorageKey
+from surgery.storage.stored import build_bank
+
+REFUSED = (
+    "Weights that stay packed are not trained: take `extract(NAME)`, whose weights are ordinary ones, or load the "
+    "artifact without `resident`."
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a packed weight is decoded or generated from.
+
+    Attributes:
+        parts: stored tensors by name; one, without a name, of a plain tensor.
+        plan: of the bank that generates it, with its place there; None of a plain tensor.
+    """
+
+    parts: Mapping[str, Encoded]
+    plan: tuple[BankPlan, Placement] | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is held."""
+        return [part for each in self.parts.values() for part in each.parts.values()]
+
+    @property
+    def key(self) -> tuple:
+        """Equal for forms that hold the same memory, and so decode to the same weight."""
+        place = None if self.plan is None else (self.plan[1].site.shape, self.plan[1].start)
+        return *((each.data_ptr(), each.device, each.numel()) for each in self.tensors), place
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The weight."""
+        if self.plan is None:
+            found = decode(self.parts[""])
+        else:
+            plan, placement = self.plan
+            parts: dict[StorageKey, Encoded] = {PartKey(plan.key, name): e for name, e in self.parts.items()}
+            (handle,) = generated({plan.key: build_bank(plan, parts)}, [placement]).values()
+            found = handle.read()
+        return found if found.dtype == dtype else found.to(dtype)
+
+    def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Some rows of the weight `[R, ...]`; None where they cannot be had alone."""
+        if self.plan is not None or len(self.parts[""].shape) < 2:
+            return None
+        return decode(take_rows(self.parts[""], index)).to(dtype)
+
+    def moved(self, device: torch.device, copies: dict[int, Encoded]) -> Form:
+        """The same on another device; what forms have in common is moved once."""
+        parts = {}
+        for name, each in self.parts.items():
+            if id(each) not in copies:
+                there = {piece: part.to(device) for piece, part in each.parts.items()}
+                copies[id(each)] = replace(each, parts=there)
+            parts[name] = copies[id(each)]
+        return Form(parts, self.plan)
+
+
+class PackedWeight(Tensor):
+    """A weight that is decoded when it is used."""
+
+    form: Form
+
+    @staticmethod
+    def __new__(  # noqa: D102
+        cls, form: Form, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> PackedWeight:
+        made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)  # pyright: ignore
+        made.form = form
+        return made
+
+    def unpacked(self) -> Tensor:
+        """The weight."""
+        with torch.no_grad():
+            return self.form.read(self.dtype)
+
+    def requires_grad_(self, requires_grad: bool = True) -> PackedWeight:
+        """Refused: nothing that stays packed is trained.
+
+        Raises:
+            TrainingError: where it is asked for.
+        """
+        if requires_grad:
+            raise TrainingError(REFUSED)
+        return self
+
+    def __repr__(self, **kwargs: Any) -> str:
+        held = sum(each.nbytes for each in self.form.parts.values())
+        return f"PackedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {held:,} bytes)"
+
+    def __deepcopy__(self, memo: dict) -> PackedWeight:
+        return self  # which nothing changes
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.embedding and (found := _looked_up(*args, **kwargs)) is not None:
+            return found
+        if func in _AT_ONCE:  # each of their steps would decode again
+            args, kwargs = _decoded(args), _decoded(kwargs)
+        with torch._C.DisableTorchFunctionSubclass():  # what comes of it is an ordinary tensor
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return args[0].like(args[0].form)
+        if func is torch.ops.aten._to_copy.default and type(args[0]) is cls:
+            moved = args[0]._moved(kwargs.get("dtype"), kwargs.get("device"))
+            if moved is not None:
+                return moved
+        return func(*_decoded(args), **_decoded(kwargs))
+
+    def like(
+        self, form: Form, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> PackedWeight:
+        """Another stored form in its place."""
+        return PackedWeight(form, self.shape, dtype or self.dtype, device or self.device)
+
+    def _moved(self, dtype: torch.dtype | None, device: Any) -> PackedWeight | None:
+        """On another device, in another dtype; None where it has to be decoded for that."""
+        form, where = self.form, torch.device(device or self.device)
+        if dtype not in (None, self.dtype):
+            one = self.form.parts.get("") if self.form.plan is None else None
+            again = None if one is None or dtype is None else as_dtype(one, dtype)
+            if again is None:
+                return None
+            form = Form({"": again})
+        if where != self.device:
+            form = form.moved(where, {})
+        return self.like(form, dtype, where)
+
+
+def _decoded(value: Any) -> Any:
+    return tree_map(lambda each: each.unpacked() if isinstance(each, PackedWeight) else each, value)
+
+
+def _looked_up(
+    input: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor | None:
+    """Rows of a packed table, of which each is decoded once; None where the whole table has to be."""
+    if not isinstance(weight, PackedWeight) or max_norm is not None or not input.numel():
+        return None
+    wanted, place = input.unique(return_inverse=True)
+    if int(wanted[0]) < 0 or int(wanted[-1]) >= weight.shape[0] or len(wanted) * 2 > weight.shape[0]:
+        return None
+    rows = weight.form.rows(wanted, weight.dtype)
+    return None if rows is None else rows[place]
+
+
+_AT_ONCE: set[Callable[..., Any]] = {
+    nn.functional.linear, nn.functional.embedding, nn.functional.embedding_bag,
+    nn.functional.multi_head_attention_forward, nn.functional.bilinear, torch._VF.lstm, torch._VF.gru,  # pyright: ignore
+    torch._VF.rnn_tanh, torch._VF.rnn_relu, torch._VF.lstm_cell, torch._VF.gru_cell,  # pyright: ignore
+}  # fmt: skip
+"""Calls of which one packed weight is used several times."""
+
+
+def held_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of all that modules hold, each piece of memory once: stored forms and ordinary tensors."""
+    seen: dict[tuple, int] = {}
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            for each in tensor.form.tensors if isinstance(tensor, PackedWeight) else (tensor,):
+                if each.device.type != "meta":
+                    storage = each.untyped_storage()
+                    seen[each.device, storage.data_ptr(), each.storage_offset(), each.numel()] = each.nbytes
+    return sum(seen.values())

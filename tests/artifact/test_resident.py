@@ -1,0 +1,181 @@
+"""Artifacts that run as they are stored: packed in memory, decoded when they are used, equal to a plain load."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from artifacts import Tied, member, pair, seeded
+from hypothesis import given
+from hypothesis import strategies as st
+from test_artifact import fitted, hypermodules, modules
+from torch import nn
+
+import surgery
+from surgery.artifact.resident import ResidentModel
+from surgery.errors import PlanError, TrainingError
+from surgery.storage.codecs import Precision, decode, encode, take_rows
+from surgery.storage.keys import PlainKey
+from surgery.storage.packed import Form, PackedWeight
+from surgery.storage.stored import Stored, revive, store
+
+WAYS = ["packed", "shared"]
+
+
+def packed(weight: torch.Tensor, precision: str = "int4/16") -> tuple[nn.Parameter, torch.Tensor]:
+    stored = encode(weight, Precision.parse(precision))
+    made = PackedWeight(Form({"": stored}), stored.shape, stored.dtype, torch.device("cpu"))
+    return nn.Parameter(made, requires_grad=False), decode(stored)
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(32, 8), draw(3, 32)),
+    "conv": (lambda: nn.Conv2d(4, 8, 3), draw(2, 4, 6, 6)),
+    "norm": (lambda: nn.LayerNorm((4, 16)), draw(2, 4, 16)),
+    "lstm": (lambda: nn.LSTM(16, 8, batch_first=True), draw(2, 5, 16)),
+    "attention": (lambda: nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), draw(2, 5, 32)),
+    "embedding": (lambda: nn.Embedding(40, 16, padding_idx=0), torch.tensor([[1, 5, 0], [39, 5, 2]])),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_compute_with_what_is_decoded(kind):
+    make, x = LAYERS[kind]
+    plain, small = seeded(make), seeded(make)
+    for name, weight in [*plain.named_parameters()]:
+        if weight.ndim > 1:
+            path, _, attribute = name.rpartition(".")
+            parameter, dense = packed(weight.detach())
+            setattr(small.get_submodule(path), attribute, parameter)
+            weight.data.copy_(dense)
+    with torch.no_grad():
+        one, other = plain(x), small(x)
+    for mine, theirs in zip(
+        torch.utils._pytree.tree_leaves(one), torch.utils._pytree.tree_leaves(other), strict=True
+    ):
+        # PyTorch's fast path of attention, which is for its own tensors alone, sums in another order.
+        close = torch.allclose(mine, theirs, atol=1e-5) if kind == "attention" else torch.equal(mine, theirs)
+        assert type(theirs) is torch.Tensor and close
+    assert any(isinstance(p, PackedWeight) for p in copy.deepcopy(small).parameters())
+    small.half()
+    assert all(p.dtype == torch.float16 for p in small.parameters())
+    assert any(isinstance(p, PackedWeight) for p in small.parameters())
+
+
+@given(
+    st.integers(1, 9),
+    st.integers(1, 80),
+    st.sampled_from(["int2/16", "int3/64", "int5/8", "int7/64", "int10/64"]),
+    st.data(),
+)
+def test_rows_of_codes_are_those_of_the_whole(rows, columns, precision, data):
+    stored = encode(draw(rows, columns), Precision.parse(precision))
+    index = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=1)))
+    assert torch.equal(decode(take_rows(stored, index)), decode(stored)[index])
+
+
+def joints() -> dict[str, surgery.JointModel]:
+    tied = surgery.join([member(seeded(Tied), "tied", torch.tensor([[1, 2]]))], block=(8, 8))
+    stored = store(tied)
+    tensors = {
+        key: encode(decode(each), Precision.parse("int6/16"))
+        if isinstance(key, PlainKey) and len(each.shape) > 1
+        else each
+        for key, each in stored.tensors.items()
+    }
+    again = [member(seeded(Tied, 4), "tied", torch.tensor([[1, 2]]))]
+    return {
+        "exact": pair(), "fitted": fitted(), "hypermodules": hypermodules(),
+        "tied": revive(again, Stored(stored.plan, tensors, stored.aliases, stored.ties)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["exact", "fitted", "hypermodules", "tied"])
+def test_outputs_are_those_of_a_plain_load(kind, way, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("surgery.artifact.resident.SMALL", 64)
+    folder = surgery.save(joints()[kind], tmp_path / "joint")
+
+    def architectures():
+        return {"tied": seeded(Tied, 9)} if kind == "tied" else modules()
+
+    plain = surgery.load(folder, modules=architectures())
+    joint = surgery.load(folder, modules=architectures(), resident=way)
+    assert isinstance(joint, ResidentModel) and joint.names == plain.names
+    for name in joint:
+        x = torch.tensor([[1, 2, 7]]) if kind == "tied" else draw(3, 8)
+        with torch.no_grad():
+            assert torch.equal(joint[name](x), plain[name](x))
+            assert torch.equal(joint.activate(name)(x), plain[name](x))
+        ordinary = joint.extract(name)
+        state, wanted = ordinary.state_dict(), plain.collapse(name)
+        assert state.keys() == wanted.keys() and all(torch.equal(state[n], wanted[n]) for n in wanted)
+        ordinary.train()(x).sum().backward()
+        if kind == "tied":
+            assert ordinary.head.weight is ordinary.embed.weight
+    assert joint.names[0] in repr(joint) and "<table" in joint._repr_html_()
+
+
+def test_members_take_turns_in_one_module(tmp_path):
+    folder = surgery.save(pair(), tmp_path / "joint")
+    joint = surgery.load(folder, modules=modules(), resident="packed")
+    first = joint.activate("one")
+    before = {name: (t.data_ptr(), t._version) for name, t in first.state_dict(keep_vars=True).items()}
+    assert joint.activate("two") is first
+    written = {
+        n for n, t in first.state_dict(keep_vars=True).items() if (t.data_ptr(), t._version) != before[n]
+    }
+    assert "2.weight" not in written and "4.weight" in written  # equal in both members
+    assert torch.equal(first(draw(2, 8)), surgery.load(folder, modules=modules())["two"](draw(2, 8)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_training_is_refused_and_extract_named(way, tmp_path):
+    joint = surgery.load(surgery.save(fitted(), tmp_path / "joint"), modules=modules(), resident=way)
+    for ask in (
+        lambda: joint["one"].train(),
+        lambda: joint["one"].requires_grad_(True),
+        lambda: surgery.train(joint, []),
+        lambda: surgery.fit(joint, max_error=0.1),
+        lambda: surgery.save(joint, tmp_path / "again"),
+        lambda: joint.step(),
+    ):
+        with pytest.raises(TrainingError, match=r"extract\(NAME\)"):
+            ask()
+    assert joint["one"].eval() is joint["one"] and not hasattr(joint, "other")
+    assert not any(p.requires_grad for p in joint["one"].parameters())
+    with pytest.raises(KeyError, match="the members are one, two"):
+        joint["three"]
+    with pytest.raises(PlanError, match="must be one of packed, shared, found 'small'"):
+        surgery.load(tmp_path / "joint", resident="small")  # pyright: ignore[reportArgumentType]
+
+
+def test_relatives_hold_what_they_share_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("surgery.artifact.resident.SMALL", 64)
+    base = seeded(
+        lambda: nn.Sequential(
+            nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8)
+        )
+    )
+    nets = []
+    for number in range(4):
+        net = copy.deepcopy(base)
+        with torch.no_grad():
+            net[2].weight += 0.02 * draw(256, 2) @ draw(2, 256 + number)[:, :256]
+        nets.append(surgery.load_member(net, name=f"m{number}", inputs=draw(4, 64)))
+    folder = surgery.save(surgery.fit(surgery.join(nets), max_error=0.02), tmp_path / "joint")
+    own = {f"m{n}": copy.deepcopy(base) for n in range(4)}
+    plain = surgery.load(folder, modules=copy.deepcopy(own))
+    joint = surgery.load(folder, modules=copy.deepcopy(own), resident="packed")
+    assert joint.resident_bytes < 1.15 * joint.stored_bytes
+    alone = surgery.load(folder, modules={"m1": own["m1"]}, members=["m1"], resident="packed")
+    assert alone.resident_bytes < joint.resident_bytes < 1.3 * alone.resident_bytes
+    with torch.no_grad():
+        for name in joint:
+            assert torch.equal(joint[name](draw(3, 64)), plain[name](draw(3, 64)))
