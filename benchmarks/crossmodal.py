@@ -8,6 +8,7 @@ are kept in --folder and not run again.
     single        no sharing, plain training
     intra         evolution within one member
     evolved       evolution over all members of the run
+    priced        the same, at a price of parameters: what takes more of them has to be worth it
     hierarchical  the same, from an alignment by topological order
     order         the alignment by topological order stays; locations have contexts
     hard          the same with c = 0: classical hard sharing
@@ -29,6 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "single": {"codes": "ones", "change": "none"},
     "intra": {},
     "evolved": {},
+    "priced": {"price": 1.0},
     "hierarchical": {"start": "order"},
     "order": {"start": "order", "change": "none"},
     "hard": {"start": "order", "change": "none", "codes": "ones"},

@@ -36,7 +36,7 @@ from benchmarks.recipe_runs import document_of, in_evolution, members_of, tabula
 RECIPE = "crossmodal_small"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FACTORS = (0.3, 1.0, 3.0)
-DEFAULT = ("single", "evolved", "order", "hard")
+DEFAULT = ("single", "evolved", "priced", "hard")
 TUNING = 1000
 SYNTHETIC = 101
 Job = dict[str, Any]

@@ -71,8 +71,8 @@ class Stopping(Strict):
         keep: the `best` state by validation, or the `last`.
         best: for whom. `member`: each member in its own best state, with the rows that it used then; members that are
             best in one generation go on sharing. `regret`: the one state in which no task is far from the least loss
-            that it had. `all`: the one of the least mean loss. By default `member`, or `regret` where an alignment that
-            is shared from the start would lose what it shares. Where members share what cannot be taken apart,
+            that it had. `all`: the one of the least mean loss. By default `member`, or `regret` where what is shared
+            from the start or for a `price` would be lost. Where members share what cannot be taken apart,
             `member` is `all`.
     """
 
@@ -174,7 +174,8 @@ class Training(Strict):
     @property
     def keeps(self) -> Literal["member", "regret", "all"]:
         """For whom the state that is kept is the best."""
-        return self.stopping.best or ("member" if self.evolution.start == "own" else "regret")
+        shares = self.evolution.start != "own" or self.evolution.price > 0
+        return self.stopping.best or ("regret" if shares else "member")
 
     @property
     def total(self) -> int:

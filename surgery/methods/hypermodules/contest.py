@@ -24,6 +24,7 @@ class Contest(nn.Module):
         soft: parameter `[N, 1+lambda]`.
         contexts: parameter `[N, lambda, c]` of challengers that have their own, else None.
         factors: `[N, 1+lambda]`, by what contexts are multiplied; None where they are used as they are.
+        saved: `[N, 1+lambda]`, blocks that each alternative saves, once they have a price.
 
     Example:
         >>> contest = Contest(torch.tensor([0, 1, 2]), 3, torch.tensor([1]), torch.tensor([[2]]), 1, 0.5)
@@ -75,6 +76,7 @@ class Contest(nn.Module):
         for name, tensor in zip(("index", "offset"), self._bags(psi), strict=True):
             self.register_buffer(name, tensor, persistent=False)
         self._transposed: TransposedIndex | None = None
+        self.saved: Tensor | None = None
 
     def coefficients(self, contexts: Tensor, coefficients: Tensor | None = None) -> Tensor:
         """`softmax(s_l)_i * z_l` for every entry of the code, in its order: `[E]`. # Eq. (8)

@@ -123,10 +123,15 @@ def wrong_heat(document: object, tasks: int) -> str:
         whole = all(
             isinstance(row, list) and len(row) in (0, tasks) and all(map(_number, row)) for row in rows
         )
-        if whole and _number(factor) and factor > 0 and (alpha is None or (_number(alpha) and 0 < alpha < 1)):
+        if (
+            whole
+            and isinstance(factor, float)
+            and 0 < factor < 1e9
+            and (alpha is None or (_number(alpha) and 0 < alpha < 1))
+        ):
             return ""
     return f"the heat of contests must be a factor, an alpha and losses of {tasks} tasks, found {shown(document)}"
 
 
-def _number(value: object) -> bool:
+def _number(value: Any) -> bool:
     return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < 1e300

@@ -18,6 +18,7 @@ from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.contest import Contest
 from surgery.methods.hypermodules.evolution import conclude, contend, inherit, redraw
 from surgery.methods.hypermodules.heat import Thermostat, wrong_heat
+from surgery.methods.hypermodules.price import expected_saving
 from surgery.methods.hypermodules.starts import siblings
 from surgery.storage.keys import StateKey, of_owner
 from surgery.training.loop.moves import Facts, Moves
@@ -71,6 +72,19 @@ class HypermoduleMoves(Moves):
         settings = self.config.optimizer
         options = {"eps": settings.soft_eps}
         return [Trained("soft", (), False, settings.soft_lr, scheduled=False, options=options)]
+
+    def penalty(self) -> Tensor | None:
+        """What alternatives take, at its price; banks count by their parameters."""
+        price = self.config.evolution.price
+        if not price:
+            return None
+        sizes = {key: bank.locations * bank.width for key, bank in self.banks.items()}
+        terms = [
+            saving * (-price * sizes[key] / sum(sizes.values()))
+            for key, bank in self.banks.items()
+            if (saving := expected_saving(bank)) is not None
+        ]
+        return torch.stack(terms).sum() if terms else None
 
     # -- a generation --------------------------------------------------------------------------------------
 

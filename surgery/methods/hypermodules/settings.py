@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from surgery.settings.names import Scale
 from surgery.settings.problems import Strict
-from surgery.settings.quantities import Positive, Rate, Share
+from surgery.settings.quantities import NotNegative, Positive, Rate, Share
 
 
 class Settings(Strict):
@@ -52,6 +52,10 @@ class Evolution(Strict):
         final_alpha: what `alpha` falls to, geometrically, until the last generation; none keeps an alpha that is given.
         heat: how far losses may rise as a contest opens, relative to before, where alpha is not given: after each
             opening alpha follows the rise that was measured.
+        price: what all parameters of the sites are worth, in units of the loss: each alternative pays for the blocks
+            that it would take, so that hypermodules of many users grow and others are given up. With 0 evolution asks
+            only what is better. Blocks of a hypermodule of at most c users are stored themselves, so that with c = 1
+            two users already pay.
         epsilon: probability that a challenger is a new hypermodule.
         hypermodules: K of a `random` start.
     """
@@ -71,6 +75,7 @@ class Evolution(Strict):
     alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
     final_alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
     heat: Rate = 0.1
+    price: NotNegative = 0.0
     epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-4
     hypermodules: Positive | None = None
 

@@ -1,0 +1,44 @@
+"""Price: what an alternative saves is what the size of the bank changes by, and evolution at a price keeps fewer."""
+
+import torch
+import training_nets
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgery.methods.hypermodules.price import saved_blocks
+from surgery.training.train import train
+
+
+def blocks_taken(psi, hypermodules, context):
+    return sum(min(int((psi == k).sum()), context) for k in range(hypermodules))
+
+
+@given(st.integers(0, 999), st.integers(1, 4), st.integers(2, 6))
+@settings(max_examples=40, deadline=None)
+def test_what_is_saved_is_what_the_bank_takes_less(seed, context, hypermodules):
+    generator = torch.Generator().manual_seed(seed)
+    psi = torch.randint(hypermodules, (12,), generator=generator)
+    chosen = torch.tensor([0, 3, 7])
+    rivals = torch.randint(hypermodules, (3, 2), generator=generator)
+    candidates = torch.cat([psi[chosen].unsqueeze(1), rivals], 1)
+    saved = saved_blocks(psi, hypermodules, context, chosen, candidates)
+    before = blocks_taken(psi, hypermodules, context)
+    for row, location in enumerate(chosen):
+        for column, candidate in enumerate(candidates[row]):
+            changed = psi.clone()
+            changed[location] = candidate
+            assert float(saved[row, column]) == before - blocks_taken(changed, hypermodules, context)
+
+
+def test_at_a_high_price_fewer_parameters_are_kept():
+    kept = []
+    for price in (0.0, 100.0):
+        joint = training_nets.build(dropout=0.0, block=(4, 4), context=1)
+        config = {
+            "steps": 5, "generations": 6, "final": 1, "optimizer": {"lr": 0.01, "soft_lr": 0.3},
+            "evolution": {"price": price, "fraction": 0.5, "alpha": 0.5, "epsilon": 0.0},
+            "stopping": {"keep": "last"},
+        }  # fmt: skip
+        report = train(joint, training_nets.tasks(), config, cpu=True)
+        kept.append(report.numbers[0] / report.numbers[1])
+    assert kept[1] < 0.8 * kept[0]
