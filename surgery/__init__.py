@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from surgery.anatomy.sites import Anatomy, LeftAlone, Site, discover
     from surgery.artifact import load, save
     from surgery.artifact.export import export
+    from surgery.artifact.publish import Upload, push_to_hub
+    from surgery.artifact.resident import ResidentModel
     from surgery.artifact.verify import VerifyReport, verify
     from surgery.core.joining import join
     from surgery.core.joint import JointModel
@@ -78,15 +80,18 @@ _HOMES = {
     "training.report.report": ("TrainReport",),
     "training.tasks.tasks": ("Task",),
     "training.train": ("train",),
+    "artifact.publish": ("Upload", "push_to_hub"),
+    "artifact.resident": ("ResidentModel",),
     "artifact.verify": ("VerifyReport", "verify"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Anatomy", "ArtifactError", "ConsentError", "ExportError", "FitReport", "Inputs", "JointModel", "LeftAlone",
-    "LoadError", "Member", "Origin", "OutputError", "Plan", "PlanError", "Recipe", "Routed", "Site", "SurgeryError",
-    "Task", "TraceError", "TrainReport", "TrainingError", "VerifyReport", "__version__", "add", "discover", "export",
-    "fit", "harden", "join", "load", "load_member", "make_plan", "merge", "plan_modules", "plan_templates", "plan_with",
+    "Anatomy", "ArtifactError", "ConsentError", "ExportError", "FitReport", "Inputs", "JointModel",
+    "LeftAlone", "LoadError", "Member", "Origin", "OutputError", "Plan", "PlanError", "Recipe",
+    "ResidentModel", "Routed", "Site", "SurgeryError", "Task", "TraceError", "TrainReport", "TrainingError",
+    "Upload", "VerifyReport", "__version__", "add", "discover", "export", "fit", "harden", "join", "load",
+    "load_member", "make_plan", "merge", "plan_modules", "plan_templates", "plan_with", "push_to_hub",
     "refit", "remove", "save", "trace", "train", "verify",
 ]  # fmt: skip
 

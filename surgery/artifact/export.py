@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -97,8 +98,10 @@ def export(
     if (format == "lora") != (base is not None) or (max_error is not None and format != "lora"):
         raise PlanError(
             f"The format lora needs a `base`, and no other takes `base` or `max_error`; found format {format}, base "
-            f"{base}, max_error {max_error}."
+            f"{base}, error {max_error}."
         )
+    if max_error is not None and not 0 < max_error < math.inf:
+        raise PlanError(f"`max_error` must be above 0, found {max_error:g}; an adapter is hardly ever exact.")
     read = () if isinstance(source, JointModel) else (Path(source),)
     check_target(out, overwrite=overwrite, inputs=read)
     with claim(out):

@@ -101,11 +101,13 @@ def test_what_is_refused(tmp_path):
         export(joint, "net", out, format="lora")
     with pytest.raises(PlanError, match="no other takes `base` or `max_error`"):
         export(joint, "net", out, format="plain", max_error=0.1)
+    with pytest.raises(PlanError, match="`max_error` must be above 0, found -1"):
+        export(joint, "net", out, format="lora", base=str(base), max_error=-1)
     with pytest.raises(ExportError, match="nothing for an adapter to say"):
         export(joint, "net", out, format="lora", base=str(base))
     with pytest.raises(ExportError, match=r"BertModel\) and .*vit .*differ"):
         export(joint, "net", out, format="lora", base=str(save_tiny("vit", tmp_path / "vit")))
-    with pytest.raises(ExportError, match="must be a model that can be loaded"):
+    with pytest.raises(ExportError, match="`base` must be a model that can be loaded"):
         export(joint, "net", out, format="lora", base=str(tmp_path / "nothing"))
     with pytest.raises(OutputError):
         export(joint, "net", base, format="lora", base=str(base))

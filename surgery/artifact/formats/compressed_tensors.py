@@ -11,7 +11,9 @@ takes room and costs nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -108,7 +110,7 @@ def _check_opens(folder: Path, kind: Any, name: str) -> None:
     if importlib.util.find_spec("compressed_tensors") is None:
         return
     try:
-        with quiet():
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # where progress is shown
             kind.from_pretrained(folder)
     except Exception as error:
         raise ExportError(

@@ -106,7 +106,7 @@ def write_lora(
         )  # what its library makes
         origin = load_member(base, name="base", inputs=inputs, trust_remote_code=trust).module
     except LoadError as error:
-        raise ExportError(f"The base of an adapter must be a model that can be loaded: {error}") from error
+        raise ExportError(f"`base` must be a model that can be loaded, but {error}") from error
     module, origin = module.eval(), origin.eval()
     _check_alike(member.name, base, module, origin)
     differences, others = _differences(module, origin)

@@ -1,0 +1,62 @@
+"""Uploads: what would go to the hub is said offline, and only what surgery wrote goes there."""
+
+from __future__ import annotations
+
+import huggingface_hub
+import pytest
+from artifacts import contents, pair
+
+import surgery
+from surgery.errors import OutputError, PlanError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return surgery.save(pair(), tmp_path_factory.mktemp("hub") / "joint")
+
+
+def test_a_dry_run_says_what_would_go(folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)  # nothing is asked
+    found = surgery.push_to_hub(folder, "me/joint", dry_run=True)
+    assert found.files == {name: len(content) for name, content in contents(folder).items()}
+    assert found.card and found.url is None and not found.left
+    assert f"{len(found.files)} files" in repr(found) and "would go to me/joint" in repr(found)
+    assert "<table" in found._repr_html_()
+
+
+def test_only_what_surgery_wrote_goes(folder, monkeypatch):
+    asked = {}
+
+    class Hub:
+        def __init__(self, token=None):
+            asked["token"] = token
+
+        def create_repo(self, repo, **options):
+            asked["made"] = repo, options
+
+        def upload_folder(self, **options):
+            asked.update(options)
+            return type("Commit", (), {"commit_url": "https://hub/me/joint/commit/1"})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    (folder / "notes.txt").write_text("mine")
+    found = surgery.push_to_hub(folder, "me/joint", private=True, token="t")
+    (folder / "notes.txt").unlink()
+    assert asked["made"] == ("me/joint", {"private": True, "exist_ok": True}) and asked["token"] == "t"
+    assert "notes.txt" not in asked["allow_patterns"] and "manifest.json" in asked["allow_patterns"]
+    assert found.left == ("notes.txt",) and "commit/1" in repr(found)
+
+
+def test_what_is_refused(folder, tmp_path, monkeypatch):
+    with pytest.raises(PlanError, match="`repo` must be a name such as org/name, found 'a/b/c'"):
+        surgery.push_to_hub(folder, "a/b/c", dry_run=True)
+    with pytest.raises(OutputError, match="must be one that surgery wrote"):
+        surgery.push_to_hub(tmp_path, "me/joint", dry_run=True)
+
+    class Hub:
+        def __init__(self, token=None):
+            raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    with pytest.raises(OutputError, match=r"no network; check the network, the token"):
+        surgery.push_to_hub(folder, "me/joint")
