@@ -179,3 +179,15 @@ def test_relatives_hold_what_they_share_once(tmp_path, monkeypatch):
     with torch.no_grad():
         for name in joint:
             assert torch.equal(joint[name](draw(3, 64)), plain[name](draw(3, 64)))
+
+
+@pytest.mark.parametrize("way", [None, *WAYS])
+def test_some_members_are_read_alone(way, tmp_path):
+    folder = surgery.save(fitted(), tmp_path / "joint")
+    wanted = surgery.load(folder, modules=modules())["one"](draw(2, 8))
+    lent = [entry for entry in surgery.artifact.folder.read_manifest(folder).same_of("one").values()]
+    assert not lent
+    for path in (folder / "members" / "two").glob("*"):
+        path.unlink()
+    alone = surgery.load(folder, modules={"one": modules()["one"]}, members=["one"], resident=way)
+    assert torch.equal(alone["one"](draw(2, 8)), wanted) and [*alone.names] == ["one"]
