@@ -177,7 +177,7 @@ def test_values_are_completed():
         ("merge", "mixture"): {"linear", "softmax", "one-hot"},
         ("train", "resume"): {"auto", "never"},
         ("evaluate", "part"): {"test", "validation", "data"},
-        ("export", "format"): {"plain", "compressed"},
+        ("export", "format"): {"plain", "compressed", "transformers", "compressed-tensors", "lora"},
         ("inspect", "only"): {"site", "private", "skipped"},
     }
 
