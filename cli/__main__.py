@@ -22,7 +22,7 @@ from surgery.errors import SurgeryError
 from surgery.version import __version__
 
 from . import add, demo, evaluate, export, inspect, merge, recipes, refit, remove, report, train, verify
-from .endings import WORDS, requests_raise
+from .endings import WORDS, no_memory, out_of_memory, requests_raise
 from .flags import flags_of, in_flags, typed_in
 from .options import FLAG
 
@@ -139,6 +139,13 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in arguments:
             traceback.print_exc()
         _say(str(error))
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if "--debug" in arguments or not out_of_memory(error):
+            raise
+        from surgery.util.progress import latest
+
+        _say(no_memory(latest()))
         sys.exit(2)
     except SystemExit as end:
         if end.code in WORDS and console.FIRST:  # typer ends an interrupted verb without a word

@@ -37,3 +37,27 @@ def requests_raise() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no more memory, as Python, PyTorch on a CPU and on a device say it."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "not enough memory" in str(error)
+
+
+def no_memory(stage: str) -> str:
+    """What is said where memory ran out.
+
+    Args:
+        stage: what was going on.
+
+    Example:
+        >>> no_memory("Fitting")
+        'There was not enough memory (the last step was: Fitting). Take fewer members at a time, --max-error 0, which \
+leaves weights in their files, or a machine with more memory.'
+    """
+    at = f" (the last step was: {stage})" if stage else ""
+    return (
+        f"There was not enough memory{at}. Take fewer members at a time, --max-error 0, which leaves weights in their "
+        "files, or a machine with more memory."
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -95,7 +96,14 @@ class Plan:
 
     def of(self, member: str) -> tuple[Placement, ...]:
         """The placements of one member."""
-        return tuple(p for p in self.placements if p.site.member == member)
+        return self._by_member.get(member, ())
+
+    @cached_property
+    def _by_member(self) -> dict[str, tuple[Placement, ...]]:
+        found: dict[str, list[Placement]] = {}
+        for p in self.placements:
+            found.setdefault(p.site.member, []).append(p)
+        return {member: tuple(placements) for member, placements in found.items()}
 
     def bank(self, key: str) -> BankPlan:
         """The bank with this key."""

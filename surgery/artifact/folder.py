@@ -41,6 +41,7 @@ from surgery.artifact.writing import write
 from surgery.core.joint import JointModel
 from surgery.core.known import Known
 from surgery.core.replacing import made_again
+from surgery.disk.mapped import MappedFile
 from surgery.disk.places import out_of_artifact
 from surgery.disk.untrusted import RECIPE_BYTES, UnreadableError, as_mapping, parse_yaml, read_regular
 from surgery.errors import ArtifactError, PlanError
@@ -92,9 +93,21 @@ def save(
     return _save(joint, out, overwrite, recipe, max_shard_size, extras or {}, {})
 
 
-def save_fitted(joint: JointModel, out: str | Path, *, overwrite: bool = False) -> Path:
-    """`save` right after a fit, whose hashes of weights are those of the weights that are there."""
-    return _save(joint, out, overwrite, None, "5GB", {}, joint.known.hashes)
+def save_fitted(
+    joint: JointModel, out: str | Path, *, overwrite: bool = False, sources: Sequence[MappedFile] = ()
+) -> Path:
+    """`save` right after a fit, whose hashes of weights are those of the weights that are there.
+
+    Args:
+        joint: fitted.
+        out: the folder.
+        overwrite: whether an artifact that is already there is replaced.
+        sources: files that weights are mapped from, as they were when they were loaded.
+
+    Raises:
+        LoadError: where one of these changed since; what is at `out` is then what it was.
+    """
+    return _save(joint, out, overwrite, None, "5GB", {}, joint.known.hashes, sources)
 
 
 def _save(
@@ -105,8 +118,9 @@ def _save(
     max_shard_size: int | str,
     extras: Mapping[str, bytes],
     hashes: Mapping[str, str],
+    sources: Sequence[MappedFile] = (),
 ) -> Path:
-    """`save`, with content hashes of members, as far as these are known."""
+    """`save`, with content hashes of members, as far as these are known, and the files that weights lie in."""
     stored = store(joint)
     members = [as_saved(member, stored) for member in joint.members.values()]
     report = report_of(joint, stored, hashes)
@@ -118,7 +132,9 @@ def _save(
         given, holds = recipe if isinstance(recipe, Recipe) else Recipe.of(recipe), True
     given = given if given is None or holds else given.without_target()
     training = None if TRAINING_LOG in extras else joint.known.training  # which says the same
-    return write(stored, members, report, out, overwrite, given, max_shard_size, extras, training, hashes)
+    return write(
+        stored, members, report, out, overwrite, given, max_shard_size, extras, training, hashes, sources
+    )
 
 
 @overload

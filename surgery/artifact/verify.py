@@ -153,7 +153,7 @@ def verify(
         else:
             given = (modules or {}).get(name)
             origin, where = load_recorded(manifest, name, given, permission, origins)
-            joint, failure, not_built = _load_member(folder, name, given, trust_remote_code)
+            joint, failure, not_built = _load_member(folder, manifest, name, given, trust_remote_code)
             reasons = [failure] if failure else []
             check = _check(manifest, name, states(name), joint, reasons, origin, where)
             checks.append(replace(check, not_built=not_built))
@@ -274,11 +274,11 @@ def load_recorded(
 
 
 def _load_member(
-    folder: Path, name: str, given: nn.Module | None, trust: bool
+    folder: Path, manifest: Manifest, name: str, given: nn.Module | None, trust: bool
 ) -> tuple[JointModel | None, str | None, str | None]:
     """The member from the artifact, ready to run; what is wrong where it cannot be had, or why it was not built."""
     modules = None if given is None else {name: duplicate(given)}
-    if given is None and origin_of(read_manifest(folder), name).kind == "module":
+    if given is None and origin_of(manifest, name).kind == "module":
         return None, None, "it was a live module, which Python passes as modules="
     try:
         return load(folder, modules=modules, members=[name], trust_remote_code=trust), None, None

@@ -44,6 +44,7 @@ from surgery.artifact.tensorfiles import read_header
 from surgery.disk.aligned import aligned_file_bytes, check_dtypes, write_shards
 from surgery.disk.files import files_below, sha256_of
 from surgery.disk.folders import new_folder
+from surgery.disk.mapped import MappedFile
 from surgery.disk.places import Places, into_artifact
 from surgery.errors import ArtifactError, OutputError
 from surgery.fitting.report import FitReport
@@ -77,8 +78,14 @@ def write(
     extras: Mapping[str, bytes] = MappingProxyType({}),
     training: TrainReport | None = None,
     hashes: Mapping[str, str] = MappingProxyType({}),
+    sources: Sequence[MappedFile] = (),
 ) -> Path:
-    """Write what is stored of some members; `save` says what the arguments are."""
+    """Write what is stored of some members; `save` says what the arguments are.
+
+    Further arguments:
+        hashes: content hashes of members' state dicts, as far as these are known.
+        sources: files that weights are mapped from, which have to stay as they are until all is written.
+    """
     stored = trim(on_cpu(stored))
     check_folder_names(member.name for member in members)
     check_dtypes({_shown(key): each.dtype for key, each in stored.tensors.items()})
@@ -96,6 +103,7 @@ def write(
     )
     with new_folder(out, overwrite=overwrite, need=room, record=False) as folder:
         for stem, tensors in by_file(stored, folders).items():
+            _check_sources(sources)
             write_shards((folder / stem).parent, Path(stem).name, parts_of(tensors), max_shard_size)
         for name, files in own.items():
             for relative, content in files.items():
@@ -114,7 +122,13 @@ def write(
             beside += len(json.dumps(training.to_json()))
         write_front(folder, manifest, stored, beside)
         _check_readable(folder, stored, out)
+        _check_sources(sources)
     return Path(out).expanduser().resolve()
+
+
+def _check_sources(sources: Sequence[MappedFile]) -> None:
+    for file in sources:
+        file.check()
 
 
 def _check_readable(folder: Path, stored: Stored, out: str | Path) -> None:
@@ -231,7 +245,7 @@ def describe_member(member: Member, stored: Stored, known: str | None = None) ->
 def _is_changed(stored: Stored, member: str) -> bool:
     """Whether a member's own files do not hold every tensor of it as it is."""
     coded = any(not each.precision.is_native for each in stored.own(member).values())
-    return coded or any(key.member == member for key in stored.aliases) or bool(stored.plan.of(member))
+    return coded or bool(stored.same(member)) or bool(stored.plan.of(member))
 
 
 def make_manifest(
@@ -267,7 +281,7 @@ def make_manifest(
             bytes=each.bytes,
             ties=dict(stored.ties.get(name, {})),
             encoded=encoded_entries(stored.own(name)),
-            same={key.name: str(at) for key, at in stored.aliases.items() if key.member == name},
+            same={own: str(at) for own, at in stored.same(name).items()},
             placements=tuple(placements.get(name, ())),
             borrowed=dict(borrowed.get(name, {})),
             folder=None if folders[name] == name else folders[name],

@@ -64,18 +64,17 @@ def count_tensors(stored: Stored) -> tuple[TensorReport, ...]:
     for first in stored.aliases.values():
         users[first] = users.get(first, 1) + 1
     parts = {bank.key: location_bytes(stored, bank).cumsum(0) for bank in stored.plan.banks}
-    own = {key: key for key in stored.tensors if isinstance(key, PlainKey)}
     rows: list[TensorReport] = []
     exact, counted = 0.0, 0  # so far, as it is and in whole bytes
     words = {bank.key: how_stored(bank.method) for bank in stored.plan.banks}
     for member in stored.plan.members:
         found: list[tuple[str, str, float, int]] = []
-        for key, first in (*own.items(), *stored.aliases.items()):
-            if key.member == member:
-                encoded, sharers = stored.tensors[first], users.get(first, 1)
-                how = f"{COPY}, {encoded.precision.shown}" if sharers > 1 else encoded.precision.shown
-                whole = math.prod(encoded.shape) * encoded.dtype.itemsize
-                found.append((key.name, how, encoded.nbytes / sharers, whole))
+        own = {name: PlainKey(member, name) for name in stored.own(member)}
+        for name, first in (*own.items(), *stored.same(member).items()):
+            encoded, sharers = stored.tensors[first], users.get(first, 1)
+            how = f"{COPY}, {encoded.precision.shown}" if sharers > 1 else encoded.precision.shown
+            whole = math.prod(encoded.shape) * encoded.dtype.itemsize
+            found.append((name, how, encoded.nbytes / sharers, whole))
         for p in stored.plan.of(member):
             upto = parts[p.bank]
             part = float(upto[p.stop - 1]) - (float(upto[p.start - 1]) if p.start else 0.0)

@@ -115,6 +115,15 @@ def places_of(tensors: Iterable[Tensor]) -> dict[int, Place]:
     return found
 
 
+def files_of(tensors: Iterable[Tensor]) -> tuple[MappedFile, ...]:
+    """The files that tensors are mapped from, as they are now.
+
+    Args:
+        tensors: any.
+    """
+    return tuple(dict.fromkeys(place.file for place in places_of(tensors).values()))
+
+
 def _mappings() -> list[_Mapping]:
     """The private mappings of files in this process, in the order of their addresses."""
     found: list[_Mapping] = []

@@ -98,9 +98,12 @@ def _merge(recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_rem
     """`merge`, with its target checked and held by this process."""
     from surgery.artifact.folder import save_fitted
     from surgery.core.joining import join
+    from surgery.disk.mapped import files_of
     from surgery.fitting.fit import fit
+    from surgery.members.member import state_tensors
 
     prepared = prepared or prepare(recipe, trust_remote_code=trust_remote_code)
+    sources = files_of(t for member in prepared.members for t in state_tensors(member.module).values())
     with task("Joining") as work:
         joint = join(prepared.members, prepared.plan)
         work.describe("Fitting")
@@ -114,7 +117,7 @@ def _merge(recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_rem
         joint.recipe = Recipe.of(prepared.resolved())
         if recipe.out is not None:
             work.describe(f"Writing {recipe.out}")
-            save_fitted(joint, recipe.out, overwrite=overwrite)
+            save_fitted(joint, recipe.out, overwrite=overwrite, sources=sources)
     return joint
 
 

@@ -52,7 +52,7 @@ def collapsed(joint: JointModel, name: str) -> LazyState:
         KeyError: where there is no such member.
         PlanError: where a generated weight of a member was replaced.
     """
-    follow(joint)
+    follow(joint, [name])
     module, owners = joint[name], joint.owners[name]
     sites = generated(joint.dictionary, joint.plan.of(name))
     state: dict[str, Any] = {}
@@ -69,14 +69,19 @@ def _own(tensor: Tensor) -> Handle:
     return Made(tuple(tensor.shape), tensor.dtype, tensor.device, partial(compact, tensor))
 
 
-def follow(joint: JointModel) -> None:
+def follow(joint: JointModel, names: Sequence[str] | None = None) -> None:
     """Take note of what was done to members since they were joined: edits of slots, tensors got and lost.
+
+    Args:
+        joint: the joint model.
+        names: of the members; all by default.
 
     Raises:
         PlanError: naming slots that were replaced, and edits that the dictionary cannot hold.
     """
-    take_edits(joint, joint.names)
-    for name in joint.names:
+    names = joint.names if names is None else names
+    take_edits(joint, names)
+    for name in names:
         sites = {each: p.site.owners for p in joint.plan.of(name) for each in p.site.owners}
         plain = [tuple(n for n in names if n not in sites) for names in owners_of(joint[name]).values()]
         owners = {names[0]: names for names in (*plain, *sites.values()) if names}

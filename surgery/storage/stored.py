@@ -10,9 +10,10 @@ its own dtype, as it is, until a fit decides anew.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ from surgery.storage.codecs import Decoded, Encoded, as_dtype, decode, encode_na
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
 from surgery.storage.lazy import Handle, LazyState, Made
 from surgery.util import memory
+
+Value = TypeVar("Value")
 
 _FEW = 16  # values by which stored forms are told apart
 ALIAS_BYTES = 512  # a tensor smaller than this is not worth the manifest's line that would alias it
@@ -59,17 +62,33 @@ class Stored:
 
     def parts(self, bank: str) -> dict[str, Encoded]:
         """The parts of a bank by name."""
-        return _parts(self.tensors, bank)
+        return dict(self._parts.get(bank, {}))
 
     def own(self, member: str) -> dict[str, Encoded]:
         """By name, the plain tensors of a member that are stored under its own keys."""
-        return _own(self.tensors, member)
+        return dict(self._own.get(member, {}))
 
     def plain(self, member: str) -> dict[str, Encoded]:
         """By name, all plain tensors of a member; a tensor that several have in common is one object for them all."""
-        return self.own(member) | {
-            key.name: self.tensors[first] for key, first in self.aliases.items() if key.member == member
-        }
+        return self.own(member) | {name: self.tensors[first] for name, first in self.same(member).items()}
+
+    def same(self, member: str) -> dict[str, PlainKey]:
+        """By name, the keys under which tensors of a member are stored that equal another's."""
+        return dict(self._same.get(member, {}))
+
+    @cached_property
+    def _parts(self) -> dict[str, dict[str, Encoded]]:
+        return _grouped(
+            (key.bank, key.part, e) for key, e in self.tensors.items() if isinstance(key, PartKey)
+        )
+
+    @cached_property
+    def _own(self) -> dict[str, dict[str, Encoded]]:
+        return plain_by_member(self.tensors)
+
+    @cached_property
+    def _same(self) -> dict[str, dict[str, PlainKey]]:
+        return _grouped((key.member, key.name, first) for key, first in self.aliases.items())
 
     @property
     def nbytes(self) -> int:
@@ -155,8 +174,16 @@ def _parts(tensors: Mapping[StorageKey, Encoded], bank: str) -> dict[str, Encode
     return {key.part: each for key, each in tensors.items() if isinstance(key, PartKey) and key.bank == bank}
 
 
-def _own(tensors: Mapping[StorageKey, Encoded], member: str) -> dict[str, Encoded]:
-    return {k.name: each for k, each in tensors.items() if isinstance(k, PlainKey) and k.member == member}
+def plain_by_member(tensors: Mapping[StorageKey, Encoded]) -> dict[str, dict[str, Encoded]]:
+    """Plain tensors by name, those of each member; in one pass, as there may be many members."""
+    return _grouped((key.member, key.name, e) for key, e in tensors.items() if isinstance(key, PlainKey))
+
+
+def _grouped(entries: Iterable[tuple[str, str, Value]]) -> dict[str, dict[str, Value]]:
+    found: dict[str, dict[str, Value]] = {}
+    for owner, name, value in entries:
+        found.setdefault(owner, {})[name] = value
+    return found
 
 
 def compressed(plan: Plan, encoded: Mapping[StorageKey, Encoded]) -> frozenset[tuple[str, str]]:
@@ -226,8 +253,7 @@ def revive(members: Sequence[Member], stored: Stored, known: Known | None = None
     """A joint model from its stored form; the members' modules may still be without weights."""
     check_unoccupied({member.name: member.module for member in members})
     encoded = expand(stored)
-    for member in members:
-        _assign_plain(member, stored, encoded)
+    _assign_plain(members, stored, encoded)
     banks = {plan.key: build_bank(plan, stored.tensors) for plan in stored.plan.banks}
     joint = JointModel(members, stored.plan, Dictionary(banks), encoded, known)
     for name, values in stored.extra.items():
@@ -245,8 +271,7 @@ def adopt(joint: JointModel, stored: Stored, known: Known | None = None) -> Join
         put_back(module, p.site.owners, empty, getattr(*locate(module, first)).requires_grad)
     memory.give_back()
     encoded = expand(stored)
-    for member in joint.members.values():
-        _assign_plain(member, stored, encoded)
+    _assign_plain(list(joint.members.values()), stored, encoded)
     banks = {plan.key: build_bank(plan, stored.tensors) for plan in stored.plan.banks}
     return joint.occupy(stored.plan, Dictionary(banks), encoded, known or Known())
 
@@ -256,17 +281,18 @@ def expand(stored: Stored) -> dict[StorageKey, Encoded]:
     return dict(stored.tensors) | {key: stored.tensors[first] for key, first in stored.aliases.items()}
 
 
-def _assign_plain(member: Member, stored: Stored, encoded: Mapping[StorageKey, Encoded]) -> None:
+def _assign_plain(members: Sequence[Member], stored: Stored, encoded: Mapping[StorageKey, Encoded]) -> None:
     shared = {*stored.aliases, *stored.aliases.values()}
-    tensors: dict[str, Handle] = {}
-    for name, each in _own(encoded, member.name).items():
-        own = handle = Decoded(each)
-        if (
-            PlainKey(member.name, name) in shared
-        ):  # stored once, but several own it: each gets memory of its own
-            handle = Made(own.shape, own.dtype, own.device, lambda own=own: own.read().clone())
-        tensors[name] = handle
-    assign(member.module, LazyState(tensors), dict(stored.ties.get(member.name, {})))
+    plain = plain_by_member(encoded)
+    for member in members:
+        tensors: dict[str, Handle] = {}
+        for name, each in plain.get(member.name, {}).items():
+            own = handle = Decoded(each)
+            # Stored once, but several own it: each gets memory of its own.
+            if PlainKey(member.name, name) in shared:
+                handle = Made(own.shape, own.dtype, own.device, lambda own=own: own.read().clone())
+            tensors[name] = handle
+        assign(member.module, LazyState(tensors), dict(stored.ties.get(member.name, {})))
 
 
 def _encode_as_before(tensor: Tensor, before: Encoded | None) -> Encoded:

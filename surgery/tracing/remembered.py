@@ -2,7 +2,8 @@
 
 A result on the meta device follows from the shapes, strides and dtypes of the arguments. PyTorch infers it in Python,
 in up to two milliseconds for an operation, and the layers of a model and the members of a family repeat one another.
-Remembered are PyTorch's own functions alone, and of their results one new tensor, which is no view of an argument.
+Remembered are PyTorch's own functions alone, and of their results new tensors, one or several apart, none of them a
+view of an argument.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class _UnlikeAnyError(Exception):
     """An argument from which alone the result does not follow."""
 
 
-_results: dict[Any, _New] = {}
+_results: dict[Any, _New | tuple[_New, ...]] = {}
 
 
 def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -55,13 +56,23 @@ def call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, A
         return func(*args, **kwargs)
     found = _results.get(key)
     if found is not None:
-        return torch.empty_strided(found.shape, found.strides, dtype=found.dtype, device="meta")
+        return tuple(map(_again, found)) if isinstance(found, tuple) else _again(found)
     result = func(*args, **kwargs)
-    if _is_new(result, args, kwargs):
+    several = result if type(result) is tuple else (result,)
+    if all(_is_new(each, args, kwargs) for each in several) and _are_apart(several):
         if len(_results) >= MOST:
             _results.clear()
-        _results[key] = _New(tuple(result.shape), result.stride(), result.dtype)
+        made = tuple(_New(tuple(each.shape), each.stride(), each.dtype) for each in several)
+        _results[key] = made if type(result) is tuple else made[0]
     return result
+
+
+def _again(made: _New) -> Tensor:
+    return torch.empty_strided(made.shape, made.strides, dtype=made.dtype, device="meta")
+
+
+def _are_apart(tensors: tuple[Tensor, ...]) -> bool:
+    return bool(tensors) and len({each.untyped_storage()._cdata for each in tensors}) == len(tensors)
 
 
 def forget() -> None:

@@ -34,6 +34,7 @@ class Reporter(Protocol):
         ...
 
 
+_latest = ""
 _reporter: ContextVar[Reporter | None] = ContextVar("surgery_progress", default=None)
 
 
@@ -50,8 +51,19 @@ class Task:
 
     def describe(self, description: str) -> None:
         """Say in other words what the work is doing now."""
+        _note(description)
         if self._reporter is not None:
             self._reporter.describe(self._key, description)
+
+
+def _note(description: str) -> None:
+    global _latest
+    _latest = description
+
+
+def latest() -> str:
+    """What was begun last, by its description: what a program was at when it had to stop."""
+    return _latest
 
 
 @contextmanager
@@ -66,6 +78,7 @@ def task(description: str, total: float | None = None) -> Iterator[Task]:
         >>> with task("Fitting banks", total=3) as work:
         ...     work.advance(2)
     """
+    _note(description)
     reporter = _reporter.get()
     if reporter is None:
         yield Task(None, None)

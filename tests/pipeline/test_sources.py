@@ -1,0 +1,70 @@
+"""A merge reads files that others may touch, on machines that may have too little memory: one sentence each."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from artifacts import contents
+from command_line import surgery
+
+from benchmarks.scale import make_folder
+from surgery.disk import aligned
+from surgery.errors import LoadError
+from surgery.pipeline.merge import merge
+from surgery.settings.recipe import Recipe
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(aligned, "MUCH", 1)  # as of large models, weights stay where their files have them
+    for seed, name in enumerate("ab"):
+        make_folder(tmp_path / name, "fast", seed)
+    models = [{"model": str(tmp_path / name)} for name in "ab"]
+    return Recipe.of({"models": models, "parameters": {"max_error": 0}, "out": str(tmp_path / "joint")})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mappings are read from /proc")
+@pytest.mark.parametrize("moment", ["join", "write_front"])
+def test_a_file_that_changes_while_it_is_merged_is_named_and_the_target_stays(
+    recipe, tmp_path, monkeypatch, moment
+):
+    merge(recipe)
+    before = contents(tmp_path / "joint")
+    module = {"join": "surgery.core.joining", "write_front": "surgery.artifact.writing"}[moment]
+    original = getattr(__import__(module, fromlist=[moment]), moment)
+
+    def changed(*args, **kwargs):
+        file = next((tmp_path / "b").glob("*.safetensors"))
+        file.write_bytes(file.read_bytes())  # the same bytes, written anew
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(f"{module}.{moment}", changed)
+    with pytest.raises(LoadError, match=r"safetensors must stay as it is .*, but was written to"):
+        merge(recipe, overwrite=True)
+    assert contents(tmp_path / "joint") == before
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory")]
+)
+def test_too_little_memory_is_one_sentence_that_names_the_stage(recipe, tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("surgery.core.joining.join", fail)
+    code, _, said = surgery("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "joint", "-q")
+    assert code == 2 and said.startswith(
+        "surgery: There was not enough memory (the last step was: Joining)."
+    ), said
+    assert not (tmp_path / "joint").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_another_runtime_error_is_none_of_memory(recipe, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("surgery.core.joining.join", fail)
+    with pytest.raises(RuntimeError, match="a fault"):
+        surgery("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "joint", "-q")
