@@ -65,7 +65,8 @@ def align_module(module: nn.Module, *, to_run: bool = False) -> nn.Module:
     apart = [tensor for tensor in plain if not is_aligned(tensor)]
     if not to_run and sum(tensor.nbytes for tensor in apart) >= MUCH and (stay := places_of(apart)):
         apart = [tensor for tensor in apart if id(tensor) not in stay]
-        module.register_forward_pre_hook(_ALIGN_FIRST)
+        if _ALIGN_FIRST not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_ALIGN_FIRST)
     for tensor in apart:
         if not is_aligned(tensor):
             place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)

@@ -226,7 +226,8 @@ class ReferredRows(RowsBank):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return RowsBank, (self.block, self.rows.detach(), self.psi, self.contexts.detach(), 0)
+        learns = self.rows.requires_grad, self.contexts.requires_grad
+        return _plain_bank, (self.block, self.rows.detach(), self.psi, self.contexts.detach(), learns)
 
     def __deepcopy__(self, memo: dict) -> RowsBank:
         if not self.made:
@@ -237,3 +238,13 @@ class ReferredRows(RowsBank):
         copied = memo[id(self)] = object.__new__(type(self))
         vars(copied).update(deepcopy(vars(self), memo))
         return copied
+
+
+def _plain_bank(
+    block: tuple[int, int], rows: Tensor, psi: Tensor, contexts: Tensor, learns: tuple[bool, bool]
+) -> RowsBank:
+    """A bank that was unpickled, which refers to no file."""
+    bank = RowsBank(block, rows, psi, contexts, hypermodules=0)
+    bank.rows.requires_grad_(learns[0])
+    bank.contexts.requires_grad_(learns[1])
+    return bank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from copy import deepcopy
 from dataclasses import replace
@@ -24,6 +25,7 @@ from surgery.errors import LoadError
 from surgery.geometry.blocks import BlockGrid
 from surgery.geometry.views import CanonicalView
 from surgery.members.member import Inputs, Member, Origin
+from surgery.methods.rows.bank import RowsBank
 from surgery.methods.rows.exact import exact_bank
 from surgery.methods.rows.referred import ReferredRows
 from surgery.methods.rows.settling import settle_rows
@@ -192,6 +194,11 @@ def test_copies_moves_and_states_are_those_of_a_bank_with_rows(tmp_path):
     with torch.no_grad():
         assert torch.equal(copied["a"](x), expected)
     assert torch.equal(deepcopy(bank).rows, bank.rows)
+    joint.freeze(joint.plan.placements, False)
+    again = pickle.loads(pickle.dumps(joint))
+    assert type(again.dictionary[joint.plan.banks[0].key]) is RowsBank
+    assert not any(p.requires_grad for p in again.dictionary.parameters())
+    joint.freeze(joint.plan.placements, True)
     again = deepcopy(joint)
     again.load_state_dict(joint.state_dict())
     with torch.no_grad():
