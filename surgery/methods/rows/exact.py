@@ -57,13 +57,15 @@ def duplicates_among(blocks: SiteBlocks) -> tuple[Tensor, Tensor] | None:
         blocks: of all sites of a bank.
     """
     keys = np.empty(len(blocks), dtype=np.int64)
-    for start, part in blocks.pieces():
-        keys[start : start + len(part)] = _keys(part, blocks.dtype).numpy()
+    for start, site in blocks.pieces():
+        for part in site.split(_PIECE):
+            keys[start : start + len(part)] = _keys(part, blocks.dtype).numpy()
+            start += len(part)
     some = torch.from_numpy(_repeated(keys).nonzero()[0])
     del keys
     if not len(some):
         return None
-    pieces = [_fingerprints(blocks.take(index)) for index in some.split(1 << 14)]
+    pieces = [_fingerprints(blocks.take(index)) for index in some.split(_PIECE)]
     scale, fingerprint = (torch.cat(each) for each in zip(*pieces, strict=True))
     first, factor = _match(scale, fingerprint, lambda index: blocks.take(some[index]))
     if bool((first == torch.arange(len(first))).all()):
@@ -101,7 +103,7 @@ def _equal_bits(take: Callable[[Tensor], Tensor], leader: Tensor, ratio: Tensor,
     """Whether `ratio` times the leader's block is that of `blocks_of`, bit for bit: `[N]`."""
     same = torch.empty(len(leader), dtype=torch.bool, device=ratio.device)
     bits = torch.int64 if ratio.dtype == torch.float64 else torch.int32
-    for part in torch.arange(len(leader), device=ratio.device).split(1 << 14):
+    for part in torch.arange(len(leader), device=ratio.device).split(_PIECE):
         product = take(leader[part]) * ratio[part].unsqueeze(1)
         found = take(blocks_of[part])
         same[part] = (product.view(bits) == found.view(bits)).all(1)  # bits: 0.0 is not -0.0
@@ -111,8 +113,9 @@ def _equal_bits(take: Callable[[Tensor], Tensor], leader: Tensor, ratio: Tensor,
 def _repeated(keys: np.ndarray) -> np.ndarray:
     """Which of some keys occur more than once `[N]`; they are sorted an eighth at a time, as they are many."""
     found = np.zeros(len(keys), dtype=bool)
+    last = keys.view(np.uint8)[::8] & 7  # of either end: which bits these are is all the same
     for low in range(8):
-        mine = (keys & 7) == low
+        mine = last == low
         some = np.sort(keys[mine])
         twice = np.unique(some[1:][some[1:] == some[:-1]])
         if len(twice):
@@ -120,6 +123,7 @@ def _repeated(keys: np.ndarray) -> np.ndarray:
     return found
 
 
+_PIECE = 1 << 14  # blocks that are looked at in one go
 _PROBED = 8  # of the elements that a fingerprint looks at, those that make a key
 
 
@@ -165,7 +169,7 @@ def _fingerprints(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """
     probe, factors = (each.to(blocks.device) for each in _probe(blocks.shape[1]))
     scales, fingerprints = [], []
-    for part in blocks.split(1 << 14):
+    for part in blocks.split(_PIECE):
         scale = part.gather(1, part.abs().argmax(1, keepdim=True))
         direction = torch.where(scale != 0, part / scale, part)
         coarse = (direction[:, probe].float() * 1024).round_().to(torch.int32)
