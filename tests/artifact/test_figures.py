@@ -82,7 +82,7 @@ def test_a_start_without_sharing_is_the_members_alone():
 def test_pictures_of_modules_and_of_sharing_tell_of_the_same_sharing():
     """A pair of members has blocks on shared rows exactly where a stored hypermodule has both."""
     joint = training_nets.build(context=1)
-    start(joint, Training(evolution=Evolution(start="random", hypermodules=3)), 0)
+    start(joint, Training(evolution=Evolution(start="random", hypermodules=3, scale="contexts")), 0)
     shares = count_shares(store(joint))
     both = sum(count for names, count in shares.modules.items() if names == "a+b")
     assert both and shares.blocks[0][1] and shares.blocks[1][0]
