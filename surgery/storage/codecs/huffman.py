@@ -33,6 +33,7 @@ _FAULTS: Any = (ValueError, zlib.error, inflate.error)  # of bytes that are no s
 _RAW = -zlib.MAX_WBITS  # Deflate without a header and a checksum: files have theirs
 _TYPICAL = (512, 1024)  # of a tensor by whose bytes others are foretold
 _TABLE = 60  # bytes that code lengths take, about, in all streams of a tensor
+_HEAD = 1 << 16  # bytes in which all lengths are
 _NAME = 64  # bytes of a part's entry in a file's header, about
 
 
@@ -111,7 +112,7 @@ class Huffman(Codec[Precision]):
     def fault(self, parts: Mapping[str, Tensor]) -> str:
         """The lengths must be those of streams that are there; what is in them shows when they are decoded."""
         try:
-            _split(parts[PART].cpu().numpy().tobytes()[: 1 << 20], parts[PART].numel())
+            _split(parts[PART][:_HEAD].cpu().numpy().tobytes(), parts[PART].numel())
         except ValueError as error:
             return str(error)
         return ""
