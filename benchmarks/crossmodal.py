@@ -8,7 +8,7 @@ are kept in --folder and not run again.
     single        no sharing, plain training
     intra         evolution within one member
     evolved       evolution over all members of the run
-    priced        the same, at a price of parameters: what takes more of them has to be worth it
+    priced        the same with c = 1, at a price of parameters: what takes more of them has to be worth it
     hierarchical  the same, from an alignment by topological order
     order         the alignment by topological order stays; locations have contexts
     hard          the same with c = 0: classical hard sharing
@@ -41,6 +41,14 @@ METHODS: dict[str, dict[str, Any]] = {
 ALONE = ("single", "intra")
 
 
+def changes() -> dict[str, dict[str, Any]]:
+    """What each method changes in the recipe."""
+    return {
+        **in_evolution(METHODS),
+        "priced": {**in_evolution(METHODS)["priced"], "parameters": {"context": 1}},
+    }
+
+
 def plan_runs(members: Sequence[str], methods: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Every method with the sets of members that it is tried on: baselines on all together alone."""
     for method in methods:
@@ -61,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     members = options.members or members_of(options.recipe)
     runs = list(plan_runs(members, options.methods))
-    compare("crossmodal", options, argv, options.recipe, in_evolution(METHODS), runs, "single")
+    compare("crossmodal", options, argv, options.recipe, changes(), runs, "single")
 
 
 if __name__ == "__main__":

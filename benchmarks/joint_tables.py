@@ -30,8 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.crossmodal import METHODS
+from benchmarks.crossmodal import changes as changes_of_methods
 from benchmarks.harness import make_parser
-from benchmarks.recipe_runs import document_of, in_evolution, members_of, tabulate, to_markdown
+from benchmarks.recipe_runs import document_of, members_of, tabulate, to_markdown
 
 RECIPE = "crossmodal_small"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -78,7 +79,7 @@ def run_here(job: Job) -> dict[str, Any]:
     from surgery.settings.recipe import Recipe
 
     changes = [f"models.{number}.lr={job['rates'][name]}" for number, name in enumerate(job["members"])]
-    method = in_evolution(METHODS)[job["method"]]
+    method = changes_of_methods()[job["method"]]
     document = document_of(RECIPE, method, job["members"], job["seed"], [*changes, *job.get("changes", [])])
     report = train_recipe(Recipe.of(document), cpu=True, fast_run=job.get("fast", False))[1].document()
     return {name: report[name] for name in ("scores", "tests", "numbers", "seconds", "best", "hypermodules")}

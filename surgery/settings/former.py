@@ -51,6 +51,7 @@ DEFAULTS: dict[str, Any] = {
     "evolution.heat": 0.1,
     "evolution.price": 0.0,
     "stopping.best": "all",
+    "sync_norms": False,
 }
 """Defaults of former versions under `train`, by path: a run that began with them goes on with them."""
 

@@ -100,6 +100,8 @@ class Training(Strict):
             members that have them, or after `MEMBER:` in one.
         share: private tensors (what is not generated: norms, biases) that are one parameter for all members that have
             them in one shape; named as for `freeze`.
+        sync_norms: whether batch norms take their statistics over the batch of all processes, as SyncBatchNorm does on
+            accelerators, so that several processes train as one does; otherwise each normalises by its part.
         compile: whether members are compiled.
         checkpointing: whether members that offer gradient checkpointing use it.
         trackers: accelerate's `log_with`, for example `tensorboard`.
@@ -119,6 +121,7 @@ class Training(Strict):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     freeze: tuple[str, ...] = ()
     share: tuple[str, ...] = ()
+    sync_norms: bool = False
     compile: bool = False
     checkpointing: bool = False
     trackers: tuple[str, ...] = ()

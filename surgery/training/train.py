@@ -29,6 +29,7 @@ from surgery.training.distributed.fsdp import (
     read_sharding,
     wants_checkpointing,
 )
+from surgery.training.distributed.synced import synced_norms
 from surgery.training.loop.run import Run, begun_with, check_folder
 from surgery.training.loop.sharing_private import share_private
 from surgery.training.loop.starting import freeze, start
@@ -150,13 +151,14 @@ def _train(
         names = {name: list(joint.private(name)) for name in joint.names}
         share_private(joint, share_selectors(settings.share, names, "train.share"))
         freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
-        _prepare_members(joint, settings)
         began = measure(joint)[0] if accelerator.is_main_process else None
-        make = _trainer if sharding is None else partial(_sharded_trainer, sharding)
-        run = Run(make(joint, tasks, settings, seed, accelerator, losses), settings, seed, place, began)
-        if resume:
-            run.resume()
-        report = run.to_the_end()
+        with synced_norms(joint, accelerator, settings.sync_norms):
+            _prepare_members(joint, settings)
+            make = _trainer if sharding is None else partial(_sharded_trainer, sharding)
+            run = Run(make(joint, tasks, settings, seed, accelerator, losses), settings, seed, place, began)
+            if resume:
+                run.resume()
+            report = run.to_the_end()
     joint.forget_originals()  # what was distilled
     for method in active_methods(joint):
         method.ended(joint)

@@ -104,6 +104,11 @@ class HypermoduleMoves(Moves):
         if not self.config.redraws(self.trainer.generation):
             self.conclude()
 
+    def begins_anew(self, generation: int) -> bool:
+        """States from before the last phase have parameters that were not worth their price."""
+        config = self.config
+        return config.evolution.price > 0 and generation == config.burn_in + config.generations
+
     def contend(self) -> None:
         """Let alternatives compete for sampled locations of every bank."""
         settings = self.config.evolution.model_copy(update={"fraction": self.config.fraction})

@@ -37,8 +37,8 @@ def test_at_a_high_price_fewer_parameters_are_kept():
         config = {
             "steps": 5, "generations": 6, "final": 1, "optimizer": {"lr": 0.01, "soft_lr": 0.3},
             "evolution": {"price": price, "fraction": 0.5, "alpha": 0.5, "epsilon": 0.0},
-            "stopping": {"keep": "last"},
         }  # fmt: skip
         report = train(joint, training_nets.tasks(), config, cpu=True)
+        assert report.best == 6 or not price  # states before the last phase are larger
         kept.append(report.numbers[0] / report.numbers[1])
     assert kept[1] < 0.8 * kept[0]
