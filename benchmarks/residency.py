@@ -56,7 +56,7 @@ def fine_tunes(folder: Path, seed: int, fast: bool) -> list[Path]:
     """Write fine-tunes of one vision transformer."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    width, depth, side = (32, 1, 32) if fast else (192, 6, 64)
+    width, depth, side = (32, 1, 32) if fast else (128, 4, 32)
     torch.manual_seed(seed)
     config = ViTConfig(hidden_size=width, num_hidden_layers=depth, num_attention_heads=4)
     config.intermediate_size, config.image_size, config.patch_size = 4 * width, side, 8
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         out = surgery.save(
             surgery.fit(family, max_error=0.05, seed=options.seed, device="cpu"), work / "family"
         )
-        side = 32 if options.fast else 64
+        side = 32
         picture = torch.randn(32, 3, side, side, generator=torch.Generator().manual_seed(options.seed))
         picture = picture.to(options.device)
         inputs = {"batch": {"pixel_values": picture}, "one": {"pixel_values": picture[:1]}}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -221,6 +221,7 @@ def make_resident(members: list[Member], stored: Stored, resident: Resident) -> 
         stored = _common_decoded(stored)
     encoded = expand(stored)
     shared = Counter(id(each) for each in encoded.values())
+    small = _small(encoded.values(), nbytes)
     decoded: dict[int, Tensor] = {}  # what is decoded at once, by its stored form: members have it in common
     placed = _placed(stored)
     for member in members:
@@ -229,12 +230,28 @@ def make_resident(members: list[Member], stored: Stored, resident: Resident) -> 
             for key, each in encoded.items()
             if not isinstance(key, PartKey) and key.member == member.name
         }
-        _fill(member, stored, own, shared, placed, decoded)
+        _fill(member, stored, own, shared, placed, decoded, small)
         for name, values in stored.extra.items():
             if name == member.name:
                 set_extra_state(member.module, values)
         _refuse_training(member.module)
     return ResidentModel({member.name: member for member in members}, resident, nbytes)
+
+
+def _small(encoded: Iterable[Encoded], nbytes: int) -> set[int]:
+    """Stored forms, by id, that are decoded when they are loaded: a call would take longer than they save.
+
+    The smallest first, as long as they take no more than a share of all besides.
+    """
+    forms = {id(e): e for e in encoded if not e.precision.is_native and math.prod(e.shape) < SMALL}
+    growth = {key: math.prod(e.shape) * e.dtype.itemsize - e.nbytes for key, e in forms.items()}
+    found, room = set(), SPARE * nbytes
+    for key in sorted(growth, key=growth.__getitem__):
+        room -= growth[key]
+        if room < 0:
+            break
+        found.add(key)
+    return found
 
 
 def _common_decoded(stored: Stored) -> Stored:
@@ -278,15 +295,15 @@ def _fill(
     shared: Counter[int],
     placed: Mapping[tuple[str, str], tuple[Form, Placement]],
     decoded: dict[int, Tensor],
+    small: set[int],
 ) -> None:
     """Give a member its tensors: packed where that takes less, or memory that is shared."""
     module, tensors = member.module, {}
     for key, each in own.items():
         holder, attribute = locate(module, key.name)
-        small = len(each.shape) < 2 or math.prod(each.shape) < SMALL
         if attribute in holder._buffers:  # a forward pass may write to it
             tensors[key.name] = decode(each).clone()
-        elif each.precision.is_native or small:
+        elif each.precision.is_native or id(each) in small:
             if id(each) not in decoded:
                 decoded[id(each)] = decode(each)
             tensors[key.name] = decoded[id(each)]
@@ -312,7 +329,9 @@ def _fill(
 _GUARDED = ("train", "requires_grad_")
 
 SMALL = 1 << 12
-"""Elements below which a tensor is decoded when it is loaded: a call would take longer than it saves."""
+"""Elements below which a tensor may be decoded when it is loaded."""
+SPARE = 0.05
+"""Of all stored bytes, what such tensors may take besides."""
 
 
 def _parameter(form: Form, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
