@@ -249,3 +249,12 @@ def test_a_checkout_against_itself(run):
     assert of(document, "of") == ["python -c pass", "surgery --help", "surgery merge --help"]
     assert all(0.1 < ratio < 10 for ratio in of(document, "ratio"))
     assert document["verdicts"][0].startswith("what is not ours:")
+
+
+@pytest.mark.slow
+def test_residency_compares_ways_of_holding_members(run):
+    document = run("residency")
+    assert of(document, "way") == ["plain", "packed", "shared"] * 2
+    held = of(document, "held")
+    assert held[1] < held[0] / 4 and held[4] < held[3] / 4
+    assert document["results"][3]["another member, ms"] > 0
