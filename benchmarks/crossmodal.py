@@ -30,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "single": {"codes": "ones", "change": "none"},
     "intra": {},
     "evolved": {},
-    "priced": {"price": 1.0},
+    "priced": {"price": 0.3},
     "hierarchical": {"start": "order"},
     "order": {"start": "order", "change": "none"},
     "hard": {"start": "order", "change": "none", "codes": "ones"},
