@@ -92,7 +92,9 @@ def merge(family: Family, budget: float, out: Path, seed: int, calibrated: bool)
     files = [path for path in out.rglob("*") if path.is_file()]
     sizes = {path: path.stat().st_size for path in files}
     needed = sum(n for path, n in sizes.items() if path.name not in BESIDE)
-    alone = [surgery.remove(out, name, dry_run=True).stored_bytes for name in family.states]
+    alone = [joint.report.stored_bytes]
+    if len(members) > 1:
+        alone = [surgery.remove(out, name, dry_run=True).stored_bytes for name in family.states]
     saved = joint.report.saved
     detail = f"budget {budget:.4f}; saved by " + ", ".join(
         f"{key} {value / 1e3:,.0f} kB" for key, value in saved.items()
