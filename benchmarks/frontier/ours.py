@@ -16,6 +16,7 @@ from surgery import Inputs, Member
 
 BESIDE = ("README.md", "sharing.png")  # a card and its picture, for people; nothing is loaded from them
 TRIES = 4
+STEP = 0.002  # of the bytes: the least that a budget is lowered by, as choices come in steps
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def merge_within(family: Family, size: int, folder: Path, seed: int, calibrated:
         if merged.nbytes <= size:
             return merged
         said = f"budget {budget:.4f} gives {merged.nbytes:,} bytes of files"
-        budget -= 1.01 * (merged.nbytes - size) / family.whole  # what the index and records take
+        over = max(1.01 * (merged.nbytes - size), STEP * size)  # what the index and records take
+        budget -= over / family.whole
     return said
 
 
