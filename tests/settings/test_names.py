@@ -29,7 +29,7 @@ SEVERAL = {
     "batch": "of a task, and of what it adapts to",
     "settings": "of a method of sharing, and of a way of adaptation",
     "hypermodules": "how many a fit makes, and of how many training draws a random start",
-    "lr": "of all, and of mixtures alone",
+    "lr": "of all, of a member or a task of it, and of mixtures alone",
     "start": "of the alignment, and of templates",
     "freeze": "tensors that stay, and whether hypermodules or templates do",
     "templates": "how many there are, and how they are trained",
@@ -43,7 +43,7 @@ SEVERAL = {
 OTHERWISE = {
     "out", "config", "changes", "resume", "fast_dev_run", "dry_run", "cpu", "overwrite", "trust_remote_code", "json",
     "quiet", "verbose", "debug", "version", "html", "member", "members", "part", "format", "only", "inputs", "origins",
-    "data", "force", "show_completion", "install_completion",
+    "data", "force", "show_completion", "install_completion", "base", "tie_widths",
 }  # fmt: skip
 """Flags that set no key of a recipe: what to do with it, where, and what is shown."""
 
@@ -76,7 +76,7 @@ def test_arguments_have_the_names_of_keys(function):
     python = {
         "self", "joint", "member", "members", "anatomies", "plan", "tasks", "reference", "config", "folder", "probes",
         "inputs", "resume", "cpu", "trust_remote_code", "overwrite", "recipe", "extras", "max_shard_size", "out",
-        "bounds",
+        "bounds", "read",
     }  # fmt: skip
     assert {*inspect.signature(function).parameters} - python <= set(BY_NAME)
 
