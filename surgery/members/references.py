@@ -41,6 +41,7 @@ from surgery.util.randomness import all_seeded, member_seed
 from surgery.util.text import one_line
 
 EXAMPLE_ELEMENTS = 1 << 28  # of a tensor that is made while inputs are tried: a GiB in float32
+READ = 1 << 27  # parameters of a model whose weights are always read: half a GiB in float32
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 _FROM_FILES = ("timm", "transformers")  # kinds whose tensors have the dtypes of a file
 
@@ -158,8 +159,9 @@ def load_member(
         request = Request(Permission.of_user(trust_remote_code))
         loaded = _load(kind, rest, request, member_seed(seed, chosen))
         align_module(loaded.module)  # tensors that are mapped lie where their file has them
+    unread = not read and sum(p.numel() for p in loaded.module.parameters()) > READ
     return _member(
-        chosen, loaded, inputs, seed, allow_nonfinite or not read, live=isinstance(reference, nn.Module)
+        chosen, loaded, inputs, seed, allow_nonfinite or unread, live=isinstance(reference, nn.Module)
     )
 
 
