@@ -238,7 +238,7 @@ from torch import nn
 def make():
     torch.manual_seed(0)
     layers = [nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2)]
-    return nn.Sequential(*layers), torch.zeros(2, 4)
+    return nn.Sequential(*layers), torch.randn(2, 4)
 
 def data():
     x = torch.randn(32, 4, generator=torch.Generator().manual_seed(1))
@@ -270,5 +270,5 @@ def test_merged_trained_and_merged_again_from_the_command_line(tmp_path, monkeyp
     x = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         moved = (found["net"](x) - live["net"](x)).norm() / live["net"](x).norm()
-    assert 0 < moved < 0.1
+    assert 0 < moved < 0.06  # twice what the probe inputs were held to
     assert json.loads(command("verify", "again", *trust)[1])["ok"]
