@@ -95,11 +95,10 @@ def export(
         )
     if tie_widths and format != "compressed-tensors":
         raise PlanError(f"`tie_widths` is for the format compressed-tensors, found {format}; leave it out.")
-    if (format == "lora") != (base is not None) or (max_error is not None and format != "lora"):
-        raise PlanError(
-            f"The format lora needs a `base`, and no other takes `base` or `max_error`; found format {format}, base "
-            f"{base}, error {max_error}."
-        )
+    if format == "lora" and base is None:
+        raise PlanError("The format lora is an adapter of another model: give that as `base`.")
+    if format != "lora" and (base is not None or max_error is not None):
+        raise PlanError(f"`base` and `max_error` are for the format lora, found {format}; leave them out.")
     if max_error is not None and not 0 < max_error < math.inf:
         raise PlanError(f"`max_error` must be above 0, found {max_error:g}; an adapter is hardly ever exact.")
     read = () if isinstance(source, JointModel) else (Path(source),)

@@ -13,7 +13,7 @@ at most 64 KiB larger than its members' own files, whatever they are.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args, overload
@@ -282,7 +282,9 @@ def _tie(module: nn.Module, owners: Sequence[str]) -> None:
 
 
 def _chosen(manifest: Manifest, members: Sequence[str] | None) -> list[str]:
-    unknown = [name for name in members or () if name not in manifest.members]
+    if isinstance(members, str) or not (members is None or isinstance(members, Iterable)):
+        raise ArtifactError(f"`members` must be a list of names, found {members!r}; give [{members!r}].")
+    unknown = [str(name) for name in members or () if name not in manifest.members]
     if unknown or (members is not None and not members):
         raise ArtifactError(
             f"`members` must be among {', '.join(manifest.members)}, but "

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ from surgery.storage.packed import REFUSED, Form, PackedWeight, held_bytes
 from surgery.storage.stored import Stored, expand
 from surgery.util.memory import compact
 from surgery.util.showing import as_html, as_text, plural
+from surgery.util.stamps import stamp
 from surgery.util.wording import size
 
 Resident = Literal["packed", "shared"]
@@ -51,7 +53,9 @@ class ResidentModel:
     def __init__(self, members: Mapping[str, Member], resident: Resident, stored_bytes: int):
         self.members, self.resident = dict(members), resident
         self.stored_bytes = stored_bytes
-        self._active: tuple[str, nn.Module, dict[str, Any]] | None = None
+        self._active: tuple[nn.Module, dict[str, Any], dict[str, Any]] | None = (
+            None  # with contents and stamps
+        )
         self._contents: dict[int, bytes] = {}  # of what is held, by id: nothing changes it
 
     @property
@@ -63,7 +67,7 @@ class ResidentModel:
     def resident_bytes(self) -> int:
         """Bytes of all weights that are held, each once."""
         own = held_bytes(member.module for member in self.members.values())
-        return own + (held_bytes([self._active[1]]) if self._active else 0)
+        return own + (held_bytes([self._active[0]]) if self._active else 0)
 
     def __getitem__(self, name: str) -> nn.Module:
         """The member's module, of its own class, ready to call."""
@@ -115,7 +119,8 @@ class ResidentModel:
     def activate(self, name: str) -> nn.Module:
         """One module with ordinary weights that is a member, and is made another one by what differs.
 
-        Members of one architecture take turns in the same module: tensors that are stored once for both stay.
+        Members of one architecture take turns in the same module: tensors that are stored once for both stay. What was
+        trained or edited in it meanwhile is put back.
 
         Args:
             name: the member that it shall be.
@@ -124,21 +129,23 @@ class ResidentModel:
         wanted = self.members[name].module
         forms = {key: self._content(each) for key, each in _places(wanted).items()}
         active = self._active
-        if active is None or {k: _kind(each) for k, each in _places(active[1]).items()} != {
+        if active is None or {k: _kind(each) for k, each in _places(active[0]).items()} != {
             k: _kind(each) for k, each in _places(wanted).items()
         }:
-            self._active = name, self.extract(name).eval(), forms
-            return self._active[1]
-        mine, theirs = _places(active[1]), _places(wanted)
-        done: set[int] = set()
-        for key, source in forms.items():
-            if source != active[2][key] and id(mine[key]) not in done:
-                done.add(id(mine[key]))
-                each = theirs[key]
-                mine[key].copy_(each.unpacked() if isinstance(each, PackedWeight) else each)
-        forget_derived(active[1])
-        self._active = name, active[1], forms
-        return active[1]
+            module = self.extract(name).eval()
+        else:
+            module, before, stamps = active
+            mine, theirs = _places(module), _places(wanted)
+            done: set[int] = set()
+            for key, source in forms.items():
+                changed = stamp([mine[key]]) != stamps[key]  # by whoever trained or edited the module
+                if (changed or source != before[key]) and id(mine[key]) not in done:
+                    done.add(id(mine[key]))
+                    each = theirs[key]
+                    mine[key].copy_(each.unpacked() if isinstance(each, PackedWeight) else each)
+            forget_derived(module)
+        self._active = module, forms, {key: stamp([each]) for key, each in _places(module).items()}
+        return module
 
     def _content(self, tensor: Tensor) -> tuple:
         """Equal for tensors whose stored forms are; each is looked at once."""
@@ -326,7 +333,9 @@ def _fill(
     forget_derived(module)
 
 
-_GUARDED = ("train", "requires_grad_")
+_ON = ("train", "requires_grad_")  # refused where they are to set something
+_ALWAYS = ("load_state_dict", "share_memory", "save_pretrained", "push_to_hub")
+_GUARDED = (*_ON, *_ALWAYS)
 
 SMALL = 1 << 12
 """Elements below which a tensor may be decoded when it is loaded."""
@@ -340,17 +349,20 @@ def _parameter(form: Form, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Par
 
 
 def _refuse_training(module: nn.Module) -> None:
-    """Have a member refuse to be set to training."""
+    """Have a member refuse to be set to training, changed or saved."""
+    module.__dict__.update({method: partial(_unless_off, module, method) for method in _ON})
+    there = [method for method in _ALWAYS if hasattr(module, method)]
+    module.__dict__.update({method: _refuse for method in there})
 
-    def unless(method: str) -> Callable[..., nn.Module]:
-        def asked(on: bool = True) -> nn.Module:
-            if on:
-                raise TrainingError(REFUSED)
-            return getattr(type(module), method)(module, on)
 
-        return asked
+def _unless_off(module: nn.Module, method: str, on: bool = True) -> nn.Module:
+    if on:
+        raise TrainingError(REFUSED)
+    return getattr(type(module), method)(module, on)
 
-    module.__dict__.update({method: unless(method) for method in _GUARDED})
+
+def _refuse(*args: Any, **kwargs: Any) -> None:
+    raise TrainingError(REFUSED)
 
 
 def _places(module: nn.Module) -> dict[str, Tensor]:

@@ -26,8 +26,8 @@ from surgery.storage.keys import PartKey, StorageKey
 from surgery.storage.stored import build_bank
 
 REFUSED = (
-    "Weights that stay packed are not trained: take `extract(NAME)`, whose weights are ordinary ones, or load the "
-    "artifact without `resident`."
+    "Weights that stay packed are neither trained nor changed, saved or shared: take `extract(NAME)`, whose weights "
+    "are ordinary ones, or load the artifact without `resident`."
 )
 
 
@@ -114,12 +114,22 @@ class PackedWeight(Tensor):
         held = sum(each.nbytes for each in self.form.parts.values())
         return f"PackedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, {held:,} bytes)"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refused: whoever reads it would need this package.
+
+        Raises:
+            TrainingError: always.
+        """
+        raise TrainingError(REFUSED)
+
     def __deepcopy__(self, memo: dict) -> PackedWeight:
         return self  # which nothing changes
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _OF_MEMORY:
+            raise TrainingError(REFUSED)
         if func is nn.functional.embedding and (found := _looked_up(*args, **kwargs)) is not None:
             return found
         if func in _AT_ONCE:  # each of their steps would decode again
@@ -136,6 +146,8 @@ class PackedWeight(Tensor):
             moved = args[0]._moved(kwargs.get("dtype"), kwargs.get("device"))
             if moved is not None:
                 return moved
+        if func._schema.is_mutable and _written(func, args, kwargs):
+            raise TrainingError(REFUSED)
         return func(*_decoded(args), **_decoded(kwargs))
 
     def like(
@@ -156,6 +168,17 @@ class PackedWeight(Tensor):
         if where != self.device:
             form = form.moved(where, {})
         return self.like(form, dtype, where)
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether an operator writes to a packed weight: what is decoded for it would be dropped with what it wrote."""
+    for place, argument in enumerate(func._schema.arguments):
+        given = args[place] if place < len(args) else kwargs.get(argument.name)
+        each = given if isinstance(given, (list, tuple)) else (given,)
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and any(isinstance(one, PackedWeight) for one in each):
+            return True
+    return False
 
 
 def _decoded(value: Any) -> Any:
@@ -187,6 +210,12 @@ _AT_ONCE: set[Callable[..., Any]] = {
     torch._VF.rnn_tanh, torch._VF.rnn_relu, torch._VF.lstm_cell, torch._VF.gru_cell,  # pyright: ignore
 }  # fmt: skip
 """Calls of which one packed weight is used several times."""
+
+
+_OF_MEMORY: set[Callable[..., Any]] = {
+    Tensor.data_ptr, Tensor.storage, Tensor.untyped_storage, Tensor.share_memory_, Tensor.set_, Tensor.resize_,
+}  # fmt: skip
+"""Calls that ask for memory, which a packed weight has none of."""
 
 
 def held_bytes(modules: Iterable[nn.Module]) -> int:

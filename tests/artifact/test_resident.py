@@ -10,12 +10,13 @@ import torch
 from artifacts import Tied, member, pair, seeded
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from test_artifact import fitted, hypermodules, modules
 from torch import nn
 
 import surgery
 from surgery.artifact.resident import ResidentModel
-from surgery.errors import PlanError, TrainingError
+from surgery.errors import ArtifactError, PlanError, TrainingError
 from surgery.storage.codecs import Precision, decode, encode, take_rows
 from surgery.storage.keys import PlainKey
 from surgery.storage.packed import Form, PackedWeight
@@ -132,7 +133,13 @@ def test_members_take_turns_in_one_module(tmp_path):
         n for n, t in first.state_dict(keep_vars=True).items() if (t.data_ptr(), t._version) != before[n]
     }
     assert "2.weight" not in written and "4.weight" in written  # equal in both members
-    assert torch.equal(first(draw(2, 8)), surgery.load(folder, modules=modules())["two"](draw(2, 8)))
+    plain = surgery.load(folder, modules=modules())
+    assert torch.equal(first(draw(2, 8)), plain["two"](draw(2, 8)))
+    with torch.no_grad():  # what was edited is put back, whether or not it differs between the members
+        for weight in first.parameters():
+            weight.data.add_(1)
+    for name in ("one", "two"):
+        assert torch.equal(joint.activate(name)(draw(2, 8)), plain[name](draw(2, 8)))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -152,8 +159,35 @@ def test_training_is_refused_and_extract_named(way, tmp_path):
     assert not any(p.requires_grad for p in joint["one"].parameters())
     with pytest.raises(KeyError, match="the members are one, two"):
         joint["three"]
+    for members in ("one", 3):
+        with pytest.raises(ArtifactError, match=r"must be a list of names, found "):
+            surgery.load(tmp_path / "joint", members=members)  # pyright: ignore[reportArgumentType]
     with pytest.raises(PlanError, match="must be one of packed, shared, found 'small'"):
         surgery.load(tmp_path / "joint", resident="small")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_packed_weights_are_not_changed_nor_saved(way, tmp_path, monkeypatch):
+    monkeypatch.setattr("surgery.artifact.resident.SMALL", 0)
+    joint = surgery.load(surgery.save(fitted(), tmp_path / "joint"), modules=modules(), resident=way)
+    net = joint["one"]
+    small = next(p for p in net.parameters() if isinstance(p, PackedWeight))
+    before = net(draw(2, 8))
+    for ask in (
+        lambda: small.add_(1),
+        lambda: small.data.zero_(),
+        lambda: small.copy_(torch.zeros(small.shape)),
+        lambda: torch.add(small.unpacked(), 1, out=small),
+        lambda: net.load_state_dict(joint["two"].state_dict()),
+        lambda: net.share_memory(),
+        lambda: small.share_memory_(),
+        lambda: small.data_ptr(),
+        lambda: torch.save(net.state_dict(), tmp_path / "state.pt"),
+        lambda: save_file(net.state_dict(), tmp_path / "state.safetensors"),
+    ):
+        with pytest.raises(TrainingError, match=r"extract\(NAME\)"), torch.no_grad():
+            ask()
+    assert torch.equal(net(draw(2, 8)), before)
 
 
 def test_relatives_hold_what_they_share_once(tmp_path, monkeypatch):

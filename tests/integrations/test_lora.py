@@ -97,9 +97,9 @@ def test_what_is_refused(tmp_path):
     base = save_tiny("bert", tmp_path / "base")
     joint = surgery.join([surgery.load_member(str(base), name="net")])
     out = tmp_path / "out"
-    with pytest.raises(PlanError, match="lora needs a `base`"):
+    with pytest.raises(PlanError, match="give that as `base`"):
         export(joint, "net", out, format="lora")
-    with pytest.raises(PlanError, match="no other takes `base` or `max_error`"):
+    with pytest.raises(PlanError, match="are for the format lora, found plain; leave them out"):
         export(joint, "net", out, format="plain", max_error=0.1)
     with pytest.raises(PlanError, match="`max_error` must be above 0, found -1"):
         export(joint, "net", out, format="lora", base=str(base), max_error=-1)

@@ -153,7 +153,7 @@ def plan_packing(stored: Stored, member: Member, tie_widths: bool, trust: bool) 
         )
         raise ExportError(
             f"The format {METHOD} is for linear layers stored in 2 to 8 bits, but member '{member.name}' has none"
-            f"{f' ({said})' if said else ''}; fit it with a larger `max_error`, or export it as plain."
+            f"{f' ({said})' if said else ''}; export it in the format transformers or plain."
         )
     handles = lazy_state_of(stored, member.name).handles
     sizes = {name: handles[name].nbytes for name in names if name in handles}

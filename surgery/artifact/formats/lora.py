@@ -142,7 +142,7 @@ def write_lora(
             "plain."
         )
     if say is not None:
-        for line in _lines(adapter, folder, base, error, max_error):
+        for line in _lines(adapter, folder, base, _plain_bytes(module), error, max_error):
             say(line)
 
 
@@ -299,7 +299,13 @@ def _adapted(found: Any) -> Iterator[tuple[str, Any]]:
             yield name, layer
 
 
-def _lines(adapter: Adapter, folder: Path, base: str, error: float, bound: float) -> list[str]:
+def _plain_bytes(module: nn.Module) -> int:
+    return sum(
+        tensor.nbytes for tensor in {id(t): t for t in module.state_dict(keep_vars=True).values()}.values()
+    )
+
+
+def _lines(adapter: Adapter, folder: Path, base: str, plain: int, error: float, bound: float) -> list[str]:
     """What an adapter is, for people."""
     ranks = sorted(adapter.ranks.values())
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -311,7 +317,12 @@ def _lines(adapter: Adapter, folder: Path, base: str, error: float, bound: float
     )
     whole = f", whole: {shorten(adapter.whole, 6)}" if adapter.whole else ""
     biases = "; biases by lora_bias" if adapter.biased else ""
+    better = "a base that is nearer, or another format, takes less"
+    large = (
+        [f"it is larger than the member's plain weights ({size(plain)}): {better}"] if stored >= plain else []
+    )
     return [
         f"adapter of {base}: {of_rank}{biases}{whole} ({size(stored)})",
+        *large,
         f"output moved by {percent(error, 2)} of the member's, at most {percent(bound, 2)} was asked for",
     ]
