@@ -73,7 +73,7 @@ BAD: dict[tuple[tuple[str, ...], str], tuple[str, ...]] = {
     (("report", "joint"), "--html"): ("nets.py",),
     (("report", "joint"), "--out"): ("pictures",),  # of no run
     ((*EXPORT, "--out", "new"), "--member"): ("other",),
-    ((*EXPORT, "--out", "new", "--member", "net", "--format", "lora"), "--base"): ("nowhere",),
+    ((*EXPORT, "--out", "new", "--member", "net", "--format", "lora"), "--base"): ("./nowhere",),
     ((*EXPORT, "--out", "new", "--member", "net", "--format", "lora", "--base", "nets.py:net"), "--max-error"): (
         "-1", "0", "x",
     ),
