@@ -317,8 +317,10 @@ class Search:
                 best, most = choice, nbytes
             if best is not None and (number >= FILLED or nbytes >= FULL * allowed):
                 break
-            over = max(nbytes - allowed, 0.0)
-            limit -= (nbytes - allowed if nbytes < allowed else over * (1 + number)) + 1
+            over = nbytes - allowed
+            limit -= (
+                over * (1 + number) if over > 0 else over
+            )  # down faster and faster: choices come in steps
             following = within_bytes(table, limit, common=related)
             if best is not None and np.array_equal(following.option, choice.option):
                 break
