@@ -158,6 +158,7 @@ def load(
     trust_remote_code: bool = False,
     device: str = "cpu",
     resident: Resident,
+    cache: int = 0,
 ) -> ResidentModel: ...
 
 
@@ -169,6 +170,7 @@ def load(
     trust_remote_code: bool = False,
     device: str = "cpu",
     resident: Resident | None = None,
+    cache: int = 0,
 ) -> JointModel | ResidentModel:
     """Read an artifact.
 
@@ -180,9 +182,11 @@ def load(
         trust_remote_code: whether Python code that the artifact names may run: factories, and files that came
             with a transformers model.
         device: where the weights go.
-        resident: how weights are held that are run and not trained: `packed` as they are stored, decoded layer by layer
-            when they are used; `shared` the same, but what several members have in common decoded once. By default
-            all are decoded, and the members train.
+        resident: how weights are held that are run and not trained: packed, what members have in common once, and
+            decoded layer by layer when they are used. `packed` takes at most 1.15 of the stored bytes, `shared`
+            1.3 and less time. By default all are decoded, and the members train.
+        cache: bytes of decoded tensors that are kept beside, with `resident`: of weights, or of what members have in
+            common with `shared`, which serves all of them.
 
     Returns:
         the joint model, with report and recipe as far as the artifact holds them.
@@ -199,6 +203,10 @@ def load(
     """
     if resident not in (None, *get_args(Resident)):
         raise PlanError(f"`resident` must be one of {', '.join(get_args(Resident))}, found {resident!r}.")
+    if not isinstance(cache, int) or isinstance(cache, bool) or cache < 0 or (cache and resident is None):
+        raise PlanError(
+            f"`cache` must be a number of bytes beside `resident`, found {cache!r} beside {resident!r}."
+        )
     folder = Path(directory).expanduser()
     manifest = read_manifest(folder)
     names = _chosen(manifest, members)
@@ -207,7 +215,7 @@ def load(
     stored = read_stored(folder, manifest, names)
     found = [_member(folder, manifest, stored, name, (modules or {}).get(name), permission) for name in names]
     if resident is not None:
-        packed = make_resident(found, stored, resident)
+        packed = make_resident(found, stored, resident, cache)
         return packed.to(device) if device != "cpu" else packed
     joint = revive(found, stored, _known(folder, manifest, stored, found))
     return joint.to(device) if device != "cpu" else joint

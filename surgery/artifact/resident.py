@@ -1,8 +1,9 @@
 """Artifacts that run as they are stored: members whose weights stay packed in memory.
 
-`packed` keeps every stored form as it is; a layer's weight is decoded when it is used and dropped after. `shared`
-decodes once what several members have in common, and keeps it; what is each one's own stays packed. Either way what
-members share is held once.
+A layer's weight is decoded, or generated from rows that are decoded, when it is used, and dropped after. What members
+have in common is held once, packed as well. Codes are held as they are stored, but for Huffman coding, and for some
+that a few bytes more make faster to decode: `shared` has more of these bytes than `packed`. A cache keeps
+decoded weights, and with `shared` what members have in common, from which the weights of each one are generated.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -25,8 +26,10 @@ from surgery.errors import PlanError, TrainingError
 from surgery.members.extra_state import set_extra_state
 from surgery.members.member import Member
 from surgery.slots.slots import assign, forget_derived, locate, put_back
+from surgery.storage.cache import Cache
 from surgery.storage.codecs import Encoded, decode, encode_native, unpacked
-from surgery.storage.keys import PartKey, StorageKey
+from surgery.storage.held import held_faster
+from surgery.storage.keys import PartKey
 from surgery.storage.packed import REFUSED, Form, PackedWeight, held_bytes
 from surgery.storage.stored import Stored, expand
 from surgery.util.memory import compact
@@ -43,6 +46,8 @@ class ResidentModel:
     Attributes:
         members: by name.
         resident: how: `packed` or `shared`.
+        stored_bytes: of all weights in the artifact.
+        cache: of decoded tensors; None without one.
 
     Example:
         >>> packed = surgery.load("joint", resident="packed")
@@ -50,9 +55,11 @@ class ResidentModel:
         torch.Size([1, 8, 384])
     """
 
-    def __init__(self, members: Mapping[str, Member], resident: Resident, stored_bytes: int):
+    def __init__(
+        self, members: Mapping[str, Member], resident: Resident, stored_bytes: int, cache: Cache | None = None
+    ):
         self.members, self.resident = dict(members), resident
-        self.stored_bytes = stored_bytes
+        self.stored_bytes, self.cache = stored_bytes, cache
         self._active: tuple[nn.Module, dict[str, Any], dict[str, Any]] | None = (
             None  # with contents and stamps
         )
@@ -65,8 +72,9 @@ class ResidentModel:
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of all weights that are held, each once."""
+        """Bytes of all weights that are held, each once, those in the cache and in what is active included."""
         own = held_bytes(member.module for member in self.members.values())
+        own += self.cache.nbytes if self.cache else 0
         return own + (held_bytes([self._active[0]]) if self._active else 0)
 
     def __getitem__(self, name: str) -> nn.Module:
@@ -91,7 +99,7 @@ class ResidentModel:
                             each.form.moved(torch.device(device), copies), None, torch.device(device)
                         )
                         module._parameters[name] = nn.Parameter(moved, requires_grad=False)
-            member.module.to(device)
+            member.module.to(device)  # a cache drops what forms were moved away
         return self
 
     @torch.no_grad()
@@ -204,13 +212,14 @@ _OF_JOINT_MODELS = (
 )  # fmt: skip
 
 
-def make_resident(members: list[Member], stored: Stored, resident: Resident) -> ResidentModel:
+def make_resident(members: list[Member], stored: Stored, resident: Resident, cache: int = 0) -> ResidentModel:
     """Fill members, still without weights, with what is stored of them.
 
     Args:
         members: of the artifact; modules on the meta device.
         stored: of them.
         resident: how weights are held.
+        cache: bytes of decoded tensors that are kept.
 
     Raises:
         PlanError: where that is no way, or modules of a member were replaced.
@@ -221,112 +230,115 @@ def make_resident(members: list[Member], stored: Stored, resident: Resident) -> 
                 f"Modules of member '{member.name}' were replaced, which are not held as {resident}: load it without "
                 "`resident`."
             )
-    nbytes = stored.nbytes
+    nbytes, kept = stored.nbytes, Cache(cache) if cache else None
     # Codes that are Huffman-coded are held as they were before: a few bytes more, of which rows can be had alone.
     stored = replace(stored, tensors={key: unpacked(each) for key, each in stored.tensors.items()})
-    if resident == "shared":
-        stored = _common_decoded(stored)
-    encoded = expand(stored)
-    shared = Counter(id(each) for each in encoded.values())
-    small = _small(encoded.values(), nbytes)
-    decoded: dict[int, Tensor] = {}  # what is decoded at once, by its stored form: members have it in common
-    placed = _placed(stored)
+    forms = _forms(members, stored, kept, of_common=resident == "shared")
+    other = _faster(members, forms, int((HELD[resident] - MARGIN) * nbytes))
+    decoded: dict[int, Tensor] = {}  # what is not packed, by its stored form: members have it in common
     for member in members:
-        own = {
-            key: each
-            for key, each in encoded.items()
-            if not isinstance(key, PartKey) and key.member == member.name
+        mine = {
+            place: replace(form, parts={name: other.get(id(e), e) for name, e in form.parts.items()})
+            for place, form in forms[member.name].items()
         }
-        _fill(member, stored, own, shared, placed, decoded, small)
+        _fill(member, mine, decoded, dict(stored.ties.get(member.name, {})))
         for name, values in stored.extra.items():
             if name == member.name:
                 set_extra_state(member.module, values)
         _refuse_training(member.module)
-    return ResidentModel({member.name: member for member in members}, resident, nbytes)
+    return ResidentModel({member.name: member for member in members}, resident, nbytes, kept)
 
 
-def _small(encoded: Iterable[Encoded], nbytes: int) -> set[int]:
-    """Stored forms, by id, that are decoded when they are loaded: a call would take longer than they save.
-
-    The smallest first, as long as they take no more than a share of all besides.
-    """
-    forms = {id(e): e for e in encoded if not e.precision.is_native and math.prod(e.shape) < SMALL}
-    growth = {key: math.prod(e.shape) * e.dtype.itemsize - e.nbytes for key, e in forms.items()}
-    found, room = set(), SPARE * nbytes
-    for key in sorted(growth, key=growth.__getitem__):
-        room -= growth[key]
-        if room < 0:
-            break
-        found.add(key)
-    return found
+Forms = dict[str | Placement, Form]
+"""What a member's weights are decoded or generated from, by parameter name or by its site's place in a bank."""
 
 
-def _common_decoded(stored: Stored) -> Stored:
-    """The same, with what several members have in common decoded."""
-    users = Counter(first for first in stored.aliases.values())
-    common = {key for key in stored.tensors if users.get(key)}  # pyright: ignore
-    tensors: dict[StorageKey, Encoded] = dict(stored.tensors)
+def _forms(
+    members: Sequence[Member], stored: Stored, cache: Cache | None, of_common: bool
+) -> dict[str, Forms]:
+    """By member; what several have in common is one stored form in each of theirs."""
+    found: dict[str, Forms] = {member.name: {} for member in members}
+    for key, each in expand(stored).items():
+        if not isinstance(key, PartKey):
+            found[key.member][key.name] = Form({"": each}, cache=cache)
     for bank in stored.plan.banks:
-        mine = [p for p in stored.plan.placements if p.bank == bank.key]
-        if len({p.site.member for p in mine}) > 1:
-            common |= {PartKey(bank.key, name) for name in _common_parts(stored, bank.key)}
-    for key in common:
-        tensors[key] = encode_native(decode(tensors[key]))
-    return replace(stored, tensors=tensors)
-
-
-def _common_parts(stored: Stored, bank: str) -> set[str]:
-    """Parts of a bank that `restrict` leaves whole, so that all its sites hold them."""
-    plan, parts = stored.plan.bank(bank), stored.parts(bank)
-    first = next(p for p in stored.plan.placements if p.bank == bank)
-    _, _, kept = find_method(plan.method, TensorMethod).restrict(plan, [first], parts)
-    return {name for name, each in kept.items() if name in parts and each.parts is parts[name].parts}
-
-
-def _placed(stored: Stored) -> dict[tuple[str, str], tuple[Form, Placement]]:
-    """By member and site, what its weight is generated from: of its bank what it needs."""
-    found = {}
-    for bank in stored.plan.banks:
-        mine = [p for p in stored.plan.placements if p.bank == bank.key]
         method, parts = find_method(bank.method, TensorMethod), stored.parts(bank.key)
-        for p in mine:
-            plan, (placement,), kept = method.restrict(bank, [p], parts)
-            found[p.site.member, p.site.name] = Form(kept, (plan, placement)), p
+        for p in stored.plan.placements:
+            if p.bank == bank.key:
+                plan, (placement,), kept = method.restrict(bank, [p], parts)
+                found[p.site.member][p] = Form(kept, (plan, placement), cache)
+    held = Counter(id(e) for mine in found.values() for form in mine.values() for e in form.parts.values())
+    for forms in found.values():
+        for p, form in forms.items():
+            if isinstance(p, Placement) and all(held[id(e)] == 1 for e in form.parts.values()):
+                dtype = torch_dtype(p.site.dtype)
+                if sum(e.nbytes for e in form.parts.values()) >= math.prod(p.site.shape) * dtype.itemsize:
+                    forms[p] = Form({"": encode_native(form.read(dtype))})  # its rows are no smaller
+    if cache and of_common:
+        users = _users(found)
+        for forms in found.values():
+            for place, form in forms.items():
+                names = frozenset(
+                    name
+                    for name, e in form.parts.items()
+                    if len(users[id(e)]) > 1 and not e.precision.is_native
+                )
+                forms[place] = replace(form, common=names)
     return found
+
+
+def _users(forms: Mapping[str, Forms]) -> dict[int, set[str]]:
+    """Members of every stored form, by its id."""
+    users: dict[int, set[str]] = {}
+    for member, mine in forms.items():
+        for form in mine.values():
+            for each in form.parts.values():
+                users.setdefault(id(each), set()).add(member)
+    return users
+
+
+def _faster(members: Sequence[Member], forms: Mapping[str, Forms], most: int) -> dict[int, Encoded]:
+    """What is held in place of some stored forms, by their ids, so that all take no more than `most` bytes."""
+    found = {id(e): e for mine in forms.values() for form in mine.values() for e in form.parts.values()}
+    pieces = {
+        (part.data_ptr(), part.numel()): part.nbytes for e in found.values() for part in e.parts.values()
+    }
+    uses = {key: len(names) / len(members) for key, names in _users(forms).items()}
+    tables = {
+        id(form.parts[""])
+        for member in members
+        for place, form in forms[member.name].items()
+        if isinstance(place, str) and isinstance(locate(member.module, place)[0], nn.Embedding)
+    }
+    return held_faster([*found.values()], uses, most - sum(pieces.values()), tables)
 
 
 def _fill(
-    member: Member,
-    stored: Stored,
-    own: Mapping[Any, Encoded],
-    shared: Counter[int],
-    placed: Mapping[tuple[str, str], tuple[Form, Placement]],
-    decoded: dict[int, Tensor],
-    small: set[int],
+    member: Member, forms: Forms, decoded: dict[int, Tensor], ties: Mapping[str, tuple[str, ...]]
 ) -> None:
     """Give a member its tensors: packed where that takes less, or memory that is shared."""
     module, tensors = member.module, {}
-    for key, each in own.items():
-        holder, attribute = locate(module, key.name)
+    for place, form in forms.items():
+        if not isinstance(place, str):
+            continue
+        each = form.parts[""]
+        holder, attribute = locate(module, place)
         if attribute in holder._buffers:  # a forward pass may write to it
-            tensors[key.name] = decode(each).clone()
-        elif each.precision.is_native or id(each) in small:
+            tensors[place] = decode(each).clone()
+        elif each.precision.is_native:
             if id(each) not in decoded:
                 decoded[id(each)] = decode(each)
-            tensors[key.name] = decoded[id(each)]
+            tensors[place] = decoded[id(each)]
         else:
-            tensors[key.name] = _parameter(Form({"": each}), each.shape, each.dtype)
-    assign(module, tensors, dict(stored.ties.get(member.name, {})))
-    for (name, _), (form, p) in placed.items():
-        if name != member.name:
+            tensors[place] = _parameter(form, each.shape, each.dtype)
+    assign(module, tensors, dict(ties))
+    for p, form in forms.items():
+        if isinstance(p, str):
             continue
         dtype = torch_dtype(p.site.dtype)
-        dense = math.prod(p.site.shape) * dtype.itemsize
-        alone = sum(shared[id(each)] == 1 for each in form.parts.values()) == len(form.parts)
-        if alone and sum(each.nbytes for each in form.parts.values()) >= dense:
-            put_back(module, p.site.owners, form.read(dtype), requires_grad=False)
-        else:
-            put_back(module, p.site.owners, _parameter(form, p.site.shape, dtype))
+        dense = form.plan is None  # as it is
+        weight = form.read(dtype) if dense else _parameter(form, p.site.shape, dtype)
+        put_back(module, p.site.owners, weight, requires_grad=False)
     for parameter in module.parameters():
         if not isinstance(parameter, PackedWeight):
             parameter.requires_grad_(False)
@@ -337,10 +349,9 @@ _ON = ("train", "requires_grad_")  # refused where they are to set something
 _ALWAYS = ("load_state_dict", "share_memory", "save_pretrained", "push_to_hub")
 _GUARDED = (*_ON, *_ALWAYS)
 
-SMALL = 1 << 12
-"""Elements below which a tensor may be decoded when it is loaded."""
-SPARE = 0.05
-"""Of all stored bytes, what such tensors may take besides."""
+HELD: dict[Resident, float] = {"packed": 1.15, "shared": 1.3}
+"""Of stored bytes, what may be held in all."""
+MARGIN = 0.01  # for buffers that are not stored
 
 
 def _parameter(form: Form, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

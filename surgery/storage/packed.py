@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_map
 
 from surgery.anatomy.plan import BankPlan, Placement
 from surgery.core.generation import generated
+from surgery.core.method import TensorMethod
+from surgery.core.registry import find_method
 from surgery.errors import TrainingError
+from surgery.storage.cache import Cache
 from surgery.storage.codecs import Encoded, as_dtype, decode, take_rows
-from surgery.storage.keys import PartKey, StorageKey
-from surgery.storage.stored import build_bank
 
 REFUSED = (
     "Weights that stay packed are neither trained nor changed, saved or shared: take `extract(NAME)`, whose weights "
@@ -38,10 +39,14 @@ class Form:
     Attributes:
         parts: stored tensors by name; one, without a name, of a plain tensor.
         plan: of the bank that generates it, with its place there; None of a plain tensor.
+        cache: of what was decoded; None where nothing is kept.
+        common: names of the parts whose decoded tensors the cache may keep; None for the weight itself.
     """
 
     parts: Mapping[str, Encoded]
     plan: tuple[BankPlan, Placement] | None = None
+    cache: Cache | None = None
+    common: frozenset[str] | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -55,13 +60,30 @@ class Form:
         return *((each.data_ptr(), each.device, each.numel()) for each in self.tensors), place
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """The weight."""
+        """The weight, in memory of its own."""
+        return self._composed(dtype, decode)
+
+    def kept(self, dtype: torch.dtype) -> Tensor:
+        """The weight, which nobody may write to: from the cache, where it is there."""
+        if self.cache is None:
+            return self.read(dtype)
+        if self.common is None:
+            return self.cache.take(self, lambda: self.read(dtype))
+        cache, common = self.cache, {id(self.parts[name]) for name in self.common}
+
+        def part(each: Encoded) -> Tensor:
+            return cache.take(each, lambda: decode(each)) if id(each) in common else decode(each)
+
+        return self._composed(dtype, part)
+
+    def _composed(self, dtype: torch.dtype, part: Callable[[Encoded], Tensor]) -> Tensor:
         if self.plan is None:
-            found = decode(self.parts[""])
+            found = part(self.parts[""])
         else:
             plan, placement = self.plan
-            parts: dict[StorageKey, Encoded] = {PartKey(plan.key, name): e for name, e in self.parts.items()}
-            (handle,) = generated({plan.key: build_bank(plan, parts)}, [placement]).values()
+            parts = {name: part(each) for name, each in self.parts.items()}
+            bank = find_method(plan.method, TensorMethod).unpack(plan, parts)
+            (handle,) = generated({plan.key: bank}, [placement]).values()
             found = handle.read()
         return found if found.dtype == dtype else found.to(dtype)
 
@@ -79,7 +101,7 @@ class Form:
                 there = {piece: part.to(device) for piece, part in each.parts.items()}
                 copies[id(each)] = replace(each, parts=there)
             parts[name] = copies[id(each)]
-        return Form(parts, self.plan)
+        return replace(self, parts=parts)
 
 
 class PackedWeight(Tensor):
@@ -133,7 +155,7 @@ class PackedWeight(Tensor):
         if func is nn.functional.embedding and (found := _looked_up(*args, **kwargs)) is not None:
             return found
         if func in _AT_ONCE:  # each of their steps would decode again
-            args, kwargs = _decoded(args), _decoded(kwargs)
+            args, kwargs = _decoded(args, kept=True), _decoded(kwargs, kept=True)
         with torch._C.DisableTorchFunctionSubclass():  # what comes of it is an ordinary tensor
             return func(*args, **kwargs)
 
@@ -148,7 +170,8 @@ class PackedWeight(Tensor):
                 return moved
         if func._schema.is_mutable and _written(func, args, kwargs):
             raise TrainingError(REFUSED)
-        return func(*_decoded(args), **_decoded(kwargs))
+        kept = all(each.alias_info is None for each in func._schema.returns)  # a view could be written to
+        return func(*_decoded(args, kept), **_decoded(kwargs, kept))
 
     def like(
         self, form: Form, dtype: torch.dtype | None = None, device: torch.device | None = None
@@ -164,7 +187,7 @@ class PackedWeight(Tensor):
             again = None if one is None or dtype is None else as_dtype(one, dtype)
             if again is None:
                 return None
-            form = Form({"": again})
+            form = replace(self.form, parts={"": again})
         if where != self.device:
             form = form.moved(where, {})
         return self.like(form, dtype, where)
@@ -181,8 +204,14 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return False
 
 
-def _decoded(value: Any) -> Any:
-    return tree_map(lambda each: each.unpacked() if isinstance(each, PackedWeight) else each, value)
+def _decoded(value: Any, kept: bool) -> Any:
+    def weight(each: Any) -> Any:
+        if not isinstance(each, PackedWeight):
+            return each
+        with torch.no_grad():
+            return each.form.kept(each.dtype) if kept else each.form.read(each.dtype)
+
+    return tree_map(weight, value)
 
 
 def _looked_up(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from torch import nn
 import surgery
 from surgery.artifact.resident import ResidentModel
 from surgery.errors import ArtifactError, PlanError, TrainingError
+from surgery.storage.cache import Cache
 from surgery.storage.codecs import Precision, decode, encode, take_rows
 from surgery.storage.keys import PlainKey
 from surgery.storage.packed import Form, PackedWeight
@@ -97,22 +99,23 @@ def joints() -> dict[str, surgery.JointModel]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way, cache", [("packed", 0), ("packed", 600), ("shared", 0), ("shared", 1 << 20)])
 @pytest.mark.parametrize("kind", ["exact", "fitted", "hypermodules", "tied"])
-def test_outputs_are_those_of_a_plain_load(kind, way, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("surgery.artifact.resident.SMALL", 64)
+def test_outputs_are_those_of_a_plain_load(kind, way, cache, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("surgery.storage.held.SMALL", 64)
     folder = surgery.save(joints()[kind], tmp_path / "joint")
 
     def architectures():
         return {"tied": seeded(Tied, 9)} if kind == "tied" else modules()
 
     plain = surgery.load(folder, modules=architectures())
-    joint = surgery.load(folder, modules=architectures(), resident=way)
+    joint = surgery.load(folder, modules=architectures(), resident=way, cache=cache)
     assert isinstance(joint, ResidentModel) and joint.names == plain.names
     for name in joint:
         x = torch.tensor([[1, 2, 7]]) if kind == "tied" else draw(3, 8)
         with torch.no_grad():
             assert torch.equal(joint[name](x), plain[name](x))
+            assert torch.equal(joint[name](x), plain[name](x))  # from the cache, where there is one
             assert torch.equal(joint.activate(name)(x), plain[name](x))
         ordinary = joint.extract(name)
         state, wanted = ordinary.state_dict(), plain.collapse(name)
@@ -168,7 +171,7 @@ def test_training_is_refused_and_extract_named(way, tmp_path):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_packed_weights_are_not_changed_nor_saved(way, tmp_path, monkeypatch):
-    monkeypatch.setattr("surgery.artifact.resident.SMALL", 0)
+    monkeypatch.setattr("surgery.storage.held.SMALL", 0)
     joint = surgery.load(surgery.save(fitted(), tmp_path / "joint"), modules=modules(), resident=way)
     net = joint["one"]
     small = next(p for p in net.parameters() if isinstance(p, PackedWeight))
@@ -191,7 +194,7 @@ def test_packed_weights_are_not_changed_nor_saved(way, tmp_path, monkeypatch):
 
 
 def test_relatives_hold_what_they_share_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("surgery.artifact.resident.SMALL", 64)
+    monkeypatch.setattr("surgery.storage.held.SMALL", 64)
     base = seeded(
         lambda: nn.Sequential(
             nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 8)
@@ -207,12 +210,50 @@ def test_relatives_hold_what_they_share_once(tmp_path, monkeypatch):
     own = {f"m{n}": copy.deepcopy(base) for n in range(4)}
     plain = surgery.load(folder, modules=copy.deepcopy(own))
     joint = surgery.load(folder, modules=copy.deepcopy(own), resident="packed")
-    assert joint.resident_bytes < 1.15 * joint.stored_bytes
+    assert joint.resident_bytes <= 1.15 * joint.stored_bytes
+    shared = surgery.load(folder, modules=copy.deepcopy(own), resident="shared")
+    assert joint.resident_bytes <= shared.resident_bytes <= 1.3 * shared.stored_bytes
+    forms = [
+        {name: p.form for name, p in shared[each].named_parameters() if isinstance(p, PackedWeight)}
+        for each in shared
+    ]
+    common = [{id(part) for form in mine.values() for part in form.parts.values()} for mine in forms]
+    assert common[0] & common[1] & common[2] & common[3]
+    cached = surgery.load(folder, modules=copy.deepcopy(own), resident="shared", cache=1 << 20)
     alone = surgery.load(folder, modules={"m1": own["m1"]}, members=["m1"], resident="packed")
     assert alone.resident_bytes < joint.resident_bytes < 1.3 * alone.resident_bytes
     with torch.no_grad():
         for name in joint:
-            assert torch.equal(joint[name](draw(3, 64)), plain[name](draw(3, 64)))
+            for other in (joint, shared, cached, cached):
+                assert torch.equal(other[name](draw(3, 64)), plain[name](draw(3, 64)))
+    assert cached.cache is not None and len(cached.cache.tensors) == len(
+        common[0] & common[1]
+    )  # one for all members
+    assert cached.resident_bytes == shared.resident_bytes + cached.cache.nbytes
+
+
+def test_a_cache_is_not_written_to(tmp_path):
+    weight, dense = packed(draw(32, 16))
+    cache = Cache(1 << 20)
+    weight = nn.Parameter(weight.data.like(replace(weight.data.form, cache=cache)), requires_grad=False)  # pyright: ignore
+    x = draw(2, 16).requires_grad_()
+    with torch.inference_mode():
+        nn.functional.linear(x.detach(), weight)
+    nn.functional.linear(x, weight).sum().backward()  # what inference kept has no marks of it
+    weight.t().zero_(), weight.view(-1).add_(1), weight[0].zero_()  # copies, as without a cache
+    assert (
+        torch.equal(weight + 0, dense)
+        and torch.equal(weight.unpacked(), dense)
+        and cache.nbytes == dense.nbytes
+    )
+    weight.unpacked().zero_(), cache.tensors[0].zero_()
+    assert torch.equal(weight + 0, dense)
+
+
+def test_a_cache_of_wrong_size_is_refused(tmp_path):
+    for wrong in ({"cache": 3}, {"cache": -1, "resident": "packed"}, {"cache": "1 MB", "resident": "packed"}):
+        with pytest.raises(PlanError, match="`cache` must be a number of bytes beside `resident`, found"):
+            surgery.load(tmp_path, **wrong)  # pyright: ignore
 
 
 @pytest.mark.parametrize("way", [None, *WAYS])

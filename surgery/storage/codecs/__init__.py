@@ -43,7 +43,15 @@ from surgery.storage.codecs.coding import (
     take_rows,
 )
 from surgery.storage.codecs.huffman import Huffman, packed, unpacked
-from surgery.storage.codecs.integers import Grouping, Integers, codes_of, grouped, grouping_of
+from surgery.storage.codecs.integers import (
+    PLANES,
+    Grouping,
+    Integers,
+    codes_of,
+    grouped,
+    grouping_of,
+    in_bytes,
+)
 from surgery.storage.codecs.mixed import Classes, Mixed, by_row, mixtures, row_costs
 from surgery.storage.codecs.native import Native
 
@@ -51,9 +59,9 @@ for _codec in (Native(), BFloat16(), Integers(), Mixed(), Huffman()):
     register(_codec)
 
 __all__ = [
-    "ANY_LENGTH", "BFLOAT16", "CODECS", "LARGEST", "NATIVE", "BFloat16", "Classes", "Codec", "Decoded",
-    "Encoded", "Encoding", "Grouping", "Huffman", "Integers", "Layout", "Mixed", "Native", "Precision",
+    "ANY_LENGTH", "BFLOAT16", "CODECS", "LARGEST", "NATIVE", "PLANES", "BFloat16", "Classes", "Codec",
+    "Decoded", "Encoded", "Encoding", "Grouping", "Huffman", "Integers", "Layout", "Mixed", "Native", "Precision",
     "Statistics", "always_native", "as_dtype", "by_row", "codes_of", "decode", "encode", "encode_native",
-    "expected_bytes", "grouped", "grouping_of", "is_tame", "ladder", "mixtures", "packed", "part_layout",
-    "register", "row_costs", "stored_bytes", "stored_precision", "take_rows", "unpacked",
+    "expected_bytes", "grouped", "grouping_of", "in_bytes", "is_tame", "ladder", "mixtures", "packed",
+    "part_layout", "register", "row_costs", "stored_bytes", "stored_precision", "take_rows", "unpacked",
 ]  # fmt: skip

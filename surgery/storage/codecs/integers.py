@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -438,3 +438,21 @@ def codes_of(encoded: Encoded, bits: int) -> tuple[Tensor, Tensor]:
     width = _width(encoded.shape, encoded.precision.settings.group)
     codes = _unpack(encoded.parts, own, scale.numel() * width).view(rows, -1)
     return codes + ((1 << (bits - 1)) - (1 << (own - 1))), scale.view(rows, -1)
+
+
+def in_bytes(encoded: Encoded) -> Encoded:
+    """The same values with a byte for each code, where codes of fewer bits lie in planes.
+
+    Args:
+        encoded: grouped integers of at most 8 bits.
+
+    Example:
+        >>> from surgery.storage.codecs import encode
+        >>> str(in_bytes(encode(torch.ones(2, 8), grouped(7, 64))).precision)
+        'int8/64'
+    """
+    how: Grouping = encoded.precision.settings
+    scale = encoded.parts["scale"]
+    codes = _unpack(encoded.parts, how.bits, scale.numel() * _width(encoded.shape, how.group))
+    wide = codes + (128 - (1 << (how.bits - 1)))
+    return replace(encoded, precision=grouped(8, how.group), parts={"q8": wide.contiguous(), "scale": scale})
