@@ -49,6 +49,7 @@ DEFAULTS: dict[str, Any] = {
     "evolution.fraction": 0.5,
     "evolution.alpha": 0.5,
     "evolution.heat": 0.1,
+    "evolution.normalise": False,
     "evolution.price": 0.0,
     "stopping.best": "all",
     "sync_norms": False,

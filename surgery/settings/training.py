@@ -138,6 +138,11 @@ class Training(Strict):
             raise ValueError(
                 "templates.harden needs final generations, in which hardened templates are trained"
             )
+        if self.evolution.normalise and self.optimizer.name == "sgd":
+            raise ValueError(
+                "evolution.normalise follows second moments of gradients, so it needs optimizer.name adam or adamw, "
+                "found sgd"
+            )
         return self
 
     @property

@@ -19,6 +19,7 @@ from surgery.methods.hypermodules.contest import Contest
 from surgery.methods.hypermodules.evolution import conclude, contend, inherit, redraw
 from surgery.methods.hypermodules.heat import Thermostat, wrong_heat
 from surgery.methods.hypermodules.price import expected_saving
+from surgery.methods.hypermodules.sensitivity import normalise
 from surgery.methods.hypermodules.starts import siblings
 from surgery.storage.keys import StateKey, of_owner
 from surgery.training.loop.moves import Facts, Moves
@@ -85,6 +86,12 @@ class HypermoduleMoves(Moves):
             if (saving := expected_saving(bank)) is not None
         ]
         return torch.stack(terms).sum() if terms else None
+
+    def before_update(self) -> None:
+        """Contests of small tasks keep up with those of large ones, where the settings say so."""
+        if self.config.evolution.normalise:
+            for bank in self.banks.values():
+                normalise(self.trainer.optimizer, bank)
 
     # -- a generation --------------------------------------------------------------------------------------
 

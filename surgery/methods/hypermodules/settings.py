@@ -52,6 +52,9 @@ class Evolution(Strict):
         final_alpha: what `alpha` falls to, geometrically, until the last generation; none keeps an alpha that is given.
         heat: how far losses may rise as a contest opens, relative to before, where alpha is not given: after each
             opening alpha follows the rise that was measured.
+        normalise: whether the gradient of a location's soft weights is divided by how much losses depend on it,
+            relative to its bank, so that contests of small tasks are decided as fast as others. With an
+            `optimizer.soft_eps` far below gradients Adam follows their signs alone, and it changes nothing.
         price: what all parameters of the sites are worth, in units of the loss: each alternative pays for the blocks
             that it would take, so that hypermodules of many users grow and others are given up. With 0 evolution asks
             only what is better. Blocks of a hypermodule of at most c users are stored themselves, so that with c = 1
@@ -75,6 +78,7 @@ class Evolution(Strict):
     alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
     final_alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
     heat: Rate = 0.1
+    normalise: bool = False
     price: NotNegative = 0.0
     epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-4
     hypermodules: Positive | None = None
@@ -89,4 +93,8 @@ class Evolution(Strict):
             )
         if self.codes != "contexts" and self.contexts != "own":
             raise ValueError(f"codes that are {self.codes} have no contexts, so none can be {self.contexts}")
+        if self.normalise and self.codes != "contexts":
+            raise ValueError(
+                f"'normalise' follows the gradients of contexts, so it needs codes contexts, found {self.codes}"
+            )
         return self

@@ -113,6 +113,9 @@ class Moves:
         """What is added to the losses of a step, weighted; computed from parameters anew. None where nothing is."""
         return None
 
+    def before_update(self) -> None:
+        """Before the optimizer steps: gradients are there, averaged over processes, and may be changed."""
+
     # -- a generation --------------------------------------------------------------------------------------
 
     def before_generation(self) -> None:

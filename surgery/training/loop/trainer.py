@@ -124,6 +124,8 @@ class Trainer:
         self.processes.average(self.parameters())
         average_statistics(self.joint.bodies)
         self.running.add(parts)
+        for each in self.moves:
+            each.before_update()
         if self.config.optimizer.clip is not None:
             self.processes.clip(self.parameters(), self.config.optimizer.clip)
         optimizer = plain(self.optimizer) if self._direct else self.optimizer
