@@ -36,6 +36,8 @@ def verify(
 ) -> None:
     """Rebuild each member of a folder, and compare it with the recorded hashes and, where asked, with its origin.
 
+    Of an export that is no artifact the files are compared with the hashes that were recorded when it was written.
+
     Ends with exit code 1 where something does not match, or needs a method that is not installed. An origin that cannot
     be reached is no mismatch. Without [cyan]--origins[/cyan] nothing outside of the folder is opened.
     """
@@ -68,7 +70,12 @@ def print_report(report: VerifyReport) -> None:
             "-" if each.recorded_error is None else console.percent(each.recorded_error, digits=2),
             each.origin,
         )
-    console.show(table)
+    if report.members:
+        console.show(table)
+    if report.what is not None:
+        console.say(
+            f"{report.directory} is {report.what}. Its files were compared with those that were written."
+        )
     for path, reason in report.files.items():
         console.say(f"{path}: {reason}")
     for each in report.members:

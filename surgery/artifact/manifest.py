@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from surgery.artifact.exported import not_an_artifact
 from surgery.artifact.sketch import check_sketch
 from surgery.disk.places import out_of_artifact
 from surgery.disk.records import MANIFEST
@@ -209,11 +210,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / NAME
     if not os.path.lexists(path):
-        what = "does not exist" if not folder.exists() else "has none"
-        raise ArtifactError(
-            f"An artifact is a folder with a {NAME}, but {folder} {what}; give a folder that "
-            "`surgery merge` wrote."
-        )
+        raise ArtifactError(not_an_artifact(folder, NAME))
     try:
         text = read_regular(path, DOCUMENT_BYTES)
         found = as_mapping(parse_json(text))

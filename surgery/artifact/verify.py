@@ -7,6 +7,7 @@ rebuilt member's.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -16,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.artifact.exported import exported
 from surgery.artifact.folder import load
 from surgery.artifact.manifest import NAME, Manifest, checksum_holds, read_manifest
 from surgery.artifact.reading import read_stored, wrong_hashes
 from surgery.artifact.recorded import inputs_of, origin_of, replacements_of, small_files
 from surgery.core.joint import JointModel
 from surgery.core.replacing import make_again
-from surgery.errors import ConsentError, SurgeryError
+from surgery.disk.records import wrong_files
+from surgery.errors import ArtifactError, ConsentError, SurgeryError
 from surgery.fitting.report import FitReport
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error, unknown_in_probes
 from surgery.members.member import Member, Origin, content_hash, whole_state
@@ -75,11 +78,19 @@ class MemberCheck:
 
 @dataclass(frozen=True, repr=False)
 class VerifyReport:
-    """The outcome of `verify`: files that are wrong, by path with the reason, and a check of each member."""
+    """The outcome of `verify`: files that are wrong, by path with the reason, and a check of each member.
+
+    Attributes:
+        directory: the folder.
+        files: what is wrong with files, by path.
+        members: a check of each; none of an export that is no artifact.
+        what: such an export is, in words.
+    """
 
     directory: str
     files: Mapping[str, str]
     members: tuple[MemberCheck, ...] = field(default_factory=tuple)
+    what: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -115,7 +126,7 @@ def verify(
     modules: Mapping[str, nn.Module] | None = None,
     trust_remote_code: bool = False,
 ) -> VerifyReport:
-    """Check an artifact.
+    """Check an artifact, or the files of an export.
 
     Args:
         directory: the folder.
@@ -136,6 +147,8 @@ def verify(
         True
     """
     folder = Path(directory).expanduser()
+    if (found := _export(folder, origins)) is not None:
+        return found
     manifest = read_manifest(folder)
     check_unoccupied({name: module for name, module in (modules or {}).items() if name in manifest.members})
     files = wrong_hashes(folder, manifest)
@@ -158,6 +171,21 @@ def verify(
             check = _check(manifest, name, states(name), joint, reasons, origin, where)
             checks.append(replace(check, not_built=not_built))
     return VerifyReport(str(folder), files, tuple(checks))
+
+
+def _export(folder: Path, origins: bool) -> VerifyReport | None:
+    """A check of the files that an export wrote; None of an artifact, and of what nobody recorded."""
+    if os.path.lexists(folder / NAME) or not folder.is_dir():
+        return None
+    what, files = exported(folder), wrong_files(folder)
+    if what is None or files is None:
+        return None
+    if origins:
+        raise ArtifactError(
+            f"Origins are recorded in artifacts, but {folder} is {what}; leave out `origins` to have its files "
+            "compared with those that were written."
+        )
+    return VerifyReport(str(folder), files, what=str(what))
 
 
 def _read_states(

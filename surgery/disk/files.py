@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,25 @@ def put(path: Path, content: bytes) -> None:
         if isinstance(error, OSError):
             raise OutputError(failure(path, error)) from error
         raise
+
+
+def share(paths: Iterable[Path], folder: Path) -> None:
+    """Give files the permissions of one that is made in the usual way: libraries write some for their owner alone.
+
+    Args:
+        paths: files; folders, links, and files that lie in another folder as well keep theirs.
+        folder: in which a file can be made to see what is usual.
+    """
+    if os.name == "nt":
+        return
+    probe = folder / f".mode.{secrets.token_hex(6)}"
+    probe.touch()
+    usual = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for path in [*paths]:
+        found = path.lstat()
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and found.st_mode & 0o666 != usual:
+            path.chmod(usual | found.st_mode & 0o111)
 
 
 def error_number(error: BaseException) -> int | None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from surgery.disk.claims import NEW, OLD, claim, discard, place_of
-from surgery.disk.files import error_number, failure
+from surgery.disk.files import error_number, failure, share
 from surgery.disk.records import check_owned, record_all
 from surgery.errors import OutputError
 
@@ -65,6 +65,7 @@ def new_folder(
                 record_all(temporary)
             if final.exists():
                 check_owned(final)
+            share(temporary.rglob("*"), temporary)
             _flush(temporary)
             _move_into_place(temporary, final)
         except BaseException as error:

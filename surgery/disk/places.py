@@ -166,8 +166,10 @@ def out_of_artifact(folder: str | Path) -> Places:
         if not path.startswith(_MARKED):
             return path
         try:
-            return os.path.relpath(os.path.join(home, path))
+            found = os.path.relpath(os.path.join(home, path))
         except ValueError:
             return os.path.normpath(os.path.join(home, path))
+        # A path of two steps that is not there would be taken for a name on the hub.
+        return found if found.startswith("..") else f"./{found}"
 
     return Places(change, lambda text: text.startswith(_MARKED))

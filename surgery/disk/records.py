@@ -159,6 +159,18 @@ def read_record(folder: Path) -> dict[str, str]:
     return {name: digest for digest, _, name in pairs if _stays_inside(name)}
 
 
+def wrong_files(folder: Path) -> dict[str, str] | None:
+    """Files that are not as they were written, by path with the reason; None where no record says how they were."""
+    listed = read_record(folder)
+    wrong = {name: folder / name for name, digest in listed.items() if not _is(folder / name, digest)}
+    there = {name for name, path in wrong.items() if os.path.lexists(path)}
+    reasons = {
+        name: "is not what was written: its SHA-256 is another one" if name in there else "is missing"
+        for name in wrong
+    }
+    return dict(sorted(reasons.items())) if listed else None
+
+
 def artifact_files(folder: Path) -> set[str]:
     """The files that the manifest in `folder` lists, changed since or not; nothing where there is no manifest."""
     return set(_read_manifest(folder))

@@ -56,6 +56,11 @@ class SurgeryQuantizer(HfQuantizer):
     quantization_config: Any
 
     def __init__(self, quantization_config: Any, **kwargs: Any):
+        if not kwargs.get("pre_quantized", True):
+            raise LoadError(
+                "`quantization_config` says that codes are read, but the checkpoint holds ordinary weights: leave it "
+                'out; of codes, which `surgery.export(..., format="transformers")` writes, config.json says so itself.'
+            )
         super().__init__(quantization_config, **kwargs)
         self._handles: Mapping[str, Any] = {}
         self._shapes: Mapping[str, tuple[int, ...]] = {}

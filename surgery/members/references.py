@@ -249,7 +249,9 @@ def load_origin(
     """
     handler = origin_kind(origin.kind)
     if not handler.claims(origin.reference):
-        raise LoadError(f"'{origin.reference}' is no reference of kind {origin.kind}")
+        here = origin.reference.startswith((".", "/", "~"))
+        what = "which is not there" if here else f"which is no reference of kind {origin.kind}"
+        raise LoadError(f"the origin is '{origin.reference}', {what}")
     drawn = member_seed(seed, name) if origin.seed is None else origin.seed
     loaded = _load(handler, origin.reference, Request(permission), drawn)
     return _member(

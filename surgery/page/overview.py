@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from surgery.artifact.exported import exported, not_an_artifact
 from surgery.artifact.manifest import NAME as MANIFEST
 from surgery.artifact.manifest import Manifest, read_manifest
 from surgery.artifact.reading import read_stored
@@ -112,6 +113,8 @@ def look(source: str | Path) -> Overview:
     folder = Path(source).expanduser()
     run = _run(folder)
     if not (folder / MANIFEST).is_file():
+        if run is None and folder.is_dir() and exported(folder) is not None:
+            raise ArtifactError(not_an_artifact(folder, MANIFEST))
         if run is None:
             raise ArtifactError(
                 f"{source} must be a folder that surgery merge or surgery train wrote or is writing, but there is "

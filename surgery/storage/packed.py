@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map
 
 from surgery.anatomy.plan import BankPlan, Placement
@@ -104,6 +106,16 @@ class Form:
         return replace(self, parts=parts)
 
 
+def _refuse_steps(optimizer: Any, *_: Any) -> None:
+    """Raise where an optimizer that is about to step was given packed weights, which it would skip without a word.
+
+    Raises:
+        TrainingError: naming what trains.
+    """
+    if any(isinstance(each, PackedWeight) for group in optimizer.param_groups for each in group["params"]):
+        raise TrainingError(REFUSED)
+
+
 class PackedWeight(Tensor):
     """A weight that is decoded when it is used."""
 
@@ -115,6 +127,7 @@ class PackedWeight(Tensor):
     ) -> PackedWeight:
         made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)  # pyright: ignore
         made.form = form
+        _watch_optimizers()
         return made
 
     def unpacked(self) -> Tensor:
@@ -191,6 +204,12 @@ class PackedWeight(Tensor):
         if where != self.device:
             form = form.moved(where, {})
         return self.like(form, dtype, where)
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Have every optimizer of this process look at what it steps, from the first packed weight on."""
+    register_optimizer_step_pre_hook(_refuse_steps)
 
 
 def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +20,10 @@ import surgery
 from surgery.artifact import load, save
 from surgery.artifact.export import export
 from surgery.artifact.verify import verify
-from surgery.errors import OutputError, PlanError
+from surgery.errors import ArtifactError, OutputError, PlanError
 from surgery.members.member import content_hash
 from surgery.members.references import load_member
+from surgery.page import look
 
 WITHOUT_SURGERY = """
 import importlib.abc, sys
@@ -111,6 +115,63 @@ def test_verify_compares_with_a_changed_origin(out: Path, text: Path):
         assert check.origin == "found" and check.rebuilt
     finally:
         path.write_bytes(before)
+
+
+@pytest.mark.parametrize("way", ["plain", "transformers", "compressed"])
+def test_files_have_the_usual_permissions(out: Path, tmp_path: Path, way):
+    before = os.umask(0o027)
+    try:
+        folder = export(out, "text", tmp_path / "text", format=way)
+    finally:
+        os.umask(before)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in folder.rglob("*") if p.is_file()}
+    assert {*modes.values()} == {0o640}, modes
+
+
+def test_verify_compares_the_files_of_exports(out: Path, tmp_path: Path):
+    whats = {
+        export(out, "text", tmp_path / "plain"): "a model of transformers: ",
+        export(out, "vision", tmp_path / "vision"): "a model of timm: |a state dict: ",
+        export(
+            out, "text", tmp_path / "small", format="transformers"
+        ): "a compressed checkpoint of transformers: ",
+    }
+    for folder, what in whats.items():
+        found = verify(folder)
+        assert found.ok and not found.members and re.match(what, found.what or ""), found.what
+        for ask in (load, look):
+            with pytest.raises(
+                ArtifactError, match=f"but {re.escape(str(folder))} is {found.what}.*surgery verify"
+            ):
+                ask(folder)
+        with pytest.raises(ArtifactError, match="Origins are recorded in artifacts, but"):
+            verify(folder, origins=True)
+        path = next(folder.glob("*.safetensors"))
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        (folder / "more.txt").write_text("mine")  # which is nobody's business
+        assert verify(folder).files == {path.name: "is not what was written: its SHA-256 is another one"}
+        path.unlink()
+        assert verify(folder).files == {path.name: "is missing"}
+        json.dumps(verify(folder).to_json())
+
+
+def test_an_origin_that_moved_is_not_looked_for_on_the_hub(tmp_path: Path, text: Path, monkeypatch):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(text, tmp_path / "sub" / "model")
+    save(surgery.join([load_member("text=sub/model")]), "sub/joint")
+    assert verify("sub/joint", origins=True).members[0].origin == "same"
+    shutil.rmtree(tmp_path / "sub" / "model")
+    monkeypatch.setattr(
+        "surgery.members.origins.transformers.split_revision", lambda *a, **k: pytest.fail("asked")
+    )
+    for here in (tmp_path, tmp_path / "sub", tmp_path.parent):
+        monkeypatch.chdir(here)
+        (check,) = verify(tmp_path / "sub" / "joint", origins=True).members
+        assert check.ok and re.search(r"'\./(.*/)?model', which is not there", check.origin), check.origin
 
 
 def test_plain_exports_need_no_surgery(joint, out: Path, tmp_path: Path):

@@ -146,7 +146,8 @@ def test_members_take_turns_in_one_module(tmp_path):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_training_is_refused_and_extract_named(way, tmp_path):
+def test_training_is_refused_and_extract_named(way, tmp_path, monkeypatch):
+    monkeypatch.setattr("surgery.storage.held.SMALL", 0)
     joint = surgery.load(surgery.save(fitted(), tmp_path / "joint"), modules=modules(), resident=way)
     for ask in (
         lambda: joint["one"].train(),
@@ -155,6 +156,8 @@ def test_training_is_refused_and_extract_named(way, tmp_path):
         lambda: surgery.fit(joint, max_error=0.1),
         lambda: surgery.save(joint, tmp_path / "again"),
         lambda: joint.step(),
+        lambda: torch.optim.AdamW(joint["one"].parameters()).step(),
+        lambda: torch.optim.SGD([{"params": [*joint["one"].parameters()]}], lr=1.0).step(),
     ):
         with pytest.raises(TrainingError, match=r"extract\(NAME\)"):
             ask()

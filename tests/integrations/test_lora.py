@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_transformers import TINY, save_tiny, tiny
 from transformers.pytorch_utils import Conv1D
@@ -53,6 +54,10 @@ def test_opened_by_peft(kind, tmp_path: Path):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(base) and config["r"] <= KINDS[kind]
     assert "output moved by <0.01% of the member's" in said[1]
+    card = ModelCard.load(folder / "README.md")
+    assert "[More Information Needed]" not in card.content and str(tmp_path) not in card.content
+    assert "output" in card.text and "(relative L2; at most 0.01%" in card.text and TINY[kind][0] in card.text
+    assert card.data.library_name == "peft" and card.data.base_model is None  # a folder is nothing on the hub
     opened = peft.PeftModel.from_pretrained(
         getattr(transformers, TINY[kind][0]).from_pretrained(base), folder
     ).eval()
@@ -64,6 +69,16 @@ def test_opened_by_peft(kind, tmp_path: Path):
     again = surgery.load_member(str(folder), name="again")  # merged, as surgery reads adapters
     wanted = joint.collapse("net")
     assert all(torch.allclose(t, wanted[n], atol=1e-5) for n, t in again.module.state_dict().items())
+
+
+def test_a_relative_base_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny("bert", tmp_path / "sub" / "base")
+    tuned("bert", 2).save_pretrained(tmp_path / "tuned")
+    joint = surgery.join([surgery.load_member("tuned", name="net")])
+    folder = export(joint, "net", "adapter", format="lora", base="sub/base", max_error=0.1)
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(tmp_path / "sub" / "base")  # not what the hub could have under that name
 
 
 def test_ranks_follow_the_bound(tmp_path):

@@ -237,3 +237,18 @@ def test_without_surgery_no_weights_rather_than_random_ones(bert, tmp_path):
     )
     said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert said.strip() == "raised"
+
+
+def test_a_configuration_by_hand(bert, tmp_path):
+    from surgery.integrations.transformers import SurgeryConfig
+
+    coded, plain = (export(bert, "one", tmp_path / way, format=way) for way in ("transformers", "plain"))
+    kind = transformers.BertForMaskedLM
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        assert same(
+            kind.from_pretrained(coded, quantization_config=SurgeryConfig()), kind.from_pretrained(coded)
+        )
+    with pytest.raises(LoadError, match="holds ordinary weights: leave it out"):
+        kind.from_pretrained(plain, quantization_config=SurgeryConfig())
+    with pytest.raises(ValueError, match="quantized with SurgeryConfig but you are passing"):
+        kind.from_pretrained(coded, quantization_config=transformers.GPTQConfig(bits=4))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from surgery.artifact.card import make_adapter_card
 from surgery.errors import ExportError, LoadError
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.member import Member, shapes_of
@@ -129,7 +130,7 @@ def write_lora(
             "export the member as plain."
         )
     with quiet():
-        net = _with_adapter(peft, copy.deepcopy(origin), module, differences, adapter, base)
+        net = _with_adapter(peft, copy.deepcopy(origin), module, differences, adapter, _anywhere(base))
         net.save_pretrained(str(folder))
         opened = peft.PeftModel.from_pretrained(
             copy.deepcopy(origin), str(folder), autocast_adapter_dtype=False
@@ -141,9 +142,25 @@ def write_lora(
             f"moves them by {percent(error, 2)}: tied tensors and modules that peft does not adapt are exported as "
             "plain."
         )
+    lines = _lines(adapter, folder, base, _plain_bytes(module), error, max_error)
+    changes = _lines(adapter, folder, Path(_head(base)).name, _plain_bytes(module), error, max_error)[:-1]
+    library = "transformers" if hasattr(module, "save_pretrained") else None
+    card = make_adapter_card(_head(base), type(module).__name__, library, changes, error, max_error)
+    (folder / "README.md").write_text(card, encoding="utf-8")  # peft's is a form to fill in
     if say is not None:
-        for line in _lines(adapter, folder, base, _plain_bytes(module), error, max_error):
+        for line in lines:
             say(line)
+
+
+def _anywhere(base: str) -> str:
+    """The base as the adapter names it: a folder by its whole path, which no hub takes for a name of its own."""
+    folder = Path(_head(base)).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else base
+
+
+def _head(base: str) -> str:
+    """A reference without its options."""
+    return base.partition("?")[0]
 
 
 def _peft() -> Any:

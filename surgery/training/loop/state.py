@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from surgery.core.joint import JointModel
+from surgery.disk.files import share
 from surgery.disk.tensorheader import parse_header
 from surgery.disk.untrusted import UnreadableError, as_mapping, broken_rules, parse_json, shown, shown_text
 from surgery.errors import TrainingError
@@ -144,6 +145,7 @@ def write_state(path: Path, tensors: Mapping[StateKey, Tensor], document: Mappin
             plain[name] = tensor.clone()
     text = json.dumps({**document, "version": VERSION})
     save_file(plain, beside, metadata={"document": text, "digest": _digest(text, plain)})
+    share([beside], path.parent)
     with beside.open("rb") as file:
         os.fsync(file.fileno())
     beside.replace(path)
