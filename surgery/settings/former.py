@@ -50,6 +50,8 @@ DEFAULTS: dict[str, Any] = {
     "evolution.alpha": 0.5,
     "evolution.heat": 0.1,
     "evolution.normalise": False,
+    "evolution.narrow": False,
+    "evolution.merges": 0.0,
     "evolution.price": 0.0,
     "stopping.best": "all",
     "sync_norms": False,

@@ -24,6 +24,7 @@ class Contest(nn.Module):
         soft: parameter `[N, 1+lambda]`.
         contexts: parameter `[N, lambda, c]` of challengers that have their own, else None.
         factors: `[N, 1+lambda]`, by what contexts are multiplied; None where they are used as they are.
+        group: `[N]`, numbers of the locations that are decided together, -1 for one that is alone; None where all are.
         saved: `[N, 1+lambda]`, blocks that each alternative saves, once they have a price.
 
     Example:
@@ -35,6 +36,7 @@ class Contest(nn.Module):
     chosen: Tensor
     candidates: Tensor
     factors: Tensor | None
+    group: Tensor | None
     index: Tensor
     offset: Tensor
     _source: Tensor
@@ -50,6 +52,7 @@ class Contest(nn.Module):
         alpha: float,
         contexts: Tensor | None = None,
         factors: Tensor | None = None,
+        group: Tensor | None = None,
     ):
         """Open a contest.
 
@@ -62,6 +65,7 @@ class Contest(nn.Module):
             alpha: probability of not choosing the incumbent, at the start.
             contexts: `[N, lambda, c]`, where challengers do not use their location's own.
             factors: `[N, 1+lambda]`, by what contexts are multiplied with each alternative; 1 by default.
+            group: `[N]` locations that are decided together, whose candidates are the same; -1 for one that is alone.
         """
         super().__init__()
         self.context, self.hypermodules = context, hypermodules
@@ -71,7 +75,8 @@ class Contest(nn.Module):
         start[:, 0] = 0
         self.soft = nn.Parameter(start)
         self.contexts = None if contexts is None else nn.Parameter(contexts)
-        for name, tensor in (("chosen", chosen), ("candidates", candidates), ("factors", factors)):
+        given = {"chosen": chosen, "candidates": candidates, "factors": factors, "group": group}
+        for name, tensor in given.items():
             self.register_buffer(name, tensor, persistent=False)
         for name, tensor in zip(("index", "offset"), self._bags(psi), strict=True):
             self.register_buffer(name, tensor, persistent=False)
@@ -133,20 +138,32 @@ class Contest(nn.Module):
     @torch.no_grad()
     def winners(self) -> tuple[Tensor, Tensor]:
         """Locations that take a challenger with a context of its own, and that challenger's column: `[W]` each."""
-        winner = decide(self.candidates, self.soft)
+        winner = self._winner()
         won = (winner > 0) & (self.contexts is not None)
         return self.chosen[won], winner[won] - 1
 
     @torch.no_grad()
     def decide(self, psi: Tensor, contexts: Tensor) -> tuple[Tensor, Tensor]:
         """The alignment and the contexts after this contest: `psi [L]`, `contexts [L, c]`."""
-        winner = decide(self.candidates, self.soft)
+        winner = self._winner()
         psi, contexts = psi.clone(), contexts.clone()
         psi[self.chosen] = self.candidates.gather(1, winner.unsqueeze(1)).squeeze(1)
         if self.contexts is not None:
             won = winner > 0
             contexts[self.chosen[won]] = self.contexts[won, winner[won] - 1]
         return psi, contexts
+
+    def _winner(self) -> Tensor:
+        """The column of each location's winning alternative `[N]`; those of a group have their mean soft weights."""
+        soft = self.soft
+        if self.group is not None:
+            together = self.group >= 0
+            group = self.group[together]
+            count = torch.bincount(group).to(soft).unsqueeze(1)
+            sums = soft.new_zeros(len(count), soft.shape[1]).index_add(0, group, soft[together])
+            soft = soft.clone()
+            soft[together] = (sums / count)[group]
+        return decide(self.candidates, soft)
 
     def _bags(self, psi: Tensor) -> tuple[Tensor, Tensor]:
         """`index [E]` and `offset [L+1]`: c entries where nothing competes, else c for each alternative."""

@@ -19,6 +19,7 @@ from surgery.methods.hypermodules.explanation import (
     fit_contexts,
     scale_contexts,
 )
+from surgery.methods.hypermodules.merging import Mergers, draw_mergers
 from surgery.methods.hypermodules.settings import Evolution
 from surgery.training.loop.optimizers import Resized
 
@@ -30,6 +31,7 @@ def contend(
     capacity: int,
     generator: torch.Generator,
     siblings: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> list[Resized]:
     """Open a contest: draw locations and their challengers. # Alg. 2, lines 7 to 13
 
@@ -42,32 +44,37 @@ def contend(
         capacity: how many hypermodules there may be, K at the start of training.
         generator: on the CPU; all processes draw the same.
         siblings: `[L, F]` locations that are tried first, -1 for none.
+        moments: `[K*c, d]`, second moments of the rows' gradients, in whose metric merging moves are chosen.
 
     Returns:
         The rows, where new hypermodules were drawn.
     """
     fraction = 0.5 if settings.fraction is None else settings.fraction  # the paper's
-    chosen = draw_locations(bank.locations, fraction, generator).to(bank.psi.device)
+    mergers = _mergers(bank, settings.merging, fraction, generator, moments)
+    chosen = _draw_others(bank, fraction, generator, mergers)
     drawn = _draw(bank, settings, chosen, generator, siblings)
     if settings.least > 0:
         chosen, drawn = _able(bank, chosen, drawn, settings.least)
-        if not len(chosen):
+        if not len(chosen) and mergers is None:
             return []
     drawn, new = draw_new(drawn, settings.epsilon, capacity - bank.hypermodules, bank.hypermodules, generator)
     resized = [_grow(bank, new, generator)] if new else []
-    contexts = None
-    if settings.contexts != "own":
-        with torch.no_grad():
-            blocks = bank.blocks()[chosen]
-            contexts = fit_contexts(blocks, _hypermodules(bank), drawn, total=_total(bank))
-            if settings.contexts == "scaled":
-                contexts = scale_contexts(contexts, blocks, _hypermodules(bank), drawn, _total(bank))
-    bank.contest = open_contest(bank, chosen, drawn, alpha, contexts)
+    coefficients = _coefficients(bank, settings, chosen, drawn, own=mergers is not None)
+    if mergers is None:
+        bank.contest = open_contest(bank, chosen, drawn, alpha, coefficients)
+    else:
+        assert coefficients is not None
+        bank.contest = _with_mergers(bank, mergers, chosen, drawn, alpha, coefficients)
     return resized
 
 
 def open_contest(
-    bank: HypermoduleBank, chosen: Tensor, drawn: Tensor, alpha: float, coefficients: Tensor | None = None
+    bank: HypermoduleBank,
+    chosen: Tensor,
+    drawn: Tensor,
+    alpha: float,
+    coefficients: Tensor | None = None,
+    group: Tensor | None = None,
 ) -> Contest:
     """A contest of challengers `drawn [N, lambda]` for the locations `chosen [N]` of a bank.
 
@@ -77,11 +84,14 @@ def open_contest(
         drawn: hypermodules.
         alpha: probability of not choosing the incumbent.
         coefficients: `[N, lambda, c]` of challengers that do not use their location's own contexts.
+        group: `[N]` locations that are decided together, -1 for one that is alone.
     """
     factors = bank.factors_of(chosen, torch.cat([bank.psi[chosen].unsqueeze(1), drawn.to(bank.psi)], 1))
     if coefficients is not None and factors is not None:
         coefficients = coefficients / factors[:, 1:].unsqueeze(2)
-    return Contest(bank.psi, bank.hypermodules, chosen, drawn, bank.context, alpha, coefficients, factors)
+    return Contest(
+        bank.psi, bank.hypermodules, chosen, drawn, bank.context, alpha, coefficients, factors, group
+    )
 
 
 def conclude(bank: HypermoduleBank) -> tuple[list[Resized], int]:
@@ -161,6 +171,74 @@ def _able(bank: HypermoduleBank, chosen: Tensor, drawn: Tensor, least: float) ->
     return chosen[kept], able[kept]
 
 
+def _mergers(
+    bank: HypermoduleBank, share: float, fraction: float, generator: torch.Generator, moments: Tensor | None
+) -> Mergers | None:
+    """Merging moves of a share of the locations that are sampled."""
+    if not share:
+        return None
+    most = round(share * fraction * bank.locations)
+    return draw_mergers(bank, most, generator, moments, _total(bank))
+
+
+def _draw_others(
+    bank: HypermoduleBank, fraction: float, generator: torch.Generator, mergers: Mergers | None
+) -> Tensor:
+    """The sampled locations that no merging move has taken: `[N]`, ascending; with these, `p*L`."""
+    if mergers is None:
+        return draw_locations(bank.locations, fraction, generator).to(bank.psi.device)
+    free = torch.ones(bank.locations, dtype=torch.bool, device=bank.psi.device)
+    free[mergers.locations] = False
+    rest = free.nonzero().squeeze(1)
+    count = fraction * bank.locations - len(mergers.locations)
+    if count < 0.5 or not len(rest):
+        return rest[:0]
+    return rest[draw_locations(len(rest), min(count / len(rest), 1.0), generator).to(rest.device)]
+
+
+@torch.no_grad()
+def _coefficients(
+    bank: HypermoduleBank, settings: Evolution, chosen: Tensor, drawn: Tensor, own: bool
+) -> Tensor | None:
+    """Coefficients of challengers `[N, lambda, c]`; where they use their location's context, only if `own` asks."""
+    if settings.contexts == "own":
+        if not own:
+            return None
+        factors = bank.factors_of(chosen, drawn.to(bank.psi))
+        coefficients = bank.contexts.detach()[chosen].unsqueeze(1).expand(-1, drawn.shape[1], -1)
+        return coefficients if factors is None else coefficients * factors.unsqueeze(2)
+    blocks = bank.blocks()[chosen]
+    contexts = fit_contexts(blocks, _hypermodules(bank), drawn, total=_total(bank))
+    if settings.contexts == "scaled":
+        contexts = scale_contexts(contexts, blocks, _hypermodules(bank), drawn, _total(bank))
+    return contexts
+
+
+def _with_mergers(
+    bank: HypermoduleBank,
+    mergers: Mergers,
+    chosen: Tensor,
+    drawn: Tensor,
+    alpha: float,
+    coefficients: Tensor,
+) -> Contest:
+    """A contest of single locations and of merging moves, whose locations have one challenger each, lambda times."""
+    challengers = drawn.shape[1]
+    locations = torch.cat([chosen, mergers.locations])
+    order = locations.argsort()
+    targets = mergers.targets.unsqueeze(1).expand(-1, challengers)
+    brought = mergers.coefficients.unsqueeze(1).expand(-1, challengers, -1)
+    group = torch.cat([torch.full_like(chosen, -1), mergers.group])
+    return open_contest(
+        bank,
+        locations[order],
+        torch.cat([drawn, targets])[order],
+        alpha,
+        torch.cat([coefficients, brought.to(coefficients)])[order],
+        group[order],
+    )
+
+
 def _hypermodules(bank: HypermoduleBank) -> Tensor:
     return bank.rows.detach().view(bank.hypermodules, bank.context, -1)
 
@@ -178,6 +256,8 @@ def _draw(
 ) -> Tensor:
     """Challengers `[N, lambda]` among the hypermodules that are in use."""
     count, challengers = len(chosen), settings.challengers
+    if not count:
+        return bank.psi.new_empty(0, challengers)
     if settings.draw == "usage":
         return draw_by_usage(bank.psi, count, challengers, generator)
     if settings.draw == "uniform":

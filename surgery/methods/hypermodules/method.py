@@ -86,6 +86,7 @@ class Hypermodules(RowsMethod):
 
         settings = config.evolution
         context = None if settings.codes == "contexts" else 0
+        context = 1 if settings.narrows else context
         return {"context": context, "scale": settings.scale, "norm": norm_of(config.optimizer)}
 
     def unsuited(self, joint: JointModel, config: Training) -> list[str]:

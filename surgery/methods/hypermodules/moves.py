@@ -16,6 +16,7 @@ from surgery.disk.untrusted import shown
 from surgery.methods.hypermodules.analysis import kinds_of_modules, layer_overlap, subsets
 from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.contest import Contest
+from surgery.methods.hypermodules.contest_state import pack_contest, unpack_contest, wrong_contest
 from surgery.methods.hypermodules.evolution import conclude, contend, inherit, redraw
 from surgery.methods.hypermodules.heat import Thermostat, wrong_heat
 from surgery.methods.hypermodules.price import expected_saving
@@ -121,7 +122,10 @@ class HypermoduleMoves(Moves):
         settings = self.config.evolution.model_copy(update={"fraction": self.config.fraction})
         alpha = self.heat.begin(self.config.alpha(self.trainer.generation))
         for key, bank in self.banks.items():
-            resized = contend(bank, settings, alpha, self.capacity[key], self.generator, self.siblings[key])
+            moments = plain(self.trainer.optimizer).state.get(bank.rows, {}).get("exp_avg_sq")
+            resized = contend(
+                bank, settings, alpha, self.capacity[key], self.generator, self.siblings[key], moments
+            )
             self._follow(key, resized)
             if bank.contest is not None:
                 self._enter(bank.contest)
@@ -298,64 +302,6 @@ def _parameters(contest: Contest) -> dict[str, nn.Parameter]:
     """What is trained of a contest, by role."""
     found = {"soft": contest.soft}
     return found if contest.contexts is None else {**found, "contexts": contest.contexts}
-
-
-# -- contests in a state -------------------------------------------------------------------------------------
-
-
-def pack_contest(contest: Contest | None) -> Parts:
-    """An open contest's tensors."""
-    if contest is None:
-        return {}
-    found = {"chosen": contest.chosen, "candidates": contest.candidates, "soft": contest.soft.detach()}
-    return found if contest.contexts is None else {**found, "contexts": contest.contexts.detach()}
-
-
-def unpack_contest(bank: HypermoduleBank, tensors: Mapping[str, Tensor]) -> Contest | None:
-    """The contest that `pack_contest` took apart, in the bank that it belongs to."""
-    if not tensors:
-        return None
-    device = bank.rows.device
-    candidates = tensors["candidates"].to(device)
-    own, chosen = tensors.get("contexts"), tensors["chosen"].to(device)
-    contest = Contest(
-        bank.psi,
-        bank.hypermodules,
-        chosen,
-        candidates[:, 1:],
-        bank.context,
-        0.5,  # where soft weights began no longer matters
-        None if own is None else own.to(device, copy=True),
-        bank.factors_of(chosen, candidates),
-    )
-    with torch.no_grad():
-        contest.soft.copy_(tensors["soft"])
-    return contest
-
-
-def wrong_contest(parts: Mapping[str, Tensor], psi: Tensor, count: int, context: int) -> Iterator[str]:
-    """What cannot be true of a contest among `count` hypermodules of `context` basis blocks, aligned by psi `[L]`."""
-    names = {"chosen", "candidates", "soft"}
-    if not names <= set(parts) <= names | {"contexts"}:
-        yield f"a contest must have {', '.join(sorted(names))} and maybe contexts, found {shown(sorted(parts))}"
-        return
-    chosen, candidates, soft = parts["chosen"], parts["candidates"], parts["soft"]
-    contexts = parts.get("contexts")
-    whole = chosen.dtype == candidates.dtype == torch.int64 and soft.is_floating_point()
-    flat = chosen.ndim == 1 and len(chosen) and candidates.ndim == 2 and candidates.shape[1] > 1
-    if not whole or not flat or len(candidates) != len(chosen) or soft.shape != candidates.shape:
-        shapes = {name: [str(t.dtype), *t.shape] for name, t in parts.items()}
-        yield f"a contest must have a soft weight for each candidate of each location chosen, found {shown(shapes)}"
-        return
-    if int(chosen[0]) < 0 or int(chosen[-1]) >= len(psi) or not bool((chosen[1:] > chosen[:-1]).all()):
-        yield f"a contest must be of some of the {len(psi)} locations in their order"
-    elif int(candidates.min()) < 0 or int(candidates.max()) >= count or int(psi.max()) >= count:
-        yield f"a contest must be among hypermodules 0 to {count - 1}, found up to {int(candidates.max())}"
-    elif not torch.equal(candidates[:, 0].cpu(), psi.cpu()[chosen.cpu()]):
-        yield "a contest must have each location's own hypermodule as its first candidate"
-    shape = (len(chosen), candidates.shape[1] - 1, context)
-    if contexts is not None and (tuple(contexts.shape) != shape or not contexts.is_floating_point()):
-        yield f"challengers must have contexts of {list(shape)}, found {list(contexts.shape)}"
 
 
 def wrong_identity(identity: Any, born: Any, count: int, key: str) -> Iterator[str]:

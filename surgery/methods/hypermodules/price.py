@@ -12,6 +12,7 @@ from torch import Tensor
 
 from surgery.methods.hypermodules.alignment import usage
 from surgery.methods.hypermodules.bank import HypermoduleBank
+from surgery.methods.hypermodules.merging import merged_saving
 
 
 def saved_blocks(psi: Tensor, hypermodules: int, context: int, chosen: Tensor, candidates: Tensor) -> Tensor:
@@ -46,5 +47,10 @@ def expected_saving(bank: HypermoduleBank) -> Tensor | None:
         return None
     if contest.saved is None:
         saved = saved_blocks(bank.psi, bank.hypermodules, bank.context, contest.chosen, contest.candidates)
+        if contest.group is not None:
+            together = contest.group >= 0
+            locations, targets = contest.chosen[together], contest.candidates[together, 1]
+            merged = merged_saving(bank.psi, bank.hypermodules, bank.context, locations, targets)
+            saved[together, 1:] = merged.unsqueeze(1).to(saved)
         contest.saved = saved.to(contest.soft)
     return (contest.soft.softmax(1) * contest.saved).sum() / bank.locations

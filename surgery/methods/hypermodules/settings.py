@@ -59,6 +59,12 @@ class Evolution(Strict):
             that it would take, so that hypermodules of many users grow and others are given up. With 0 evolution asks
             only what is better. Blocks of a hypermodule of at most c users are stored themselves, so that with c = 1
             two users already pay.
+        narrow: whether locations that start on their own have one basis block and one coefficient each, whatever
+            `parameters.context` is: of a single user more are redundant, and two users already pay. By default where
+            there is a price.
+        merges: share of the sampled locations for which all users of one hypermodule try together the one that
+            generates their blocks best, so that either all of them go or none does. By default a half where there is a
+            price, and otherwise 0. With them all challengers have contexts of their own.
         epsilon: probability that a challenger is a new hypermodule.
         hypermodules: K of a `random` start.
     """
@@ -80,6 +86,8 @@ class Evolution(Strict):
     heat: Rate = 0.1
     normalise: bool = False
     price: NotNegative = 0.0
+    narrow: bool | None = None
+    merges: Annotated[float, Field(ge=0, le=1)] | None = None
     epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-4
     hypermodules: Positive | None = None
 
@@ -97,4 +105,26 @@ class Evolution(Strict):
             raise ValueError(
                 f"'normalise' follows the gradients of contexts, so it needs codes contexts, found {self.codes}"
             )
+        if self.merges and self.codes != "contexts":
+            raise ValueError(
+                f"'merges' bring contexts that suit their blocks, so they need codes contexts, found {self.codes}"
+            )
+        if self.narrow and (self.codes != "contexts" or self.start != "own"):
+            raise ValueError(
+                "'narrow' is for locations that start on their own with contexts, found start "
+                f"{self.start} and codes {self.codes}"
+            )
         return self
+
+    @property
+    def narrows(self) -> bool:
+        """Whether locations begin with one basis block each."""
+        able = self.start == "own" and self.codes == "contexts"
+        return able and (self.price > 0 if self.narrow is None else self.narrow)
+
+    @property
+    def merging(self) -> float:
+        """Share of the sampled locations that take part in merging moves."""
+        if self.merges is not None:
+            return self.merges
+        return 0.5 if self.price > 0 and self.codes == "contexts" else 0.0

@@ -33,7 +33,7 @@ def after_steps(factor, count=3):
 
 
 @given(st.floats(-2, 2).map(lambda power: 10.0**power))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_the_size_of_a_task_does_not_change_its_contest(factor):
     bank, optimizer = after_steps(factor)
     before = bank.contest.soft.grad.clone()
