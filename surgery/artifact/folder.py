@@ -53,6 +53,7 @@ from surgery.members.references import build_architecture
 from surgery.permission import Permission
 from surgery.settings.recipe import Recipe
 from surgery.slots.slots import locate
+from surgery.storage.ahead import Ahead
 from surgery.storage.stored import Stored, compressed, expand, revive, store
 
 
@@ -213,11 +214,14 @@ def load(
     permission = Permission.of_artifact(trust_remote_code)
     check_free({name: module for name, module in (modules or {}).items() if name in names})
     stored = read_stored(folder, manifest, names)
-    found = [_member(folder, manifest, stored, name, (modules or {}).get(name), permission) for name in names]
-    if resident is not None:
-        packed = make_resident(found, stored, resident, cache)
-        return packed.to(device) if device != "cpu" else packed
-    joint = revive(found, stored, _known(folder, manifest, stored, found))
+    with Ahead(stored.tensors.values() if resident is None else ()) as ahead:
+        found = [
+            _member(folder, manifest, stored, name, (modules or {}).get(name), permission) for name in names
+        ]
+        if resident is not None:
+            packed = make_resident(found, stored, resident, cache)
+            return packed.to(device) if device != "cpu" else packed
+        joint = revive(found, stored, _known(folder, manifest, stored, found), ahead.decode)
     return joint.to(device) if device != "cpu" else joint
 
 

@@ -31,6 +31,7 @@ from surgery.members.member import Member
 from surgery.members.occupancy import check_unoccupied
 from surgery.slots.collapse import follow
 from surgery.slots.slots import assign, locate, put_back
+from surgery.storage.ahead import Decode
 from surgery.storage.codecs import Decoded, Encoded, as_dtype, decode, encode_native
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
 from surgery.storage.lazy import Handle, LazyState, Made
@@ -164,7 +165,7 @@ def bank_tensors(plan: BankPlan, bank: Bank, like: Collection[str] = ()) -> dict
     return {PartKey(plan.key, part): tensor for part, tensor in bank.pack(plan, like).items()}
 
 
-def build_bank(plan: BankPlan, tensors: Mapping[StorageKey, Encoded]) -> Bank:
+def build_bank(plan: BankPlan, tensors: Mapping[StorageKey, Encoded], decode: Decode = decode) -> Bank:
     """The inverse of `bank_tensors`."""
     parts = {part: decode(each) for part, each in _parts(tensors, plan.key).items()}
     return find_method(plan.method, TensorMethod).unpack(plan, parts)
@@ -249,12 +250,14 @@ def extra(joint: JointModel) -> dict[str, dict[str, Any]]:
     return {name: found for name in joint.names if (found := extra_state_of(joint[name]))}
 
 
-def revive(members: Sequence[Member], stored: Stored, known: Known | None = None) -> JointModel:
+def revive(
+    members: Sequence[Member], stored: Stored, known: Known | None = None, decode: Decode = decode
+) -> JointModel:
     """A joint model from its stored form; the members' modules may still be without weights."""
     check_unoccupied({member.name: member.module for member in members})
     encoded = expand(stored)
-    _assign_plain(members, stored, encoded)
-    banks = {plan.key: build_bank(plan, stored.tensors) for plan in stored.plan.banks}
+    _assign_plain(members, stored, encoded, decode)
+    banks = {plan.key: build_bank(plan, stored.tensors, decode) for plan in stored.plan.banks}
     joint = JointModel(members, stored.plan, Dictionary(banks), encoded, known)
     for name, values in stored.extra.items():
         set_extra_state(joint[name], values)
@@ -281,13 +284,15 @@ def expand(stored: Stored) -> dict[StorageKey, Encoded]:
     return dict(stored.tensors) | {key: stored.tensors[first] for key, first in stored.aliases.items()}
 
 
-def _assign_plain(members: Sequence[Member], stored: Stored, encoded: Mapping[StorageKey, Encoded]) -> None:
+def _assign_plain(
+    members: Sequence[Member], stored: Stored, encoded: Mapping[StorageKey, Encoded], decode: Decode = decode
+) -> None:
     shared = {*stored.aliases, *stored.aliases.values()}
     plain = plain_by_member(encoded)
     for member in members:
         tensors: dict[str, Handle] = {}
         for name, each in plain.get(member.name, {}).items():
-            own = handle = Decoded(each)
+            own = handle = Decoded(each, decode)
             # Stored once, but several own it: each gets memory of its own.
             if PlainKey(member.name, name) in shared:
                 handle = Made(own.shape, own.dtype, own.device, lambda own=own: own.read().clone())

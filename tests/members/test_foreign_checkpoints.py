@@ -10,11 +10,14 @@ import timm
 import torch
 from nets import assert_same_bits
 from safetensors.torch import load_file, save_file
+from surgery_cli.__main__ import app
 from tiny_transformers import tiny
+from typer.testing import CliRunner
 
 import surgery
 from surgery.errors import LoadError
 from surgery.members.origins.prefixes import WRAPPERS, find_prefix
+from surgery.members.references import check_references
 
 PREFIXES = ("module.", "_orig_mod.", "base_model.model.", "model.", "module._orig_mod.")
 
@@ -91,6 +94,23 @@ def test_an_adapter_is_loaded_onto_its_base(tmp_path):
     assert surgery.verify(tmp_path / "saved").ok
     surgery.export(joint, "adapter", tmp_path / "plain")
     assert_same_bits(type(merged).from_pretrained(tmp_path / "plain").state_dict(), merged.state_dict())
+
+
+def test_adapters_are_checked_before_anything_is_loaded(tmp_path):
+    _adapter(tmp_path, base_model_name_or_path="../base")
+    check_references([str(tmp_path / "adapter"), str(tmp_path / "base")])
+    (tmp_path / "base" / "config.json").unlink()
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(LoadError, match=r"peft adapter, whose base must be loaded first .*'\.\./base'"):
+        check_references([str(tmp_path / "adapter")])
+
+
+def test_an_adapter_is_merged_with_its_base_by_the_command(tmp_path, monkeypatch):
+    merged = _adapter(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    ran = CliRunner().invoke(app, ["merge", "base", "tuned=adapter", "--max-error", "0", "--out", "joint"])
+    assert ran.exit_code == 0, ran.output
+    assert_same_bits(surgery.load("joint").collapse("tuned"), merged.state_dict())
 
 
 def test_a_base_beside_its_adapter_is_found(tmp_path):

@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from surgery.errors import LoadError
 from surgery.members.origins.base import Loaded, read_config, read_small_files
 from surgery.util.quiet import quiet
 from surgery.util.text import one_line, shorten
+
+Value = TypeVar("Value")
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -21,6 +23,35 @@ _MODELS = ("model*.safetensors", "pytorch_model*.bin")
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter alone, without the model that it belongs to."""
     return (folder / CONFIG).is_file() and not any(any(folder.glob(pattern)) for pattern in _MODELS)
+
+
+def base_of(folder: Path) -> str:
+    """A reference to the base of the adapter in a folder: a folder beside it or elsewhere, or a hub id.
+
+    Raises:
+        LoadError: where the adapter names none.
+    """
+    config = _read_config(folder)
+    base = str(config["base_model_name_or_path"])
+    places = (Path(base).expanduser(), folder / base)
+    where = next((str(place) for place in places if (place / "config.json").is_file()), base)
+    revision = config.get("revision")
+    return f"{where}@{revision}" if revision and not Path(where).is_dir() else where
+
+
+def check_base(folder: Path, check: Callable[[str], None]) -> None:
+    """What can be said about an adapter's folder before anything is loaded.
+
+    Args:
+        folder: of the adapter.
+        check: of a reference to the base.
+
+    Raises:
+        LoadError: where peft is not installed, the adapter has no weights, or its base is not there.
+    """
+    base = str(_read_config(folder)["base_model_name_or_path"])
+    _peft(folder, base)
+    _of_base(folder, base, lambda: check(base_of(folder)))
 
 
 def load_onto_base(
@@ -40,18 +71,9 @@ def load_onto_base(
             weights to merge.
     """
     config = _read_config(folder)
-    base = str(config["base_model_name_or_path"])
-    places = (Path(base).expanduser(), folder / base)
-    where = next((str(place) for place in places if (place / "config.json").is_file()), base)
-    if revision := config.get("revision"):
-        where = where if Path(where).is_dir() else f"{where}@{revision}"
+    base, where = str(config["base_model_name_or_path"]), base_of(folder)
     peft = _peft(folder, base)
-    try:
-        loaded = load_base(f"{where}{asked}")
-    except LoadError as error:
-        raise LoadError(
-            f"{folder} is a peft adapter, whose base must be loaded first ({CONFIG} names '{base}'): {error}"
-        ) from error
+    loaded = _of_base(folder, base, lambda: load_base(f"{where}{asked}"))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         try:
@@ -84,6 +106,16 @@ def load_onto_base(
     }
     origin = replace(loaded.origin, reference=reference, options={**loaded.origin.options, "base": where})
     return replace(loaded, module=module.eval(), origin=origin, files=files)
+
+
+def _of_base(folder: Path, base: str, ask: Callable[[], Value]) -> Value:
+    """What `ask` says of the base of an adapter, its error with what it is the base of."""
+    try:
+        return ask()
+    except LoadError as error:
+        raise LoadError(
+            f"{folder} is a peft adapter, whose base must be loaded first ({CONFIG} names '{base}'): {error}"
+        ) from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

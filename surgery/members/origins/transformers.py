@@ -21,7 +21,7 @@ from surgery.members.member import Origin
 from surgery.members.origins.base import Loaded, Request, read_config, read_small_files, split_options
 from surgery.members.origins.bounded import bounded
 from surgery.members.origins.empty import build_empty
-from surgery.members.origins.peft import is_adapter, load_onto_base
+from surgery.members.origins.peft import check_base, is_adapter, load_onto_base
 from surgery.members.origins.prefixes import said
 from surgery.members.origins.quantised import check_library
 from surgery.members.origins.transformers_classes import model_class, read_configuration
@@ -58,16 +58,23 @@ def claims(reference: str) -> bool:
 
 
 def check(reference: str) -> None:
-    """Whether a folder is complete, or a hub id is cached or can be reached; the hub is asked once.
+    """Whether a folder is complete, with the base of an adapter, or a hub id is cached or can be reached.
 
     Raises:
         LoadError: where it is not.
     """
     head, options = split_options(reference)
-    if Path(head).expanduser().is_dir():
-        check_folder(Path(head).expanduser(), options.get("pretrained", True) is not False)
-        return
-    check_hub(head)
+    folder = Path(head).expanduser()
+    if not claims(head):
+        raise LoadError(
+            f"there is no folder {head}, which is no hub id either: put it there, or give its path"
+        )
+    if not folder.is_dir():
+        check_hub(head)
+    elif is_adapter(folder):
+        check_base(folder, check)
+    else:
+        check_folder(folder, options.get("pretrained", True) is not False)
 
 
 def load(reference: str, request: Request) -> Loaded:

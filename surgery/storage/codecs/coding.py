@@ -92,14 +92,14 @@ class Decoded(Handle):
         512
     """
 
-    def __init__(self, encoded: Encoded):
-        self.encoded = encoded
+    def __init__(self, encoded: Encoded, decode: Callable[[Encoded], Tensor] = decode):
+        self.encoded, self._decode = encoded, decode
         self.shape, self.dtype = encoded.shape, encoded.dtype
         self.device = next((part.device for part in encoded.parts.values()), torch.device("cpu"))
 
     def read(self) -> Tensor:
         """What the stored form stands for."""
-        return decode(self.encoded)
+        return self._decode(self.encoded)
 
 
 def part_layout(shape: tuple[int, ...], dtype: torch.dtype, precision: Precision) -> Layout:

@@ -56,8 +56,43 @@ class Huffman(Codec[Precision]):
         Raises:
             ArtifactError: where the bytes are no such streams.
         """
+        return self.decode_inflated(encoded, self.inflate(encoded))
+
+    @staticmethod
+    def inflated_bytes(encoded: Encoded) -> int:
+        """Bytes that `inflate` gives."""
         inner: Precision = encoded.precision.settings
-        streams = self._streams(encoded)
+        return sum(inner.codec.stream_sizes(encoded.shape, encoded.dtype, inner.settings))
+
+    @staticmethod
+    def inflate(encoded: Encoded) -> list[Tensor]:
+        """The streams of the other codec; the first half of `decode`, which takes most of its time without Python.
+
+        Raises:
+            ArtifactError: where the bytes are no such streams.
+        """
+        inner: Precision = encoded.precision.settings
+        sizes = inner.codec.stream_sizes(encoded.shape, encoded.dtype, inner.settings)
+        content = encoded.parts[PART].cpu().contiguous().numpy().data
+        try:
+            spans = _split(content, len(content))
+            if len(spans) != len(sizes):
+                raise ValueError(f"{len(spans)} streams where {inner} has {len(sizes)}")
+            return [
+                _stream(content[start:stop], size, raw)
+                for (start, stop, raw), size in zip(spans, sizes, strict=True)
+            ]
+        except _FAULTS as error:
+            raise _damaged(encoded, error) from error
+
+    @staticmethod
+    def decode_inflated(encoded: Encoded, streams: Sequence[Tensor]) -> Tensor:
+        """What the other codec makes of its streams; the second half of `decode`.
+
+        Raises:
+            ArtifactError: where it can make nothing of them.
+        """
+        inner: Precision = encoded.precision.settings
         try:
             value = inner.codec.decode_streams(streams, encoded.shape, encoded.dtype, inner.settings)
         except ValueError as error:
@@ -131,21 +166,6 @@ class Huffman(Codec[Precision]):
         packed = torch.frombuffer(heads + bodies, dtype=torch.uint8)
         return {PART: packed.to(next(iter(whole.parts.values())).device)}
 
-    def _streams(self, encoded: Encoded) -> list[Tensor]:
-        inner: Precision = encoded.precision.settings
-        sizes = inner.codec.stream_sizes(encoded.shape, encoded.dtype, inner.settings)
-        content = encoded.parts[PART].cpu().contiguous().numpy().data
-        try:
-            spans = _split(content, len(content))
-            if len(spans) != len(sizes):
-                raise ValueError(f"{len(spans)} streams where {inner} has {len(sizes)}")
-            return [
-                _stream(content[start:stop], size, raw)
-                for (start, stop, raw), size in zip(spans, sizes, strict=True)
-            ]
-        except _FAULTS as error:
-            raise _damaged(encoded, error) from error
-
 
 def _damaged(encoded: Encoded, error: Exception) -> ArtifactError:
     return ArtifactError(
@@ -176,7 +196,7 @@ def unpacked(encoded: Encoded) -> Encoded:
     if encoded.precision.name != Huffman.name:
         return encoded
     inner: Precision = encoded.precision.settings
-    streams = _HUFFMAN._streams(encoded)
+    streams = Huffman.inflate(encoded)
     parts = inner.codec.from_streams(streams, encoded.shape, encoded.dtype, inner.settings)
     device = encoded.parts[PART].device
     return replace(encoded, precision=inner, parts={name: part.to(device) for name, part in parts.items()})
