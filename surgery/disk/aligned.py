@@ -20,6 +20,7 @@ from surgery.disk.mapped import places_of
 from surgery.disk.tensorheader import parse_header
 from surgery.errors import OutputError, shorten
 from surgery.storage.lazy import Handle, file_dtypes, read, tensors_in_file
+from surgery.util.aside import put_aside
 
 ALIGNMENT = 64  # bytes; PyTorch's own on the CPU, and the width of its widest vectors
 
@@ -70,7 +71,9 @@ def align_module(module: nn.Module, *, to_run: bool = False) -> nn.Module:
     for tensor in apart:
         if not is_aligned(tensor):
             place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-            tensor.data = moved.setdefault(place, tensor.detach().clone())
+            if place not in moved:
+                moved[place] = put_aside(tensor.detach().clone())
+            tensor.data = moved[place]
     return module
 
 

@@ -52,6 +52,11 @@ def place_of(target: Path) -> Path:
     return target.with_name(f".{target.name}.surgery")
 
 
+def work_place(target: str | Path) -> Path:
+    """Where somebody who holds a target may have files of his own meanwhile: the hidden folder beside it."""
+    return place_of(Path(target).expanduser().resolve())
+
+
 @contextmanager
 def claim(target: str | Path) -> Iterator[Path]:
     """Hold a target: nobody else writes it inside, and what killed runs left beside it is gone.

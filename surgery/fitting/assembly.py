@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from surgery.storage.codecs import (
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
 from surgery.storage.stored import Stored, build_bank, deduplicate
 from surgery.storage.trim import entry_bytes
+from surgery.util.aside import put_aside
 
 PLAIN = "sharing it does not pay"
 KEPT = {False: 2, True: 3}  # precisions of a tensor that are kept encoded; error feedback takes its time
@@ -83,8 +84,15 @@ class Assembler:
         if precision not in known:
             if len(known) == KEPT[unit.statistics is not None]:
                 del known[next(iter(known))]
-            known[precision] = _smallest(key, unit.tensors[key], precision, unit.statistics)
+            known[precision] = _kept(_smallest(key, unit.tensors[key], precision, unit.statistics))
         return known[precision]
+
+
+def _kept(encoded: Encoded) -> Encoded:
+    """The same, held where there is room; a tensor as it is lies where it lay."""
+    if encoded.precision.is_native:
+        return encoded
+    return replace(encoded, parts={name: put_aside(part) for name, part in encoded.parts.items()})
 
 
 def _smallest(key: Any, tensor: Tensor, precision: Precision, statistics: Statistics | None) -> Encoded:
@@ -117,12 +125,17 @@ def with_plain(plan: Plan, banks: Sequence[BankPlan], placements: Sequence[Place
 
 def weights_of(stored: Stored, member: str) -> dict[str, Tensor]:
     """The weights that one member has when it runs from a stored form, by first owner."""
-    weights = {name: decode(encoded) for name, encoded in stored.plain(member).items()}
+    weights = {name: _decoded(encoded) for name, encoded in stored.plain(member).items()}
     for bank_plan in stored.plan.banks:
         placements = [p for p in stored.plan.of(member) if p.bank == bank_plan.key]
         if not placements:
             continue
         bank = build_bank(bank_plan, stored.tensors)
         for p in placements:
-            weights[p.site.name] = to_weight(bank.blocks(p.start, p.stop).detach(), p)
+            weights[p.site.name] = put_aside(to_weight(bank.blocks(p.start, p.stop).detach(), p))
     return weights
+
+
+def _decoded(encoded: Encoded) -> Tensor:
+    """What a stored form stands for; a tensor as it is lies where it lay."""
+    return decode(encoded) if encoded.precision.is_native else put_aside(decode(encoded))

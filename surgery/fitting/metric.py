@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from surgery.storage.codecs import Statistics
+from surgery.util.aside import put_aside
 
 WIDEST = 2048  # rows or columns up to which a side has a whole moment, and beyond which its diagonal
 MOST_WORK = (
@@ -103,12 +104,17 @@ class Draws:
         self.out: Tensor | None = None
         self.into: Tensor | None = None
         self.pending: Tensor | None = None
+        self.own = False  # whether `pending` is this object's alone, so that it may be written to
         self.added = 0  # draws in `pending`
 
     def add(self, gradient: Tensor) -> None:
         """One draw `[o, n]`."""
         g = gradient.float()
-        self.pending = g if self.pending is None else self.pending + g
+        if self.pending is None:
+            self.pending = put_aside(g)
+            self.own = self.pending is not g
+        else:
+            self.pending = self.pending.add_(g) if self.own else self.pending + g
         self.added += 1
         if self.added == together(len(g), g.shape[1], self.count):
             self._multiply()
@@ -118,8 +124,8 @@ class Draws:
         if self.pending is None:
             return
         out, into = _second_moment(self.pending), _second_moment(self.pending.T)
-        self.out = out if self.out is None else self.out.add_(out)
-        self.into = into if self.into is None else self.into.add_(into)
+        self.out = put_aside(out) if self.out is None else self.out.add_(out)
+        self.into = put_aside(into) if self.into is None else self.into.add_(into)
         self.pending, self.added = None, 0
 
     def metric(self, samples: int) -> Metric | None:
@@ -130,7 +136,7 @@ class Draws:
         power = trace(self.out)
         if not 0 < power < float("inf"):
             return None
-        return Metric(_damped(self.out / power), _damped(self.into / samples))
+        return Metric(put_aside(_damped(self.out / power)), put_aside(_damped(self.into / samples)))
 
 
 def together(out: int, into: int, count: int) -> int:
@@ -164,7 +170,7 @@ def mean_metric(metrics: Sequence[Metric]) -> Metric:
 def _mean(sides: Sequence[Tensor]) -> Tensor:
     whole = any(side.ndim == 2 for side in sides)
     found = [side.diag() if whole and side.ndim == 1 else side for side in sides]
-    return torch.stack(found).mean(0)
+    return put_aside(torch.stack(found).mean(0))
 
 
 def _damped(moment: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from surgery.anatomy.sites import Site
 from surgery.geometry.views import CanonicalView, axes_of
 from surgery.slots.slots import locate
 from surgery.storage.codecs import Statistics
+from surgery.util.aside import put_aside
 
 KERNEL = ("d", "h", "w")  # axes of a stack over which a convolution sums
 KEPT = 4  # products of the last inputs that are kept for maps of the same inputs
@@ -58,7 +59,7 @@ class Moments:
         left, _, right = self.view.pattern.partition(" -> ")
         flat = [name for axis in axes_of(left) for name in axis]
         same = flat == [name for axis in axes_of(right) for name in axis] and len(self.total) == 1
-        return Statistics(self.total[0] / self.count, self.count) if same and self.count else None
+        return Statistics(put_aside(self.total[0] / self.count), self.count) if same and self.count else None
 
 
 def average(moments: Sequence[Moments]) -> Moments:
@@ -156,7 +157,7 @@ class Watch(TorchFunctionMode):
         part = weight.numel() / self.weights[name].numel()  # a slice sees its inputs alone
         product = self._product(inputs)
         if name not in self.total:
-            self.total[name], self.count[name] = torch.zeros_like(product), 0
+            self.total[name], self.count[name] = put_aside(torch.zeros_like(product)), 0
         if self.total[name].shape != product.shape:
             self.total[name] = self.total[name].expand(groups, -1, -1).clone()
         self.total[name].add_(product, alpha=part)

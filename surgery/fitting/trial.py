@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from surgery.core.replacing import as_it_was
+from surgery.disk.aligned import align, is_aligned
 from surgery.errors import PlanError
 from surgery.inputs.probes import outputs_of
 from surgery.members.member import Inputs, Member
 from surgery.slots.slots import assign, forget_derived
+from surgery.util.aside import put_aside
 
 
 class Trial:
@@ -36,7 +38,8 @@ class Trial:
     ):
         self.name, self.module, self.device = member.name, member.module, device
         self.owners = dict(owners)
-        self.originals = {name: tensor.to(device) for name, tensor in originals.items()}
+        # Where it runs: what begins elsewhere would be copied before each run.
+        self.originals = {name: _to_run(tensor.to(device)) for name, tensor in originals.items()}
         self.probes = [to_device(inputs, device) for inputs in probes]
         self.set_weights(self.originals)
         self.module.to(device)  # what is in no state dict
@@ -74,16 +77,21 @@ class Trial:
 
     def error(self) -> float:
         """The largest relative L2 error of an output tensor, over all probes; inf where not finite."""
-        moved = [self._outputs(inputs) for inputs in self.probes]
-        worst = 0.0
-        for output in range(len(self.reference[0])):
-            pairs = [(r[output], m[output]) for r, m in zip(self.reference, moved, strict=True)]
-            norm = sum(float(r.square().sum()) for r, _ in pairs)
-            change = sum(float((m - r).square().sum()) for r, m in pairs)
-            if not math.isfinite(change):
-                return math.inf
-            worst = max(worst, math.sqrt(change / norm) if norm else math.sqrt(change))
-        return worst
+        count = len(self.reference[0])
+        norms, changes = [0.0] * count, [0.0] * count
+        for inputs, reference in zip(self.probes, self.reference, strict=True):  # outputs of one at a time
+            for i, (r, m) in enumerate(zip(reference, self._outputs(inputs), strict=True)):
+                norms[i] += float(r.square().sum())
+                changes[i] += float((m - r).square().sum())
+        if not all(math.isfinite(change) for change in changes):
+            return math.inf
+        found = (math.sqrt(c / n) if n else math.sqrt(c) for n, c in zip(norms, changes, strict=True))
+        return max(found, default=0.0)
+
+
+def _to_run(tensor: Tensor) -> Tensor:
+    """A tensor where its elements begin at a multiple of 64 bytes."""
+    return tensor if is_aligned(tensor) else put_aside(align(tensor))
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.anatomy.selectors import share_selectors
-from surgery.disk.claims import claim_of_first
+from surgery.disk.claims import claim_of_first, work_place
 from surgery.disk.folders import check_target
 from surgery.errors import LoadError, PlanError
 from surgery.settings.recipe import Model, Recipe, TaskSpec, method_settings
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from surgery.anatomy.sites import Anatomy
     from surgery.core.joint import JointModel
     from surgery.members.member import Inputs, Member
+
+LARGE = 2**29  # bytes of members from which a merge keeps what it makes in files
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,12 @@ def _merge(recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_rem
     from surgery.disk.mapped import files_of
     from surgery.fitting.fit import fit
     from surgery.members.member import state_tensors
+    from surgery.util.aside import aside
 
     prepared = prepared or prepare(recipe, trust_remote_code=trust_remote_code)
-    sources = files_of(t for member in prepared.members for t in state_tensors(member.module).values())
-    with task("Joining") as work:
+    tensors = [t for member in prepared.members for t in state_tensors(member.module).values()]
+    sources, large = files_of(tensors), sum(t.nbytes for t in tensors) >= LARGE
+    with aside(work_place(recipe.out) if large and recipe.out is not None else None), task("Joining") as work:
         joint = join(prepared.members, prepared.plan)
         work.describe("Fitting")
         joint = fit(

@@ -20,6 +20,7 @@ from surgery.errors import PlanError
 from surgery.slots.edits import take_edits
 from surgery.slots.serving import StepLeaves, by_task
 from surgery.slots.slots import forget_derived
+from surgery.util.aside import is_aside, put_aside
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel
@@ -64,7 +65,10 @@ class Filler:
             }
             self._fill_leaves(lent)
             left = [p for p in self.joint.plan.placements if (p.site.member, p.site.name) not in lent]
-            self._fill_leaves(generate_weights(self.joint.dictionary, left, self.joint.task))
+            # Where weights are put aside, those of one bank at a time are made in memory.
+            for placements in _by_bank(left) if is_aside() else [left]:
+                made = generate_weights(self.joint.dictionary, placements, self.joint.task)
+                self._fill_leaves({key: put_aside(weight) for key, weight in made.items()})
         self._note_filled(self.joint.names)
         self._resting = {member for member, _ in lent}
 
@@ -242,3 +246,11 @@ class Filler:
 
     def _learns(self) -> bool:
         return any(self.joint.dictionary[key].learns for key in self.joint.dictionary)
+
+
+def _by_bank(placements: Sequence[Placement]) -> list[list[Placement]]:
+    """Placements of each bank."""
+    found: dict[str, list[Placement]] = {}
+    for p in placements:
+        found.setdefault(p.bank, []).append(p)
+    return list(found.values())

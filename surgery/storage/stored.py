@@ -36,6 +36,7 @@ from surgery.storage.codecs import Decoded, Encoded, as_dtype, decode, encode_na
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
 from surgery.storage.lazy import Handle, LazyState, Made
 from surgery.util import memory
+from surgery.util.aside import is_aside, put_aside
 
 Value = TypeVar("Value")
 
@@ -168,7 +169,10 @@ def bank_tensors(plan: BankPlan, bank: Bank, like: Collection[str] = ()) -> dict
 def build_bank(plan: BankPlan, tensors: Mapping[StorageKey, Encoded], decode: Decode = decode) -> Bank:
     """The inverse of `bank_tensors`."""
     parts = {part: decode(each) for part, each in _parts(tensors, plan.key).items()}
-    return find_method(plan.method, TensorMethod).unpack(plan, parts)
+    bank = find_method(plan.method, TensorMethod).unpack(plan, parts)
+    for parameter in bank.parameters() if is_aside() else ():
+        parameter.data = put_aside(parameter.detach())
+    return bank
 
 
 def _parts(tensors: Mapping[StorageKey, Encoded], bank: str) -> dict[str, Encoded]:
@@ -295,7 +299,9 @@ def _assign_plain(
             own = handle = Decoded(each, decode)
             # Stored once, but several own it: each gets memory of its own.
             if PlainKey(member.name, name) in shared:
-                handle = Made(own.shape, own.dtype, own.device, lambda own=own: own.read().clone())
+                handle = Made(own.shape, own.dtype, own.device, lambda own=own: put_aside(own.read().clone()))
+            elif not each.precision.is_native:
+                handle = Made(own.shape, own.dtype, own.device, lambda own=own: put_aside(own.read()))
             tensors[name] = handle
         assign(member.module, LazyState(tensors), dict(stored.ties.get(member.name, {})))
 

@@ -9,8 +9,10 @@ import pytest
 from benchmarks.scale import MIB, Sampler, make_folder, memory
 from surgery.artifact.verify import verify
 from surgery.disk import aligned
+from surgery.pipeline import merge as merging
 from surgery.pipeline.merge import merge
 from surgery.settings.recipe import Recipe
+from surgery.util import aside
 from surgery.util.memory import give_back
 
 
@@ -34,3 +36,28 @@ def recipe_of(folder, size):
         make_folder(folder / name, size, seed)
     models = [{"model": str(folder / name)} for name in "ab"]
     return Recipe.of({"models": models, "parameters": {"max_error": 0}, "out": str(folder / "joint")})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="large tensors are put into files on Linux alone")
+@pytest.mark.parametrize("asked", [{"max_error": 0.1}, pytest.param({"budget": 0.4}, marks=pytest.mark.slow)])
+def test_what_lies_in_files_meanwhile_changes_no_byte(tmp_path, monkeypatch, asked):
+    base = tmp_path / "a"
+    make_folder(base, "fast", 0)
+    make_folder(tmp_path / "b", "fast", 1, base if "budget" in asked else None)
+    models = [{"model": str(tmp_path / name)} for name in "ab"]
+    recipe = {"models": models, "parameters": asked, "device": "cpu"}
+    merge(Recipe.of({**recipe, "out": str(tmp_path / "plain")}))
+    monkeypatch.setattr(merging, "LARGE", 0)
+    monkeypatch.setattr(aside, "FEWEST", 1)
+    put = []
+    monkeypatch.setattr(aside, "_room", lambda *given, room=aside._room: put.append(given) or room(*given))
+    merge(Recipe.of({**recipe, "out": str(tmp_path / "aside")}))
+    assert len(put) > 100  # codes, gradients, trial weights
+    assert files_of(tmp_path / "plain") == files_of(tmp_path / "aside")
+    assert not list(tmp_path.glob(".aside*"))
+
+
+def files_of(folder):
+    return {
+        path.name: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".safetensors", ".json")
+    }

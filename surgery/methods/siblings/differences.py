@@ -39,6 +39,7 @@ from surgery.storage.codecs import (
     packed,
 )
 from surgery.storage.lazy import LazyState, Made
+from surgery.util.aside import put_aside
 
 RUNS = (0, 1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 """Ranks between which directions are decided on together."""
@@ -210,6 +211,7 @@ def _priced(
     if least is not None:
         found = found.first(int((found.tails[:-1] > least).sum()))
     left = metric.price(difference - found.product())
+    found = replace(found, contexts=put_aside(found.contexts), rows=put_aside(found.rows))
     return _Priced(Relative(site, original, metric.out, found), _runs(site, found, metric), left)
 
 

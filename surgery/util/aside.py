@@ -1,0 +1,107 @@
+"""Large tensors in files of their own, of which the system may take the memory and give it back: what a run keeps.
+
+Inside `aside(folder)` whatever is to be kept for long is put into a file without a name, mapped into memory: its pages
+can be written to disk when memory is short, where ordinary memory would be exhausted. Values are what they were, so
+results are. Outside of it, and for small tensors, nothing is done. A file ends with the tensor that lies in it, and
+with the process, however it ends. Room on the disk is taken before anything is written, as a mapped page that finds
+none would end the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from surgery.errors import OutputError
+from surgery.util.wording import size
+
+FEWEST = 1 << 20  # bytes of a tensor that is worth a file
+
+_folder: ContextVar[Path | None] = ContextVar("folder of tensors that are put aside", default=None)
+
+
+@contextmanager
+def aside(folder: str | Path | None) -> Iterator[None]:
+    """Inside, `put_aside` puts large tensors into files.
+
+    Args:
+        folder: on a disk with room for them; None to keep everything in memory. It stays empty.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, aside(folder):
+        ...     put_aside(torch.ones(1 << 20)).sum(), list(Path(folder).iterdir())
+        (tensor(1048576.), [])
+    """
+    able = folder is not None and sys.platform == "linux"
+    token = _folder.set(Path(folder) if able and folder is not None else None)
+    try:
+        yield
+    finally:
+        _folder.reset(token)
+
+
+def is_aside() -> bool:
+    """Whether large tensors are put into files."""
+    return _folder.get() is not None
+
+
+def put_aside(tensor: Tensor) -> Tensor:
+    """The tensor, or an equal one in a file where it is large: of its values, shape and strides.
+
+    Args:
+        tensor: any; what does not lie densely in the CPU's memory is given as it is.
+
+    Raises:
+        OutputError: where the disk has no room.
+    """
+    folder = _folder.get()
+    if folder is None or type(tensor) is not Tensor or tensor.requires_grad or tensor.device.type != "cpu":
+        return tensor
+    if tensor.layout != torch.strided or tensor.nbytes < FEWEST or not _is_dense(tensor):
+        return tensor
+    held = torch.empty(0, dtype=tensor.dtype).set_(_room(folder, tensor.nbytes))  # pyright: ignore
+    kept = held.as_strided(tensor.shape, tensor.stride(), 0)
+    with torch.no_grad():
+        kept.copy_(tensor)
+    return kept
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether elements fill a piece of memory, in whatever order."""
+    axes = sorted(((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1))
+    expected = 1
+    for stride, length in axes:
+        if stride != expected:
+            return False
+        expected *= length
+    return True
+
+
+def _room(folder: Path, nbytes: int) -> torch.UntypedStorage:
+    """Memory of a new file, which has no name any more."""
+    path = folder / f"aside-{secrets.token_hex(8)}"
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            os.posix_fallocate(handle, 0, nbytes)
+            return torch.UntypedStorage.from_file(str(path), True, nbytes)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise OutputError(
+            f"A run of models this large keeps tensors in files in {folder}, but {size(nbytes)} more cannot be "
+            f"had there ({error.strerror}): make room on that disk, or write to another one."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -1,0 +1,81 @@
+"""Tensors that are put into files: values, shapes and strides stay, files end with them, and a full disk is said."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from surgery.errors import OutputError
+from surgery.util import aside as module
+from surgery.util.aside import aside, is_aside, put_aside
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files are mapped so on Linux alone")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(module, "FEWEST", 1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    dtype=st.sampled_from(
+        [torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.float64, torch.bool]
+    ),
+    data=st.data(),
+)
+def test_values_and_layout_stay(tmp_path_factory, shape, dtype, data):
+    order = data.draw(st.permutations(range(len(shape))))
+    tensor = torch.randint(0, 2, shape).to(dtype).permute(order)
+    with aside(tmp_path_factory.mktemp("aside")):
+        kept = put_aside(tensor)
+    assert kept.equal(tensor)
+    assert kept.stride() == tensor.stride()
+    assert kept.dtype == dtype
+    assert kept.data_ptr() % 64 == 0
+    kept.fill_(1)  # the caller's own
+
+
+def test_nothing_of_it_is_left(tmp_path):
+    with aside(tmp_path):
+        kept = put_aside(torch.arange(1000))
+        assert kept.data_ptr() != torch.arange(1000).data_ptr()
+    assert not list(tmp_path.iterdir())
+    assert kept.equal(torch.arange(1000))
+    before = os.stat(tmp_path).st_nlink, len(os.listdir("/proc/self/fd"))
+    with aside(tmp_path):
+        many = [put_aside(torch.arange(1000)) for _ in range(50)]
+    assert len(os.listdir("/proc/self/fd")) == before[1]  # a file that is mapped needs no handle
+    del many
+
+
+def test_what_cannot_lie_in_a_file_stays(tmp_path):
+    views = torch.zeros(4, 6)[:, ::2], torch.zeros(1, 3).expand(4, 3), torch.zeros(3).to_sparse()
+    learns = torch.nn.Parameter(torch.zeros(3))
+    with aside(tmp_path):
+        for each in (*views, learns, torch.zeros(2, device="meta")):
+            assert put_aside(each) is each
+    assert put_aside(views[0]) is views[0]
+    assert not is_aside()
+    with aside(None):
+        assert not is_aside()
+
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with (
+        aside(tmp_path),
+        pytest.raises(OutputError, match=r"4\.0 kB more cannot be had there \(No space left"),
+    ):
+        put_aside(torch.zeros(1000))
+    assert not list(tmp_path.iterdir())
