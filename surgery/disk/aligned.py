@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from surgery.disk.aside import put_aside
 from surgery.disk.mapped import places_of
 from surgery.disk.tensorheader import parse_header
 from surgery.errors import OutputError, shorten
 from surgery.storage.lazy import Handle, file_dtypes, read, tensors_in_file
-from surgery.util.aside import put_aside
 
 ALIGNMENT = 64  # bytes; PyTorch's own on the CPU, and the width of its widest vectors
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from surgery.anatomy.plan import BankPlan, Placement, Plan
 from surgery.anatomy.sites import LeftAlone
 from surgery.core.generation import to_weight
+from surgery.disk.aside import put_aside
+from surgery.disk.journal import Made, keeps, made_once
 from surgery.fitting.allocation import Choice
 from surgery.fitting.units import Arrangement, Unit
 from surgery.storage.codecs import (
@@ -27,7 +29,6 @@ from surgery.storage.codecs import (
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
 from surgery.storage.stored import Stored, build_bank, deduplicate
 from surgery.storage.trim import entry_bytes
-from surgery.util.aside import put_aside
 
 PLAIN = "sharing it does not pay"
 KEPT = {False: 2, True: 3}  # precisions of a tensor that are kept encoded; error feedback takes its time
@@ -44,6 +45,7 @@ class Assembler:
 
     def __post_init__(self) -> None:
         self._encoded: dict[tuple[int, Any], dict[Precision, Encoded]] = {}  # by unit and its key
+        self._numbers = {id(unit): number for number, unit in enumerate(self.units)}
 
     def assemble(self, choice: Choice) -> Stored:
         """The stored joint model of a choice."""
@@ -84,7 +86,12 @@ class Assembler:
         if precision not in known:
             if len(known) == KEPT[unit.statistics is not None]:
                 del known[next(iter(known))]
-            known[precision] = _kept(_smallest(key, unit.tensors[key], precision, unit.statistics))
+            tensor, statistics = unit.tensors[key], unit.statistics
+            if keeps():
+                number = self._numbers[id(unit)]
+                known[precision] = _encoded_once(number, key, tensor, precision, statistics)
+            else:
+                known[precision] = _kept(_smallest(key, tensor, precision, statistics))
         return known[precision]
 
 
@@ -93,6 +100,22 @@ def _kept(encoded: Encoded) -> Encoded:
     if encoded.precision.is_native:
         return encoded
     return replace(encoded, parts={name: put_aside(part) for name, part in encoded.parts.items()})
+
+
+def _encoded_once(
+    number: int, key: Any, tensor: Tensor, precision: Precision, statistics: Statistics | None
+) -> Encoded:
+    """A tensor of a unit, encoded by this run or by the one that it goes on with."""
+
+    def made() -> Made:
+        found = _smallest(key, tensor, precision, statistics)
+        return str(found.precision), {} if found.precision.is_native else found.parts
+
+    said, parts = made_once(f"encoded/{number}/{key}/{precision}", made)
+    found = Precision.parse(said)
+    if found.is_native:
+        return encode_native(tensor)
+    return Encoded(found, tuple(tensor.shape), tensor.dtype, parts)
 
 
 def _smallest(key: Any, tensor: Tensor, precision: Precision, statistics: Statistics | None) -> Encoded:

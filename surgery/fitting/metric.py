@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from surgery.disk.aside import put_aside
 from surgery.storage.codecs import Statistics
-from surgery.util.aside import put_aside
 
 WIDEST = 2048  # rows or columns up to which a side has a whole moment, and beyond which its diagonal
 MOST_WORK = (

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from surgery.anatomy.sites import Site
+from surgery.disk.aside import put_aside
 from surgery.geometry.views import CanonicalView, axes_of
 from surgery.slots.slots import locate
 from surgery.storage.codecs import Statistics
-from surgery.util.aside import put_aside
 
 KERNEL = ("d", "h", "w")  # axes of a stack over which a convolution sums
 KEPT = 4  # products of the last inputs that are kept for maps of the same inputs

@@ -17,6 +17,7 @@ from surgery.anatomy.sites import BY_REQUEST, LeftAlone, Site
 from surgery.core.generation import to_blocks
 from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method, methods_of
+from surgery.disk.journal import Made, keeps, made_once
 from surgery.fitting.metric import Metric
 from surgery.fitting.moments import gather, unfolded
 from surgery.fitting.related import related_sites
@@ -137,7 +138,9 @@ class Scene:
     @cached_property
     def _measured(self) -> dict[str, tuple[dict[str, float], dict[str, Metric]]]:
         """By member, sensitivities, and metrics of sites."""
-        return {name: metrics(trial, self.seed, self._views[name]) for name, trial in self.trials.items()}
+        return {
+            name: _measured_once(trial, self.seed, self._views[name]) for name, trial in self.trials.items()
+        }
 
     @cached_property
     def kin(self) -> list[list[Key]]:
@@ -200,7 +203,8 @@ class Scene:
         tensor, weight = self.originals[keys[0]], defaultdict[str, float](float)
         for key in keys:
             weight[key[0]] += self.sensitivity.get(key, 0.0)
-        unit = measure({PlainKey(*key): tensor for key in keys}, dict(weight))
+        plain = {PlainKey(*key): tensor for key in keys}
+        unit = measure(plain, dict(weight), key=f"precisions/{'/'.join(keys[0])}")
         if (known := self.inputs_of(keys[0])) is not None:
             return fed_back(unit, known)
         metric = self._tables.get(keys[0]) and self._measured[keys[0][0]][1].get(keys[0][1])
@@ -213,6 +217,25 @@ class Scene:
         """Tensors each by itself, equal ones once."""
         equal = equal_tensors({key: self.originals[key] for key in keys})
         return Arrangement(tuple(self.alone(each) for each in equal))
+
+
+def _measured_once(
+    trial: Trial, seed: int, views: Mapping[str, CanonicalView]
+) -> tuple[dict[str, float], dict[str, Metric]]:
+    """Sensitivities and metrics of a member, found by this run or by the one that it goes on with."""
+    if not keeps():
+        return metrics(trial, seed, views)
+
+    def made() -> Made:
+        sensitive, found = metrics(trial, seed, views)
+        sides = {
+            (name, side): t for name, each in found.items() for side, t in (("o", each.out), ("i", each.into))
+        }
+        return sensitive, {f"{side}/{name}": tensor for (name, side), tensor in sides.items()}
+
+    sensitive, sides = made_once(f"sensitivities/{trial.name}", made)
+    names = [name.removeprefix("o/") for name in sides if name.startswith("o/")]
+    return dict(sensitive), {name: Metric(sides[f"o/{name}"], sides[f"i/{name}"]) for name in names}
 
 
 def as_asked(plan: Plan) -> Plan:

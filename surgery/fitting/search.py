@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 
 import numpy as np
 
 from surgery.core.registry import methods_of
+from surgery.disk.journal import made_once
 from surgery.errors import PlanError
 from surgery.fitting.allocation import Choice, Table, finest, within_bytes, within_errors
 from surgery.fitting.assembly import Assembler, weights_of
@@ -135,7 +137,9 @@ class Search:
         """Assemble a choice and measure it."""
         stored = self.assembler.assemble(choice)
         memory.give_back()
-        return Attempt(choice, stored, measure_errors(stored, self.trials), self.nbytes(stored))
+        made = sha256(choice.option.tobytes() + choice.taken.tobytes()).hexdigest()
+        errors, _ = made_once(f"errors/{made}", lambda: (measure_errors(stored, self.trials).tolist(), {}))
+        return Attempt(choice, stored, np.array(errors), self.nbytes(stored))
 
     def nbytes(self, stored: Stored) -> int:
         """Bytes of what is stored, without what was there already."""

@@ -28,6 +28,7 @@ from surgery.util import progress
 
 COARSE = grouped(4, 64)  # how tensors are rounded where derivatives say nothing
 LEAST = 1e-8  # relative squared output error that leaving all of such tensors out counts as, at least
+NO_MEMORY = "not enough memory"  # what PyTorch's allocator of the CPU says
 SAMPLES = 2  # for each probe batch; the mean over a tensor averages thousands of entries more
 
 
@@ -148,9 +149,9 @@ def _one_sample(
         if loss.requires_grad:
             with _given(parameters, watched):
                 loss.backward(inputs=list(parameters.values()))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # a model that cannot be differentiated is measured, not derived
+    except RuntimeError as error:  # a model that cannot be differentiated is measured, not derived
+        if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error):
+            raise
         if raised:
             raise raised[0] from None
 

@@ -12,11 +12,12 @@ from torch.utils._pytree import tree_map
 
 from surgery.core.replacing import as_it_was
 from surgery.disk.aligned import align, is_aligned
+from surgery.disk.aside import is_aside, put_aside
 from surgery.errors import PlanError
 from surgery.inputs.probes import outputs_of
 from surgery.members.member import Inputs, Member
 from surgery.slots.slots import assign, forget_derived
-from surgery.util.aside import put_aside
+from surgery.util import memory
 
 
 class Trial:
@@ -45,7 +46,9 @@ class Trial:
         self.module.to(device)  # what is in no state dict
         with as_it_was(member) as original:
             original.to(device)
-            self.reference = [self._outputs(inputs) for inputs in self.probes]
+            self.reference = [tuple(map(put_aside, self._outputs(inputs))) for inputs in self.probes]
+        if is_aside():
+            memory.give_back()
         if not any(self.reference):
             raise PlanError(
                 f"Member '{self.name}' returns no floating-point tensor on its probe inputs, so its error "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Placement
+from surgery.disk.journal import made_once
 from surgery.fitting.allocation import Table
 from surgery.storage.codecs import (
     NATIVE,
@@ -109,17 +110,32 @@ class Group:
     claimed: bool = False
 
 
-def measure(tensors: Mapping[Any, Tensor], weight: Mapping[str, float], *, droppable: bool = False) -> Unit:
-    """The unit of equal tensors: every precision of their ladder tried, cost and squared error taken."""
+def measure(
+    tensors: Mapping[Any, Tensor], weight: Mapping[str, float], *, droppable: bool = False, key: str = ""
+) -> Unit:
+    """The unit of equal tensors: every precision of their ladder tried, cost and squared error taken.
+
+    Args:
+        tensors: equal ones, by what they are stored as.
+        weight: by member, relative squared output error per squared error.
+        droppable: whether leaving them out is an option.
+        key: under which a run that can be gone on with keeps what it measured; none where it does not.
+    """
     tensor = next(iter(tensors.values()))
     tried = precisions(tensor)
     options: list[Precision | None] = list(tried)
     nbytes = [unit_bytes(tensors, precision) for precision in tried]
-    errors = [squared_error(tensor, precision) for precision in tried]
+    errors = (
+        _errors(tensor, tried) if not key else list(made_once(key, lambda: (_errors(tensor, tried), {}))[0])
+    )
     if droppable:
         options, nbytes = [*options, None], [*nbytes, 0.0]
         errors.append(float(tensor.float().square().sum(dtype=torch.float64)))
     return Unit(tensors, weight, tuple(options), tuple(nbytes), tuple(errors))
+
+
+def _errors(tensor: Tensor, tried: Sequence[Precision]) -> list[float]:
+    return [squared_error(tensor, precision) for precision in tried]
 
 
 def fed_back(unit: Unit, known: Statistics) -> Unit:

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from surgery.anatomy.plan import Plan
     from surgery.anatomy.sites import Anatomy
     from surgery.core.joint import JointModel
+    from surgery.disk.mapped import MappedFile
     from surgery.members.member import Inputs, Member
 
-LARGE = 2**29  # bytes of members from which a merge keeps what it makes in files
+LARGE = 2**29  # bytes of members from which a merge keeps what it makes in files, and goes on after a kill
+JOURNAL = "journal"  # of an interrupted run, in the hidden folder beside its target
 
 
 @dataclass(frozen=True)
@@ -98,19 +100,39 @@ def merge(
 
 def _merge(recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_remote_code: bool) -> JointModel:
     """`merge`, with its target checked and held by this process."""
-    from surgery.artifact.folder import save_fitted
-    from surgery.core.joining import join
+    from surgery.disk.aside import aside
+    from surgery.disk.journal import Journal, kept_in
     from surgery.disk.mapped import files_of
-    from surgery.fitting.fit import fit
     from surgery.members.member import state_tensors
-    from surgery.util.aside import aside
 
     prepared = prepared or prepare(recipe, trust_remote_code=trust_remote_code)
     tensors = [t for member in prepared.members for t in state_tensors(member.module).values()]
     sources, large = files_of(tensors), sum(t.nbytes for t in tensors) >= LARGE
-    with aside(work_place(recipe.out) if large and recipe.out is not None else None), task("Joining") as work:
+    if recipe.out is None or not large:
+        return _fit_and_save(prepared, recipe, overwrite, sources)
+    work = work_place(recipe.out)
+    journal = Journal(work / JOURNAL, _subject(prepared, sources), Path(recipe.out).expanduser())
+    try:
+        with aside(work), kept_in(journal):
+            joint = _fit_and_save(prepared, recipe, overwrite, sources, journal.found)
+    except PlanError:  # nothing that could be gone on with
+        journal.discard()
+        raise
+    journal.discard()
+    return joint
+
+
+def _fit_and_save(
+    prepared: Prepared, recipe: Recipe, overwrite: bool, sources: Sequence[MappedFile], found: int = 0
+) -> JointModel:
+    """`merge` of what was prepared, of which an interrupted run had made some parts already."""
+    from surgery.artifact.folder import save_fitted
+    from surgery.core.joining import join
+    from surgery.fitting.fit import fit
+
+    with task("Joining") as work:
         joint = join(prepared.members, prepared.plan)
-        work.describe("Fitting")
+        work.describe(f"Fitting, with {found} parts that an interrupted run made" if found else "Fitting")
         joint = fit(
             joint,
             **{name: getattr(recipe.parameters, name) for name in Target.model_fields},
@@ -123,6 +145,26 @@ def _merge(recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_rem
             work.describe(f"Writing {recipe.out}")
             save_fitted(joint, recipe.out, overwrite=overwrite, sources=sources)
     return joint
+
+
+def _subject(prepared: Prepared, sources: Sequence[MappedFile]) -> dict[str, Any]:
+    """What a merge computes, and from what: all that its parts depend on."""
+    import torch
+
+    from surgery.disk.mapped import MappedFile
+    from surgery.version import __version__
+
+    recipe = prepared.resolved()
+    named = (path.resolve() for path in input_paths(prepared.recipe))
+    read = [
+        file for path in named for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()
+    ]
+    files = [*sources, *map(MappedFile.of, read)]
+    return {
+        "recipe": {name: value for name, value in recipe.items() if name != "out"},
+        "files": {str(file.path): [file.nbytes, file.changed] for file in files},
+        "software": [__version__, torch.__version__, torch.get_num_threads()],
+    }
 
 
 def check(recipe: Recipe, *, overwrite: bool = False) -> None:

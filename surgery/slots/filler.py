@@ -16,11 +16,11 @@ import torch
 from surgery.anatomy.plan import Placement, Plan
 from surgery.core.dictionary import Dictionary
 from surgery.core.generation import Weights, generate_weights
+from surgery.disk.aside import is_aside, put_aside
 from surgery.errors import PlanError
 from surgery.slots.edits import take_edits
 from surgery.slots.serving import StepLeaves, by_task
 from surgery.slots.slots import forget_derived
-from surgery.util.aside import is_aside, put_aside
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel

@@ -26,6 +26,7 @@ from surgery.core.known import Known
 from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
 from surgery.core.settle import settle
+from surgery.disk.aside import is_aside, put_aside
 from surgery.members.extra_state import extra_state_of, set_extra_state
 from surgery.members.member import Member
 from surgery.members.occupancy import check_unoccupied
@@ -36,7 +37,6 @@ from surgery.storage.codecs import Decoded, Encoded, as_dtype, decode, encode_na
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
 from surgery.storage.lazy import Handle, LazyState, Made
 from surgery.util import memory
-from surgery.util.aside import is_aside, put_aside
 
 Value = TypeVar("Value")
 

@@ -8,11 +8,10 @@ import pytest
 
 from benchmarks.scale import MIB, Sampler, make_folder, memory
 from surgery.artifact.verify import verify
-from surgery.disk import aligned
+from surgery.disk import aligned, aside
 from surgery.pipeline import merge as merging
 from surgery.pipeline.merge import merge
 from surgery.settings.recipe import Recipe
-from surgery.util import aside
 from surgery.util.memory import give_back
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from surgery.anatomy.plan import BankPlan, Placement
 from surgery.anatomy.sites import Site
 from surgery.core.dictionary import index_dtype, master_dtype
+from surgery.disk.aside import put_aside
 from surgery.fitting.metric import Metric, mean_metric, times
 from surgery.fitting.related import register_way
 from surgery.fitting.scene import Scene, key_of
@@ -39,7 +40,6 @@ from surgery.storage.codecs import (
     packed,
 )
 from surgery.storage.lazy import LazyState, Made
-from surgery.util.aside import put_aside
 
 RUNS = (0, 1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 """Ranks between which directions are decided on together."""

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from surgery.errors import OutputError
-from surgery.util.wording import size
 
 FEWEST = 1 << 20  # bytes of a tensor that is worth a file
 
@@ -99,7 +98,7 @@ def _room(folder: Path, nbytes: int) -> torch.UntypedStorage:
             os.close(handle)
     except OSError as error:
         raise OutputError(
-            f"A run of models this large keeps tensors in files in {folder}, but {size(nbytes)} more cannot be "
+            f"A run of models this large keeps tensors in files in {folder}, but {nbytes:,} bytes more cannot be "
             f"had there ({error.strerror}): make room on that disk, or write to another one."
         ) from error
     finally:

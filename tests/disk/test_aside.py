@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgery.disk import aside as module
+from surgery.disk.aside import aside, is_aside, put_aside
 from surgery.errors import OutputError
-from surgery.util import aside as module
-from surgery.util.aside import aside, is_aside, put_aside
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files are mapped so on Linux alone")
 
@@ -75,7 +75,7 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with (
         aside(tmp_path),
-        pytest.raises(OutputError, match=r"4\.0 kB more cannot be had there \(No space left"),
+        pytest.raises(OutputError, match=r"4,000 bytes more cannot be had there \(No space left"),
     ):
         put_aside(torch.zeros(1000))
     assert not list(tmp_path.iterdir())
