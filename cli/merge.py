@@ -20,6 +20,7 @@ from .options import (
     Debug,
     Device,
     Json,
+    Memory,
     Overwrite,
     Private,
     Quiet,
@@ -173,6 +174,7 @@ def merge(
         typer.Option("--seed", metavar="N", rich_help_panel=RUN, help="Seed of all that is drawn at random."),
     ] = None,
     device: Device = None,
+    memory: Memory = None,
     dry_run: Annotated[bool, options.dry_run("Print the plan, check the target, write nothing.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -212,7 +214,7 @@ def merge(
     if dry_run:
         preview(recipe, overwrite, trust_remote_code, json=json, quiet=quiet, verbose=verbose)
     else:
-        run(recipe, overwrite, trust_remote_code, json=json, quiet=quiet, verbose=verbose)
+        run(recipe, overwrite, trust_remote_code, memory, json=json, quiet=quiet, verbose=verbose)
 
 
 def read_recipe(config: str | None, given: dict[str, Any], changes: list[str], trust: bool) -> Recipe:
@@ -267,7 +269,14 @@ def preview(
 
 
 def run(
-    recipe: Recipe, overwrite: bool, trust_remote_code: bool, *, json: bool, quiet: bool, verbose: bool
+    recipe: Recipe,
+    overwrite: bool,
+    trust_remote_code: bool,
+    memory: str | None = None,
+    *,
+    json: bool,
+    quiet: bool,
+    verbose: bool,
 ) -> None:
     """The merge itself, then what it did."""
     from surgery.pipeline.merge import merge
@@ -275,7 +284,7 @@ def run(
     from . import console, outcome
 
     with console.working(quiet=quiet, json_wanted=json):
-        joint = merge(recipe, overwrite=overwrite, trust_remote_code=trust_remote_code)
+        joint = merge(recipe, overwrite=overwrite, trust_remote_code=trust_remote_code, memory=memory)
     folder = Path(recipe.out or "")
     if json:
         console.emit(outcome.result_json(joint, folder))

@@ -76,6 +76,16 @@ Folder = Annotated[
     Path,
     typer.Argument(metavar="DIR", help="A folder that surgery wrote.", autocompletion=completion.artifacts),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        rich_help_panel=RUN,
+        help="What the process may hold besides pages of files, such as 8GiB; what does not fit is kept in files "
+        "beside the folder that is written.",
+    ),
+]
 Device = Annotated[
     str | None,
     typer.Option(

@@ -84,6 +84,10 @@ class OutputError(SurgeryError):
     """A target cannot be written: it exists, is read-only, or the disk is full."""
 
 
+class MemoryLimitError(SurgeryError):
+    """A run held more memory than it was allowed to."""
+
+
 class ExportError(SurgeryError):
     """A member has no plain form: a module of it was replaced by one that no ordinary module equals."""
 

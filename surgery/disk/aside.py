@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -93,7 +94,7 @@ def _room(folder: Path, nbytes: int) -> torch.UntypedStorage:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.posix_fallocate(handle, 0, nbytes)
-            return torch.UntypedStorage.from_file(str(path), True, nbytes)
+            return cast("torch.UntypedStorage", torch.UntypedStorage.from_file(str(path), True, nbytes))
         finally:
             os.close(handle)
     except OSError as error:

@@ -89,7 +89,7 @@ class Journal:
         path, whole = self.folder / LINES, 0
         for text in path.read_bytes().splitlines(keepends=True):
             try:
-                said = json.loads(text) if text.endswith(b"\n") else None
+                said = json.loads(text if text.endswith(b"\n") else b"")
                 tensors = {
                     name: (kind, tuple(shape), at) for name, (kind, shape, at) in said["tensors"].items()
                 }

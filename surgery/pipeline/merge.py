@@ -18,6 +18,7 @@ from surgery.disk.claims import claim_of_first, work_place
 from surgery.disk.folders import check_target
 from surgery.errors import LoadError, PlanError
 from surgery.settings.recipe import Model, Recipe, TaskSpec, method_settings
+from surgery.settings.resources import Resources
 from surgery.settings.target import Target
 from surgery.util.progress import task, track
 
@@ -71,6 +72,7 @@ def merge(
     prepared: Prepared | None = None,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    memory: int | str | None = None,
 ) -> JointModel:
     """Run a recipe: load its members, join them, fit the dictionary, and save to `recipe.out` where it is
     given.
@@ -80,12 +82,17 @@ def merge(
         prepared: the result of `prepare` for this recipe, where it was made already; its modules are used up.
         overwrite: whether `recipe.out` may be replaced.
         trust_remote_code: whether Python files that come with a model may run.
+        memory: that the process may hold besides pages of files, in bytes or as text such as `8GiB`. By default members
+            of 512 MiB and more are fitted with what a fit makes in files beside `recipe.out`.
 
     Returns:
         the fitted joint model; its `report` says what was met.
 
+    A merge with `recipe.out` that keeps what it makes in files and is killed goes on where it was when it is run again.
+
     Raises:
         SurgeryError: for bad input, before anything is written.
+        MemoryLimitError: where more than `memory` was held after all.
 
     Example:
         >>> recipe = Recipe.of({"models": [{"model": "timm:resnet18"}, {"model": "./bert"}], "out": "joint"})
@@ -93,21 +100,29 @@ def merge(
         >>> joint.report.met  # doctest: +SKIP
         True
     """
+    resources = Resources.of({"memory": memory})
     check(recipe, overwrite=overwrite)
-    with claim_of_first(recipe.out):
-        return _merge(recipe, prepared, overwrite, trust_remote_code)
+    from surgery.pipeline.bound import within
+
+    with claim_of_first(recipe.out), within(resources.memory):
+        return _merge(recipe, prepared, overwrite, trust_remote_code, resources)
 
 
-def _merge(recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_remote_code: bool) -> JointModel:
+def _merge(
+    recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_remote_code: bool, resources: Resources
+) -> JointModel:
     """`merge`, with its target checked and held by this process."""
     from surgery.disk.aside import aside
     from surgery.disk.journal import Journal, kept_in
     from surgery.disk.mapped import files_of
     from surgery.members.member import state_tensors
+    from surgery.pipeline.bound import fits
 
     prepared = prepared or prepare(recipe, trust_remote_code=trust_remote_code)
     tensors = [t for member in prepared.members for t in state_tensors(member.module).values()]
     sources, large = files_of(tensors), sum(t.nbytes for t in tensors) >= LARGE
+    if resources.memory is not None:
+        large = not fits(tensors, resources.memory, lossless=recipe.parameters.max_error == 0)
     if recipe.out is None or not large:
         return _fit_and_save(prepared, recipe, overwrite, sources)
     work = work_place(recipe.out)

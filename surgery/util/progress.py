@@ -66,6 +66,11 @@ def latest() -> str:
     return _latest
 
 
+def reporter() -> Reporter | None:
+    """Who is shown progress now."""
+    return _reporter.get()
+
+
 @contextmanager
 def task(description: str, total: float | None = None) -> Iterator[Task]:
     """Report a piece of work.

@@ -1,0 +1,115 @@
+"""A bound on the memory of a run: estimated before anything is written, and measured while it runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from surgery.errors import MemoryLimitError, PlanError
+from surgery.util import progress
+from surgery.util.wording import size
+
+EVERY = 0.05  # seconds between two measurements
+LARGEST = (
+    14  # bytes that a fit takes at once for each element of the largest tensor: its gradient, in three forms
+)
+WRITTEN = 4  # bytes that are held at once for each element of a tensor that is compared and written
+RUNNING = 200_000_000  # bytes of outputs, of what a backward pass keeps, and of what the allocator keeps
+ALL = 16  # bytes for each element of all tensors, where everything that a fit makes is kept in memory
+
+
+def anonymous() -> int:
+    """Bytes that this process holds besides pages of files."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def fits(tensors: Sequence[Tensor], memory: int, *, lossless: bool = False) -> bool:
+    """Whether a merge of some tensors fits into memory without files.
+
+    Args:
+        tensors: of all members.
+        memory: bytes that the process may hold.
+        lossless: whether nothing is rounded, so that weights stay in their files.
+
+    Raises:
+        PlanError: where it fits with files neither.
+    """
+    now, largest = anonymous(), max((t.numel() for t in tensors), default=0)
+    least = now + (WRITTEN if lossless else LARGEST) * largest + RUNNING
+    if least > memory:
+        raise PlanError(
+            f"A merge of members whose largest tensor has {largest:,} elements takes about {size(least)} of memory, "
+            f"but `memory` is {size(memory)}; give `memory={-(-least // 2**20)}MiB` or more."
+        )
+    return lossless or now + ALL * sum(t.numel() for t in tensors) + RUNNING <= memory
+
+
+class _Watched:
+    """A reporter of progress that ends a run which has gone beyond its bound, where it says how far it is."""
+
+    def __init__(self, inner: progress.Reporter | None, limit: int):
+        self.inner, self.limit, self.peak = inner, limit, 0
+
+    def _check(self) -> None:
+        if self.peak > self.limit:
+            peak, self.peak = self.peak, 0  # what cleans up reports progress too
+            raise MemoryLimitError(
+                f"`memory` is {size(self.limit)}, but {size(peak)} were held (the last step was: {progress.latest()}): "
+                "give more, take fewer members at a time, or an error of 0, which leaves weights in their files."
+            )
+
+    def start(self, description: str, total: float | None) -> object:
+        self._check()
+        return self.inner.start(description, total) if self.inner else None
+
+    def advance(self, key: object, steps: float) -> None:
+        if self.inner:
+            self.inner.advance(key, steps)
+        self._check()
+
+    def describe(self, key: object, description: str) -> None:
+        if self.inner:
+            self.inner.describe(key, description)
+        self._check()
+
+    def finish(self, key: object) -> None:
+        if self.inner:
+            self.inner.finish(key)
+
+
+@contextmanager
+def within(memory: int | None) -> Iterator[None]:
+    """Inside, a run that holds more than `memory` bytes ends at its next step; None for no bound.
+
+    Raises:
+        MemoryLimitError: naming the step.
+    """
+    if memory is None:
+        yield
+        return
+    watched, done = _Watched(progress.reporter(), memory), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(EVERY):
+            watched.peak = max(watched.peak, anonymous())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        with progress.reporting(watched):
+            yield
+    finally:
+        done.set()
+        thread.join()

@@ -1,0 +1,84 @@
+"""A bound on memory: written in any unit, estimated before anything is written, measured while a run goes on."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from command_line import surgery
+
+from benchmarks.scale import make_folder
+from surgery.errors import MemoryLimitError, PlanError
+from surgery.pipeline import bound
+from surgery.settings.resources import Resources
+from surgery.util import progress
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("8GiB", 8 * GIB), ("8 gib", 8 * GIB), ("1.5GB", 1_500_000_000), ("512", 512), (7, 7), ("3kB", 3000)],
+)
+def test_sizes(text, found):
+    assert Resources.of({"memory": text}).memory == found
+
+
+@pytest.mark.parametrize("text", ["much", "-1GB", "0", "8 XiB", "GiB", 0, "99999999TiB"])
+def test_what_is_no_size_is_said(text):
+    with pytest.raises(PlanError, match="`memory`"):
+        Resources.of({"memory": text})
+
+
+def test_what_fits_in_memory_in_files_or_not_at_all(monkeypatch):
+    monkeypatch.setattr(bound, "anonymous", lambda: GIB)
+    tensors = [torch.empty(1 << 20, 100, device="meta")] * 4
+    assert bound.fits(tensors, 100 * GIB)
+    assert not bound.fits(tensors, 4 * GIB)
+    assert bound.fits(tensors, 2 * GIB, lossless=True)
+    with pytest.raises(
+        PlanError, match=r"104,857,600 elements takes about 2.7 GB .* `memory` is 2.1 GB"
+    ) as raised:
+        bound.fits(tensors, 2 * GIB)
+    asked = Resources.of({"memory": str(raised.value).split("`memory=")[1].split("`")[0]}).memory
+    assert not bound.fits(tensors, asked)  # what is advised is enough
+    with pytest.raises(PlanError):
+        bound.fits(tensors, asked - 2**21)
+
+
+def test_a_run_that_holds_more_ends_at_its_next_step(monkeypatch):
+    held = [10]
+    monkeypatch.setattr(bound, "anonymous", lambda: held[0])
+    monkeypatch.setattr(bound, "EVERY", 0.001)
+    done = []
+    with (
+        pytest.raises(MemoryLimitError, match=r"`memory` is 100 B, but 200 B were held .*: Fitting"),
+        bound.within(100),
+        progress.task("Fitting") as work,
+    ):
+        work.advance()
+        done.append(1)
+        held[0] = 200
+        time.sleep(0.1)
+        held[0] = 10  # a peak between two steps counts
+        work.advance()
+        done.append(2)
+    assert done == [1]
+    with bound.within(None), progress.task("Fitting") as work:
+        work.advance()
+
+
+def test_the_command_line_says_it_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(bound, "RUNNING", 10**12)
+    for seed, name in enumerate("ab"):
+        make_folder(tmp_path / name, "fast", seed)
+    given = ("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "joint", "-q", "--device", "cpu")
+    code, _, said = surgery(*given, "--memory", "500GB")
+    assert code == 2 and said.startswith(
+        "surgery: A merge of members whose largest tensor has 8,192 elements"
+    ), said
+    assert "--memory is 500.0 GB; give --memory " in said and not (tmp_path / "joint").exists()
+    code, _, said = surgery(*given, "--memory", "lots")
+    assert code == 2 and "--memory" in said, said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
