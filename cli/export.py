@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from . import completion
+from . import completion, options
 from .options import RUN, Debug, Folder, Json, Overwrite, Quiet, TrustRemoteCode
 
 EXAMPLES = """
@@ -15,6 +15,7 @@ surgery export joint --member minilm --format plain --out minilm-plain
 surgery export joint --member minilm --format compressed --out minilm-small
 surgery export joint --member minilm --format transformers --out minilm-coded
 surgery export joint --member minilm --format compressed-tensors --out minilm-packed
+surgery export joint --member minilm --format compressed-tensors --out minilm-packed --dry-run
 surgery export joint --member b --format lora --base a-plain --max-error 0.01 --out b-adapter
 """
 
@@ -78,6 +79,12 @@ def export(
             help="How far an adapter may move the member's outputs; 0.01 by default; for lora.",
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        options.dry_run(
+            "Say what becomes of every tensor and what it takes, write nothing; --json lists all."
+        ),
+    ] = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -86,10 +93,27 @@ def export(
 ) -> None:
     """Write one member as a model of its own."""
     from surgery.artifact.export import export as write
+    from surgery.artifact.exporting import plan_export
+    from surgery.disk.folders import check_target
     from surgery.util.progress import task
 
     from . import console, outcome
 
+    if dry_run:
+        with console.working(quiet=quiet, json_wanted=json), task(f"Planning {member}"):
+            check_target(out, overwrite=overwrite, inputs=[Path(folder)])
+            plan = plan_export(
+                folder, member, format=format, harden=harden, tie_widths=tie_widths, base=base, max_error=max_error,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+        if json:
+            console.emit({**plan.to_json(), "out": str(out)})
+        elif not quiet:
+            for line in plan.lines():
+                console.say(line)
+            whole = console.size(plan.nbytes + sum(plan.files.values()))
+            console.say(f"{out}: member {member}, {format}, about {whole} would be written.")
+        return
     with console.working(quiet=quiet, json_wanted=json), task(f"Exporting {member}"):
         write(
             folder,

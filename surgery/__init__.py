@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from surgery.anatomy.sites import Anatomy, LeftAlone, Site, discover
     from surgery.artifact import load, save
     from surgery.artifact.export import export
+    from surgery.artifact.exporting import ExportPlan, plan_export
     from surgery.artifact.publish import Upload, push_to_hub
     from surgery.artifact.resident import ResidentModel
     from surgery.artifact.verify import VerifyReport, verify
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "artifact": ("load", "save"),
     "artifact.export": ("export",),
+    "artifact.exporting": ("ExportPlan", "plan_export"),
     "fitting.fit": ("FitReport", "fit"),
     "core.joining": ("join",),
     "core.joint": ("JointModel",),
@@ -87,11 +89,11 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Anatomy", "ArtifactError", "ConsentError", "ExportError", "FitReport", "Inputs", "JointModel",
-    "LeftAlone", "LoadError", "Member", "Origin", "OutputError", "Plan", "PlanError", "Recipe",
+    "Anatomy", "ArtifactError", "ConsentError", "ExportError", "ExportPlan", "FitReport", "Inputs",
+    "JointModel", "LeftAlone", "LoadError", "Member", "Origin", "OutputError", "Plan", "PlanError", "Recipe",
     "ResidentModel", "Routed", "Site", "SurgeryError", "Task", "TraceError", "TrainReport", "TrainingError",
     "Upload", "VerifyReport", "__version__", "add", "discover", "export", "fit", "harden", "join", "load",
-    "load_member", "make_plan", "merge", "plan_modules", "plan_templates", "plan_with", "push_to_hub",
+    "load_member", "make_plan", "merge", "plan_export", "plan_modules", "plan_templates", "plan_with", "push_to_hub",
     "refit", "remove", "save", "trace", "train", "verify",
 ]  # fmt: skip
 

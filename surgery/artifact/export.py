@@ -89,18 +89,7 @@ def export(
         >>> surgery.export("joint", "text", "text", format="plain")
         PosixPath('/home/me/text')
     """
-    if format not in get_args(Format):
-        raise PlanError(
-            f"The format of an export is one of {', '.join(get_args(Format))}, found '{format}'; give one of these."
-        )
-    if tie_widths and format != "compressed-tensors":
-        raise PlanError(f"`tie_widths` is for the format compressed-tensors, found {format}; leave it out.")
-    if format == "lora" and base is None:
-        raise PlanError("The format lora is an adapter of another model: give that as `base`.")
-    if format != "lora" and (base is not None or max_error is not None):
-        raise PlanError(f"`base` and `max_error` are for the format lora, found {format}; leave them out.")
-    if max_error is not None and not 0 < max_error < math.inf:
-        raise PlanError(f"`max_error` must be above 0, found {max_error:g}; an adapter is hardly ever exact.")
+    check_settings(format, tie_widths, base, max_error)
     read = () if isinstance(source, JointModel) else (Path(source),)
     check_target(out, overwrite=overwrite, inputs=read)
     with claim(out):
@@ -111,8 +100,8 @@ def export(
         if format == "plain":
             return _export_plain(source, member, out, overwrite, trust_remote_code, harden)
         if harden:
-            source = _hardened(source, member, trust_remote_code)
-        stored, described, report = _one(source, member)
+            source = hardened(source, member, trust_remote_code)
+        stored, described, report = one(source, member)
         if format == "transformers":
             with new_folder(out, overwrite=overwrite, need=stored.nbytes) as folder:
                 write_transformers(folder, stored, described, trust_remote_code)
@@ -128,11 +117,31 @@ def export(
         return write(stored, [described], report, out, overwrite, None)
 
 
+def check_settings(format: str, tie_widths: bool, base: str | None, max_error: float | None) -> None:
+    """Whether settings of an export go together.
+
+    Raises:
+        PlanError: where they do not.
+    """
+    if format not in get_args(Format):
+        raise PlanError(
+            f"The format of an export is one of {', '.join(get_args(Format))}, found '{format}'; give one of these."
+        )
+    if tie_widths and format != "compressed-tensors":
+        raise PlanError(f"`tie_widths` is for the format compressed-tensors, found {format}; leave it out.")
+    if format == "lora" and base is None:
+        raise PlanError("The format lora is an adapter of another model: give that as `base`.")
+    if format != "lora" and (base is not None or max_error is not None):
+        raise PlanError(f"`base` and `max_error` are for the format lora, found {format}; leave them out.")
+    if max_error is not None and not 0 < max_error < math.inf:
+        raise PlanError(f"`max_error` must be above 0, found {max_error:g}; an adapter is hardly ever exact.")
+
+
 def _export_plain(
     source: str | Path | JointModel, member: str, out: str | Path, overwrite: bool, trust: bool, harden: bool
 ) -> Path:
     if harden:
-        source = _hardened(source, member, trust)
+        source = hardened(source, member, trust)
     if isinstance(source, JointModel):
         _check_name(member, source.names)
         module = source.extract(member)
@@ -166,7 +175,7 @@ def _export_lora(
     return Path(out).expanduser().resolve()
 
 
-def _hardened(source: str | Path | JointModel, member: str, trust: bool) -> JointModel:
+def hardened(source: str | Path | JointModel, member: str, trust: bool) -> JointModel:
     """One member with what is soft in it made hard; a joint model that is given stays as it is."""
     if isinstance(source, JointModel):
         _check_name(member, source.names)
@@ -195,7 +204,7 @@ def _read_plain(source: str | Path, member: str, trust: bool) -> tuple[Member, n
             f"ordinary ones of them: load the artifact with modules={{'{member}': a module of it}} and export that."
         )
     if origin.kind in BARE_KINDS and not replaced:
-        stored, described, _ = _one(source, member)
+        stored, described, _ = one(source, member)
         return described, module_of(state_of(stored, member))
     joint = load(source, members=[member], trust_remote_code=trust)
     if not replaced:
@@ -204,7 +213,7 @@ def _read_plain(source: str | Path, member: str, trust: bool) -> tuple[Member, n
     return as_exported(described, module), module
 
 
-def _one(source: str | Path | JointModel, member: str) -> tuple[Stored, Member, Any]:
+def one(source: str | Path | JointModel, member: str) -> tuple[Stored, Member, Any]:
     """What is stored of one member alone, the member (without a module where it was read), and its report."""
     if isinstance(source, JointModel):
         _check_name(member, source.names)

@@ -20,10 +20,11 @@ import surgery
 from surgery.artifact import load, save
 from surgery.artifact.export import export
 from surgery.artifact.verify import verify
-from surgery.errors import ArtifactError, OutputError, PlanError
+from surgery.errors import ArtifactError, ExportError, OutputError, PlanError
 from surgery.members.member import content_hash
 from surgery.members.references import load_member
 from surgery.page import look
+from surgery.storage.lazy import tensors_in_file
 
 WITHOUT_SURGERY = """
 import importlib.abc, sys
@@ -155,6 +156,41 @@ def test_verify_compares_the_files_of_exports(out: Path, tmp_path: Path):
         path.unlink()
         assert verify(folder).files == {path.name: "is missing"}
         json.dumps(verify(folder).to_json())
+
+
+@pytest.mark.parametrize("way", ["plain", "transformers", "compressed"])
+def test_a_dry_run_says_what_is_written(out: Path, joint, tmp_path: Path, way):
+    plan = surgery.plan_export(out, "text", format=way)
+    assert plan == surgery.plan_export(joint, "text", format=way)
+    assert not [*tmp_path.iterdir()]
+    folder = export(out, "text", tmp_path / "text", format=way)
+    handles = {}
+    for path in folder.rglob("*.safetensors"):
+        handles |= tensors_in_file(path)
+    assert plan.nbytes == sum(each.nbytes for each in handles.values())
+    if way == "plain":
+        assert {each.name for each in plan.tensors} == {*handles}
+    assert {"config.json", "vocab.txt"} == {*plan.files}
+    assert json.loads(json.dumps(plan.to_json()))["nbytes"] == plan.nbytes
+    assert plan.member in repr(plan) and "<table" in plan._repr_html_()
+    with pytest.raises(PlanError, match="`member` must be one of text, vision"):
+        surgery.plan_export(out, "other", format=way)
+    if way == "transformers":
+        with pytest.raises(ExportError, match="is for models of transformers as they are"):
+            surgery.plan_export(out, "vision", format=way)
+
+
+def test_a_dry_run_on_the_command_line(out: Path, tmp_path: Path):
+    from command_line import surgery as command
+
+    call = ["export", str(out), "--member", "text", "--out", str(tmp_path / "new"), "--dry-run"]
+    code, said, _ = command(*call)
+    assert code == 0 and "as it is (" in said and "would be written" in said and not [*tmp_path.iterdir()]
+    code, said, _ = command(*call, "--json")
+    assert code == 0 and json.loads(said)["tensors"][0]["becomes"] == "as it is"
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "mine").touch()
+    assert command(*call)[0] == 2
 
 
 def test_an_origin_that_moved_is_not_looked_for_on_the_hub(tmp_path: Path, text: Path, monkeypatch):

@@ -77,6 +77,9 @@ def test_a_relative_base_is_found_from_anywhere(tmp_path, monkeypatch):
     tuned("bert", 2).save_pretrained(tmp_path / "tuned")
     joint = surgery.join([surgery.load_member("tuned", name="net")])
     folder = export(joint, "net", "adapter", format="lora", base="sub/base", max_error=0.1)
+    plan = surgery.plan_export(joint, "net", format="lora", base="sub/base", max_error=0.1)
+    assert plan.nbytes == sum(t.nbytes for t in load_file(folder / "adapter_model.safetensors").values())
+    assert plan.files.keys() == {"README.md", "adapter_config.json"} and "output moved by" in plan.notes[-1]
     named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(tmp_path / "sub" / "base")  # not what the hub could have under that name
 

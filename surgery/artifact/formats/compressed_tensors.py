@@ -353,7 +353,7 @@ def _by_number(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
         match = re.search(r"(?<=\.)\d+(?=\.)", name)
         parts = (name[: match.start()], match[0], name[match.end() :]) if match else (name, "", "")
         found.setdefault((parts[0], parts[2]), []).append(parts[1])
-    return found
+    return {place: sorted(numbers, key=lambda n: (len(n), n)) for place, numbers in found.items()}
 
 
 def _pack(layer: str, encoded: Encoded, bits: int) -> dict[str, Tensor]:
