@@ -24,6 +24,9 @@ _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 _TIMM_WEIGHTS = re.compile(
     r"(timm:[^?=]*(?:\?(?:.*&)?[^=&]*=[^=&]*)?)=(.+)", re.DOTALL
 )  # behind a name or an option
+_LIKE_A_NAME = re.compile(
+    r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?"
+)  # on the hub: asked for, where no such folder is there
 _MARKED = ("./", "../")
 
 Change = Callable[[str], str]
@@ -169,7 +172,6 @@ def out_of_artifact(folder: str | Path) -> Places:
             found = os.path.relpath(os.path.join(home, path))
         except ValueError:
             return os.path.normpath(os.path.join(home, path))
-        # A path of two steps that is not there would be taken for a name on the hub.
-        return found if found.startswith("..") else f"./{found}"
+        return f"./{found}" if _LIKE_A_NAME.fullmatch(found) and not found.endswith(".py") else found
 
     return Places(change, lambda text: text.startswith(_MARKED))

@@ -292,7 +292,9 @@ def test_fitted_again_a_recipe_says_the_new_target_and_what_it_was_made_from(min
     surgery.save(joint, "again")
     recipe = load("again").recipe
     assert recipe is not None and recipe.target == ("budget", 0.4) and recipe.parameters.max_error is None
-    assert [model.model for model in recipe.models] == ["small"]  # whose weights are others than the origin's
+    assert [model.model for model in recipe.models] == [
+        "./small"
+    ]  # whose weights are others than the origin's
     assert recipe.recorded() == recipe
     same = merge(recipe.model_copy(update={"out": "same"}), trust_remote_code=True)
     assert same.report is not None and same.report.met
