@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         from surgery.util.progress import latest
 
-        _say(no_memory(latest()))
+        _say(no_memory(latest(), arguments[0] if arguments else ""))
         sys.exit(2)
     except SystemExit as end:
         if end.code in WORDS and console.FIRST:  # typer ends an interrupted verb without a word

@@ -45,19 +45,26 @@ def out_of_memory(error: BaseException) -> bool:
     return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "not enough memory" in str(error)
 
 
-def no_memory(stage: str) -> str:
+ADVICE = {
+    "merge": "Give --memory less than this machine has, which keeps what a fit makes in files, take fewer members at a "
+    "time, or --max-error 0, which leaves weights in their files.",
+    "train": "Take smaller batches or fewer members at a time, or a machine with more memory.",
+}
+"""What to do where memory ran out, by verb."""
+
+
+def no_memory(stage: str, verb: str = "") -> str:
     """What is said where memory ran out.
 
     Args:
         stage: what was going on.
+        verb: of the command line.
 
     Example:
-        >>> no_memory("Fitting")
-        'There was not enough memory (the last step was: Fitting). Take fewer members at a time, --max-error 0, which \
-leaves weights in their files, or a machine with more memory.'
+        >>> no_memory("Comparing", "verify")
+        'There was not enough memory (the last step was: Comparing). End what else takes memory, or take a machine \
+with more of it.'
     """
     at = f" (the last step was: {stage})" if stage else ""
-    return (
-        f"There was not enough memory{at}. Take fewer members at a time, --max-error 0, which leaves weights in their "
-        "files, or a machine with more memory."
-    )
+    advice = ADVICE.get(verb, "End what else takes memory, or take a machine with more of it.")
+    return f"There was not enough memory{at}. {advice}"

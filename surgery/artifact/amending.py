@@ -38,6 +38,7 @@ from surgery.artifact.writing import (
     check_folder_names,
     check_small_files,
     describe_member,
+    entries_of,
     lend_files,
     make_manifest,
     placed,
@@ -118,8 +119,9 @@ class _Amending:
         need = sum(each.nbytes for parts in written.values() for each in parts.values()) + ALLOWANCE
         need += sum(map(len, content.values()))
         with new_folder(folder, overwrite=True, need=need, record=False) as place:
+            hashes: dict[Path, str] = {}
             for stem, parts in written.items():
-                write_shards((place / stem).parent, Path(stem).name, parts_of(parts))
+                hashes |= write_shards((place / stem).parent, Path(stem).name, parts_of(parts), hashed=True)
             for stem in stems.keys() - written.keys():
                 self._link_tensors(place, stem)
             borrowed = self._put_small_files(place)
@@ -128,7 +130,7 @@ class _Amending:
             document, beside = self._put_rest(place)
             described = [self._described(name) for name in self.names]
             manifest = make_manifest(after, described, self.of.report, document, borrowed, self.folders)
-            write_front(place, manifest, after, beside, self.known)
+            write_front(place, manifest, after, beside, {**self.known, **entries_of(place, hashes)})
             self._check(place)
         return folder.expanduser().resolve()
 

@@ -102,9 +102,13 @@ def write(
         + sum(map(len, (*extras.values(), *extra.values())))
     )
     with new_folder(out, overwrite=overwrite, need=room, record=False) as folder:
+        hashes_of: dict[Path, str] = {}
         for stem, tensors in by_file(stored, folders).items():
             _check_sources(sources)
-            write_shards((folder / stem).parent, Path(stem).name, parts_of(tensors), max_shard_size)
+            place = folder / stem
+            hashes_of |= write_shards(
+                place.parent, place.name, parts_of(tensors), max_shard_size, hashed=True
+            )
         for name, files in own.items():
             for relative, content in files.items():
                 put_file(folder / "members" / folders[name] / relative, content)
@@ -120,7 +124,7 @@ def write(
         if training is not None:
             manifest = manifest.model_copy(update={"training": training})
             beside += len(json.dumps(training.to_json()))
-        write_front(folder, manifest, stored, beside)
+        write_front(folder, manifest, stored, beside, entries_of(folder, hashes_of))
         _check_readable(folder, stored, out)
         _check_sources(sources)
     return Path(out).expanduser().resolve()
@@ -427,9 +431,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _file_entry(path: Path) -> FileEntry:
+def entries_of(folder: Path, hashes: Mapping[Path, str]) -> dict[str, FileEntry]:
+    """What a manifest says of files of a folder whose hashes are known, by their path in it."""
+    return {path.relative_to(folder).as_posix(): _file_entry(path, digest) for path, digest in hashes.items()}
+
+
+def _file_entry(path: Path, digest: str | None = None) -> FileEntry:
+    """What a manifest says of a file, whose hash may be known."""
     header = read_header(path).digest if path.suffix == ".safetensors" else None
-    return FileEntry(bytes=path.stat().st_size, sha256=sha256_of(path), header=header)
+    return FileEntry(bytes=path.stat().st_size, sha256=digest or sha256_of(path), header=header)
 
 
 def _entry(content: bytes) -> FileEntry:

@@ -9,9 +9,12 @@ one. What still does not is copied when it is read; so is what lies unaligned in
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,8 @@ from surgery.storage.lazy import Handle, file_dtypes, read, tensors_in_file
 ALIGNMENT = 64  # bytes; PyTorch's own on the CPU, and the width of its widest vectors
 
 MUCH = 128 * 2**20  # bytes of mapped tensors that are not copied for their alignment before they have to run
+
+MANY = 2**20  # bytes from which hashing is worth a thread
 
 NOTES = "__metadata__"  # what the format calls the entry of a header that is no tensor
 
@@ -98,7 +103,9 @@ def write_shards(
     tensors: Mapping[str, Tensor],
     max_shard_size: int | str = "5GB",
     metadata: Mapping[str, str] | None = None,
-) -> None:
+    *,
+    hashed: bool = False,
+) -> dict[Path, str]:
     """Write `stem.safetensors`, or shards and `stem.safetensors.index.json` as the hub's libraries name them.
 
     Args:
@@ -107,6 +114,10 @@ def write_shards(
         tensors: by name; nothing is written where there is none.
         max_shard_size: bytes, or a text such as `"5GB"`.
         metadata: for each file's header.
+        hashed: whether hashes are taken.
+
+    Returns:
+        the SHA-256 of each file of tensors, taken while it was written; nothing where they are not taken.
 
     Raises:
         OutputError: naming all tensors of dtypes that the format does not know, or one that has a name of the format's.
@@ -114,7 +125,7 @@ def write_shards(
     from huggingface_hub import split_state_dict_into_shards_factory
 
     if not tensors:
-        return
+        return {}
     check_dtypes({name: tensor.dtype for name, tensor in tensors.items()})
     if NOTES in tensors:
         raise OutputError(
@@ -128,13 +139,18 @@ def write_shards(
         filename_pattern=f"{stem}{{suffix}}.safetensors",
         max_shard_size=max_shard_size,
     )
+    hashes: dict[Path, str] = {}
     for file, names in split.filename_to_tensors.items():
-        write_aligned(folder / file, {name: tensors[name] for name in names}, metadata)
+        digest = hashlib.sha256() if hashed else None
+        write_aligned(folder / file, {name: tensors[name] for name in names}, metadata, digest)
+        if digest is not None:
+            hashes[folder / file] = digest.hexdigest()
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / f"{stem}.safetensors.index.json").write_text(
             json.dumps(index, sort_keys=True, separators=(",", ":"))
         )
+    return hashes
 
 
 def check_dtypes(dtypes: Mapping[str, torch.dtype]) -> None:
@@ -152,7 +168,10 @@ def check_dtypes(dtypes: Mapping[str, torch.dtype]) -> None:
 
 
 def write_aligned(
-    path: Path, tensors: Mapping[str, Tensor | Handle], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor | Handle],
+    metadata: Mapping[str, str] | None = None,
+    digest: Any = None,
 ) -> None:
     """Write a safetensors file whose tensors begin at multiples of 64 bytes, as far as their sizes allow.
 
@@ -160,16 +179,27 @@ def write_aligned(
         path: of the file.
         tensors: by name, of dtypes that the format knows; handles are read one after another.
         metadata: for the header.
+        digest: of `hashlib`, which is given what is written, that of large tensors in a thread meanwhile.
     """
     entries = [(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
     header, order = _layout(entries, metadata)
-    with path.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:  # whose thread begins when it has work
+
+        def write(data: Any) -> None:
+            large = digest is not None and len(data) >= MANY
+            hashing = beside.submit(digest.update, data) if large else None
+            file.write(data)
+            if hashing is not None:
+                hashing.result()
+            elif digest is not None:
+                digest.update(data)
+
+        write(len(header).to_bytes(8, "little") + header)
         for name in order:
             tensor = read(tensors[name])
             if tensor.numel():
                 whole = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-                file.write(whole.reshape(-1).view(torch.uint8).numpy().data)
+                write(whole.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def aligned_file_bytes(entries: Iterable[Entry]) -> int:

@@ -17,7 +17,9 @@ from torch import nn
 
 import surgery
 from surgery.artifact.tensorfiles import read_tensors
+from surgery.disk import aligned
 from surgery.disk.aligned import ALIGNMENT, aligned_file_bytes, is_aligned, write_aligned, write_shards
+from surgery.disk.files import sha256_of
 from surgery.errors import OutputError
 from surgery.inputs.probes import outputs_of, probe_inputs
 
@@ -190,3 +192,15 @@ def test_the_name_of_a_files_notes_is_no_tensors_name(tmp_path):
     ):
         surgery.save(joint, tmp_path / "joint")
     assert not (tmp_path / "joint").exists()
+
+
+@settings(max_examples=40, deadline=None)
+@given(entries=ENTRIES, many=st.sampled_from([1, 100, 1 << 20]))
+def test_a_hash_is_taken_while_a_file_is_written(tmp_path_factory, entries, many):
+    folder = tmp_path_factory.mktemp("hashed")
+    tensors = {name: torch.ones(shape).to(dtype) for name, (dtype, shape) in entries.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aligned, "MANY", many)
+        hashes = write_shards(folder, "model", tensors, max_shard_size=1000, hashed=True)
+    assert hashes == {path: sha256_of(path) for path in folder.glob("*.safetensors")}
+    assert write_shards(folder, "plain", tensors) == {}

@@ -61,6 +61,27 @@ def test_too_little_memory_is_one_sentence_that_names_the_stage(recipe, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("verb", "fails", "more"),
+    [
+        ("verify", "surgery.artifact.verify.wrong_hashes", ()),
+        ("export", "surgery.artifact.export.dissolve", ("--member", "a", "--format", "plain", "--out")),
+    ],
+)
+def test_too_little_memory_of_other_verbs_is_one_sentence(recipe, tmp_path, monkeypatch, verb, fails, more):
+    merge(recipe)
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(fails, fail)
+    more = (*more, tmp_path / "plain") if more else ()
+    code, _, said = surgery(verb, tmp_path / "joint", *more, "-q")
+    assert code == 2 and said.startswith("surgery: There was not enough memory"), said
+    assert "--max-error" not in said
+    assert not (tmp_path / "plain").exists()
+
+
 def test_another_runtime_error_is_none_of_memory(recipe, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("a fault")
