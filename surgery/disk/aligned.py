@@ -186,13 +186,13 @@ def write_aligned(
     with path.open("wb") as file, ThreadPoolExecutor(1) as beside:  # whose thread begins when it has work
 
         def write(data: Any) -> None:
-            large = digest is not None and len(data) >= MANY
-            hashing = beside.submit(digest.update, data) if large else None
+            if digest is None or len(data) < MANY:
+                file.write(data)
+                return digest.update(data) if digest is not None else None
+            hashing = beside.submit(digest.update, data)
             file.write(data)
-            if hashing is not None:
-                hashing.result()
-            elif digest is not None:
-                digest.update(data)
+            hashing.result()
+            return None
 
         write(len(header).to_bytes(8, "little") + header)
         for name in order:
