@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,7 @@ surgery train synthetic --out runs/noisy
 surgery train recipe.yaml --out joint --set train.optimizer.lr=3e-4 --set train.generations=40
 surgery train recipe.yaml --out joint --fast-dev-run
 surgery train recipe.yaml --out joint --resume auto
+surgery train joint --add new=mine.py:net --set models.2.tasks.0.data=mine.py:data --out larger
 accelerate launch -m surgery_cli train recipe.yaml --out joint
 accelerate launch --use_fsdp --fsdp_version 2 -m surgery_cli train recipe.yaml --out joint
 """
@@ -50,6 +51,25 @@ def train(
             help="Change one value of the recipe, such as train.steps=50; repeatable.",
         ),
     ] = None,
+    add: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--add",
+            metavar="NAME=REF",
+            rich_help_panel=RUN,
+            help="With DIR: one more member, trained beside those of the folder; its task is given with --set "
+            "models.N.tasks.0.data=..., N counting from 0. Repeatable.",
+        ),
+    ] = None,
+    bank: Annotated[
+        Literal["frozen", "refined"],
+        typer.Option(
+            "--bank",
+            rich_help_panel=RUN,
+            help="With --add. frozen: members of the folder stay as they are, bit for bit, and new ones may use what "
+            "they have. refined: all are trained on.",
+        ),
+    ] = "frozen",
     resume: Annotated[
         Literal["auto", "never"],
         typer.Option(
@@ -88,7 +108,9 @@ def train(
     state in DIR.training beside --out; [cyan]Ctrl-C[/cyan] saves and leaves, [cyan]--resume auto[/cyan] goes on
     to the very result of an unbroken run. The folder holds the log and the pictures too.
     """
-    recipe, folder = read_training(source, out, seed, changes or [], trust_remote_code)
+    recipe, folder = read_training(
+        source, out, seed, changes or [], trust_remote_code, add or [], frozen=bank == "frozen"
+    )
     if recipe.out is None and not dry_run:
         raise typer.BadParameter("a folder to write is needed", param_hint="--out")
     if dry_run:
@@ -117,9 +139,16 @@ def train(
 
 
 def read_training(
-    source: str, out: str | None, seed: int | None, changes: list[str], trust: bool
+    source: str,
+    out: str | None,
+    seed: int | None,
+    changes: list[str],
+    trust: bool,
+    add: list[str] | None = None,
+    *,
+    frozen: bool = True,
 ) -> tuple[Recipe, Path | None]:
-    """The recipe, and the folder whose members go on, where the source is one."""
+    """The recipe, and the folder whose members go on, where the source is one; with members that are added to it."""
     import yaml
 
     from surgery.disk.places import out_of_artifact
@@ -138,10 +167,40 @@ def read_training(
     given = {key: value for key, value in (("out", out), ("seed", seed)) if value is not None}
     document |= given
     document.setdefault("train", yaml.safe_load("{}"))
+    if found:
+        document["train"].pop("keep", None)  # of the run that wrote the folder
+    if add:
+        document = with_added(document, found, add, frozen)
     document = override(document, changes)
     check_code(document, folder / "recipe.yaml" if found else source, trust)
     called = {} if any(change.startswith("seed=") for change in changes) else called_by_flags(given)
     return check_document(document, going_on=found is not None, called=called), found
+
+
+def with_added(document: dict[str, Any], folder: Path | None, add: list[str], frozen: bool) -> dict[str, Any]:
+    """A folder's recipe with more members, whose tasks are still to be given."""
+    from surgery.errors import PlanError
+
+    if folder is None:
+        raise typer.BadParameter(
+            "needs a folder that training wrote in place of RECIPE; a recipe names its members itself",
+            param_hint="--add",
+        )
+    names = [model["name"] for model in document.get("models", ())]
+    pairs = [(name, reference) for name, _, reference in (each.partition("=") for each in add)]
+    if wrong := [each for each, (name, ref) in zip(add, pairs, strict=True) if not name or not ref]:
+        raise typer.BadParameter(f"is written NAME=REF, found {', '.join(wrong)}", param_hint="--add")
+    new = [name for name, _ in pairs]
+    if taken := sorted({name for name in new if name in names or new.count(name) > 1}):
+        raise typer.BadParameter(
+            f"needs names that are not taken, found {', '.join(taken)}; the folder has {', '.join(names)}",
+            param_hint="--add",
+        )
+    if "models" not in document:
+        raise PlanError(f"{folder} must hold a recipe with members to add to, found none.")
+    models = [{"name": name, "model": reference, "tasks": [{}]} for name, reference in pairs]
+    train = {**document["train"], **({"keep": names} if frozen else {})}
+    return {**document, "models": [*document["models"], *models], "train": train}
 
 
 def preview(recipe: Recipe, folder: Path | None, trust: bool, *, json: bool, quiet: bool) -> None:

@@ -20,11 +20,11 @@ from surgery.disk.claims import claim_of_first
 from surgery.disk.folders import check_target
 from surgery.disk.records import remove_owned
 from surgery.errors import ConsentError, LoadError, PlanError, SurgeryError
-from surgery.members.member import Origin
+from surgery.members.member import Member, Origin
 from surgery.members.references import load_origin, ships
 from surgery.permission import Permission
 from surgery.pipeline.finished import FOLDER, finished_run, going_on, run_folder
-from surgery.pipeline.merge import Prepared, input_paths, plan_members, prepare
+from surgery.pipeline.merge import Prepared, input_paths, load_entry, plan_members, prepare
 from surgery.pipeline.trial import begin_from_source, load_source
 from surgery.settings.recipe import Recipe
 from surgery.training.checking import check_recipe, check_source
@@ -64,9 +64,27 @@ def prepare_again(folder: str | Path, recipe: Recipe, *, trust_remote_code: bool
     """
     check_sources(recipe, Permission.of_artifact(trust_remote_code))
     loaded = load(folder, trust_remote_code=trust_remote_code)
-    members = tuple(loaded.copy_member(name) for name in loaded.names)
+    members = tuple(_members_again(loaded, recipe, trust_remote_code))
     anatomies, plan = plan_members(recipe, members, going_on=True)
     return Prepared(recipe, members, tuple(anatomies), plan, {})
+
+
+def _members_again(loaded: JointModel, recipe: Recipe, trust_remote_code: bool) -> list[Member]:
+    """The members of an artifact, and those that a recipe has besides, loaded from their references."""
+    permission = Permission.of_user(trust_remote_code)
+    data = TaskData(lambda spec, member: load_data(spec, member, recipe.seed, permission), recipe.seed)
+    members = [loaded.copy_member(name) for name in loaded.names]
+    for model in recipe.models:
+        if model.name in loaded.names:
+            continue
+        more = [member for member, _ in load_entry(model, data.inputs, recipe, trust_remote_code)]
+        if len(more) != 1:
+            raise PlanError(
+                f"A member that is added needs a reference to one model, but {model.model} holds {len(more)}: "
+                "name one of them with its name in the folder, or extract it first."
+            )
+        members += more
+    return members
 
 
 def try_tasks(prepared: Prepared, *, own: bool = True, trust_remote_code: bool = False) -> None:
@@ -81,7 +99,8 @@ def try_tasks(prepared: Prepared, *, own: bool = True, trust_remote_code: bool =
         SurgeryError: for data that cannot be read, or do not suit member, loss or metric.
     """
     members = {member.name: member for member in prepared.members}
-    tasks = make_tasks(prepared.recipe, members, _permission(own, trust_remote_code), prepared.data)
+    recipe = _trained(prepared.recipe)
+    tasks = make_tasks(recipe, members, _permission(own, trust_remote_code), prepared.data)
     rehearse_members({name: member.module for name, member in members.items()}, tasks, prepared.recipe.seed)
 
 
@@ -155,7 +174,7 @@ def _train_recipe(
     else:
         recipe = going_on(recipe)
     read = None if prepared is None else prepared.data
-    config, tasks = recipe.train, make_tasks(recipe, joint.members, permission, read)
+    config, tasks = recipe.train, make_tasks(_trained(recipe), joint.members, permission, read)
     assert config is not None
     if fast_run:
         config, tasks = fast(config, tasks)
@@ -177,6 +196,13 @@ def _train_recipe(
     return joint, report
 
 
+def _trained(recipe: Recipe) -> Recipe:
+    """The recipe without the tasks of members that stay as they are."""
+    keep = recipe.train.keep if recipe.train is not None else ()
+    models = [m.model_copy(update={"tasks": ()}) if m.name in keep else m for m in recipe.models]
+    return recipe.model_copy(update={"models": tuple(models)})
+
+
 def _permission(own: bool, trust_remote_code: bool) -> Permission:
     """Of a recipe that the user wrote, or of one that came with an artifact."""
     return (Permission.of_user if own else Permission.of_artifact)(trust_remote_code)
@@ -189,7 +215,7 @@ def rejoin(
 
     They go on from the weights that they have, and from their hypermodules where the recipe's blocks are still those
     of the artifact; tensors that are equal, up to a factor, are shared too. A tensor that does not change later is
-    stored as the artifact stores it.
+    stored as the artifact stores it. Members that the recipe has besides are loaded from their references.
 
     Args:
         folder: the artifact.
@@ -202,7 +228,7 @@ def rejoin(
     """
     check_sources(recipe, _permission(own, trust_remote_code))
     loaded = load(folder, trust_remote_code=trust_remote_code)
-    members = [loaded.copy_member(name) for name in loaded.names]
+    members = _members_again(loaded, recipe, trust_remote_code)
     plan = plan_members(recipe, members, going_on=True)[1]
     joint = join(members, plan)
     for method in methods_of(plan):

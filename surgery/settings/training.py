@@ -98,6 +98,8 @@ class Training(Strict):
         mixed_precision: dtype of autocast, as accelerate names it; `no`, or what accelerate was launched with.
         freeze: tensors that stay as they are, beside what is generated: exact names, or `re:` patterns, in all
             members that have them, or after `MEMBER:` in one.
+        keep: members that stay as they are, bit for bit: their tasks are not trained, and what the dictionary has of
+            them can be used by others but does not change. For methods whose blocks are all of hypermodules.
         share: private tensors (what is not generated: norms, biases) that are one parameter for all members that have
             them in one shape; named as for `freeze`.
         sync_norms: whether batch norms take their statistics over the batch of all processes, as SyncBatchNorm does on
@@ -120,6 +122,7 @@ class Training(Strict):
     stopping: Stopping = Stopping()
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     freeze: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
     share: tuple[str, ...] = ()
     sync_norms: bool = False
     compile: bool = False
@@ -137,6 +140,15 @@ class Training(Strict):
         if self.templates.harden and not self.final:
             raise ValueError(
                 "templates.harden needs final generations, in which hardened templates are trained"
+            )
+        if self.keep and self.evolution.start not in ("own", "given"):
+            raise ValueError(
+                f"members in 'keep' need evolution.start own or given, found {self.evolution.start}: it moves blocks"
+            )
+        if self.keep and self.optimizer.weight_decay:
+            raise ValueError(
+                "members in 'keep' need optimizer.weight_decay 0, since decay would change what they use, found "
+                f"{self.optimizer.weight_decay:g}"
             )
         if self.evolution.normalise and self.optimizer.name == "sgd":
             raise ValueError(

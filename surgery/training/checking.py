@@ -177,11 +177,28 @@ def check_run(
         for name in training.optimizer.rates
         if name not in joint.names
     ]
+    wrong += _keep_problems(joint, tasks, training.keep)
     if wrong:
         raise PlanError(
             sentence(f"Training needs settings and tasks that fit the joint model; found: {'; '.join(wrong)}")
         )
     return _with_rates(training, tasks), plan
+
+
+def _keep_problems(joint: JointModel, tasks: Sequence[Task], keep: Sequence[str]) -> list[str]:
+    """Why members cannot stay as they are."""
+    wrong = [
+        f"train.keep names members of {', '.join(joint.names)}, found {name}"
+        for name in keep
+        if name not in joint.names
+    ]
+    wrong += [
+        f"task '{task.name}' trains member '{task.member}', which train.keep says stays as it is"
+        for task in tasks
+        if task.member in keep
+    ]
+    others = sorted({bank.method for bank in joint.plan.banks} - {"hypermodules"}) if keep else []
+    return wrong + [f"train.keep is for banks of hypermodules, found banks of {name}" for name in others]
 
 
 def _with_rates(training: Training, tasks: Sequence[Task]) -> Training:

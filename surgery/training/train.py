@@ -32,7 +32,7 @@ from surgery.training.distributed.fsdp import (
 from surgery.training.distributed.synced import synced_norms
 from surgery.training.loop.run import Run, begun_with, check_folder
 from surgery.training.loop.sharing_private import share_private
-from surgery.training.loop.starting import freeze, start
+from surgery.training.loop.starting import freeze, keep_private, start
 from surgery.training.loop.trainer import Trainer
 from surgery.training.report.comparison import measure
 from surgery.training.report.report import TrainReport
@@ -151,6 +151,7 @@ def _train(
         names = {name: list(joint.private(name)) for name in joint.names}
         share_private(joint, share_selectors(settings.share, names, "train.share"))
         freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
+        keep_private(joint, settings.keep)
         began = measure(joint)[0] if accelerator.is_main_process else None
         with synced_norms(joint, accelerator, settings.sync_norms):
             _prepare_members(joint, settings)

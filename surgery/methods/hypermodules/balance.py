@@ -62,6 +62,7 @@ def balance(bank: HypermoduleBank, rates: Tensor, norm: int) -> None:
     home = homes(bank.psi, bank.hypermodules)
     wanted = rates[home].pow(1 / norm)
     ratio = torch.where(length[home] > 0, length[home], wanted) / wanted  # [K] how much longer rows get
+    ratio = torch.where(bank.kept_hypermodules, 1.0, ratio)
     bank.rows.mul_(ratio.repeat_interleave(c).unsqueeze(1))
     coefficient = coefficient / ratio[bank.psi].unsqueeze(1)
     size = _sizes(bank)
@@ -77,6 +78,7 @@ def balance(bank: HypermoduleBank, rates: Tensor, norm: int) -> None:
         most = (SHARE / bank.width) ** 0.5  # dB = f^2 sum_j <g, R_j> R_j is then at most c SHARE |g|
         factor = rates.sqrt() * torch.minimum(torch.ones_like(mine), most / mine)
     factor = torch.where(factor > 0, factor, torch.ones_like(factor))
+    factor = factor if bank.kept is None else torch.where(bank.kept, 1.0, factor)
     bank.set_factors(factor * mine, size)
     bank.contexts.copy_(coefficient / bank.factors.unsqueeze(1))
 

@@ -23,6 +23,7 @@ class HypermoduleBank(RowsBank):
         scale: `[L]`, and
         size: `[K]`: a location's contexts are multiplied by `scale_l / size_k`, which is not trained (see
             `methods.hypermodules.balance`); None where they are used as they are.
+        kept: `[L]` locations whose blocks must not change while others are trained; None where all may.
     """
 
     form: ClassVar[str] = "rows"
@@ -30,6 +31,7 @@ class HypermoduleBank(RowsBank):
     diagonals: nn.Parameter | None
     scale: Tensor | None
     size: Tensor | None
+    kept: Tensor | None
 
     def __init__(
         self, block: tuple[int, int], rows: Tensor, psi: Tensor, contexts: Tensor, hypermodules: int
@@ -39,6 +41,7 @@ class HypermoduleBank(RowsBank):
         self.register_parameter("diagonals", None)
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("size", None, persistent=False)
+        self.register_buffer("kept", None, persistent=False)
         self._factors: tuple[Tensor, int, Tensor, Tensor] | None = None
 
     @classmethod
@@ -49,6 +52,34 @@ class HypermoduleBank(RowsBank):
         made = cls(bank.block, bank.rows.detach(), bank.psi, bank.contexts.detach(), bank.hypermodules)
         made.rows, made.contexts, made.origin = bank.rows, bank.contexts, bank.origin
         return made.train(bank.training)
+
+    # -- what stays ----------------------------------------------------------------------------------------
+
+    @property
+    def free(self) -> Tensor:
+        """The locations that may change: `[L']`, ascending."""
+        if self.kept is None:
+            return torch.arange(self.locations, device=self.device)
+        return (~self.kept).nonzero().squeeze(1)
+
+    @property
+    def kept_hypermodules(self) -> Tensor:
+        """Which hypermodules have users that must not change: `[K]`, boolean."""
+        found = torch.zeros(self.hypermodules, dtype=torch.bool, device=self.device)
+        if self.kept is not None:
+            found[self.psi[self.kept]] = True
+        return found
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Take the gradients of what must not change away; an optimizer without decay then leaves it as it is."""
+        if self.kept is None:
+            return
+        if self.rows.grad is not None:
+            self.rows.grad[self.kept_hypermodules.repeat_interleave(self.context)] = 0
+        for own in (self.contexts, self.diagonals):
+            if own is not None and own.grad is not None:
+                own.grad[self.kept] = 0
 
     # -- factors -------------------------------------------------------------------------------------------
 

@@ -52,6 +52,8 @@ def contend(
     fraction = 0.5 if settings.fraction is None else settings.fraction  # the paper's
     mergers = _mergers(bank, settings.merging, fraction, generator, moments)
     chosen = _draw_others(bank, fraction, generator, mergers)
+    if not len(chosen) and mergers is None:  # all locations stay as they are
+        return []
     drawn = _draw(bank, settings, chosen, generator, siblings)
     if settings.least > 0:
         chosen, drawn = _able(bank, chosen, drawn, settings.least)
@@ -118,7 +120,10 @@ def redraw(bank: HypermoduleBank, fraction: float, generator: torch.Generator) -
 
     Nothing is removed: a hypermodule that nobody uses now may be drawn again.
     """
-    chosen = draw_locations(bank.locations, fraction, generator).to(bank.psi.device)
+    free = bank.free
+    if not len(free):
+        return 0
+    chosen = free[draw_locations(len(free), fraction, generator).to(free.device)]
     every = torch.arange(bank.hypermodules, device=bank.psi.device)
     psi = bank.psi.clone()
     psi[chosen] = draw_uniformly(every, len(chosen), 1, generator).squeeze(1)
@@ -177,7 +182,7 @@ def _mergers(
     """Merging moves of a share of the locations that are sampled."""
     if not share:
         return None
-    most = round(share * fraction * bank.locations)
+    most = round(share * fraction * len(bank.free))
     return draw_mergers(bank, most, generator, moments, _total(bank))
 
 
@@ -185,12 +190,13 @@ def _draw_others(
     bank: HypermoduleBank, fraction: float, generator: torch.Generator, mergers: Mergers | None
 ) -> Tensor:
     """The sampled locations that no merging move has taken: `[N]`, ascending; with these, `p*L`."""
+    free = bank.free
+    if not len(free):
+        return free
     if mergers is None:
-        return draw_locations(bank.locations, fraction, generator).to(bank.psi.device)
-    free = torch.ones(bank.locations, dtype=torch.bool, device=bank.psi.device)
-    free[mergers.locations] = False
-    rest = free.nonzero().squeeze(1)
-    count = fraction * bank.locations - len(mergers.locations)
+        return free[draw_locations(len(free), fraction, generator).to(free.device)]
+    rest = free[~torch.isin(free, mergers.locations)]
+    count = fraction * len(free) - len(mergers.locations)
     if count < 0.5 or not len(rest):
         return rest[:0]
     return rest[draw_locations(len(rest), min(count / len(rest), 1.0), generator).to(rest.device)]

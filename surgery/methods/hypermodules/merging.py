@@ -61,6 +61,7 @@ def draw_mergers(
     """
     uses = usage(bank.psi, bank.hypermodules)
     order = torch.randperm(bank.hypermodules, generator=generator).to(uses.device)
+    order = order[~bank.kept_hypermodules[order]]
     given_up = order[uses[order].cumsum(0) <= most]
     left = torch.ones(bank.hypermodules, dtype=torch.bool, device=uses.device)
     left[given_up] = False

@@ -105,10 +105,11 @@ class Hypermodules(RowsMethod):
     def start(self, joint: JointModel, config: Training, generator: torch.Generator) -> None:
         """Give every bank the alignment to begin with, and bring it into balance."""
         from surgery.methods.hypermodules.balance import balance_banks
-        from surgery.methods.hypermodules.starts import align
+        from surgery.methods.hypermodules.starts import align, keep
 
         settings = config.evolution
         align(joint, settings, generator)
+        keep(joint, config.keep)
         if settings.scale == "balanced":
             balance_banks(joint, config.optimizer, settings.codes == "contexts")
 

@@ -89,7 +89,9 @@ class HypermoduleMoves(Moves):
         return torch.stack(terms).sum() if terms else None
 
     def before_update(self) -> None:
-        """Contests of small tasks keep up with those of large ones, where the settings say so."""
+        """What must not change has no gradient; contests of small tasks keep up, where the settings say so."""
+        for bank in self.banks.values():
+            bank.hold()
         if self.config.evolution.normalise:
             for bank in self.banks.values():
                 normalise(self.trainer.optimizer, bank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -51,6 +52,22 @@ def align(joint: JointModel, settings: Evolution, generator: torch.Generator) ->
             count = min(settings.hypermodules or bank.locations, bank.locations)
             regroup(bank, torch.randint(count, (bank.locations,), generator=generator))
         bank.rows.requires_grad_(not settings.freeze)
+
+
+def keep(joint: JointModel, members: Collection[str]) -> None:
+    """Let the blocks of some members stay as they are.
+
+    Args:
+        joint: open and aligned; blocks are what the members are to keep.
+        members: names.
+    """
+    for key in joint.plan.keys_of("hypermodules"):
+        bank: Any = joint.dictionary[key]
+        kept = torch.zeros(bank.locations, dtype=torch.bool, device=bank.psi.device)
+        for p in joint.plan.placements:
+            if p.bank == key and p.site.member in members:
+                kept[p.start : p.stop] = True
+        bank.kept = kept if bool(kept.any()) else None
 
 
 def take_over(joint: JointModel, loaded: JointModel) -> None:

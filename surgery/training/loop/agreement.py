@@ -34,6 +34,8 @@ def terms_of(trainer: Trainer, seed: int, folder: Path | None = None) -> dict[st
     rates = {"soft_lr", "clip"} if config.optimizer.rates else {"lr", "rates", "soft_lr", "clip"}
     free = {"save_seconds": True, "trackers": True, "optimizer": rates}
     train = config.model_dump(mode="json", exclude=free)
+    if not config.keep:
+        del train["keep"]  # states of earlier versions do not say it
     if folder is not None:
         train = into_artifact(folder).training(train)
     replaced = [asdict(each.replacement) for member in joint.members.values() for each in member.replaced]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 
@@ -44,3 +44,10 @@ def freeze(joint: JointModel, selectors: Mapping[str, Sequence[str]]) -> None:
         for key, parameter in joint.private(name).items():
             if any(matches(selector, key) for selector in chosen):
                 parameter.requires_grad_(False)
+
+
+def keep_private(joint: JointModel, members: Collection[str]) -> None:
+    """Let all private parameters of some members stay as they are."""
+    for name in members:
+        for parameter in joint.private(name).values():
+            parameter.requires_grad_(False)
