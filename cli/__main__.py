@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperOption
 from surgery.errors import SurgeryError
 from surgery.version import __version__
 
-from . import add, demo, evaluate, export, inspect, merge, recipes, refit, remove, report, train, verify
+from . import add, demo, evaluate, export, inspect, merge, push, recipes, refit, remove, report, train, verify
 from .endings import WORDS, no_memory, out_of_memory, requests_raise
 from .flags import flags_of, in_flags, typed_in
 from .options import FLAG
@@ -74,7 +74,7 @@ def _with_a_sign_of_life(verb: Callable[..., None]) -> Callable[..., None]:
     return shown
 
 
-for each in (demo, inspect, merge, add, remove, refit, train, evaluate, report, verify, export):
+for each in (demo, inspect, merge, add, remove, refit, train, evaluate, report, verify, export, push):
     _add(each)
 app.add_typer(recipes.app, name="recipes")
 

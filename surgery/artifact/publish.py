@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from surgery.errors import OutputError, PlanError
 from surgery.util.showing import as_html, as_text, plural
 from surgery.util.text import one_line, shorten
 from surgery.util.wording import size
+
+
+_BRANCH = re.compile(r"\w(?:[\w/-]|\.(?!\.))*")
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,7 +75,7 @@ def push_to_hub(
         dry_run: whether to say what would be uploaded, and do nothing; nothing is asked of the hub.
 
     Raises:
-        PlanError: where `repo` is no name of a repository.
+        PlanError: where `repo` is no name of a repository, or `revision` none of a branch.
         OutputError: where the folder holds nothing that surgery wrote, or the hub refuses it.
 
     Example:
@@ -88,6 +92,8 @@ def push_to_hub(
         raise PlanError(
             f"`repo` must be a name such as org/name, found '{repo}': {one_line(error)}"
         ) from error
+    if revision is not None and not _BRANCH.fullmatch(revision):
+        raise PlanError(f"`revision` must be the name of a branch, such as main, found '{revision}'.")
     place = Path(folder).expanduser()
     written = sorted({*artifact_files(place), *owned_files(place)} - {".surgery-files"})
     files = {name: (place / name).stat().st_size for name in written if (place / name).is_file()}

@@ -249,7 +249,7 @@ def load_origin(
     """
     handler = origin_kind(origin.kind)
     if not handler.claims(origin.reference):
-        here = origin.reference.startswith((".", "/", "~"))
+        here = origin.reference.startswith((".", "/", "~")) or origin.reference.count("/") > 1
         what = "which is not there" if here else f"which is no reference of kind {origin.kind}"
         raise LoadError(f"the origin is '{origin.reference}', {what}")
     drawn = member_seed(seed, name) if origin.seed is None else origin.seed

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import huggingface_hub
 import pytest
 from artifacts import contents, pair
+from command_line import surgery as command
 
 import surgery
 from surgery.errors import OutputError, PlanError
@@ -22,6 +25,18 @@ def test_a_dry_run_says_what_would_go(folder, monkeypatch):
     assert found.card and found.url is None and not found.left
     assert f"{len(found.files)} files" in repr(found) and "would go to me/joint" in repr(found)
     assert "<table" in found._repr_html_()
+
+
+def test_on_the_command_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    code, said, _ = command("push", str(folder), "me/joint", "--dry-run")
+    assert code == 0 and "would go to me/joint" in said and "manifest.json" in said
+    code, said, _ = command("push", str(folder), "me/joint", "--dry-run", "--json")
+    assert code == 0 and json.loads(said)["repo"] == "me/joint" and json.loads(said)["url"] is None
+    code, _, wrong = command("push", str(folder), "a/b/c", "--dry-run")
+    assert code == 2 and "must be a name such as org/name" in wrong
+    code, _, wrong = command("push", str(tmp_path), "me/joint", "--dry-run")
+    assert code == 2 and "holds nothing of it" in wrong and "Traceback" not in wrong
 
 
 def test_only_what_surgery_wrote_goes(folder, monkeypatch):
