@@ -13,7 +13,6 @@ from surgery.util.showing import as_html, as_text, plural
 from surgery.util.text import one_line, shorten
 from surgery.util.wording import size
 
-
 _BRANCH = re.compile(r"\w(?:[\w/-]|\.(?!\.))*")
 
 
