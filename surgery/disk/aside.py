@@ -10,10 +10,11 @@ none would end the process.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -74,6 +75,42 @@ def put_aside(tensor: Tensor) -> Tensor:
     with torch.no_grad():
         kept.copy_(tensor)
     return kept
+
+
+def empty_aside(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised tensor, in a file where one would be put aside.
+
+    Args:
+        shape: of it.
+        like: of which it has dtype and device.
+    """
+    folder, nbytes = _folder.get(), math.prod(shape) * like.dtype.itemsize
+    if folder is None or nbytes < FEWEST or like.device.type != "cpu":
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    held = torch.empty(0, dtype=like.dtype).set_(_room(folder, nbytes))  # pyright: ignore
+    return held.view(shape)
+
+
+@torch.no_grad()
+def stack_aside(count: int, parts: Iterable[Tensor]) -> Tensor:
+    """`torch.stack` of tensors that are made one after another, no two of which are there at once.
+
+    Args:
+        count: how many there are.
+        parts: of one shape and dtype.
+
+    Example:
+        >>> stack_aside(2, (torch.full((3,), float(i)) for i in range(2))).tolist()
+        [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
+    """
+    made = iter(parts)
+    first = next(made)
+    found = empty_aside((count, *first.shape), first)
+    found[0] = first
+    del first
+    for number, part in enumerate(made, 1):
+        found[number] = part
+    return found
 
 
 def _is_dense(tensor: Tensor) -> bool:

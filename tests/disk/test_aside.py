@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.disk import aside as module
-from surgery.disk.aside import aside, is_aside, put_aside
+from surgery.disk.aside import aside, empty_aside, is_aside, put_aside, stack_aside
 from surgery.errors import OutputError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files are mapped so on Linux alone")
@@ -79,3 +79,13 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
     ):
         put_aside(torch.zeros(1000))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_stack_is_that_of_pytorch(tmp_path, inside):
+    parts = [torch.randn(3, 4).T for _ in range(3)]
+    with aside(tmp_path if inside else None):
+        found = stack_aside(3, iter(parts))
+        assert found.equal(torch.stack(parts))
+        assert found.is_contiguous()
+        assert empty_aside((2, 3), parts[0]).shape == (2, 3)

@@ -19,7 +19,7 @@ from torch import Tensor
 from surgery.anatomy.plan import BankPlan, Placement
 from surgery.anatomy.sites import Site
 from surgery.core.dictionary import index_dtype, master_dtype
-from surgery.disk.aside import put_aside
+from surgery.disk.aside import put_aside, stack_aside
 from surgery.fitting.metric import Metric, mean_metric, times
 from surgery.fitting.related import register_way
 from surgery.fitting.scene import Scene, key_of
@@ -153,7 +153,9 @@ def shared_matrix(scene: Scene, sites: Sequence[Site]) -> Arrangement:
     originals = [scene.originals[key_of(site)] for site in sites]
 
     def mean() -> Tensor:
-        return torch.stack([_matrix(*each) for each in zip(sites, originals, strict=True)]).mean(0)
+        return stack_aside(len(sites), (_matrix(*each) for each in zip(sites, originals, strict=True))).mean(
+            0
+        )
 
     shared = mean()
     found = [

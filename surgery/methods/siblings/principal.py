@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from surgery.disk.aside import empty_aside, put_aside
+
 
 def principal_rows(blocks: Tensor, sensitivity: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows and contexts that give sibling blocks back, in order of energy.
@@ -26,9 +28,9 @@ def principal_rows(blocks: Tensor, sensitivity: Tensor) -> tuple[Tensor, Tensor,
     """
     root = sensitivity.clamp_min(torch.finfo(torch.float32).tiny).sqrt().to(blocks.dtype)
     root = root / root.mean()
-    scaled = blocks * root[:, None, None]
+    scaled = torch.mul(blocks, root[:, None, None], out=empty_aside(tuple(blocks.shape), blocks))
     gram = torch.einsum("ild,jld->lij", scaled, scaled).double()
     directions = torch.linalg.eigh(gram).eigenvectors.flip(-1)  # [L, N, N], most energy first
-    rows = torch.einsum("lij,ild->jld", directions.to(blocks.dtype), scaled)
+    rows = put_aside(torch.einsum("lij,ild->jld", directions.to(blocks.dtype), scaled))
     contexts = directions.permute(1, 0, 2).to(blocks.dtype) / root[:, None, None]
     return rows, contexts, directions.permute(1, 0, 2).square().float()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from surgery.anatomy.sites import Site
 from surgery.core.dictionary import master_dtype
+from surgery.disk.aside import stack_aside
 from surgery.fitting.metric import mean_metric
 from surgery.fitting.related import register_way
 from surgery.fitting.scene import Scene, key_of, private_view
@@ -35,8 +36,8 @@ def principal_directions(scene: Scene, sites: Sequence[Site]) -> Arrangement:
     sensitivity = torch.tensor([scene.sensitivity[key_of(site)] for site in sites], device=device)
 
     def made() -> tuple[Tensor, Tensor, Tensor]:
-        blocks = torch.stack([tile(view.to_matrices(each), grid).to(master) for each in originals])
-        return principal_rows(blocks, sensitivity)
+        cut = (tile(view.to_matrices(each), grid).to(master) for each in originals)
+        return principal_rows(stack_aside(len(originals), cut), sensitivity)
 
     rows, contexts, share = made()
     power = sensitivity.sqrt().mean().square().item()  # rows are scaled by root sensitivity over its mean
