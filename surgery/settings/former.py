@@ -52,6 +52,7 @@ DEFAULTS: dict[str, Any] = {
     "evolution.normalise": False,
     "evolution.narrow": False,
     "evolution.merges": 0.0,
+    "evolution.splits": None,
     "evolution.price": 0.0,
     "stopping.best": "all",
     "sync_norms": False,

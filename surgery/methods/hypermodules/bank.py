@@ -23,6 +23,7 @@ class HypermoduleBank(RowsBank):
         scale: `[L]`, and
         size: `[K]`: a location's contexts are multiplied by `scale_l / size_k`, which is not trained (see
             `methods.hypermodules.balance`); None where they are used as they are.
+        pull: `[L, m*n]`, the gradients of all blocks are added here as they come; None where nobody asks for them.
         kept: `[L]` locations whose blocks must not change while others are trained; None where all may.
     """
 
@@ -31,6 +32,7 @@ class HypermoduleBank(RowsBank):
     diagonals: nn.Parameter | None
     scale: Tensor | None
     size: Tensor | None
+    pull: Tensor | None
     kept: Tensor | None
 
     def __init__(
@@ -42,6 +44,7 @@ class HypermoduleBank(RowsBank):
         self.register_buffer("scale", None, persistent=False)
         self.register_buffer("size", None, persistent=False)
         self.register_buffer("kept", None, persistent=False)
+        self.register_buffer("pull", None, persistent=False)
         self._factors: tuple[Tensor, int, Tensor, Tensor] | None = None
 
     @classmethod
@@ -120,6 +123,9 @@ class HypermoduleBank(RowsBank):
         else:
             with torch.autocast(self.rows.device.type, enabled=False):
                 blocks = self.contest.blocks(self.rows, self.contexts, start, stop, self.coefficients)
+        if self.pull is not None and blocks.requires_grad:
+            part = self.pull[start : start + len(blocks)]
+            blocks.register_hook(lambda gradient: (part.add_(gradient), None)[1])
         return blocks if self.diagonals is None else self._on_diagonals(blocks, self.diagonals[start:stop])
 
     def add_diagonals(self) -> None:

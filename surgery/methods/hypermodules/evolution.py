@@ -296,16 +296,17 @@ def _grow(bank: HypermoduleBank, new: int, generator: torch.Generator) -> Resize
     noise, size = bank.columns.cut(noise), bank.columns.mean(old.detach().square()).sqrt()
     rows = torch.cat([old.detach(), noise.to(old.device) * size])
     source = torch.cat([torch.arange(len(old)), torch.full((new * c,), -1)]).to(old.device)
-    return _replace(bank, rows, source, bank.hypermodules + new)
+    return replace_rows(bank, rows, source, bank.hypermodules + new)
 
 
 def _take_rows(bank: HypermoduleBank, hypermodules: Tensor) -> Resized:
     c = bank.context
     source = (hypermodules.unsqueeze(1) * c + torch.arange(c, device=hypermodules.device)).reshape(-1)
-    return _replace(bank, bank.rows.detach()[source], source, len(hypermodules))
+    return replace_rows(bank, bank.rows.detach()[source], source, len(hypermodules))
 
 
-def _replace(bank: HypermoduleBank, rows: Tensor, source: Tensor, hypermodules: int) -> Resized:
+def replace_rows(bank: HypermoduleBank, rows: Tensor, source: Tensor, hypermodules: int) -> Resized:
+    """Give a bank other rows, of which row r was row `source[r]`, -1 where it is new; their sizes follow."""
     old = bank.rows
     bank.rows = nn.Parameter(rows, requires_grad=old.requires_grad)
     bank.hypermodules = hypermodules

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery.core.bank import Parts, Trained
 from surgery.disk.untrusted import shown
+from surgery.errors import PlanError
 from surgery.methods.hypermodules.analysis import kinds_of_modules, layer_overlap, subsets
 from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.contest import Contest
@@ -21,6 +22,7 @@ from surgery.methods.hypermodules.evolution import conclude, contend, inherit, r
 from surgery.methods.hypermodules.heat import Thermostat, wrong_heat
 from surgery.methods.hypermodules.price import expected_saving
 from surgery.methods.hypermodules.sensitivity import normalise
+from surgery.methods.hypermodules.splitting import split
 from surgery.methods.hypermodules.starts import siblings
 from surgery.storage.keys import StateKey, of_owner
 from surgery.training.loop.moves import Facts, Moves
@@ -53,6 +55,10 @@ class HypermoduleMoves(Moves):
         self.born = dict(self.capacity)
         self.siblings = {key: siblings(self.joint, key) for key in self.banks}
         self.moved = 0.0
+        if self.config.evolution.splits is not None and any(b.columns.partial for b in self.banks.values()):
+            raise PlanError(
+                "`evolution.splits` needs whole blocks in every process: leave it away under FSDP."
+            )
         given = self.config.evolution.alpha is not None
         self.heat = Thermostat(None if given else self.config.evolution.heat)
         self.seen: list[list[float]] = []  # losses of a generation's steps before it was interrupted
@@ -100,6 +106,9 @@ class HypermoduleMoves(Moves):
 
     def before_generation(self) -> None:
         """Let alternatives compete, or draw an alignment, where the settings say so."""
+        if self._splits:
+            for bank in self.banks.values():
+                bank.pull = bank.rows.detach().new_zeros(bank.locations, bank.width)
         if self.config.competes(self.trainer.generation):
             self.contend()
         if self.config.redraws(self.trainer.generation):
@@ -113,6 +122,22 @@ class HypermoduleMoves(Moves):
             self.seen = []
         if not self.config.redraws(self.trainer.generation):
             self.conclude()
+        for key, bank in self.banks.items():
+            if bank.pull is not None:
+                bank.pull = self._averaged(bank.pull)
+                self._follow(key, split(bank, self.config.evolution.splits or 0.0))
+                bank.pull = None
+
+    @property
+    def _splits(self) -> bool:
+        """Whether hypermodules may split after this generation."""
+        phase = self.config.phase(self.trainer.generation)
+        return self.config.evolution.splits is not None and phase != "final"
+
+    def _averaged(self, pull: Tensor) -> Tensor:
+        """The mean of what processes found, each on its part of every batch."""
+        accelerator = self.trainer.accelerator
+        return pull if accelerator.num_processes == 1 else accelerator.reduce(pull, "mean")
 
     def begins_anew(self, generation: int) -> bool:
         """States from before the last phase have parameters that were not worth their price."""
@@ -166,7 +191,7 @@ class HypermoduleMoves(Moves):
             carry(plain(self.trainer.optimizer), each)
             source = each.source[:: self.banks[key].context].cpu() // self.banks[key].context
             known = self.identity[key][source.clamp_min(0)]
-            fresh = source < 0
+            fresh = (source < 0) | _repeated(source)
             known[fresh] = torch.arange(self.born[key], self.born[key] + int(fresh.sum()))
             self.identity[key], self.born[key] = known, self.born[key] + int(fresh.sum())
 
@@ -179,6 +204,9 @@ class HypermoduleMoves(Moves):
             parts = pack_contest(bank.contest)
             tensors |= {str(StateKey("contest", key, name)): t for name, t in parts.items()}
             tensors[_identity(key)] = self.identity[key]
+            if bank.pull is not None:
+                bank.pull = self._averaged(bank.pull)
+                tensors[_pull(key)] = bank.pull
         facts: Facts = {"moved": self.moved, "born": dict(self.born)}
         if self.config.evolution.change == "evolve":
             facts["heat"] = {**self.heat.document(), "steps": self._losses()}
@@ -188,7 +216,7 @@ class HypermoduleMoves(Moves):
         """Those of its banks, and three facts."""
         key = StateKey.parse(name)
         return name in ("moved", "born", "heat") or (
-            key.kind in ("identity", "contest") and key.owner in self.banks
+            key.kind in ("identity", "contest", "pull") and key.owner in self.banks
         )
 
     def wrong(self, tensors: Parts, facts: Facts, model: Mapping[StateKey, Tensor]) -> Iterator[str]:
@@ -208,6 +236,9 @@ class HypermoduleMoves(Moves):
             count = len(rows) // bank.context
             if parts := _contest(tensors, key):
                 yield from wrong_contest(parts, psi, count, bank.context)
+            pull = tensors.get(_pull(key))
+            if pull is not None and (pull.shape != (len(psi), bank.width) or not pull.is_floating_point()):
+                yield f"gradients of blocks must be {[len(psi), bank.width]}, found {list(pull.shape)}"
             yield from wrong_identity(tensors.get(_identity(key)), born.get(key), count, key)
 
     def entering(self, tensors: Parts) -> dict[str, list[Tensor]]:
@@ -229,6 +260,8 @@ class HypermoduleMoves(Moves):
         self.seen = [list(map(float, step)) for step in heat.get("steps", ())]
         for key, bank in self.banks.items():
             self.identity[key] = tensors[_identity(key)].clone()
+            pull = tensors.get(_pull(key))
+            bank.pull = None if pull is None else pull.to(bank.rows, copy=True)
             bank.contest = unpack_contest(bank, _contest(tensors, key))
             if bank.contest is not None:
                 self._enter(bank.contest)
@@ -290,6 +323,18 @@ class HypermoduleMoves(Moves):
     @property
     def _count(self) -> int:
         return sum(bank.hypermodules for bank in self.banks.values())
+
+
+def _repeated(source: Tensor) -> Tensor:
+    """Which of some numbers were there before: boolean."""
+    numbers, place = torch.unique(source, return_inverse=True)
+    each = torch.arange(len(source))
+    first = torch.full((len(numbers),), len(source)).scatter_reduce(0, place, each, "amin")
+    return each != first[place]
+
+
+def _pull(key: str) -> str:
+    return str(StateKey("pull", key))
 
 
 def _identity(key: str) -> str:

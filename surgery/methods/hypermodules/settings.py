@@ -65,6 +65,9 @@ class Evolution(Strict):
         merges: share of the sampled locations for which all users of one hypermodule try together the one that
             generates their blocks best, so that either all of them go or none does. By default a half where there is a
             price, and otherwise 0. With them all challengers have contexts of their own.
+        splits: a hypermodule that users pull apart becomes two, each with a part of them, before the last phase: where
+            the cosine of what the two parts pull, added up over a generation, is below minus this. None are split by
+            default. With a `given` start, siblings begin with one encoder and grow where it helps.
         epsilon: probability that a challenger is a new hypermodule.
         hypermodules: K of a `random` start.
     """
@@ -87,6 +90,7 @@ class Evolution(Strict):
     normalise: bool = False
     price: NotNegative = 0.0
     narrow: bool | None = None
+    splits: Annotated[float, Field(ge=0, lt=1)] | None = None
     merges: Annotated[float, Field(ge=0, le=1)] | None = None
     epsilon: Annotated[float, Field(ge=0, le=1)] = 1e-4
     hypermodules: Positive | None = None
@@ -109,6 +113,8 @@ class Evolution(Strict):
             raise ValueError(
                 f"'merges' bring contexts that suit their blocks, so they need codes contexts, found {self.codes}"
             )
+        if self.splits is not None and self.freeze:
+            raise ValueError("hypermodules that freeze are not pulled apart: leave 'splits' or 'freeze' away")
         if self.narrow and (self.codes != "contexts" or self.start != "own"):
             raise ValueError(
                 "'narrow' is for locations that start on their own with contexts, found start "

@@ -82,7 +82,7 @@ def differences(terms: Mapping[str, Any], before: object) -> str:
         'seed was 0 and is 1'
     """
     old, now = flat(before) if isinstance(before, Mapping) else {}, flat(terms)
-    old = {**{f"train.{name}": value for name, value in DEFAULTS.items()}, **old}
+    old = {**{f"train.{name}": value for name, value in flat(DEFAULTS).items()}, **old}
     former = {TODAY[name]: old.pop(name) for name in [*old] if name in TODAY}
     for (
         name,
