@@ -2,9 +2,9 @@
 
 MiniLM within 5% of its outputs, and ten fine-tunes of one vision transformer (differences of rank 4 at its linear
 layers and small ones elsewhere, drawn at random), each loaded plainly, packed, packed with more spare bytes
-(`shared`), and packed with a cache of all weights that are used. Bytes
-are those of PyTorch's own accounting: of weights, and the most that a forward pass allocates besides (its
-profiler on a CPU, its allocator on a GPU). Also how long it takes to make one module another member.
+(`shared`), and packed with a cache of all weights that are used. Bytes are those of PyTorch's own accounting: of
+weights, and the most that a forward pass allocates besides (its profiler on a CPU, its allocator on a GPU). Also how
+long it takes to make one module another member.
 """
 
 from __future__ import annotations

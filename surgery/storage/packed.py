@@ -227,7 +227,8 @@ def _decoded(value: Any, kept: bool) -> Any:
     def weight(each: Any) -> Any:
         if not isinstance(each, PackedWeight):
             return each
-        with torch.no_grad():
+        # Under inference mode PyTorch makes views of ordinary tensors alone for what is one.
+        with torch.inference_mode(False), torch.no_grad():
             return each.form.kept(each.dtype) if kept else each.form.read(each.dtype)
 
     return tree_map(weight, value)

@@ -253,6 +253,23 @@ def test_a_cache_is_not_written_to(tmp_path):
     assert torch.equal(weight + 0, dense)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("cached", [False, True])
+def test_views_of_packed_weights(mode, cached):
+    weight, dense = packed(draw(32, 16))
+    if cached:
+        form = replace(weight.data.form, cache=Cache(1 << 20))  # pyright: ignore
+        weight = nn.Parameter(weight.data.like(form), requires_grad=False)  # pyright: ignore
+    x = draw(2, 16)
+    with mode():
+        for view in (
+            lambda w: w.t(), lambda w: w[3:5], lambda w: w.view(16, 32), lambda w: w.reshape(-1),
+            lambda w: w[None].expand(3, -1, -1), lambda w: w.unsqueeze(0), lambda w: w.chunk(2)[1],
+            lambda w: x @ w.mT, lambda w: w.flatten().sum(), lambda w: torch.cat([w, w]),
+        ):  # fmt: skip
+            assert torch.equal(view(weight), view(dense))
+
+
 def test_a_cache_of_wrong_size_is_refused(tmp_path):
     for wrong in ({"cache": 3}, {"cache": -1, "resident": "packed"}, {"cache": "1 MB", "resident": "packed"}):
         with pytest.raises(PlanError, match="`cache` must be a number of bytes beside `resident`, found"):
