@@ -60,6 +60,9 @@ BAD: dict[tuple[tuple[str, ...], str], tuple[str, ...]] = {
     (MERGE[:2], "--out"): ("nets.py", "joint"),
     (TRAIN, "--set"): ("x",),
     (TRAIN, "--resume"): ("always",),
+    (TRAIN, "--add"): ("new=nets.py:net",),  # to a recipe, which names its members
+    (("train", "trained", "--cpu", "--out", "new", *TRUST), "--add"): ("new", "net=nets.py:net", "=nets.py:net"),
+    (TRAIN, "--bank"): ("melted",),
     (TRAIN, "--seed"): ("-1", "x"),
     (TRAIN[:3], "--out"): ("nets.py", "joint"),
     (("inspect", "nets.py:net"), "--private"): ("9.weight",),

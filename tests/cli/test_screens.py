@@ -145,7 +145,8 @@ def test_examples_in_help_are_commands_that_exist(line):
         one, rest = one.commands[rest[0]], rest[1:]
     context = one.make_context(name, rest)
     asked = context.params.get("source") if name == "train" else context.params.get("name")
-    assert not asked or str(asked).endswith(".yaml") or asked in recipe_names()
+    added = context.params.get("add")  # to a folder of the user's
+    assert not asked or added or str(asked).endswith(".yaml") or asked in recipe_names()
 
 
 def helps(command):
