@@ -3,11 +3,13 @@
 import ast
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import typer
 from places import ROOT
 from surgery_cli.__main__ import app, with_values
+from surgery_cli.train import with_added
 
 from surgery.artifact.card import USE
 from surgery.settings.documents import override, read_document, recipe_names
@@ -71,6 +73,9 @@ def test_a_printed_command_is_taken(line):
         base = (
             read_document(recipe) if recipe in recipe_names() else {"models": [{"model": "x"}], "train": {}}
         )
+        if taken.get("add"):  # to a folder of two members
+            two = {"models": [{"model": "x", "name": name} for name in "ab"], "train": {}}
+            base = with_added(two, Path("joint"), taken["add"], True)
         Recipe.of(override(base, taken["changes"]))
 
 

@@ -176,6 +176,7 @@ def test_values_are_completed():
                     offered[verb, name] = set(typing.get_args(each))
     assert offered == {
         ("merge", "mixture"): {"linear", "softmax", "one-hot"},
+        ("train", "bank"): {"frozen", "refined"},
         ("train", "resume"): {"auto", "never"},
         ("evaluate", "part"): {"test", "validation", "data"},
         ("export", "format"): {"plain", "compressed", "transformers", "compressed-tensors", "lora"},
