@@ -212,7 +212,7 @@ def merge(
     if recipe.out is None and not dry_run:
         raise typer.BadParameter("a folder to write is needed", param_hint="--out")
     if dry_run:
-        preview(recipe, overwrite, trust_remote_code, json=json, quiet=quiet, verbose=verbose)
+        preview(recipe, overwrite, trust_remote_code, memory, json=json, quiet=quiet, verbose=verbose)
     else:
         run(recipe, overwrite, trust_remote_code, memory, json=json, quiet=quiet, verbose=verbose)
 
@@ -252,16 +252,26 @@ def read_recipe(config: str | None, given: dict[str, Any], changes: list[str], t
 
 
 def preview(
-    recipe: Recipe, overwrite: bool, trust_remote_code: bool, *, json: bool, quiet: bool, verbose: bool
+    recipe: Recipe,
+    overwrite: bool,
+    trust_remote_code: bool,
+    memory: str | None = None,
+    *,
+    json: bool,
+    quiet: bool,
+    verbose: bool,
 ) -> None:
     """A dry run: everything up to the plan, and whether the target could be written."""
-    from surgery.pipeline.merge import check, prepare
+    from surgery.pipeline.merge import check, fits_into, prepare
+    from surgery.settings.resources import Resources
 
     from . import console, planned
 
     with console.working(quiet=quiet, json_wanted=json):
+        resources = Resources.of({"memory": memory})
         check(recipe, overwrite=overwrite)
         prepared = prepare(recipe, trust_remote_code=trust_remote_code, read=False)
+        fits_into(prepared, resources)
     if json:
         console.emit(planned.plan_json(prepared))
     elif not quiet:

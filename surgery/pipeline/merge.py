@@ -116,13 +116,12 @@ def _merge(
     from surgery.disk.journal import Journal, kept_in
     from surgery.disk.mapped import files_of
     from surgery.members.member import state_tensors
-    from surgery.pipeline.bound import fits
 
     prepared = prepared or prepare(recipe, trust_remote_code=trust_remote_code)
     tensors = [t for member in prepared.members for t in state_tensors(member.module).values()]
     sources, large = files_of(tensors), sum(t.nbytes for t in tensors) >= LARGE
-    if resources.memory is not None:
-        large = not fits(tensors, resources.memory, lossless=recipe.parameters.max_error == 0)
+    if (fits := fits_into(prepared, resources)) is not None:
+        large = not fits
     if recipe.out is None or not large:
         return _fit_and_save(prepared, recipe, overwrite, sources)
     work = work_place(recipe.out)
@@ -135,6 +134,21 @@ def _merge(
         raise
     journal.discard()
     return joint
+
+
+def fits_into(prepared: Prepared, resources: Resources) -> bool | None:
+    """Whether a merge fits into the memory that it may take without files; None where it has no bound.
+
+    Raises:
+        PlanError: where it fits with files neither.
+    """
+    from surgery.members.member import state_tensors
+    from surgery.pipeline.bound import fits
+
+    if resources.memory is None:
+        return None
+    tensors = [t for member in prepared.members for t in state_tensors(member.module).values()]
+    return fits(tensors, resources.memory, lossless=prepared.recipe.parameters.max_error == 0)
 
 
 def _fit_and_save(

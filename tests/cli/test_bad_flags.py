@@ -57,6 +57,7 @@ BAD: dict[tuple[tuple[str, ...], str], tuple[str, ...]] = {
     (MERGE, "--set"): ("x", "models.7.name=x"),
     (MERGE, "--seed"): ("-1", str(2**32), "x"),
     (MERGE, "--device"): ("abacus",),
+    (MERGE, "--memory"): ("much", "-1GB", "0", "8XiB", "1MB"),
     (MERGE[:2], "--out"): ("nets.py", "joint"),
     (TRAIN, "--set"): ("x",),
     (TRAIN, "--resume"): ("always",),
