@@ -39,14 +39,15 @@ class Places:
     Args:
         change: of a relative path.
         is_place: whether a text is a path, which may also be a name on the hub.
+        marked: whether a path that could be a name on the hub gets `./` in front.
 
     Example:
         >>> Places(lambda path: f"sub/{path}", lambda text: False).reference("mine.py:net?width=3")
         'sub/mine.py:net?width=3'
     """
 
-    def __init__(self, change: Change, is_place: Callable[[str], bool]):
-        self.change, self.is_place = change, is_place
+    def __init__(self, change: Change, is_place: Callable[[str], bool], *, marked: bool = False):
+        self.change, self.is_place, self.marked = change, is_place, marked
 
     def path(self, text: str) -> str:
         """A file or folder."""
@@ -61,15 +62,18 @@ class Places:
         if (function := self._function(head)) is not None:
             head = function
         elif self.is_place(head):
-            head = self.path(head)
+            head = self._no_name(self.path(head))
         return f"{head}{mark}{options}"
 
     def data(self, text: str) -> str:
         """Where a task's examples come from."""
         if text.startswith(DATASETS):
             name = text.removeprefix(DATASETS)
-            return f"{DATASETS}{self.path(name)}" if self.is_place(name) else text
+            return f"{DATASETS}{self._no_name(self.path(name))}" if self.is_place(name) else text
         return found if (found := self._function(text)) is not None else self.path(text)
+
+    def _no_name(self, path: str) -> str:
+        return f"./{path}" if self.marked and _LIKE_A_NAME.fullmatch(path) else path
 
     def recipe(self, document: Mapping[str, Any]) -> dict[str, Any]:
         """A recipe's document; what is of another form than a recipe's is left as it is."""
@@ -162,16 +166,18 @@ def into_artifact(out: str | Path) -> Places:
 
 
 def out_of_artifact(folder: str | Path) -> Places:
-    """From an artifact that is read to the working directory; what has no `./` or `../` in front is as it was typed."""
+    """From an artifact that is read to the working directory; what has no `./` or `../` in front is as it was typed.
+
+    A folder keeps a `./` where without it a name on the hub would be asked for if the folder is not there.
+    """
     home = os.path.realpath(os.path.expanduser(folder))
 
     def change(path: str) -> str:
         if not path.startswith(_MARKED):
             return path
         try:
-            found = os.path.relpath(os.path.join(home, path))
+            return os.path.relpath(os.path.join(home, path))
         except ValueError:
             return os.path.normpath(os.path.join(home, path))
-        return f"./{found}" if _LIKE_A_NAME.fullmatch(found) and not found.endswith(".py") else found
 
-    return Places(change, lambda text: text.startswith(_MARKED))
+    return Places(change, lambda text: text.startswith(_MARKED), marked=True)

@@ -178,7 +178,8 @@ def test_references_keep_their_meaning(typed, from_file, tmp_path, monkeypatch):
     (tmp_path / "sub" / "bert").mkdir(parents=True)
     assert of_recipe_file("sub/recipe.yaml").reference(typed) == from_file
     inside = into_artifact("deep/er/out").reference(from_file)
-    assert out_of_artifact("deep/er/out").reference(inside) == from_file
+    outside = "./sub/bert" if from_file == "sub/bert" else from_file  # could be a name on the hub
+    assert out_of_artifact("deep/er/out").reference(inside) == outside
     if inside != from_file:
         assert "../../../" in inside
     assert out_of_artifact("deep/er/out").reference(typed) in (typed, "deep/er/up.py:net")
