@@ -185,7 +185,7 @@ def load(
         device: where the weights go.
         resident: how weights are held that are run and not trained: packed, what members have in common once, and
             decoded layer by layer when they are used. `packed` takes at most 1.15 of the stored bytes, `shared`
-            1.3 and less time. By default all are decoded, and the members train.
+            1.3, first of all for what members have in common. By default all are decoded, and the members train.
         cache: bytes of decoded tensors that are kept beside, with `resident`: of weights, or of what members have in
             common with `shared`, which serves all of them.
 
