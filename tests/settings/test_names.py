@@ -31,6 +31,7 @@ SEVERAL = {
     "hypermodules": "how many a fit makes, and of how many training draws a random start",
     "lr": "of all, of a member or a task of it, and of mixtures alone",
     "start": "of the alignment, and of templates",
+    "keep": "members that stay as they are, and which state of a run is kept",
     "freeze": "tensors that stay, and whether hypermodules or templates do",
     "templates": "how many there are, and how they are trained",
     "tasks": "of a member, and those of a member that have routes of their own",
@@ -43,7 +44,8 @@ SEVERAL = {
 OTHERWISE = {
     "out", "config", "changes", "resume", "fast_dev_run", "dry_run", "cpu", "overwrite", "trust_remote_code", "json",
     "quiet", "verbose", "debug", "version", "html", "member", "members", "part", "format", "only", "inputs", "origins",
-    "data", "force", "show_completion", "install_completion", "base", "tie_widths",
+    "data", "force", "show_completion", "install_completion", "base", "tie_widths", "memory", "add", "bank",
+    "revision",
 }  # fmt: skip
 """Flags that set no key of a recipe: what to do with it, where, and what is shown."""
 
