@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ from surgery.disk.files import failure
 from surgery.errors import OutputError
 
 SUBJECT, LINES, PAGE = "subject.json", "lines.jsonl", 4096
+_FILE = re.compile(r"(\d+\.bin)?", re.ASCII)
 AT_ONCE = 1 << 24  # bytes that are checked at a time
 
 Made = tuple[Any, Mapping[str, Tensor]]
@@ -82,7 +84,8 @@ class Journal:
         except OSError as error:
             raise OutputError(failure(target, error)) from error
         self.found = len(self._lines)
-        self._next = 1 + max((int(path.stem) for path in folder.glob("*.bin")), default=-1)
+        held = [path.name for path in folder.glob("*.bin") if _FILE.fullmatch(path.name)]
+        self._next = 1 + max((int(name.removesuffix(".bin")) for name in held), default=-1)
 
     def _read(self) -> None:
         """Take whole lines, and cut off what a kill left of the last one."""
@@ -94,7 +97,8 @@ class Journal:
                     name: (kind, tuple(shape), at) for name, (kind, shape, at) in said["tensors"].items()
                 }
                 line = _Line(**{**said, "tensors": tensors})
-            except (ValueError, TypeError, KeyError):
+                _check(line)
+            except (ValueError, TypeError, KeyError, AttributeError):
                 break
             self._lines[line.key], whole = line, whole + len(text)
         os.truncate(path, whole)
@@ -203,6 +207,22 @@ def _subject_in(folder: Path) -> Any:
         return json.loads((folder / SUBJECT).read_text())
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
+
+
+def _check(line: _Line) -> None:
+    """Find what no run writes: another file than one of the journal's own, a tensor that does not lie in it.
+
+    Raises:
+        ValueError: where there is such a thing.
+    """
+    if not _FILE.fullmatch(line.file):
+        raise ValueError(f"{line.file} is no file of a journal")
+    for kind, shape, at in line.tensors.values():
+        dtype = getattr(torch, kind)
+        if not isinstance(dtype, torch.dtype) or min(at, *shape, 0) < 0:
+            raise ValueError(f"a tensor of {kind} {shape} at {at}")
+        if at + math.prod(shape) * dtype.itemsize > line.nbytes:
+            raise ValueError(f"a tensor of {kind} {shape} at {at} of {line.nbytes} bytes")
 
 
 def _checksum(path: Path) -> int:

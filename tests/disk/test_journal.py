@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 
 import pytest
@@ -53,6 +54,32 @@ def test_what_is_whole_stays_and_the_rest_is_made_again(tmp_path_factory, count,
     assert all(same(third.get(f"part {number}")[1], tensors_of(number)) for number in range(count))
     third.discard()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"file": "../other.bin"},
+        {"file": None},
+        {"tensors": {"whole": ["int64", [1 << 40], 0]}},
+        {"tensors": {"whole": ["int64", [1], 1 << 40]}},
+        {"tensors": {"whole": ["int64", [-1], 0]}},
+        {"tensors": {"whole": ["load", [1], 0]}},
+        {"tensors": {"whole": ["no_such_dtype", [1], 0]}},
+        {"tensors": [1]},
+        {"extra": 1},
+    ],
+)
+def test_lines_that_no_run_writes_count_as_not_made(tmp_path, change):
+    folder = tmp_path / "journal"
+    Journal(folder, SUBJECT, folder).keep("part", 1, tensors_of(3))
+    (tmp_path / "other.bin").write_bytes((folder / "0.bin").read_bytes())
+    (folder / "strange.bin").write_bytes(b"")
+    line = json.loads((folder / LINES).read_text())
+    (folder / LINES).write_text(json.dumps({**line, **change}) + "\n")
+    again = Journal(folder, SUBJECT, folder)
+    assert again.found == 0 and again.get("part") is None
+    assert same(again.keep("part", 1, tensors_of(3))[1], tensors_of(3))
 
 
 @pytest.mark.parametrize(
