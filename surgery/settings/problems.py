@@ -6,11 +6,15 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from surgery.disk.untrusted import shown, shown_text
+from surgery.errors import PlanError
+from surgery.util.wording import sentence
+
+Model = TypeVar("Model", bound=BaseModel)
 
 _QUOTED = re.compile(r"`([a-z_]+(?:\.\w+)*)`")
 
@@ -97,6 +101,25 @@ def problems_of(
                 {**each, "loc": path[:branch] + path[branch + 1 :]}, root, prefix, called
             )
     return list(found.values())
+
+
+def validated(kind: type[Model], values: Mapping[str, Any], said: str = "") -> Model:
+    """Settings that were given in Python; None stands for what was not.
+
+    Args:
+        kind: of settings.
+        values: by key.
+        said: in front of what is wrong.
+
+    Raises:
+        PlanError: naming every value that is wrong.
+    """
+    try:
+        return kind.model_validate({name: value for name, value in values.items() if value is not None})
+    except ValidationError as error:
+        quoted = {name: f"`{name}`" for name in kind.model_fields}
+        wrong = "; ".join(problems_of(error, kind, called=quoted))
+        raise PlanError(sentence(f"{said}{wrong}")) from None
 
 
 def keys_of(root: type[BaseModel], path: Sequence[str] = ()) -> list[str]:

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, ByteSize, Field, TypeAdapter, ValidationError
 
 from surgery.disk.untrusted import shown
-from surgery.errors import PlanError
-from surgery.settings.problems import Strict, problems_of
-from surgery.util.wording import sentence
-
-UNITS = {
-    "": 1,
-    "B": 1,
-    **{f"{prefix}B": 1000**power for power, prefix in enumerate("kMGT", 1)},
-    **{f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", 1)},
-}
-"""Bytes of a unit."""
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?b|b|)", re.ASCII | re.IGNORECASE)
+from surgery.settings.problems import Strict, validated
 
 
 def parse_bytes(value: Any) -> Any:
@@ -33,11 +20,10 @@ def parse_bytes(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    found = _SIZE.fullmatch(value.strip())
-    if found is None:
-        raise ValueError(f"memory is written as 8GiB, 500MB or bytes, not {shown(value)}")
-    unit = {unit.lower(): each for unit, each in UNITS.items()}[found[2].lower()]
-    return int(float(found[1]) * unit)
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError:
+        raise ValueError(f"memory is written as 8GiB, 500MB or bytes, not {shown(value)}") from None
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1, le=1 << 53)]
@@ -60,8 +46,4 @@ class Resources(Strict):
         Raises:
             PlanError: naming every value that is wrong.
         """
-        try:
-            return cls.model_validate({name: value for name, value in values.items() if value is not None})
-        except ValidationError as error:
-            quoted = {name: f"`{name}`" for name in cls.model_fields}
-            raise PlanError(sentence("; ".join(problems_of(error, cls, called=quoted)))) from None
+        return validated(cls, values)

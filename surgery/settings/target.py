@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, ValidationError, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from surgery.disk.untrusted import shown
-from surgery.errors import PlanError
 from surgery.settings.names import TARGETS
-from surgery.settings.problems import Strict, problems_of
+from surgery.settings.problems import Strict, validated
 from surgery.settings.quantities import Context, NotNegative, Positive, Share
-from surgery.util.wording import sentence
 
 MAX_ERROR = 0.05
 """Of a fit that nothing else is asked of."""
@@ -67,12 +65,7 @@ class Target(Strict):
         Raises:
             PlanError: naming every value that is wrong.
         """
-        try:
-            return cls.model_validate({name: value for name, value in values.items() if value is not None})
-        except ValidationError as error:
-            quoted = {name: f"`{name}`" for name in cls.model_fields}
-            wrong = "; ".join(problems_of(error, cls, called=quoted))
-            raise PlanError(sentence(f"The target is not valid: {wrong}")) from None
+        return validated(cls, values, "The target is not valid: ")
 
     def given(self) -> list[str]:
         """The names of the targets that have a value."""
