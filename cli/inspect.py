@@ -89,11 +89,12 @@ def inspect(
     """
     from surgery.anatomy.sites import discover
     from surgery.members.references import load_member
+    from surgery.tracing import recorded_once
     from surgery.util.progress import task
 
     from . import console
 
-    with console.working(quiet=quiet, json_wanted=json), task("Loading and tracing"):
+    with console.working(quiet=quiet, json_wanted=json), task("Loading and tracing"), recorded_once():
         given = None if inputs is None else lambda member: from_file(member, inputs)
         member = load_member(
             reference,

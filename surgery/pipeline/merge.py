@@ -268,10 +268,30 @@ def prepare(
         SurgeryError: where a member cannot be loaded or traced, a selector matches nothing, or no plan
         exists.
     """
-    from surgery.members.member import check_names
-    from surgery.members.references import check_references, parse_reference
+    from surgery.members.references import check_references
+    from surgery.tracing import recorded_once
 
     check_references(model.model for model in recipe.models)
+    with recorded_once():
+        members, models = _load_members(recipe, inputs, trust_remote_code, read)
+        anatomies, plan = plan_members(recipe, members)
+    settings = method_settings(recipe.method, recipe.settings)
+    named = recipe.model_copy(update={"models": tuple(models), "settings": settings})
+    with task("Reading calibration files"):
+        probes = read_probes(named, members)
+    return Prepared(named, tuple(members), tuple(anatomies), plan, probes)
+
+
+def _load_members(
+    recipe: Recipe,
+    inputs: Callable[[Model, Member], Inputs | None] | None,
+    trust_remote_code: bool,
+    read: bool,
+) -> tuple[list[Member], list[Model]]:
+    """The members of a recipe, and its entries with their names and tasks."""
+    from surgery.members.member import check_names
+    from surgery.members.references import parse_reference
+
     members: list[Member] = []
     models: list[Model] = []
     for model in track(recipe.models, "Loading members"):
@@ -282,12 +302,7 @@ def prepare(
             if tasks and not model.tasks and recipe.train is None:  # what it was trained to do it still does
                 entry["tasks"] = tasks
             models.append(model.model_copy(update=entry))
-    anatomies, plan = plan_members(recipe, members)
-    settings = method_settings(recipe.method, recipe.settings)
-    named = recipe.model_copy(update={"models": tuple(models), "settings": settings})
-    with task("Reading calibration files"):
-        probes = read_probes(named, members)
-    return Prepared(named, tuple(members), tuple(anatomies), plan, probes)
+    return members, models
 
 
 def load_entry(

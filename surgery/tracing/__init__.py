@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten
 
 from surgery.errors import TraceError
 from surgery.members.member import Inputs
@@ -18,6 +19,7 @@ from surgery.tracing.copying import canonical_names, copy_module, map_inputs, sh
 from surgery.tracing.ends import mark_ends
 from surgery.tracing.exported import export_graph
 from surgery.tracing.lazy import LazyRecorder
+from surgery.tracing.once import Recording, keep, recorded_once, take
 from surgery.tracing.parts import trace_parts
 from surgery.tracing.reading import read_uses
 from surgery.tracing.recorder import Recorder, record
@@ -26,7 +28,17 @@ from surgery.tracing.table import table_uses
 from surgery.tracing.types import Trace, Use
 from surgery.util.quiet import torch_silent
 
-__all__ = ["TABLE", "TIERS", "Bounds", "Tier", "Trace", "Use", "run_without_weights", "trace"]
+__all__ = [
+    "TABLE",
+    "TIERS",
+    "Bounds",
+    "Tier",
+    "Trace",
+    "Use",
+    "recorded_once",
+    "run_without_weights",
+    "trace",
+]
 
 TABLE = "table of module types"
 
@@ -80,10 +92,11 @@ def trace(
     notes: list[str] = []
     failures: list[tuple[str, str]] = []
     graph, tier, uses = None, TABLE, ()
+    kept = take(module, inputs) if tiers is None else None
     for way in (TIERS if tiers is None else tiers) if inputs.args or inputs.kwargs else ():
         try:
             with torch_silent():
-                found, said = way.run(module, inputs, Watch(bounds))
+                found, said = _made_before(kept, way) or way.run(module, inputs, Watch(bounds))
             uses = mark_ends(found, read_uses(found, shapes))
             graph, tier = found, way.name
             notes = [f"{name} was passed over: {reason}" for name, reason in failures] + list(said)
@@ -115,6 +128,13 @@ def trace(
     if missed:
         notes.append(f"{missed} parameters were not reached and are known by their module's type alone")
     return Trace(graph, uses, tier, inputs.source, tuple(notes), parts)
+
+
+def _made_before(kept: Recording | None, way: Tier) -> tuple[fx.Graph, tuple[str, ...]] | None:
+    """What a tier would make, where a recording with stubs is known."""
+    if kept is None or not (way.run is _record_stubbed or (way.run is _record_meta and not kept.helped)):
+        return None
+    return kept.graph, kept.notes
 
 
 def _trace_part(tiers: Sequence[Tier] | None, bounds: Bounds) -> Callable[[nn.Module, Inputs], Trace]:
@@ -156,6 +176,11 @@ def _record_meta(module: nn.Module, inputs: Inputs, watch: Watch) -> tuple[fx.Gr
 
 
 def _record_stubbed(module: nn.Module, inputs: Inputs, watch: Watch) -> tuple[fx.Graph, tuple[str, ...]]:
+    found = _with_stubs(module, inputs, watch)
+    return found.graph, found.notes
+
+
+def _with_stubs(module: nn.Module, inputs: Inputs, watch: Watch) -> Recording:
     """Unknown truth values are taken for False; where the forward pass then fails, for True."""
     failure: Exception | None = None
     for verdict in (False, True):
@@ -178,19 +203,27 @@ def _record_stubbed(module: nn.Module, inputs: Inputs, watch: Watch) -> tuple[fx
             failure = failure or error
             continue
         said = [f"{what} in {where or 'the model itself'}" for what, where in recorder.assumed.items()]
-        return graph, (f"branch assumed: {', '.join(said)}",) if said else ()
+        notes = (f"branch assumed: {', '.join(said)}",) if said else ()
+        return Recording(graph, notes, recorder.helped or not _contiguous(inputs))  # twins are contiguous
     assert failure is not None
     raise failure
+
+
+def _contiguous(inputs: Inputs) -> bool:
+    leaves = tree_flatten((inputs.args, dict(inputs.kwargs)))[0]
+    return all(leaf.is_contiguous() for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def run_without_weights(module: nn.Module, inputs: Inputs) -> None:
     """Run a copy of a module on the meta device, where what does not depend on weights has its values.
 
+    Within `recorded_once` the recording is kept for `trace`.
+
     Raises:
         Exception: whatever the module raises.
     """
     with torch_silent():
-        _record_stubbed(module, inputs, Watch(Bounds()))
+        keep(module, inputs, _with_stubs(module, inputs, Watch(Bounds())))
 
 
 def _record_real(module: nn.Module, inputs: Inputs, watch: Watch) -> tuple[fx.Graph, tuple[str, ...]]:

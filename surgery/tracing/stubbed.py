@@ -61,17 +61,20 @@ class StubbedRecorder(Recorder):
             self.shadows[tensor] = value
         self.verdict = verdict
         self.assumed: dict[str, str] = {}  # what was assumed, and in which module first
+        self.helped = False  # whether any answer is not the one of a `Recorder`
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Call on meta tensors, and once more on their shadows where all have one."""
         name = str(args[1]) if func is getattr else getattr(func, "__name__", "")
         shadow, known = self._on_shadows(func, name, args, kwargs)
         if name in _LOOKS:
+            self.helped = True
             if known:
                 return shadow
             self.assumed.setdefault(name.strip("_"), self.modules[-1])
             return _LOOKS[name](self, args, kwargs)
         if known and name in _SIZED and isinstance(shadow, Tensor | tuple):
+            self.helped = True
             output = tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, shadow)
         else:
             output = self._on_meta(func, name, args, kwargs)
@@ -81,6 +84,7 @@ class StubbedRecorder(Recorder):
     def _on_meta(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         leaves = [leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)]
         if any(leaf.is_meta for leaf in leaves) and not all(leaf.is_meta for leaf in leaves):
+            self.helped = True
             args, kwargs = tree_map(on_meta, (args, kwargs))  # what a module made without saying where
         try:
             return super().run(func, args, kwargs)
@@ -89,6 +93,7 @@ class StubbedRecorder(Recorder):
         except Exception:
             if name not in _SIZED:
                 raise
+            self.helped = True
             self.assumed.setdefault(name.strip("_"), self.modules[-1])
             return _SIZED[name](self, args, kwargs)
 
