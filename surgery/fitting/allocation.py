@@ -145,6 +145,28 @@ def revalued(table: Table, choice: Choice) -> Choice:
     return Choice(choice.option, choice.taken, float(nbytes), error)
 
 
+def of_each(table: Table, choices: Sequence[Choice]) -> Choice | None:
+    """The choice that is for each member what its own one is: of members that share nothing.
+
+    Args:
+        table: that all were chosen from.
+        choices: `[M]`, one of each member's.
+
+    Returns:
+        the choice; None where members share what their choices treat differently.
+    """
+    units = np.arange(len(table.size))
+    owner = table.weight.argmax(1)
+    option = np.stack([choice.option for choice in choices])[owner, units]
+    votes = np.stack([choice.taken for choice in choices])[owner, table.arrangement]
+    taken = np.bincount(table.arrangement, votes, len(table.fixed)) > 0
+    if (np.bincount(table.group, taken) != 1).any():
+        return None
+    found = revalued(table, Choice(option, taken, 0.0, np.zeros(0)))
+    own = np.array([choice.error[member] for member, choice in enumerate(choices)])
+    return found if np.allclose(found.error, own, rtol=1e-9, atol=0) else None
+
+
 def _first_of_each(group: np.ndarray, *keys: np.ndarray) -> np.ndarray:
     """Mark the least of each group by the first key, then the next."""
     order = np.lexsort((*reversed(keys), group))

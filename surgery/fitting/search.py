@@ -15,7 +15,7 @@ import numpy as np
 from surgery.core.registry import methods_of
 from surgery.disk.journal import made_once
 from surgery.errors import PlanError
-from surgery.fitting.allocation import Choice, Table, finest, within_bytes, within_errors
+from surgery.fitting.allocation import Choice, Table, finest, of_each, within_bytes, within_errors
 from surgery.fitting.assembly import Assembler, weights_of
 from surgery.fitting.closing import SLACK, Scales, log_ratio, near
 from surgery.fitting.groups import make_groups
@@ -210,12 +210,14 @@ class Search:
 
         What is measured scatters about what is predicted. So each member's prediction is corrected by the mean of
         all its measurements so far, and a scale is closed in on the largest that holds: one for each member, or
-        one for all where they share rows and pull one another to and fro.
+        one for all where they share rows and pull one another to and fro. Of several members that share nothing
+        hardly ever all hold in one round: each then takes what it had where it held.
         """
         members = table.weight.shape[1]
         able = np.isfinite(table.fixed)[table.arrangement]
         coupled = bool(((table.weight[able] > 0).sum(1) > 1).any())
         best: Attempt | None = None
+        own: dict[int, Attempt] = {}  # of each member the one that it was least exact in and held
         seen: list[np.ndarray] = []  # log of predicted over measured squared error, by round
         scales, goal = Scales.start(members), np.full(members, bound**2)
         with progress.task("Fitting to the error bound", ROUNDS) as task:
@@ -226,6 +228,13 @@ class Search:
                 met = bool(held.all())
                 if met and (best is None or found.nbytes < best.nbytes):
                     best = found
+                for each in np.nonzero(held)[0].tolist():
+                    if each not in own or found.errors[each] > own[each].errors[each]:
+                        own[each] = found
+                if best is None and number >= ROUNDS - 1 and len(own) == members > 1:
+                    each_own = of_each(table, [own[each].choice for each in range(members)])
+                    if each_own and (joined := self.attempt(each_own)) and (joined.errors <= bound).all():
+                        best = joined
                 if best is not None and (number >= ROUNDS - 1 or (met and near(found.errors, bound, goal))):
                     break
                 seen.append(log_ratio(found.choice.error, found.errors**2))
