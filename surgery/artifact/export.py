@@ -17,15 +17,17 @@ from surgery.artifact.reading import read_stored
 from surgery.artifact.rebuild import as_exported, as_saved
 from surgery.artifact.recorded import origin_of, read_member, replacements_of
 from surgery.artifact.reports import report_of, restrict_report
+from surgery.artifact.resident import ResidentModel
 from surgery.artifact.writing import write
 from surgery.core.joint import JointModel
 from surgery.core.registry import active_methods
 from surgery.disk.claims import claim
 from surgery.disk.folders import check_target, new_folder
-from surgery.errors import ExportError, PlanError
+from surgery.errors import ExportError, PlanError, TrainingError
 from surgery.members.member import Member, state_tensors
 from surgery.members.references import write_plain
 from surgery.slots.extracting import dissolve
+from surgery.storage.packed import REFUSED
 from surgery.storage.states import module_of, state_of
 from surgery.storage.stored import Stored, store
 from surgery.storage.trim import on_cpu, restrict
@@ -89,7 +91,7 @@ def export(
         >>> surgery.export("joint", "text", "text", format="plain")
         PosixPath('/home/me/text')
     """
-    check_settings(format, tie_widths, base, max_error)
+    check_settings(source, format, tie_widths, base, max_error)
     read = () if isinstance(source, JointModel) else (Path(source),)
     check_target(out, overwrite=overwrite, inputs=read)
     with claim(out):
@@ -117,12 +119,22 @@ def export(
         return write(stored, [described], report, out, overwrite, None)
 
 
-def check_settings(format: str, tie_widths: bool, base: str | None, max_error: float | None) -> None:
-    """Whether settings of an export go together.
+def check_settings(
+    source: Any, format: str, tie_widths: bool, base: str | None, max_error: float | None
+) -> None:
+    """Whether settings of an export go together, and there is something to export.
 
     Raises:
         PlanError: where they do not.
+        TrainingError: where the members of `source` stay packed.
     """
+    if isinstance(source, ResidentModel):
+        raise TrainingError(f"{REFUSED} An export takes the artifact's folder.")
+    if not isinstance(source, (str, Path, JointModel)):
+        raise PlanError(
+            f"`source` must be the folder of an artifact or a joint model, found {type(source).__name__}; give one of "
+            "these."
+        )
     if format not in get_args(Format):
         raise PlanError(
             f"The format of an export is one of {', '.join(get_args(Format))}, found '{format}'; give one of these."

@@ -58,7 +58,9 @@ def exported(folder: Path) -> Exported | None:
         )
     if config:
         library = "timm" if "architecture" in config else "transformers"
-        return Exported(f"a model of {library}", "its from_pretrained or create_model opens it")
+        opens = f'timm.create_model("local-dir:{printable(folder.name)}", pretrained=True) opens it'
+        opens = opens if library == "timm" else "from_pretrained opens it"
+        return Exported(f"a model of {library}", opens)
     if any(is_regular(path) for path in folder.glob("*.safetensors")):
         return Exported("a state dict", "load_state_dict takes what safetensors reads of it")
     return None

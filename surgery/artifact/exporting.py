@@ -136,7 +136,7 @@ def plan_export(
         ExportPlan of text, compressed-tensors: tensors of 58.4 MB
           ...
     """
-    check_settings(format, tie_widths, base, max_error)
+    check_settings(source, format, tie_widths, base, max_error)
     if format == "lora":
         return _of_adapter(source, member, base, max_error, trust_remote_code)
     if harden:

@@ -52,6 +52,7 @@ from surgery.members.origins.bounded import bounded, by_file
 from surgery.members.references import build_architecture
 from surgery.permission import Permission
 from surgery.settings.recipe import Recipe
+from surgery.settings.resources import parse_bytes
 from surgery.slots.slots import locate
 from surgery.storage.ahead import Ahead
 from surgery.storage.stored import Stored, compressed, expand, revive, store
@@ -159,7 +160,7 @@ def load(
     trust_remote_code: bool = False,
     device: str = "cpu",
     resident: Resident,
-    cache: int = 0,
+    cache: int | str = 0,
 ) -> ResidentModel: ...
 
 
@@ -171,7 +172,7 @@ def load(
     trust_remote_code: bool = False,
     device: str = "cpu",
     resident: Resident | None = None,
-    cache: int = 0,
+    cache: int | str = 0,
 ) -> JointModel | ResidentModel:
     """Read an artifact.
 
@@ -186,8 +187,8 @@ def load(
         resident: how weights are held that are run and not trained: packed, what members have in common once, and
             decoded layer by layer when they are used. `packed` takes at most 1.15 of the stored bytes, `shared`
             1.3, first of all for what members have in common. By default all are decoded, and the members train.
-        cache: bytes of decoded tensors that are kept beside, with `resident`: of weights, or of what members have in
-            common with `shared`, which serves all of them.
+        cache: bytes of decoded tensors that are kept beside, or a size such as `50MB`, with `resident`: of weights, or
+            of what members have in common with `shared`, which serves all of them.
 
     Returns:
         the joint model, with report and recipe as far as the artifact holds them.
@@ -204,9 +205,11 @@ def load(
     """
     if resident not in (None, *get_args(Resident)):
         raise PlanError(f"`resident` must be one of {', '.join(get_args(Resident))}, found {resident!r}.")
-    if not isinstance(cache, int) or isinstance(cache, bool) or cache < 0 or (cache and resident is None):
+    cached = _cache_bytes(cache)
+    if cached is None or (cached and resident is None):
         raise PlanError(
-            f"`cache` must be a number of bytes beside `resident`, found {cache!r} beside {resident!r}."
+            f"`cache` must be a number of bytes or a size such as 50MB, beside `resident`, found {cache!r} beside "
+            f"{resident!r}."
         )
     folder = Path(directory).expanduser()
     manifest = read_manifest(folder)
@@ -219,10 +222,19 @@ def load(
             _member(folder, manifest, stored, name, (modules or {}).get(name), permission) for name in names
         ]
         if resident is not None:
-            packed = make_resident(found, stored, resident, cache)
+            packed = make_resident(found, stored, resident, cached)
             return packed.to(device) if device != "cpu" else packed
         joint = revive(found, stored, _known(folder, manifest, stored, found), ahead.decode)
     return joint.to(device) if device != "cpu" else joint
+
+
+def _cache_bytes(cache: int | str) -> int | None:
+    """Bytes that a cache may take; None where it is no size."""
+    try:
+        found = parse_bytes(cache)
+    except ValueError:
+        return None
+    return found if isinstance(found, int) and not isinstance(found, bool) and found >= 0 else None
 
 
 def _made_of(recipe: Recipe, out: Path) -> bool:

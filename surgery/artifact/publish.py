@@ -97,7 +97,11 @@ def push_to_hub(
     written = sorted({*artifact_files(place), *owned_files(place)} - {".surgery-files"})
     files = {name: (place / name).stat().st_size for name in written if (place / name).is_file()}
     if not files:
-        raise OutputError(f"`folder` must be one that surgery wrote, but {place} holds nothing of it.")
+        found = "holds nothing of it" if place.is_dir() else "is no folder"
+        raise OutputError(
+            f"The folder must be one that surgery wrote, but {place} {found}; give one that "
+            "`surgery merge`, `surgery train` or `surgery export` wrote."
+        )
     card = "README.md" in files
     try:
         if card:

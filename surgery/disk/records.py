@@ -162,13 +162,19 @@ def read_record(folder: Path) -> dict[str, str]:
 def wrong_files(folder: Path) -> dict[str, str] | None:
     """Files that are not as they were written, by path with the reason; None where no record says how they were."""
     listed = read_record(folder)
-    wrong = {name: folder / name for name, digest in listed.items() if not _is(folder / name, digest)}
-    there = {name for name, path in wrong.items() if os.path.lexists(path)}
-    reasons = {
-        name: "is not what was written: its SHA-256 is another one" if name in there else "is missing"
-        for name in wrong
-    }
-    return dict(sorted(reasons.items())) if listed else None
+    wrong = [name for name, digest in sorted(listed.items()) if not _is(folder / name, digest)]
+    return {name: _reason(folder / name) for name in wrong} if listed else None
+
+
+def _reason(path: Path) -> str:
+    """Why a file is not the one that was recorded."""
+    if not os.path.lexists(path):
+        return "is missing"
+    try:
+        _digest(path)
+    except UnreadableError as error:
+        return str(error)
+    return "is not what was written: its SHA-256 is another one"
 
 
 def artifact_files(folder: Path) -> set[str]:
@@ -195,10 +201,13 @@ def _stays_inside(name: str) -> bool:
 
 
 def _is(path: Path, digest: str) -> bool:
-    """Whether a file is there, and the one that was recorded."""
+    """Whether a file is there, can be read, and is the one that was recorded."""
     if not path.is_symlink() and not path.is_file():
         return False
-    return digest == _CHANGING or _digest(path) == digest
+    try:
+        return digest == _CHANGING or _digest(path) == digest
+    except UnreadableError:
+        return False
 
 
 def _digest(path: Path) -> str:

@@ -144,7 +144,7 @@ class SurgeryQuantizer(HfQuantizer):
                 bad.append(f"{name} must be of {list(wanted)}, found {found or 'nothing'}")
                 continue
             if id(marker) not in made:
-                value = handle.read().to(device=marker.device, dtype=marker.dtype)
+                value = _value(handle, marker)
                 made[id(marker)] = (
                     nn.Parameter(value, requires_grad=value.is_floating_point())
                     if isinstance(marker, nn.Parameter)
@@ -190,9 +190,16 @@ _OFFLOADED = (
 )
 
 
+def _value(handle: Any, marker: Tensor) -> Tensor:
+    """What codes stand for, in the dtype and on the device of their marker; on the meta device nothing is decoded."""
+    if marker.is_meta:
+        return torch.empty(handle.shape, dtype=marker.dtype, device="meta")
+    return handle.read().to(device=marker.device, dtype=marker.dtype)
+
+
 def _codes(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of codes in a checkpoint's files, mapped from the disk."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     from surgery.artifact.codes import PREFIX
     from surgery.disk.aligned import align
@@ -200,10 +207,16 @@ def _codes(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for path in files:
         if path.suffix != ".safetensors":
             raise LoadError(f"Codes lie in .safetensors files, found {path.name}; export the member again.")
-        with safe_open(str(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                if name.startswith(PREFIX):
-                    yield name, align(file.get_tensor(name))
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    if name.startswith(PREFIX):
+                        yield name, align(file.get_tensor(name))
+        except SafetensorError as error:
+            raise LoadError(
+                f"{path} must hold what was exported, but is damaged ({error}): copy it again, or export the member "
+                "again."
+            ) from error
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:

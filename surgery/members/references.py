@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from surgery.disk.aligned import align_module
 from surgery.disk.records import artifact_files
-from surgery.disk.untrusted import shown_text
+from surgery.disk.untrusted import shown, shown_text
 from surgery.errors import LoadError, SurgeryError, SurgeryWarning
 from surgery.inputs import as_inputs, check_runs, example_inputs, forward_error
 from surgery.members.member import Inputs, Member, Origin, shapes_of, state_tensors
@@ -42,7 +42,8 @@ from surgery.util.text import one_line
 
 EXAMPLE_ELEMENTS = 1 << 28  # of a tensor that is made while inputs are tried: a GiB in float32
 READ = 1 << 27  # parameters of a model whose weights are always read: half a GiB in float32
-_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+_NAME = re.compile(r"(?=[.]*[A-Za-z0-9_-])[A-Za-z0-9_.-]{1,200}")
+"""As the manifest has it."""
 _FROM_FILES = ("timm", "transformers")  # kinds whose tensors have the dtypes of a file
 
 
@@ -61,6 +62,8 @@ def parse_reference(reference: str) -> tuple[str | None, str]:
     """
     name, equals, rest = reference.partition("=")
     named = bool(equals) and bool(_NAME.fullmatch(name)) and not Path(reference).expanduser().exists()
+    if equals and not named and not set(name) & set("/:?@\\") and not Path(reference).expanduser().exists():
+        _check_name(name)
     if not reference.strip() or (named and not rest.strip()):
         raise LoadError(
             f"a reference is [name=]REF, but '{reference}' has no REF: give a folder, a hub id or timm:NAME"
@@ -300,7 +303,10 @@ def write_plain(module: nn.Module, origin: Origin, files: Mapping[str, bytes], d
 
 def _check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise LoadError(f"a member's name holds letters, digits, '_', '-' and '.'; '{name}' does not")
+        raise LoadError(
+            f"a member's name is of letters A to z, digits, '_', '-' and '.', at most 200 and not dots alone, found "
+            f"{shown(name)}: give another name, as in name=REF"
+        )
 
 
 def reference_name(reference: str) -> str:
@@ -321,7 +327,7 @@ def default_name(origin: Origin) -> str:
     elif origin.kind == "factory":
         text = text.rpartition(":")[2]
     base = Path(text.partition("@")[0]).name or Path(text).resolve().name
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", base).strip("-.") or "member"
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", base).strip("-.")[:200] or "member"
 
 
 def _member(
