@@ -11,6 +11,7 @@ related      which sites resemble one another, and the ways of storing these tog
 arranging    banks of any method as arrangements, from `make`, `pack` and `unpack` alone
 allocation   the cheapest choice of ways under a budget or an error bound
 assembly     a choice put together as a stored joint model
+decoding     the weights that members have when they run from a stored form
 closing      by how much what is aimed at must differ from a bound
 search       choices corrected by what members show when they run
 exactly      instead of all this, what settings ask for, in the members' precision

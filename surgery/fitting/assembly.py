@@ -1,4 +1,4 @@
-"""Assembly: a choice put together as a stored joint model, and the weights that its members then have."""
+"""Assembly: a choice put together as a stored joint model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Placement, Plan
 from surgery.anatomy.sites import LeftAlone
-from surgery.core.generation import to_weight
 from surgery.disk.aside import put_aside
 from surgery.disk.journal import Made, keeps, made_once
 from surgery.fitting.allocation import Choice
@@ -21,13 +20,12 @@ from surgery.storage.codecs import (
     Encoding,
     Precision,
     Statistics,
-    decode,
     encode,
     encode_native,
     packed,
 )
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
-from surgery.storage.stored import Stored, build_bank, deduplicate
+from surgery.storage.stored import Stored, deduplicate
 from surgery.storage.trim import entry_bytes
 
 PLAIN = "sharing it does not pay"
@@ -144,21 +142,3 @@ def with_plain(plan: Plan, banks: Sequence[BankPlan], placements: Sequence[Place
     ]
     private = [each for each in plan.left_alone if (each.member, each.name) not in generated]
     return Plan(plan.members, tuple(banks), tuple(placements), (*private, *plain))
-
-
-def weights_of(stored: Stored, member: str) -> dict[str, Tensor]:
-    """The weights that one member has when it runs from a stored form, by first owner."""
-    weights = {name: _decoded(encoded) for name, encoded in stored.plain(member).items()}
-    for bank_plan in stored.plan.banks:
-        placements = [p for p in stored.plan.of(member) if p.bank == bank_plan.key]
-        if not placements:
-            continue
-        bank = build_bank(bank_plan, stored.tensors)
-        for p in placements:
-            weights[p.site.name] = put_aside(to_weight(bank.blocks(p.start, p.stop).detach(), p))
-    return weights
-
-
-def _decoded(encoded: Encoded) -> Tensor:
-    """What a stored form stands for; a tensor as it is lies where it lay."""
-    return decode(encoded) if encoded.precision.is_native else put_aside(decode(encoded))

@@ -16,8 +16,9 @@ from surgery.core.registry import methods_of
 from surgery.disk.journal import made_once
 from surgery.errors import PlanError
 from surgery.fitting.allocation import Choice, Table, finest, of_each, within_bytes, within_errors
-from surgery.fitting.assembly import Assembler, weights_of
+from surgery.fitting.assembly import Assembler
 from surgery.fitting.closing import SLACK, Scales, log_ratio, near
+from surgery.fitting.decoding import Decodings
 from surgery.fitting.groups import make_groups
 from surgery.fitting.scene import Scene
 from surgery.fitting.structure import structure_of
@@ -101,6 +102,7 @@ class Search:
         self.fixed = any(group.shared for group in groups)  # whatever it costs
         self.given = scene.given
         self.assembler = Assembler(scene.plan, ties, units, arrangements)
+        self.decodings = Decodings()
         for unit, encoded in present:
             self.assembler.give(unit, encoded)
         self.present = {id(encoded) for _, encoded in present}
@@ -138,7 +140,9 @@ class Search:
         stored = self.assembler.assemble(choice)
         memory.give_back()
         made = sha256(choice.option.tobytes() + choice.taken.tobytes()).hexdigest()
-        errors, _ = made_once(f"errors/{made}", lambda: (measure_errors(stored, self.trials).tolist(), {}))
+        errors, _ = made_once(
+            f"errors/{made}", lambda: (measure_errors(stored, self.trials, self.decodings).tolist(), {})
+        )
         return Attempt(choice, stored, np.array(errors), self.nbytes(stored))
 
     def nbytes(self, stored: Stored) -> int:
@@ -217,7 +221,7 @@ class Search:
         able = np.isfinite(table.fixed)[table.arrangement]
         coupled = bool(((table.weight[able] > 0).sum(1) > 1).any())
         best: Attempt | None = None
-        own: dict[int, Attempt] = {}  # of each member the one that it was least exact in and held
+        own: dict[int, tuple[float, Choice]] = {}  # of each member its largest error that held
         seen: list[np.ndarray] = []  # log of predicted over measured squared error, by round
         scales, goal = Scales.start(members), np.full(members, bound**2)
         with progress.task("Fitting to the error bound", ROUNDS) as task:
@@ -229,10 +233,10 @@ class Search:
                 if met and (best is None or found.nbytes < best.nbytes):
                     best = found
                 for each in np.nonzero(held)[0].tolist():
-                    if each not in own or found.errors[each] > own[each].errors[each]:
-                        own[each] = found
+                    if each not in own or found.errors[each] > own[each][0]:
+                        own[each] = float(found.errors[each]), found.choice
                 if best is None and number >= ROUNDS - 1 and len(own) == members > 1:
-                    each_own = of_each(table, [own[each].choice for each in range(members)])
+                    each_own = of_each(table, [own[each][1] for each in range(members)])
                     if each_own and (joined := self.attempt(each_own)) and (joined.errors <= bound).all():
                         best = joined
                 if best is not None and (number >= ROUNDS - 1 or (met and near(found.errors, bound, goal))):
@@ -387,13 +391,22 @@ def better(one: Attempt, other: Attempt) -> bool:
     return bool(one.errors.mean() < other.errors.mean() and (one.errors**2).mean() < (other.errors**2).mean())
 
 
-def measure_errors(stored: Stored, trials: Mapping[str, Trial]) -> np.ndarray:
-    """Measured output error of every member with the weights of a stored form."""
-    errors = []
+def measure_errors(
+    stored: Stored, trials: Mapping[str, Trial], decodings: Decodings | None = None
+) -> np.ndarray:
+    """Measured output error of every member with the weights of a stored form.
+
+    Args:
+        stored: the form.
+        trials: the members.
+        decodings: of earlier forms.
+    """
+    decodings, errors = decodings or Decodings(), []
     for name, trial in trials.items():
-        with trial.running_with(weights_of(stored, name)):
+        with trial.running_with(decodings.weights_of(stored, name)):
             errors.append(trial.error())
         memory.give_back()
+    decodings.end_attempt()
     return np.array(errors)
 
 

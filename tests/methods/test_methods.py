@@ -32,7 +32,8 @@ from surgery.disk.tensorheader import parse_header
 from surgery.errors import ArtifactError, MissingMethodError, PlanError
 from surgery.fitting.allocation import Choice
 from surgery.fitting.arranging import arrange_made
-from surgery.fitting.assembly import Assembler, weights_of
+from surgery.fitting.assembly import Assembler
+from surgery.fitting.decoding import Decodings
 from surgery.fitting.scene import Scene, key_of
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import tabulate
@@ -226,7 +227,7 @@ def test_predicted_errors_are_those_of_the_weights_that_members_get(package, ran
     predicted = (table.weight * table.error[np.arange(len(units)), picked][:, None])[active].sum(0)
     moved = {}
     for name in trials:
-        after = weights_of(stored, name)
+        after = Decodings().weights_of(stored, name)
         changes = [(scene.sensitivity[key_of(p.site)], p.site.name) for p in plan.of(name)]
         moved[name] = sum(
             weight * float((after[key] - scene.originals[name, key]).double().square().sum())

@@ -15,7 +15,8 @@ from surgery.anatomy.sites import discover
 from surgery.core.joining import join
 from surgery.errors import ArtifactError, PlanError
 from surgery.fitting.allocation import Choice
-from surgery.fitting.assembly import Assembler, weights_of
+from surgery.fitting.assembly import Assembler
+from surgery.fitting.decoding import Decodings
 from surgery.fitting.fit import fit
 from surgery.fitting.units import Arrangement, measure, tabulate
 from surgery.methods.templates.arrangements import candidates, stack_group
@@ -87,7 +88,7 @@ def test_predicted_errors_are_those_of_the_weights_that_members_get(seed, mixing
         cost = table.weight * table.error[np.arange(len(units)), picked][:, None]
         predicted = cost[active].sum(0)
         for i, name in enumerate(states):
-            found = weights_of(stored, name)
+            found = Decodings().weights_of(stored, name)
             error = sum(
                 moved[m, n] * float((found[n] - originals[m, n]).double().square().sum())
                 for m, n in mine

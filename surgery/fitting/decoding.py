@@ -1,0 +1,103 @@
+"""Decoding: the weights that members have when they run from a stored form.
+
+A search tries one stored form after another, and most of their tensors are the same objects; what several members
+draw on is the same for each of them. So what was decoded is kept within a bound of memory, as long as the next form
+uses it too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from surgery.anatomy.plan import BankPlan
+from surgery.core.bank import Bank
+from surgery.core.generation import to_weight
+from surgery.disk.aside import put_aside
+from surgery.storage.codecs import Encoded, decode
+from surgery.storage.stored import Stored, build_bank
+
+ROOM = 256 * 2**20  # bytes of what is decoded that are kept at most
+
+
+@dataclass
+class _Kept:
+    """What was made, what of (held: no other object then gets its identity), and in which attempt it was last used."""
+
+    made: Tensor | Bank
+    plan: BankPlan | None
+    source: tuple[Encoded, ...]
+    nbytes: int
+    used: int
+
+
+class Decodings:
+    """Decoded tensors and banks, kept from one stored form to the next.
+
+    Args:
+        room: bytes of decoded tensors that are kept at most; what comes after is decoded whenever it is needed.
+
+    Example:
+        >>> decodings = Decodings()
+        >>> with trial.running_with(decodings.weights_of(stored, trial.name)):
+        ...     error = trial.error()
+        >>> decodings.end_attempt()
+    """
+
+    def __init__(self, room: int = ROOM):
+        self.room, self.held, self.attempt = room, 0, 0
+        self._kept: dict[tuple[int, ...], _Kept] = {}
+
+    def weights_of(self, stored: Stored, member: str) -> dict[str, Tensor]:
+        """The weights of one member, by first owner; they are not to be changed, as others may share their memory."""
+        weights = {name: self._tensor(encoded) for name, encoded in stored.plain(member).items()}
+        placed = stored.plan.of(member)
+        used = {p.bank for p in placed}
+        for plan in stored.plan.banks:
+            if plan.key not in used:
+                continue
+            bank = self._bank(plan, stored)
+            for p in (p for p in placed if p.bank == plan.key):
+                weights[p.site.name] = put_aside(to_weight(bank.blocks(p.start, p.stop).detach(), p))
+        return weights
+
+    def end_attempt(self) -> None:
+        """Let go of what the stored form of this attempt did not use."""
+        for key in [key for key, each in self._kept.items() if each.used < self.attempt]:
+            self.held -= self._kept.pop(key).nbytes
+        self.attempt += 1
+
+    def _tensor(self, encoded: Encoded) -> Tensor:
+        if encoded.precision.is_native:  # lies where it lay
+            return decode(encoded)
+        if (found := self._find(None, (encoded,))) is None:
+            found = put_aside(decode(encoded))
+            self._keep(found, None, (encoded,), found.nbytes)
+        assert isinstance(found, Tensor)
+        return found
+
+    def _bank(self, plan: BankPlan, stored: Stored) -> Bank:
+        parts = stored.parts(plan.key)
+        source = tuple(parts[name] for name in sorted(parts))
+        if (found := self._find(plan, source)) is None:
+            found = build_bank(plan, stored.tensors)
+            held = (*found.parameters(), *found.buffers())
+            self._keep(found, plan, source, sum(t.nbytes for t in held))
+        assert isinstance(found, Bank)
+        return found
+
+    def _find(self, plan: BankPlan | None, source: tuple[Encoded, ...]) -> Tensor | Bank | None:
+        kept = self._kept.get(tuple(map(id, source)))
+        if kept is None or kept.plan != plan:
+            return None
+        kept.used = self.attempt
+        return kept.made
+
+    def _keep(
+        self, made: Tensor | Bank, plan: BankPlan | None, source: tuple[Encoded, ...], nbytes: int
+    ) -> None:
+        key = tuple(map(id, source))
+        if key not in self._kept and self.held + nbytes <= self.room:
+            self._kept[key] = _Kept(made, plan, source, nbytes, self.attempt)
+            self.held += nbytes
