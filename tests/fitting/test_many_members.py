@@ -31,7 +31,7 @@ def nets(count):
 def test_scattered_errors_do_not_leave_many_members_as_they_are(monkeypatch, count):
     measured = search.measure_errors
 
-    def scattered(stored, trials):
+    def scattered(stored, trials, decodings=None):
         """Off what is predicted by up to twice, as outputs of deep nets are, the same for the same weights."""
         errors = measured(stored, trials)
         noise = [random.Random(error).uniform(-0.7, 0.7) if error else 0.0 for error in errors.tolist()]
