@@ -82,22 +82,37 @@ def shares_of_on(on: Tensor) -> Tensor:
 
     # Maziarz et al., routing layers
 
+    The mean has a corner where one component is on. Backward, that one is compared with zeros, which would be left
+    without it, and each of the others with the mean that it would join.
+
     Example:
         >>> shares_of_on(torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])).tolist()
         [[0.5, 0.0, 0.5], [0.0, 0.0, 0.0]]
     """
-    return on / on.sum(-1, keepdim=True).clamp_min(1)
+    fixed = on.detach()
+    count = fixed.sum(-1, keepdim=True)
+    alone = (count == 1) & (fixed == 1)
+    total = torch.where(alone, fixed, on).sum(-1, keepdim=True)
+    return on / torch.where(count >= 1, total, torch.ones_like(total))
 
 
 def shares_or_identity(on: Tensor) -> Tensor:
     """Shares g `[..., N + 1]` of components `[..., N]` that are on and, last, of the identity where all are off.
 
+    Backward, a component that is on alone is compared with the identity, which would stand in for it.
+
     Example:
         >>> shares_or_identity(torch.tensor([[1.0, 1.0], [0.0, 0.0]])).tolist()
         [[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]]
+        >>> z = torch.tensor([1.0])
+        >>> torch.autograd.functional.jacobian(shares_or_identity, z).flatten().tolist()
+        [1.0, -1.0]
     """
-    # At one component the gradient of the rest is -1: it is one or the other.
-    rest = (1 - on.sum(-1, keepdim=True)).clamp_min(0)
+    fixed = on.detach()
+    count = fixed.sum(-1, keepdim=True)
+    others = (count == 1) & (fixed == 0)
+    total = torch.where(others, fixed, on).sum(-1, keepdim=True)
+    rest = torch.where(count <= 1, 1 - total, torch.zeros_like(total))
     return torch.cat([shares_of_on(on), rest], -1)
 
 
