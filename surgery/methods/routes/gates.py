@@ -186,6 +186,11 @@ class LearnedGates(Gates):
         for row, task in enumerate(self.tasks):
             self.kept[row, list(chosen[task])] = 1
 
+    @torch.no_grad()
+    def soften(self) -> None:
+        """Undo `harden`: learn again, from what was learned before."""
+        self.kept.zero_()
+
     def _state(self) -> tuple[Any, float, dict[str, tuple[int, ...]] | None]:
         """What the buffers say, read again where they were written to."""
         phase, kept = self.phase, self.kept
@@ -239,6 +244,17 @@ class BernoulliGates(LearnedGates):
     def draw(self, generator: torch.Generator | None) -> None:
         """Draw the noise of the next pass."""
         self.noise = mathematics.gumbel_noise(self.logits.shape[1:], generator)
+
+    @torch.no_grad()
+    def begin(self, row: int, on: bool) -> None:
+        """Begin with a task's own layer likely on, by `p_init`, or as likely off.
+
+        Args:
+            row: of the task.
+            on: whether it shall be on.
+        """
+        p = self.settings.p_init if on else 1 - self.settings.p_init
+        self.logits[row, self.own] = mathematics.bernoulli_logits(torch.tensor(p)).to(self.logits)
 
     def probability(self) -> Tensor:
         """Of being on `[T, N]`, without the identity that stands in."""

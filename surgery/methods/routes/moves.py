@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from surgery.core.bank import Trained
+from surgery.disk.untrusted import shown
 from surgery.errors import PlanError
 from surgery.methods.routes.gates import WAITS, BernoulliGates, Gates, LearnedGates, SoftGates
 from surgery.methods.routes.groups import budget_of, hard_routes, harden_gates, penalty_of, routes_in
 from surgery.methods.routes.mathematics import temperature_at
+from surgery.methods.routes.measuring import begin_with_measured, can_measure
+from surgery.settings.problems import Strict, problems_of
+from surgery.settings.quantities import Count
+from surgery.storage.keys import StateKey
 from surgery.training.loop.moves import Facts, Moves
 from surgery.util.text import shorten
 
 if TYPE_CHECKING:
     from surgery.training.loop.trainer import Trainer
+
+
+class _Measured(Strict):
+    left: tuple[Count, ...]
+    losses: tuple[float, ...]
+    passes: Count
+
+
+class _State(Strict):
+    """What a run's state says of routes."""
+
+    passes: Count
+    measured: dict[str, dict[str, _Measured]] = Field(default_factory=dict)
 
 
 class RouteMoves(Moves):
@@ -25,6 +45,7 @@ class RouteMoves(Moves):
     Attributes:
         routes: the gates of each route, by member and name.
         passes: batches of all tasks so far, by which the temperature falls.
+        measured: by route and task, what is known of layers left out one by one before learning.
     """
 
     def __init__(self, name: str, trainer: Trainer):
@@ -36,6 +57,7 @@ class RouteMoves(Moves):
             for route, depths in routes_in(joint[member]).items()
         }
         self.passes = 0
+        self.measured: dict[str, dict[str, Facts]] = {}
         self._check_tasks()
 
     @property
@@ -113,9 +135,12 @@ class RouteMoves(Moves):
     def _left(self, depths: list[Gates]) -> float:
         """How much of the way to its budget a pretrained stack has still to go.
 
-        It goes there over three quarters of the phase in which routes are learned, so that layers leave one by one.
+        Without a measured start it goes there over three quarters of the phase in which routes are learned, so that
+        layers leave one by one.
         """
-        if not any(isinstance(gates, LearnedGates) and gates.own is not None for gates in depths):
+        if can_measure(depths) or not any(
+            isinstance(gates, LearnedGates) and gates.own is not None for gates in depths
+        ):
             return 0.0
         return max(0.0, 1 - self._learned_for() / 0.75)
 
@@ -128,9 +153,17 @@ class RouteMoves(Moves):
     # -- a generation --------------------------------------------------------------------------------------
 
     def before_generation(self) -> None:
-        """Harden before the final phase."""
+        """Measure before routes are learned, and harden before the final phase."""
+        if self.trainer.generation == self.config.burn_in:
+            self._measure()
         if self._hardens(self.trainer.generation):
             harden_gates(depths for depths in self.routes.values() if depths[0].settings.harden)
+
+    def _measure(self) -> None:
+        for key, depths in self.routes.items():
+            if can_measure(depths):
+                found = begin_with_measured(self.trainer, key[0], depths)
+                self.measured[self._called(key)] = {task: asdict(each) for task, each in found.items()}
 
     def begins_anew(self, generation: int) -> bool:
         """States before burn-in is over, or before routes are hard, are not what will be exported."""
@@ -144,12 +177,25 @@ class RouteMoves(Moves):
     # -- its state -----------------------------------------------------------------------------------------
 
     def pack(self) -> tuple[dict[str, Tensor], Facts]:
-        """How many batches were drawn for; what gates do is in their buffers."""
-        return {}, {"passes": self.passes}
+        """How many batches were drawn for, and what was measured; what gates do is in their buffers."""
+        said: Facts = {"passes": self.passes}
+        return {}, {**said, "measured": self.measured} if self.measured else said
+
+    def wrong(
+        self, tensors: dict[str, Tensor], facts: Facts, model: Mapping[StateKey, Tensor]
+    ) -> Iterator[str]:
+        """By its form; what was measured is there once routes are learned, and in no state of earlier versions."""
+        try:
+            _State.model_validate(facts)
+        except ValidationError as error:
+            yield f"of method {self.name} {'; '.join(problems_of(error, _State))}"
+        if tensors:
+            yield f"of method {self.name} it must hold no tensors, found {shown(sorted(tensors))}"
 
     def unpack(self, tensors: dict[str, Tensor], facts: Facts) -> None:
         """Go on counting."""
         self.passes = int(facts["passes"])
+        self.measured = dict(facts.get("measured", {}))
 
     # -- what it tells -------------------------------------------------------------------------------------
 
@@ -189,7 +235,10 @@ class RouteMoves(Moves):
 
     def reached(self) -> Facts:
         """By route and task, the components at each depth that a hard route has."""
-        return {"chosen": {self._called(key): self._kept(depths) for key, depths in self.routes.items()}}
+        found: Facts = {
+            "chosen": {self._called(key): self._kept(depths) for key, depths in self.routes.items()}
+        }
+        return {**found, "measured": self.measured} if self.measured else found
 
     def _kept(self, depths: list[Gates]) -> dict[str, list[list[str]]]:
         found = []

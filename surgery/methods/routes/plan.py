@@ -80,6 +80,7 @@ def plan_routes(anatomies: Sequence[Anatomy], request: PlanRequest) -> list[Repl
     if settings.layers is not None and (short := [r for r in runs if len(r.layers) < settings.layers]):
         named = ", ".join(f"{run.path} of '{run.member}' has {len(run.layers)}" for run in short)
         raise PlanError(f"`layers` is {settings.layers}, but {named}: ask for no more than there are.")
+    runs = _without_readers(runs, settings, bool(request.stacks))
     least = min((len(run.layers) for run in runs), default=1)
     if settings.component_budget is not None and settings.component_budget * least < 1:
         raise PlanError(
@@ -88,6 +89,39 @@ def plan_routes(anatomies: Sequence[Anatomy], request: PlanRequest) -> list[Repl
         )
     generator = torch.Generator().manual_seed(settings.seed)
     return [each for run in runs for each in _of_run(run, _alike(run, runs, settings), settings, generator)]
+
+
+def _without_readers(runs: Sequence[Run], settings: Settings, named: bool) -> list[Run]:
+    """The stacks from which layers can be left out, where any may be.
+
+    Args:
+        runs: that are chosen.
+        settings: of the method.
+        named: whether patterns chose them; else those that are read elsewhere are left alone beside others.
+
+    Raises:
+        PlanError: naming stacks, layers and who reads them.
+    """
+    bad = {run: run.read for run in runs if run.read and _leaves_out(run, settings)}
+    left = [run for run in runs if run not in bad]
+    if not bad or (left and not named):
+        return left
+    said = "; ".join(
+        f"of {run.path} of '{run.member}' {shorten(f'{layer} (by {reader})' for layer, reader in read)}"
+        for run, read in bad.items()
+    )
+    raise PlanError(
+        f"A route can leave out layers only where nothing but the next layer reads what they give, but {said} "
+        "is read elsewhere too: choose other stacks by `select.stacks`, set `identity` to false so that every depth "
+        "keeps a layer, or have the model give no hidden states of single layers."
+    )
+
+
+def _leaves_out(run: Run, settings: Settings) -> bool:
+    """Whether a route over a stack may have the identity at some depth."""
+    if settings.learns:
+        return settings.identity
+    return any(i < 0 for order in settings.orders.get(run.member, {}).values() for i in order)
 
 
 def _of_run(

@@ -27,6 +27,8 @@ class Settings(Strict):
         p_init: probability of being on at first; in pretrained stacks of a task's own layer.
         layers: how many layers of a stack a task keeps; for `gumbel`, in place of a budget of components.
         component_budget: share of the components that a task may have on, on average; for `gumbel`.
+        measure: batches of each task on which layers are left out one by one before routes are learned, which then
+            begin with those that are missed least off; 0 for none. With `layers`.
         penalty: lambda, the weight of what exceeds the budget.
         temperature: of the softmax backward, at first: it falls with the square root of the number of batches.
         least_temperature: what it falls to.
@@ -44,6 +46,7 @@ class Settings(Strict):
     p_init: Probability = 0.97
     layers: Positive | None = None
     component_budget: Share | None = None
+    measure: Annotated[int, Field(ge=0, le=4096)] = 2
     penalty: NotNegative = 1.0
     temperature: Rate = 50.0
     least_temperature: Rate = 0.5

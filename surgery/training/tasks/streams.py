@@ -114,6 +114,17 @@ class Stream:
             raise PlanError(f"Task '{self.name}': {error}") from error
         return share(batch, self.rank, self.world)
 
+    def peek(self, count: int) -> list[tuple[Batch, float]]:
+        """The next batches, as `next` gives them; the stream goes on where it is.
+
+        Args:
+            count: how many.
+        """
+        before = self.state()
+        found = [next(self) for _ in range(count)]
+        self.seek(**before)
+        return found
+
     def state(self) -> dict[str, int]:
         """Where the stream is."""
         return {"epoch": self.epoch, "position": self.position}

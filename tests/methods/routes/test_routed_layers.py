@@ -301,24 +301,41 @@ def test_stacks_with_caches_are_refused_with_the_remedy():
     assert joint.extract("gpt").config.n_layer == 1
 
 
-def test_a_stack_whose_single_layers_are_read_has_no_shorter_form():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.into, self.out = nn.Linear(12, 16), nn.Linear(16, 2)
-            self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
+class Reads(nn.Module):
+    """A net that reads the outputs of single layers."""
 
-        def forward(self, x):
-            outs = [self.into(x)]
-            for layer in self.layers:
-                outs.append(torch.relu(layer(outs[-1])))
-            return self.out(outs[1] + outs[3])
+    def __init__(self, read):
+        super().__init__()
+        self.into, self.out, self.read = nn.Linear(12, 16), nn.Linear(16, 2), read
+        self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
 
-    joint = joined(
-        {"routing": "permuted", "orders": {"net": {"": [-1, 1, 2]}}}, Net(), "net", torch.randn(2, 12)
-    )
-    with pytest.raises(ExportError, match="must give the same outputs without the layers"):
-        joint.extract("net")
+    def forward(self, x):
+        outs = [self.into(x)]
+        for layer in self.layers:
+            outs.append(torch.relu(layer(outs[-1])))
+        return self.out(sum(outs[i] for i in self.read))
+
+
+@pytest.mark.parametrize("read", [(1, 3), (2, 3), (1, 2, 3), (1,)])
+def test_stacks_whose_single_layers_are_read_are_refused_before_anything_is_joined(read):
+    settings = {"routing": "permuted", "orders": {"net": {"": [-1, 1, 2]}}}
+    for each in (settings, {}, {"layers": 2}, {"routing": "soft"}):
+        with pytest.raises(PlanError, match=r"layers\.[01] .*is read elsewhere too: choose other stacks"):
+            member(Reads(read), "net", torch.randn(2, 12)).module.requires_grad_(True)
+            joined(each, Reads(read), "net", torch.randn(2, 12))
+    assert joined({"identity": False}, Reads(read), "net", torch.randn(2, 12))  # every depth keeps a layer
+
+
+def test_hidden_states_that_a_model_returns_are_read():
+    model = bert()
+    model.config.output_hidden_states = True
+    with pytest.raises(PlanError, match="by the model's outputs"):
+        joined({"layers": 2}, model)
+
+
+def test_what_lies_between_layers_reads_nothing():
+    joint = joined({"layers": 2}, Reads((3,)), "net", torch.randn(2, 12))
+    assert len(routes_in(joint["net"])["layers.*"]) == 3
 
 
 # -- recipes ---------------------------------------------------------------------------------------------------

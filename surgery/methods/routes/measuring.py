@@ -1,0 +1,121 @@
+"""Measuring: which layers of a pretrained stack a task misses least, before anything of its route is learned.
+
+Layers are left out one after the other, each time that one without which the loss on a few batches stays lowest. That
+takes forward passes alone. What stays is where learning begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from surgery.methods.routes.gates import BernoulliGates, Gates
+from surgery.training.tasks.tasks import Batch, Task
+from surgery.training.tasks.validation import evaluate
+from surgery.util.collectives import average
+
+if TYPE_CHECKING:
+    from surgery.training.loop.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one task's route.
+
+    Attributes:
+        left: depths in the order in which their layers were left out.
+        losses: after each of them.
+        passes: forward passes through a single layer, of one batch each.
+    """
+
+    left: tuple[int, ...]
+    losses: tuple[float, ...]
+    passes: int
+
+
+def can_measure(depths: Sequence[Gates]) -> bool:
+    """Whether a route begins with what is measured: one of `gumbel` over a pretrained stack, some layers of which stay.
+
+    Args:
+        depths: the gates of a route.
+    """
+    how = depths[0].settings
+    return bool(how.measure and how.layers is not None and how.layers < len(depths)) and all(
+        isinstance(gates, BernoulliGates) and gates.own is not None and gates.rest for gates in depths
+    )
+
+
+def begin_with_measured(trainer: Trainer, member: str, depths: Sequence[Gates]) -> dict[str, Measured]:
+    """Set the probabilities of a route: `p_init` for layers that stay, `1 - p_init` for those left out.
+
+    Args:
+        trainer: whose tasks, losses and next batches are used; its streams stay where they are.
+        member: whose route it is.
+        depths: its gates.
+
+    Returns:
+        by task of the route, what was measured.
+    """
+    gates = [each for each in depths if isinstance(each, BernoulliGates)]
+    mine = [task for task in trainer.tasks if task.member == member]
+    count = gates[0].settings.measure
+    batches = {task.name: [batch for batch, _ in trainer.streams[task.name].peek(count)] for task in mine}
+    found = {}
+    for row, name in enumerate(gates[0].tasks):
+        served = [task for task in mine if name in ("", task.name)]
+        found[name] = _leave_out(trainer, gates, row, served, batches)
+        for depth, each in enumerate(gates):
+            each.begin(row, depth not in found[name].left)
+    return found
+
+
+def _leave_out(
+    trainer: Trainer,
+    gates: Sequence[BernoulliGates],
+    row: int,
+    tasks: Sequence[Task],
+    batches: Mapping[str, Sequence[Batch]],
+) -> Measured:
+    wanted = gates[0].settings.layers
+    assert wanted is not None
+    kept, left, losses, passes = list(range(len(gates))), [], [], 0
+    given = sum(len(batches[task.name]) for task in tasks)
+    while len(kept) > wanted:
+        found = torch.zeros(len(kept), dtype=torch.float64)
+        for place, gone in enumerate(kept):
+            on = [depth for depth in kept if depth != gone]
+            with _taking(gates, row, on):
+                found[place] = _loss(trainer, tasks, batches)
+        average([found])  # each process has measured its part of the batches
+        passes += len(kept) * (len(kept) - 1) * given
+        best = int(found.argmin())
+        losses.append(float(found[best]))
+        left.append(kept.pop(best))
+    return Measured(tuple(left), tuple(losses), passes)
+
+
+@contextmanager
+def _taking(gates: Sequence[BernoulliGates], row: int, on: Sequence[int]) -> Iterator[None]:
+    """Inside, a task's route has its own layer at some depths and the identity at the others."""
+    task = gates[0].tasks[row]
+    try:
+        for depth, each in enumerate(gates):
+            assert each.own is not None
+            own = (each.own if depth in on else len(each.names) - 1,)
+            each.harden({name: own if name == task else (each.own,) for name in each.tasks})
+        yield
+    finally:
+        for each in gates:
+            each.soften()
+
+
+def _loss(trainer: Trainer, tasks: Sequence[Task], batches: Mapping[str, Sequence[Batch]]) -> float:
+    """The weighted loss of some tasks; infinite where it is not finite."""
+    asked = [replace(task, validation=batches[task.name], metric=None) for task in tasks]
+    scores = evaluate(trainer.joint, asked, trainer.losses)
+    total = sum(trainer.weights[name] * (score.loss or 0.0) for name, score in scores.items())
+    return total if total < float("inf") else float("inf")
