@@ -13,11 +13,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from torch import fx
 
+from surgery.anatomy.flow import Flow, flow_of
 from surgery.anatomy.selectors import matches, miss
 from surgery.errors import PlanError
 from surgery.tracing.types import Trace
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _NEVER = frozenset({"embedding", "buffer", "unused", "scripted"})  # kinds that belong to no layer's weights
 _ENDS = frozenset({"first", "last"})  # kinds of a network's ends: of a layer like the others here
 _REQUEST = "by request"
+_NO_FLOW = Flow()
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,13 @@ class Run:
         member: its name.
         layers: module paths in execution order.
         parts: the tensors of each layer.
-        read: layers whose outputs something else than the next layer reads too, with the module that does; those that
-            the graph shows.
+        flow: what the graph shows of values that pass through them.
     """
 
     member: str
     layers: tuple[str, ...]
     parts: tuple[Part, ...]
-    read: tuple[tuple[str, str], ...] = ()
+    flow: Flow = _NO_FLOW
 
     @property
     def parameters(self) -> int:
@@ -182,7 +182,11 @@ def find_runs(member: str, tensors: Sequence[Site | LeftAlone], found: Trace) ->
         if not any(_within(layer, other) for layer in run.layers for other in taken):
             kept.append(run)
             taken += run.layers
-    kept = [replace(run, read=_read_elsewhere(found, run.layers)) for run in kept]
+    buffers = {each.name for each in tensors if each.kind == "buffer"}
+    kept = [
+        replace(run, flow=flow_of(found, run.layers, {part.name for part in run.parts}, buffers))
+        for run in kept
+    ]
     return tuple(sorted(kept, key=lambda run: order[run.layers[0]]))
 
 
@@ -275,69 +279,6 @@ def _inputs_of(
         elif inputs:
             weight[node] = reach[node]
     return seen
-
-
-def _read_elsewhere(found: Trace, layers: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """Layers from which a way leads to the outputs that does not pass the next one, and the module that reads there."""
-    read: dict[str, str] = {}
-    graphs = [] if found.graph is None else [("", found.graph)]
-    for prefix, graph in (*graphs, *((f"{path}.", part) for path, part in found.parts.items())):
-        place = {node: f"{prefix}{node.meta.get('module') or ''}" for node in graph.nodes}
-        if not graph.nodes or not all(any(_inside(at, layer) for at in place.values()) for layer in layers):
-            continue
-        live = _live(graph)
-        ends = _reaching_outputs(graph)
-        for layer, after in pairwise(layers):
-            own = {node for node in live if _inside(place[node], layer)}
-            if (reader := _way_around(own, ends, place, after)) is not None:
-                read.setdefault(layer, reader)
-    return tuple(read.items())
-
-
-def _way_around(
-    own: set[fx.Node], ends: set[fx.Node], place: Mapping[fx.Node, str], after: str
-) -> str | None:
-    """The module that first reads what a layer gives on a way to the outputs around the layer after it.
-
-    Args:
-        own: nodes of the layer that depend on the inputs.
-        ends: nodes that outputs depend on, these included.
-        place: by node, the module in whose forward pass it is.
-        after: path of the layer after it.
-    """
-    waiting = [(user, user) for node in own for user in node.users if user not in own]
-    seen: set[fx.Node] = set()
-    while waiting:
-        node, first = waiting.pop()
-        if node in seen or node not in ends or _inside(place[node], after):
-            continue
-        if node.op == "output":
-            return place[first] or "the model's outputs"
-        seen.add(node)
-        waiting += [(user, first) for user in node.users]
-    return None
-
-
-def _inside(path: str, layer: str) -> bool:
-    return path == layer or path.startswith(f"{layer}.")
-
-
-def _live(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that depend on the inputs."""
-    live: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or any(each in live for each in node.all_input_nodes):
-            live.add(node)
-    return live
-
-
-def _reaching_outputs(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that outputs depend on, and the outputs."""
-    found: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        if node.op == "output" or node in found:
-            found |= {node, *node.all_input_nodes}
-    return found
 
 
 def _by_number(layers: Mapping[str, Sequence[str]]) -> dict[str, set[str]]:

@@ -37,6 +37,7 @@ class Gates(nn.Module):
         names: of the components.
         settings: of the method.
         rest: whether the last component is an identity that stands in where all others are off.
+        per_layer: how many depths a layer has: one, or its branches.
 
     Attributes:
         task: that is served; None is the default, what all tasks together like best.
@@ -50,9 +51,11 @@ class Gates(nn.Module):
         names: Sequence[str],
         settings: Settings,
         rest: bool = False,
+        per_layer: int = 1,
     ):
         super().__init__()
         self.route, self.depth, self.settings, self.rest = route, depth, settings, rest
+        self.per_layer = per_layer
         self.tasks, self.names = tuple(tasks) or ("",), tuple(names)
         self.task: str | None = None
 
@@ -354,6 +357,7 @@ def make_gates(
     settings: Settings,
     own: int | None = None,
     chosen: Mapping[str, Sequence[int]] | None = None,
+    per_layer: int = 1,
 ) -> Gates:
     """The gates of one depth.
 
@@ -365,12 +369,14 @@ def make_gates(
         settings: of the method.
         own: the component that a pretrained stack begins with.
         chosen: by task, the components of a route that is not learned.
+        per_layer: how many depths a layer has.
     """
     if chosen is not None:
-        return FixedGates(route, depth, tasks, names, settings, chosen=chosen)
+        return FixedGates(route, depth, tasks, names, settings, per_layer=per_layer, chosen=chosen)
     if settings.routing == "soft":
-        return SoftGates(route, depth, tasks, names, settings, own=own)
-    return BernoulliGates(route, depth, tasks, names, settings, rest=names[-1] == IDENTITY, own=own)
+        return SoftGates(route, depth, tasks, names, settings, per_layer=per_layer, own=own)
+    rest = names[-1] == IDENTITY
+    return BernoulliGates(route, depth, tasks, names, settings, rest=rest, per_layer=per_layer, own=own)
 
 
 def check_orders(orders: Mapping[str, Sequence[int]], depth: int, count: int, what: str) -> None:

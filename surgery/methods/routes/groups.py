@@ -34,9 +34,18 @@ def routes_in(module: nn.Module) -> dict[str, list[Gates]]:
 def budget_of(depths: Sequence[Gates]) -> float | None:
     """The share of a route's components that a task may have on; None where there is no bound."""
     settings = depths[0].settings
-    if settings.layers is not None:
-        return settings.layers / len(depths)
-    return settings.component_budget
+    count = count_of(depths)
+    return settings.component_budget if count is None else count / len(depths)
+
+
+def count_of(depths: Sequence[Gates]) -> int | None:
+    """How many depths of a route a task keeps a component at, by the settings; None where these do not say.
+
+    Args:
+        depths: the gates of a route.
+    """
+    layers = depths[0].settings.layers
+    return None if layers is None else layers * depths[0].per_layer
 
 
 def penalty_of(depths: Sequence[Gates], left: float = 0.0) -> Tensor:
@@ -59,7 +68,7 @@ def penalty_of(depths: Sequence[Gates], left: float = 0.0) -> Tensor:
 def hard_routes(depths: Sequence[Gates]) -> Chosen:
     """What each task keeps of a route: of each z its likelier value, or so many layers as the settings say."""
     chosen = [dict(gates.likely()) for gates in depths]
-    count = depths[0].settings.layers
+    count = count_of(depths)
     if count is None or not all(isinstance(gates, BernoulliGates) for gates in depths):
         return chosen
     for row, task in enumerate(depths[0].tasks):

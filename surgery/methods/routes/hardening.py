@@ -78,12 +78,12 @@ def _drop_from(joint: JointModel, name: str) -> tuple[Replaced, ...]:
         fixed[path] = {"chosen": said, "held": tuple(kept)}
         names = list(dict.fromkeys(name for some in said.values() for name in some))
         numbers = {task: [names.index(name) for name in some] for task, some in said.items()}
-        new = make_gates(gates.route, gates.depth, names, gates.tasks, gates.settings, chosen=numbers)
+        new = make_gates(
+            gates.route, gates.depth, names, gates.tasks, gates.settings, None, numbers, gates.per_layer
+        )
         new.serve(gates.task)
         new.train(gates.training)
-        made = RoutedLayer(path, kept, new, pool)
-        made.checked, made.wrapped = layer.checked, layer.wrapped
-        swaps.put(joint[name], layer, made.train(layer.training))
+        swaps.put(joint[name], layer, layer.again(kept, new, pool))
     return tuple(_recorded(each, fixed) for each in joint.members[name].replaced)
 
 

@@ -8,17 +8,22 @@ what is equal is stored once, and trained as one (`surgery.methods.routes.sharin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from surgery.errors import PlanError
 from surgery.methods.routes.gates import IDENTITY, Gates
 from surgery.methods.routes.mathematics import mixed
+from surgery.util.copies import duplicate
 from surgery.util.text import one_line
 
 HIDDEN = "hidden_states"
+
+_Form = tuple[dict[int, int], int | None]
 
 
 class Pool:
@@ -81,7 +86,23 @@ class RoutedLayer(nn.Module):
     def _run(self, name: str, hidden: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if name != IDENTITY:
             return self.pool.layers[name](*args, **kwargs)
+        return self._passed_on(hidden, args, kwargs)
+
+    def _passed_on(self, hidden: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What there is without any component."""
         return self._wrap(hidden)
+
+    def again(self, kept: Mapping[str, nn.Module], gates: Gates, pool: Pool) -> RoutedLayer:
+        """The same place with other components and gates.
+
+        Args:
+            kept: components that lie here.
+            gates: of this depth.
+            pool: of the stack.
+        """
+        made = type(self)(self.path, kept, gates, pool)
+        made.checked, made.wrapped = self.checked, self.wrapped
+        return made.train(self.training)
 
     def _wrap(self, hidden: Tensor) -> Any:
         return (hidden,) if self.wrapped else hidden
@@ -109,7 +130,7 @@ class RoutedLayer(nn.Module):
         finally:
             self.train(training)
         if IDENTITY in self.gates.names:
-            found[IDENTITY] = str([*hidden.shape])
+            found |= self._outline_of_identity(hidden)
         if len(set(found.values())) > 1:
             said = "; ".join(f"{name} gives {what}" for name, what in found.items())
             raise PlanError(
@@ -117,6 +138,9 @@ class RoutedLayer(nn.Module):
                 f"{said}; choose stacks by `select.stacks` whose layers keep the shape, or leave `identity` out."
             )
         self.checked = True
+
+    def _outline_of_identity(self, hidden: Tensor) -> dict[str, str]:
+        return {IDENTITY: str([*hidden.shape])}
 
     def _outline(self, output: Any) -> str:
         """The shape of the hidden states in a layer's output."""
@@ -132,9 +156,100 @@ class RoutedLayer(nn.Module):
         return str([*parts[0].shape])
 
 
+class RoutedBranch(RoutedLayer):
+    """A module that gives what a layer adds to its stream: on, or off, where zeros are added and the module is not run.
+
+    Args:
+        path: of the module that was here.
+        held: that module, by its component's name; empty where no task uses it.
+        gates: of this depth.
+        pool: of the stack.
+        outline: of that module, on the meta device: of what form its outputs are.
+    """
+
+    def __init__(
+        self, path: str, held: Mapping[str, nn.Module], gates: Gates, pool: Pool, outline: nn.Module
+    ):
+        super().__init__(path, held, gates, pool)
+        self.__dict__["outline"] = outline  # it is no part of the member
+        self.form: _Form | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["outline"], name)
+
+    def again(self, kept: Mapping[str, nn.Module], gates: Gates, pool: Pool) -> RoutedLayer:
+        """The same place with other components and gates."""
+        made = RoutedBranch(self.path, kept, gates, pool, self.outline)
+        made.checked, made.wrapped, made.form = self.checked, self.wrapped, self.form
+        return made.train(self.training)
+
+    def _passed_on(self, hidden: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if self.form is None:  # of an artifact that does not have the module, as no task uses it
+            meta = partial(torch.empty_like, device="meta")
+            like, others = tree_map_only(Tensor, meta, (tuple(args), dict(kwargs)))
+            with torch.no_grad(), torch.device("meta"):
+                self._take_form(hidden, self.outline(*like, **others))
+        assert self.form is not None
+        others, count = self.form
+        shape = [others.get(axis, size) for axis, size in enumerate(hidden.shape)]
+        zeros = hidden.new_zeros(shape)
+        return zeros if count is None else (zeros, *(None,) * (count - 1))
+
+    def _run(self, name: str, hidden: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        output = super()._run(name, hidden, args, kwargs)
+        if self.form is None:
+            self._take_form(hidden, output)
+        return output
+
+    def _take_form(self, hidden: Tensor, output: Any) -> None:
+        """Note sizes of axes that are not the input's, and how many things the module gives where it is a tuple."""
+        first = self._hidden(output)
+        if first.ndim != hidden.ndim:
+            raise PlanError(
+                f"A branch on a route must give a tensor of as many axes as it gets, but {self.path} gets "
+                f"{[*hidden.shape]} and gives {[*first.shape]}: leave `branches` out."
+            )
+        pairs = enumerate(zip(hidden.shape, first.shape, strict=True))
+        others = {axis: gives for axis, (gets, gives) in pairs if gets != gives}
+        self.form = (others, len(output) if isinstance(output, tuple) else None)
+
+    def _outline_of_identity(self, hidden: Tensor) -> dict[str, str]:
+        return {}
+
+
 def _is_cache(value: Any) -> bool:
     """Whether an argument is a cache of transformers, which need not be installed."""
     return any(kind.__name__ == "Cache" for kind in type(value).__mro__)
+
+
+def outline_of(module: nn.Module) -> nn.Module:
+    """A copy of a module on the meta device, which takes no memory for its tensors.
+
+    Args:
+        module: left as it is.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    return duplicate(module, memo).eval()
+
+
+def without_effect(outline: nn.Module, like: Tensor) -> nn.Module:
+    """A module of an outline's structure whose tensors are all zeros.
+
+    Args:
+        outline: on the meta device.
+        like: of the dtype and on the device that floating point tensors shall have.
+    """
+    made = duplicate(outline).to_empty(device=like.device)
+    with torch.no_grad():
+        for tensor in (*made.parameters(), *made.buffers()):
+            tensor.zero_()
+    return made.to(like.dtype).requires_grad_(True)
 
 
 class Left(nn.Module):

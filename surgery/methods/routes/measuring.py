@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from surgery.methods.routes.gates import BernoulliGates, Gates
+from surgery.methods.routes.groups import count_of
 from surgery.training.tasks.tasks import Batch, Task
 from surgery.training.tasks.validation import evaluate
 from surgery.util.collectives import average
@@ -36,6 +37,10 @@ class Measured:
     losses: tuple[float, ...]
     passes: int
 
+    def document(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"left": list(self.left), "losses": list(self.losses), "passes": self.passes}
+
 
 def can_measure(depths: Sequence[Gates]) -> bool:
     """Whether a route begins with what is measured: one of `gumbel` over a pretrained stack, some layers of which stay.
@@ -43,8 +48,8 @@ def can_measure(depths: Sequence[Gates]) -> bool:
     Args:
         depths: the gates of a route.
     """
-    how = depths[0].settings
-    return bool(how.measure and how.layers is not None and how.layers < len(depths)) and all(
+    count = count_of(depths)
+    return bool(depths[0].settings.measure and count is not None and count < len(depths)) and all(
         isinstance(gates, BernoulliGates) and gates.own is not None and gates.rest for gates in depths
     )
 
@@ -80,7 +85,7 @@ def _leave_out(
     tasks: Sequence[Task],
     batches: Mapping[str, Sequence[Batch]],
 ) -> Measured:
-    wanted = gates[0].settings.layers
+    wanted = count_of(gates)
     assert wanted is not None
     kept, left, losses, passes = list(range(len(gates))), [], [], 0
     given = sum(len(batches[task.name]) for task in tasks)

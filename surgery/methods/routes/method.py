@@ -15,7 +15,14 @@ from surgery.members.member import Member
 from surgery.members.replacement import Replacement
 from surgery.methods.routes.gates import IDENTITY, Gates, LearnedGates, make_gates
 from surgery.methods.routes.groups import hard_routes, routes_in
-from surgery.methods.routes.layers import Left, Pool, RoutedLayer
+from surgery.methods.routes.layers import (
+    Left,
+    Pool,
+    RoutedBranch,
+    RoutedLayer,
+    outline_of,
+    without_effect,
+)
 from surgery.methods.routes.plan import Recorded, plan_routes
 from surgery.methods.routes.settings import Settings
 from surgery.settings.names import SHIPPED_METHODS
@@ -61,11 +68,13 @@ class Routes(ModuleSurgery):
         held = {name: _component(place, name) for name in wanted}
         names, chosen, own = how.names(), None, None
         if how.chosen is None:
-            own = names.index(str(how.depth))
+            own = names.index(how.name)
         else:
             chosen = {task: [names.index(name) for name in some] for task, some in how.chosen.items()}
-        gates = make_gates(_route(how), how.depth, names, how.tasks, how.how, own, chosen)
-        return RoutedLayer(path, held, gates, pool)
+        gates = make_gates(_route(how), how.depth, names, how.tasks, how.how, own, chosen, how.per_layer)
+        if how.branches is None:
+            return RoutedLayer(path, held, gates, pool)
+        return RoutedBranch(path, held, gates, pool, outline_of(place.current))
 
     # -- plain again ---------------------------------------------------------------------------------------
 
@@ -73,15 +82,30 @@ class Routes(ModuleSurgery):
         """A copy of the component that the route has at this depth."""
         layer = place.current
         assert isinstance(layer, RoutedLayer)
-        name = _one(layer, place)
-        return Left() if name == IDENTITY else duplicate(layer.pool.layers[name])
+        name = one_of(layer, place)
+        if name != IDENTITY:
+            return duplicate(layer.pool.layers[name])
+        if isinstance(layer, RoutedBranch):  # what makes it add nothing is seen to at the end
+            return without_effect(layer.outline, next(place.module.parameters()))
+        return Left()
 
     def finish(self, member: Member, module: nn.Module, replacements: Sequence[Replacement]) -> None:
-        """Take out the layers that a route leaves out, and say in the configuration how many are left."""
-        from surgery.methods.routes.plain import close_stacks
+        """Take out the layers that a route leaves out, and say in the configuration how many are left.
 
-        stacks = {tuple(Recorded.model_validate(dict(each.settings)).stack) for each in replacements}
-        close_stacks(member, module, sorted(stacks))
+        Branches that are off stay as modules that add zeros; a layer that gives what it gets without any is taken out.
+        """
+        from surgery.methods.routes.plain import close_stacks, turn_off
+
+        recorded = [(each, Recorded.model_validate(dict(each.settings))) for each in replacements]
+        off = []
+        for each, how in recorded:
+            if how.branches is not None:
+                place = Place({member.name: member.module}, each, how)
+                layer = place.current
+                assert isinstance(layer, RoutedBranch)
+                off += [(how.branches, how.depth)] * (one_of(layer, place) == IDENTITY)
+        stacks = {tuple(how.stack) for _, how in recorded if how.branches is None}
+        close_stacks(member, module, sorted(stacks | turn_off(module, off)))
 
     # -- training ------------------------------------------------------------------------------------------
 
@@ -150,9 +174,10 @@ class Routes(ModuleSurgery):
 
 def _route(how: Recorded) -> str:
     """The name of a stack's route: what its layers' paths have in common."""
-    split = [path.split(".") for path in how.stack]
+    layers = how.stack if how.branches is None else how.branches.layers
+    split = [path.split(".") for path in layers]
     if len({len(steps) for steps in split}) > 1:
-        return how.stack[0]
+        return layers[0]
     return ".".join(steps[0] if len(set(steps)) == 1 else "*" for steps in zip(*split, strict=True))
 
 
@@ -163,6 +188,8 @@ def _component(place: Place, name: str) -> nn.Module:
     """
     how = place.how
     own = place.current
+    if how.branches is not None:
+        return own
     member, slash, depth = name.rpartition("/")
     if not slash:
         return own if int(depth) == how.depth else duplicate(_layer(place, how.stack[int(depth)]))
@@ -177,7 +204,7 @@ def _layer(place: Place, path: str, member: str | None = None) -> nn.Module:
     return found.held[0] if isinstance(found, RoutedLayer) else found
 
 
-def _one(layer: RoutedLayer, place: Place) -> str:
+def one_of(layer: RoutedLayer, place: Place) -> str:
     """The only component of a route at a depth, by name.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, ValidationError
@@ -163,7 +162,7 @@ class RouteMoves(Moves):
         for key, depths in self.routes.items():
             if can_measure(depths):
                 found = begin_with_measured(self.trainer, key[0], depths)
-                self.measured[self._called(key)] = {task: asdict(each) for task, each in found.items()}
+                self.measured[self._called(key)] = {task: each.document() for task, each in found.items()}
 
     def begins_anew(self, generation: int) -> bool:
         """States before burn-in is over, or before routes are hard, are not what will be exported."""

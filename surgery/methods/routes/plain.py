@@ -14,6 +14,7 @@ from surgery.inputs.probes import outputs_of
 from surgery.members.member import Member
 from surgery.members.origins.layers import correct_layers
 from surgery.methods.routes.layers import Left
+from surgery.methods.routes.plan import Branches
 
 
 def close_stacks(member: Member, module: nn.Module, stacks: Sequence[Sequence[str]]) -> None:
@@ -39,6 +40,36 @@ def close_stacks(member: Member, module: nn.Module, stacks: Sequence[Sequence[st
         _configure(module, before, kinds)
     if wanted is not None:
         _compare(member, module, wanted)
+
+
+def turn_off(module: nn.Module, off: Sequence[tuple[Branches, int]]) -> set[tuple[str, ...]]:
+    """Have branches that are off add zeros, and put `Left` where nothing is left of a layer.
+
+    Args:
+        module: with plain modules at every place; it is changed in place.
+        off: what is recorded of the layers of each branch that is off, and its number among those of all layers.
+
+    Returns:
+        paths of the layers of each stack some of which are left out.
+    """
+    found: dict[str, list[int]] = {}
+    known: dict[str, Branches] = {}
+    for how, depth in off:
+        layer, number = divmod(depth, len(how.zeros))
+        found.setdefault(how.layers[layer], []).append(number)
+        known[how.layers[layer]] = how
+    stacks = set()
+    for path, numbers in found.items():
+        how = known[path]
+        if how.passes_on and len(numbers) == len(how.zeros):
+            module.set_submodule(path, Left())
+            stacks.add(tuple(how.layers))
+            continue
+        layer = module.get_submodule(path)
+        for name in (name for number in numbers for name in how.zeros[number]):
+            with torch.no_grad():
+                layer.get_parameter(name).zero_()
+    return stacks
 
 
 def _close(member: Member, module: nn.Module, stack: Sequence[str]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from surgery.anatomy.sites import Anatomy
 from surgery.anatomy.stacks import Run, choose_runs
@@ -22,6 +23,26 @@ from surgery.util.text import shorten
 NAME = "routes"
 
 
+class Branches(Strict):
+    """What an artifact says of the layers that have a routed branch.
+
+    Attributes:
+        layers: their paths.
+        zeros: the parameters of each branch, within its layer, without which it adds zeros; alike in all layers.
+        passes_on: whether a layer without its branches gives what it gets, so that it can be left out.
+    """
+
+    layers: Names
+    zeros: Annotated[tuple[Names, ...], Field(max_length=64)]
+    passes_on: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> Branches:
+        if not self.layers or not self.zeros:
+            raise ValueError("layers and zeros must name something")
+        return self
+
+
 class Recorded(Strict):
     """What an artifact says of one routed layer.
 
@@ -33,6 +54,7 @@ class Recorded(Strict):
         how: the method's settings.
         chosen: by task, the components of a route that is not learned, or not any more.
         held: which components lie here; all by default.
+        branches: of routes over branches, what the layers' paths are; `stack` then has the branches' modules.
     """
 
     stack: Names
@@ -42,12 +64,28 @@ class Recorded(Strict):
     how: Settings = Field(default_factory=Settings)
     chosen: dict[str, Names] | None = None
     held: Names | None = None
+    branches: Branches | None = None
+
+    @property
+    def per_layer(self) -> int:
+        """How many depths a layer has."""
+        return 1 if self.branches is None else len(self.stack) // len(self.branches.layers)
+
+    @property
+    def name(self) -> str:
+        """That of the component that was here: its depth, or its layer's and the branch within it."""
+        if self.branches is None:
+            return str(self.depth)
+        layer = self.depth // self.per_layer
+        return f"{layer}.{self.stack[self.depth].removeprefix(self.branches.layers[layer]).removeprefix('.')}"
 
     def names(self) -> list[str]:
         """The components of this depth: those that are chosen; of a learned route those of one depth where it is
         `gumbel`, and of all where it is `soft`."""
         if self.chosen is not None:
             return list(dict.fromkeys(name for some in self.chosen.values() for name in some))
+        if self.branches is not None:
+            return [self.name, IDENTITY]
         every = range(len(self.stack))
         depths = [self.depth] if self.how.routing == "gumbel" else every
         found = [name for d in depths for name in (str(d), *(f"{other}/{d}" for other in self.others))]
@@ -55,7 +93,7 @@ class Recorded(Strict):
 
     def lying(self) -> list[str]:
         """The components that can lie here."""
-        return [str(self.depth), *(f"{other}/{self.depth}" for other in self.others)]
+        return [self.name, *(f"{other}/{self.depth}" for other in self.others)]
 
 
 def plan_routes(anatomies: Sequence[Anatomy], request: PlanRequest) -> list[Replacement]:
@@ -102,7 +140,7 @@ def _without_readers(runs: Sequence[Run], settings: Settings, named: bool) -> li
     Raises:
         PlanError: naming stacks, layers and who reads them.
     """
-    bad = {run: run.read for run in runs if run.read and _leaves_out(run, settings)}
+    bad = {run: run.flow.read for run in runs if run.flow.read and _leaves_out(run, settings)}
     left = [run for run in runs if run not in bad]
     if not bad or (left and not named):
         return left
@@ -127,6 +165,8 @@ def _leaves_out(run: Run, settings: Settings) -> bool:
 def _of_run(
     run: Run, others: tuple[str, ...], settings: Settings, generator: torch.Generator
 ) -> list[Replacement]:
+    if settings.branches:
+        return _branches_of(run, settings)
     tasks = settings.tasks.get(run.member, ())
     orders = _orders(run, tasks or ("",), settings, generator)
     used = {number for order in (orders or {}).values() for number in order}
@@ -141,9 +181,37 @@ def _of_run(
                 task: (IDENTITY if order[depth] < 0 else str(order[depth]),) for task, order in orders.items()
             }
             said["held"] = (str(depth),) * (depth in used)
-        own = Recorded.model_validate(said).model_dump(mode="json", exclude_unset=True)
-        found.append(Replacement(run.member, path, NAME, own))
+        found.append(Replacement(run.member, path, NAME, _settings(said)))
     return found
+
+
+def _branches_of(run: Run, settings: Settings) -> list[Replacement]:
+    """Every branch of every layer, routed.
+
+    Raises:
+        PlanError: where the graph shows no branches that all layers have.
+    """
+    tasks = settings.tasks.get(run.member, ())
+    own = run.flow.branches
+    if not own:
+        raise PlanError(
+            f"`branches` needs layers that all add what the same modules give to one stream, but of {run.path} of "
+            f"'{run.member}' the graph shows none: leave `branches` out, or choose other stacks by `select.stacks`."
+        )
+    stack = tuple(f"{layer}.{branch.module}" for layer in run.layers for branch in own)
+    said: dict[str, object] = {"stack": stack} | ({"tasks": tasks} if tasks else {})
+    said["how"] = settings.model_dump(mode="json", exclude={"tasks", "orders"}, exclude_defaults=True)
+    said["branches"] = Branches(
+        layers=run.layers, zeros=tuple(branch.zeros for branch in own), passes_on=run.flow.passes_on
+    )
+    return [
+        Replacement(run.member, path, NAME, _settings({**said, "depth": depth}))
+        for depth, path in enumerate(stack)
+    ]
+
+
+def _settings(said: dict[str, object]) -> dict[str, Any]:
+    return Recorded.model_validate(said).model_dump(mode="json", exclude_unset=True)
 
 
 def _orders(

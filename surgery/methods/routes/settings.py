@@ -21,11 +21,14 @@ class Settings(Strict):
             at every depth (soft layer ordering); `parallel`, component d at depth d; `permuted`, an order for each
             task, by chance or by hand.
         members: whether a task may use the layers of other members with stacks of the same structure too.
+        branches: whether the residual branches of layers, such as attention and MLP, are components in place of whole
+            layers; for `gumbel`.
         identity: whether passing on is a component: layers can then be left out.
         tasks: by member, the names of tasks that have routes of their own; by default a member has one route.
         orders: by member and task, the layer at each depth, from 0; for `permuted`.
         p_init: probability of being on at first; in pretrained stacks of a task's own layer.
-        layers: how many layers of a stack a task keeps; for `gumbel`, in place of a budget of components.
+        layers: how many layers of a stack a task keeps, or as many branches as these have; for `gumbel`, in place of a
+            budget of components.
         component_budget: share of the components that a task may have on, on average; for `gumbel`.
         measure: batches of each task on which layers are left out one by one before routes are learned, which then
             begin with those that are missed least off; 0 for none. With `layers`.
@@ -40,6 +43,7 @@ class Settings(Strict):
 
     routing: Literal["gumbel", "soft", "parallel", "permuted"] = "gumbel"
     members: bool = False
+    branches: bool = False
     identity: bool = True
     tasks: Annotated[dict[str, Names], Field(max_length=4096)] = Field(default_factory=dict)
     orders: dict[str, dict[str, tuple[int, ...]]] = Field(default_factory=dict)
@@ -71,6 +75,8 @@ class Settings(Strict):
             raise ValueError("layers and component_budget say the same: give one of them")
         if self.layers is not None and not self.identity:
             raise ValueError("layers can be left out only where the identity is a component: identity true")
+        if self.branches and (self.routing != "gumbel" or self.members or not self.identity):
+            raise ValueError("branches need routing gumbel, identity true and members false")
         if self.orders and self.routing != "permuted":
             raise ValueError(f"orders need routing permuted, found {self.routing}")
         return self
