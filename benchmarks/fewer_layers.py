@@ -12,7 +12,8 @@ themselves are a few dozen more); word embeddings are frozen. On texts that were
     spread      six layers of which neighbours take one template: layers 1 1 2 2 3 3, begun from the first K layers
     dropped     K of the six layers, evenly spaced, the first and the last among them; for K = 5 the best of
                 the six choices after a tenth of the steps each
-    routed      K of the six layers, which of them learned by routes over the first half of the same steps
+    routed      K of the six layers, those that are missed most when layers are left out one by one on two batches
+                before the first step, as routes begin; or, with `--learn`, learned from there over a share of the steps
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import random
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,7 +36,6 @@ from benchmarks.harness import make_header, make_parser, show
 
 LAYERS = 6
 WAYS = ("mixtures", "tied", "spread", "dropped", "routed")
-ROUTES = {"p_init": 0.9, "rate": 100.0, "penalty": 1.0, "temperature": 5.0}  # for so few steps
 _WORDS, _TEST = 24, 512  # words of a text, texts that are tested on
 
 
@@ -85,19 +86,16 @@ def distance(output: Any, batch: Any) -> Any:
     return 1 - (output * batch.target).sum(1).mean()
 
 
-def run(way: str, templates: int, seed: int, steps: int, batch: int) -> dict[str, Any]:
-    """One student, as it begins and distilled."""
+@cache
+def given(seed: int, steps: int, batch: int) -> tuple[list[Any], list[Any]]:
+    """Batches to train on and to test on: tokens, and where the original's embeddings point."""
     import torch
-    from scipy.stats import spearmanr
     from surgery_recipes.brown import read_texts
     from surgery_recipes.packages import find_files
     from surgery_recipes.pretrained import minilm_folder
 
-    import surgery
     from surgery.training.tasks.sources_text import load_tokenizer
 
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
     teacher = embedder()[0].eval()
     tokenizer = load_tokenizer(minilm_folder())
 
@@ -113,16 +111,29 @@ def run(way: str, templates: int, seed: int, steps: int, batch: int) -> dict[str
         return made
 
     documents = read_texts(find_files("brown", None)[0])
-    train, test = (batches(part) for part in texts(documents, seed, steps * batch))
+    train, test = texts(documents, seed, steps * batch)
+    return batches(train), batches(test)
+
+
+def run(
+    way: str, templates: int, seed: int, steps: int, batch: int, lr: float = 3e-4, learn: float = 0.0
+) -> dict[str, Any]:
+    """One student, as it begins and distilled."""
+    import torch
+    from scipy.stats import spearmanr
+
+    import surgery
+
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    train, test = given(seed, steps, batch)
     keep = torch.linspace(0, LAYERS - 1, templates).round().int().tolist() if way == "dropped" else None
 
     def student(keep: Sequence[int] | None) -> Any:
         module, inputs = embedder(keep)
         member = surgery.load_member(module, name="student", inputs=inputs)
         if way == "routed":
-            return surgery.join(
-                [member], surgery.plan_modules([member], "routes", {"layers": templates, **ROUTES})
-            )
+            return surgery.join([member], surgery.plan_modules([member], "routes", {"layers": templates}))
         mixture = "linear" if way == "mixtures" else "one-hot"
         found = [surgery.discover(member)]
         plan = None if keep else surgery.plan_templates(found, templates=templates, mixture=mixture)
@@ -131,12 +142,14 @@ def run(way: str, templates: int, seed: int, steps: int, batch: int) -> dict[str
     task = surgery.Task("distilled", "student", train, distance)
     config: dict[str, Any] = {
         "steps": steps, "generations": 1, "final": 0, "freeze": ["re:.*embeddings.*"],
-        "optimizer": {"name": "adamw", "lr": 3e-4, "schedule": "linear", "warmup": steps // 10},
+        "optimizer": {"name": "adamw", "lr": lr, "schedule": "linear", "warmup": steps // 10},
         "evolution": {"codes": "ones", "change": "none", "start": "own"},
         "stopping": {"keep": "last"},
     }  # fmt: skip
-    if way == "routed":  # learned over half of the steps, hard over the other half
-        config |= {"steps": max(steps // 4, 1), "generations": 2, "final": 2}
+    if way == "routed":  # in parts, so many of which learn; the route is hard in the others
+        learning = round(20 * learn) if steps >= 20 else 0
+        parts = 20 if learning else 1
+        config |= {"steps": steps // parts, "generations": learning, "final": parts - learning}
     elif keep is None:
         config["templates"] = {"start": "sequential" if way == "spread" else "fit", "lr": 1e-3}
 
@@ -149,8 +162,8 @@ def run(way: str, templates: int, seed: int, steps: int, batch: int) -> dict[str
         kept = spearmanr((made @ made.t())[*pairs], (wanted @ wanted.t())[*pairs]).statistic
         return float(1 - (made * wanted).sum(1).mean()), float(kept)
 
+    tried: dict[tuple[int, ...], float] = {}
     if way == "dropped" and templates == LAYERS - 1:
-        tried: dict[tuple[int, ...], float] = {}
         for gone in range(LAYERS):
             some = tuple(number for number in range(LAYERS) if number != gone)
             trial = student(some)
@@ -165,19 +178,30 @@ def run(way: str, templates: int, seed: int, steps: int, batch: int) -> dict[str
     after = figures(joint)
     taken = report.methods.get("routes", {}).get("chosen", {})
     kept = [[name for (name,) in own] for route in taken.values() for own in route.values()]
+    measured = report.methods.get("routes", {}).get("measured", {})
+    passes = sum(own["passes"] for route in measured.values() for own in route.values())
     return {
         "layers": kept[0] if kept else keep, "way": way, "K": templates, "seed": seed, "seconds": report.seconds,
         "distance before": before[0], "distance": after[0], "order kept before": before[1], "order kept": after[1],
+        "lr": lr, "steps besides": len(tried) * max(steps // 10, 1) + passes / (3 * templates),
     }  # fmt: skip
 
 
 def tabulate(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds, and standard errors of what is left after distillation."""
     rows = []
-    for templates, way in sorted({(-r["K"], r["way"]) for r in found}):
-        mine = [r for r in found if (r["way"], r["K"]) == (way, -templates)]
-        row: dict[str, Any] = {"K": -templates, "way": way}
-        for name in ("distance before", "distance", "order kept before", "order kept", "seconds"):
+    for templates, way, lr in sorted({(-r["K"], r["way"], r["lr"]) for r in found}):
+        mine = [r for r in found if (r["way"], r["K"], r["lr"]) == (way, -templates, lr)]
+        row: dict[str, Any] = {"K": -templates, "way": way, "lr": lr}
+        columns = (
+            "distance before",
+            "distance",
+            "order kept before",
+            "order kept",
+            "seconds",
+            "steps besides",
+        )
+        for name in columns:
             row[name] = mean(r[name] for r in mine)
         for name in ("distance", "order kept"):
             spread = stdev(r[name] for r in mine) / len(mine) ** 0.5 if len(mine) > 1 else None
@@ -197,6 +221,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", nargs="+", type=float, default=[3e-4])
+    parser.add_argument(
+        "--learn", type=float, default=0.0, help="share of the steps in which routes are learned"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
         "--kept", type=Path, default=Path("fewer_layers.jsonl"), help="where finished runs are kept"
@@ -205,8 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = 2 if options.fast else options.steps
     seeds = range(options.seed, options.seed + (1 if options.fast else options.seeds))
     cells = [
-        (way, k, seed, steps, options.batch)
-        for seed, k, way in product(seeds, options.templates, options.ways)
+        (way, k, seed, steps, options.batch, lr, options.learn)
+        for seed, lr, k, way in product(seeds, options.lr, options.templates, options.ways)
     ]
     done: dict[str, Any] = {}
     if options.kept.exists():

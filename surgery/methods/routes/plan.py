@@ -199,7 +199,8 @@ def _branches_of(run: Run, settings: Settings) -> list[Replacement]:
             f"'{run.member}' the graph shows none: leave `branches` out, or choose other stacks by `select.stacks`."
         )
     stack = tuple(f"{layer}.{branch.module}" for layer in run.layers for branch in own)
-    said: dict[str, object] = {"stack": stack} | ({"tasks": tasks} if tasks else {})
+    said: dict[str, object] = {"stack": stack}
+    said |= {"tasks": tasks} if tasks else {}
     said["how"] = settings.model_dump(mode="json", exclude={"tasks", "orders"}, exclude_defaults=True)
     said["branches"] = Branches(
         layers=run.layers, zeros=tuple(branch.zeros for branch in own), passes_on=run.flow.passes_on
