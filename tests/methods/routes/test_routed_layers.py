@@ -183,9 +183,7 @@ def test_learning_begins_with_the_layers_that_are_missed_most(tmp_path):
         gone.append(min(set(range(4)) - set(gone), key=lambda i: loss_without([*gone, i])))
     joint = joined({"layers": 2, "rate": 1e-9})
     task = surgery.Task("text", "text", Batches(IDS, run(bert()), 3), "mse")
-    before = [
-        {key: value.clone() for key, value in joint["text"].state_dict().items() if "gates" not in key}
-    ]
+    before = [{key: value.clone() for key, value in joint["text"].state_dict().items() if "gates" not in key}]
     report = train(joint, task, burn_in=0, steps=1, generations=1, final=0, optimizer={"lr": 1e-12})
     found = report.methods["routes"]["measured"]["text:encoder.layer.*"][""]
     assert found["left"] == gone and found["passes"] == (4 * 3 + 3 * 2) * 2
