@@ -391,13 +391,12 @@ class JointModel(nn.Module):
         module, placed = self[name], self.plan.of(name)
         generated = {p.site.name for p in placed}
         own = [_held(module, first) for first in self.owners[name] if first not in generated]
-        banks = [self.dictionary[key] for key in dict.fromkeys(p.bank for p in placed)]
-        made = (bank.stamp() for bank in banks)
+        made = (self.dictionary.stamp(key) for key in dict.fromkeys(p.bank for p in placed))
         return (*stamp(t for t in own if isinstance(t, Tensor)), *chain.from_iterable(made))
 
     def versions(self) -> Stamp:
         """Of everything that weights are generated from; they differ as soon as something is written to."""
-        return tuple(chain.from_iterable(self.dictionary[key].versions() for key in self.dictionary))
+        return tuple(chain.from_iterable(self.dictionary.versions(key) for key in self.dictionary))
 
     def trains(self, name: str, site: str) -> bool:
         """Whether a site's parameter was trainable; what it is extracted as."""

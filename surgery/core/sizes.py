@@ -172,9 +172,9 @@ def location_parameters(joint: JointModel, key: str) -> Tensor:
     """
     plan = joint.plan.bank(key)
     first = not plan.stack or key == joint.plan.stacks[plan.stack][0]
-    return joint.dictionary[key].location_parameters(
-        [p for p in joint.plan.placements if p.bank == key], first
-    )
+    mine = [p for p in joint.plan.placements if p.bank == key]
+    with joint.dictionary.borrowed():
+        return joint.dictionary[key].location_parameters(mine, first)
 
 
 def _by_member(stored: Stored, sizes: Mapping[TensorReport, int]) -> dict[str, int]:

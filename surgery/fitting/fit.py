@@ -181,6 +181,7 @@ def _fitted(
 ) -> Fitted:
     """Fit on ordinary weights, which the modules then hold alone; what goes wrong leaves the joint model as it was."""
     given = {name: batches for name, batches in (probes or {}).items() if batches}
+    resting = joint.dictionary.resting()
     home, was = _device(joint), _as_they_were(joint)
     states = {name: collapsed(joint, name) for name in joint.names}  # nothing is made yet
     before = (joint.plan, joint.dictionary, joint.encoded, joint.known)
@@ -192,6 +193,7 @@ def _fitted(
         for name, state in states.items():
             originals[name] = _by_owner(joint, name, state).resident(writable=False)
         states.clear()
+        before[1].rest(resting)
         given_up = _give_up(before[0], before[1], originals)
         memory.give_back()
         joint.bodies.eval()  # a forward pass in training mode would change buffers, and drop at random
@@ -239,7 +241,7 @@ def _give_up(
             if p.bank == key:
                 yield p.start, to_blocks(originals[p.site.member][p.site.name], p)
 
-    freed = (dictionary[key].give_up(partial(blocks, key)) for key in dictionary)
+    freed = (dictionary[key].give_up(partial(blocks, key)) for key in dictionary if not dictionary.rests(key))
     return [take_back for take_back in freed if take_back]
 
 

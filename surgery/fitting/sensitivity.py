@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from surgery.fitting.metric import Draws, Metric
 from surgery.fitting.trial import Trial
+from surgery.fitting.widened import in_float32
 from surgery.geometry.views import CanonicalView
 from surgery.inputs.probes import tensors_in
 from surgery.members.member import Inputs
@@ -65,14 +66,17 @@ def metrics(
         if name in draws:
             draws[name].add(views[name].to_matrices(gradient).flatten(0, 1))
 
-    _draw(trial, seed, samples, add)
+    with in_float32(trial) as probes:
+        _draw(trial, probes, seed, samples, add)
     found = {name: each.metric(samples) for name, each in draws.items()}
     # One that overflowed is as good as none: the tensor's errors are then measured.
     sensitive = {name: power / samples for name, power in total.items() if 0 < power < math.inf}
     return sensitive, {name: metric for name, metric in found.items() if metric is not None}
 
 
-def _draw(trial: Trial, seed: int, samples: int, add: Callable[[str, Tensor], None]) -> None:
+def _draw(
+    trial: Trial, probes: Sequence[Inputs], seed: int, samples: int, add: Callable[[str, Tensor], None]
+) -> None:
     """Give every parameter's gradient v^T J of every probe batch and random sign vector v to `add`."""
     generator = torch.Generator().manual_seed(seed)
     own = {name: getattr(*locate(trial.module, name)) for name in trial.originals}
@@ -85,9 +89,9 @@ def _draw(trial: Trial, seed: int, samples: int, add: Callable[[str, Tensor], No
     try:
         for p in frozen:  # what is not trained is stored like everything else
             p.requires_grad_(True)
-        with progress.task(f"{trial.name}: sensitivities", samples * len(trial.probes)) as task:
+        with progress.task(f"{trial.name}: sensitivities", samples * len(probes)) as task:
             for _ in range(samples if parameters else 0):
-                for inputs in trial.probes:
+                for inputs in probes:
                     _one_sample(trial, inputs, parameters, norms, generator, add)
                     task.advance()
     finally:

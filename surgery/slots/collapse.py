@@ -36,7 +36,8 @@ def collapse(joint: JointModel, name: str) -> dict[str, Any]:
         KeyError: where there is no such member.
         PlanError: where a generated weight of a member was replaced.
     """
-    return collapsed(joint, name).resident()
+    with joint.dictionary.borrowed():
+        return collapsed(joint, name).resident()
 
 
 def collapsed(joint: JointModel, name: str) -> LazyState:

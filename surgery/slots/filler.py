@@ -21,6 +21,7 @@ from surgery.errors import PlanError
 from surgery.slots.edits import take_edits
 from surgery.slots.serving import StepLeaves, by_task
 from surgery.slots.slots import forget_derived
+from surgery.util import memory
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel
@@ -61,16 +62,31 @@ class Filler:
             lent = {
                 (p.site.member, p.site.name): tensor
                 for key in self.joint.dictionary
-                for p, tensor in self.joint.dictionary[key].lent()
+                for p, tensor in self.joint.dictionary.lent(key)
             }
-            self._fill_leaves(lent)
+            if lent:
+                self._put_leaves(lent)
             left = [p for p in self.joint.plan.placements if (p.site.member, p.site.name) not in lent]
-            # Where weights are put aside, those of one bank at a time are made in memory.
-            for placements in _by_bank(left) if is_aside() else [left]:
-                made = generate_weights(self.joint.dictionary, placements, self.joint.task)
-                self._fill_leaves({key: put_aside(weight) for key, weight in made.items()})
+            for placements in self._in_turn(left):
+                with self.joint.dictionary.borrowed():
+                    made = generate_weights(self.joint.dictionary, placements, self.joint.task)
+                    self._put_leaves({key: put_aside(weight) for key, weight in made.items()})
+            if self.joint.dictionary.resting():
+                memory.give_back()
+            for name in dict.fromkeys(p.site.member for p in self.joint.plan.placements):
+                forget_derived(self.joint[name])
         self._note_filled(self.joint.names)
         self._resting = {member for member, _ in lent}
+
+    def _in_turn(self, placements: Sequence[Placement]) -> list[list[Placement]]:
+        """Sites that are generated at a time: bank by bank where weights are put aside, and of banks that rest."""
+        by_bank = _by_bank(placements)
+        rests = {key for key in by_bank if is_aside() or self.joint.dictionary.rests(key)}
+        together = [p for p in placements if p.bank not in rests]
+        return [
+            *([together] if together else []),
+            *(by_bank[key] for key in self.joint.dictionary if key in rests),
+        ]
 
     def _note_filled(self, members: Sequence[str]) -> None:
         self.filled.update({name: self._generated_from(name) for name in members})
@@ -234,23 +250,25 @@ class Filler:
             forget_derived(self.joint[name])
 
     def _fill_leaves(self, weights: Weights) -> None:
+        self._put_leaves(weights)
+        for name in {member for member, _ in weights}:
+            forget_derived(self.joint[name])
+
+    def _put_leaves(self, weights: Weights) -> None:
         learns = self._learns()
         # PyTorch picks the order of a product's sums by whether its factors are views and require gradients,
         # also where nothing is recorded: slots are leaves like the parameters that they replace.
-        self._fill(
-            {
-                key: weight.detach().requires_grad_(learns and self.joint.trains(*key))
-                for key, weight in weights.items()
-            }
-        )
+        for key, weight in weights.items():
+            leaf = weight.detach().requires_grad_(learns and self.joint.trains(*key))
+            self.joint.slots.put(*key, leaf)
 
     def _learns(self) -> bool:
-        return any(self.joint.dictionary[key].learns for key in self.joint.dictionary)
+        return self.joint.dictionary.learns
 
 
-def _by_bank(placements: Sequence[Placement]) -> list[list[Placement]]:
-    """Placements of each bank."""
+def _by_bank(placements: Sequence[Placement]) -> dict[str, list[Placement]]:
+    """Placements of each bank by its key."""
     found: dict[str, list[Placement]] = {}
     for p in placements:
         found.setdefault(p.bank, []).append(p)
-    return list(found.values())
+    return found

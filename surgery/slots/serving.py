@@ -40,7 +40,7 @@ def listeners(module: nn.Module) -> list[ServesTasks]:
 
 def by_task(plan: Plan, dictionary: Dictionary, member: str | None = None) -> list[Placement]:
     """The sites whose weights depend on the task: of one member, or of all."""
-    keys = {key for key in dictionary if dictionary[key].by_task}
+    keys = {key for key in dictionary if dictionary.by_task(key)}
     if not keys:
         return []
     return [p for p in (plan.placements if member is None else plan.of(member)) if p.bank in keys]

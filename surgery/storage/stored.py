@@ -20,7 +20,7 @@ from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Plan, torch_dtype
 from surgery.core.bank import Bank
-from surgery.core.dictionary import Dictionary
+from surgery.core.dictionary import Dictionary, Source
 from surgery.core.joint import JointModel
 from surgery.core.known import Known
 from surgery.core.method import TensorMethod
@@ -109,6 +109,11 @@ def store(joint: JointModel) -> Stored:
         PlanError: where a generated weight of a member was replaced.
     """
     follow(joint)
+    with joint.dictionary.borrowed():
+        return _stored(joint)
+
+
+def _stored(joint: JointModel) -> Stored:
     keep = {plan.key for plan in joint.plan.banks if _has_stored_form(plan, joint)}
     settled = settle(joint, keep)
     known = {k: each for k, each in joint.encoded.items() if isinstance(k, PlainKey) or k.bank in keep}
@@ -173,6 +178,15 @@ def build_bank(plan: BankPlan, tensors: Mapping[StorageKey, Encoded], decode: De
     for parameter in bank.parameters() if is_aside() else ():
         parameter.data = put_aside(parameter.detach())
     return bank
+
+
+def _source(plan: BankPlan, stored: Stored, decode_first: Decode) -> Source:
+    """Where a bank can be had again: it is made of its parts, which `decode_first` decodes the first time."""
+    parts: dict[StorageKey, Encoded] = {
+        PartKey(plan.key, name): e for name, e in stored.parts(plan.key).items()
+    }
+    ways = [decode_first]
+    return Source(lambda: build_bank(plan, parts, ways.pop() if ways else decode))
 
 
 def _parts(tensors: Mapping[StorageKey, Encoded], bank: str) -> dict[str, Encoded]:
@@ -261,7 +275,7 @@ def revive(
     check_unoccupied({member.name: member.module for member in members})
     encoded = expand(stored)
     _assign_plain(members, stored, encoded, decode)
-    banks = {plan.key: build_bank(plan, stored.tensors, decode) for plan in stored.plan.banks}
+    banks = {plan.key: _source(plan, stored, decode) for plan in stored.plan.banks}
     joint = JointModel(members, stored.plan, Dictionary(banks), encoded, known)
     for name, values in stored.extra.items():
         set_extra_state(joint[name], values)

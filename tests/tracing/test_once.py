@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_transformers import save_tiny
 from torch import nn
 
 from surgery import tracing
@@ -14,7 +15,6 @@ from surgery.members.references import load_member
 from surgery.pipeline.merge import prepare
 from surgery.settings.recipe import Recipe
 from surgery.tracing import recorded_once, run_without_weights, trace
-from tests.support.tiny_transformers import save_tiny
 
 
 @pytest.fixture
