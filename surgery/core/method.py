@@ -217,6 +217,18 @@ class TensorMethod(Method):
             KeyError: where a part is missing.
         """
 
+    def weight(self, plan: BankPlan, placement: Placement, parts: Mapping[str, Tensor]) -> Tensor | None:
+        """The weight of a site that has a bank to itself, without the bank; by default None, which takes the bank.
+
+        Members that stay packed ask for it whenever a layer runs. Bits are those of the bank's `settled_blocks`.
+
+        Args:
+            plan: of a bank of this site alone, as `restrict` makes it.
+            placement: of the site.
+            parts: decoded; nobody may write to them.
+        """
+        return None
+
     def wrong_parts(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> list[str]:
         """What keeps `unpack` from reading parts that somebody else may have written, in words.
 

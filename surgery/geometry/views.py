@@ -109,6 +109,19 @@ class CanonicalView:
         return right == f"1 1 ({left})"
 
     @property
+    def in_order(self) -> bool:
+        """Whether the elements of the matrices lie as those of the tensor: nothing is moved.
+
+        Example:
+            >>> CanonicalView.of("o c k -> 1 o (c k)", (4, 3, 2)).in_order
+            True
+            >>> CanonicalView.of("o c k -> k o c", (4, 3, 2)).in_order
+            False
+        """
+        left, right = (each.replace("(", "").replace(")", "").split() for each in self.pattern.split("->"))
+        return [axis for axis in right if axis != "1"] == [axis for axis in left if axis != "1"]
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """`(S, out, in)`."""
         sizes = dict(self.sizes)

@@ -1,6 +1,6 @@
 """How stored forms are held in memory that are decoded again and again: a few bytes more, where they save most time.
 
-Codes of 3, 5, 6 or 7 bits lie in planes, which take two to four times as long to decode as whole bytes; short
+Codes of 3, 5, 6 or 7 bits lie in planes, which take two to three times as long to decode as whole bytes; short
 vectors take longer to decode than to read. A room of spare bytes goes to the forms that save most time for a byte.
 Values stay what they are, bit for bit.
 """
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from surgery.storage.codecs import PLANES, Encoded, decode, encode_native, grouping_of, in_bytes
 
-NANOSECONDS = {2: 1.5, 3: 2.0, 4: 1.1, 5: 2.1, 6: 2.1, 7: 3.1, 8: 0.8, 10: 2.5, 12: 2.2}
-"""Of one thread to decode an element, by bits: of 0.6M elements in groups of 64, without a GPU."""
+NANOSECONDS = {2: 0.8, 3: 1.2, 4: 0.8, 5: 1.3, 6: 1.4, 7: 1.8, 8: 0.6, 10: 1.6, 12: 1.3}
+"""Of one thread to decode an element, by bits: of 0.15M elements in groups of 64, without a GPU."""
 OTHERS = 0.5  # of other codecs
-CALL, PLANE = 25e3, 15e3  # nanoseconds of a decoder, and of each plane, however few elements there are
+CALL, PLANE = 15e3, 9e3  # nanoseconds of a decoder, and of each plane, however few elements there are
 SMALL = 1 << 12
 """Elements below which a tensor may be decoded when it is loaded."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
 from surgery.errors import TrainingError
 from surgery.storage.cache import Cache
-from surgery.storage.codecs import Encoded, as_dtype, decode, take_rows
+from surgery.storage.codecs import Encoded, as_dtype, decode, decoder, take_rows
 
 REFUSED = (
     "Weights that stay packed are neither trained nor changed, saved or shared: take `extract(NAME)`, whose weights "
@@ -61,9 +61,13 @@ class Form:
         place = None if self.plan is None else (self.plan[1].site.shape, self.plan[1].start)
         return *((each.data_ptr(), each.device, each.numel()) for each in self.tensors), place
 
+    @cached_property
+    def _decoders(self) -> dict[str, Callable[[], Tensor]]:
+        return {name: decoder(each) for name, each in self.parts.items()}
+
     def read(self, dtype: torch.dtype) -> Tensor:
         """The weight, in memory of its own."""
-        return self._composed(dtype, decode)
+        return self._composed(dtype, lambda name: self._decoders[name]())
 
     def kept(self, dtype: torch.dtype) -> Tensor:
         """The weight, which nobody may write to: from the cache, where it is there."""
@@ -71,22 +75,26 @@ class Form:
             return self.read(dtype)
         if self.common is None:
             return self.cache.take(self, lambda: self.read(dtype))
-        cache, common = self.cache, {id(self.parts[name]) for name in self.common}
+        cache, common = self.cache, self.common
 
-        def part(each: Encoded) -> Tensor:
-            return cache.take(each, lambda: decode(each)) if id(each) in common else decode(each)
+        def part(name: str) -> Tensor:
+            make = self._decoders[name]
+            return cache.take(self.parts[name], make) if name in common else make()
 
         return self._composed(dtype, part)
 
-    def _composed(self, dtype: torch.dtype, part: Callable[[Encoded], Tensor]) -> Tensor:
+    def _composed(self, dtype: torch.dtype, part: Callable[[str], Tensor]) -> Tensor:
         if self.plan is None:
-            found = part(self.parts[""])
+            found = part("")
         else:
             plan, placement = self.plan
-            parts = {name: part(each) for name, each in self.parts.items()}
-            bank = find_method(plan.method, TensorMethod).unpack(plan, parts)
-            (handle,) = generated({plan.key: bank}, [placement]).values()
-            found = handle.read()
+            parts, method = {name: part(name) for name in self.parts}, find_method(plan.method, TensorMethod)
+            made = method.weight(plan, placement, parts)
+            if made is None:
+                bank = method.unpack(plan, parts)
+                (handle,) = generated({plan.key: bank}, [placement]).values()
+                made = handle.read()
+            found = made
         return found if found.dtype == dtype else found.to(dtype)
 
     def rows(self, index: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -231,6 +239,10 @@ def _decoded(value: Any, kept: bool) -> Any:
         with torch.inference_mode(False), torch.no_grad():
             return each.form.kept(each.dtype) if kept else each.form.read(each.dtype)
 
+    if isinstance(value, dict):
+        return {name: _decoded(each, kept) for name, each in value.items()}
+    if isinstance(value, (tuple, list)) and not any(isinstance(each, (tuple, list, dict)) for each in value):
+        return [weight(each) for each in value]  # the usual case
     return tree_map(weight, value)
 
 

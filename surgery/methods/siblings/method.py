@@ -73,6 +73,26 @@ class Siblings(TensorMethod):
             [len(each) for each in rows],
         )
 
+    def weight(self, plan: BankPlan, placement: Placement, parts: Mapping[str, Tensor]) -> Tensor | None:
+        """The shared matrix and one product, for a matrix that lies as its rows do."""
+        shared, count = parts["shared"], _kinds(parts)
+        site, grid = placement.site, placement.grid
+        rows = site.view.in_order and (grid.m, grid.n) == (1, grid.into) == (1, shared.shape[1])
+        if not rows or plan.locations != len(shared) or torch_dtype(plan.dtype) != shared.dtype:
+            return None
+        if master_dtype(shared.dtype) != shared.dtype:
+            return None
+        if not count:
+            return shared.clone().view(site.shape)
+        private, contexts = (
+            parts[f"{kind}.0"] if count == 1 else torch.cat([parts[f"{kind}.{k}"] for k in range(count)])
+            for kind in ("rows", "contexts")
+        )
+        if torch.is_autocast_enabled(shared.device.type):
+            with torch.autocast(shared.device.type, enabled=False):
+                return (contexts.T @ private).add_(shared).view(site.shape)
+        return (contexts.T @ private).add_(shared).view(site.shape)  # all private rows are this site's
+
     def wrong_parts(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> list[str]:
         """As of any bank; and values must be finite."""
         bad = super().wrong_parts(plan, parts)

@@ -32,6 +32,7 @@ from surgery.storage.codecs.coding import (
     always_native,
     as_dtype,
     decode,
+    decoder,
     encode,
     encode_native,
     expected_bytes,
@@ -61,7 +62,7 @@ for _codec in (Native(), BFloat16(), Integers(), Mixed(), Huffman()):
 __all__ = [
     "ANY_LENGTH", "BFLOAT16", "CODECS", "LARGEST", "NATIVE", "PLANES", "BFloat16", "Classes", "Codec",
     "Decoded", "Encoded", "Encoding", "Grouping", "Huffman", "Integers", "Layout", "Mixed", "Native", "Precision",
-    "Statistics", "always_native", "as_dtype", "by_row", "codes_of", "decode", "encode", "encode_native",
+    "Statistics", "always_native", "as_dtype", "by_row", "codes_of", "decode", "decoder", "encode", "encode_native",
     "expected_bytes", "grouped", "grouping_of", "in_bytes", "is_tame", "ladder", "mixtures", "packed",
     "part_layout", "register", "row_costs", "stored_bytes", "stored_precision", "take_rows", "unpacked",
 ]  # fmt: skip

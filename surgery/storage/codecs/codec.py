@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -152,6 +153,14 @@ class Codec(ABC, Generic[Settings]):
 
         Where `layout` is the same for two dtypes, parts that one of them was encoded to also decode to the other.
         """
+
+    def decoder(self, encoded: Encoded) -> Callable[[], Tensor]:
+        """What gives `decode(encoded)` again and again, with what depends on sizes alone made once; by default nothing.
+
+        Args:
+            encoded: by this codec; it is kept, and nothing else that takes memory worth mentioning.
+        """
+        return partial(self.decode, encoded)
 
     @abstractmethod
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype, settings: Settings) -> Layout:

@@ -84,6 +84,16 @@ def decode(encoded: Encoded) -> Tensor:
     return encoded.precision.codec.decode(encoded)
 
 
+def decoder(encoded: Encoded) -> Callable[[], Tensor]:
+    """What gives `decode(encoded)` again and again.
+
+    Example:
+        >>> decoder(encode(torch.ones(2, 64), Precision.parse("int4/64")))().shape
+        torch.Size([2, 64])
+    """
+    return encoded.precision.codec.decoder(encoded)
+
+
 class Decoded(Handle):
     """A tensor that is decoded from its stored form when it is asked for.
 

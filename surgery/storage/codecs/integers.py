@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,13 +31,9 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8
 SEARCH = {2: (0.4, 9), 3: (0.65, 9), 4: (0.8, 9), 5: (0.85, 7), 6: (0.92, 7), 7: (0.95, 5), 8: (0.97, 5)}
 
 DECODE_CHUNK = 1 << 18  # values decoded at once: what is between codes and values stays in the cache
-# By bits of a plane: a word that holds as many bytes as a byte holds values, and shifts and masks that spread them.
-_SPREAD = {
-    4: (torch.int16, ((4, 0x0F0F),)),
-    2: (torch.int32, ((12, 0x000F000F), (6, 0x03030303))),
-    1: (torch.int64, ((28, 0x0000000F0000000F), (14, 0x0003000300030003), (7, 0x0101010101010101))),
-}
-
+# A plane of halves: a word that holds as many bytes as a byte holds values, shifts and masks that spread them.
+_SPREAD = {4: (torch.int16, ((4, 0x0F0F),))}
+LOOKED_UP = 1 << 14  # bytes of halves below which a lookup takes less than several passes
 
 GROUP = 64  # values to one scale in a fit's ladder
 MATRICES, VECTORS = (12, 10, 8, 7, 6, 5, 4, 3, 2), (12, 8)  # bits that a fit tries
@@ -100,6 +97,22 @@ class Integers(Codec[Grouping]):
             return _unpack(chunk, settings.bits, stop - start)
 
         return _decode(codes, parts["scale"], encoded.shape, encoded.dtype, settings)
+
+    def decoder(self, encoded: Encoded) -> Callable[[], Tensor]:
+        """As `decode`, which for a few values spends most of its time on views and on calls."""
+        bits, shape = encoded.precision.settings.bits, encoded.shape
+        width = _width(shape, encoded.precision.settings.group)
+        count = encoded.parts["scale"].numel() * width
+        if encoded.dtype != torch.float32 or count != math.prod(shape) or count > DECODE_CHUNK:
+            return super().decoder(encoded)
+        planes, scale = _planes(encoded.parts, bits, count), encoded.parts["scale"].view(-1, 1)
+        half = float(1 << (bits - 1))
+
+        def again() -> Tensor:
+            codes = _joined(planes, bits, count).view(-1, width)
+            return codes.to(torch.float32).sub_(half).mul_(scale).view(shape)  # each exact but the last
+
+        return again
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype, settings: Grouping) -> Layout:
         """Whole bytes for each plane, and bfloat16 scales."""
@@ -383,30 +396,54 @@ def _apart(found: Tensor, bits: int) -> Tensor:
 
 def _unpack(parts: Mapping[str, Tensor], bits: int, count: int) -> Tensor:
     """The inverse of `_pack`."""
+    return _joined(_planes(parts, bits, count), bits, count)
+
+
+def _planes(parts: Mapping[str, Tensor], bits: int, count: int) -> list[tuple[Tensor, int]]:
+    """The bytes of each plane that hold the first values, with the plane's bits."""
+    return [(parts[f"q{plane}"][: -(-count * plane // 8)], plane) for plane in PLANES[bits]]
+
+
+def _joined(planes: Sequence[tuple[Tensor, int]], bits: int, count: int) -> Tensor:
+    """Codes of planes; of whole bytes alone they are the plane itself."""
     codes, shift = None, 0
-    for plane in PLANES[bits]:
-        values = _spread(parts[f"q{plane}"][: -(-count * plane // 8)], plane)[:count]
-        values = values if bits <= 8 else values.to(torch.int16)
-        values = values << shift if shift else values
-        codes = values if codes is None else codes | values
+    for packed, plane in planes:
+        values = _spread(packed, plane, shift if bits <= 8 else 0)
+        values = values if values.shape[0] == count else values[:count]
+        values = values if bits <= 8 else values.to(torch.int16).bitwise_left_shift_(shift)
+        codes = values if codes is None else codes.bitwise_or_(values)
         shift += plane
     assert codes is not None
     return codes
 
 
-def _spread(packed: Tensor, plane: int) -> Tensor:
-    """Each value of `plane` bits in a byte of its own, the lowest first.
+def _spread(packed: Tensor, plane: int, shift: int = 0) -> Tensor:
+    """Each value of `plane` bits in a byte of its own, the lowest first, `shift` bits higher.
 
-    The bytes are spread inside wider integers, halving the distance each time: a few passes over whole words,
-    where a shift for every value would go byte by byte. Words are little-endian, as wherever torch runs.
+    A table has for each byte the word of its values, so that this is one lookup. Many halves of bytes are spread faster
+    inside wider integers: a few passes over whole words, where a shift for every value would go byte by byte. Words
+    are little-endian, as wherever torch runs.
     """
     if plane == 8:
         return packed
+    if plane < 4 or shift or packed.shape[0] < LOOKED_UP:
+        table = _table(plane, shift, packed.device)
+        return table.index_select(0, packed.to(torch.int32)).view(torch.uint8)
     word, steps = _SPREAD[plane]
     words = packed.to(word, memory_format=torch.contiguous_format)
     for distance, mask in steps:
         words.bitwise_or_(words << distance).bitwise_and_(mask)
     return words.view(torch.uint8)
+
+
+@cache
+def _table(plane: int, shift: int, device: torch.device) -> Tensor:
+    """For each byte the values in it as the bytes of a word `[256]`."""
+    slots = np.arange(8 // plane) * plane
+    values = ((np.arange(256)[:, None] >> slots) & ((1 << plane) - 1)) << shift
+    words = values.astype(np.uint8).view(f"<i{len(slots)}").reshape(-1)
+    with torch.inference_mode(False):
+        return torch.from_numpy(words).to(device)
 
 
 def grouping_of(encoded: Encoded) -> Grouping | None:
