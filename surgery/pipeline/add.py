@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.disk.claims import claim_of_first
 from surgery.disk.folders import check_target
@@ -149,8 +149,9 @@ def _add(folder: Path, asked: Adding, trust: bool, nonfinite: bool, *, dry_run: 
     stored = map_stored(folder, manifest, list(manifest.members))
     _check_common(folder, stored)
     addition, member = fit_one(
-        asked, _recipe_of_one(manifest, asked, nonfinite), select, manifest, stored, trust
-    )
+        asked, _recipe_of_one(manifest, asked, nonfinite), select, manifest, stored, trust,
+        None if dry_run else folder,
+    )  # fmt: skip
     before = _disk_bytes(folder)
     if not dry_run:
         member = as_saved(member, addition.stored)
@@ -171,9 +172,15 @@ def _add(folder: Path, asked: Adding, trust: bool, nonfinite: bool, *, dry_run: 
 
 
 def fit_one(
-    asked: Adding, recipe: Recipe, select: Select, manifest: Manifest, stored: Stored, trust: bool
+    asked: Adding,
+    recipe: Recipe,
+    select: Select,
+    manifest: Manifest,
+    stored: Stored,
+    trust: bool,
+    folder: Path | None = None,
 ) -> tuple[Addition, Member]:
-    """Load a member and fit it to what is stored of others.
+    """Load a member and fit it to what is stored of others; a large fit that is killed goes on where it was.
 
     Args:
         asked: which, and to what target.
@@ -182,9 +189,12 @@ def fit_one(
         manifest: of the artifact.
         stored: what it holds.
         trust: whether Python files that come with the member may run.
+        folder: of the artifact, held by this process; without one everything is kept in memory.
     """
     from surgery.fitting.adding import fit_addition
-    from surgery.pipeline.merge import load_entry, plan_members, read_probes
+    from surgery.members.member import content_hash, state_tensors, whole_state
+    from surgery.pipeline.going_on import digest_of, going_on
+    from surgery.pipeline.merge import input_paths, load_entry, plan_members, read_probes
 
     if isinstance(asked.given, str):
         found = load_entry(recipe.models[0], None, recipe, trust)
@@ -199,10 +209,20 @@ def fit_one(
         recipe.model_copy(update={"select": _select_for(member, select, manifest)}), [member]
     )
     probes = list(asked.probes) or read_probes(recipe, [member]).get(asked.name, [])
-    addition = fit_addition(
-        member, plan, stored, _target(asked.target, manifest), seed=recipe.seed, probes=probes,
-        device=asked.device,
-    )  # fmt: skip
+    target = _target(asked.target, manifest)
+
+    def subject() -> dict[str, Any]:
+        return {
+            "recipe": {**recipe.resolved(), "target": target.model_dump(mode="json")},
+            "weights": content_hash(whole_state(member.module)),
+            "probes": digest_of({member.name: probes}),
+            "artifact": {path: entry.sha256 for path, entry in manifest.files.items()},
+        }
+
+    with going_on(folder, [*state_tensors(member.module).values()], subject, input_paths(recipe)):
+        addition = fit_addition(
+            member, plan, stored, target, seed=recipe.seed, probes=probes, device=asked.device
+        )
     return addition, member
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.anatomy.selectors import share_selectors
-from surgery.disk.claims import claim_of_first, work_place
+from surgery.disk.claims import claim_of_first
 from surgery.disk.folders import check_target
 from surgery.errors import LoadError, PlanError
 from surgery.settings.recipe import Model, Recipe, TaskSpec, method_settings
@@ -26,11 +26,8 @@ if TYPE_CHECKING:
     from surgery.anatomy.plan import Plan
     from surgery.anatomy.sites import Anatomy
     from surgery.core.joint import JointModel
-    from surgery.disk.mapped import MappedFile
     from surgery.members.member import Inputs, Member
-
-LARGE = 2**29  # bytes of members from which a merge keeps what it makes in files, and goes on after a kill
-JOURNAL = "journal"  # of an interrupted run, in the hidden folder beside its target
+    from surgery.pipeline.going_on import Run
 
 
 @dataclass(frozen=True)
@@ -112,28 +109,15 @@ def _merge(
     recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_remote_code: bool, resources: Resources
 ) -> JointModel:
     """`merge`, with its target checked and held by this process."""
-    from surgery.disk.aside import aside
-    from surgery.disk.journal import Journal, kept_in
-    from surgery.disk.mapped import files_of
     from surgery.members.member import state_tensors
+    from surgery.pipeline.going_on import going_on
 
     prepared = prepared or prepare(recipe, trust_remote_code=trust_remote_code)
     tensors = [t for member in prepared.members for t in state_tensors(member.module).values()]
-    sources, large = files_of(tensors), sum(t.nbytes for t in tensors) >= LARGE
-    if (fits := fits_into(prepared, resources)) is not None:
-        large = not fits
-    if recipe.out is None or not large:
-        return _fit_and_save(prepared, recipe, overwrite, sources)
-    work = work_place(recipe.out)
-    journal = Journal(work / JOURNAL, _subject(prepared, sources), Path(recipe.out).expanduser())
-    try:
-        with aside(work), kept_in(journal):
-            joint = _fit_and_save(prepared, recipe, overwrite, sources, journal.found)
-    except PlanError:  # nothing that could be gone on with
-        journal.discard()
-        raise
-    journal.discard()
-    return joint
+    fits, paths = fits_into(prepared, resources), input_paths(prepared.recipe)
+    large = None if fits is None else not fits
+    with going_on(recipe.out, tensors, partial(_subject, prepared), paths, large) as run:
+        return _fit_and_save(prepared, recipe, overwrite, run)
 
 
 def fits_into(prepared: Prepared, resources: Resources) -> bool | None:
@@ -151,9 +135,7 @@ def fits_into(prepared: Prepared, resources: Resources) -> bool | None:
     return fits(tensors, resources.memory, lossless=prepared.recipe.parameters.max_error == 0)
 
 
-def _fit_and_save(
-    prepared: Prepared, recipe: Recipe, overwrite: bool, sources: Sequence[MappedFile], found: int = 0
-) -> JointModel:
+def _fit_and_save(prepared: Prepared, recipe: Recipe, overwrite: bool, run: Run) -> JointModel:
     """`merge` of what was prepared, of which an interrupted run had made some parts already."""
     from surgery.artifact.folder import save_fitted
     from surgery.core.joining import join
@@ -161,7 +143,7 @@ def _fit_and_save(
 
     with task("Joining") as work:
         joint = join(prepared.members, prepared.plan)
-        work.describe(f"Fitting, with {found} parts that an interrupted run made" if found else "Fitting")
+        work.describe(run.fitting)
         joint = fit(
             joint,
             **{name: getattr(recipe.parameters, name) for name in Target.model_fields},
@@ -172,28 +154,13 @@ def _fit_and_save(
         joint.recipe = Recipe.of(prepared.resolved())
         if recipe.out is not None:
             work.describe(f"Writing {recipe.out}")
-            save_fitted(joint, recipe.out, overwrite=overwrite, sources=sources)
+            save_fitted(joint, recipe.out, overwrite=overwrite, sources=run.sources)
     return joint
 
 
-def _subject(prepared: Prepared, sources: Sequence[MappedFile]) -> dict[str, Any]:
-    """What a merge computes, and from what: all that its parts depend on."""
-    import torch
-
-    from surgery.disk.mapped import MappedFile
-    from surgery.version import __version__
-
-    recipe = prepared.resolved()
-    named = (path.resolve() for path in input_paths(prepared.recipe))
-    read = [
-        file for path in named for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()
-    ]
-    files = [*sources, *map(MappedFile.of, read)]
-    return {
-        "recipe": {name: value for name, value in recipe.items() if name != "out"},
-        "files": {str(file.path): [file.nbytes, file.changed] for file in files},
-        "software": [__version__, torch.__version__, torch.get_num_threads()],
-    }
+def _subject(prepared: Prepared) -> dict[str, Any]:
+    """What a merge computes."""
+    return {"recipe": {name: value for name, value in prepared.resolved().items() if name != "out"}}
 
 
 def check(recipe: Recipe, *, overwrite: bool = False) -> None:

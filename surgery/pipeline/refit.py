@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.disk.claims import claim_of_first
 from surgery.disk.folders import check_target
@@ -101,12 +101,7 @@ def refit(
         recipe = _recipe(read_recipe(folder, manifest), manifest, asked, calibrate, device)
         before = map_stored(folder, manifest, list(manifest.members)).nbytes
         members = _members(folder, manifest, modules or {}, trust_remote_code)
-        joint = _fit(recipe, members, probes or {})
-        if not dry_run:
-            from surgery.artifact import save
-
-            with task(f"Writing {folder}"):
-                save(joint, folder, overwrite=True)
+        joint = _fit_and_save(recipe, members, probes or {}, None if dry_run else folder)
     known, found = manifest.report or FitReport(), joint.report
     assert isinstance(found, FitReport)  # of the fit
     return Refit(
@@ -191,15 +186,29 @@ def _members(folder: Path, manifest: Manifest, modules: Mapping[str, nn.Module],
     return found
 
 
-def _fit(recipe: Recipe, members: list[Member], probes: Mapping[str, Sequence[Inputs]]) -> JointModel:
+def _fit_and_save(
+    recipe: Recipe, members: list[Member], probes: Mapping[str, Sequence[Inputs]], folder: Path | None
+) -> JointModel:
+    """All members fitted, and written where there is a folder; a large run that is killed goes on where it was."""
+    from surgery.artifact import save
     from surgery.core.joining import join
     from surgery.fitting.fit import fit
-    from surgery.pipeline.merge import Prepared, plan_members, read_probes
+    from surgery.members.member import state_tensors
+    from surgery.pipeline.going_on import digest_of, going_on
+    from surgery.pipeline.merge import Prepared, input_paths, plan_members, read_probes
 
     anatomies, plan = plan_members(recipe, members)
     measured = {**read_probes(recipe, members), **probes}
     prepared = Prepared(recipe, tuple(members), tuple(anatomies), plan, measured)
-    with task("Fitting"):
+    tensors = [t for member in members for t in state_tensors(member.module).values()]
+
+    def subject() -> dict[str, Any]:
+        from surgery.members.member import content_hash, whole_state
+
+        hashes = {member.name: content_hash(whole_state(member.module)) for member in members}
+        return {"recipe": prepared.resolved(), "weights": hashes, "probes": digest_of(probes)}
+
+    with going_on(folder, tensors, subject, input_paths(recipe)) as run, task(run.fitting) as work:
         joint = fit(
             join(members, plan),
             **{name: getattr(recipe.parameters, name) for name in Target.model_fields},
@@ -207,5 +216,8 @@ def _fit(recipe: Recipe, members: list[Member], probes: Mapping[str, Sequence[In
             seed=recipe.seed,
             device=recipe.device,
         )
-    joint.recipe = Recipe.of(prepared.resolved())
+        joint.recipe = Recipe.of(prepared.resolved())
+        if folder is not None:
+            work.describe(f"Writing {folder}")
+            save(joint, folder, overwrite=True)
     return joint

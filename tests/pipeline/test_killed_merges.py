@@ -15,17 +15,17 @@ from artifacts import contents
 from benchmarks.scale import make_folder
 from surgery.disk.journal import LINES, Journal
 from surgery.errors import OutputError
-from surgery.pipeline import merge as merging
+from surgery.pipeline import going_on
 from surgery.pipeline.merge import merge
 from surgery.settings.recipe import Recipe
 
 KILLED = """
 import os, signal, sys
 from surgery.disk.journal import Journal
-from surgery.pipeline import merge
+from surgery.pipeline import going_on, merge
 from surgery.settings.recipe import Recipe
 
-merge.LARGE, keep, left = 0, Journal.keep, [int(sys.argv[1])]
+going_on.LARGE, keep, left = 0, Journal.keep, [int(sys.argv[1])]
 
 def last(*given):
     left[0] -= 1
@@ -50,7 +50,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def recipe(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(merging, "LARGE", 0)
+    monkeypatch.setattr(going_on, "LARGE", 0)
     return recipe_for(tmp_path / "joint", whole)
 
 
@@ -92,7 +92,7 @@ def test_what_cannot_go_on_is_one_sentence_and_the_journal_stays(recipe, whole, 
     with pytest.raises(OutputError, match="the disk is full"):
         merge(recipe, overwrite=True)
     assert contents(tmp_path / "joint") == before
-    journal = tmp_path / ".joint.surgery" / merging.JOURNAL
+    journal = tmp_path / ".joint.surgery" / going_on.JOURNAL
     with pytest.raises(OutputError, match="another recipe was asked for"):
         merge(recipe.model_copy(update={"seed": 1}), overwrite=True)
     file = next((whole / "b").glob("*.safetensors"))

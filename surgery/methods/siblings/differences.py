@@ -20,6 +20,8 @@ from surgery.anatomy.plan import BankPlan, Placement
 from surgery.anatomy.sites import Site
 from surgery.core.dictionary import index_dtype, master_dtype
 from surgery.disk.aside import put_aside, stack_aside
+from surgery.disk.journal import Made as Kept
+from surgery.disk.journal import keeps, made_once
 from surgery.fitting.metric import Metric, mean_metric, times
 from surgery.fitting.related import register_way
 from surgery.fitting.scene import Scene, key_of
@@ -208,12 +210,21 @@ def _priced(
         most: number of directions, at most.
         least: directions that move outputs by less, together, are left out before they are tried.
     """
-    difference = _matrix(site, original) - shared
-    found = factors(difference, metric.into, metric.out, most=most)
-    if least is not None:
-        found = found.first(int((found.tails[:-1] > least).sum()))
-    left = metric.price(difference - found.product())
-    found = replace(found, contexts=put_aside(found.contexts), rows=put_aside(found.rows))
+
+    def made() -> Kept:
+        difference = _matrix(site, original) - shared
+        found = factors(difference, metric.into, metric.out, most=most)
+        if least is not None:
+            found = found.first(int((found.tails[:-1] > least).sum()))
+        left = metric.price(difference - found.product())
+        parts = {"contexts": found.contexts, "rows": found.rows, "energy": found.energy}
+        # A journal keeps rows one after the other, and products depend on the order of memory in their last bits.
+        turned = [name for name, part in parts.items() if part.ndim == 2 and part.stride(0) == 1]
+        parts = {name: part.T if name in turned else part for name, part in parts.items()}
+        return [left, turned], parts if keeps() else {name: put_aside(part) for name, part in parts.items()}
+
+    (left, turned), parts = made_once(f"directions/{site.member}/{site.name}", made)
+    found = Factors(**{name: part.T if name in turned else part for name, part in parts.items()})
     return _Priced(Relative(site, original, metric.out, found), _runs(site, found, metric), left)
 
 
