@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ from surgery.storage.packed import REFUSED, Form, PackedWeight, held_bytes
 from surgery.storage.stored import Stored, expand
 from surgery.util.memory import compact
 from surgery.util.showing import as_html, as_text, plural
-from surgery.util.stamps import stamp
+from surgery.util.stamps import Stamp, stamps
 from surgery.util.wording import size
 
 Resident = Literal["packed", "shared"]
@@ -60,9 +60,8 @@ class ResidentModel:
     ):
         self.members, self.resident = dict(members), resident
         self.stored_bytes, self.cache = stored_bytes, cache
-        self._active: tuple[nn.Module, dict[str, Any], dict[str, Any]] | None = (
-            None  # with contents and stamps
-        )
+        self._active: _Active | None = None
+        self._sources: dict[str, dict[str, tuple]] = {}  # by member and place, as far as they were asked for
         self._contents: dict[int, bytes] = {}  # of what is held, by id: nothing changes it
 
     @property
@@ -75,7 +74,7 @@ class ResidentModel:
         """Bytes of all weights that are held, each once, those in the cache and in what is active included."""
         own = held_bytes(member.module for member in self.members.values())
         own += self.cache.nbytes if self.cache else 0
-        return own + (held_bytes([self._active[0]]) if self._active else 0)
+        return own + (held_bytes([self._active.module]) if self._active else 0)
 
     def __getitem__(self, name: str) -> nn.Module:
         """The member's module, of its own class, ready to call."""
@@ -100,6 +99,7 @@ class ResidentModel:
                         )
                         module._parameters[name] = nn.Parameter(moved, requires_grad=False)
             member.module.to(device)  # a cache drops what forms were moved away
+        self._contents = {}  # ids of what is gone are given out again
         return self
 
     @torch.no_grad()
@@ -134,26 +134,25 @@ class ResidentModel:
             name: the member that it shall be.
         """
         self._check(name)
-        wanted = self.members[name].module
-        forms = {key: self._content(each) for key, each in _places(wanted).items()}
-        active = self._active
-        if active is None or {k: _kind(each) for k, each in _places(active[0]).items()} != {
-            k: _kind(each) for k, each in _places(wanted).items()
-        }:
+        theirs = _places(self.members[name].module)
+        if name not in self._sources:
+            self._sources[name] = {key: self._content(each) for key, each in theirs.items()}
+        sources, mine = self._sources[name], _places(self._active.module) if self._active else {}
+        if self._active is None or not _alike(mine, theirs):
             module = self.extract(name).eval()
-        else:
-            module, before, stamps = active
-            mine, theirs = _places(module), _places(wanted)
-            done: set[int] = set()
-            for key, source in forms.items():
-                changed = stamp([mine[key]]) != stamps[key]  # by whoever trained or edited the module
-                if (changed or source != before[key]) and id(mine[key]) not in done:
-                    done.add(id(mine[key]))
-                    each = theirs[key]
-                    mine[key].copy_(each.unpacked() if isinstance(each, PackedWeight) else each)
-            forget_derived(module)
-        self._active = module, forms, {key: stamp([each]) for key, each in _places(module).items()}
-        return module
+            self._active = _Active(module, sources, stamps(_places(module)))
+            return module
+        active, now, written = self._active, stamps(mine), set()
+        for key, source in sources.items():
+            changed = now[key] != active.stamps[key]  # by whoever trained or edited the module
+            if (changed or source != active.sources[key]) and id(mine[key]) not in written:
+                written.add(id(mine[key]))
+                each = theirs[key]
+                mine[key].copy_(each.unpacked() if isinstance(each, PackedWeight) else each)
+        anew = {key: each for key, each in mine.items() if id(each) in written}
+        self._active = _Active(active.module, sources, {**now, **stamps(anew)})
+        forget_derived(active.module)
+        return active.module
 
     def _content(self, tensor: Tensor) -> tuple:
         """Equal for tensors whose stored forms are; each is looked at once."""
@@ -200,6 +199,15 @@ class ResidentModel:
     def _check(self, name: str) -> None:
         if name not in self.members:
             raise KeyError(f"no member '{name}'; the members are {', '.join(self.members)}")
+
+
+@dataclass(frozen=True)
+class _Active:
+    """A module that is one member after the other: what its tensors were made from, and stamps of them, by place."""
+
+    module: nn.Module
+    sources: Mapping[str, tuple]
+    stamps: Mapping[str, Stamp]
 
 
 class _Refused(TrainingError, AttributeError):
@@ -386,8 +394,11 @@ def _places(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _kind(tensor: Tensor) -> tuple:
-    return tuple(tensor.shape), tensor.dtype
+def _alike(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
+    """Whether the same places hold tensors of the same shape and dtype."""
+    return some.keys() == others.keys() and all(
+        each.shape == others[key].shape and each.dtype == others[key].dtype for key, each in some.items()
+    )
 
 
 def _own(tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from surgery.storage.codecs import Precision, decode, encode, take_rows
 from surgery.storage.keys import PlainKey
 from surgery.storage.packed import Form, PackedWeight
 from surgery.storage.stored import Stored, revive, store
+from surgery.util.stamps import stamps
 
 WAYS = ["packed", "shared"]
 
@@ -143,6 +144,42 @@ def test_members_take_turns_in_one_module(tmp_path):
             weight.data.add_(1)
     for name in ("one", "two"):
         assert torch.equal(joint.activate(name)(draw(2, 8)), plain[name](draw(2, 8)))
+
+
+def test_a_switch_decodes_what_differs_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr("surgery.storage.held.SMALL", 0)
+    folder = surgery.save(fitted(), tmp_path / "joint")
+    joint = surgery.load(folder, modules=modules(), resident="packed")
+    made: list[PackedWeight] = []
+    read = PackedWeight.unpacked
+    monkeypatch.setattr(PackedWeight, "unpacked", lambda self: made.append(self) or read(self))
+    joint.activate("one")
+    first = len(made)
+    joint.activate("one")
+    assert len(made) == first  # the same again
+    joint.to("cpu").activate("two")
+    theirs = {each.form.key for each in joint["two"].parameters() if isinstance(each, PackedWeight)}
+    ours = {each.form.key for each in joint["one"].parameters() if isinstance(each, PackedWeight)}
+    assert len(made) - first == len(theirs - ours)
+    x, plain = draw(2, 8), surgery.load(folder, modules=modules())
+    for name in ("one", "two", "one"):
+        assert torch.equal(joint.to("cpu").activate(name)(x), plain[name](x))
+
+
+@given(st.integers(0, 999), st.integers(0, 3), st.sampled_from(["add_", "data", "none"]))
+def test_stamps_find_what_changed(seed, which, how):
+    g = torch.Generator().manual_seed(seed)
+    tensors = {
+        "a": torch.randn(5, generator=g), "b": torch.randn(40, 3, generator=g).half(), "c": torch.arange(9),
+        "d": torch.randn(2, 2, generator=g, dtype=torch.complex64), "e": torch.zeros(0), "f": torch.ones(3, 4).t(),
+    }  # fmt: skip
+    before, key = stamps(tensors), [*tensors][which]
+    if how == "add_":
+        tensors[key].add_(1)
+    if how == "data":
+        tensors[key].data.add_(1)  # leaves no trace but in values
+    changed = {name for name, each in stamps(tensors).items() if each != before[name]}
+    assert changed == (set() if how == "none" else {key})
 
 
 @pytest.mark.parametrize("way", WAYS)
