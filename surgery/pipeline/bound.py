@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from surgery.disk.aside import FEWEST
 from surgery.errors import MemoryLimitError, PlanError
 from surgery.util import progress
 from surgery.util.wording import size
@@ -17,6 +18,7 @@ EVERY = 0.05  # seconds between two measurements
 LARGEST = (
     14  # bytes that a fit takes at once for each element of the largest tensor: its gradient, in three forms
 )
+KEPT = 3  # things that a fit keeps of each tensor and that stay in memory, as they are too small for a file
 WRITTEN = 4  # bytes that are held at once for each element of a tensor that is compared and written
 RUNNING = 200_000_000  # bytes of outputs, of what a backward pass keeps, and of what the allocator keeps
 ALL = 16  # bytes for each element of all tensors, where everything that a fit makes is kept in memory
@@ -47,13 +49,27 @@ def fits(tensors: Sequence[Tensor], memory: int, *, lossless: bool = False) -> b
         PlanError: where it fits with files neither.
     """
     now, largest = anonymous(), max((t.numel() for t in tensors), default=0)
-    least = now + (WRITTEN if lossless else LARGEST) * largest + RUNNING
+    least = now + (WRITTEN * largest + RUNNING if lossless else taken([t.numel() for t in tensors]))
     if least > memory:
         raise PlanError(
             f"A merge of members whose largest tensor has {largest:,} elements takes about {size(least)} of memory, "
             f"but `memory` is {size(memory)}; give `memory={-(-least // 2**20)}MiB` or more."
         )
     return lossless or now + ALL * sum(t.numel() for t in tensors) + RUNNING <= memory
+
+
+def taken(elements: Sequence[int]) -> int:
+    """Bytes that a fit takes besides what the process holds before, with what it makes in files.
+
+    Args:
+        elements: of each tensor of all members.
+
+    Example:
+        >>> taken([10**8]) < 2 * 10**9
+        True
+    """
+    small = sum(min(4 * count, FEWEST) for count in elements)
+    return LARGEST * max(elements, default=0) + KEPT * small + RUNNING
 
 
 class _Watched:
