@@ -174,7 +174,7 @@ class Filler:
     def fill_before(self, name: str, path: str) -> bool:
         """What `enter` does; code that a compiler traces calls that one."""
         # Within a backward pass a part runs again for gradient checkpointing, with the weights it had.
-        if path and not self.in_step and name in self._inside:
+        if path and self.is_within(name):
             return False
         again, task = torch._C._current_graph_task_id() != -1, self.joint.task
         if again or task != self.joint.tasks.heard:
@@ -223,6 +223,10 @@ class Filler:
             del self._inside[name]
 
     leave._torchdynamo_disable = True
+
+    def is_within(self, name: str) -> bool:
+        """Whether a part of a member that begins to run is within one for which all was seen to."""
+        return name in self._inside and not self.in_step
 
     def runs(self, name: str) -> bool:
         """Whether a part of a member is running, called from outside of it."""

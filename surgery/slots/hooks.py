@@ -26,10 +26,15 @@ class Enter(Gate):
 
     def __call__(self, module: nn.Module, *args: Any) -> None:
         """Tell the joint model that the module is about to run."""
+        filler = self.joint.filler
         if not self.path:
-            self.joint.filler.enter(self.member, "")
+            filler.enter(self.member, "")
         # Inside a compiled graph the root's gate, which runs outside of it, has seen to everything.
-        elif not torch.compiler.is_compiling() and self.joint.filler.enter(self.member, self.path):
+        elif (
+            not torch.compiler.is_compiling()
+            and not filler.is_within(self.member)
+            and filler.enter(self.member, self.path)
+        ):
             module.register_forward_hook(Leave(self.joint, self.member, self.path), always_call=True)
 
 

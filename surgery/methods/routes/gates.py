@@ -108,11 +108,16 @@ class FixedGates(Gates):
 
     Args:
         chosen: by task, numbers of components.
+
+    Attributes:
+        always: the one component that runs for every task; None where there is no such.
     """
 
     def __init__(self, *args: Any, chosen: Mapping[str, Sequence[int]], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.chosen = {task: tuple(chosen[task]) for task in self.tasks}
+        alone = {on[0] if len(on) == 1 else None for on in self.chosen.values()}
+        self.always = alone.pop() if len(alone) == 1 else None
 
     def now(self, every: bool = False) -> Now:
         """The components of the task; of the first for the default."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from surgery.errors import PlanError
-from surgery.methods.routes.gates import IDENTITY, Gates
+from surgery.methods.routes.gates import IDENTITY, FixedGates, Gates
 from surgery.methods.routes.mathematics import mixed
 from surgery.util.copies import duplicate
 from surgery.util.text import one_line
@@ -53,6 +53,8 @@ class RoutedLayer(nn.Module):
         self.held = nn.ModuleList(held.values())
         pool.layers |= dict(held)
         self.checked = False
+        self.settled = False
+        self.__dict__["only"] = None  # a component that lies here, or elsewhere in the stack
         self.wrapped: bool | None = None  # whether layers give tuples; known once one has run
 
     def serve_task(self, task: str | None) -> None:
@@ -74,14 +76,28 @@ class RoutedLayer(nn.Module):
         Raises:
             PlanError: where components do not fit, where layers get a cache, and where they have side outputs.
         """
+        if self.settled:  # one component for every task: called as the plain model does
+            if self.only is not None:
+                return self.only(*args, **kwargs)
+            return self._passed_on(args[0] if args else kwargs[HIDDEN], args, kwargs)
         hidden = args[0] if args else kwargs[HIDDEN]
-        if not self.checked and not hidden.is_meta:
-            self._check(hidden, args, kwargs)
+        if not hidden.is_meta:
+            if not self.checked:
+                self._check(hidden, args, kwargs)
+            self._settle()
         run, shares = self.gates.now(every=hidden.is_meta)
         outputs = [self._run(self.gates.names[i], hidden, args, kwargs) for i in run]
         if shares is None:
             return outputs[0]
         return self._wrap(mixed(shares, [self._hidden(output) for output in outputs]))
+
+    def _settle(self) -> None:
+        """Note the one component that runs for every task, where gates are fixed and there is one."""
+        always = self.gates.always if isinstance(self.gates, FixedGates) else None
+        if always is not None:
+            name = self.gates.names[always]
+            self.__dict__["only"] = None if name == IDENTITY else self.pool.layers[name]
+            self.settled = True
 
     def _run(self, name: str, hidden: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if name != IDENTITY:
