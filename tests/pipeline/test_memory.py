@@ -9,7 +9,7 @@ import pytest
 from benchmarks.scale import MIB, Sampler, make_folder, memory
 from surgery.artifact.verify import verify
 from surgery.disk import aligned, aside
-from surgery.pipeline import merge as merging
+from surgery.pipeline import going_on
 from surgery.pipeline.merge import merge
 from surgery.settings.recipe import Recipe
 from surgery.util.memory import give_back
@@ -46,7 +46,7 @@ def test_what_lies_in_files_meanwhile_changes_no_byte(tmp_path, monkeypatch, ask
     models = [{"model": str(tmp_path / name)} for name in "ab"]
     recipe = {"models": models, "parameters": asked, "device": "cpu"}
     merge(Recipe.of({**recipe, "out": str(tmp_path / "plain")}))
-    monkeypatch.setattr(merging, "LARGE", 0)
+    monkeypatch.setattr(going_on, "LARGE", 0)
     monkeypatch.setattr(aside, "FEWEST", 1)
     put = []
     monkeypatch.setattr(aside, "_room", lambda *given, room=aside._room: put.append(given) or room(*given))
