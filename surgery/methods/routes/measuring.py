@@ -1,7 +1,8 @@
 """Measuring: which layers of a pretrained stack a task misses least, before anything of its route is learned.
 
-Layers are left out one after the other, each time that one without which the loss on a few batches stays lowest. That
-takes forward passes alone. What stays is where learning begins.
+Layers are left out one after the other, each time that one without which the loss on a few batches stays lowest; those
+between which these batches hardly tell are measured on more. That takes forward passes alone. What stays is where
+learning begins.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from surgery.util.collectives import average
 
 if TYPE_CHECKING:
     from surgery.training.loop.trainer import Trainer
+
+
+_CLOSE, _MORE = 1.25, 4
+"""Losses within this factor of the lowest are close; those are measured on so many times as many batches."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,9 @@ def begin_with_measured(trainer: Trainer, member: str, depths: Sequence[Gates]) 
     gates = [each for each in depths if isinstance(each, BernoulliGates)]
     mine = [task for task in trainer.tasks if task.member == member]
     count = gates[0].settings.measure
-    batches = {task.name: [batch for batch, _ in trainer.streams[task.name].peek(count)] for task in mine}
+    batches = {
+        task.name: [batch for batch, _ in trainer.streams[task.name].peek(_MORE * count)] for task in mine
+    }
     found = {}
     for row, name in enumerate(gates[0].tasks):
         served = [task for task in mine if name in ("", task.name)]
@@ -88,16 +95,24 @@ def _leave_out(
     wanted = count_of(gates)
     assert wanted is not None
     kept, left, losses, passes = list(range(len(gates))), [], [], 0
-    given = sum(len(batches[task.name]) for task in tasks)
+    count = gates[0].settings.measure
     while len(kept) > wanted:
+        places = list(range(len(kept)))
         found = torch.zeros(len(kept), dtype=torch.float64)
-        for place, gone in enumerate(kept):
-            on = [depth for depth in kept if depth != gone]
-            with _taking(gates, row, on):
-                found[place] = _loss(trainer, tasks, batches)
-        average([found])  # each process has measured its part of the batches
-        passes += len(kept) * (len(kept) - 1) * given
-        best = int(found.argmin())
+        for begin, end in ((0, count), (count, _MORE * count)):
+            some = {task.name: batches[task.name][begin:end] for task in tasks}
+            new = torch.zeros(len(places), dtype=torch.float64)
+            for number, place in enumerate(places):
+                on = [depth for depth in kept if depth != kept[place]]
+                with _taking(gates, row, on):
+                    new[number] = _loss(trainer, tasks, some)
+            average([new])  # each process has measured its part of the batches
+            found[places] = (found[places] * begin + new * (end - begin)) / end
+            passes += len(places) * (len(kept) - 1) * (end - begin) * len(tasks)
+            places = [place for place in places if found[place] <= _CLOSE * found[places].min()]
+            if len(places) < 2:
+                break
+        best = min(places, key=lambda place: float(found[place]), default=int(found.argmin()))
         losses.append(float(found[best]))
         left.append(kept.pop(best))
     return Measured(tuple(left), tuple(losses), passes)

@@ -186,7 +186,7 @@ def test_learning_begins_with_the_layers_that_are_missed_most(tmp_path):
     before = [{key: value.clone() for key, value in joint["text"].state_dict().items() if "gates" not in key}]
     report = train(joint, task, burn_in=0, steps=1, generations=1, final=0, optimizer={"lr": 1e-12})
     found = report.methods["routes"]["measured"]["text:encoder.layer.*"][""]
-    assert found["left"] == gone and found["passes"] == (4 * 3 + 3 * 2) * 2
+    assert found["left"] == gone and found["passes"] >= (4 * 3 + 3 * 2) * 2  # more where losses are close
     assert found["losses"] == pytest.approx([loss_without(gone[:1]), loss_without(gone)], rel=1e-4)
     (depths,) = routes_in(joint["text"]).values()
     for depth, gates in enumerate(depths):
