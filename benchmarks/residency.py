@@ -54,8 +54,8 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
     return most
 
 
-def fine_tunes(folder: Path, seed: int, fast: bool) -> list[Path]:
-    """Write fine-tunes of one vision transformer."""
+def fine_tunes(folder: Path, seed: int, fast: bool, count: int = FINE_TUNES) -> list[Path]:
+    """Write fine-tunes of one vision transformer, three where it has to be fast."""
     from transformers import ViTConfig, ViTForImageClassification
 
     width, depth, side = (32, 1, 32) if fast else (128, 4, 32)
@@ -65,7 +65,7 @@ def fine_tunes(folder: Path, seed: int, fast: bool) -> list[Path]:
     base = ViTForImageClassification(config)
     generator = torch.Generator().manual_seed(seed + 1)
     found = []
-    for number in range(3 if fast else FINE_TUNES):
+    for number in range(3 if fast else count):
         net = copy.deepcopy(base)
         with torch.no_grad():
             for parameter in net.parameters():

@@ -9,7 +9,9 @@ units        what can be stored in more than one way, what each way costs and ho
 groups       every tensor of every member as such units: alone, with related ones, or as a method arranges it
 related      which sites resemble one another, and the ways of storing these together
 arranging    banks of any method as arrangements, from `make`, `pack` and `unpack` alone
+tabulated    what there is to choose from, as arrays, and what is chosen
 allocation   the cheapest choice of ways under a budget or an error bound
+exchanges    of single options, which use up what multipliers leave of a limit
 assembly     a choice put together as a stored joint model
 decoding     the weights that members have when they run from a stored form
 closing      by how much what is aimed at must differ from a bound

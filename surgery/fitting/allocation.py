@@ -10,50 +10,15 @@ bisection.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
+from surgery.fitting.exchanges import mend_bytes, mend_error, use_up_bytes, use_up_error
+from surgery.fitting.tabulated import Choice, Table
+
 CEILING = 90.0  # of |log2(mu)|, mu in bytes per unit of relative squared error
 STEPS = 40
-
-
-@dataclass(frozen=True)
-class Table:
-    """All units of all arrangements, as arrays.
-
-    Attributes:
-        size: `[U, P]` bytes; inf where a unit has fewer options.
-        error: `[U, P]` squared error.
-        weight: `[U, M]` relative squared output error per squared error, by member.
-        arrangement: `[U]` number of the arrangement that a unit belongs to.
-        group: `[A]` number of the group that an arrangement belongs to.
-        fixed: `[A]` bytes of an arrangement besides its units; inf where it cannot be taken.
-    """
-
-    size: np.ndarray
-    error: np.ndarray
-    weight: np.ndarray
-    arrangement: np.ndarray
-    group: np.ndarray
-    fixed: np.ndarray
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An allocation: the option of every unit, which arrangements are taken, and what is predicted.
-
-    Attributes:
-        option: `[U]`.
-        taken: `[A]` bool, one arrangement in each group.
-        nbytes: of all taken units.
-        error: `[M]` predicted relative squared output error.
-    """
-
-    option: np.ndarray
-    taken: np.ndarray
-    nbytes: float
-    error: np.ndarray
 
 
 def choose(table: Table, mu: np.ndarray) -> Choice:
@@ -79,19 +44,13 @@ def within_errors(table: Table, bound: Sequence[float]) -> Choice:
     coupled = members > 1 and bool(((table.weight > 0).sum(1) > 1).any())
     for _ in range(3 if coupled else 1):
         for i in range(members):
-
-            def met(x: float, i: int = i) -> bool:
-                return choose(scaled, np.exp2(_put(level, i, x))).error[i] * unit[i] <= limit[i]
-
-            level[i] = _lowest(met)
+            level[i] = _lowest(_meeting(scaled, level, i, limit[i] / unit[i]))
     # Multipliers reach only the convex hull. From the hull's points on either side of the bound, exchange
     # single options: what is beyond it is mended first, and what is then left of it saves bytes until it is
     # used up.
     starts = [np.exp2(level), np.exp2(level - 1e-6)]
-    mended = [_mend_error(table, revalued(table, choose(scaled, mu)), limit) for mu in starts]
-    within = [
-        _use_up_error(table, choice, limit) for choice in (*mended, finest(table)) if choice is not None
-    ]
+    mended = [mend_error(table, revalued(table, choose(scaled, mu)), limit) for mu in starts]
+    within = [use_up_error(table, choice, limit) for choice in (*mended, finest(table)) if choice is not None]
     kept = [choice for choice in within if (choice.error <= limit).all()]
     return min(kept, key=lambda choice: choice.nbytes, default=finest(table))
 
@@ -113,8 +72,8 @@ def within_bytes(table: Table, budget: float, common: bool = False) -> Choice:
 
     level = _lowest(lambda x: at(x).nbytes <= budget)
     smallest = choose(table, np.zeros(table.weight.shape[1]))
-    mended = [_mend_bytes(table, choice, budget) for choice in (at(level), at(level - 1e-6), smallest)]
-    within = [_use_up_bytes(table, choice, budget) for choice in mended if choice is not None]
+    mended = [mend_bytes(table, choice, budget) for choice in (at(level), at(level - 1e-6), smallest)]
+    within = [use_up_bytes(table, choice, budget) for choice in mended if choice is not None]
     return min(within, key=lambda choice: choice.error.sum(), default=smallest)
 
 
@@ -127,6 +86,37 @@ def finest(table: Table) -> Choice:
     total = np.where(np.isfinite(table.fixed), total, np.inf)  # what cannot be taken
     nbytes = table.fixed + np.bincount(table.arrangement, table.size[units, option], len(table.fixed))
     return revalued(table, Choice(option, _first_of_each(table.group, total, nbytes), 0.0, np.zeros(0)))
+
+
+def _meeting(table: Table, level: np.ndarray, member: int, limit: float) -> Callable[[float], bool]:
+    """Whether the choice for a member's multiplier keeps its error within a limit, those of others as they are.
+
+    Looks at groups alone that this member has a part in.
+
+    Args:
+        table: to choose from.
+        level: `[M]` log2 of the multipliers.
+        member: whose.
+        limit: of its error.
+    """
+    part = np.unique(table.group[table.arrangement[table.weight[:, member] > 0]])
+    rows = np.nonzero(np.isin(table.group[table.arrangement], part))[0]
+    if not len(rows):  # nothing moves its outputs
+        return lambda x: limit >= 0
+    held, at = np.unique(table.arrangement[rows], return_inverse=True)
+    size, error, own = table.size[rows], table.error[rows], table.weight[rows, member]
+    mu = np.exp2(level)
+    mu[member] = 0.0
+    others, group, fixed = table.weight[rows] @ mu, table.group[held], table.fixed[held]
+    units = np.arange(len(rows))
+
+    def met(x: float) -> bool:
+        cost = size + (others + own * np.exp2(x))[:, None] * error
+        option = cost.argmin(1)
+        taken = _first_of_each(group, fixed + np.bincount(at, cost[units, option], len(held)))
+        return bool((own * error[units, option])[taken[at]].sum() <= limit)
+
+    return met
 
 
 def _scaled(table: Table) -> tuple[Table, np.ndarray]:
@@ -175,70 +165,6 @@ def _first_of_each(group: np.ndarray, *keys: np.ndarray) -> np.ndarray:
     return marked
 
 
-def _use_up_error(table: Table, choice: Choice, bound: np.ndarray) -> Choice:
-    """Give what is left of the bound to whatever then saves most bytes."""
-    while True:
-        now = np.arange(len(choice.option)), choice.option
-        saving = table.size[now][:, None] - table.size
-        more = table.error - table.error[now][:, None]
-        fits = np.isfinite(table.size) & (saving > 0) & choice.taken[table.arrangement][:, None]
-        for i in range(table.weight.shape[1]):
-            fits &= table.weight[:, i, None] * more <= max(bound[i] - choice.error[i], 0.0)
-        if not fits.any():
-            return choice
-        choice = _exchange(table, choice, np.where(fits, saving, -1.0))
-
-
-def _use_up_bytes(table: Table, choice: Choice, budget: float) -> Choice:
-    """Give what is left of the budget to whatever then lowers the predicted error most."""
-    while True:
-        now = np.arange(len(choice.option)), choice.option
-        lower = table.weight.sum(1)[:, None] * (table.error[now][:, None] - table.error)
-        fits = (table.size - table.size[now][:, None] <= budget - choice.nbytes) & (lower > 0)
-        fits &= choice.taken[table.arrangement][:, None]
-        if not fits.any():
-            return choice
-        choice = _exchange(table, choice, np.where(fits, lower, -1.0))
-
-
-def _mend_error(table: Table, choice: Choice, bound: np.ndarray) -> Choice | None:
-    """Bring a choice within the bound by the exchanges that lower the excess most for their bytes."""
-    while (excess := np.maximum(choice.error - bound, 0.0)).any():
-        now = np.arange(len(choice.option)), choice.option
-        lower = table.error[now][:, None] - table.error
-        part = [np.minimum(table.weight[:, i, None] * lower, excess[i]) for i in np.nonzero(excess)[0]]
-        gain = np.sum(part, axis=0)
-        dearer = np.maximum(table.size - table.size[now][:, None], 1e-9)
-        gain = np.where((lower > 0) & choice.taken[table.arrangement][:, None], gain / dearer, -1.0)
-        if not gain.max() > 0:
-            return None
-        choice = _exchange(table, choice, gain)
-    return choice
-
-
-def _mend_bytes(table: Table, choice: Choice, budget: float) -> Choice | None:
-    """Bring a choice within the budget by the exchanges that raise the error least for their bytes."""
-    while choice.nbytes > budget:
-        now = np.arange(len(choice.option)), choice.option
-        saving = np.minimum(table.size[now][:, None] - table.size, choice.nbytes - budget)
-        worse = np.maximum(table.weight.sum(1)[:, None] * (table.error - table.error[now][:, None]), 1e-30)
-        gain = np.where((saving > 0) & choice.taken[table.arrangement][:, None], saving / worse, -1.0)
-        if not gain.max() > 0:
-            return None
-        choice = _exchange(table, choice, gain)
-    return choice
-
-
-def _exchange(table: Table, choice: Choice, gain: np.ndarray) -> Choice:
-    """Take the one option of greatest gain."""
-    unit, option = np.unravel_index(gain.argmax(), gain.shape)
-    old, changed = choice.option[unit], choice.option.copy()
-    changed[unit] = option
-    nbytes = choice.nbytes + table.size[unit, option] - table.size[unit, old]
-    error = choice.error + table.weight[unit] * (table.error[unit, option] - table.error[unit, old])
-    return Choice(changed, choice.taken, float(nbytes), error)
-
-
 def _lowest(holds: Callable[[float], bool]) -> float:
     """The lowest level at which a condition holds that is false below and true above some level."""
     low, high = -CEILING, CEILING
@@ -249,9 +175,3 @@ def _lowest(holds: Callable[[float], bool]) -> float:
         else:
             low = middle
     return high
-
-
-def _put(level: np.ndarray, index: int, value: float) -> np.ndarray:
-    changed = level.copy()
-    changed[index] = value
-    return changed

@@ -13,7 +13,7 @@ from surgery.anatomy.plan import BankPlan, Placement, Plan
 from surgery.anatomy.sites import LeftAlone
 from surgery.disk.aside import put_aside
 from surgery.disk.journal import Made, keeps, made_once
-from surgery.fitting.allocation import Choice
+from surgery.fitting.tabulated import Choice
 from surgery.fitting.units import Arrangement, Unit
 from surgery.storage.codecs import (
     Encoded,

@@ -15,13 +15,14 @@ import numpy as np
 from surgery.core.registry import methods_of
 from surgery.disk.journal import made_once
 from surgery.errors import PlanError
-from surgery.fitting.allocation import Choice, Table, finest, of_each, within_bytes, within_errors
+from surgery.fitting.allocation import finest, of_each, within_bytes, within_errors
 from surgery.fitting.assembly import Assembler
 from surgery.fitting.closing import SLACK, Scales, log_ratio, near
 from surgery.fitting.decoding import Decodings
 from surgery.fitting.groups import make_groups
 from surgery.fitting.scene import Scene
 from surgery.fitting.structure import structure_of
+from surgery.fitting.tabulated import Choice, Table
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import PART_BYTES, Group, Unit, barred, doubtful, tabulate
 from surgery.settings.target import MAX_ERROR

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from surgery.fitting.allocation import Choice, Table, revalued
+from surgery.fitting.allocation import revalued
 from surgery.fitting.closing import log_ratio
+from surgery.fitting.tabulated import Choice, Table
 from surgery.fitting.units import Group
 
 LEFT_OUT = 4.0  # the factor of what is left out before anything was measured: typical of transformers

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Placement
 from surgery.disk.journal import made_once
-from surgery.fitting.allocation import Table
+from surgery.fitting.tabulated import Table
 from surgery.storage.codecs import (
     NATIVE,
     Encoded,

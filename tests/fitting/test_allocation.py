@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.fitting.allocation import Table, choose, within_bytes, within_errors
+from surgery.fitting.allocation import choose, within_bytes, within_errors
+from surgery.fitting.tabulated import Table
 
 
 def table(seed, groups, members, options, scale=1.0, droppable=False):

@@ -14,7 +14,8 @@ from torch import nn
 
 import surgery
 from surgery.fitting import search
-from surgery.fitting.allocation import Table, of_each, revalued, within_errors
+from surgery.fitting.allocation import of_each, revalued, within_errors
+from surgery.fitting.tabulated import Table
 
 
 def nets(count):

@@ -14,8 +14,9 @@ from torch import nn
 
 import surgery
 from surgery.fitting import scene, structure
-from surgery.fitting.allocation import Table, revalued, within_bytes
+from surgery.fitting.allocation import revalued, within_bytes
 from surgery.fitting.structure import Structure
+from surgery.fitting.tabulated import Table
 
 NAMES = ("one", "two", "three")
 

@@ -30,11 +30,11 @@ from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
 from surgery.disk.tensorheader import parse_header
 from surgery.errors import ArtifactError, MissingMethodError, PlanError
-from surgery.fitting.allocation import Choice
 from surgery.fitting.arranging import arrange_made
 from surgery.fitting.assembly import Assembler
 from surgery.fitting.decoding import Decodings
 from surgery.fitting.scene import Scene, key_of
+from surgery.fitting.tabulated import Choice
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import tabulate
 from surgery.page.overview import look

@@ -14,10 +14,10 @@ from surgery.anatomy.plan import make_plan
 from surgery.anatomy.sites import discover
 from surgery.core.joining import join
 from surgery.errors import ArtifactError, PlanError
-from surgery.fitting.allocation import Choice
 from surgery.fitting.assembly import Assembler
 from surgery.fitting.decoding import Decodings
 from surgery.fitting.fit import fit
+from surgery.fitting.tabulated import Choice
 from surgery.fitting.units import Arrangement, measure, tabulate
 from surgery.methods.templates.arrangements import candidates, stack_group
 from surgery.methods.templates.layers import read_stack
