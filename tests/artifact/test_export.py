@@ -142,7 +142,7 @@ def test_verify_compares_the_files_of_exports(out: Path, tmp_path: Path):
         assert found.ok and not found.members and re.match(what, found.what or ""), found.what
         for ask in (load, look):
             with pytest.raises(
-                ArtifactError, match=f"but {re.escape(str(folder))} is {found.what}.*surgery verify"
+                ArtifactError, match=re.escape(f"but {folder} is {found.what}") + ".*surgery verify"
             ):
                 ask(folder)
         with pytest.raises(ArtifactError, match="Origins are recorded in artifacts, but"):
