@@ -152,11 +152,13 @@ class Known:
 
     def groups(self, scene: Scene) -> list[Group]:
         """Each tensor of a new member as one thing to decide on."""
+        if scene.target.max_error != 0:  # what is stored with few bits is never exact
+            scene.expect(self._likely(scene))
         found = []
         groups = [
             Group((Arrangement((unit,)),)) for g in make_groups(scene) for unit in g.arrangements[0].units
         ]
-        if scene.target.max_error != 0:  # what is stored with few bits is never exact
+        if scene.target.max_error != 0:
             self.banks = self._alike(scene)
         with progress.task("Comparing with what is stored", len(groups)) as task:
             for group in groups:
@@ -269,6 +271,12 @@ class Known:
                 if float(cosines[best]) > least_cosine(len(sample)):
                     found[key] = names[best]
         return found
+
+    def _likely(self, scene: Scene) -> list[Site]:
+        """Sites that may resemble what is stored: those of a kind that a bank has, and of a name that a tensor has."""
+        kinds = {_kind(p.site) for p in self.stored.plan.placements}
+        names = {key.name for key in self.stored.tensors if isinstance(key, PlainKey)}
+        return [site for site in scene.unclaimed.values() if _kind(site) in kinds or site.name in names]
 
     def _common(self, bank: BankPlan) -> Encoded | None:
         return find_method(bank.method, TensorMethod).common(bank, self.stored.parts(bank.key))

@@ -95,6 +95,11 @@ class Scene:
             )
         return found
 
+    def expect(self, sites: Iterable[Site]) -> None:
+        """Take the metrics of sites in the pass that measures sensitivities; called before either is asked for."""
+        for site in sites:
+            self._views[site.member].setdefault(site.name, site.view)
+
     def forget_metrics(self, sites: Iterable[Site]) -> None:
         """Let go of the metrics of sites that are arranged: those of a layer take as much memory as its weights."""
         for site in sites:

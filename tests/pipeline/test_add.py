@@ -24,6 +24,7 @@ from surgery.artifact.manifest import read_manifest
 from surgery.artifact.reading import map_stored
 from surgery.disk.claims import place_of
 from surgery.errors import SurgeryError
+from surgery.fitting import scene
 from surgery.storage.codecs import encode_native
 from surgery.storage.grafting import graft, same_bytes
 from surgery.storage.keys import PartKey, PlainKey
@@ -143,6 +144,14 @@ def test_a_relative_shares_and_all_others_are_what_they_were(joint):
     assert after.members["new"].borrowed == {"tokenizer.json": "a"}
     alone = surgery.fit(surgery.join([relative("new", 7)]), max_error=0.03)
     assert added.marginal_bytes < 0.5 * alone.report.stored_bytes
+
+
+def test_sensitivities_are_measured_once(joint, monkeypatch):
+    passes = []
+    real = scene.metrics
+    monkeypatch.setattr(scene, "metrics", lambda *given: passes.append(given) or real(*given))
+    (added,) = surgery.add(joint, {"new": relative("new", 7, TOKENS)}, max_error=0.03)
+    assert added.sites and len(passes) == 1
 
 
 def test_what_is_known_afterwards_is_true(joint, tmp_path):
