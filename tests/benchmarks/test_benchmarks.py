@@ -252,6 +252,13 @@ def test_a_checkout_against_itself(run):
 
 
 @pytest.mark.slow
+def test_one_more_member_costs_less_bytes_than_alone(run):
+    document = run("adding")
+    assert of(document, "joint model of") == ["none", 2]
+    alone, added = of(document, "bytes")
+    assert 0 < added < alone
+
+
 def test_residency_compares_ways_of_holding_members(run):
     document = run("residency")
     assert of(document, "way") == ["plain", "packed", "shared", "packed, cache"] * 2
