@@ -12,7 +12,7 @@ are found by the entry points `surgery.methods` of installed packages, or regist
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from surgery.anatomy.plan import follow_up
 from surgery.core.bank import Bank
+from surgery.core.foreign_parts import wrong_parts
 from surgery.errors import PlanError
 from surgery.settings.methods import REGISTERED
 from surgery.settings.problems import Strict
 from surgery.storage.codecs import Encoded, decode, take_rows
-from surgery.util.text import one_line
 
 if TYPE_CHECKING:
     from surgery.anatomy.plan import BankPlan, Placement, Plan
@@ -236,18 +236,7 @@ class TensorMethod(Method):
         the parts, which must have as many locations as planned, generate a block of the planned shape for each, and all
         be of use to `unpack`.
         """
-        given = _Taken({name: decode(each) for name, each in parts.items()})
-        try:
-            bank = self.unpack(plan, given)
-            found = {} if bank.locations != plan.locations else _misshapen(bank, plan)
-            unused = given.unused
-            unused = unused - {*bank.pack(plan, parts)} if unused else unused
-        except Exception as error:  # of a method's own, on parts that do not fit
-            return [f"bank {plan.key} cannot be made of its parts: {one_line(error)}"]
-        if bank.locations != plan.locations:
-            return [f"bank {plan.key} must have {plan.locations} locations, found {bank.locations}"]
-        bad = [f"bank {plan.key} must generate {wanted}, found {got}" for wanted, got in found.items()]
-        return bad + [f"bank {plan.key} has {part}, which nothing uses" for part in sorted(unused)]
+        return wrong_parts(self, plan, parts)
 
     def location_bytes(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> Tensor:
         """Bytes that each location takes of stored parts `[L]`, float64; by default an equal part of all."""
@@ -455,41 +444,6 @@ class TensorMethod(Method):
             )
             if mine and mine == theirs and loaded.dictionary[key].form == self.form:
                 joint.dictionary.banks[key] = loaded.dictionary[key]
-
-
-class _Taken(Mapping[str, Tensor]):
-    """Parts that remember which of them were asked for."""
-
-    def __init__(self, parts: Mapping[str, Tensor]):
-        self.parts, self.unused = parts, set(parts)
-
-    def __getitem__(self, name: str) -> Tensor:
-        found = self.parts[name]
-        self.unused.discard(name)
-        return found
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.parts)
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-
-@torch.no_grad()
-def _misshapen(bank: Bank, plan: BankPlan) -> dict[str, str]:
-    """The first blocks that a bank generates in another shape than planned: which were wanted, and what was found."""
-    width = plan.block[0] * plan.block[1]
-    step = max(1, _PIECE // width)  # never more than a piece of them at once
-    for start in range(0, plan.locations, step):
-        stop = min(start + step, plan.locations)
-        shape = tuple(bank.blocks(start, stop).shape)
-        if shape != (stop - start, width):
-            return {f"blocks {[stop - start, width]} of locations {start} to {stop}": str([*shape])}
-    return {}
-
-
-_PIECE = 2**22
-"""Elements that are generated at once to see whether blocks have the planned shape."""
 
 
 _Kind = TypeVar("_Kind", bound=type[Method])

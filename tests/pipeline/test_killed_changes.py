@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from artifacts import contents
+from journals import kill
 
 import surgery
 from benchmarks.scale import make_folder
@@ -21,24 +19,6 @@ from surgery.members.member import Inputs
 from surgery.pipeline import going_on
 from surgery.pipeline.merge import merge
 from surgery.settings.recipe import Recipe
-
-KILLED = """
-import os, signal, sys
-import surgery
-from surgery.disk.journal import Journal
-from surgery.pipeline import going_on
-
-going_on.LARGE, keep, left = 0, Journal.keep, [int(sys.argv[1])]
-
-def last(*given):
-    left[0] -= 1
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return keep(*given)
-
-Journal.keep = last
-surgery.CALL
-"""
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +52,7 @@ def test_what_was_killed_goes_on_to_the_same_bytes(family, tmp_path, monkeypatch
         "add": f"add({str(place)!r}, {{'c': {str(family / 'c')!r}}}, max_error=0.2, device='cpu')",
         "refit": f"refit({str(place)!r}, budget=0.4, device='cpu')",
     }[way]
-    command = [sys.executable, "-c", KILLED.replace("CALL", call), str(parts)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    kill(f"surgery.{call}", parts)
     assert contents(place) == contents(family / "joint")
     monkeypatch.setattr(going_on, "LARGE", 0)
     with pytest.raises(OutputError, match="another recipe"):

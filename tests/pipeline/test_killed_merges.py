@@ -5,12 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 from artifacts import contents
+from journals import kill
 
 from benchmarks.scale import make_folder
 from surgery.disk.journal import LINES, Journal
@@ -18,24 +16,6 @@ from surgery.errors import OutputError
 from surgery.pipeline import going_on
 from surgery.pipeline.merge import merge
 from surgery.settings.recipe import Recipe
-
-KILLED = """
-import os, signal, sys
-from surgery.disk.journal import Journal
-from surgery.pipeline import going_on, merge
-from surgery.settings.recipe import Recipe
-
-going_on.LARGE, keep, left = 0, Journal.keep, [int(sys.argv[1])]
-
-def last(*given):
-    left[0] -= 1
-    if not left[0]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return keep(*given)
-
-Journal.keep = last
-merge.merge(RECIPE)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +41,7 @@ def recipe_for(out, folder):
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_a_killed_merge_goes_on_to_the_same_bytes(recipe, whole, tmp_path, monkeypatch):
-    asked = f"Recipe.of({recipe.model_dump(mode='json')!r})"
-    command = [sys.executable, "-c", KILLED.replace("RECIPE", asked), "80"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    kill(f"merge.merge(Recipe.of({recipe.model_dump(mode='json')!r}))", 80)
     assert not (tmp_path / "joint").exists()
     kept = []
     monkeypatch.setattr(

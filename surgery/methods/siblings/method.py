@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -88,10 +89,10 @@ class Siblings(TensorMethod):
             parts[f"{kind}.0"] if count == 1 else torch.cat([parts[f"{kind}.{k}"] for k in range(count)])
             for kind in ("rows", "contexts")
         )
-        if torch.is_autocast_enabled(shared.device.type):
-            with torch.autocast(shared.device.type, enabled=False):
-                return (contexts.T @ private).add_(shared).view(site.shape)
-        return (contexts.T @ private).add_(shared).view(site.shape)  # all private rows are this site's
+        kind = shared.device.type
+        context = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+        with context:
+            return (contexts.T @ private).add_(shared).view(site.shape)  # all private rows are this site's
 
     def wrong_parts(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> list[str]:
         """As of any bank; and values must be finite."""
