@@ -1,147 +1,132 @@
-"""The Gumbel-Matrix on synthetic tasks: do related tasks end on the same components, and unrelated ones on others?
+"""The Gumbel-Matrix: do related tasks end on the same components, and unrelated ones on others?
 
-The data are those of Maziarz et al., *Flexible Multi-task Networks by Learning Parameter Allocation*, 2019: for normal
-x in R^d, y = w . x + sum_i sin(alpha_i (w . x) + beta_i) + noise, with d = 128, m = 6, alpha_i = i, beta_i = (i - 1)^2
-and noise of variance 0.01. A pair of tasks has w1 = u1 and w2 = rho u1 + sqrt(1 - rho^2) u2, u1 and u2 orthogonal.
+Figures and a table of Maziarz et al., *Flexible Multi-task Networks by Learning Parameter Allocation*, 2019, each a
+recipe that `surgery train` runs as well, with several seeds:
 
     related     figure 1: two tasks of relatedness rho = 0 and 1 and four components, all of them shared, or two for
-                each task
-    pairs       figure 7: two pairs of equal tasks, routes learned: the share of components that tasks of a pair, and of
-                different pairs, have in common in the end
+                each task (recipe gumbel_related); test losses
+    pairs       figure 7: two pairs of equal tasks, routes learned with and without a budget (recipe gumbel_pairs): the
+                share of components that tasks of a pair, and of different pairs, have in common in the end
+    digits      4-MNIST: two copies of MNIST and two of rotated MNIST (recipe four_mnist): test accuracy without
+                sharing, with all components shared, and with learned routes, and what copies share in the end
+
+`of a pair` and `of two pairs` are components that two tasks have in common, as a share of those that either has, at all
+depths together. Finished runs are kept line by line in a file, and not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import combinations
 from multiprocessing import get_context
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from benchmarks.harness import make_header, make_parser, show
 
-D, TERMS, NOISE = 128, 6, 0.01
-COMPONENTS, HIDDEN = 4, 16
+NET = "surgery_recipes.routed:"
+FIGURES: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "related": (
+        "gumbel_related",
+        {
+            f"{allocation}, rho {rho}": f"regression?tasks=2&allocation={allocation}"
+            for rho in (0, 1)
+            for allocation in ("shared", "apart")
+        },
+    ),
+    "pairs": (
+        "gumbel_pairs",
+        {
+            "budget 0.5": "regression?component_budget=0.5",
+            "no budget": "regression",
+            "budget 0.75": "regression?component_budget=0.75",
+        },
+    ),
+    "digits": (
+        "four_mnist",
+        {
+            "apart": "digits?allocation=apart",
+            "shared": "digits?allocation=shared",
+            "gumbel": "digits",
+            "gumbel, budget 0.75": "digits?component_budget=0.75",
+        },
+    ),
+}
+"""By figure, its recipe and by way the net that stands in it."""
 
 
-def directions(count: int, generator: Any) -> Any:
-    """Orthogonal vectors of length one `[count, d]`."""
+def document_of(figure: str, way: str, seed: int, changes: Sequence[str]) -> dict[str, Any]:
+    """The recipe of one run."""
+    from surgery.settings.documents import override, read_document
+
+    recipe, ways = FIGURES[figure]
+    document = override(read_document(recipe), [*changes, f"seed={seed}"])
+    document["models"][0]["model"] = NET + ways[way]
+    for number, task in enumerate(document["models"][0]["tasks"]):
+        options = task.setdefault("options", {})
+        if figure == "related":
+            options["rho"] = int(way[-1])
+        if figure == "digits":  # copies come in orders of their own
+            options["seed"] = 4 * seed + number
+    return document
+
+
+def common(first: Sequence[Sequence[str]], second: Sequence[Sequence[str]]) -> float:
+    """Components that two tasks have in common, as a share of those that either has; 0 where neither has any.
+
+    Args:
+        first: by depth, names of the components that are on.
+        second: of the other task.
+    """
+    one, other = ({name for names in each for name in names} for each in (first, second))
+    return len(one & other) / max(len(one | other), 1)
+
+
+def run(figure: str, way: str, seed: int, changes: Sequence[str], fast: bool) -> dict[str, Any]:
+    """One run of a recipe: what it reached on test data, and who uses what."""
     import torch
 
-    return torch.linalg.qr(torch.randn(D, count, generator=generator))[0].t()
-
-
-def related(rho: float, generator: Any) -> list[Any]:
-    """Weights of two tasks of some relatedness."""
-    u1, u2 = directions(2, generator)
-    return [u1, rho * u1 + (1 - rho**2) ** 0.5 * u2]
-
-
-def labels(x: Any, w: Any, generator: Any) -> Any:
-    """Targets `[B]` of inputs `[B, d]`."""
-    import torch
-
-    at = x @ w
-    terms = [torch.sin(i * at + (i - 1) ** 2) for i in range(1, TERMS + 1)]
-    return at + sum(terms) + NOISE**0.5 * torch.randn(len(x), generator=generator)
-
-
-def network(tasks: int, allocation: Any = None, **settings: Any) -> Any:
-    """Components of one hidden layer, a head for each task; routes that are learned, or by hand."""
-    import torch
-    from torch import nn
-
-    import surgery
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            parts = [nn.Sequential(nn.Linear(D, HIDDEN), nn.ReLU()) for _ in range(COMPONENTS)]
-            names = [str(task) for task in range(tasks)]
-            self.routed = surgery.Routed([parts], routing="gumbel", tasks=names, **settings)
-            self.heads = nn.ModuleList([nn.Linear(HIDDEN, 1) for _ in range(tasks)])
-            if allocation is not None:
-                (gates,) = self.routed.depths()
-                gates.harden({name: allocation[task] for task, name in enumerate(names)})  # pyright: ignore
-
-        def forward(self, x: Any, task: int) -> Any:
-            self.routed.serve_task(str(task))
-            return self.heads[task](self.routed(x)).squeeze(-1)
-
-    with torch.no_grad():
-        return Net()
-
-
-def fit(net: Any, weights: Sequence[Any], steps: int, generator: Any, lr: float = 0.01) -> list[float]:
-    """Train on fresh batches of 64, a batch of each task in a step; the last test losses."""
-    import torch
-
-    from surgery.methods.routes.mathematics import temperature_at
-
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
-    net.train()
-    for step in range(steps):
-        optimizer.zero_grad()
-        for task, w in enumerate(weights):
-            net.routed.temperature = temperature_at(step * len(weights) + task)
-            x = torch.randn(64, D, generator=generator)
-            loss = (net(x, task) - labels(x, w, generator)).square().mean()
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-    net.eval()
-    with torch.no_grad():
-        x = torch.randn(4096, D, generator=generator)
-        return [float((net(x, t) - labels(x, w, generator)).square().mean()) for t, w in enumerate(weights)]
-
-
-def one_related(steps: int, seed: int) -> dict[str, Any]:
-    """Figure 1: shared bottom against no sharing at both ends of relatedness."""
-    import torch
+    from surgery.pipeline.train import train_recipe
+    from surgery.settings.recipe import Recipe
 
     torch.set_num_threads(1)
-    found: dict[str, Any] = {"seed": seed}
-    for rho in (0.0, 1.0):
-        for name, allocation in (("shared", [(0, 1, 2, 3)] * 2), ("apart", [(0, 1), (2, 3)])):
-            torch.manual_seed(seed)
-            generator = torch.Generator().manual_seed(seed)
-            weights = related(rho, generator)
-            found[f"{name}, rho {rho:g}"] = mean(fit(network(2, allocation), weights, steps, generator))
-    return found
+    began = time.process_time()
+    document = document_of(figure, way, seed, changes)
+    _, report = train_recipe(Recipe.of(document), fast_run=fast, cpu=True)
+    scores = [score.metric if figure == "digits" else score.loss for score in report.tests.values()]
+    found: dict[str, Any] = {"way": way, "seed": seed, "score": mean(scores), "scores": scores}  # pyright: ignore
+    chosen = list(report.methods["routes"]["chosen"]["net:routed"].values())
+    found["on"] = mean(sum(map(len, task)) for task in chosen)
+    if len(chosen) == 4:
+        shared = {(a, b): common(chosen[a], chosen[b]) for a, b in combinations(range(4), 2)}
+        of_pair = [shared.pop(pair) for pair in ((0, 1), (2, 3))]
+        found |= {"of a pair": mean(of_pair), "of two pairs": mean(shared.values())}
+        found["as in the paper"] = float(min(of_pair) == 1 and not any(shared.values()))
+    names = [f"{depth}.{number}" for depth in range(len(chosen[0])) for number in range(4)]
+    on = [{name for depth in task for name in depth} for task in chosen]
+    found["chosen"] = ["".join(str(int(name in each)) for name in names) for each in on]
+    return {**found, "cpu seconds": time.process_time() - began}
 
 
-def one_pairs(steps: int, seed: int) -> dict[str, Any]:
-    """Figure 7: the components that four tasks, two equal pairs, end on."""
-    import torch
-
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    first, second = directions(2, generator)
-    net = network(4)
-    losses = fit(net, [first, first, second, second], steps, generator)
-    (gates,) = net.routed.depths()
-    rows = (gates.table() >= 0.5).float()
-    same = [
-        (rows[a] * rows[b]).sum().item() / max((rows[a] + rows[b]).clamp_max(1).sum().item(), 1)
-        for a, b in ((0, 1), (2, 3), (0, 2), (0, 3), (1, 2), (1, 3))
-    ]
-    return {
-        "seed": seed, "loss": mean(losses), "on": rows.sum(1).mean().item(),
-        "of a pair": mean(same[:2]), "of two pairs": mean(same[2:]),
-    }  # fmt: skip
-
-
-def tabulate(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds and their standard errors."""
+def tabulate(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By way, means over seeds, and the standard error of the score."""
     rows = []
-    for name in (key for key in found[0] if key != "seed"):
-        values = [each[name] for each in found]
-        error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-        rows.append({"what": name, "mean": mean(values), "standard error": error, "runs": len(values)})
+    for way in dict.fromkeys(each["way"] for each in found):
+        mine = [each for each in found if each["way"] == way]
+        scores = [each["score"] for each in mine]
+        error = stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None
+        row = {"way": way, "runs": len(mine), "score": mean(scores), "standard error": error}
+        columns = ("on", "of a pair", "of two pairs", "as in the paper", "cpu seconds")
+        rows.append(
+            {**row, **{name: mean(each[name] for each in mine) for name in columns if name in mine[0]}}
+        )
     return rows
 
 
@@ -149,20 +134,45 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one of the figures."""
     parser = make_parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("figure", choices=("related", "pairs"))
+    parser.add_argument("figure", choices=tuple(FIGURES))
+    parser.add_argument("--ways", nargs="+", default=None, help="some of the figure's; all by default")
     parser.add_argument(
-        "--runs", type=int, default=None, help="seeds; 30 for related and 20 for pairs by default"
+        "--runs", type=int, default=None, help="seeds; by default 30 for related, 20 for pairs, 10"
     )
-    parser.add_argument("--steps", type=int, default=3000, help="batches of each task")
+    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--minutes", type=float, default=None, help="begin no run after so many")
+    parser.add_argument(
+        "--kept", type=Path, default=Path("gumbel_matrix.jsonl"), help="where finished runs are kept"
+    )
     options = parser.parse_args(argv)
-    runs = 1 if options.fast else options.runs or (30 if options.figure == "related" else 20)
-    steps = 3 if options.fast else options.steps
-    one = partial(one_related if options.figure == "related" else one_pairs, steps)
+    figure, ways = options.figure, options.ways or list(FIGURES[options.figure][1])
+    runs = 1 if options.fast else options.runs or {"related": 30, "pairs": 20}.get(figure, 10)
+    seeds = range(options.seed, options.seed + runs)
+    cells = [(figure, way, seed, tuple(options.changes), options.fast) for seed in seeds for way in ways]
+    done: dict[str, Any] = {}
+    if options.kept.exists() and not options.fast:
+        done = dict(map(json.loads, options.kept.read_text("utf-8").splitlines()))
+    end = time.monotonic() + 60 * (options.minutes or float("inf"))
+    left = [cell for cell in cells if str(cell) not in done]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        found = list(pool.map(one, range(options.seed, options.seed + runs)))
+        running: dict[Future[dict[str, Any]], str] = {}
+        while running or left:
+            while left and len(running) < options.jobs and time.monotonic() < end:
+                cell = left.pop(0)
+                running[pool.submit(run, *cell)] = str(cell)
+            if not running:
+                break
+            for each in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(each)
+                done[name] = each.result()
+                if not options.fast:
+                    with options.kept.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps([name, done[name]]) + "\n")
+                print(f"{name}: {done[name]['score']:.4f}", file=sys.stderr, flush=True)
     header = make_header("gumbel_matrix", options, argv)
-    show(f"Gumbel-Matrix, {options.figure}", header, tabulate(found), [], options.json)
+    rows = tabulate([done[str(cell)] for cell in cells if str(cell) in done])
+    show(f"Gumbel-Matrix, {figure}", header, rows, [], options.json)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def mnist(
     }
 
 
+@lru_cache(maxsize=1)
 def _read(path: Path) -> tuple[Tensor, Tensor]:
     """Pictures `[N, 28, 28]` in [0, 1] and their classes, digit by digit."""
     pictures, classes = [], []

@@ -90,6 +90,8 @@ class Training(Strict):
         generations: generations in which alternatives compete.
         final: generations with a hard alignment at the end.
         accumulate: batches of each task in one step, their gradients added.
+        alternate: whether each task's batch has a step of the optimizer of its own, tasks in a random order, in place
+            of one step for all of them together; `steps` then counts rounds of all tasks.
         validate_every: generations between validations.
         optimizer: see `Optimizer`.
         evolution: see `Evolution`.
@@ -115,6 +117,7 @@ class Training(Strict):
     generations: Count = 10
     final: Count = 1
     accumulate: Positive = 1
+    alternate: bool = False
     validate_every: Positive = 1
     optimizer: Optimizer = Optimizer()
     evolution: Evolution = Evolution()

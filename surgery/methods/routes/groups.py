@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +48,15 @@ def count_of(depths: Sequence[Gates]) -> int | None:
     return None if layers is None else layers * depths[0].per_layer
 
 
-def penalty_of(depths: Sequence[Gates], left: float = 0.0) -> Tensor:
+def penalty_of(
+    depths: Sequence[Gates], left: float = 0.0, weights: Mapping[str, float] | None = None
+) -> Tensor:
     """`lambda * max(0, mean p - b)` of each task, summed; zero without a budget.
 
     Args:
         depths: the gates of a route.
         left: how much of the way from all components to the budget b is left to go.
+        weights: by task, the factor of its loss, of some tasks at least; by default 1 for all.
     """
     learned = [gates for gates in depths if isinstance(gates, BernoulliGates)]
     budget = budget_of(depths)
@@ -62,7 +65,10 @@ def penalty_of(depths: Sequence[Gates], left: float = 0.0) -> Tensor:
     p = torch.cat([gates.probability() for gates in learned], 1)  # [T, D * N]
     of_one = budget / (p.shape[1] / len(learned)) if depths[0].settings.layers is not None else budget
     of_one += left * (1 - of_one)
-    return depths[0].settings.penalty * torch.stack([budget_excess(row, of_one) for row in p]).sum()
+    factors = dict.fromkeys(depths[0].tasks, 1.0) if weights is None else weights
+    rows = zip(depths[0].tasks, p, strict=True)
+    found = [budget_excess(row, of_one) * factors[task] for task, row in rows if task in factors]
+    return depths[0].settings.penalty * torch.stack(found).sum()
 
 
 def hard_routes(depths: Sequence[Gates]) -> Chosen:

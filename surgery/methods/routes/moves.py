@@ -122,14 +122,20 @@ class RouteMoves(Moves):
         self.passes += 1
 
     def penalty(self) -> Tensor | None:
-        """What exceeds the budgets of all routes."""
+        """What exceeds the budgets of all routes, each task's with the factor of its loss."""
         found = [
-            penalty_of(depths, self._left(depths))
-            for depths in self.routes.values()
+            penalty_of(depths, self._left(depths), weights)
+            for (member, _), depths in self.routes.items()
             if budget_of(depths) is not None
+            and (weights := self._weights(member, depths))
             and any(isinstance(g, BernoulliGates) and g.hard is None and not g.waits for g in depths)
         ]
         return None if not found else sum(found[1:], found[0])
+
+    def _weights(self, member: str, depths: list[Gates]) -> dict[str, float]:
+        """By task of a route, the factor of the losses that it serves in this step."""
+        mine = {t.name: self.trainer.weight(t) for t in self.trainer.turn if t.member == member}
+        return mine if depths[0].tasks != ("",) else {"": sum(mine.values())} if mine else {}
 
     def _left(self, depths: list[Gates]) -> float:
         """How much of the way to its budget a pretrained stack has still to go.

@@ -1,8 +1,9 @@
 """Trainer: members, tasks, optimizer and evolution, one step and one generation at a time. # MUiR, Algorithm 2
 
 A step generates all weights once, runs every task's forward and backward pass at its member's own speed, goes
-back through the dictionary once and steps the optimizer once. What methods decide comes from a generator on the CPU
-and from parameters that are equal in all processes, so every process decides alike.
+back through the dictionary once and steps the optimizer once; where tasks alternate, it does so for each of them. What
+methods decide comes from a generator on the CPU and from parameters that are equal in all processes, so every process
+decides alike.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class Trainer:
         generation: how many are done.
         step: how many steps of the present generation are done.
         moves: what each method does while it is trained.
+        turn: the tasks whose batches the present step of the optimizer takes: all, or one where tasks alternate.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Trainer:
     ):
         self.processes = processes or Processes(accelerator)
         self.joint, self.tasks, self.config, self.accelerator = joint, tuple(tasks), config, accelerator
-        self.generation, self.step = 0, 0
+        self.generation, self.step, self.turn = 0, 0, self.tasks
         self.losses = dict(losses or losses_of(joint, tasks))
         joint.to(accelerator.device)
         self.generator = torch.Generator().manual_seed(seed)
@@ -102,20 +104,45 @@ class Trainer:
             self.step, self.generation = 0, self.generation + 1
 
     def train_step(self) -> None:
-        """Every task's forward and backward pass, and one step of the optimizer. # Eq. (1)"""
+        """Every task's forward and backward pass, and one step of the optimizer, or one for each task. # Eq. (1)"""
+        parts: dict[str, Tensor] = {}
+        for turn in self._turns():
+            self.turn = turn
+            parts |= self._update()
+        self.running.add({task.name: parts[task.name] for task in self.tasks})
+        if self.scheduler is not None:
+            self.scheduler.step()
+
+    def _turns(self) -> list[tuple[Task, ...]]:
+        """All tasks together, or each alone in a random order."""
+        if not self.config.alternate:
+            return [self.tasks]
+        order = torch.randperm(len(self.tasks), generator=self.generator)
+        return [(self.tasks[number],) for number in order.tolist()]
+
+    def weight(self, task: Task) -> float:
+        """The factor of a task's loss, and of what is added for it: one on average where tasks alternate.
+
+        Args:
+            task: one of `turn`.
+        """
+        return self.weights[task.name] * len(self.tasks) / len(self.turn)
+
+    def _update(self) -> dict[str, Tensor]:
+        """One step of the optimizer on the tasks whose turn it is; their losses."""
         parts: dict[str, Tensor] = {}
         accumulate = self.config.accumulate
         for each in self.moves:
             each.before_step()
         with self.joint.step():
-            for task in self.tasks:
+            for task in self.turn:
                 for _ in range(accumulate):
                     batch, share = next(self.streams[task.name])
                     batch = batch.map(self._place)
                     for each in self.moves:
                         each.before_pass(task.name)
                     with self.joint.serving(task.name):
-                        loss = self._run(task, batch, share * self.weights[task.name] / accumulate)
+                        loss = self._run(task, batch, share * self.weight(task) / accumulate)
                     part = loss.detach() * (share / accumulate)
                     parts[task.name] = parts[task.name] + part if task.name in parts else part
         for each in self.moves:
@@ -123,17 +150,15 @@ class Trainer:
                 self._backward(extra)
         self.processes.average(self.parameters())
         average_statistics(self.joint.bodies)
-        self.running.add(parts)
         for each in self.moves:
             each.before_update()
         if self.config.optimizer.clip is not None:
             self.processes.clip(self.parameters(), self.config.optimizer.clip)
         optimizer = plain(self.optimizer) if self._direct else self.optimizer
         optimizer.step()
-        if self.scheduler is not None:
-            self.scheduler.step()
         for parameter in self.parameters():  # as `zero_grad` does, which tells the profiler first
             parameter.grad = None
+        return parts
 
     def _run(self, task: Task, batch: Batch, weight: float) -> Tensor:
         """One task's forward and backward pass; its loss."""

