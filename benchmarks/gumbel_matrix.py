@@ -69,6 +69,7 @@ def document_of(figure: str, way: str, seed: int, changes: Sequence[str]) -> dic
     recipe, ways = FIGURES[figure]
     document = override(read_document(recipe), [*changes, f"seed={seed}"])
     document["models"][0]["model"] = NET + ways[way]
+    document["train"]["validate_every"] = document["train"]["generations"]  # the last state is kept
     for number, task in enumerate(document["models"][0]["tasks"]):
         options = task.setdefault("options", {})
         if figure == "related":
