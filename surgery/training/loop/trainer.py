@@ -126,7 +126,7 @@ class Trainer:
         Args:
             task: one of `turn`.
         """
-        return self.weights[task.name] * len(self.tasks) / len(self.turn)
+        return self.weights[task.name] * (len(self.tasks) / len(self.turn))
 
     def _update(self) -> dict[str, Tensor]:
         """One step of the optimizer on the tasks whose turn it is; their losses."""
