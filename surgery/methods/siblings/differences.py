@@ -46,6 +46,7 @@ from surgery.storage.lazy import LazyState, Made
 RUNS = (0, 1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 """Ranks between which directions are decided on together."""
 BITS = tuple(grouped(bits, 64) for bits in (8, 6, 5, 4, 3))  # of private rows; 2 cost more than they save
+MOST_OF_TABLE = 64  # directions of a table: each has a context for every row
 MADE = 2  # banks that are kept while a fit tries others
 NOTHING = 1e-3  # of the squared error that is allowed: what all sites may leave out that is never tried
 
@@ -159,18 +160,21 @@ def shared_matrix(scene: Scene, sites: Sequence[Site]) -> Arrangement:
             0
         )
 
-    shared = mean()
-    found = [
-        _priced(shared, site, original, scene.metric(site), _most(site))
-        for site, original in zip(sites, originals, strict=True)
-    ]
-    metrics = [scene.metric(site) for site in sites]
-    unit = _shared_unit(shared, [site.member for site in sites], metrics)
+    shared, metrics = mean(), [scene.metric(site) for site in sites]
+    weights = None
     if sites[0].kind == TABLE:
         apart = (_matrix(*each) - shared for each in zip(sites, originals, strict=True))
         moved = sum((each.square().sum(1) for each in apart), start=shared.new_zeros(len(shared)))
         known = all(site.member in scene.calibrated for site in sites)
-        unit = by_rows(unit, row_weights(mean_metric(metrics).rows if known else None, moved))
+        weights = row_weights(mean_metric(metrics).rows if known else None, moved)
+        metrics = [each if each.out.ndim == 2 else replace(each, out=weights) for each in metrics]
+    found = [
+        _priced(shared, site, original, metric, _most(site))
+        for site, original, metric in zip(sites, originals, metrics, strict=True)
+    ]
+    unit = _shared_unit(shared, [site.member for site in sites], metrics)
+    if weights is not None:
+        unit = by_rows(unit, weights)
     # It is as large as an original: those that are tried are made again.
     again = Made(tuple(shared.shape), shared.dtype, shared.device, mean)
     unit = replace(unit, tensors=LazyState(dict.fromkeys(unit.tensors, again)))
@@ -248,8 +252,8 @@ def _matrix(site: Site, original: Tensor) -> Tensor:
 
 
 def _most(site: Site) -> int:
-    """Directions that are worth finding: none of an embedding, whose differences have no few strong ones."""
-    return 0 if site.kind == TABLE else RUNS[-1]
+    """Directions that are worth finding: of a table few are strong, and each has a context for every row."""
+    return MOST_OF_TABLE if site.kind == TABLE else RUNS[-1]
 
 
 def _shared_unit(shared: Tensor, members: Sequence[str], metrics: Sequence[Metric]) -> Unit:

@@ -91,3 +91,24 @@ def test_a_member_alone_has_more_bits_for_rows_in_use():
     ]
     error = (decode(table) - members()[0].module.table.weight.detach()).square().mean(1)
     assert error[:USED].median() < 0.1 * error[USED:].median()
+
+
+def test_what_all_rows_moved_by_is_private_rows_of_one_table():
+    """Fine-tuning that moves all rows of a table along one direction costs a context a row, not another table."""
+    torch.manual_seed(0)
+    base, made = Reader().state_dict(), []
+    for seed, name in enumerate("abc"):
+        module, generator = Reader().eval(), torch.Generator().manual_seed(seed)
+        module.load_state_dict(base)
+        far, where = torch.rand(ROWS, 1, generator=generator), torch.randn(1, WIDTH, generator=generator)
+        with torch.no_grad():
+            module.table.weight += 0.2 * far * where
+        ids = torch.randint(0, ROWS, (64, 12), generator=generator)
+        made.append(surgery.load_member(module, name=name, inputs=Inputs((ids,))))
+    probes = {each.name: [each.inputs] for each in made}
+    joint = surgery.fit(surgery.join(made), budget=0.1, probes=probes, seed=0, device="cpu")
+    (bank,) = [bank for bank in joint.plan.banks if bank.block[1] == WIDTH and bank.locations == 3 * ROWS]
+    assert bank.method == "siblings"
+    parts = store(joint).parts(bank.key)
+    private = sum(part.nbytes for name, part in parts.items() if name != "shared")
+    assert 0 < private < 0.5 * parts["shared"].nbytes
