@@ -381,6 +381,7 @@ def run_size(size: str, options: Any, links: Path, work: Path) -> list[dict[str,
     rows = []
     for case in options.cases:
         arguments = [part.format_map(where) for part in CASES[case]]
+        arguments += ["--device", options.device] if "{fitted}" in CASES[case] else []
         found, peaks = run_surgery(arguments, links, options.threads)
         members = sum(part.startswith(("a=", "b=", "c=")) for part in arguments) or 1
         rows.append(_row(case, size, total * members, found, peaks))
@@ -444,6 +445,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--cases", nargs="*", choices=CASES, default=["merge, lossless", "verify", "export plain"]
     )
+    parser.add_argument("--device", default="cpu", help="where fits run, by default cpu")
     parser.add_argument("--checkout", type=Path, default=HERE, help="whose code runs, by default this one's")
     parser.add_argument(
         "--mergekit", metavar="PYTHON", help="a Python that has mergekit, by default this one"

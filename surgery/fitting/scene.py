@@ -22,7 +22,7 @@ from surgery.fitting.metric import Metric
 from surgery.fitting.moments import gather, unfolded
 from surgery.fitting.related import related_sites
 from surgery.fitting.sensitivity import measured_sensitivities, metrics
-from surgery.fitting.tables import TABLE, by_rows, row_weights
+from surgery.fitting.tables import TABLE, by_rows, look_ups, row_weights
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, Key, Unit, fed_back, measure
 from surgery.geometry.views import CanonicalView
@@ -108,6 +108,22 @@ class Scene:
     def inputs_of(self, key: Key) -> Statistics | None:
         """What is known of the inputs of a matrix that no method decides on; None where they were made up."""
         return None if key in self.claimed else self._inputs.get(key[0], {}).get(key[1])
+
+    def uses_of(self, key: Key) -> Tensor | None:
+        """How often calibration data look up each row of a table, `[o]`; None where that is not known."""
+        found = self._uses.get(key[0], {}).get(key[1])
+        return found if found is None else found.to(self.trials[key[0]].device)
+
+    @cached_property
+    def _uses(self) -> dict[str, dict[str, Tensor]]:
+        """By calibrated member, look-ups of its tables."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for member in self.calibrated:
+            if tables := [name for owner, name in self._tables if owner == member]:
+                trial = self.trials[member]
+                calls = ((each.args, each.kwargs) for each in trial.probes)
+                found[member] = look_ups(trial.module, tables, calls)
+        return found
 
     @cached_property
     def _inputs(self) -> dict[str, dict[str, Statistics]]:
@@ -216,7 +232,8 @@ class Scene:
         if metric is None:
             return unit
         unit = unit if metric.statistics is None else fed_back(unit, metric.statistics)
-        return by_rows(unit, row_weights(metric.rows, torch.zeros_like(metric.rows)))
+        moved = torch.zeros_like(metric.rows)
+        return by_rows(unit, row_weights(metric.rows, moved, self.uses_of(keys[0])))
 
     def apart(self, keys: Iterable[Key]) -> Arrangement:
         """Tensors each by itself, equal ones once."""

@@ -24,7 +24,7 @@ from surgery.fitting.scene import Scene
 from surgery.fitting.structure import structure_of
 from surgery.fitting.tabulated import Choice, Table
 from surgery.fitting.trial import Trial
-from surgery.fitting.units import PART_BYTES, Group, Unit, barred, doubtful, tabulate
+from surgery.fitting.units import BANK_BYTES, PART_BYTES, Group, Unit, barred, doubtful, tabulate
 from surgery.settings.target import MAX_ERROR
 from surgery.storage.codecs import Encoded
 from surgery.storage.stored import Stored
@@ -318,7 +318,9 @@ class Search:
 
     def least(self, found: Attempt) -> float:
         """The smallest budget that an attempt keeps to: of its tensors, and of its headers but for some."""
-        return max(found.nbytes, found.choice.nbytes - self.headers) / self.whole
+        parts = sum(id(each) not in self.present for each in found.stored.tensors.values())
+        headers = PART_BYTES * parts + BANK_BYTES * len(found.stored.plan.banks)
+        return (found.nbytes + max(0.0, headers - self.headers)) / self.whole
 
     def of_bytes(self, table: Table, budget: float) -> Choice:
         """The choice of least predicted error for a fraction of the members' bytes.

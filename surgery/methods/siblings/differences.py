@@ -166,8 +166,15 @@ def shared_matrix(scene: Scene, sites: Sequence[Site]) -> Arrangement:
         apart = (_matrix(*each) - shared for each in zip(sites, originals, strict=True))
         moved = sum((each.square().sum(1) for each in apart), start=shared.new_zeros(len(shared)))
         known = all(site.member in scene.calibrated for site in sites)
-        weights = row_weights(mean_metric(metrics).rows if known else None, moved)
-        metrics = [each if each.out.ndim == 2 else replace(each, out=weights) for each in metrics]
+        each_own = [
+            row_weights(metric.rows if known else None, moved, scene.uses_of(key_of(site)))
+            for site, metric in zip(sites, metrics, strict=True)
+        ]
+        weights = torch.stack(each_own).mean(0)
+        metrics = [
+            each if each.out.ndim == 2 else replace(each, out=own)
+            for each, own in zip(metrics, each_own, strict=True)
+        ]
     found = [
         _priced(shared, site, original, metric, _most(site))
         for site, original, metric in zip(sites, originals, metrics, strict=True)
