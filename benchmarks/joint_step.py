@@ -3,9 +3,10 @@
 Random tensors; pictures of 28x28, texts of 35 words from a vocabulary of 33,278, sequences of 101 bases; batches
 of 16/2/16 and of 64/8/64. *Joint* is what training does in one step while a contest with lambda = 1 is open over
 half of all locations: generate once, forward and backward passes of all three, one backward pass through the
-dictionary, one optimizer step. It begins at the pessimistic start, where every location has a hypermodule of its
-own, so no later step costs more. *Plain* is the three models, each with its own optimizer. All take turns in one
-process; peak memory is that of a process of its own for each, libraries included, or on a device what each takes there.
+dictionary, one optimizer step; *captured* is the same as a CUDA graph (`train.capture`). It begins at the pessimistic
+start, where every location has a hypermodule of its own, so no later step costs more. *Plain* is the three models, each
+with its own optimizer. All take turns in one process; peak memory is that of a process of its own for each, libraries
+included, or on a device what each takes there.
 
 `--models large` takes ViT-B/16 (224x224), BERT-base (128 tokens) and ResNet-50 (224x224) of transformers with random
 weights, in batches of 32; `--narrow` begins with one basis block for each location, as evolution at a price does.
@@ -152,13 +153,18 @@ def plain_step(
 
 
 def make_trainer(
-    members: Sequence[surgery.Member], batches: dict[str, Batch], options: Any, competing: bool
+    members: Sequence[surgery.Member],
+    batches: dict[str, Batch],
+    options: Any,
+    competing: bool,
+    capture: bool = False,
 ) -> Trainer:
     """A trainer at the pessimistic start, with an open contest where alternatives compete."""
     from accelerate import Accelerator
 
     joint = surgery.join([deepcopy(member) for member in members])
-    settings = Training(evolution=Evolution(fraction=0.5, challengers=1, narrow=options.narrow))
+    evolution = Evolution(fraction=0.5, challengers=1, narrow=options.narrow)
+    settings = Training(evolution=evolution, capture=capture)
     accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision="bf16" if options.bf16 else "no")
     start(joint, settings, options.seed)
     tasks = [Task(name, name, Again(batch)) for name, batch in batches.items()]
@@ -180,11 +186,17 @@ def make_competitors(
         optimizers = [torch.optim.Adam(m.parameters(), lr=1e-3, fused=True) for m in modules.values()]
         return partial(plain_step, modules, batches, optimizers, options.bf16)
 
-    return {
+    found = {
         "plain": plain,
         "joint": lambda: make_trainer(members, batches, options, False).train_step,
         "competing": lambda: make_trainer(members, batches, options, True).train_step,
     }
+    if options.device != "cpu":
+        found |= {
+            "joint, captured": lambda: make_trainer(members, batches, options, False, True).train_step,
+            "competing, captured": lambda: make_trainer(members, batches, options, True, True).train_step,
+        }
+    return found
 
 
 def build(
@@ -281,12 +293,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 }
             )
         if large:
-            for name in ("joint", "competing"):
+            for name in (name for name in times if name != "plain"):
                 ratio = times[name].median / times["plain"].median
                 verdicts.append(judge(f"{name} / plain, time", ratio, LARGE_LIMITS["time"]))
                 if peaks:
                     memory = peaks[name] / peaks["plain"]
                     verdicts.append(judge(f"{name} / plain, memory", memory, LARGE_LIMITS["memory"]))
+        elif options.device != "cpu":
+            ratio = times["competing, captured"].median / times["plain"].median
+            verdicts.append(judge(f"competing, captured / plain at {label}", ratio, 1.0))
         elif size in LIMITS:
             ratio = times["competing"].median / times["plain"].median
             verdicts.append(judge(f"competing / plain at {label}", ratio, LIMITS[size]))

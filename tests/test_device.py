@@ -11,10 +11,12 @@ from training_nets import CONFIG, build, net, tasks
 
 import surgery
 from surgery.core.joining import join
+from surgery.errors import TrainingError
 from surgery.fitting.fit import fit
 from surgery.inputs.probes import probe_inputs
 from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.trainer import Trainer
+from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -48,6 +50,60 @@ def test_first_losses_are_those_of_the_cpu():
         assert {p.device.type for p in joint.parameters()} == {"cpu" if cpu else "cuda"}
         losses.append([score.loss for score in report.scores.values()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"mixed_precision": "bf16"}, {"accumulate": 2, "optimizer": {"clip": 0.5}}]
+)
+def test_captured_steps_end_where_others_do(changes):
+    ends = []
+    for capture in (False, True):
+        joint = build(0.0)
+        config = {**CONFIG, "steps": 12, "optimizer": {"lr": 0.01}, **changes, "capture": capture}
+        report = train(joint, tasks(), config)
+        ends.append((joint.collapse(), {name: score.loss for name, score in report.scores.items()}))
+    assert ends[0][1] == ends[1][1]
+    for name, state in ends[0][0].items():
+        assert all(torch.equal(tensor, ends[1][0][name][key]) for key, tensor in state.items())
+
+
+def test_captured_recurrent_and_convolutional_members_end_where_others_do():
+    """cuDNN would move the weights of recurrent layers in each pass; dropout draws on the device."""
+    from surgery_recipes.nets import deepbind, word_model
+
+    ends = []
+    for capture in (False, True):
+        torch.manual_seed(0)
+        made = {"lstm": word_model(50, 16), "deepbind": deepbind(16, classes=2, length=40)}
+        members = [surgery.load_member(m, name=name, inputs=inputs) for name, (m, inputs) in made.items()]
+        words, bases = torch.randint(50, (24, 7)), torch.randn(24, 4, 40)
+        data = {
+            "lstm": [(words[i : i + 4], words[i : i + 4]) for i in range(0, 24, 4)],
+            "deepbind": [(bases[i : i + 4], torch.arange(4) % 2) for i in range(0, 24, 4)],
+        }
+        joint = join(members, block=(8, 8))
+        config = {"steps": 10, "generations": 2, "capture": capture}
+        train(joint, [Task(name, name, each) for name, each in data.items()], config)
+        ends.append(joint.collapse())
+    for name, state in ends[0].items():
+        for key, tensor in state.items():
+            assert torch.equal(tensor, ends[1][name][key]), (name, key)
+
+
+def test_members_that_look_at_values_are_not_captured():
+    class Looks(torch.nn.Sequential):
+        def forward(self, x):
+            return super().forward(x if bool((x > 1e9).any()) else x + 0)
+
+    def member():
+        nets = torch.nn.Linear(8, 16), torch.nn.Linear(16, 16), torch.nn.Dropout(0.5), torch.nn.Linear(16, 3)
+        return surgery.load_member(Looks(*nets), name="net", inputs=torch.randn(4, 8))
+
+    data = [(torch.randn(4, 8), torch.randint(3, (4,))) for _ in range(4)]
+    config = {"steps": 4, "generations": 1, "capture": True}
+    with pytest.raises(TrainingError, match="`capture` needs members and losses that never look"):
+        train(join([member()], block=(8, 8)), [Task("a", "net", data)], config)
+    train(join([member()], block=(8, 8)), [Task("a", "net", data)], {**config, "capture": False})
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

@@ -106,6 +106,10 @@ class Training(Strict):
             them in one shape; named as for `freeze`.
         sync_norms: whether batch norms take their statistics over the batch of all processes, as SyncBatchNorm does on
             accelerators, so that several processes train as one does; otherwise each normalises by its part.
+        capture: whether steps are captured as CUDA graphs and replayed, which is faster where members are so small that
+            starting kernels takes longer than running them. For one process on a CUDA device, with a constant learning
+            rate, and members, losses and methods that do in every step what they did in the one that was captured:
+            nothing that is counted or drawn in Python.
         compile: whether members are compiled.
         checkpointing: whether members that offer gradient checkpointing use it.
         trackers: accelerate's `log_with`, for example `tensorboard`.
@@ -128,6 +132,7 @@ class Training(Strict):
     keep: tuple[str, ...] = ()
     share: tuple[str, ...] = ()
     sync_norms: bool = False
+    capture: bool = False
     compile: bool = False
     checkpointing: bool = False
     trackers: tuple[str, ...] = ()
@@ -153,12 +158,29 @@ class Training(Strict):
                 "members in 'keep' need optimizer.weight_decay 0, since decay would change what they use, found "
                 f"{self.optimizer.weight_decay:g}"
             )
+        if self.capture and (wrong := self._uncapturable):
+            raise ValueError(
+                f"'capture' needs {', '.join(wrong)}: what a step counts in Python is not captured"
+            )
         if self.evolution.normalise and self.optimizer.name == "sgd":
             raise ValueError(
                 "evolution.normalise follows second moments of gradients, so it needs optimizer.name adam or adamw, "
                 "found sgd"
             )
         return self
+
+    @property
+    def _uncapturable(self) -> list[str]:
+        """What else these settings would have to be for steps to be captured."""
+        needs = {
+            "optimizer.schedule constant": self.optimizer.schedule == "constant",
+            "optimizer.warmup 0": not self.optimizer.warmup,
+            "mixed_precision no or bf16": self.mixed_precision != "fp16",
+            "alternate off": not self.alternate,
+            "compile off": not self.compile,
+            "checkpointing off": not self.checkpointing,
+        }
+        return [need for need, met in needs.items() if not met]
 
     @property
     def source(self) -> str | None:

@@ -248,8 +248,10 @@ class Filler:
         return [p for p in self.joint.plan.of(name) if any(o.startswith(below) for o in p.site.owners)]
 
     def _fill(self, weights: Weights) -> None:
+        """Fill slots for passes that go backward: there will be other weights before the next one."""
         for (member, site), weight in weights.items():
             self.joint.slots.put(member, site, weight)
+            self.joint.slots.leave_in_place(member, site)
         for name in {member for member, _ in weights}:
             forget_derived(self.joint[name])
 

@@ -8,6 +8,7 @@ to it in place leaves its mark in the tensor's version, also what is done throug
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,6 +123,18 @@ class Slots:
             holder._parameters.pop(attribute, None)
             setattr(holder, attribute, tensor)
         self.fillings[member][site] = Filling(tensor, _version(tensor))
+
+    def leave_in_place(self, member: str, site: str) -> None:
+        """Let recurrent layers take what is in the slots of a site for the weights of their last pass.
+
+        Otherwise they move new weights, and biases beside them, into other memory on a device as each pass begins. That
+        looks as if weights had been written to, and a captured step would take its biases from where they were before.
+        """
+        for holder, attribute in self._places[member][site]:
+            names = getattr(holder, "_flat_weights_names", None)
+            seen = getattr(holder, "_flat_weight_refs", None)
+            if isinstance(holder, nn.RNNBase) and names and seen and attribute in names:
+                seen[names.index(attribute)] = weakref.ref(self.fillings[member][site].tensor)
 
     def put_again(self, member: str) -> None:
         """Put back what an assignment took away."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -153,7 +155,7 @@ def _train(
         freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
         keep_private(joint, settings.keep)
         began = measure(joint)[0] if accelerator.is_main_process else None
-        with synced_norms(joint, accelerator, settings.sync_norms):
+        with synced_norms(joint, accelerator, settings.sync_norms), _quiet():
             _prepare_members(joint, settings)
             make = _trainer if sharding is None else partial(_sharded_trainer, sharding)
             run = Run(make(joint, tasks, settings, seed, accelerator, losses), settings, seed, place, began)
@@ -189,6 +191,14 @@ def fast(config: Training, tasks: Sequence[Task], batches: int = 2) -> tuple[Tra
         for task in tasks
     ]
     return short, few
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, cuDNN does not warn that it copies recurrent weights in each pass: they are others in each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        yield
 
 
 def _part() -> None:

@@ -102,6 +102,12 @@ class HypermoduleMoves(Moves):
             for bank in self.banks.values():
                 normalise(self.trainer.optimizer, bank)
 
+    def acts_in_steps(self) -> str | None:
+        """Nothing but where it has to look at values: which gradients it takes away, and how contests compare."""
+        if self.config.keep:
+            return f"it keeps {', '.join(self.config.keep)} as they are"
+        return "evolution.normalise" if self.config.evolution.normalise else None
+
     # -- a generation --------------------------------------------------------------------------------------
 
     def before_generation(self) -> None:

@@ -21,7 +21,7 @@ def fixed_bank(bank: RowsBank) -> HypermoduleBank:
     rows, contexts = bank.rows.detach().clone(), bank.contexts.detach()[:, :1].clone()
     opened = HypermoduleBank(bank.block, rows, bank.psi.clone(), contexts, len(rows))
     opened.contexts.requires_grad_(False)
-    opened.origin = bank.settled_blocks()
+    opened.keep_origin(bank.settled_blocks())
     return opened
 
 
@@ -79,7 +79,7 @@ def open_bank(
     opened = HypermoduleBank(
         bank.block, basis.reshape(count * context, width), bank.psi.clone(), contexts, count
     )
-    opened.origin = bank.settled_blocks()
+    opened.keep_origin(bank.settled_blocks())
     return opened
 
 
@@ -109,5 +109,5 @@ def open_rest(
     psi[single] = opened.psi + count
     whole = torch.cat([rows[: count * c], opened.rows.detach()])
     found = HypermoduleBank(bank.block, whole, psi, contexts, count + opened.hypermodules)
-    found.origin = bank.settled_blocks()
+    found.keep_origin(bank.settled_blocks())
     return found

@@ -38,7 +38,8 @@ class RowsBank(Bank):
         rows: parameter `[K*c + S, m*n]`.
         psi: int64 buffer `[L]`; below K a hypermodule, else single row `psi - K`.
         contexts: parameter `[L, c]`; a location on a single row uses column 0 as its factor, the rest is 0.
-        origin: `[L, m*n]`, what every block was when the bank was opened for training; None where it never was.
+        origin: `[L, m*n]`, what every block was when the bank was opened for training, on the CPU wherever the bank is;
+            None where it never was.
         columns: which columns of its rows and blocks this process holds.
     """
 
@@ -63,6 +64,20 @@ class RowsBank(Bank):
         self.register_buffer("psi", psi.long())
         self.register_buffer("origin", None, persistent=False)
         self._code: tuple[Tensor, int, TransposedIndex] | None = None
+
+    def keep_origin(self, blocks: Tensor) -> None:
+        """Remember what blocks were. They are asked for once, at the end, so they take no memory of a device."""
+        self.origin = blocks.to("cpu", self.rows.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowsBank:
+        """What is moved is what training and generating read."""
+        origin, self.origin = self.origin, None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            if origin is not None:
+                self.keep_origin(origin)
+        return self
 
     # -- what is where -------------------------------------------------------------------------------------
 
@@ -169,7 +184,7 @@ class RowsBank(Bank):
         """Blocks that differ from their origin by the rounding of their sum alone become their origin."""
         if self.origin is None:
             return blocks
-        origin, (index, coefficient) = self.origin[start:stop], self.codes(start, stop)
+        origin, (index, coefficient) = self.origin[start:stop].to(blocks.device), self.codes(start, stop)
         used, index = index.unique(return_inverse=True)  # a range draws on few of the rows
         size = generate(self.rows[used].abs(), index, coefficient.abs())
         bound = 4 * self.context * torch.finfo(size.dtype).eps * size
@@ -328,7 +343,7 @@ class RowsBank(Bank):
         contexts[:, 0] = 1
         self.contexts[locations] = contexts
         if self.origin is not None:
-            self.origin[locations] = blocks
+            self.origin[locations.to("cpu")] = blocks.to("cpu", self.origin.dtype)
 
 
 def rows_bank(bank: Bank) -> RowsBank:

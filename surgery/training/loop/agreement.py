@@ -32,7 +32,7 @@ def terms_of(trainer: Trainer, seed: int, folder: Path | None = None) -> dict[st
         (p.site.member, p.site.name, p.bank, str(p.grid), p.start) for p in joint.plan.placements
     ]
     rates = {"soft_lr", "clip"} if config.optimizer.rates else {"lr", "rates", "soft_lr", "clip"}
-    free = {"save_seconds": True, "trackers": True, "optimizer": rates}
+    free = {"save_seconds": True, "trackers": True, "capture": True, "optimizer": rates}
     train = config.model_dump(mode="json", exclude=free)
     if not config.keep:
         del train["keep"]  # states of earlier versions do not say it

@@ -116,6 +116,16 @@ class Moves:
     def before_update(self) -> None:
         """Before the optimizer steps: gradients are there, averaged over processes, and may be changed."""
 
+    def acts_in_steps(self) -> str | None:
+        """What the method does in every step that a captured one would not do again, in words; None where nothing.
+
+        A captured step repeats what was computed on the device. What a method decides, draws or counts in Python in one
+        of the four functions above is done once, as the step is captured.
+        """
+        hooks = ("before_step", "before_pass", "penalty", "before_update")
+        own = [hook for hook in hooks if getattr(type(self), hook) is not getattr(Moves, hook)]
+        return ", ".join(own) or None
+
     # -- a generation --------------------------------------------------------------------------------------
 
     def before_generation(self) -> None:

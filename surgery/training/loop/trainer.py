@@ -8,7 +8,7 @@ decides alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from surgery.core.joint import JointModel
 from surgery.errors import SurgeryError, TrainingError
 from surgery.settings.training import Training
+from surgery.training.loop.captured import captured_of
 from surgery.training.loop.moves import moves_of
 from surgery.training.loop.optimizers import make_optimizer, make_scheduler, plain
 from surgery.training.loop.processes import Processes
@@ -67,6 +68,7 @@ class Trainer:
         self.running = RunningLosses(accelerator)
         total = sum(task.weight for task in tasks)
         self.weights = {task.name: task.weight / total for task in tasks}
+        self.captured = captured_of(self)
 
     @property
     def steps(self) -> int:
@@ -100,6 +102,8 @@ class Trainer:
         if self.step == self.config.steps:
             for each in self.moves:
                 each.after_generation()
+            if self.captured is not None:
+                self.captured.forget()
             self.running.trace = []
             self.step, self.generation = 0, self.generation + 1
 
@@ -108,7 +112,11 @@ class Trainer:
         parts: dict[str, Tensor] = {}
         for turn in self._turns():
             self.turn = turn
-            parts |= self._update()
+            drawn = {task.name: self._draw(task.name) for task in turn}  # each as its pass begins
+            if self.captured is None:
+                parts |= self.compute(drawn)
+            else:
+                parts |= self.captured.step({name: list(each) for name, each in drawn.items()})
         self.running.add({task.name: parts[task.name] for task in self.tasks})
         if self.scheduler is not None:
             self.scheduler.step()
@@ -128,16 +136,24 @@ class Trainer:
         """
         return self.weights[task.name] * (len(self.tasks) / len(self.turn))
 
-    def _update(self) -> dict[str, Tensor]:
-        """One step of the optimizer on the tasks whose turn it is; their losses."""
+    def _draw(self, task: str) -> Iterator[tuple[Batch, float]]:
+        """The batches of a task's passes in one step."""
+        for _ in range(self.config.accumulate):
+            yield next(self.streams[task])
+
+    def compute(self, batches: Mapping[str, Iterable[tuple[Batch, float]]]) -> dict[str, Tensor]:
+        """What one step of the optimizer computes from its batches, for the tasks whose turn it is; their losses.
+
+        Args:
+            batches: by task, as many as are accumulated, each with its share of the whole batch.
+        """
         parts: dict[str, Tensor] = {}
         accumulate = self.config.accumulate
         for each in self.moves:
             each.before_step()
         with self.joint.step():
             for task in self.turn:
-                for _ in range(accumulate):
-                    batch, share = next(self.streams[task.name])
+                for batch, share in batches[task.name]:
                     batch = batch.map(self._place)
                     for each in self.moves:
                         each.before_pass(task.name)

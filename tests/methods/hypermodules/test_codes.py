@@ -127,3 +127,21 @@ def test_codes_that_cannot_be_are_refused():
     joint = joined().open()
     with pytest.raises(PlanError, match="joined anew"):
         start(joint, Training(evolution=Evolution(codes="diagonals")), seed=0)
+
+
+@pytest.mark.parametrize("codes", ["contexts", "ones", "diagonals"])
+def test_what_blocks_were_takes_no_memory_of_a_device(codes):
+    joint = joined()
+    before = joint.collapse()
+    start(joint, Training(evolution=Evolution(codes=codes, start="own")), 0)
+    (key,) = {p.bank for p in joint.plan.placements}
+    bank = joint.dictionary[key]
+    origin = bank.origin.clone()
+    bank.double()
+    assert bank.rows.dtype == bank.origin.dtype == torch.float64 and torch.equal(bank.origin.float(), origin)
+    bank.float()
+    for name, state in joint.collapse().items():
+        assert all(torch.equal(tensor, before[name][k]) for k, tensor in state.items())
+    bank.to("meta")
+    assert bank.rows.device.type == "meta" and bank.origin.device.type == "cpu"
+    assert "origin" not in bank.state_dict() and torch.equal(bank.origin, origin)
