@@ -54,15 +54,20 @@ def seeded_others(seed: int) -> Iterator[None]:
 
 
 class Draws:
-    """Whether anything was drawn from the global generators since this was made."""
+    """Whether anything was drawn from the global generators since this was made.
 
-    def __init__(self) -> None:
-        self._before = _states()
+    Args:
+        devices: whether those of CUDA devices count too, for which one has to wait.
+    """
+
+    def __init__(self, devices: bool = True) -> None:
+        self._devices = devices
+        self._before = _states(devices)
 
     @property
     def any(self) -> bool:
         """Whether a generator moved."""
-        return self._before != _states()
+        return self._before != _states(self._devices)
 
 
 @contextmanager
@@ -88,8 +93,8 @@ def all_seeded(seed: int) -> Iterator[Draws]:
         yield Draws()
 
 
-def _states() -> tuple[Any, ...]:
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+def _states(on_devices: bool) -> tuple[Any, ...]:
+    devices = torch.cuda.get_rng_state_all() if on_devices and torch.cuda.is_initialized() else []
     kind, keys, *rest = np.random.get_state(legacy=True)
     tensors = tuple(state.numpy().tobytes() for state in (torch.default_generator.get_state(), *devices))
     return tensors, random.getstate(), kind, np.asarray(keys).tobytes(), tuple(rest)

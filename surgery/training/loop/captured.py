@@ -98,6 +98,8 @@ class CapturedSteps:
 
     def forget(self) -> None:
         """Capture anew from now on: parameters or alignment are others."""
+        if self.captured:
+            torch.cuda.synchronize()  # a graph that still runs must not go
         self.seen, self.captured = [], []
 
     def step(self, batches: Drawn) -> Losses:
@@ -141,7 +143,7 @@ class CapturedSteps:
         A capture that fails leaves the device's generator of random numbers unusable, so this looks for what would make
         it fail.
         """
-        draws, before = Draws(), torch.cuda.get_sync_debug_mode()
+        draws, before = Draws(devices=False), torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("error")
         try:
             losses = self.trainer.compute(batches)
