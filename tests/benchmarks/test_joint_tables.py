@@ -20,6 +20,7 @@ from benchmarks.joint_tables import (
     known_method,
     measured,
     share_of_all,
+    share_of_sites,
     show_crossmodal,
     sizes,
     sweep_of,
@@ -74,6 +75,10 @@ def test_prices_and_smaller_nets_are_methods():
         with pytest.raises(ValueError, match=r"a method is|could not convert"):
             known_method(wrong)
     assert changes_of("price=0.1", MEMBERS) == ({"train": {"evolution": {"price": 0.1}}}, [])
+    assert changes_of("own=0.1", MEMBERS)[0]["train"] == {
+        "evolution": {"price": 0.1},
+        "stopping": {"best": "member"},
+    }
     change, own = changes_of("smaller=0.25", ["lstm"])
     assert own == ["models.0.model=surgery_recipes.nets:word_model?words=2000&width=32"]
     assert change["train"]["evolution"] == {"codes": "ones", "change": "none"}
@@ -90,6 +95,7 @@ def test_widths_have_the_share_of_the_sites_parameters_that_is_asked_for():
             sites, all_of_it = sizes(name, width)
             own = sizes(name, round(width * share**0.5))
             assert own[0] / sites == pytest.approx(share, abs=0.04)
+            assert share_of_sites(f"smaller={share}", [name]) == own[0] / sites
             assert own[0] + own[1] < sites + all_of_it
     assert share_of_all("price=0.1", MEMBERS, 1.0) == 1.0
     assert share_of_all("price=0.1", MEMBERS, 0.5) > share_of_all("smaller=0.5", MEMBERS, 0.5)
