@@ -17,19 +17,15 @@ depths together. Finished runs are kept line by line in a file, and not run agai
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from itertools import combinations
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.harness import make_header, make_parser, show
+from benchmarks.harness import make_header, make_parser, run_cells, show
 
 NET = "surgery_recipes.routed:"
 FIGURES: Mapping[str, tuple[str, Mapping[str, str]]] = {
@@ -151,28 +147,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = 1 if options.fast else options.runs or {"related": 30, "pairs": 20}.get(figure, 10)
     seeds = range(options.seed, options.seed + runs)
     cells = [(figure, way, seed, tuple(options.changes), options.fast) for seed in seeds for way in ways]
-    done: dict[str, Any] = {}
-    if options.kept.exists() and not options.fast:
-        done = dict(map(json.loads, options.kept.read_text("utf-8").splitlines()))
-    end = time.monotonic() + 60 * (options.minutes or float("inf"))
-    left = [cell for cell in cells if str(cell) not in done]
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        running: dict[Future[dict[str, Any]], str] = {}
-        while running or left:
-            while left and len(running) < options.jobs and time.monotonic() < end:
-                cell = left.pop(0)
-                running[pool.submit(run, *cell)] = str(cell)
-            if not running:
-                break
-            for each in wait(running, return_when=FIRST_COMPLETED).done:
-                name = running.pop(each)
-                done[name] = each.result()
-                if not options.fast:
-                    with options.kept.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps([name, done[name]]) + "\n")
-                print(f"{name}: {done[name]['score']:.4f}", file=sys.stderr, flush=True)
+    kept = None if options.fast else options.kept
+    done = run_cells(run, cells, options.jobs, kept, options.minutes)
     header = make_header("gumbel_matrix", options, argv)
-    rows = tabulate([done[str(cell)] for cell in cells if str(cell) in done])
+    rows = tabulate([done[cell] for cell in cells if cell in done])
     show(f"Gumbel-Matrix, {figure}", header, rows, [], options.json)
 
 

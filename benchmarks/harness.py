@@ -11,9 +11,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,6 +53,48 @@ def make_header(name: str, options: argparse.Namespace, argv: Sequence[str] | No
         "threads": options.threads,
         "seed": options.seed,
     }
+
+
+def run_cells(
+    run: Callable[..., dict[str, Any]],
+    cells: Sequence[tuple[Any, ...]],
+    jobs: int,
+    kept: Path | None,
+    minutes: float | None = None,
+) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Run cells of a table in processes, the first ones first, and keep each as it ends.
+
+    Args:
+        run: of a module; what it returns is JSON.
+        cells: its arguments.
+        jobs: processes at a time.
+        kept: a file that finished cells are added to, a line each, and not run again from; none for no file.
+        minutes: after which no cell begins; None for no end.
+
+    Returns:
+        what was found, by cell; without those that did not begin.
+    """
+    done: dict[str, dict[str, Any]] = {}
+    if kept is not None and kept.exists():
+        done = dict(map(json.loads, kept.read_text("utf-8").splitlines()))
+    end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+    left = [cell for cell in cells if str(cell) not in done]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        running: dict[Future[dict[str, Any]], str] = {}
+        while True:
+            while left and len(running) < jobs and time.monotonic() < end:
+                cell = left.pop(0)
+                running[pool.submit(run, *cell)] = str(cell)
+            if not running:
+                break
+            for each in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(each)
+                done[name] = each.result()
+                if kept is not None:
+                    with kept.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps([name, done[name]]) + "\n")
+                print(f"{name} is done, {len(left) + len(running)} left", file=sys.stderr, flush=True)
+    return {cell: done[str(cell)] for cell in cells if str(cell) in done}
 
 
 def take_turns(

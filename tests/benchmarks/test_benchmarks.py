@@ -160,6 +160,43 @@ def test_the_gumbel_matrix_runs(run, figure, ways):
     assert len(rows) == ways and all(row["runs"] == 1 for row in rows)
 
 
+@pytest.mark.slow
+def test_soft_order_runs(run, tmp_path):
+    from surgery_recipes.uci import TABLES
+
+    for table in TABLES:
+        rows = "".join(f"{n % 7}, A{n % 3},{n % 3}\n" for n in range(40))
+        (tmp_path / f"{table}.dat").write_text(rows, encoding="utf-8")
+    places = [f"--set=models.0.tasks.{n}.options.folder={tmp_path}" for n in range(len(TABLES))]
+    assert of(run("soft_order", "--jobs", "1", *places), "order") == [
+        "soft",
+        "permuted",
+        "parallel",
+        "single",
+    ]
+
+
+def cell(number, factor):
+    return {"product": number * factor}
+
+
+def test_finished_cells_are_kept_and_not_run_again(tmp_path):
+    from benchmarks.harness import run_cells
+
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text(json.dumps(["(2, 3)", {"product": "kept"}]) + "\n")
+    found = run_cells(cell, [(1, 2), (2, 3), (4, 5)], 1, kept)
+    assert found == {(1, 2): {"product": 2}, (2, 3): {"product": "kept"}, (4, 5): {"product": 20}}
+    assert run_cells(cell, [(4, 5), (7, 7)], 1, kept, minutes=0) == {(4, 5): {"product": 20}}
+
+
+def test_common_components_are_a_share_of_all_that_either_task_has():
+    from benchmarks.gumbel_matrix import common
+
+    assert common([["0.0", "0.1"], ["1.0"]], [["0.1"], ["1.0", "1.3"]]) == 0.5
+    assert common([[]], [[]]) == 0 and common([["0.2"]], [["0.2"]]) == 1
+
+
 def test_template_step_compares_a_step_and_what_generating_costs(run):
     document = run("template_step")
     assert of(document, "step") == ["plain", "templates", "generating"] * 2
