@@ -228,7 +228,7 @@ def _mean_loss(runs: Runs, jobs: Sequence[Job]) -> float | None:
 
 
 def run_crossmodal(runs: Runs, options: Any) -> None:
-    """All runs of the cross-modal table: rates alone, factors of the others, prices, then the seeds."""
+    """All runs of the cross-modal table: rates alone, factors of the others, the seeds, prices on the tuning seeds."""
     members = members_of(RECIPE)
     tuning = range(TUNING, TUNING + options.tuning)
     runs.run(
@@ -241,15 +241,15 @@ def run_crossmodal(runs: Runs, options: Any) -> None:
     swept = dict.fromkeys((sweep_of(method), chosen) for method, chosen in sets)
     middle_first = sorted(FACTORS, key=lambda factor: abs(math.log(factor)))
     runs.run(_scaled(*each, seed, rates, f) for each in swept for f in middle_first for seed in tuning)
-    priced = [each for each in sets if each[0].startswith(("price=", "own="))]
-    runs.run(_at_best(runs, *each, seed, rates, tuning) for each in priced for seed in tuning)
     seeds = range(options.first, options.first + options.seeds)
-    runs.run(
+    jobs = [
         job
         for method in options.methods
         for seed in seeds
         for job in measured(runs, method, members, tuning, seed)
-    )
+    ]
+    priced = [each for each in sets if each[0].startswith(("price=", "own="))]
+    runs.run([*jobs, *(_at_best(runs, *each, seed, rates, tuning) for each in priced for seed in tuning)])
 
 
 def _at_best(
