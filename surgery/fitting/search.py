@@ -74,12 +74,21 @@ def search(
 
 @dataclass(frozen=True)
 class Attempt:
-    """A choice put together and tried; `nbytes` are those that it takes."""
+    """A choice put together and tried.
+
+    Attributes:
+        choice: what was chosen.
+        stored: it, encoded.
+        errors: relative output error of each member, measured.
+        nbytes: that its tensors take.
+        counted: these, and those of headers beyond what a budget does not count.
+    """
 
     choice: Choice
     stored: Stored
     errors: np.ndarray
     nbytes: int
+    counted: float
 
 
 class Search:
@@ -144,11 +153,17 @@ class Search:
         errors, _ = made_once(
             f"errors/{made}", lambda: (measure_errors(stored, self.trials, self.decodings).tolist(), {})
         )
-        return Attempt(choice, stored, np.array(errors), self.nbytes(stored))
+        return Attempt(choice, stored, np.array(errors), self.nbytes(stored), self.counted(stored))
 
     def nbytes(self, stored: Stored) -> int:
         """Bytes of what is stored, without what was there already."""
         return sum(each.nbytes for each in stored.tensors.values() if id(each) not in self.present)
+
+    def counted(self, stored: Stored) -> float:
+        """Bytes that a budget counts: of tensors, and of headers but for some."""
+        parts = sum(id(each) not in self.present for each in stored.tensors.values())
+        headers = PART_BYTES * parts + BANK_BYTES * len(stored.plan.banks)
+        return self.nbytes(stored) + max(0.0, headers - self.headers)
 
     def within_error(self, bound: float) -> Attempt:
         """The smallest attempt whose measured errors stay within `bound`.
@@ -181,7 +196,7 @@ class Search:
         """The smaller one of an attempt within a bound and of related sites each apart."""
         apart = self.structure.apart(self.table)
         if found is not None:
-            other = self.attempt(self.of_bytes(apart, found.nbytes / self.whole))
+            other = self.attempt(self.of_bytes(apart, found.counted / self.whole))
             if other.nbytes > found.nbytes or not (other.errors <= bound).all():
                 return found
         other = self.close_in(apart, bound)
@@ -286,9 +301,9 @@ class Search:
             PlanError: where nothing is so small.
         """
         found = self.attempt(self.of_bytes(self.table, budget))
-        if self.least(found) > budget:
+        if found.counted > budget * self.whole:
             found = self.attempt(within_bytes(self.table, 0))
-        if (least := self.least(found)) > budget:
+        if (least := found.counted / self.whole) > budget:
             given = f" with {self.given}" if self.given else ""
             fewer = f", or fewer {' or '.join(levers)}" if (levers := self.levers(above=1)) else ""
             enough = np.ceil(least * 100 + 0.1) / 100
@@ -299,7 +314,7 @@ class Search:
             )
         if self.in_doubt(found):
             other = self.attempt(self.of_bytes(self.unshared, budget))
-            if other.nbytes <= budget * self.whole:
+            if other.counted <= budget * self.whole:
                 found = min(found, other, key=lambda each: float((each.errors**2).sum()))
         return self.most_exact_of_related(found, budget)
 
@@ -310,29 +325,23 @@ class Search:
         for _ in range(CORRECTIONS):
             self.learn(found)
             other = self.attempt(self.of_bytes(self.table, budget))
-            if other.nbytes > budget * self.whole or not better(other, found):
+            if other.counted > budget * self.whole or not better(other, found):
                 break
             found = other
         other = self.attempt(self.of_bytes(self.structure.apart(self.table), budget))
-        return found if other.nbytes > budget * self.whole or better(found, other) else other
-
-    def least(self, found: Attempt) -> float:
-        """The smallest budget that an attempt keeps to: of its tensors, and of its headers but for some."""
-        parts = sum(id(each) not in self.present for each in found.stored.tensors.values())
-        headers = PART_BYTES * parts + BANK_BYTES * len(found.stored.plan.banks)
-        return (found.nbytes + max(0.0, headers - self.headers)) / self.whole
+        return found if other.counted > budget * self.whole or better(found, other) else other
 
     def of_bytes(self, table: Table, budget: float) -> Choice:
         """The choice of least predicted error for a fraction of the members' bytes.
 
         What a choice takes shows when it is encoded: coding depends on values, and shared rows may have fewer headers
-        than the tensors that they stand for. So the limit of what is predicted is moved until it fits.
+        than the tensors that they stand for, or more. So the limit of what is predicted is moved until it fits.
         """
         related = bool(np.isfinite(table.fixed[self.structure.together]).any())
         limit, allowed = budget * self.whole + self.headers, budget * self.whole
         choice, best, most = within_bytes(table, limit, common=related), None, -1
         for number in range(ROUNDS):
-            nbytes = self.nbytes(self.assembler.assemble(choice))
+            nbytes = self.counted(self.assembler.assemble(choice))
             if most < nbytes <= allowed:
                 best, most = choice, nbytes
             if best is not None and (number >= FILLED or nbytes >= FULL * allowed):
