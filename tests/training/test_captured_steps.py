@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from training_nets import CONFIG, build, tasks
 
+import surgery
 from surgery.errors import PlanError
 from surgery.settings.training import Training
 from surgery.training.loop.captured import _form, captured_of, refusals
@@ -105,3 +106,27 @@ def test_batches_are_drawn_as_their_passes_begin(monkeypatch):
     trainer.streams = {name: Told(stream) for name, stream in trainer.streams.items()}
     trainer.train_step()
     assert order == ["batch of classes", "pass of classes", "batch of product", "pass of product"]
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN])
+def test_recurrent_layers_take_the_weights_of_a_step_where_they_are(kind):
+    """On a device they would move weights that they have not seen, which looks as if somebody had written to them."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.cell, self.last = torch.nn.Linear(3, 8), kind(8, 8), torch.nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(self.cell(self.first(x))[0])
+
+    member = surgery.load_member(Net(), name="net", inputs=torch.randn(4, 2, 3))
+    joint = surgery.join([member], block=(8, 8)).open(2)
+    assert any(p.site.name.startswith("cell.") for p in joint.plan.placements)
+    cell = joint["net"].cell
+    for _ in range(2):
+        with joint.step():
+            assert not cell._weights_have_changed()
+            joint["net"](torch.randn(4, 2, 3)).sum().backward()
+    joint.refresh()
+    assert cell._weights_have_changed()  # those that stay are moved once, and are faster then
