@@ -56,6 +56,7 @@ DEFAULTS: dict[str, Any] = {
     "evolution.price": 0.0,
     "stopping.best": "all",
     "sync_norms": False,
+    "alternate": False,
 }
 """Defaults of former versions under `train`, by path: a run that began with them goes on with them."""
 
