@@ -11,6 +11,7 @@ from training_nets import CONFIG, build, net, tasks
 
 import surgery
 from surgery.core.joining import join
+from surgery.disk.journal import Journal, kept_in
 from surgery.errors import TrainingError
 from surgery.fitting.fit import fit
 from surgery.inputs.probes import probe_inputs
@@ -179,6 +180,16 @@ def test_a_fit_on_the_device_keeps_its_bound_on_the_cpu():
         assert (
             outside_error(before[one.name], joint[one.name], probes) <= 0.1 * 1.01
         )  # rounding of the device
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_relatives_are_fitted_on_the_device_with_a_journal_and_without(kept, tmp_path):
+    """What a merge keeps for going on lies in files, on the CPU."""
+    journal = Journal(tmp_path / "journal", {}, tmp_path / "out") if kept else None
+    with kept_in(journal):
+        joint = fit(join(family("mlp", 3)), budget=0.2, device="cuda")
+    assert all(error < 0.5 for error in joint.report.errors.values())
+    assert_finite(joint)
 
 
 @pytest.mark.parametrize("asked", [{"templates": 2}, {"max_error": 0.2}, {"max_error": 2.0, "templates": 2}])

@@ -178,22 +178,24 @@ def kept_in(journal: Journal | None) -> Iterator[None]:
         _current.reset(token)
 
 
-def made_once(key: str, make: Callable[[], Made]) -> Made:
+def made_once(key: str, make: Callable[[], Made], device: torch.device | None = None) -> Made:
     """What is in the journal of the run that is going on under a key; else what `make` returns, which is kept there.
 
     Args:
         key: of what is made: the same for the same thing each time that the run's subject is run, and for nothing else.
         make: makes it.
+        device: where its tensors are wanted; a journal's lie on the CPU.
 
     Example:
         >>> made_once("answer", lambda: (42, {}))
         (42, {})
     """
     journal = _current.get()
-    if journal is None:
-        return make()
-    found = journal.get(key)
-    return journal.keep(key, *make()) if found is None else found
+    found = None if journal is None else journal.get(key)
+    if found is None:
+        found = make() if journal is None else journal.keep(key, *make())
+    value, tensors = found
+    return value, tensors if device is None else {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def keeps() -> bool:

@@ -109,7 +109,7 @@ def _encoded_once(
         found = _smallest(key, tensor, precision, statistics)
         return str(found.precision), {} if found.precision.is_native else found.parts
 
-    said, parts = made_once(f"encoded/{number}/{key}/{precision}", made)
+    said, parts = made_once(f"encoded/{number}/{key}/{precision}", made, tensor.device)
     found = Precision.parse(said)
     if found.is_native:
         return encode_native(tensor)

@@ -255,7 +255,7 @@ def _measured_once(
         }
         return sensitive, {f"{side}/{name}": tensor for (name, side), tensor in sides.items()}
 
-    sensitive, sides = made_once(f"sensitivities/{trial.name}", made)
+    sensitive, sides = made_once(f"sensitivities/{trial.name}", made, trial.device)
     names = [name.removeprefix("o/") for name in sides if name.startswith("o/")]
     return dict(sensitive), {name: Metric(sides[f"o/{name}"], sides[f"i/{name}"]) for name in names}
 

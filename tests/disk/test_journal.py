@@ -125,3 +125,16 @@ def test_things_are_made_once(tmp_path):
     for _ in range(2):
         with kept_in(Journal(tmp_path / "journal", SUBJECT, tmp_path / "out")):
             assert [made_once("x", make)[0] for _ in range(2)] == [3, 3]
+
+
+def test_tensors_come_back_where_they_are_wanted(tmp_path):
+    """A journal's tensors lie on the CPU; what goes on with them may not."""
+
+    def make():
+        return None, {"x": torch.ones(2, 3)}
+
+    for journal in (None, Journal(tmp_path / "journal", SUBJECT, tmp_path / "out")):
+        with kept_in(journal):
+            for device in (torch.device("cpu"), torch.device("meta")):
+                _, tensors = made_once("x", make, device)
+                assert tensors["x"].device == device and tensors["x"].shape == (2, 3)

@@ -234,7 +234,7 @@ def _priced(
         parts = {name: part.T if name in turned else part for name, part in parts.items()}
         return [left, turned], parts if keeps() else {name: put_aside(part) for name, part in parts.items()}
 
-    (left, turned), parts = made_once(f"directions/{site.member}/{site.name}", made)
+    (left, turned), parts = made_once(f"directions/{site.member}/{site.name}", made, original.device)
     found = Factors(**{name: part.T if name in turned else part for name, part in parts.items()})
     return _Priced(Relative(site, original, metric.out, found), _runs(site, found, metric), left)
 
