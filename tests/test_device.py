@@ -68,23 +68,20 @@ def test_captured_steps_end_where_others_do(changes):
         assert all(torch.equal(tensor, ends[1][0][name][key]) for key, tensor in state.items())
 
 
-def test_captured_recurrent_and_convolutional_members_end_where_others_do():
+def test_captured_recurrent_members_end_where_others_do():
     """cuDNN would move the weights of recurrent layers in each pass; dropout draws on the device."""
-    from surgery_recipes.nets import deepbind, word_model
+    from surgery_recipes.nets import word_model
 
     ends = []
     for capture in (False, True):
         torch.manual_seed(0)
-        made = {"lstm": word_model(50, 16), "deepbind": deepbind(16, classes=2, length=40)}
+        made = {"a": word_model(50, 16), "b": word_model(50, 16)}
         members = [surgery.load_member(m, name=name, inputs=inputs) for name, (m, inputs) in made.items()]
-        words, bases = torch.randint(50, (24, 7)), torch.randn(24, 4, 40)
-        data = {
-            "lstm": [(words[i : i + 4], words[i : i + 4]) for i in range(0, 24, 4)],
-            "deepbind": [(bases[i : i + 4], torch.arange(4) % 2) for i in range(0, 24, 4)],
-        }
+        words = torch.randint(50, (24, 7))
+        data = [(words[i : i + 4], words[i : i + 4]) for i in range(0, 24, 4)]
         joint = join(members, block=(8, 8))
         config = {"steps": 10, "generations": 2, "capture": capture}
-        train(joint, [Task(name, name, each) for name, each in data.items()], config)
+        train(joint, [Task(name, name, data) for name in made], config)
         ends.append(joint.collapse())
     for name, state in ends[0].items():
         for key, tensor in state.items():
