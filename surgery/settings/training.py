@@ -72,8 +72,8 @@ class Stopping(Strict):
         best: for whom. `member`: each member in its own best state, with the rows that it used then; members that are
             best in one generation go on sharing. `regret`: the one state in which no task is far from the least loss
             that it had. `all`: the one of the least mean loss. By default `member`, or `regret` where what is shared
-            from the start or for a `price` would be lost. Where members share what cannot be taken apart,
-            `member` is `all`.
+            from the start would be lost. Where members share what cannot be taken apart, `member` is `all`. At a
+            `price` members whose best generations differ share less: `regret` takes fewer parameters.
     """
 
     patience: Positive | None = None
@@ -219,8 +219,7 @@ class Training(Strict):
     @property
     def keeps(self) -> Literal["member", "regret", "all"]:
         """For whom the state that is kept is the best."""
-        shares = self.evolution.start != "own" or self.evolution.price > 0
-        return self.stopping.best or ("regret" if shares else "member")
+        return self.stopping.best or ("regret" if self.evolution.start != "own" else "member")
 
     @property
     def total(self) -> int:

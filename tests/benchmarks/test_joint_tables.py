@@ -74,7 +74,10 @@ def test_prices_and_smaller_nets_are_methods():
     for wrong in ("price=-1", "smaller=0", "smaller=2", "unknown", "price=much"):
         with pytest.raises(ValueError, match=r"a method is|could not convert"):
             known_method(wrong)
-    assert changes_of("price=0.1", MEMBERS) == ({"train": {"evolution": {"price": 0.1}}}, [])
+    assert changes_of("price=0.1", MEMBERS)[0]["train"] == {
+        "evolution": {"price": 0.1},
+        "stopping": {"best": "regret"},
+    }
     assert changes_of("own=0.1", MEMBERS)[0]["train"] == {
         "evolution": {"price": 0.1},
         "stopping": {"best": "member"},

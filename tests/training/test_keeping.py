@@ -116,3 +116,9 @@ def test_a_run_says_when_each_member_was_best():
     for name, score in report.scores.items():
         other = together.scores[name].loss
         assert score.loss is not None and other is not None and score.loss <= other + 1e-6
+
+
+def test_members_keep_their_own_best_unless_they_share_from_the_start():
+    assert Training(evolution={"price": 0.3}).keeps == Training().keeps == "member"
+    assert Training(evolution={"start": "order"}).keeps == "regret"
+    assert Training(evolution={"price": 0.3}, stopping={"best": "regret"}).keeps == "regret"
