@@ -160,6 +160,16 @@ def test_the_gumbel_matrix_runs(run, figure, ways):
     assert len(rows) == ways and all(row["runs"] == 1 for row in rows)
 
 
+def test_runs_side_by_side_say_who_shares(run):
+    from benchmarks.gumbel_reference import WAYS, _shared
+
+    assert of(run("gumbel_reference", "--threads", "1"), "way") == list(WAYS)
+    on = torch.tensor([[[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]], [[1, 1, 1, 1]] * 4]).float()
+    assert _shared(on) == {
+        "on": 2.75, "of a pair": 1, "of two pairs": 0.5, "pairs alike": 1, "as in the paper": 0.5
+    }  # fmt: skip
+
+
 @pytest.mark.slow
 def test_soft_order_runs(run, tmp_path):
     from surgery_recipes.uci import TABLES
