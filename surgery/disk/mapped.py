@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def places_of(tensors: Iterable[Tensor]) -> dict[int, Place]:
     """
     found: dict[int, Place] = {}
     plain = [t for t in tensors if t.device.type == "cpu" and t.layout == torch.strided and t.numel()]
-    mappings = _mappings() if plain and sys.platform == "linux" else []
+    mappings = _mappings({tensor.data_ptr() for tensor in plain}) if sys.platform == "linux" else []
     starts, files = [each.start for each in mappings], dict[str, MappedFile]()
     for tensor in plain:
         at = bisect_right(starts, tensor.data_ptr()) - 1
@@ -124,19 +124,39 @@ def files_of(tensors: Iterable[Tensor]) -> tuple[MappedFile, ...]:
     return tuple(dict.fromkeys(place.file for place in places_of(tensors).values()))
 
 
-def _mappings() -> list[_Mapping]:
-    """The private mappings of files in this process, in the order of their addresses."""
+def _mappings(addresses: Collection[int]) -> list[_Mapping]:
+    """The private mappings of files in this process that some addresses lie in, in their order.
+
+    Which of them were written to makes the system look at every page of every mapping, so it is asked only where there
+    are any.
+    """
+    with open("/proc/self/maps") as table:
+        ranges = [found for line in table if (found := _file_mapped_at(line))]
+    starts, wanted = [each[0] for each in ranges], set[int]()
+    for address in addresses:
+        at = bisect_right(starts, address) - 1
+        if at >= 0 and address < ranges[at][1]:
+            wanted.add(starts[at])
+    if not wanted:
+        return []
     found: list[_Mapping] = []
-    current: tuple | None = None
+    current: tuple[int, int, int, str] | None = None
     with open("/proc/self/smaps") as table:
         for line in table:
-            if match := _RANGE.match(line):
-                start, stop, rights, offset, inode, path = match.groups()
-                of_file = path and inode != "0" and rights.endswith("p") and os.path.exists(path)
-                current = (int(start, 16), int(stop, 16), int(offset, 16), path) if of_file else None
-            elif current is not None and line.startswith("Anonymous:"):
+            if _RANGE.match(line):
+                current = _file_mapped_at(line)
+            elif current is not None and current[0] in wanted and line.startswith("Anonymous:"):
                 found.append(_Mapping(*current, untouched=int(line.split()[1]) == 0))
-    return found
+    return [each for each in found if os.path.exists(each.path)]
+
+
+def _file_mapped_at(line: str) -> tuple[int, int, int, str] | None:
+    """Start, stop, offset and file of a private mapping, from a line of the system's table; None of another one."""
+    if "/" not in line or not (match := _RANGE.match(line)):
+        return None
+    start, stop, rights, offset, inode, path = match.groups()
+    of_file = path and inode != "0" and rights.endswith("p")
+    return (int(start, 16), int(stop, 16), int(offset, 16), path) if of_file else None
 
 
 class Reader:

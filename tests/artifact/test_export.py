@@ -210,6 +210,7 @@ def test_an_origin_that_moved_is_not_looked_for_on_the_hub(tmp_path: Path, text:
         assert check.ok and re.search(r"'(\./)?(.*/)?model', which is not there", check.origin), check.origin
 
 
+@pytest.mark.slow  # every library anew in a process of its own
 def test_plain_exports_need_no_surgery(joint, out: Path, tmp_path: Path):
     words, pictures = export(out, "text", tmp_path / "text"), export(out, "vision", tmp_path / "vision")
     assert (words / "vocab.txt").read_text() == "[PAD]\n[UNK]\na\n"

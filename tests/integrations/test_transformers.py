@@ -228,6 +228,7 @@ def test_whichever_is_imported_first(first, tmp_path, monkeypatch, recwarn):
     assert type(library.__loader__).__name__ == "SourceFileLoader"
 
 
+@pytest.mark.slow  # every library anew in a process of its own
 def test_without_surgery_no_weights_rather_than_random_ones(bert, tmp_path):
     folder = export(bert, "one", tmp_path / "one", format="transformers")
     code = (
