@@ -131,7 +131,7 @@ def _mappings(addresses: Collection[int]) -> list[_Mapping]:
     are any.
     """
     with open("/proc/self/maps") as table:
-        ranges = [found for line in table if (found := _file_mapped_at(line))]
+        ranges = [one for line in table if (one := _file_mapped_at(line))]
     starts, wanted = [each[0] for each in ranges], set[int]()
     for address in addresses:
         at = bisect_right(starts, address) - 1
