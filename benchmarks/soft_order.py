@@ -1,9 +1,9 @@
 """Soft layer ordering on UCI's tables: soft against permuted and parallel order, and against a net for each table.
 
 Seven tables of Meyerson and Miikkulainen, *Beyond Shared Hierarchies*, 2018, as tasks of one net of 64 units and four
-core layers, by the recipe soft_order: shares of test examples that are mistaken, of the state with the least mean
-validation loss. Seeds choose weights, orders and splits. Finished runs are kept line by line in a file, and not run
-again.
+core layers, by the recipe soft_order: shares of test examples that are mistaken, after the last step; with `--set
+train.stopping.keep=best`, of the state with the least mean validation loss. Seeds choose weights, orders and splits.
+Finished runs are kept line by line in a file, and not run again.
 
     soft        each task mixes all layers at each depth, as it learns to
     permuted    each task has an order of the layers by chance
