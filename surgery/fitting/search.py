@@ -37,6 +37,7 @@ CORRECTIONS = 2  # of what is predicted of related sites within a budget
 DOUBT = (
     0.1  # of an artifact's bytes: a saving predicted of what methods share that measuring may well turn round
 )
+FAR = 3.0  # times the measured errors: what rounding apart is predicted to cost where measuring it is a waste of time
 FULL, FILLED = 0.99, 2  # share of a budget that is enough, and how often more of it is tried
 HEADERS = 48 * 2**10  # bytes of names and headers that a budget does not count
 
@@ -195,12 +196,23 @@ class Search:
     def smallest_of_related(self, found: Attempt | None, bound: float) -> Attempt | None:
         """The smaller one of an attempt within a bound and of related sites each apart."""
         apart = self.structure.apart(self.table)
+        if found is not None and self.is_far(apart, found):
+            return found
         if found is not None:
             other = self.attempt(self.of_bytes(apart, found.counted / self.whole))
             if other.nbytes > found.nbytes or not (other.errors <= bound).all():
                 return found
         other = self.close_in(apart, bound)
         return min((each for each in (found, other) if each), key=lambda each: each.nbytes, default=None)
+
+    def is_far(self, table: Table, found: Attempt) -> bool:
+        """Whether every member is predicted to move much more by a table's best choice of as many bytes.
+
+        What rounding alone costs is predicted well, unlike what relatives share, and to encode all of it again takes as
+        long as everything else.
+        """
+        choice = within_bytes(table, found.counted + self.headers)
+        return bool((choice.error > (FAR * found.errors) ** 2).all())
 
     def is_together(self, found: Attempt) -> bool:
         """Whether related sites are stored together in what was found."""
@@ -328,7 +340,9 @@ class Search:
             if other.counted > budget * self.whole or not better(other, found):
                 break
             found = other
-        other = self.attempt(self.of_bytes(self.structure.apart(self.table), budget))
+        if self.is_far(apart := self.structure.apart(self.table), found):
+            return found
+        other = self.attempt(self.of_bytes(apart, budget))
         return found if other.counted > budget * self.whole or better(found, other) else other
 
     def of_bytes(self, table: Table, budget: float) -> Choice:
