@@ -103,7 +103,9 @@ def fit_addition(
     was, parameters = content_hash(whole_state(member.module)), parameters_of_module(member.module)
     extra = extra_state_of(member.module)
     inputs = list(probes) or probe_inputs(member, seed=seed)
-    scene = Scene({name: Trial(member, originals, owners, inputs, place)}, as_asked(plan), target, seed)
+    trials = {name: Trial(member, originals, owners, inputs, place)}
+    given = frozenset({name} if probes else ())
+    scene = Scene(trials, as_asked(plan), target, seed, calibrated=given, beside=True)
     tied = {first: names for first, names in owners.items() if len(names) > 1}
     known = Known(stored, place)
     groups = known.groups(scene)
@@ -190,7 +192,7 @@ class Known:
                 method, common = find_method(bank.method, TensorMethod), self._common(bank)
             assert common is not None  # the site resembles it
             moved = self._moved(common)
-            made = method.addition(scene, scene.unclaimed[key], moved)
+            made = method.addition(scene, scene.sites[key], moved)
             self.present.append((made.units[0], moved))
             yield made
 
@@ -221,9 +223,9 @@ class Known:
 
     def _lent(self, scene: Scene, key: Key) -> PlainKey | None:
         """The plain tensor of another member that a site resembles most and that can be what both have in common."""
-        if key not in scene.unclaimed or key not in scene.sensitivity or scene.target.max_error == 0:
+        if key not in scene.sites or key not in scene.sensitivity or scene.target.max_error == 0:
             return None
-        site, own = scene.unclaimed[key], scene.originals[key]
+        site, own = scene.sites[key], scene.originals[key]
         held = [
             at
             for at, each in self.stored.tensors.items()
@@ -254,7 +256,7 @@ class Known:
             kinds[_kind(first)].append(bank)
         found: dict[Key, str | PlainKey] = {}
         sites: dict[object, list[Key]] = defaultdict(list)
-        for key, site in scene.unclaimed.items():
+        for key, site in scene.sites.items():
             if key in scene.sensitivity:
                 sites[_kind(site)].append(key)
         for kind, keys in sites.items():
@@ -264,7 +266,7 @@ class Known:
                 continue
             stack, names = torch.stack([*having.values()]), list(having)
             for key in keys:
-                matrix = scene.unclaimed[key].view.to_matrices(scene.originals[key])
+                matrix = scene.sites[key].view.to_matrices(scene.originals[key])
                 (sample,) = samples([matrix], scene.seed)
                 cosines = stack @ sample
                 best = int(cosines.argmax())
@@ -276,7 +278,7 @@ class Known:
         """Sites that may resemble what is stored: those of a kind that a bank has, and of a name that a tensor has."""
         kinds = {_kind(p.site) for p in self.stored.plan.placements}
         names = {key.name for key in self.stored.tensors if isinstance(key, PlainKey)}
-        return [site for site in scene.unclaimed.values() if _kind(site) in kinds or site.name in names]
+        return [site for site in scene.sites.values() if _kind(site) in kinds or site.name in names]
 
     def _common(self, bank: BankPlan) -> Encoded | None:
         return find_method(bank.method, TensorMethod).common(bank, self.stored.parts(bank.key))

@@ -51,6 +51,7 @@ class Scene:
         replaced: methods of the modules that were replaced, one for each, where members are compared with what stood
             there.
         calibrated: members whose trials run on inputs that were given, so that what these look like is known.
+        beside: whether other members are stored already, with which these may share.
     """
 
     trials: Mapping[str, Trial]
@@ -59,6 +60,7 @@ class Scene:
     seed: int
     replaced: Sequence[str] = ()
     calibrated: frozenset[str] = frozenset()
+    beside: bool = False
 
     @cached_property
     def originals(self) -> dict[Key, Tensor]:
@@ -173,7 +175,7 @@ class Scene:
     @cached_property
     def sites(self) -> dict[Key, Site]:
         """What can be stored together: sites that no method decides on, and of several members private tensors."""
-        several = len(self.trials) > 1
+        several = self.beside or len(self.trials) > 1
         return self.unclaimed | (private_sites(self.plan.left_alone) if several else {})
 
     @cached_property

@@ -580,3 +580,42 @@ def test_a_member_of_another_artifact_is_added_as_it_is_there(nets):
     code, out, _ = command("add", "joint", "other", "--json", "--trust-remote-code")
     assert code == 0 and json.loads(out)["members"][0]["name"] == "e"
     assert "e" in read_manifest(nets).members
+
+
+class Words(nn.Module):
+    """A table, private by nature, of which outputs are a map of the mean of what is looked up."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.middle, self.last = nn.Embedding(400, 32), nn.Linear(32, 32), nn.Linear(32, 5)
+
+    def forward(self, ids):
+        return self.last(torch.relu(self.middle(self.table(ids).mean(1))))
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_table_of_one_more_member_is_the_others_and_what_its_rows_moved_by(tmp_path, calibrated):
+    torch.manual_seed(0)
+    base, made, ids = Words().state_dict(), [], torch.randint(0, 400, (64, 9))
+    for seed, name in enumerate("abc"):
+        module, generator = Words().eval(), torch.Generator().manual_seed(seed)
+        module.load_state_dict(base)
+        with torch.no_grad():
+            far, where = torch.rand(400, 1, generator=generator), torch.randn(1, 32, generator=generator)
+            module.table.weight += 0.1 * far * where
+        made.append(member(module, name, ids))
+    probes = {each.name: [each.inputs] for each in made} if calibrated else {}
+    *two, new = made
+    joint = surgery.join(two)
+    given_to = {name: each for name, each in probes.items() if name != "c"} or None
+    surgery.save(surgery.fit(joint, budget=0.3, probes=given_to, device="cpu"), tmp_path / "joint")
+    before = contents(tmp_path / "joint")
+    (added,) = surgery.add(
+        tmp_path / "joint", {"c": new}, max_error=0.05, probes=probes or None, device="cpu"
+    )
+    assert added.marginal_bytes < 0.1 * sum(t.nbytes for t in base.values())
+    again = surgery.load(tmp_path / "joint", modules={name: Words() for name in "abc"})
+    table = [p for p in again.plan.placements if p.site.name == "table.weight"]
+    assert {p.site.member for p in table} == set("abc") and len({p.bank for p in table}) == 1
+    surgery.remove(tmp_path / "joint", "c")
+    assert contents(tmp_path / "joint") == before

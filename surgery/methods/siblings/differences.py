@@ -9,7 +9,7 @@ they make up for their rounding as far as their directions reach.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -161,27 +161,18 @@ def shared_matrix(scene: Scene, sites: Sequence[Site]) -> Arrangement:
         )
 
     shared, metrics = mean(), [scene.metric(site) for site in sites]
-    weights = None
+    weights: list[Tensor] = []
     if sites[0].kind == TABLE:
         apart = (_matrix(*each) - shared for each in zip(sites, originals, strict=True))
-        moved = sum((each.square().sum(1) for each in apart), start=shared.new_zeros(len(shared)))
-        known = all(site.member in scene.calibrated for site in sites)
-        each_own = [
-            row_weights(metric.rows if known else None, moved, scene.uses_of(key_of(site)))
-            for site, metric in zip(sites, metrics, strict=True)
-        ]
-        weights = torch.stack(each_own).mean(0)
-        metrics = [
-            each if each.out.ndim == 2 else replace(each, out=own)
-            for each, own in zip(metrics, each_own, strict=True)
-        ]
+        weights = _weights_of_rows(scene, sites, metrics, apart)
+        metrics = [_by_rows(metric, own) for metric, own in zip(metrics, weights, strict=True)]
     found = [
         _priced(shared, site, original, metric, _most(site))
         for site, original, metric in zip(sites, originals, metrics, strict=True)
     ]
     unit = _shared_unit(shared, [site.member for site in sites], metrics)
-    if weights is not None:
-        unit = by_rows(unit, weights)
+    if weights:
+        unit = by_rows(unit, torch.stack(weights).mean(0))
     # It is as large as an original: those that are tried are made again.
     again = Made(tuple(shared.shape), shared.dtype, shared.device, mean)
     unit = replace(unit, tensors=LazyState(dict.fromkeys(unit.tensors, again)))
@@ -194,9 +185,31 @@ def added_site(scene: Scene, site: Site, stored: Encoded) -> Arrangement:
     shared = shared.to(original.device, master_dtype(original.dtype))
     # Trying directions in all precisions takes longer than finding them: those that move nothing are left out before.
     least = NOTHING * (scene.target.max_error or 0.0) ** 2 / len(scene.unclaimed)
-    found = _priced(shared, site, original, scene.metric(site), RUNS[-1], least)
+    metric = scene.metric(site)
+    if site.kind == TABLE and site.member in scene.calibrated:
+        # How far a row is from what is stored says how that was rounded, and not how far it was moved.
+        weights = row_weights(metric.rows, torch.zeros_like(metric.rows), scene.uses_of(key_of(site)))
+        metric = _by_rows(metric, weights)
+    found = _priced(shared, site, original, metric, _most(site), least)
     unit = Unit({"shared": shared}, {}, (stored.precision,), (0.0,), (0.0,))
     return _arranged([found], shared.shape, unit, 4 * PART_BYTES)
+
+
+def _weights_of_rows(
+    scene: Scene, sites: Sequence[Site], metrics: Sequence[Metric], differences: Iterable[Tensor]
+) -> list[Tensor]:
+    """What an error of each row of a table counts, `[o]` for each member's."""
+    moved = torch.stack([each.square().sum(1) for each in differences]).sum(0)
+    known = all(site.member in scene.calibrated for site in sites)
+    return [
+        row_weights(metric.rows if known else None, moved, scene.uses_of(key_of(site)))
+        for site, metric in zip(sites, metrics, strict=True)
+    ]
+
+
+def _by_rows(metric: Metric, weights: Tensor) -> Metric:
+    """With what rows count where of the outputs a diagonal alone is known, which data draw that use few rows."""
+    return metric if metric.out.ndim == 2 else replace(metric, out=weights)
 
 
 @dataclass(frozen=True)
