@@ -16,16 +16,13 @@ depths together. Finished runs are kept line by line in a file, and not run agai
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.harness import make_header, make_parser, run_cells, show
+from benchmarks.harness import add_cell_options, make_header, make_parser, run_cells, show
 
 NET = "surgery_recipes.routed:"
 FIGURES: Mapping[str, tuple[str, Mapping[str, str]]] = {
@@ -130,18 +127,12 @@ def tabulate(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one of the figures."""
     parser = make_parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("figure", choices=tuple(FIGURES))
     parser.add_argument("--ways", nargs="+", default=None, help="some of the figure's; all by default")
     parser.add_argument(
         "--runs", type=int, default=None, help="seeds; by default 30 for related, 20 for pairs, 10"
     )
-    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--minutes", type=float, default=None, help="begin no run after so many")
-    parser.add_argument(
-        "--kept", type=Path, default=Path("gumbel_matrix.jsonl"), help="where finished runs are kept"
-    )
+    add_cell_options(parser, "gumbel_matrix.jsonl")
     options = parser.parse_args(argv)
     figure, ways = options.figure, options.ways or list(FIGURES[options.figure][1])
     runs = 1 if options.fast else options.runs or {"related": 30, "pairs": 20}.get(figure, 10)

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import date
@@ -72,29 +72,60 @@ def run_cells(
         minutes: after which no cell begins; None for no end.
 
     Returns:
-        what was found, by cell; without those that did not begin.
+        what was found, by cell; without those that did not begin or failed.
     """
     done: dict[str, dict[str, Any]] = {}
     if kept is not None and kept.exists():
         done = dict(map(json.loads, kept.read_text("utf-8").splitlines()))
     end = float("inf") if minutes is None else time.monotonic() + 60 * minutes
-    left = [cell for cell in cells if str(cell) not in done]
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        running: dict[Future[dict[str, Any]], str] = {}
-        while True:
-            while left and len(running) < jobs and time.monotonic() < end:
-                cell = left.pop(0)
-                running[pool.submit(run, *cell)] = str(cell)
-            if not running:
-                break
-            for each in wait(running, return_when=FIRST_COMPLETED).done:
-                name = running.pop(each)
-                done[name] = each.result()
-                if kept is not None:
-                    with kept.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps([name, done[name]]) + "\n")
-                print(f"{name} is done, {len(left) + len(running)} left", file=sys.stderr, flush=True)
+    for cell, result in in_processes(run, [cell for cell in cells if str(cell) not in done], jobs, end):
+        done[str(cell)] = result
+        if kept is not None:
+            with kept.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([str(cell), result]) + "\n")
+        print(f"{cell} is done", file=sys.stderr, flush=True)
     return {cell: done[str(cell)] for cell in cells if str(cell) in done}
+
+
+def in_processes(
+    run: Callable[..., dict[str, Any]], cells: Iterable[tuple[Any, ...]], jobs: int, end: float
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Cells with what was found, as each ends; one that fails is said, and the others go on.
+
+    Args:
+        run: of a module.
+        cells: its arguments; the first ones begin first.
+        jobs: processes at a time.
+        end: by `time.monotonic`, after which no cell begins.
+    """
+    left, running = iter(cells), dict[Future[dict[str, Any]], tuple[Any, ...]]()
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        while True:
+            while len(running) < jobs and time.monotonic() < end and (cell := next(left, None)) is not None:
+                running[pool.submit(run, *cell)] = cell
+            if not running:
+                return
+            for each in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(each)
+                if (error := each.exception()) is None:
+                    yield cell, each.result()
+                else:
+                    said = f"{cell} failed: {type(error).__name__}: {error}"
+                    print(said[:800], file=sys.stderr, flush=True)
+
+
+def add_cell_options(parser: argparse.ArgumentParser, kept: str) -> None:
+    """Options of a table whose cells are runs of a recipe.
+
+    Args:
+        parser: of the benchmark.
+        kept: name of the file that finished runs are kept in, by default.
+    """
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--minutes", type=float, default=None, help="begin no run after so many")
+    parser.add_argument("--kept", type=Path, default=Path(kept), help="where finished runs are kept")
 
 
 def take_turns(

@@ -32,14 +32,13 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from benchmarks.crossmodal import METHODS
 from benchmarks.crossmodal import changes as changes_of_methods
-from benchmarks.harness import make_parser
+from benchmarks.harness import in_processes, make_parser
 from benchmarks.recipe_runs import document_of, members_of, tabulate, to_markdown
 
 RECIPE = "crossmodal_small"
@@ -75,14 +74,15 @@ def changes_of(method: str, members: Sequence[str]) -> tuple[dict[str, Any], lis
         best = {"best": "member" if kind == "own" else "regret"}
         return {"train": {"evolution": {"price": float(number)}, "stopping": best}}, []
     if kind == "smaller":
-        own = [f"models.{n}.model={_smaller(name, float(number))}" for n, name in enumerate(members)]
+        nets = [SMALLER[name].format(width=width_of(method, name)) for name in members]
+        own = [f"models.{n}.model={net}" for n, net in enumerate(nets)]
         return dict(changes_of_methods()["single"]), own
     return dict(changes_of_methods()[method]), []
 
 
-def _smaller(name: str, share: float) -> str:
-    """A net whose sites have a share of their parameters, which grow with the square of its width."""
-    return SMALLER[name].format(width=round(WIDTHS[name] * share**0.5))
+def width_of(method: str, name: str) -> int:
+    """The width of a net whose sites have a share of their parameters, which grow with its square."""
+    return round(WIDTHS[name] * float(method.partition("=")[2]) ** 0.5)
 
 
 def sweep_of(method: str) -> str:
@@ -145,7 +145,6 @@ class Runs:
     def __init__(self, path: Path, jobs: int, minutes: float, fast: bool = False):
         self.path, self.jobs, self.end = path, jobs, time.monotonic() + 60 * minutes
         self.fast: Job = {"fast": True} if fast else {}
-        self.pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
         self.found: dict[str, dict[str, Any]] = {}
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -158,26 +157,9 @@ class Runs:
 
     def run(self, jobs: Iterable[Job]) -> None:
         """Run what has no result yet, in this order."""
-        left = [{**job, **self.fast} for job in jobs if self.of(job) is None]
-        waiting: dict[Future[dict[str, Any]], Job] = {}
-        for job in left:
-            while len(waiting) >= self.jobs:
-                self._take(waiting)
-            if time.monotonic() < self.end:
-                waiting[self.pool.submit(run_here, job)] = job
-        while waiting:
-            self._take(waiting)
-
-    def _take(self, waiting: dict[Future[dict[str, Any]], Job]) -> None:
-        """Write down what is done."""
-        for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-            job = waiting.pop(future)
-            if (error := future.exception()) is not None:
-                print(
-                    f"{_key(job)} failed: {type(error).__name__}: {error}"[:800], file=sys.stderr, flush=True
-                )
-                continue
-            result = self.found[_key(job)] = future.result()
+        left = [({**job, **self.fast},) for job in jobs if self.of(job) is None]
+        for (job,), result in in_processes(run_here, left, self.jobs, self.end):
+            self.found[_key(job)] = result
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"job": job, "result": result}) + "\n")
             print(f"{_key(job)} {result.get('seconds', 0):.0f} s", file=sys.stderr, flush=True)
@@ -311,9 +293,7 @@ def share_of_sites(method: str, members: Sequence[str]) -> float:
     """How many parameters sites have, relative to those of the recipe's widths."""
     if not method.startswith("smaller="):
         return 1.0
-    own = sum(
-        sizes(name, round(WIDTHS[name] * float(method.partition("=")[2]) ** 0.5))[0] for name in members
-    )
+    own = sum(sizes(name, width_of(method, name))[0] for name in members)
     return own / sum(sizes(name, WIDTHS[name])[0] for name in members)
 
 
@@ -321,28 +301,20 @@ def share_of_all(method: str, members: Sequence[str], share: float) -> float:
     """What members keep of all their parameters, private ones too, where `share` is kept of those of the sites."""
     full = {name: sizes(name, WIDTHS[name]) for name in members}
     if method.startswith("smaller="):
-        own = {name: round(WIDTHS[name] * float(method.partition("=")[2]) ** 0.5) for name in members}
-        return sum(sum(sizes(name, width)) for name, width in own.items()) / sum(map(sum, full.values()))
+        own = [sizes(name, width_of(method, name)) for name in members]
+        return sum(map(sum, own)) / sum(map(sum, full.values()))
     kept = sum(sites * share + private for sites, private in full.values())
     return kept / sum(map(sum, full.values()))
 
 
+@cache
 def sizes(name: str, width: int) -> tuple[int, int]:
     """Parameters of a net's sites, and private ones."""
-    from surgery_recipes import nets
+    import surgery
 
-    make = {
-        "lenet": lambda: nets.lenet(width)[0],
-        "lstm": lambda: nets.word_model(2000, width)[0],
-        "deepbind": lambda: nets.deepbind(width)[0],
-    }
-    per_width = {
-        "lenet": 498,
-        "lstm": 16,
-        "deepbind": 25,
-    }  # all but first and last layers, biases, embeddings
-    sites = per_width[name] * width * width
-    return sites, sum(p.numel() for p in make[name]().parameters()) - sites
+    member = surgery.load_member(SMALLER[name].format(width=width), name=name)
+    sites = sum(math.prod(site.shape) for site in surgery.discover(member).sites)
+    return sites, sum(p.numel() for p in member.module.parameters()) - sites
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]], members: Sequence[str]) -> list[str]:
@@ -405,7 +377,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs.run(synthetic_jobs(options))
     if not options.show and options.table != "synthetic":
         run_crossmodal(runs, options)
-    runs.pool.shutdown()
     if options.table != "crossmodal":
         print(show_synthetic(runs, options))
     if options.table != "synthetic":

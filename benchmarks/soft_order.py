@@ -13,15 +13,12 @@ Finished runs are kept line by line in a file, and not run again.
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.harness import make_header, make_parser, run_cells, show
+from benchmarks.harness import add_cell_options, make_header, make_parser, run_cells, show
 
 ORDERS = ("soft", "permuted", "parallel", "single")
 
@@ -72,15 +69,9 @@ def _error(values: Sequence[float]) -> float | None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all orders with some seeds."""
     parser = make_parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--runs", type=int, default=10, help="seeds")
-    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--minutes", type=float, default=None, help="begin no run after so many")
-    parser.add_argument(
-        "--kept", type=Path, default=Path("soft_order.jsonl"), help="where finished runs are kept"
-    )
+    add_cell_options(parser, "soft_order.jsonl")
     options = parser.parse_args(argv)
     seeds = range(options.seed, options.seed + (1 if options.fast else options.runs))
     cells = [
