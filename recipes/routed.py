@@ -51,10 +51,7 @@ class Regression(nn.Module):
 class Digits(nn.Module):
     """Three depths of four small convolutions, mean pooling after the first two, and a linear head for each task.
 
-    Args:
-        tasks: names.
-        allocation: `gumbel`, `shared` or `apart`.
-        settings: of the gumbel route, such as `component_budget`.
+    Its arguments are those of a `Regression`.
     """
 
     def __init__(self, tasks: Sequence[str], allocation: str = "gumbel", **settings: Any):

@@ -191,10 +191,7 @@ def made_once(key: str, make: Callable[[], Made], device: torch.device | None = 
         (42, {})
     """
     journal = _current.get()
-    found = None if journal is None else journal.get(key)
-    if found is None:
-        found = make() if journal is None else journal.keep(key, *make())
-    value, tensors = found
+    value, tensors = make() if journal is None else journal.get(key) or journal.keep(key, *make())
     return value, tensors if device is None else {name: tensor.to(device) for name, tensor in tensors.items()}
 
 

@@ -97,7 +97,8 @@ def places_of(tensors: Iterable[Tensor]) -> dict[int, Place]:
     """
     found: dict[int, Place] = {}
     plain = [t for t in tensors if t.device.type == "cpu" and t.layout == torch.strided and t.numel()]
-    mappings = _mappings({tensor.data_ptr() for tensor in plain}) if sys.platform == "linux" else []
+    addresses = {tensor.data_ptr() for tensor in plain}
+    mappings = _mappings(addresses) if addresses and sys.platform == "linux" else []
     starts, files = [each.start for each in mappings], dict[str, MappedFile]()
     for tensor in plain:
         at = bisect_right(starts, tensor.data_ptr()) - 1

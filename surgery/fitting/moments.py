@@ -109,13 +109,32 @@ def gather(
         batches: positional and named arguments of a call.
     """
     watch = Watch(module, sites)
+    for _ in watched(module, watch, batches):
+        watch.recent.clear()
+    return watch.moments()
+
+
+def watched(
+    module: nn.Module, watch: TorchFunctionMode, batches: Iterable[tuple[Sequence[Any], Mapping[str, Any]]]
+) -> Iterator[None]:
+    """Call a module with each batch while a mode sees what it computes; what it draws is the same each time.
+
+    Args:
+        module: in eval mode, with its ordinary weights; left as it was.
+        watch: the mode.
+        batches: positional and named arguments of a call.
+    """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for args, kwargs in batches:
             torch.manual_seed(0)
             with watch:
                 module(*args, **kwargs)
-            watch.recent.clear()
-    return watch.moments()
+            yield
+
+
+def names_by_storage(module: nn.Module, names: Iterable[str]) -> dict[int, str]:
+    """Names of weights of a module by the address of their storage, which views of them share."""
+    return {getattr(*locate(module, name)).untyped_storage().data_ptr(): name for name in names}
 
 
 class Watch(TorchFunctionMode):
@@ -124,9 +143,8 @@ class Watch(TorchFunctionMode):
     def __init__(self, module: nn.Module, sites: Iterable[Site]) -> None:
         super().__init__()
         self.views = {site.name: unfolded(site) for site in sites}
-        weights = {name: getattr(*locate(module, name)) for name in self.views}
-        self.names = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
-        self.weights = weights
+        self.weights = {name: getattr(*locate(module, name)) for name in self.views}
+        self.names = names_by_storage(module, self.views)
         self.total: dict[str, Tensor] = {}
         self.count: dict[str, int] = {}
         self.lost: set[str] = set()

@@ -123,8 +123,7 @@ class Scene:
         for member in self.calibrated:
             if tables := [name for owner, name in self._tables if owner == member]:
                 trial = self.trials[member]
-                calls = ((each.args, each.kwargs) for each in trial.probes)
-                found[member] = look_ups(trial.module, tables, calls)
+                found[member] = look_ups(trial.module, tables, trial.calls)
         return found
 
     @cached_property
@@ -136,7 +135,7 @@ class Scene:
             every = {**matrices_alone(self.plan.left_alone), **self.unclaimed}
             mine = [site for site in every.values() if site.member == member]
             sites = [site for site in mine if unfolded(site).shape[2] <= WIDEST_INPUT]
-            seen = gather(trial.module, sites, ((each.args, each.kwargs) for each in trial.probes))
+            seen = gather(trial.module, sites, trial.calls)
             known = {name: each.statistics for name, each in seen.items()}
             found[member] = {name: each for name, each in known.items() if each is not None}
         return found
@@ -174,7 +173,7 @@ class Scene:
 
     @cached_property
     def sites(self) -> dict[Key, Site]:
-        """What can be stored together: sites that no method decides on, and of several members private tensors."""
+        """What can be stored together: sites that no method decides on, and beside other members private tensors."""
         several = self.beside or len(self.trials) > 1
         return self.unclaimed | (private_sites(self.plan.left_alone) if several else {})
 

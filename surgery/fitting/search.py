@@ -208,11 +208,11 @@ class Search:
     def is_far(self, table: Table, found: Attempt) -> bool:
         """Whether every member is predicted to move much more by a table's best choice of as many bytes.
 
-        What rounding alone costs is predicted well, unlike what relatives share, and to encode all of it again takes as
-        long as everything else.
+        What rounding alone costs is predicted well up to errors as large as the outputs themselves, beyond which it
+        says no more than that; to encode all of it again takes as long as everything else.
         """
-        choice = within_bytes(table, found.counted + self.headers)
-        return bool((choice.error > (FAR * found.errors) ** 2).all())
+        predicted = np.minimum(within_bytes(table, found.counted + self.headers).error, 1.0)
+        return bool((predicted > (FAR * found.errors) ** 2).all())
 
     def is_together(self, found: Attempt) -> bool:
         """Whether related sites are stored together in what was found."""

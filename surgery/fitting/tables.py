@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from surgery.fitting.metric import DAMPING
+from surgery.fitting.moments import names_by_storage, watched
 from surgery.fitting.units import Unit, unit_bytes
-from surgery.slots.slots import locate
 from surgery.storage.codecs import Precision, Statistics, mixtures, row_costs
 
 TABLE = "embedding"  # the kind of sites that are looked up row by row
@@ -75,22 +75,22 @@ def look_ups(
         tables: names of weights of this module.
         batches: positional and named arguments of a call.
     """
-    watch = _LookUps(module, tables)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for args, kwargs in batches:
-            torch.manual_seed(0)
-            with watch:
-                module(*args, **kwargs)
+    watch = _LookUps(names_by_storage(module, tables))
+    for _ in watched(module, watch, batches):
+        pass
     return watch.uses
 
 
 class _LookUps(TorchFunctionMode):
-    """While it is the active mode, counts what is looked up."""
+    """While it is the active mode, counts what is looked up.
 
-    def __init__(self, module: nn.Module, tables: Iterable[str]) -> None:
+    Args:
+        names: of tables, by the address of their storage.
+    """
+
+    def __init__(self, names: Mapping[int, str]) -> None:
         super().__init__()
-        weights = {name: getattr(*locate(module, name)) for name in tables}
-        self.names = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
+        self.names = names
         self.uses: dict[str, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +60,11 @@ class Trial:
                 f"Member '{self.name}' returns NaN or inf on its probe inputs; pass real ones with "
                 "`calibrate`, or use `max_error=0`."
             )
+
+    @property
+    def calls(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Positional and named arguments of a call with each probe."""
+        return ((tuple(each.args), dict(each.kwargs)) for each in self.probes)
 
     def set_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Give the module other weights; tensors not named stay as they are."""

@@ -187,6 +187,8 @@ def test_soft_order_runs(run, tmp_path):
 
 
 def cell(number, factor):
+    if not factor:
+        raise ValueError("no factor")
     return {"product": number * factor}
 
 
@@ -198,6 +200,15 @@ def test_finished_cells_are_kept_and_not_run_again(tmp_path):
     found = run_cells(cell, [(1, 2), (2, 3), (4, 5)], 1, kept)
     assert found == {(1, 2): {"product": 2}, (2, 3): {"product": "kept"}, (4, 5): {"product": 20}}
     assert run_cells(cell, [(4, 5), (7, 7)], 1, kept, minutes=0) == {(4, 5): {"product": 20}}
+
+
+def test_a_cell_that_fails_is_said_and_the_others_are_kept(tmp_path, capfd):
+    from benchmarks.harness import run_cells
+
+    kept = tmp_path / "kept.jsonl"
+    assert run_cells(cell, [(1, 0), (2, 3)], 1, kept) == {(2, 3): {"product": 6}}
+    assert "(1, 0) failed: ValueError: no factor" in capfd.readouterr().err
+    assert len(kept.read_text().splitlines()) == 1
 
 
 def test_common_components_are_a_share_of_all_that_either_task_has():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch import nn
 import surgery
 from surgery.fitting import scene, structure
 from surgery.fitting.allocation import revalued, within_bytes
+from surgery.fitting.search import Search
 from surgery.fitting.structure import Structure
 from surgery.fitting.tabulated import Table
 
@@ -77,6 +79,28 @@ def test_a_family_is_never_worse_than_its_members_apart(monkeypatch, given, size
     apart(monkeypatch)
     alone = fitted(nets, given, budget=0.1)
     assert np.mean([*found.errors.values()]) <= np.mean([*alone.errors.values()])
+
+
+@pytest.mark.parametrize(("size", "target"), [(0.03, {"budget": 0.08}), (0.01, {"max_error": 0.02})], ids=str)
+def test_what_is_not_encoded_would_not_have_been_taken(monkeypatch, size, target):
+    nets, said, is_far = family(size, rank=1), [], Search.is_far
+    monkeypatch.setattr(Search, "is_far", lambda *given: said.append(is_far(*given)) or said[-1])
+    found = fitted(nets, False, **target)
+    assert any(said)
+    monkeypatch.setattr(Search, "is_far", lambda *given: False)
+    always = fitted(nets, False, **target)
+    assert (found.stored_bytes, found.errors) == (always.stored_bytes, always.errors)
+
+
+def test_errors_as_large_as_the_outputs_are_never_taken_for_far():
+    """Predictions go on rising where outputs cannot move further."""
+    found = SimpleNamespace(counted=0.0, errors=np.array([0.4, 0.4]))
+    search = SimpleNamespace(headers=10.0)
+    size, error = np.array([[1.0]]), np.array([[100.0]])
+    one = np.zeros(1, int)
+    table = Table(size, error, np.ones((1, 2)), one, one, np.zeros(1))
+    assert not Search.is_far(search, table, found)
+    assert Search.is_far(search, table, SimpleNamespace(counted=0.0, errors=np.array([0.3, 0.3])))
 
 
 @pytest.mark.parametrize("target", [{"budget": 0.1}, {"max_error": 0.2}], ids=str)

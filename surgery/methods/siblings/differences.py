@@ -184,7 +184,7 @@ def added_site(scene: Scene, site: Site, stored: Encoded) -> Arrangement:
     original, shared = scene.originals[key_of(site)], decode(stored)
     shared = shared.to(original.device, master_dtype(original.dtype))
     # Trying directions in all precisions takes longer than finding them: those that move nothing are left out before.
-    least = NOTHING * (scene.target.max_error or 0.0) ** 2 / len(scene.unclaimed)
+    least = NOTHING * (scene.target.max_error or 0.0) ** 2 / len(scene.sites)
     metric = scene.metric(site)
     if site.kind == TABLE and site.member in scene.calibrated:
         # How far a row is from what is stored says how that was rounded, and not how far it was moved.
