@@ -95,8 +95,9 @@ def show(*what: Any) -> None:
 
 
 def say(text: str = "", style: str | None = None) -> None:
-    """One paragraph on stdout."""
-    show(Text(text, style=style or ""))
+    """One paragraph on stdout; a path longer than the screen stays one word, so that it can be copied."""
+    clear()
+    out.print(Text(text, style=style or ""), overflow="ignore", crop=False)
 
 
 def heading(text: str) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
-from surgery_cli import completion, screen
+from surgery_cli import completion, console, screen
 from surgery_cli.__main__ import app, with_values
 from surgery_cli.hush import hush
 
@@ -88,6 +88,15 @@ def test_progress_comes_back_after_something_was_printed():
     end = file.getvalue()
     shown.close()
     assert file.getvalue() == end and shown._live is None
+
+
+def test_a_path_longer_than_the_screen_stays_one_word(monkeypatch):
+    path = "/" + "/".join(["a-folder-of-somebody"] * 9)
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "out", Console(file=shown, width=40, highlight=False, markup=False))
+    console.say(f"Drawn into {path}, and nothing else was written anywhere, as you asked for.")
+    assert path in shown.getvalue()
+    assert max(len(line) for line in shown.getvalue().splitlines() if path not in line) <= 40
 
 
 def test_a_pipe_gets_no_colours_and_no_progress():
