@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -96,8 +97,12 @@ def show(*what: Any) -> None:
 
 def say(text: str = "", style: str | None = None) -> None:
     """One paragraph on stdout; a path longer than the screen stays one word, so that it can be copied."""
+    lines = [
+        textwrap.fill(line, out.width, replace_whitespace=False, break_long_words=False, break_on_hyphens=False)
+        for line in text.split("\n")
+    ]
     clear()
-    out.print(Text(text, style=style or ""), overflow="ignore", crop=False)
+    out.print(Text("\n".join(lines), style=style or ""), soft_wrap=True)
 
 
 def heading(text: str) -> None:
