@@ -10,7 +10,7 @@ SEED = 0
 
 
 @forks
-@pytest.mark.parametrize("cases", [60, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [30, pytest.param(500, marks=pytest.mark.slow)])
 def test_mutated_files_end_in_an_error_or_as_they_were(tmp_path, cases):
     run = Started(fuzzing.main, tmp_path / "corpus", SEED, cases, environment={"HF_HUB_OFFLINE": "1"})
     codes, said = run.wait()

@@ -138,6 +138,7 @@ class Tiny(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_artifact_is_no_larger_than_its_members(tmp_path: Path):
     scalars = nn.ParameterList(torch.zeros(1) for _ in range(800))
     siblings = [seeded(lambda: Tiny(2), number // 2) for number in range(4)]

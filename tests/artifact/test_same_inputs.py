@@ -122,6 +122,7 @@ def bare():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["make", "drawn"])
 def test_inputs_of_a_factory(tmp_path, monkeypatch, factory):
     """Also where it gives other ones each time."""

@@ -308,6 +308,7 @@ def test_distance_of_embeddings_is_one_less_cosine():
     assert torch.allclose(distance(one, SimpleNamespace(target=other)), wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_checkout_against_itself(run):
     document = run("against", str(ROOT), "startup", "--rounds", "1")
     assert of(document, "of") == ["python -c pass", "surgery --help", "surgery merge --help"]
@@ -323,6 +324,7 @@ def test_one_more_member_costs_less_bytes_than_alone(run):
     assert 0 < added < alone
 
 
+@pytest.mark.slow
 def test_residency_compares_ways_of_holding_members(run):
     document = run("residency")
     assert of(document, "way") == ["plain", "packed", "shared", "packed, cache"] * 2

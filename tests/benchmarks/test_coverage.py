@@ -33,6 +33,7 @@ def _misbehave(how):
     return {"how": how}
 
 
+@pytest.mark.slow
 def test_one_bad_model_costs_only_itself():
     every = ["good", "hangs", "crashes", "eats memory", "raises", "exits", "good too"]
     began = time.monotonic()
@@ -46,6 +47,7 @@ def test_one_bad_model_costs_only_itself():
     assert found["exits"].failure == "its process ended with exit code 3"
 
 
+@pytest.mark.slow
 def test_what_hangs_does_not_leave_its_children(tmp_path):
     pid = tmp_path / "pid"
 

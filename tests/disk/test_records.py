@@ -210,6 +210,7 @@ def test_recipes_cp_leaves_the_file_that_a_link_leads_to(tmp_path):
     assert (tmp_path / ".mine.yaml.new").read_bytes() == b"mine too"
 
 
+@pytest.mark.slow
 def test_the_demo_replaces_only_what_it_wrote(tmp_path):
     from surgery_cli.demo_inputs import write_inputs
 

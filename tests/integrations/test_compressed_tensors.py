@@ -144,6 +144,7 @@ def test_said_before_anything_is_written(tmp_path):
     assert "of Embedding, where weights of Linear are packed" in text
 
 
+@pytest.mark.slow
 def test_what_cannot_be_packed(tmp_path):
     net = surgery.load_member(
         str(save_tiny("t5", tmp_path / "t5")), name="net"

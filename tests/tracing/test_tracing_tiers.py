@@ -169,6 +169,7 @@ def test_a_trace_that_takes_too_long_is_given_up(tier):
     assert found.tier == TABLE and "took more than 0.3 s" in found.notes[0]
 
 
+@pytest.mark.slow
 def test_a_trace_that_takes_too_much_memory_is_given_up():
     def choose(net, x):
         # 64 MiB each: too large to be memory that was freed before.

@@ -94,6 +94,7 @@ def test_members_of_a_frozen_bank_stay_bit_for_bit(first, monkeypatch):
     assert hashes("on") != hashes("one")
 
 
+@pytest.mark.slow
 def test_a_refined_bank_is_trained_on(first, monkeypatch):
     report = grown(first, monkeypatch, "refined", "--bank", "refined")
     assert sorted(report["scores"]) == ["a", "b", "new"]

@@ -157,6 +157,7 @@ class Net(nn.Module):
         return self.out(x)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(st.sampled_from(["before", "after", "beside"]), st.sets(st.integers(0, 5)))
 def test_any_choice_of_branches_is_the_net_whose_others_add_zeros(kind, on):

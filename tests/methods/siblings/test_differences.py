@@ -204,6 +204,7 @@ def test_it_is_saved_loaded_and_exported_bit_for_bit(fitted, tmp_path):
     assert all(torch.equal(a, small.collapse("two")[key]) for key, a in fitted.collapse("two").items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widest", [0, 63])
 def test_sides_too_wide_for_a_moment_are_fitted_by_their_diagonal(monkeypatch, widest):
     monkeypatch.setattr("surgery.fitting.metric.WIDEST", widest)
