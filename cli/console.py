@@ -98,7 +98,9 @@ def show(*what: Any) -> None:
 def say(text: str = "", style: str | None = None) -> None:
     """One paragraph on stdout; a path longer than the screen stays one word, so that it can be copied."""
     lines = [
-        textwrap.fill(line, out.width, replace_whitespace=False, break_long_words=False, break_on_hyphens=False)
+        textwrap.fill(
+            line, out.width, replace_whitespace=False, break_long_words=False, break_on_hyphens=False
+        )
         for line in text.split("\n")
     ]
     clear()
