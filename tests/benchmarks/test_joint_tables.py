@@ -12,8 +12,9 @@ from benchmarks.joint_tables import (
     WIDTHS,
     Runs,
     _scaled,
+    always_of,
     best_alone,
-    best_factor,
+    best_factors,
     changes_of,
     crossmodal_job,
     joint_sets,
@@ -44,19 +45,39 @@ def test_rates_and_factors_of_least_validation_loss_are_measured(tmp_path):
             job = crossmodal_job("single", [name], TUNING, {name: rate})
             lines.append((job, 2.0 if rate == 3e-3 else 3.0))
     rates = dict.fromkeys(MEMBERS, 3e-3)
-    for factor in FACTORS:
-        lines.append((_scaled("order", MEMBERS, TUNING, rates, factor), 1.0 / factor))
-    path.write_text("".join(json.dumps({"job": job, "result": entry(job, x)}) + "\n" for job, x in lines))
+    results = [(job, entry(job, x)) for job, x in lines]
+    for factor in FACTORS:  # the first member likes the highest, the others the lowest
+        job = _scaled("order", MEMBERS, TUNING, rates, factor)
+        result = entry(job, factor)
+        result["scores"] = {**result["scores"], MEMBERS[0]: {"loss": 1 / factor, "metric": None}}
+        results.append((job, result))
+    path.write_text("".join(json.dumps({"job": job, "result": x}) + "\n" for job, x in results))
     runs = Runs(path, 1, 1.0)
     assert best_alone(runs, MEMBERS, [TUNING]) == rates
-    assert best_factor(runs, "order", MEMBERS, rates, [TUNING]) == max(FACTORS)
-    options = SimpleNamespace(methods=["single", "order"], tuning=1, seeds=2, first=10)
+    best = best_factors(runs, "order", MEMBERS, rates, [TUNING])
+    assert list(best.values()) == [max(FACTORS), min(FACTORS), min(FACTORS)]
+    options = SimpleNamespace(
+        methods=["single", "order"], tuning=1, seeds=2, first=10, factors=FACTORS, recipe="crossmodal_small"
+    )
     assert "no run is there" in show_crossmodal(runs, options)
     for method in options.methods:
         for job in measured(runs, method, MEMBERS, [TUNING], 10):
             runs.found[json.dumps(job, sort_keys=True)] = entry(job, 1.5)
     table = show_crossmodal(runs, options)
-    assert "factor of order, lenet+lstm+deepbind: 3" in table and table.count("| single |") == len(MEMBERS)
+    assert "factors of order: lenet 3, lstm 0.3, deepbind 0.3" in table
+    assert table.count("| single |") == len(MEMBERS)
+
+
+def test_what_is_not_as_ever_is_part_of_what_identifies_a_run(tmp_path):
+    options = SimpleNamespace(fast=False, device="cpu", recipe="crossmodal_small")
+    assert always_of(options) == {}
+    options.device, options.recipe = "cuda", "pair.yaml"
+    assert always_of(options) == {"device": "cuda", "recipe": "pair.yaml"}
+    job = crossmodal_job("hard", MEMBERS, 10, dict.fromkeys(MEMBERS, 1e-3))
+    runs = Runs(tmp_path / "results.jsonl", 1, 1.0, always_of(options))
+    runs.found[json.dumps({**job, **always_of(options)}, sort_keys=True)] = entry(job, 1.0)
+    assert runs.of(job) is not None
+    assert Runs(tmp_path / "none.jsonl", 1, 1.0).of(job) is None
 
 
 def test_groupings_are_compared_beyond_chance():
