@@ -45,7 +45,7 @@ class Flow:
 
     Attributes:
         read: layers with readers, and the module of one.
-        branches: of every layer, in execution order; none where they cannot be told, or are not those of the others.
+        branches: of every layer, in execution order; none where they cannot be found, or are not those of the others.
         passes_on: whether a layer without its branches gives what it gets.
     """
 

@@ -65,17 +65,17 @@ def join(
 
 def _join(members: Sequence[Member], plan: Plan | None, block: tuple[int, int], context: int) -> JointModel:
     """`join`, of members whose modules are replaced."""
-    told = None
+    joined = None
     if plan is None:
         anatomies = [discover(member) for member in members]
-        plan, told = make_plan(anatomies, block, context), _told(members, anatomies, block, context)
+        plan, joined = make_plan(anatomies, block, context), _recorded(members, anatomies, block, context)
     modules = {member.name: align_module(member.module) for member in members}
     keys = [(p.site.member, p.site.name) for p in plan.placements]
     wild = {(name, site) for name, site in keys if not is_tame(_weight(modules[name], site))}
     plan = leave_alone(plan, wild, f"holds NaN, infinite values or values beyond {LARGEST:.0e}")
     joint = JointModel(members, plan, _exact_start(modules, plan))
-    if told is not None:
-        joint.keep_known(replace(joint.known, joined=told))
+    if joined is not None:
+        joint.keep_known(replace(joint.known, joined=joined))
     return joint
 
 
@@ -131,7 +131,7 @@ def _tensor(module: nn.Module, name: str) -> Tensor:
     return getattr(*locate(module, name))
 
 
-def _told(
+def _recorded(
     members: Sequence[Member], anatomies: Sequence[Anatomy], block: tuple[int, int], context: int
 ) -> Recipe | None:
     """The recipe by which a merge joins the same members by the same plan; None where there is none."""

@@ -199,8 +199,8 @@ class JointModel(nn.Module):
         """Inside, members compute what they do for a task, where a method makes that depend on it.
 
         Banks that are `by_task` generate that task's weights, and modules that listen (`slots.serving.ServesTasks`) are
-        told. Layers that gradient checkpointing runs again serve the task that they served, wherever the backward pass
-        runs.
+        notified. Layers that gradient checkpointing runs again serve the task that they served, wherever the backward
+        pass runs.
 
         Args:
             task: name of a task; None for each method's default.

@@ -28,7 +28,7 @@ class Known:
         original: members whose weights are those that their origin gives.
         compressed: tensors, by member and first owner, that are not stored in their own dtype.
         stale: members whose weights changed since.
-        recipe: how they were made; None where that cannot be told.
+        recipe: how they were made; None where that is not known.
         joined: a recipe that joins the same, where they are as they were joined and a recipe could say so.
         sources: artifacts that members were loaded from and that hold their weights, by member.
     """

@@ -1,4 +1,4 @@
-"""Recording: the recipe of what a fit did, where that can be told truthfully."""
+"""Recording: the recipe of what a fit did, where that is known."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ def recipe_of_fit(
             member_seed(seed, name),
         )  # weights that a merge would not draw
         models.append(_entry(name, entries, known, drawn or before.train is not None))
-    told = [model for model in models if model is not None]
+    recorded = [model for model in models if model is not None]
     lost = None if known.recipe is None else known.recipe.without_target()
     if known.recipe is None and (measured or asked.block != before.parameters.block):
         return None  # measured on what no file holds, or joined by other blocks than a merge would take
-    if len(told) < len(models):
+    if len(recorded) < len(models):
         return lost
     given = asked.model_dump(include={*Target.model_fields}, exclude_defaults=True)
     document = {
         **before.document(),
-        "models": [model.model_dump(exclude_unset=True) for model in told],
+        "models": [model.model_dump(exclude_unset=True) for model in recorded],
         "parameters": given,
         "settings": _settings(before, plan),
         "calibrate": before.calibrate if measured else (),

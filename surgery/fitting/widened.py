@@ -1,7 +1,7 @@
 """Derivatives in float32 where the CPU computes with a narrower dtype in software alone.
 
 A backward pass in bfloat16 takes half of float32's time where the CPU has instructions for it, and 3 (AVX-512) to 80
-times as long (AVX2) where it has none. Which one is told by capabilities, not by a clock: what a fit decides must not
+times as long (AVX2) where it has none. Capabilities decide which one, not a clock: what a fit decides must not
 depend on how busy a machine is. Derivatives are estimates; outputs are measured in the members' own dtypes everywhere.
 """
 

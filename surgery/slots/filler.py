@@ -205,7 +205,7 @@ class Filler:
             self._fill(generate_weights(self.joint.dictionary, changing, task))
 
     def listen(self, again: bool) -> str | None:
-        """Before a part of a member runs: the task that it serves, of which modules that depend on it are told.
+        """Notify modules that depend on the task, before a part of a member runs, and return that task.
 
         Args:
             again: whether it runs again, within a backward pass.

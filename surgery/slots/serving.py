@@ -4,7 +4,7 @@ Most methods generate the same weights for every task. A bank that is `by_task` 
 that a method put into a member may compute something else for each. Both follow `JointModel.serving`.
 
 Gradient checkpointing runs layers again within a backward pass, when another task may be served, or none. Which task a
-layer served the first time is told by the node of the graph that asks for it: autograd numbers its nodes in the order
+layer served the first time follows from the node of the graph that asks for it: autograd numbers its nodes in the order
 in which they are made, and the numbers at which tasks changed are kept.
 """
 
@@ -53,7 +53,7 @@ class Tasks:
         bodies: the members' modules.
 
     Attributes:
-        heard: the task that modules were told last.
+        heard: the task of which modules were notified last.
     """
 
     def __init__(self, bodies: nn.Module):
@@ -88,7 +88,7 @@ class Tasks:
         node = torch._C._current_autograd_node()
         at = -1 if node is None else bisect_right(self._since, node._sequence_nr()) - 1
         found = self._tasks[at] if at >= 0 else now
-        # What was made while layers ran again belongs to what they were told.
+        # What was made while layers ran again belongs to the task of which they were notified.
         return self.heard if found != self.heard and _nested() else found
 
 

@@ -40,7 +40,7 @@ from surgery.util import memory
 
 Value = TypeVar("Value")
 
-_FEW = 16  # values by which stored forms are told apart
+_FEW = 16  # values by which stored forms are distinguished
 ALIAS_BYTES = 512  # a tensor smaller than this is not worth the manifest's line that would alias it
 
 
@@ -340,7 +340,7 @@ def same_bytes(one: Encoded, other: Encoded) -> bool:
 
 
 def _looks(encoded: Encoded) -> object:
-    """Equal for equal stored forms: their form, and a few values from all over them, by which most are told apart."""
+    """Equal for equal stored forms: their form, and a few values from all over, which distinguish most."""
     few = []
     for name, part in sorted(encoded.parts.items()):
         flat = part.reshape(-1)

@@ -35,7 +35,7 @@ class Sharding:
         reshard: whether a unit's weights are given up after its forward pass and gathered again for its backward pass.
         classes: names of the classes whose modules are units, a unit being what is gathered at once; the layers that
             a member repeats where there are none.
-        least: modules with more numbers than this are units, in place of classes.
+        least: modules with more parameters than this are units, in place of classes.
         root: whether a member is one unit.
     """
 

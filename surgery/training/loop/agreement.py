@@ -45,7 +45,7 @@ def terms_of(trainer: Trainer, seed: int, folder: Path | None = None) -> dict[st
         **({"banks": settings} if settings else {}),
         "blocks": hashlib.sha256(json.dumps(placements).encode()).hexdigest(),
         "tasks": ", ".join(f"{task.name} of {task.member}" for task in trainer.tasks),
-        "losses": [_told(task, folder) for task in trainer.tasks],
+        "losses": [_identity(task, folder) for task in trainer.tasks],
         "seed": seed,
         "train": train,
     }
@@ -124,7 +124,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _told(task: Task, folder: Path | None) -> list[Any]:
+def _identity(task: Task, folder: Path | None) -> list[Any]:
     """A task's loss, where it has a name, and what it is compared with: the state of one loss is none of another."""
     adapted = adapted_of(task)
     if adapted is not None and folder is not None:

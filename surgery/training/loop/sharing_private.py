@@ -24,7 +24,7 @@ def share_private(joint: JointModel, selectors: Mapping[str, Sequence[str]]) -> 
         selectors: by member, exact names or `re:` patterns of parameters that no bank generates.
 
     Returns:
-        how many numbers there are less to train.
+        how many parameters less there are to train.
 
     Raises:
         PlanError: for a selector that no two members share a tensor by; nothing is changed.

@@ -165,11 +165,11 @@ def contradictions(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if site[2] in sizes and not site[3] <= site[4] <= sizes[site[2]]:
             yield f"the site {shown(site[1])} reaches beyond the locations of its bank"
     for line in lines:
-        sizes_told = line.get("sizes") if line["event"] == "end" else None
-        if sizes_told and {state: set(sizes_told.get(state, ())) for state in STATES} != {
+        logged = line.get("sizes") if line["event"] == "end" else None
+        if logged and {state: set(logged.get(state, ())) for state in STATES} != {
             state: set(start["members"]) for state in STATES
         }:
-            yield f"sizes must be of all members {', '.join(STATES)}, found {shown(sizes_told)}"
+            yield f"sizes must be of all members {', '.join(STATES)}, found {shown(logged)}"
         for key, overlap in line.get("overlap", {}).items() if line["event"] == "end" else ():
             count = len(overlap["layers"])
             tables = (overlap["observed"], overlap["expected"])

@@ -31,7 +31,7 @@ class TrainReport:
         first: by task, of the run's first validation.
         sizes: parameters and bytes of every member `alone`, in the joint model at its `start`, and `joint` now; see
             `surgery.training.report.comparison`.
-        trained: how many numbers training changed.
+        trained: how many parameters training changed.
         adapted: by task that adapted to another domain, by which losses and to what; see `adapted_of`.
         methods: what other methods reached, by their names.
         loosened: how many tensors had been compressed by a fit and changed since, by the dtype in which they are stored
