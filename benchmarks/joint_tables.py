@@ -74,7 +74,12 @@ def changes_of(method: str, members: Sequence[str]) -> tuple[dict[str, Any], lis
     kind, _, number = method.partition("=")
     if kind in ("price", "own"):
         best = {"best": "member" if kind == "own" else "regret"}
-        return {"train": {"evolution": {"price": float(number)}, "stopping": best}}, []
+        priced = {
+            "price": float(number),
+            "fraction": None,
+            "alpha": None,
+        }  # of contests as they are by default
+        return {"train": {"evolution": priced, "stopping": best}}, []
     if kind == "smaller":
         nets = [SMALLER[name].format(width=width_of(method, name)) for name in members]
         own = [f"models.{n}.model={net}" for n, net in enumerate(nets)]
@@ -432,6 +437,8 @@ def always_of(options: Any) -> Job:
     found: Job = {"fast": True} if options.fast else {}
     if options.device != "cpu":
         found["device"] = options.device
+    if options.changes:
+        found["changes"] = options.changes
     return found if options.recipe == RECIPE else {**found, "recipe": options.recipe}
 
 
@@ -442,6 +449,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", type=known_method, default=list(DEFAULT))
     parser.add_argument("--factors", nargs="+", type=float, default=list(FACTORS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0, help="of the seeds that are measured")
     parser.add_argument("--tuning", type=int, default=2, help="seeds on which rates are chosen")

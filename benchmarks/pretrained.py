@@ -7,7 +7,9 @@ probability by Welch's t-test that the difference to training alone is chance, a
 
     alone      no sharing, plain training: every member by itself
     encoder    one encoder for all members of one base, plain training: classical hard sharing
-    contexts   the same, and every location has a context of its own
+    splits     the same, and a block that members pull apart becomes two, however little (`splits: 0`)
+    apart      the same, only where the cosine of their pulls is below -0.3
+    contexts   one encoder, and every location has a context of its own
     usage      evolution as in the paper: from no sharing, challengers by usage, with the location's own context
     fitted     challengers by usage, their contexts fitted to the block
     explained  challengers by how much of the block they explain, siblings first, with fitted contexts
@@ -29,6 +31,8 @@ _EXPLAIN = {**_OWN, "draw": "explain", "siblings": True}
 METHODS: dict[str, dict[str, Any]] = {
     "alone": {"start": "own", "codes": "ones", "change": "none"},
     "encoder": {"start": "given", "codes": "ones", "change": "none"},
+    "splits": {"start": "given", "codes": "ones", "change": "none", "splits": 0.0},
+    "apart": {"start": "given", "codes": "ones", "change": "none", "splits": 0.3},
     "contexts": {"start": "given", "change": "none", "scale": "rows"},
     "usage": {**_OWN, "draw": "usage", "contexts": "own"},
     "fitted": {**_OWN, "draw": "usage", "contexts": "fitted"},
@@ -37,9 +41,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "able": {**_EXPLAIN, "contexts": "fitted", "least": 0.5},
 }
 METHODS["paper"] = {**METHODS["usage"], "scale": "contexts"}
+SHARED = ("encoder", "splits", "apart", "contexts")
+"""What begins with one encoder for several members."""
 CASES = {
     "sentiment": tuple(METHODS),
-    "cross_architecture": tuple(name for name in METHODS if name not in ("encoder", "contexts")),
+    "cross_architecture": tuple(name for name in METHODS if name not in SHARED),
 }
 
 

@@ -69,10 +69,10 @@ def test_rates_and_factors_of_least_validation_loss_are_measured(tmp_path):
 
 
 def test_what_is_not_as_ever_is_part_of_what_identifies_a_run(tmp_path):
-    options = SimpleNamespace(fast=False, device="cpu", recipe="crossmodal_small")
+    options = SimpleNamespace(fast=False, device="cpu", recipe="crossmodal_small", changes=[])
     assert always_of(options) == {}
-    options.device, options.recipe = "cuda", "pair.yaml"
-    assert always_of(options) == {"device": "cuda", "recipe": "pair.yaml"}
+    options.device, options.recipe, options.changes = "cuda", "pair.yaml", ["train.steps=2"]
+    assert always_of(options) == {"device": "cuda", "recipe": "pair.yaml", "changes": ["train.steps=2"]}
     job = crossmodal_job("hard", MEMBERS, 10, dict.fromkeys(MEMBERS, 1e-3))
     runs = Runs(tmp_path / "results.jsonl", 1, 1.0, always_of(options))
     runs.found[json.dumps({**job, **always_of(options)}, sort_keys=True)] = entry(job, 1.0)
@@ -96,11 +96,11 @@ def test_prices_and_smaller_nets_are_methods():
         with pytest.raises(ValueError, match=r"a method is|could not convert"):
             known_method(wrong)
     assert changes_of("price=0.1", MEMBERS)[0]["train"] == {
-        "evolution": {"price": 0.1},
+        "evolution": {"price": 0.1, "fraction": None, "alpha": None},
         "stopping": {"best": "regret"},
     }
     assert changes_of("own=0.1", MEMBERS)[0]["train"] == {
-        "evolution": {"price": 0.1},
+        "evolution": {"price": 0.1, "fraction": None, "alpha": None},
         "stopping": {"best": "member"},
     }
     change, own = changes_of("smaller=0.25", ["lstm"])
