@@ -272,7 +272,8 @@ def run_crossmodal(runs: Runs, options: Any) -> None:
     rates, sets = best_alone(runs, members, tuning), joint_sets(options.methods, members)
     swept = dict.fromkeys((sweep_of(method), chosen) for method, chosen in sets)
     middle_first = sorted(options.factors, key=lambda factor: abs(math.log(factor)))
-    runs.run(_scaled(*each, seed, rates, f) for each in swept for f in middle_first for seed in tuning)
+    if len(middle_first) > 1:
+        runs.run(_scaled(*each, seed, rates, f) for each in swept for f in middle_first for seed in tuning)
     seeds = range(options.first, options.first + options.seeds)
     jobs = [
         job
