@@ -8,23 +8,25 @@ Sizes are of the members' float32 bytes, in bytes of files. Settings of peers ar
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
 import torch
 
-from benchmarks.frontier.families import FAMILIES, make_family
-from benchmarks.frontier.families.base import default_cache
+from benchmarks.frontier.cells import Cell, Run, contest_of, rows_in_processes
+from benchmarks.frontier.families import FAMILIES
 from benchmarks.frontier.peers.all import PEERS
 from benchmarks.frontier.picture import draw
 from benchmarks.frontier.spectra import spectra
-from benchmarks.frontier.table import FRACTIONS, Contest, Row
+from benchmarks.frontier.table import CALIBRATED, FRACTIONS, OURS, PLAIN, Row
 from benchmarks.harness import make_header, make_parser, show, write_csv
 
-OURS = "surgery"
+KNOWN = (*(peer.name for peer in PEERS), *OURS)
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
@@ -32,8 +34,8 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     said = []
     for within in dict.fromkeys(row["within"] for row in rows):
         here = [row for row in rows if row["within"] == within and row["error"] is not None]
-        mine = [row for row in here if row["method"].startswith(OURS)]
-        peers = [row for row in here if not row["method"].startswith(OURS)]
+        mine = [row for row in here if row["method"] in OURS]
+        peers = [row for row in here if row["method"] not in OURS]
         if not peers:
             continue
         best = min(peers, key=lambda row: row["error"])
@@ -46,12 +48,14 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     return said
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """What was asked for."""
     parser = make_parser(__doc__)
     parser.add_argument("--family", choices=FAMILIES, default="vit")
     parser.add_argument("--members", type=int, help="how many members at most; all by default")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="members, of those")
     parser.add_argument(
-        "--methods", nargs="+", metavar="NAME", help=f"{OURS} and {', '.join(p.name for p in PEERS)}"
+        "--methods", nargs="+", metavar="NAME", help=f"of {', '.join(KNOWN)}; surgery is both"
     )
     parser.add_argument(
         "--sizes", nargs="+", type=float, default=FRACTIONS, help="fractions of the float32 bytes"
@@ -61,28 +65,46 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--longer", type=int, default=1, help="times the epochs of every fine-tune")
     parser.add_argument("--cache", type=Path, help="folder of trained families; the user's cache by default")
+    parser.add_argument("--train-device", default="cpu", help="that members are trained on")
+    parser.add_argument("--device", default="cpu", help="that members are fitted on")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each with --threads")
+    parser.add_argument("--minutes", type=float, help="begin nothing after so many")
     parser.add_argument("--csv", type=Path, help="write the table there")
     parser.add_argument("--plot", type=Path, help="draw error against size there, .png or .svg")
     options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    known = [OURS, *(peer.name for peer in PEERS)]
-    if unknown := sorted(set(options.methods or ()) - set(known)):
-        sys.exit(f"Methods are {', '.join(known)}; found {', '.join(unknown)}.")
-    chosen = known if options.methods is None else options.methods
+    if unknown := sorted(set(options.methods or ()) - set(KNOWN)):
+        sys.exit(f"Methods are {', '.join(KNOWN)}; found {', '.join(unknown)}.")
+    return options
+
+
+def cells_of(options: argparse.Namespace) -> list[Cell]:
+    """Methods at sizes, size by size."""
+    named = options.methods or KNOWN
+    methods = [
+        name for each in named for name in (OURS if each == PLAIN and CALIBRATED not in named else [each])
+    ]
     fractions = options.sizes[:1] if options.fast and options.sizes is FRACTIONS else options.sizes
-    family = make_family(
-        options.family,
-        options.cache or default_cache(),
-        options.seed,
-        options.fast,
-        options.members,
-        options.longer,
-    )
+    return [(method, fraction) for fraction in fractions for method in dict.fromkeys(methods)]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = options_of(argv)
+    torch.set_num_threads(options.threads)
+    run = Run(
+        options.family, options.cache, options.seed, options.fast, options.members, options.longer,
+        options.only and tuple(options.only), options.train_device, options.device, options.finalists,
+        options.threads,
+    )  # fmt: skip
+    family, cells = run.make(), cells_of(options)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        contest = Contest(family, Path(folder), options.seed, options.finalists)
-        peers = [peer for peer in PEERS if peer.name in chosen]
-        for row in contest.rows(peers, fractions, OURS in chosen):
+        contest = contest_of(run, family, Path(folder))
+        if options.jobs > 1:
+            found = rows_in_processes(run, cells, options.jobs, options.minutes)
+        else:
+            end = float("inf") if options.minutes is None else time.monotonic() + 60 * options.minutes
+            found = (contest.row_of(*cell) for cell in cells if time.monotonic() < end)
+        for row in found:
             rows.append(row)
             if not options.json:
                 error = "-" if row["error"] is None else f"{row['error']:.4f}"
@@ -95,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 write_csv(options.csv, rows)
         scores = contest.judge.scores()
         spectrum = spectra(contest.scene)
+    sizes = [f"{fraction:.0%}" for fraction in options.sizes]
+    rows.sort(key=lambda row: (sizes.index(row["within"]), KNOWN.index(row["method"])))
     for row in spectrum:
         row[family.measure] = scores.get(row["member"])
     if options.plot:

@@ -42,7 +42,9 @@ class Merged:
     detail: str
 
 
-def merge_within(family: Family, size: int, folder: Path, seed: int, calibrated: bool) -> Merged | str:
+def merge_within(
+    family: Family, size: int, folder: Path, seed: int, calibrated: bool, device: str = "cpu"
+) -> Merged | str:
     """Fit a family to so many bytes of files; the budget is lowered until the files fit.
 
     Args:
@@ -51,6 +53,7 @@ def merge_within(family: Family, size: int, folder: Path, seed: int, calibrated:
         folder: for the artifacts.
         seed: of the fit.
         calibrated: whether it may measure on the calibration data, or makes up its inputs.
+        device: that it is fitted on.
 
     Returns:
         the artifact, or why there is none.
@@ -60,7 +63,7 @@ def merge_within(family: Family, size: int, folder: Path, seed: int, calibrated:
     for number in range(TRIES):
         out = folder / f"try{number}"
         try:
-            merged = merge(family, budget, out, seed, calibrated)
+            merged = merge(family, budget, out, seed, calibrated, device)
         except surgery.PlanError as error:  # not even its smallest fits
             return str(error)
         if merged.nbytes <= size:
@@ -71,7 +74,9 @@ def merge_within(family: Family, size: int, folder: Path, seed: int, calibrated:
     return said
 
 
-def merge(family: Family, budget: float, out: Path, seed: int, calibrated: bool) -> Merged:
+def merge(
+    family: Family, budget: float, out: Path, seed: int, calibrated: bool, device: str = "cpu"
+) -> Merged:
     """Join, fit, save, and load again."""
     start = time.perf_counter()
     members = [_member(family, name) for name in family.states]
@@ -83,7 +88,7 @@ def merge(family: Family, budget: float, out: Path, seed: int, calibrated: bool)
             name: [_inputs(piece) for piece in task.calibration.split(64)]
             for name, task in family.tasks.items()
         }
-    joint = surgery.fit(joint, budget=budget, probes=probes, seed=seed, device="cpu")
+    joint = surgery.fit(joint, budget=budget, probes=probes, seed=seed, device=device)
     surgery.save(joint, out)
     made = time.perf_counter() - start
     modules: dict[str, Any] = {name: family.build().eval() for name in family.states}

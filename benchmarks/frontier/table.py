@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from benchmarks.frontier.families import Family
 from benchmarks.frontier.measure import Judge, Quality
 from benchmarks.frontier.ours import Merged, merge_within
 from benchmarks.frontier.packing import Package, read
+from benchmarks.frontier.peers.all import PEERS
 from benchmarks.frontier.peers.base import Peer
 from benchmarks.frontier.scene import Scene
 
@@ -19,6 +19,7 @@ FRACTIONS = (0.14, 0.10, 0.07, 0.05, 0.04, 0.03)  # of the members' bytes in flo
 CHOOSE = 256  # validation examples of a member by which a setting is chosen
 MEASURE = 1000  # test examples of a member
 Row = dict[str, Any]
+PLAIN, CALIBRATED = OURS = "surgery", "surgery, calibrated"  # this package, without and with data
 
 
 @dataclass(frozen=True)
@@ -42,23 +43,23 @@ class Contest:
         seed: of everything random in methods.
         finalists: settings of a peer that are run on validation data at each size: those whose weights are nearest,
             as second moments measure it.
+        device: that this package fits on.
     """
 
-    def __init__(self, family: Family, folder: Path, seed: int, finalists: int = 3):
-        self.family, self.folder, self.seed, self.finalists = family, folder, seed, finalists
+    def __init__(self, family: Family, folder: Path, seed: int, finalists: int = 3, device: str = "cpu"):
+        self.family, self.folder, self.seed = family, folder, seed
+        self.finalists, self.device = finalists, device
         self.scene, self.judge = Scene.of(family), Judge(family, {"validation": CHOOSE, "test": MEASURE})
 
-    def rows(self, peers: Sequence[Peer], fractions: Sequence[float], ours: bool = True) -> Iterator[Row]:
-        """All methods at all sizes, as they are done."""
-        for fraction in fractions:
-            size = int(fraction * self.family.whole)
-            for peer in peers:
-                yield self.row(peer.name, fraction, self.best_of(peer, size))
-            for calibrated in (False, True) if ours else ():
-                name = "surgery, calibrated" if calibrated else "surgery"
-                yield self.our_row(name, fraction, merge_within(
-                    self.family, size, self.folder / f"{fraction}-{calibrated}", self.seed, calibrated
-                ))  # fmt: skip
+    def row_of(self, method: str, fraction: float) -> Row:
+        """One method at one size."""
+        size = int(fraction * self.family.whole)
+        if method in OURS:
+            folder, calibrated = self.folder / f"{fraction}-{method}", method == CALIBRATED
+            merged = merge_within(self.family, size, folder, self.seed, calibrated, self.device)
+            return self.our_row(method, fraction, merged)
+        (peer,) = [each for each in PEERS if each.name == method]
+        return self.row(peer.name, fraction, self.best_of(peer, size))
 
     def best_of(self, peer: Peer, size: int) -> Tried | None:
         """The setting of a peer with the least mean error on validation data."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.frontier.families.base import Batch, Choice, Family, Task
@@ -19,6 +19,8 @@ def make_family(
     fast: bool = False,
     members: int | None = None,
     longer: int = 1,
+    only: Sequence[str] | None = None,
+    device: str = "cpu",
 ) -> Family:
     """A family, trained where the cache does not have it.
 
@@ -29,10 +31,12 @@ def make_family(
         fast: tiny models, barely trained, on made-up data.
         members: how many at most; the others are not trained.
         longer: times the epochs of every fine-tune.
+        only: names of members, of those; all by default.
+        device: that members are trained on.
     """
     from benchmarks.frontier.families import mhc, noise, sentiment, vit
 
     makers: dict[str, Callable[[Path, Choice], Family]] = {
         "vit": vit.make, "sentiment": sentiment.make, "mhc": mhc.make, "noise": noise.make,
     }  # fmt: skip
-    return makers[name](cache, Choice(seed, fast, members, longer))
+    return makers[name](cache, Choice(seed, fast, members, longer, only and tuple(only), device))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ class Batch:
         """Some of the examples."""
         kwargs = None if self.kwargs is None else {name: t[rows] for name, t in self.kwargs.items()}
         return Batch(self.target[rows], tuple(t[rows] for t in self.args), kwargs)
+
+    def to(self, device: str) -> Batch:
+        """On another device."""
+        kwargs = None if self.kwargs is None else {name: t.to(device) for name, t in self.kwargs.items()}
+        return Batch(self.target.to(device), tuple(t.to(device) for t in self.args), kwargs)
 
     def split(self, size: int) -> Iterator[Batch]:
         """In pieces of at most so many examples."""
@@ -76,12 +81,26 @@ class Choice:
         fast: tiny models, barely trained, on made-up data.
         members: how many at most.
         longer: times the epochs of every fine-tune.
+        only: names of members, of those that there are; all by default.
+        device: that members are trained on.
     """
 
     seed: int = 0
     fast: bool = False
     members: int | None = None
     longer: int = 1
+    only: tuple[str, ...] | None = None
+    device: str = "cpu"
+
+    def of(self, names: Iterable[str]) -> list[str]:
+        """Which members of all there are, in their order."""
+        first = list(names)[: self.members]
+        return first if self.only is None else [name for name in first if name in self.only]
+
+    @property
+    def trained_on(self) -> dict[str, str]:
+        """What a model's recipe says of the device; nothing of the CPU."""
+        return {} if self.device == "cpu" else {"device": self.device}
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,12 @@ def make(cache: Path, choice: Choice) -> Family:
     everything = [peptide for peptides, _ in data.values() for peptide in peptides]
     states: dict[str, State] = {}
     tasks: dict[str, Task] = {}
-    for path in sorted(package.glob("saves/production/*_BA.h5"))[: choice.members]:
-        allele = path.stem.removesuffix("_BA")
-        name = allele.replace(":", "").replace("/", "-")
+    files = {
+        path.stem.removesuffix("_BA").replace(":", "").replace("/", "-"): path
+        for path in sorted(package.glob("saves/production/*_BA.h5"))
+    }
+    for name in choice.of(files):
+        path, allele = files[name], files[name].stem.removesuffix("_BA")
         states[name] = {key: t.clone() for key, t in read_predictor(path).state_dict().items()}
         tasks[name] = task_of(data.get(allele, ([], [])), everything, generator_of(0, allele))
     return Family("mhc", lambda: Predictor().eval(), states, None, tasks, "AUC", tuple(SITES))

@@ -30,12 +30,12 @@ def make(cache: Path, choice: Choice) -> Family:
     }
     task = Task(parts["train"], parts["validation"], parts["test"], accuracy)
     states: dict[str, State] = {}
-    for number in range(COPIES)[: 2 if choice.fast else choice.members]:
-        generator = generator_of(choice.seed, "noise", str(number))
-        states[f"copy{number}"] = {
-            name: t + AMOUNT * t.std() * torch.randn(t.shape, generator=generator)
+    for name in choice.of(f"copy{number}" for number in range(2 if choice.fast else COPIES)):
+        generator = generator_of(choice.seed, "noise", name.removeprefix("copy"))
+        states[name] = {
+            own: t + AMOUNT * t.std() * torch.randn(t.shape, generator=generator)
             if t.dim() > 1
             else t.clone()
-            for name, t in base.items()
+            for own, t in base.items()
         }
     return Family("noise", lambda: vit.build(sizes), states, base, dict.fromkeys(states, task), "accuracy")

@@ -111,11 +111,11 @@ def make(cache: Path, choice: Choice) -> Family:
     base = pretrained(fast)
     states: dict[str, State] = {}
     tasks: dict[str, Task] = {}
-    for domain in domains[: choice.members]:
+    for domain in choice.of(domains):
         parts = made_up(domain) if fast else texts_of(domain)
         rows = torch.randperm(len(parts["train"]), generator=generator_of(choice.seed, domain))
         data = parts["train"].rows(rows[: recipe.most])
-        own = {**asdict(recipe), "domain": domain, "seed": choice.seed, "made up": fast}
+        own = {**asdict(recipe), "domain": domain, "seed": choice.seed, "made up": fast, **choice.trained_on}
         readout = kept.path(domain, own).with_suffix(".readout")
 
         def fine_tune(data: Batch = data, domain: str = domain, readout: Path = readout) -> State:
@@ -123,7 +123,7 @@ def make(cache: Path, choice: Choice) -> Family:
             net.body.load_state_dict(base)
             train(
                 net, data, F.mse_loss, epochs=recipe.epochs, batch=recipe.batch, rate=recipe.rate, decay=recipe.decay,
-                generator=generator_of(choice.seed, domain, "order"),
+                generator=generator_of(choice.seed, domain, "order"), device=choice.device,
             )  # fmt: skip
             readout.parent.mkdir(parents=True, exist_ok=True)
             save_file(net.readout.state_dict(), readout)

@@ -21,6 +21,7 @@ def train(
     decay: float,
     generator: torch.Generator,
     augment: Callable[[Batch, torch.Generator], Batch] | None = None,
+    device: str = "cpu",
 ) -> None:
     """Train in place with AdamW, a linear warm-up over a tenth of the steps and a cosine to nothing.
 
@@ -34,7 +35,9 @@ def train(
         decay: of weights with two or more axes.
         generator: draws the order and what `augment` draws.
         augment: changes a batch before it is used.
+        device: where it is trained; the module comes back.
     """
+    module.to(device)
     weights = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in weights if p.dim() > 1], "weight_decay": decay},
@@ -51,13 +54,14 @@ def train(
         for step, rows in enumerate(_orders(len(data), batch, epochs, generator)):
             piece = data.rows(rows)
             piece = piece if augment is None else augment(piece, generator)
+            piece = piece.to(device)
             loss(piece.run(module), piece.target).backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()
             if step + 1 < steps:
                 schedule.step()
-    module.eval()
+    module.to("cpu").eval()
 
 
 def _orders(count: int, batch: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:

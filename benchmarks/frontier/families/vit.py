@@ -92,7 +92,8 @@ def make(cache: Path, choice: Choice) -> Family:
     kept = Cache(cache, "vit")
     base, recipe = base_of(kept, choice)
     states, tasks = {}, {}
-    for name, variant in list(variants.items())[: choice.members]:
+    for name in choice.of(variants):
+        variant = variants[name]
         train_part = see_some(
             *source(variant.data, "train"),
             variant.views,
@@ -112,7 +113,7 @@ def make(cache: Path, choice: Choice) -> Family:
             net.load_state_dict(base)
             train(
                 net, data, F.cross_entropy, epochs=epochs, batch=sizes.batch, rate=variant.rate, decay=0.05,
-                generator=generator_of(choice.seed, name, "order"),
+                generator=generator_of(choice.seed, name, "order"), device=choice.device,
             )  # fmt: skip
             return net.state_dict()
 
@@ -136,12 +137,14 @@ def base_of(kept: Cache, choice: Choice) -> tuple[State, dict[str, Any]]:
         **{name: getattr(sizes, name) for name in TRAINED_BY},
         "made up": choice.fast,
         "seed": choice.seed,
+        **choice.trained_on,
     }
-    return kept.get("base", recipe, lambda: train_base(sizes, source, choice.seed)), recipe
+    return kept.get("base", recipe, lambda: train_base(sizes, source, choice)), recipe
 
 
-def train_base(sizes: Sizes, source: Source, seed: int) -> State:
+def train_base(sizes: Sizes, source: Source, choice: Choice) -> State:
     """Learn clothes, mirrored at random, from random weights."""
+    seed = choice.seed
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = build(sizes)
@@ -154,7 +157,7 @@ def train_base(sizes: Sizes, source: Source, seed: int) -> State:
 
     train(
         net, data, F.cross_entropy, epochs=sizes.base_epochs, batch=sizes.batch, rate=sizes.base_rate, decay=0.05,
-        generator=generator_of(seed, "base", "order"), augment=mirror,
+        generator=generator_of(seed, "base", "order"), augment=mirror, device=choice.device,
     )  # fmt: skip
     return net.state_dict()
 
