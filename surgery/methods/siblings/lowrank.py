@@ -8,6 +8,9 @@ the truncated SVD of G^(1/2) D H^(1/2), D the difference (Eckart and Young; as w
 and Jaakkola 2003). With G = L L^T, its left singular vectors V are the eigenvectors of L^T D H D^T L, and the product
 is `L^-T V V^T L^T D`: no root and no inverse of H is needed, and with all directions it is D itself. What a truncation
 leaves out costs exactly the sum of the eigenvalues that it drops.
+
+Of large differences few directions are wanted, and these are found without the others: by power iterations of a random
+frame (Halko, Martinsson and Tropp 2011, SIAM Review 53(2), Algorithm 4.4), within which the eigenvectors are exact.
 """
 
 from __future__ import annotations
@@ -18,6 +21,10 @@ import torch
 from torch import Tensor
 
 from surgery.fitting.metric import times
+
+WIDE = 1500  # rows and columns from which a few of the directions take less time than all of them
+SPARE = 32  # vectors of a frame beyond the directions that are wanted
+POWERS = 3  # times that a frame is multiplied, and made orthonormal, after the first
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,11 @@ def factors(difference: Tensor, into: Tensor, out: Tensor | None = None, most: i
         return Factors(difference[:, :0], difference[:0], none.double())
     lower = None if out is None else _lower(out).to(difference)
     turned = difference if lower is None else times(difference.T, lower).T
-    # Where there are more rows than columns, within what the columns span.
-    frame = torch.linalg.qr(turned).Q if len(turned) > turned.shape[1] else None
+    side = min(turned.shape)
+    if most is not None and side >= WIDE and most + SPARE < side:
+        frame = _leading(turned, into, most)
+    else:  # where there are more rows than columns, within what the columns span
+        frame = _whole(turned)
     inner = turned if frame is None else frame.T @ turned
     energy, vectors = torch.linalg.eigh(times(inner, into) @ inner.T)
     energy, vectors = energy.double().flip(0).clamp_min(0.0)[:most], vectors.flip(1)[:, :most]
@@ -85,6 +95,21 @@ def factors(difference: Tensor, into: Tensor, out: Tensor | None = None, most: i
     size = (rows.square().mean(1) / contexts.square().mean(0).clamp_min(tiny)).clamp_min(tiny).pow(0.25)
     rows, contexts = rows / size[:, None], contexts * size
     return Factors(contexts, rows, energy)
+
+
+def _whole(turned: Tensor) -> Tensor | None:
+    """An orthonormal frame of what the columns of `[out, n]` span, where there are fewer of them than rows."""
+    return torch.linalg.qr(turned).Q if len(turned) > turned.shape[1] else None
+
+
+def _leading(turned: Tensor, into: Tensor, most: int) -> Tensor:
+    """An orthonormal frame `[out, most + SPARE]` that has all but a little of the leading eigenvectors of T H T^T."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(turned.shape[1], most + SPARE, generator=generator)
+    frame = torch.linalg.qr(turned @ drawn.to(turned)).Q
+    for _ in range(POWERS):
+        frame = torch.linalg.qr(turned @ times(frame.T @ turned, into).T).Q
+    return frame
 
 
 def _lower(moment: Tensor) -> Tensor:

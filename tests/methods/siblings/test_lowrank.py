@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.fitting.metric import Draws, Metric, together
+from surgery.methods.siblings import lowrank
 from surgery.methods.siblings.lowrank import factors
 
 
@@ -58,6 +59,28 @@ def test_with_identities_it_is_the_plain_svd():
     found, (u, s, v) = factors(d, torch.eye(5), torch.eye(7)), torch.linalg.svd(d, full_matrices=False)
     torch.testing.assert_close(found.energy, s.square())
     torch.testing.assert_close(found.product(2), u[:, :2] * s[:2] @ v[:2])
+
+
+@pytest.mark.parametrize(("out", "n", "diagonal"), [(60, 90, False), (90, 60, True)])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_few_directions_of_a_large_difference_are_about_the_best_ones(out, n, diagonal, power, monkeypatch):
+    _, into, metric = made(out, n, 3, 2 * n)
+    generator = torch.Generator().manual_seed(4)
+    d = torch.randn(out, 60, generator=generator, dtype=torch.float64) * torch.arange(1, 61) ** -power
+    d = d @ torch.randn(60, n, generator=generator, dtype=torch.float64)
+    side = metric.diagonal() if diagonal else metric
+    best = factors(d, into, side, most=16)
+    monkeypatch.setattr(lowrank, "WIDE", 50)
+    monkeypatch.setattr(lowrank, "SPARE", 8)
+    found = factors(d, into, side, most=16)
+    g = side.diag() if diagonal else side
+    least, left = (price(d - each.product(), into, g) for each in (best, found))
+    assert not torch.equal(found.rows, best.rows)
+    assert least <= left * (1 + 1e-9) and left < 1.02 * least
+    # What is said of each direction is what leaving it out costs.
+    for rank in (0, 5, 12):
+        more = price(d - found.product(rank), into, g) - left
+        assert more == pytest.approx(float(found.tails[rank]), rel=1e-6)
 
 
 def test_both_factors_of_a_direction_are_of_one_size():
