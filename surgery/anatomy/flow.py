@@ -47,11 +47,14 @@ class Flow:
         read: layers with readers, and the module of one.
         branches: of every layer, in execution order; none where they cannot be found, or are not those of the others.
         passes_on: whether a layer without its branches gives what it gets.
+        width: of the last axis of what every layer gives, as that of a transformer's hidden states; None where it
+            cannot be told.
     """
 
     read: tuple[tuple[str, str], ...] = ()
     branches: tuple[Branch, ...] = ()
     passes_on: bool = False
+    width: int | None = None
 
 
 def flow_of(
@@ -69,7 +72,7 @@ def flow_of(
     for prefix, graph in (*graphs, *((f"{path}.", part) for path, part in found.parts.items())):
         seen = _Graph(graph, prefix, layers, frozenset(parameters), frozenset(buffers))
         if all(seen.inside[layer] for layer in layers):
-            return Flow(seen.readers(), *seen.branches())
+            return Flow(seen.readers(), *seen.branches(), seen.width())
     return Flow()
 
 
@@ -104,6 +107,22 @@ class _Graph:
             if node.op == "output" or node in self.ends:
                 self.ends |= {node, *node.all_input_nodes}
         self.order = {node: number for number, node in enumerate(graph.nodes)}
+
+    def width(self) -> int | None:
+        """Of the last axis of what all layers give, where each gives one value of at most three axes."""
+        given = [
+            {
+                _shape(node)
+                for node in self.inside[layer]
+                if any(u in self.ends - self.inside[layer] for u in node.users)
+            }
+            for layer in self.layers
+        ]
+        shapes = {shape for some in given for shape in some}
+        if any(len(some) != 1 for some in given) or any(not s or len(s) > 3 for s in shapes):
+            return None
+        widths = {int(shape[-1]) for shape in shapes}
+        return widths.pop() if len(widths) == 1 else None
 
     # -- readers -------------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from surgery.core.settle import Settled
     from surgery.fitting.scene import Scene
     from surgery.fitting.units import Arrangement, Group
+    from surgery.members.member import Member
     from surgery.settings.target import Target
     from surgery.settings.training import Training
     from surgery.storage.stored import Stored
@@ -72,12 +73,14 @@ class PlanRequest:
         context: c of hypermodules.
         settings: the method's own, as its `settings` class validated them.
         stacks: patterns of the stacks to take; all by default.
+        members: by name, as far as a plan may look at more of them than their anatomies.
     """
 
     block: tuple[int, int] = (16, 16)
     context: int = 4
     settings: Any = None
     stacks: tuple[str, ...] = ()
+    members: Mapping[str, Member] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

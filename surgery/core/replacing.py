@@ -57,6 +57,7 @@ def plan_replacements(
     if going_on:
         members = [m for m in members if all(each.replacement.method != method for each in m.replaced)]
     members = [m for m in members if not found.has_its_own(m.module)]
+    request = replace(request, members={each.name: each for each in members})
     asked = found.plan([discover(each) for each in members], request) if members else ()
     if members and not asked:
         raise PlanError(

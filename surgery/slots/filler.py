@@ -35,6 +35,7 @@ class Filler:
 
     Attributes:
         in_step: whether a step is running.
+        inside: by member that runs, outside of steps: the path at which it was entered.
     """
 
     def __init__(self, joint: JointModel):
@@ -43,7 +44,7 @@ class Filler:
         self.filled: dict[
             str, tuple
         ] = {}  # by member: versions of the dictionary that it was filled from, and task
-        self._inside: dict[str, str] = {}  # by member that runs: the path at which it was entered
+        self.inside: dict[str, str] = {}
         self._held: dict[
             str, str | None
         ] = {}  # by member, outside of steps: the task whose weights slots hold
@@ -187,7 +188,7 @@ class Filler:
                 self._fill_again(name, task)
             return False
         take_edits(self.joint, [name])
-        self._inside[name] = path
+        self.inside[name] = path
         if torch.is_grad_enabled() and self._learns():
             self.filled.clear()  # a fused optimizer changes rows and leaves no trace in their versions
             mine = self._below(name, f"{path}." if path else "")
@@ -219,18 +220,18 @@ class Filler:
 
     def leave(self, name: str, path: str) -> None:
         """After a part of a member ran."""
-        if self._inside.get(name) == path:
-            del self._inside[name]
+        if self.inside.get(name) == path:
+            del self.inside[name]
 
     leave._torchdynamo_disable = True
 
     def is_within(self, name: str) -> bool:
         """Whether a part of a member that begins to run is within one for which all was seen to."""
-        return name in self._inside and not self.in_step
+        return name in self.inside and not self.in_step
 
     def runs(self, name: str) -> bool:
         """Whether a part of a member is running, called from outside of it."""
-        return name in self._inside
+        return name in self.inside
 
     # -- internals -------------------------------------------------------------------------------------------
 

@@ -96,6 +96,9 @@ def _used(layer: RoutedLayer) -> set[str]:
 def _recorded(each: Replaced, fixed: dict[str, dict]) -> Replaced:
     if each.replacement.method != NAME or each.path not in fixed:
         return each
-    said = {**each.replacement.settings, **fixed[each.path]}
-    settings = Recorded.model_validate(said).model_dump(mode="json", exclude_unset=True)
+    how = Recorded.model_validate({**each.replacement.settings, **fixed[each.path]})
+    if how.lent:
+        lenders = {name.rpartition("/")[0] for name in how.held or ()}
+        how = how.model_copy(update={"lent": {k: v for k, v in how.lent.items() if k in lenders}})
+    settings = how.model_dump(mode="json", exclude_unset=True)
     return replace(each, replacement=replace(each.replacement, settings=settings))

@@ -16,21 +16,26 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from surgery.errors import PlanError
+from surgery.methods.routes.adapters import HIDDEN
 from surgery.methods.routes.gates import IDENTITY, FixedGates, Gates
 from surgery.methods.routes.mathematics import mixed
 from surgery.util.copies import duplicate
 from surgery.util.text import one_line
 
-HIDDEN = "hidden_states"
-
 _Form = tuple[dict[int, int], int | None]
 
 
 class Pool:
-    """The components of all depths of a stack by name; it owns none of them."""
+    """The components of all depths of a stack by name; it owns none of them.
+
+    Attributes:
+        layers: the components.
+        lenders: by member, architectures that were built for their layers alone.
+    """
 
     def __init__(self) -> None:
         self.layers: dict[str, nn.Module] = {}
+        self.lenders: dict[str, nn.Module] = {}
 
 
 class RoutedLayer(nn.Module):
@@ -149,9 +154,10 @@ class RoutedLayer(nn.Module):
             found |= self._outline_of_identity(hidden)
         if len(set(found.values())) > 1:
             said = "; ".join(f"{name} gives {what}" for name, what in found.items())
+            more = ", `members` or `adapters`" if any("/" in name for name in found) else ""
             raise PlanError(
                 f"Components must give outputs of one shape, but for an input {[*hidden.shape]} of {self.path} "
-                f"{said}; choose stacks by `select.stacks` whose layers keep the shape, or leave `identity` out."
+                f"{said}: choose stacks by `select.stacks` whose layers keep the shape, or leave out `identity`{more}."
             )
         self.checked = True
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from surgery.core.method import Curves, Picture, PlanRequest, register_method
-from surgery.core.module_method import ModuleSurgery, Place
+from surgery.core.module_method import ModuleSurgery, Place, part_of
 from surgery.errors import ExportError
 from surgery.members.member import Member
 from surgery.members.replacement import Replacement
+from surgery.methods.routes.adapters import Adapted, Lent
 from surgery.methods.routes.gates import IDENTITY, Gates, LearnedGates, make_gates
 from surgery.methods.routes.groups import hard_routes, routes_in
 from surgery.methods.routes.layers import (
@@ -65,7 +66,7 @@ class Routes(ModuleSurgery):
         path, first = place.replacement.path, place.part(how.stack[0])
         pool = first.pool if isinstance(first, RoutedLayer) else Pool()
         wanted = how.lying() if how.held is None else how.held
-        held = {name: _component(place, name) for name in wanted}
+        held = {name: _component(place, pool, name) for name in wanted}
         names, chosen, own = how.names(), None, None
         if how.chosen is None:
             own = names.index(how.name)
@@ -83,6 +84,12 @@ class Routes(ModuleSurgery):
         layer = place.current
         assert isinstance(layer, RoutedLayer)
         name = one_of(layer, place)
+        if name != IDENTITY and isinstance(layer.pool.layers[name], Adapted):
+            raise ExportError(
+                f"The route of member '{place.replacement.member}' takes {name} at {layer.path}, a layer of another "
+                "structure between adapters, which no plain model has: train with `adapters` false, or save the joint "
+                "model, which `surgery.load` reads."
+            )
         if name != IDENTITY:
             return duplicate(layer.pool.layers[name])
         if isinstance(layer, RoutedBranch):  # what makes it add nothing is seen to at the end
@@ -181,10 +188,11 @@ def _route(how: Recorded) -> str:
     return ".".join(steps[0] if len(set(steps)) == 1 else "*" for steps in zip(*split, strict=True))
 
 
-def _component(place: Place, name: str) -> nn.Module:
+def _component(place: Place, pool: Pool, name: str) -> nn.Module:
     """A component that shall lie in a place: the layer that is there, or a copy of another member's.
 
-    Where an artifact is loaded the other member is not there; its layer is of the same structure.
+    Where an artifact is loaded the other member is not there; its layer is of the same structure, or what was recorded
+    builds it.
     """
     how = place.how
     own = place.current
@@ -193,9 +201,24 @@ def _component(place: Place, name: str) -> nn.Module:
     member, slash, depth = name.rpartition("/")
     if not slash:
         return own if int(depth) == how.depth else duplicate(_layer(place, how.stack[int(depth)]))
+    if member in how.lent:
+        return _adapted(place, pool, member, int(depth))
     if member not in place.modules:
         return duplicate(own)
     return duplicate(_layer(place, how.stack[int(depth)], member))
+
+
+def _adapted(place: Place, pool: Pool, member: str, number: int) -> Adapted:
+    """A copy of another member's layer between adapters."""
+    lent: Lent = place.how.lent[member]
+    path = lent.layers[number]
+    if member in place.modules:
+        return Adapted(duplicate(_layer(place, path, member)), lent, path)
+    if member not in pool.lenders:
+        pool.lenders[member] = lent.architecture_again()
+    layer = duplicate(part_of(pool.lenders[member], path, member))
+    like = next(place.module.parameters())
+    return Adapted(layer if like.is_meta else without_effect(layer, like), lent, path)
 
 
 def _layer(place: Place, path: str, member: str | None = None) -> nn.Module:

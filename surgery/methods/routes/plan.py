@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
@@ -13,12 +13,16 @@ from surgery.anatomy.stacks import Run, choose_runs
 from surgery.core.method import PlanRequest
 from surgery.errors import PlanError
 from surgery.members.replacement import Replacement
+from surgery.methods.routes.adapters import Lent, lent_to
 from surgery.methods.routes.gates import IDENTITY, check_orders
 from surgery.methods.routes.routed import chance_order
 from surgery.methods.routes.settings import Names, Settings
 from surgery.settings.problems import Strict
 from surgery.settings.quantities import Count
 from surgery.util.text import shorten
+
+if TYPE_CHECKING:
+    from surgery.members.member import Member
 
 NAME = "routes"
 
@@ -49,7 +53,8 @@ class Recorded(Strict):
     Attributes:
         stack: paths of the layers of its stack.
         depth: which of them it stands for, from 0.
-        others: members whose layers are components as well; copies of them lie here.
+        others: members whose layers of the same structure are components as well; copies of them lie here.
+        lent: by member, layers of another structure, which are components between adapters.
         tasks: with a route of their own; none where one route serves all.
         how: the method's settings.
         chosen: by task, the components of a route that is not learned, or not any more.
@@ -60,6 +65,7 @@ class Recorded(Strict):
     stack: Names
     depth: Count
     others: Names = ()
+    lent: Annotated[dict[str, Lent], Field(max_length=4096)] = Field(default_factory=dict)
     tasks: Names = ()
     how: Settings = Field(default_factory=Settings)
     chosen: dict[str, Names] | None = None
@@ -88,12 +94,22 @@ class Recorded(Strict):
             return [self.name, IDENTITY]
         every = range(len(self.stack))
         depths = [self.depth] if self.how.routing == "gumbel" else every
-        found = [name for d in depths for name in (str(d), *(f"{other}/{d}" for other in self.others))]
+        found = [name for d in depths for name in self._at(str(d), d)]
         return found + [IDENTITY] * self.how.identity
 
     def lying(self) -> list[str]:
         """The components that can lie here."""
-        return [self.name, *(f"{other}/{self.depth}" for other in self.others)]
+        return self._at(self.name, self.depth)
+
+    def _at(self, own: str, depth: int) -> list[str]:
+        """Its own component at a depth, those of other members there, and those that they lend."""
+        lent = [
+            f"{other}/{number}"
+            for other, each in self.lent.items()
+            for number in range(len(each.layers))
+            if each.depth_of(number, len(self.stack)) == depth
+        ]
+        return [own, *(f"{other}/{depth}" for other in self.others), *lent]
 
 
 def plan_routes(anatomies: Sequence[Anatomy], request: PlanRequest) -> list[Replacement]:
@@ -126,7 +142,12 @@ def plan_routes(anatomies: Sequence[Anatomy], request: PlanRequest) -> list[Repl
             f"give at least {1 / least:.3g}."
         )
     generator = torch.Generator().manual_seed(settings.seed)
-    return [each for run in runs for each in _of_run(run, _alike(run, runs, settings), settings, generator)]
+    found = []
+    for run in runs:
+        alike = _alike(run, runs, settings, request.members)
+        lent = lent_to(run, runs, alike, request.members) if settings.adapters else {}
+        found += _of_run(run, alike, lent, settings, generator)
+    return found
 
 
 def _without_readers(runs: Sequence[Run], settings: Settings, named: bool) -> list[Run]:
@@ -163,7 +184,11 @@ def _leaves_out(run: Run, settings: Settings) -> bool:
 
 
 def _of_run(
-    run: Run, others: tuple[str, ...], settings: Settings, generator: torch.Generator
+    run: Run,
+    others: tuple[str, ...],
+    lent: dict[str, Lent],
+    settings: Settings,
+    generator: torch.Generator,
 ) -> list[Replacement]:
     if settings.branches:
         return _branches_of(run, settings)
@@ -174,6 +199,7 @@ def _of_run(
     for depth, path in enumerate(run.layers):
         said: dict[str, object] = {"stack": run.layers, "depth": depth}
         said |= {"others": others} if others else {}
+        said |= {"lent": lent} if lent else {}
         said |= {"tasks": tasks} if tasks else {}
         said["how"] = settings.model_dump(mode="json", exclude={"tasks", "orders"}, exclude_defaults=True)
         if orders is not None:
@@ -240,12 +266,28 @@ def _orders(
     }
 
 
-def _alike(run: Run, runs: Sequence[Run], settings: Settings) -> tuple[str, ...]:
+def _alike(
+    run: Run, runs: Sequence[Run], settings: Settings, members: Mapping[str, Member]
+) -> tuple[str, ...]:
     """Other members with a stack of the same structure and number of layers, whose layers this one's tasks may use."""
     if not settings.members:
         return ()
+    own = _numbers_of(run, members)
     return tuple(
         other.member
         for other in runs
         if other.member != run.member and other.parts == run.parts and other.layers == run.layers
+        if _numbers_of(other, members) == own
     )
+
+
+def _numbers_of(run: Run, members: Mapping[str, Member]) -> object:
+    """What a layer computes with beside its tensors, such as its number of heads; not its place, nor what it drops."""
+    layer = members[run.member].module.get_submodule(run.layers[0])
+    return [
+        (type(part), key, value)
+        for part in layer.modules()
+        for key, value in sorted(vars(part).items())
+        if isinstance(value, (int, float, str)) and "drop" not in type(part).__name__.lower()
+        if "drop" not in key and key not in ("training", "layer_idx")
+    ]

@@ -21,6 +21,8 @@ class Settings(Strict):
             at every depth (soft layer ordering); `parallel`, component d at depth d; `permuted`, an order for each
             task, by chance or by hand.
         members: whether a task may use the layers of other members with stacks of the same structure too.
+        adapters: whether, with `members`, layers of stacks of another width or structure are components as well, each
+            between two linear maps of its own, which are learned.
         branches: whether the residual branches of layers, such as attention and MLP, are components in place of whole
             layers; for `gumbel`.
         identity: whether passing on is a component: layers can then be left out.
@@ -44,6 +46,7 @@ class Settings(Strict):
 
     routing: Literal["gumbel", "soft", "parallel", "permuted"] = "gumbel"
     members: bool = False
+    adapters: bool = False
     branches: bool = False
     identity: bool = True
     tasks: Annotated[dict[str, Names], Field(max_length=4096)] = Field(default_factory=dict)
@@ -76,6 +79,8 @@ class Settings(Strict):
             raise ValueError("layers and component_budget say the same: give one of them")
         if self.layers is not None and not self.identity:
             raise ValueError("layers can be left out only where the identity is a component: identity true")
+        if self.adapters and not self.members:
+            raise ValueError("adapters serve layers of other members: set members to true as well")
         if self.branches and (self.routing != "gumbel" or self.members or not self.identity):
             raise ValueError("branches need routing gumbel, identity true and members false")
         if self.orders and self.routing != "permuted":

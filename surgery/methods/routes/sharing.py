@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from surgery.core.joint import JointModel
 from surgery.errors import PlanError
+from surgery.methods.routes.adapters import Adapted
 from surgery.methods.routes.layers import RoutedLayer
 from surgery.slots.slots import locate
 from surgery.util.text import shorten
@@ -29,13 +30,12 @@ def tie_private(joint: JointModel) -> None:
     """
     bad: list[str] = []
     for member in joint.names:
-        for path, number, other, name in _copies(joint, member):
-            below = f"{path}.held.{number}."
+        for below, other, above, name in _copies(joint, member):
             for key, parameter in joint.private(member).items():
                 if not key.startswith(below):
                     continue
                 lender = joint.private(other)
-                source = f"{path}.held.0.{key.removeprefix(below)}"
+                source = f"{above}{key.removeprefix(below)}"
                 if source not in lender:
                     bad.append(f"{key} of '{member}', of component {name}")
                     continue
@@ -48,10 +48,16 @@ def tie_private(joint: JointModel) -> None:
         )
 
 
-def _copies(joint: JointModel, member: str) -> Iterator[tuple[str, int, str, str]]:
-    """Copies of other members' layers in a member: path of the routed layer, number, whose it is, and its name."""
+def _copies(joint: JointModel, member: str) -> Iterator[tuple[str, str, str, str]]:
+    """Copies of other members' layers in a member: how names of its tensors begin, whose layer it is, how names begin
+    there, and the component's name. What its own member has dropped is a copy no more."""
     for path, layer in routed_layers(joint, member).items():
-        for number, name in enumerate(layer.own):
-            other, slash, _ = name.rpartition("/")
-            if slash and other in joint.names:
-                yield path, number, other, name
+        for number, (name, part) in enumerate(zip(layer.own, layer.held, strict=True)):
+            other, slash, depth = name.rpartition("/")
+            if not slash or other not in joint.names:
+                continue
+            source = part.path if isinstance(part, Adapted) else path
+            lender = routed_layers(joint, other).get(source)
+            if lender is not None and depth in lender.own:
+                below = f"{path}.held.{number}." + "layer." * isinstance(part, Adapted)
+                yield below, other, f"{source}.held.{lender.own.index(depth)}.", name
