@@ -14,6 +14,7 @@ themselves are a few dozen more); word embeddings are frozen. On texts that were
                 the six choices after a tenth of the steps each
     routed      K of the six layers, those that are missed most when layers are left out one by one on two batches
                 before the first step, as routes begin; or, with `--learn`, learned from there over a share of the steps
+    tried       the same, and of choices of the last layer that are close each is trained for a tenth of the steps
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from typing import Any
 from benchmarks.harness import make_header, make_parser, show
 
 LAYERS = 6
-WAYS = ("mixtures", "tied", "spread", "dropped", "routed")
+WAYS = ("mixtures", "tied", "spread", "dropped", "routed", "tried")
 _WORDS, _TEST = 24, 512  # words of a text, texts that are tested on
 
 
@@ -116,7 +117,14 @@ def given(seed: int, steps: int, batch: int) -> tuple[list[Any], list[Any]]:
 
 
 def run(
-    way: str, templates: int, seed: int, steps: int, batch: int, lr: float = 3e-4, learn: float = 0.0
+    way: str,
+    templates: int,
+    seed: int,
+    steps: int,
+    batch: int,
+    lr: float = 3e-4,
+    learn: float = 0.0,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """One student, as it begins and distilled."""
     import torch
@@ -132,8 +140,9 @@ def run(
     def student(keep: Sequence[int] | None) -> Any:
         module, inputs = embedder(keep)
         member = surgery.load_member(module, name="student", inputs=inputs)
-        if way == "routed":
-            return surgery.join([member], surgery.plan_modules([member], "routes", {"layers": templates}))
+        if way in ("routed", "tried"):
+            how = {"layers": templates, "trials": max(steps // 10, 1) if way == "tried" else 0}
+            return surgery.join([member], surgery.plan_modules([member], "routes", how))
         mixture = "linear" if way == "mixtures" else "one-hot"
         found = [surgery.discover(member)]
         plan = None if keep else surgery.plan_templates(found, templates=templates, mixture=mixture)
@@ -146,7 +155,7 @@ def run(
         "evolution": {"codes": "ones", "change": "none", "start": "own"},
         "stopping": {"keep": "last"},
     }  # fmt: skip
-    if way == "routed":  # in parts, so many of which learn; the route is hard in the others
+    if way in ("routed", "tried"):  # in parts, so many of which learn; the route is hard in the others
         learning = round(20 * learn) if steps >= 20 else 0
         parts = 20 if learning else 1
         config |= {"steps": steps // parts, "generations": learning, "final": parts - learning}
@@ -156,7 +165,8 @@ def run(
     @torch.no_grad()
     def figures(joint: Any) -> tuple[float, float]:
         module = joint["student"].eval()
-        made = torch.cat([module(**inputs) for inputs, _ in test])
+        place = next(module.parameters()).device
+        made = torch.cat([module(**{key: t.to(place) for key, t in x.items()}).cpu() for x, _ in test])
         wanted = torch.cat([target for _, target in test])
         pairs = torch.triu_indices(len(made), len(made), 1)
         kept = spearmanr((made @ made.t())[*pairs], (wanted @ wanted.t())[*pairs]).statistic
@@ -167,14 +177,16 @@ def run(
         for gone in range(LAYERS):
             some = tuple(number for number in range(LAYERS) if number != gone)
             trial = student(some)
-            surgery.train(trial, [task], {**config, "steps": max(steps // 10, 1)}, seed=seed, cpu=True)
+            surgery.train(
+                trial, [task], {**config, "steps": max(steps // 10, 1)}, seed=seed, cpu=device == "cpu"
+            )
             tried[some] = figures(trial)[0]
         keep = list(min(tried, key=lambda some: tried[some]))
     begun, joint = student(keep), student(keep)
     still = {**config, "steps": 1, "optimizer": {"lr": 1e-12}}  # the start alone
-    surgery.train(begun, [task], still, seed=seed, cpu=True)
+    surgery.train(begun, [task], still, seed=seed, cpu=device == "cpu")
     before = figures(begun)
-    report = surgery.train(joint, [task], config, seed=seed, cpu=True)
+    report = surgery.train(joint, [task], config, seed=seed, cpu=device == "cpu")
     after = figures(joint)
     taken = report.methods.get("routes", {}).get("chosen", {})
     kept = [[name for (name,) in own] for route in taken.values() for own in route.values()]
@@ -225,6 +237,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--learn", type=float, default=0.0, help="share of the steps in which routes are learned"
     )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="of students; the original stays on the CPU"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument(
         "--kept", type=Path, default=Path("fewer_layers.jsonl"), help="where finished runs are kept"
@@ -233,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     steps = 2 if options.fast else options.steps
     seeds = range(options.seed, options.seed + (1 if options.fast else options.seeds))
     cells = [
-        (way, k, seed, steps, options.batch, lr, options.learn)
+        (way, k, seed, steps, options.batch, lr, options.learn, options.device)
         for seed, lr, k, way in product(seeds, options.lr, options.templates, options.ways)
     ]
     done: dict[str, Any] = {}

@@ -2,7 +2,7 @@
 
 Layers are left out one after the other, each time that one without which the loss on a few batches stays lowest; those
 between which these batches hardly tell are measured on more. That takes forward passes alone. What stays is where
-learning begins.
+learning begins. Where the last choice is still close, each may be trained for a few steps, all of which are undone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 
 from surgery.methods.routes.gates import BernoulliGates, Gates
 from surgery.methods.routes.groups import count_of
+from surgery.training.loop.optimizers import make_optimizer
+from surgery.training.loop.state import restore, snapshot
 from surgery.training.tasks.tasks import Batch, Task
 from surgery.training.tasks.validation import evaluate
 from surgery.util.collectives import average
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 _CLOSE, _MORE = 1.25, 4
 """Losses within this factor of the lowest are close; those are measured on so many times as many batches."""
+_TRIED = 3
+"""How many of these are tried at most."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Measured:
     Attributes:
         left: depths in the order in which their layers were left out.
         losses: after each of them.
-        passes: forward passes through a single layer, of one batch each.
+        passes: forward passes through a single layer, of one batch each; a step of a trial counts three times.
     """
 
     left: tuple[int, ...]
@@ -72,10 +76,9 @@ def begin_with_measured(trainer: Trainer, member: str, depths: Sequence[Gates]) 
     """
     gates = [each for each in depths if isinstance(each, BernoulliGates)]
     mine = [task for task in trainer.tasks if task.member == member]
-    count = gates[0].settings.measure
-    batches = {
-        task.name: [batch for batch, _ in trainer.streams[task.name].peek(_MORE * count)] for task in mine
-    }
+    count, steps = gates[0].settings.measure, gates[0].settings.trials
+    ahead = max(_MORE * count, steps) + _MORE * count * bool(steps)
+    batches = {task.name: [batch for batch, _ in trainer.streams[task.name].peek(ahead)] for task in mine}
     found = {}
     for row, name in enumerate(gates[0].tasks):
         served = [task for task in mine if name in ("", task.name)]
@@ -112,6 +115,14 @@ def _leave_out(
             places = [place for place in places if found[place] <= _CLOSE * found[places].min()]
             if len(places) < 2:
                 break
+        places = sorted(places, key=lambda place: float(found[place]))[:_TRIED]
+        steps = gates[0].settings.trials
+        if steps and len(places) > 1 and len(kept) == wanted + 1:
+            for place in places:
+                on = [depth for depth in kept if depth != kept[place]]
+                found[place] = _trained(trainer, gates, row, on, tasks, batches, steps)
+            judged = _MORE * count
+            passes += len(places) * (len(kept) - 1) * (3 * steps + judged) * len(tasks)
         best = min(places, key=lambda place: float(found[place]), default=int(found.argmin()))
         losses.append(float(found[best]))
         left.append(kept.pop(best))
@@ -131,6 +142,32 @@ def _taking(gates: Sequence[BernoulliGates], row: int, on: Sequence[int]) -> Ite
     finally:
         for each in gates:
             each.soften()
+
+
+def _trained(
+    trainer: Trainer,
+    gates: Sequence[BernoulliGates],
+    row: int,
+    on: Sequence[int],
+    tasks: Sequence[Task],
+    batches: Mapping[str, Sequence[Batch]],
+    steps: int,
+) -> float:
+    """The loss of a route on batches that follow, once it alone was trained on the first ones; all of it is undone."""
+    begun, judged = snapshot(trainer.joint), _MORE * gates[0].settings.measure
+    kept = trainer.optimizer, trainer.turn
+    trainer.optimizer = make_optimizer(trainer.joint, trainer.config.optimizer, trainer.moves)
+    trainer.turn = tuple(tasks)
+    try:
+        with _taking(gates, row, on):
+            for step in range(steps):
+                trainer.compute({task.name: [(batches[task.name][step], 1.0)] for task in tasks})
+            found = torch.tensor([_loss(trainer, tasks, {t.name: batches[t.name][-judged:] for t in tasks})])
+    finally:
+        trainer.optimizer, trainer.turn = kept
+        restore(trainer.joint, begun)
+    average([found])
+    return float(found)
 
 
 def _loss(trainer: Trainer, tasks: Sequence[Task], batches: Mapping[str, Sequence[Batch]]) -> float:

@@ -165,10 +165,12 @@ class RouteMoves(Moves):
             harden_gates(depths for depths in self.routes.values() if depths[0].settings.harden)
 
     def _measure(self) -> None:
+        passes = self.passes  # those of trials are none of the run's
         for key, depths in self.routes.items():
             if can_measure(depths):
                 found = begin_with_measured(self.trainer, key[0], depths)
                 self.measured[self._called(key)] = {task: each.document() for task, each in found.items()}
+        self.passes = passes
 
     def begins_anew(self, generation: int) -> bool:
         """States before burn-in is over, or before routes are hard, are not what will be exported."""

@@ -35,6 +35,8 @@ class Settings(Strict):
         measure: batches of each task on which layers are left out one by one before routes are learned, which then
             begin with those that are missed least off; four times as many where they hardly differ; 0 for none. With
             `layers`.
+        trials: steps that each choice is trained for, from the start and for itself, where measuring the last layer to
+            leave out hardly tells choices apart; what it then loses on other batches decides. 0 for none.
         penalty: lambda, the weight of what exceeds the budget.
         temperature: of the softmax backward, at first: it falls with the square root of the number of batches.
         least_temperature: what it falls to.
@@ -55,6 +57,7 @@ class Settings(Strict):
     layers: Positive | None = None
     component_budget: Share | None = None
     measure: Annotated[int, Field(ge=0, le=4096)] = 2
+    trials: Annotated[int, Field(ge=0, le=4096)] = 0
     penalty: NotNegative = 1.0
     temperature: Rate = 50.0
     least_temperature: Rate = 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
 
 from surgery.core.joint import JointModel
 from surgery.errors import PlanError
@@ -18,8 +18,8 @@ def routed_layers(joint: JointModel, member: str) -> dict[str, RoutedLayer]:
 
 
 def borrows(joint: JointModel) -> bool:
-    """Whether any member has copies of another member's layers."""
-    return any(next(_copies(joint, member), None) is not None for member in joint.names)
+    """Whether any layer lies in several members."""
+    return bool(_in_common(joint))
 
 
 def tie_private(joint: JointModel) -> None:
@@ -29,18 +29,17 @@ def tie_private(joint: JointModel) -> None:
         PlanError: where a tensor is generated in one place and private in another.
     """
     bad: list[str] = []
-    for member in joint.names:
-        for below, other, above, name in _copies(joint, member):
+    for (other, path), ((first, above), *copies) in _in_common(joint).items():
+        for member, below in copies:
+            given = joint.private(first)
             for key, parameter in joint.private(member).items():
                 if not key.startswith(below):
                     continue
-                lender = joint.private(other)
                 source = f"{above}{key.removeprefix(below)}"
-                if source not in lender:
-                    bad.append(f"{key} of '{member}', of component {name}")
-                    continue
-                if parameter is not lender[source]:
-                    setattr(*locate(joint[member], key), lender[source])
+                if source not in given:
+                    bad.append(f"{key} of '{member}', of {path} of '{other}'")
+                elif parameter is not given[source]:
+                    setattr(*locate(joint[member], key), given[source])
     if bad:
         raise PlanError(
             f"What members have in common must be generated in all of them or in none, but {shorten(bad)} is private "
@@ -48,16 +47,16 @@ def tie_private(joint: JointModel) -> None:
         )
 
 
-def _copies(joint: JointModel, member: str) -> Iterator[tuple[str, str, str, str]]:
-    """Copies of other members' layers in a member: how names of its tensors begin, whose layer it is, how names begin
-    there, and the component's name. What its own member has dropped is a copy no more."""
-    for path, layer in routed_layers(joint, member).items():
-        for number, (name, part) in enumerate(zip(layer.own, layer.held, strict=True)):
-            other, slash, depth = name.rpartition("/")
-            if not slash or other not in joint.names:
-                continue
-            source = part.path if isinstance(part, Adapted) else path
-            lender = routed_layers(joint, other).get(source)
-            if lender is not None and depth in lender.own:
-                below = f"{path}.held.{number}." + "layer." * isinstance(part, Adapted)
-                yield below, other, f"{source}.held.{lender.own.index(depth)}.", name
+def _in_common(joint: JointModel) -> dict[tuple[str, str], list[tuple[str, str]]]:
+    """Layers that lie in several members, by whose they are and their path there: each member, and how names of the
+    layer's tensors begin in it; that whose layer it is comes first where it still uses it."""
+    found: dict[tuple[str, str], list[tuple[str, str]]] = defaultdict(list)
+    for member in joint.names:
+        for path, layer in routed_layers(joint, member).items():
+            for number, (name, part) in enumerate(zip(layer.own, layer.held, strict=True)):
+                adapted = isinstance(part, Adapted)
+                other, copied, _ = name.rpartition("/")
+                place = member, f"{path}.held.{number}." + "layer." * adapted
+                key = (other if copied else member, part.path if adapted else path)
+                found[key].insert(len(found[key]) if copied else 0, place)
+    return {key: places for key, places in found.items() if len(places) > 1}

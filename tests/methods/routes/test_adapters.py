@@ -277,3 +277,20 @@ def test_what_adapters_cannot_serve():
     cnn = timm.create_model("resnet18", num_classes=3).eval()
     said = r"but of layer1.\* of 'b' the graph shows none: set `adapters` to false"
     refused({"a": vit, "b": cnn}, {"a": pictures, "b": torch.randn(2, 3, 32, 32)}, said)
+
+
+@pytest.mark.slow
+def test_a_layer_that_its_own_member_uses_no_more_stays_one_in_others():
+    members = [surgery.load_member(bert(i), name=n, inputs=IDS) for i, n in enumerate("abc")]
+    joint = surgery.join(members, surgery.plan_modules(members, "routes", {"members": True}))
+    for name in "abc":
+        for gates in routes_in(joint[name])[ROUTE]:
+            gates.harden(
+                {"": (gates.names.index("a/1" if name != "a" else "identity") if gates.depth == 1 else 0,)}
+            )
+    drop_unused(joint)
+    train(joint)
+    b, c = joint["b"].state_dict(), joint["c"].state_dict()
+    keys = [key for key in b if key.startswith("encoder.layer.1.held.0.")]
+    assert len(keys) == 16 and all(torch.equal(b[key], c[key]) for key in keys)
+    assert not torch.equal(b[keys[0]], bert().state_dict()[keys[0].replace(".held.0", "")])

@@ -205,6 +205,29 @@ def test_without_a_phase_in_which_routes_are_learned_the_measured_ones_are_kept(
     assert [i for i, (name,) in enumerate(chosen[""]) if name == "identity"] == sorted(left)
 
 
+@pytest.mark.slow
+def test_trials_decide_between_close_choices_and_leave_nothing_behind():
+    def one(**settings):
+        joint = joined({"layers": 3, **settings})
+        before = {
+            key: value.clone() for key, value in joint["text"].state_dict().items() if "gates" not in key
+        }
+        task = surgery.Task(
+            "text", "text", Batches(IDS, run(bert(1)), 3), "mse"
+        )  # none of the layers is missed
+        report = train(joint, task, burn_in=0, steps=1, generations=1, final=0, optimizer={"lr": 1e-12})
+        after = joint["text"].state_dict()
+        assert all(torch.allclose(after[key], value, atol=1e-6) for key, value in before.items())
+        (depths,) = routes_in(joint["text"]).values()
+        return report.methods["routes"]["measured"]["text:encoder.layer.*"][""], [g.table() for g in depths]
+
+    plain, _ = one()
+    found, p = one(trials=2)
+    assert found["passes"] > plain["passes"]
+    assert found["losses"] == pytest.approx(plain["losses"], rel=1e-3)  # at such a rate a trial moves nothing
+    assert [float(each) < 0.5 for each in p] == [depth in found["left"] for depth in range(4)]
+
+
 @pytest.mark.parametrize("how", [{"measure": 0, "layers": 2}, {"layers": 4}, {}, {"routing": "soft"}])
 def test_nothing_is_measured_where_nothing_is_chosen_by_it(how):
     report = train(joined(how), burn_in=0, steps=1, generations=1)
