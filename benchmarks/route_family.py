@@ -222,23 +222,19 @@ def run(
         routes = [tuple(0 if d in some else own[d] for d in range(DEPTH)) for own in routes]
     begun = joined(found, routes, given)
     result: dict[str, Any] = {"way": way, "seed": seed, "chosen": chosen, "steps": steps}
-    result["layers"], result["bytes"] = stored_in(begun) if routes else (None, None)
-    result["before"] = measure(begun, found, "test")
+    result["before"] = measure(begun.to(device), found, "test")
     best = -1.0
     for rate in rates:
         joint = joined(found, routes, given)
         tasks = [
-            surgery.Task(
-                name,
-                name,
-                Batches(data["train"].args[0], data["train"].target, 128, True, seed),
-                "cross_entropy",
-            )
+            surgery.Task(name, name, Batches(pictures.cpu(), classes.cpu(), 128, True, seed), "cross_entropy")
             for name, data in found["data"].items()
+            for (pictures,), classes in [(data["train"].args, data["train"].target)]
         ]
-        learning = 0 if routes else 2 * steps // 3 // 10
+        learning = 0 if routes else 7  # parts of ten
+        parts = 10 if steps >= 10 else 1
         config = {
-            "steps": max(steps // 10, 1), "generations": learning, "final": 10 - learning if steps >= 10 else 1,
+            "steps": max(steps // 10, 1), "generations": min(learning, parts - 1), "final": max(parts - learning, 1),
             "optimizer": {"name": "adamw", "lr": rate, "schedule": "linear", "warmup": steps // 10},
             "evolution": {"codes": "ones", "change": "none", "start": "given"}, "stopping": {"keep": "last"},
         }  # fmt: skip
@@ -246,9 +242,9 @@ def run(
         score = sum(measure(joint, found, "validation").values()) / len(MEMBERS)
         if score > best:
             best = score
-            layers, nbytes = stored_in(joint.to("cpu"))
             result |= {"rate": rate, "validation": score, "after": measure(joint, found, "test")}
-            result |= {"layers": layers, "bytes": nbytes, "seconds": report.seconds}
+            result["layers"], result["bytes"] = stored_in(joint.to("cpu"))
+            result["seconds"] = report.seconds
             if not routes:
                 result["chosen"] = report.methods["routes"]["chosen"]
     return result

@@ -149,9 +149,18 @@ def test_joint_step_compares_joint_training_with_plain_models(run):
 def test_route_step_compares_hard_and_soft_routes(run):
     rows = run("route_step")["results"]
     assert [(row["what"], row["way"]) for row in rows] == [
-        ("hard", "plain"), ("hard", "joined"), ("hard", "routed"), ("soft", "by hand"), ("soft", "routed"),
+        ("hard", "plain"), ("hard", "joined"), ("hard", "routed"),
+        ("one text", "plain"), ("one text", "joined"), ("one text", "routed"), ("soft", "by hand"), ("soft", "routed"),
     ]  # fmt: skip
     assert all(row["medians"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_three_fine_tunes_in_fewer_layers(run, tmp_path):
+    rows = run("route_family", "--kept", str(tmp_path / "kept.jsonl"), "--stored", "4")["results"]
+    assert [row["way"] for row in rows] == ["alone", "routes", "average", "arithmetic", "learned"]
+    assert [row["layers"] for row in rows[:4]] == [12, 4, 4, 4]
+    assert len({row["bytes"] for row in rows[1:4]}) == 1 and rows[1]["bytes"] < 0.5 * rows[0]["bytes"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """What ordinary code does to a joined member reaches the dictionary, or is refused in one sentence: nothing is lost."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import surgery
 from surgery.core.joining import join
 from surgery.errors import PlanError
 from surgery.members.member import Member
+from surgery.slots.hooks import Enter
 
 EXTRACT = r"extract\('tied'\)"
 
@@ -311,6 +313,28 @@ def test_quantisation_by_torchao_is_refused():
         assert torch.equal(joint["tied"](x), plain(x))
         quantize_(extracted := joint.extract("tied"), Int8WeightOnlyConfig())
         extracted(x)
+
+
+def test_a_pass_asks_no_gate_below_the_one_it_was_entered_by(monkeypatch):
+    joint, joined, plain = _alone()
+    asked, seen = [], []
+    enter = Enter.__call__
+    monkeypatch.setattr(
+        Enter, "__call__", lambda self, *args: (asked.append(self.path), enter(self, *args))[1]
+    )
+    x = member("tied").inputs.args[0]
+    with torch.no_grad():
+        assert torch.equal(joined(x), plain(x)) and asked == [""]
+        joined.first.weight.mul_(2)
+        plain.first.weight.mul_(2)
+        given = torch.randn(1, joined.first.weight.shape[1])
+        assert torch.equal(joined.first(given), plain.first(given)) and asked == ["", "first"]
+        handle = joined.first.register_forward_pre_hook(lambda *_: seen.append("hook"))
+        assert torch.equal(joined(x), plain(x)) and len(seen) == asked.count("first") - 1 > 0
+        handle.remove()
+        del asked[:]
+        assert torch.equal(joined(x), plain(x)) and asked == [""]
+    assert type(joint.extract("tied").first._forward_pre_hooks) is OrderedDict
 
 
 @pytest.mark.usefixtures("compiler")
