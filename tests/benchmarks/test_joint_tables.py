@@ -90,9 +90,9 @@ def test_groupings_are_compared_beyond_chance():
 
 
 def test_prices_and_smaller_nets_are_methods():
-    for method in ("price=0.1", "smaller=0.4", "hard"):
+    for method in ("price=0.1", "smaller=0.4", "hard", "atoms=100", "rewards=0.3"):
         assert known_method(method) == method
-    for wrong in ("price=-1", "smaller=0", "smaller=2", "unknown", "price=much"):
+    for wrong in ("price=-1", "atoms=0", "atoms=0.5", "smaller=0", "smaller=2", "unknown", "price=much"):
         with pytest.raises(ValueError, match=r"a method is|could not convert"):
             known_method(wrong)
     assert changes_of("price=0.1", MEMBERS)[0]["train"] == {
@@ -103,6 +103,8 @@ def test_prices_and_smaller_nets_are_methods():
         "evolution": {"price": 0.1, "fraction": None, "alpha": None},
         "stopping": {"best": "member"},
     }
+    assert changes_of("rewards=0.1", MEMBERS)[0]["train"]["evolution"]["judge"] == "rewards"
+    assert changes_of("atoms=100", MEMBERS)[0]["parameters"] == {"context": 100}
     change, own = changes_of("smaller=0.25", ["lstm"])
     assert own == ["models.0.model=surgery_recipes.nets:word_model?words=2000&width=32"]
     assert change["train"]["evolution"] == {"codes": "ones", "change": "none"}

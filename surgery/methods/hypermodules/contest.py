@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from surgery.core.kernel import DENSE_CODE, TransposedIndex, generate, transpose
 from surgery.methods.hypermodules.alignment import decide, starting_weight
@@ -26,6 +27,9 @@ class Contest(nn.Module):
         factors: `[N, 1+lambda]`, by what contexts are multiplied; None where they are used as they are.
         group: `[N]`, numbers of the locations that are decided together, -1 for one that is alone; None where all are.
         saved: `[N, 1+lambda]`, blocks that each alternative saves, once they have a price.
+        drawn: `[N]`, the column of the one alternative that is generated, where contests are judged by rewards.
+        tried: `[P, N]`, the columns that were drawn since soft weights last moved, and
+        costs: `[P, N]`, what each led to.
 
     Example:
         >>> contest = Contest(torch.tensor([0, 1, 2]), 3, torch.tensor([1]), torch.tensor([[2]]), 1, 0.5)
@@ -82,6 +86,9 @@ class Contest(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self._transposed: TransposedIndex | None = None
         self.saved: Tensor | None = None
+        self.drawn: Tensor | None = None
+        self.tried = chosen.new_empty(0, len(chosen))
+        self.costs = start.new_empty(0, len(chosen))
 
     def coefficients(self, contexts: Tensor, coefficients: Tensor | None = None) -> Tensor:
         """`softmax(s_l)_i * z_l` for every entry of the code, in its order: `[E]`. # Eq. (8)
@@ -90,7 +97,10 @@ class Contest(nn.Module):
             contexts: `[L, c]` of the bank.
             coefficients: `[L, c]` of the bank, contexts times factors; by default the contexts.
         """
-        probability = self.soft.softmax(1).to(contexts.dtype)
+        if self.drawn is None:
+            probability = self.soft.softmax(1).to(contexts.dtype)
+        else:
+            probability = one_hot(self.drawn, self.soft.shape[1]).to(contexts.dtype)
         probability = (probability if self.factors is None else probability * self.factors).unsqueeze(2)
         own = contexts.index_select(0, self.chosen).unsqueeze(1)
         rivals = probability * (own if self.contexts is None else torch.cat([own, self.contexts], 1))

@@ -11,6 +11,7 @@ from surgery.core.bank import Parts
 from surgery.disk.untrusted import shown
 from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.contest import Contest
+from surgery.methods.hypermodules.rewards import POPULATION
 
 
 def pack_contest(contest: Contest | None) -> Parts:
@@ -20,6 +21,8 @@ def pack_contest(contest: Contest | None) -> Parts:
     found = {"chosen": contest.chosen, "candidates": contest.candidates, "soft": contest.soft.detach()}
     if contest.group is not None:
         found["group"] = contest.group
+    if len(contest.tried):
+        found |= {"tried": contest.tried, "costs": contest.costs}
     return found if contest.contexts is None else {**found, "contexts": contest.contexts.detach()}
 
 
@@ -43,15 +46,19 @@ def unpack_contest(bank: HypermoduleBank, tensors: Mapping[str, Tensor]) -> Cont
     )
     with torch.no_grad():
         contest.soft.copy_(tensors["soft"])
+    if "tried" in tensors:
+        contest.tried = tensors["tried"].to(device, copy=True)
+        contest.costs = tensors["costs"].to(device, copy=True)
     return contest
 
 
 def wrong_contest(parts: Mapping[str, Tensor], psi: Tensor, count: int, context: int) -> Iterator[str]:
     """What cannot be true of a contest among `count` hypermodules of `context` basis blocks, aligned by psi `[L]`."""
     names = {"chosen", "candidates", "soft"}
-    if not names <= set(parts) <= names | {"contexts", "group"}:
+    more = {"contexts", "group", "tried", "costs"}
+    if not names <= set(parts) <= names | more or ("tried" in parts) != ("costs" in parts):
         needed, found = ", ".join(sorted(names)), shown(sorted(parts))
-        yield f"a contest must have {needed} and maybe contexts and group, found {found}"
+        yield f"a contest must have {needed} and maybe contexts, group, or what was tried at what costs, found {found}"
         return
     chosen, candidates, soft = parts["chosen"], parts["candidates"], parts["soft"]
     contexts = parts.get("contexts")
@@ -69,9 +76,23 @@ def wrong_contest(parts: Mapping[str, Tensor], psi: Tensor, count: int, context:
         yield "a contest must have each location's own hypermodule as its first candidate"
     elif "group" in parts and (wrong := _wrong_group(parts["group"], psi[chosen.to(psi.device)], candidates)):
         yield wrong
+    if "tried" in parts and (wrong := _wrong_trials(parts["tried"], parts["costs"], candidates)):
+        yield wrong
     shape = (len(chosen), candidates.shape[1] - 1, context)
     if contexts is not None and (tuple(contexts.shape) != shape or not contexts.is_floating_point()):
         yield f"challengers must have contexts of {list(shape)}, found {list(contexts.shape)}"
+
+
+def _wrong_trials(tried: Tensor, costs: Tensor, candidates: Tensor) -> str:
+    """What cannot be true of a contest's draws `[P, N]` and their costs; empty where nothing."""
+    count, columns = candidates.shape
+    fits = tried.dtype == torch.int64 and costs.is_floating_point() and tried.ndim == 2
+    if not fits or tried.shape != costs.shape or tried.shape[1] != count or not 0 < len(tried) < POPULATION:
+        found = [[str(t.dtype), *t.shape] for t in (tried, costs)]
+        return f"a contest must have tried less than {POPULATION} draws of its {count} locations, found {shown(found)}"
+    if int(tried.min()) < 0 or int(tried.max()) >= columns:
+        return f"a contest's draws must be among its {columns} alternatives, found up to {int(tried.max())}"
+    return ""
 
 
 def _wrong_group(group: Tensor, incumbent: Tensor, candidates: Tensor) -> str:

@@ -13,6 +13,7 @@ from surgery.anatomy.plan import Placement, Plan, make_plan
 from surgery.core.bank import Bank
 from surgery.core.method import Curves, Opening, Picture, PlanRequest, register_method
 from surgery.errors import PlanError
+from surgery.methods.hypermodules.atoms import share_atoms
 from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.opening import fixed_bank, open_bank, open_rest
 from surgery.methods.rows.bank import RowsBank
@@ -39,11 +40,13 @@ class HypermoduleOpening:
         context: c; by default what the plan says. With 0, hypermodules of one basis block with coefficients that stay.
         scale: what carries the deviations of layers; see `open_bank`.
         norm: as in `open_bank`.
+        atoms: whether all of them become one, which every location mixes.
     """
 
     context: int | None = None
     scale: Scale = "contexts"
     norm: int = 1
+    atoms: bool = False
 
 
 @register_method
@@ -87,7 +90,8 @@ class Hypermodules(RowsMethod):
         settings = config.evolution
         context = None if settings.codes == "contexts" else 0
         context = 1 if settings.narrows else context
-        return {"context": context, "scale": settings.scale, "norm": norm_of(config.optimizer)}
+        how = {"context": context, "scale": settings.scale, "norm": norm_of(config.optimizer)}
+        return {**how, "atoms": settings.start == "atoms"}
 
     def unsuited(self, joint: JointModel, config: Training) -> list[str]:
         """Codes that cannot go on from what there is."""
@@ -143,6 +147,8 @@ class Hypermodules(RowsMethod):
         if not bank.singles:
             return HypermoduleBank.of(bank)
         c = plan.bank(key).context if given.context is None else given.context
+        if given.atoms and not bank.hypermodules:
+            return share_atoms(fixed_bank(bank), plan.bank(key).context)
         if not c and not bank.hypermodules:
             return fixed_bank(bank)
         sigma = _deviations(bank.blocks(), [p for p in plan.placements if p.bank == key])

@@ -20,7 +20,8 @@ from surgery.methods.hypermodules.contest import Contest
 from surgery.methods.hypermodules.contest_state import pack_contest, unpack_contest, wrong_contest
 from surgery.methods.hypermodules.evolution import conclude, contend, inherit, redraw
 from surgery.methods.hypermodules.heat import Thermostat, wrong_heat
-from surgery.methods.hypermodules.price import expected_saving
+from surgery.methods.hypermodules.price import expected_saving, saved_by
+from surgery.methods.hypermodules.rewards import costs_of, draw, note
 from surgery.methods.hypermodules.sensitivity import normalise
 from surgery.methods.hypermodules.splitting import split
 from surgery.methods.hypermodules.starts import siblings
@@ -84,7 +85,7 @@ class HypermoduleMoves(Moves):
     def penalty(self) -> Tensor | None:
         """What alternatives take, at its price; banks count by their parameters."""
         price = self.config.evolution.price
-        if not price:
+        if not price or self._rewards:
             return None
         sizes = {key: bank.locations * bank.width for key, bank in self.banks.items()}
         terms = [
@@ -93,6 +94,48 @@ class HypermoduleMoves(Moves):
             if (saving := expected_saving(bank)) is not None
         ]
         return torch.stack(terms).sum() if terms else None
+
+    @property
+    def _rewards(self) -> bool:
+        """Whether contests are judged by what losses came of each draw."""
+        return self.config.evolution.judge == "rewards"
+
+    def before_step(self) -> None:
+        """Draw one alternative for each sampled location, where contests are judged by rewards."""
+        if not self._rewards:
+            return
+        self._learn()
+        for bank in self.banks.values():
+            if bank.contest is not None:
+                bank.contest.drawn = draw(bank.contest.soft, self.generator)
+
+    def _learn(self) -> None:
+        """Take down what the last step's draws led to."""
+        drawn = {
+            key: bank
+            for key, bank in self.banks.items()
+            if bank.contest is not None and bank.contest.drawn is not None
+        }
+        if not drawn:
+            return
+        number = {name: n for n, name in enumerate(self.joint.names)}
+        accelerator, trace = self.trainer.accelerator, self.trainer.running.trace[-1]
+        trace = trace if accelerator.num_processes == 1 else accelerator.reduce(trace, "mean")
+        losses = trace.new_zeros(len(number))
+        for task, loss in zip(self.trainer.tasks, trace, strict=True):
+            losses[number[task.member]] += self.trainer.weights[task.name] * loss
+        sizes = sum(bank.locations * bank.width for bank in self.banks.values())
+        for key, bank in drawn.items():
+            contest = bank.contest
+            assert contest is not None and contest.drawn is not None
+            member = torch.zeros(bank.locations, dtype=torch.long)
+            for p in self.joint.plan.placements:
+                if p.bank == key:
+                    member[p.start : p.stop] = number[p.site.member]
+            mine = member.to(contest.chosen.device)[contest.chosen]
+            saved = saved_by(bank, contest).gather(1, contest.drawn.unsqueeze(1)).squeeze(1)
+            price = self.config.evolution.price * bank.width / sizes
+            note(contest, costs_of(losses, mine, saved, price), self.config.evolution.reward_rate)
 
     def before_update(self) -> None:
         """What must not change has no gradient; contests of small tasks keep up, where the settings say so."""
@@ -106,6 +149,8 @@ class HypermoduleMoves(Moves):
         """Nothing but where it has to look at values: which gradients it takes away, and how contests compare."""
         if self.config.keep:
             return f"it keeps {', '.join(self.config.keep)} as they are"
+        if self._rewards:
+            return "evolution.judge rewards"
         return "evolution.normalise" if self.config.evolution.normalise else None
 
     # -- a generation --------------------------------------------------------------------------------------
@@ -122,6 +167,7 @@ class HypermoduleMoves(Moves):
 
     def after_generation(self) -> None:
         """Decide what competed."""
+        self._learn()
         if self.config.evolution.change == "evolve":
             opened = any(bank.contest is not None for bank in self.banks.values())
             self.heat.end(self._losses(), opened)
@@ -205,6 +251,7 @@ class HypermoduleMoves(Moves):
 
     def pack(self) -> tuple[Parts, Facts]:
         """Open contests and lifelong numbers."""
+        self._learn()
         tensors: Parts = {}
         for key, bank in self.banks.items():
             parts = pack_contest(bank.contest)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from surgery.methods.hypermodules.alignment import usage
 from surgery.methods.hypermodules.bank import HypermoduleBank
+from surgery.methods.hypermodules.contest import Contest
 from surgery.methods.hypermodules.merging import merged_saving
 
 
@@ -45,6 +46,16 @@ def expected_saving(bank: HypermoduleBank) -> Tensor | None:
     contest = bank.contest
     if contest is None:
         return None
+    return (contest.soft.softmax(1) * saved_by(bank, contest)).sum() / bank.locations
+
+
+def saved_by(bank: HypermoduleBank, contest: Contest) -> Tensor:
+    """Blocks that are saved as each sampled location takes each of its alternatives `[N, A]`, made once.
+
+    Args:
+        bank: as the contest was opened.
+        contest: of the bank; those that merging moves decide together count as if all went.
+    """
     if contest.saved is None:
         saved = saved_blocks(bank.psi, bank.hypermodules, bank.context, contest.chosen, contest.candidates)
         if contest.group is not None:
@@ -53,4 +64,4 @@ def expected_saving(bank: HypermoduleBank) -> Tensor | None:
             merged = merged_saving(bank.psi, bank.hypermodules, bank.context, locations, targets)
             saved[together, 1:] = merged.unsqueeze(1).to(saved)
         contest.saved = saved.to(contest.soft)
-    return (contest.soft.softmax(1) * contest.saved).sum() / bank.locations
+    return contest.saved

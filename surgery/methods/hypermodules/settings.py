@@ -21,7 +21,8 @@ class Evolution(Strict):
     Attributes:
         start: `own`, every location its own hypermodule (the pessimistic start); `order`, the k-th location
             of each member shares (classical hard sharing by topological order); `random`, each location one
-            of `hypermodules` by chance; `given`, as it is in the joint model, where equal blocks share.
+            of `hypermodules` by chance; `given`, as it is in the joint model, where equal blocks share; `atoms`, every
+            location mixes the same `parameters.context` blocks, the best for all of them (matrix atoms).
         codes: what a location has of its own: a trained `contexts` of c coefficients; `ones`, nothing, so that
             blocks are hypermodules of one basis block as they are (c = 0); `diagonals`, such a block plus a
             diagonal (parallel adapters).
@@ -29,6 +30,10 @@ class Evolution(Strict):
             generation (`random`), for comparison; or stays (`none`).
         freeze: whether hypermodules stay as they are, so that nothing but stacks and private parameters is trained;
             with `change` none and `codes` ones.
+        judge: what decides a contest. `gradients`: all alternatives are generated, weighted, and soft weights are
+            trained (Eq. 8). `rewards`: one alternative of each location is drawn in each step, and those with which
+            losses were low become likelier, by a natural evolution strategy (learned weight sharing), for comparison.
+        reward_rate: how far a population of eight steps moves the probabilities of alternatives, with `judge` rewards.
         fraction: share of the locations that are sampled for a generation (p); by default a quarter, fewer where a
             generation has less than 100 steps, and half of them where the alignment is drawn by chance.
         challengers: alternatives that compete with the incumbent of each sampled location (lambda).
@@ -72,9 +77,11 @@ class Evolution(Strict):
         hypermodules: K of a `random` start.
     """
 
-    start: Literal["own", "order", "random", "given"] = "own"
+    start: Literal["own", "order", "random", "given", "atoms"] = "own"
     codes: Literal["contexts", "ones", "diagonals"] = "contexts"
     change: Literal["evolve", "random", "none"] = "evolve"
+    judge: Literal["gradients", "rewards"] = "gradients"
+    reward_rate: Rate = 0.1
     freeze: bool = False
     fraction: Share | None = None
     challengers: Positive = 1
@@ -113,6 +120,16 @@ class Evolution(Strict):
             raise ValueError(
                 f"'merges' bring contexts that suit their blocks, so they need codes contexts, found {self.codes}"
             )
+        if self.start == "atoms" and (self.change != "none" or self.codes != "contexts"):
+            raise ValueError(
+                "atoms are the same for all locations, which mix them by contexts: set change none and codes contexts, "
+                f"found {self.change} and {self.codes}"
+            )
+        if self.judge == "rewards" and (self.merges or self.normalise):
+            found = "merges" if self.merges else "normalise"
+            raise ValueError(
+                f"'{found}' needs soft weights that are trained: leave it away, or judge by gradients"
+            )
         if self.splits is not None and self.freeze:
             raise ValueError("hypermodules that freeze are not pulled apart: leave 'splits' or 'freeze' away")
         if self.narrow and (self.codes != "contexts" or self.start != "own"):
@@ -133,4 +150,5 @@ class Evolution(Strict):
         """Share of the sampled locations that take part in merging moves."""
         if self.merges is not None:
             return self.merges
-        return 0.5 if self.price > 0 and self.codes == "contexts" else 0.0
+        able = self.codes == "contexts" and self.judge == "gradients"
+        return 0.5 if self.price > 0 and able else 0.0

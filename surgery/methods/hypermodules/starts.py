@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.anatomy.plan import BankPlan
 from surgery.core.joint import JointModel
 from surgery.methods.hypermodules.evolution import regroup
 from surgery.methods.hypermodules.settings import Evolution
@@ -23,6 +24,13 @@ def wrong_start(joint: JointModel, settings: Evolution) -> list[str]:
             "train.evolution.codes to contexts or ones."
         ]
     keys = joint.plan.keys_of("hypermodules")
+    if settings.start == "atoms":
+        wide = [f"{b.context} of {b.block[0]}x{b.block[1]}" for b in map(joint.plan.bank, keys) if _wide(b)]
+        if wide:
+            return [
+                "Atoms are at most as many as a block has elements, but parameters.context asks for "
+                f"{', '.join(wide)}: lower it."
+            ]
     opened = [key for key in keys if getattr(joint.dictionary[key], "hypermodules", 0)]
     if settings.codes != "contexts" and opened:
         return [
@@ -30,6 +38,11 @@ def wrong_start(joint: JointModel, settings: Evolution) -> list[str]:
             "hypermodules with contexts: start from the members, or leave evolution.codes away."
         ]
     return []
+
+
+def _wide(bank: BankPlan) -> bool:
+    """Whether a hypermodule would have more basis blocks than are independent."""
+    return bank.context > bank.block[0] * bank.block[1]
 
 
 def align(joint: JointModel, settings: Evolution, generator: torch.Generator) -> None:
