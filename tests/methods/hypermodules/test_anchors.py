@@ -11,8 +11,10 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgery.errors import PlanError
 from surgery.methods.hypermodules import atoms, rewards
 from surgery.methods.hypermodules.atoms import principal_atoms
+from surgery.methods.hypermodules.contest_state import wrong_contest
 from surgery.methods.hypermodules.rewards import LEAST, POPULATION, natural_step
 from surgery.settings.training import Training
 from surgery.training.loop.interruptions import Interrupted
@@ -116,3 +118,45 @@ def test_atoms_are_mixed_by_every_location_and_learn():
     assert (
         config.optimizer.lr * 0.2 < moved < config.optimizer.lr * 1.2
     )  # as far as plain training moves weights
+
+
+@pytest.mark.parametrize(
+    ("evolution", "said"),
+    [
+        ({"start": "atoms"}, "set change none and codes contexts, found evolve"),
+        ({"start": "atoms", "change": "none", "codes": "ones"}, "found none and ones"),
+        ({"judge": "rewards", "merges": 0.5}, "'merges' needs soft weights that are trained"),
+        ({"judge": "rewards", "normalise": True}, "'normalise' needs soft weights that are trained"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(evolution, said):
+    with pytest.raises(ValueError, match=said):
+        Training.model_validate({"evolution": evolution})
+
+
+def test_more_atoms_than_a_block_has_elements_are_refused():
+    joint = training_nets.build(dropout=0.0, block=(1, 2), context=3)
+    config = Training.model_validate({"evolution": {"start": "atoms", "change": "none"}})
+    with pytest.raises(PlanError, match="asks for 3 of 1x2"):
+        start(joint, config, 3)
+
+
+@pytest.mark.parametrize(
+    ("tried", "costs", "said"),
+    [
+        (torch.zeros(2, 2, dtype=torch.long), None, "what was tried at what costs"),
+        (torch.zeros(2, 2, dtype=torch.long), torch.zeros(2, 3), "less than 8 draws of its 2 locations"),
+        (torch.zeros(8, 2, dtype=torch.long), torch.zeros(8, 2), "less than 8 draws"),
+        (torch.zeros(2, 2), torch.zeros(2, 2), "less than 8 draws"),
+        (torch.full((2, 2), 2), torch.zeros(2, 2), "among its 2 alternatives, found up to 2"),
+    ],
+)
+def test_draws_that_cannot_be_are_found(tried, costs, said):
+    psi = torch.tensor([0, 1, 2])
+    parts = {"chosen": torch.tensor([0, 2]), "candidates": torch.tensor([[0, 1], [2, 1]])}
+    parts |= {"soft": torch.zeros(2, 2), "tried": tried}
+    if costs is not None:
+        parts["costs"] = costs
+    assert any(said in wrong for wrong in wrong_contest(parts, psi, 3, 1))
+    parts["tried"], parts["costs"] = torch.zeros(2, 2, dtype=torch.long), torch.zeros(2, 2)
+    assert not list(wrong_contest(parts, psi, 3, 1))
