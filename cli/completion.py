@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,10 @@ def members(ctx: typer.Context, incomplete: str) -> Iterator[str]:
     """The members of the artifact that is given as the first argument."""
     folder = ctx.params.get("folder")
     try:
-        found = json.loads((Path(folder) / "manifest.json").read_bytes())["members"] if folder else {}
-    except (OSError, ValueError, KeyError, TypeError):
+        found = json.loads((Path(folder) / "manifest.json").read_bytes()) if folder else {}
+        if "members" not in found and folder:
+            found = json.loads(gzip.decompress((Path(folder) / "records.json.gz").read_bytes()))
+        found = found["members"]
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
         return
     yield from (name for name in found if isinstance(name, str) and name.startswith(incomplete))

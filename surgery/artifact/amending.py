@@ -17,8 +17,7 @@ from typing import Any
 
 from surgery.artifact.folder import read_recipe
 from surgery.artifact.foldernames import folder_names
-from surgery.artifact.layout import parts_of
-from surgery.artifact.manifest import FileEntry, Manifest, OriginEntry, read_manifest
+from surgery.artifact.manifest import RECORDS, FileEntry, Manifest, OriginEntry, read_manifest
 from surgery.artifact.reading import check_banks, map_stored
 from surgery.artifact.recorded import (
     DICTIONARY,
@@ -45,8 +44,9 @@ from surgery.artifact.writing import (
     put_file,
     recipe_bytes,
     write_front,
+    write_stem,
 )
-from surgery.disk.aligned import check_dtypes, write_shards
+from surgery.disk.aligned import check_dtypes
 from surgery.disk.folders import new_folder
 from surgery.disk.places import Places, into_artifact
 from surgery.errors import ArtifactError, OutputError
@@ -121,7 +121,7 @@ class _Amending:
         with new_folder(folder, overwrite=True, need=need, record=False) as place:
             hashes: dict[Path, str] = {}
             for stem, parts in written.items():
-                hashes |= write_shards((place / stem).parent, Path(stem).name, parts_of(parts), hashed=True)
+                hashes |= write_stem(place / stem, parts)
             for stem in stems.keys() - written.keys():
                 self._link_tensors(place, stem)
             borrowed = self._put_small_files(place)
@@ -148,14 +148,22 @@ class _Amending:
     def _same(self, stem: str, parts: Mapping[str, Any], old: Mapping[str, Mapping[str, Any]]) -> bool:
         """Whether files hold the same stored forms as before."""
         before = old.get(self._former(stem), {})
-        return before.keys() == parts.keys() and all(before[name] is each for name, each in parts.items())
+        same = before.keys() == parts.keys() and all(before[name] is each for name, each in parts.items())
+        return same and bool(self._former_files(stem))  # an earlier version may have divided them otherwise
+
+    def _former_files(self, stem: str) -> list[str]:
+        """The files that what lies in this one had before."""
+        former = self._former(stem)
+        return [
+            path
+            for path in self.manifest.files
+            if TENSOR_FILE.fullmatch(path) or INDEX_FILE.fullmatch(path)
+            if path.startswith(former) and path[len(former) :][:1] in (".", "-")
+        ]
 
     def _link_tensors(self, place: Path, stem: str) -> None:
-        former = self._former(stem)
-        for path in self.manifest.files:
-            tensors = TENSOR_FILE.fullmatch(path) or INDEX_FILE.fullmatch(path)
-            if tensors and path.startswith(former) and path[len(former) :][:1] in (".", "-"):
-                self._link(place, path, stem + path[len(former) :])
+        for path in self._former_files(stem):
+            self._link(place, path, stem + path[len(self._former(stem)) :])
 
     # -- other files ---------------------------------------------------------------------------------------
 
@@ -199,7 +207,7 @@ class _Amending:
         rest = [
             path
             for path in self.manifest.files
-            if not path.startswith("members/") and path not in ("README.md", PICTURE, _RECIPE)
+            if not path.startswith("members/") and path not in ("README.md", PICTURE, _RECIPE, RECORDS)
             if not (
                 path.startswith(DICTIONARY) and (TENSOR_FILE.fullmatch(path) or INDEX_FILE.fullmatch(path))
             )

@@ -1,8 +1,10 @@
 """Artifact: the folder that holds a joint model, and the joint model back from it.
 
     manifest.json            versions, members, plan, hashes and sizes of all files, measured errors
+    records.json.gz          what the manifest says of members, banks and errors, where these are many
     dictionary.safetensors   banks: rows, alignment and contexts
     members/<name>/          weights.safetensors (private and plain tensors), config, tokenizer, preprocessor
+    members/weights.safetensors   these of all members that have few bytes of them, where there are eight or more
     recipe.yaml              how it was made
     README.md, sharing.png   a model card, and a picture of who shares what
 

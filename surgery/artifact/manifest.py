@@ -1,16 +1,20 @@
 """Manifest: the JSON that says what an artifact holds, and all that can be checked without reading a tensor.
 
 It is kept small, because an artifact is never larger than its members: defaults are left out, tensors in
-their own dtype have no entry (the header of their file lists them), and what can be derived is not stored.
+their own dtype have no entry (the header of their file lists them), and what can be derived is not stored. What it says
+of members and of what was measured is a gzipped file beside it, `records.json.gz`, where that would be more than a
+hundredth of an artifact.
 """
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+import zlib
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -37,7 +41,13 @@ from surgery.storage.keys import PlainKey, parse_key
 from surgery.training.report.report import TrainReport
 
 NAME = MANIFEST
-VERSION = 1
+VERSION, READ = 2, (1, 2)  # that is written, and those that are read
+RECORDS = "records.json.gz"
+APART = ("members", "banks", "views", "report", "training")  # what lies there
+_LARGE, _PART = (
+    8192,
+    100,
+)  # bytes of records, and which part of an artifact they are, from which they lie apart
 MOST_REPLACEMENTS = 1 << 12  # of modules, in one member
 LONGEST_PATH = 1024  # bytes of a path inside an artifact; each part has at most 255 in most file systems
 _CHECKSUM = re.compile(r',\n "checksum": "([0-9a-f]{64})"\n}\n\Z')
@@ -200,6 +210,49 @@ def manifest_bytes(manifest: dict[str, Any]) -> bytes:
     return f'{body},\n "checksum": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'.encode()
 
 
+def records_apart(document: Mapping[str, Any], nbytes: int) -> bool:
+    """Whether records lie in a file of their own.
+
+    Args:
+        document: of the manifest.
+        nbytes: of the artifact's other files.
+    """
+    size = sum(len(_indent(document[name], depth=0)) for name in APART if name in document)
+    return size > max(_LARGE, nbytes / _PART)
+
+
+def records_bytes(document: Mapping[str, Any]) -> bytes:
+    """The file of their own."""
+    found = {name: document[name] for name in APART if name in document}
+    return gzip.compress(_indent(found, depth=2).encode(), 9, mtime=0)
+
+
+def _with_records(folder: Path, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A manifest's document with the records that lie beside it.
+
+    Raises:
+        UnreadableError: where they are not those that it lists.
+    """
+    files = found.get("files")
+    entry = files.get(RECORDS) if isinstance(files, dict) and "members" not in found else None
+    if entry is None:
+        return found
+    raw = read_regular(folder / RECORDS, DOCUMENT_BYTES)
+    if not isinstance(entry, dict) or hashlib.sha256(raw).hexdigest() != entry.get("sha256"):
+        raise UnreadableError("is not the file that was recorded")
+    inflate = zlib.decompressobj(31)  # gzip's format
+    try:
+        text = inflate.decompress(raw, DOCUMENT_BYTES)
+    except zlib.error as error:
+        raise UnreadableError(f"must be gzipped, but {error}") from None
+    if not inflate.eof:
+        raise UnreadableError(f"must hold a document of at most {DOCUMENT_BYTES:,} bytes")
+    records = as_mapping(parse_json(text))
+    if more := sorted({*records} - {*APART}):
+        raise UnreadableError(f"must hold {', '.join(APART)}, but holds {shown(more)}")
+    return {**found, **records}
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and validate the manifest of an artifact.
 
@@ -222,13 +275,17 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} must be the manifest of an artifact, but it does not say 'format: surgery' and its version; "
             "give a folder that surgery wrote."
         )
-    if version != VERSION:
+    if version not in READ:
         raise ArtifactError(
-            f"{path} must be of version {VERSION}, but is of version {shown(version)}; install the "
-            "model-surgery that wrote it."
+            f"{path} must be of version {' or '.join(map(str, READ))}, but is of version {shown(version)}; install "
+            "the model-surgery that wrote it."
         )
     try:
-        manifest = Manifest.model_validate_json(text)
+        whole = _with_records(folder, found)
+    except UnreadableError as error:
+        raise ArtifactError(f"{folder / RECORDS} {error}; copy the artifact again.") from None
+    try:
+        manifest = Manifest.model_validate_json(text if whole is found else json.dumps(whole))
     except ValidationError as error:
         raise ArtifactError(_broken(path, broken_rules(error))) from None
     if broken := list(contradictions(manifest, folder)):

@@ -21,7 +21,14 @@ from surgery.anatomy.plan import Plan
 from surgery.artifact.claims import wrong_claims
 from surgery.artifact.layout import Form, encoded_forms, plan_of
 from surgery.artifact.manifest import EncodedGroup, Manifest
-from surgery.artifact.recorded import DICTIONARY, TENSOR_FILE, WEIGHTS, raise_damaged, read_extra_state
+from surgery.artifact.recorded import (
+    DICTIONARY,
+    TENSOR_FILE,
+    TOGETHER,
+    WEIGHTS,
+    raise_damaged,
+    read_extra_state,
+)
 from surgery.artifact.tensorfiles import read_header, read_tensors
 from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
@@ -143,6 +150,8 @@ def assemble(
     for stem, own in held.items():
         if stem == DICTIONARY:
             bad += _of_no_bank(manifest, own)
+        if stem == TOGETHER:
+            bad += _of_no_member(manifest, own)
         for make, groups, mine in _sections(manifest, stem, own):
             forms = encoded_forms(groups, f"{make('')} in {folder}")
             named, faults = _assemble(mine, forms, where[stem])
@@ -182,9 +191,13 @@ def wrong_hashes(folder: Path, manifest: Manifest) -> dict[str, str]:
 def _tensor_files(manifest: Manifest, members: Iterable[str]) -> dict[str, list[str]]:
     """Files by stem: of the dictionary, the members, and those that hold tensors for them."""
     lenders = {key.member for name in members for key in manifest.same_of(name).values()}
+    wanted = {*members, *lenders}
     stems = [DICTIONARY] if manifest.banks else []
+    stems += [TOGETHER] if not wanted.isdisjoint(_together(manifest)) else []
     stems += [
-        f"{manifest.folder_of(name)}/{WEIGHTS}" for name in manifest.members if name in {*members, *lenders}
+        f"{manifest.folder_of(name)}/{WEIGHTS}"
+        for name in manifest.members
+        if name in wanted and name not in _together(manifest)
     ]
     found = {
         stem: [
@@ -198,6 +211,14 @@ def _tensor_files(manifest: Manifest, members: Iterable[str]) -> dict[str, list[
     return found
 
 
+def _together(manifest: Manifest) -> set[str]:
+    """Members that have what they have of their own in one file."""
+    if f"{TOGETHER}.safetensors" not in manifest.files:
+        return set()
+    own = {path.rpartition("/")[0] for path in manifest.files if TENSOR_FILE.fullmatch(path)}
+    return {name for name in manifest.members if manifest.folder_of(name) not in own}
+
+
 def _sections(
     manifest: Manifest, stem: str, held: dict[str, Tensor]
 ) -> Iterator[tuple[Callable[[str], StorageKey], Iterable[EncodedGroup], dict[str, Tensor]]]:
@@ -209,6 +230,17 @@ def _sections(
                 parts[key.bank][key.part] = tensor
         for bank, entry in manifest.banks.items():
             yield partial(PartKey, bank), entry.encoded, parts[bank]
+    elif stem == TOGETHER:
+        own: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in held.items():
+            folder, _, rest = name.partition("/")
+            own.setdefault(f"members/{folder}", {})[rest] = tensor
+        for name in _together(manifest):
+            yield (
+                partial(PlainKey, name),
+                manifest.members[name].encoded,
+                own.get(manifest.folder_of(name), {}),
+            )
     else:
         name = next(name for name in manifest.members if stem == f"{manifest.folder_of(name)}/{WEIGHTS}")
         yield partial(PlainKey, name), manifest.members[name].encoded, held
@@ -219,6 +251,13 @@ def _of_no_bank(manifest: Manifest, held: Iterable[str]) -> list[str]:
     keys = {name: PartKey.of_file(name) for name in held}
     lost = [name for name, key in keys.items() if key is None or key.bank not in manifest.banks]
     return [f"{DICTIONARY} holds {shown_text(name)}, which is a part of no bank" for name in sorted(lost)]
+
+
+def _of_no_member(manifest: Manifest, held: Iterable[str]) -> list[str]:
+    """Tensors in the file of several members that are of none of them."""
+    folders = {manifest.folder_of(name) for name in _together(manifest)}
+    lost = [name for name in held if f"members/{name.partition('/')[0]}" not in folders]
+    return [f"{TOGETHER} holds {shown_text(name)}, which is of no member" for name in sorted(lost)]
 
 
 def _wrong_files(folder: Path, manifest: Manifest, paths: Iterable[str]) -> list[str]:

@@ -26,6 +26,7 @@ from surgery.util.text import shorten
 
 LARGEST_SMALL = 1 << 28  # bytes of a tokenizer or a configuration
 DICTIONARY, WEIGHTS = "dictionary", "weights"
+TOGETHER = f"members/{WEIGHTS}"  # what members have of their own where that is little, by folder
 TENSOR_FILE = re.compile(rf"(.*/)?({DICTIONARY}|{WEIGHTS})(-\d{{5}}-of-\d{{5}})?\.safetensors")
 INDEX_FILE = re.compile(rf"(.*/)?({DICTIONARY}|{WEIGHTS})\.safetensors\.index\.json")
 

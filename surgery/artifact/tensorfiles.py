@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from surgery.disk.aligned import align
+from surgery.disk.gathered import DATA, NOTE, spread
 from surgery.disk.tensorheader import Header, parse_header
 from surgery.disk.untrusted import UnreadableError, shown_text
 from surgery.errors import ArtifactError
@@ -38,7 +39,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {name: align(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            note, names = (file.metadata() or {}).get(NOTE), list(file.keys())
+            if note is not None and names == [DATA]:
+                found = spread(file.get_tensor(DATA), note)
+            else:
+                found = {name: file.get_tensor(name) for name in names}
+            return {name: align(tensor) for name, tensor in found.items()}
+    except UnreadableError as error:
+        raise ArtifactError(f"{path} {error}; {_ADVICE}") from None
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ArtifactError(
             f"{path} must be a whole safetensors file, but reading it says "

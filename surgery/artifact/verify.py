@@ -21,7 +21,7 @@ from surgery.artifact.exported import exported
 from surgery.artifact.folder import load
 from surgery.artifact.manifest import NAME, Manifest, checksum_holds, read_manifest
 from surgery.artifact.reading import read_stored, wrong_hashes
-from surgery.artifact.recorded import inputs_of, origin_of, replacements_of, small_files
+from surgery.artifact.recorded import TOGETHER, inputs_of, origin_of, replacements_of, small_files
 from surgery.core.joint import JointModel
 from surgery.core.replacing import make_again
 from surgery.disk.records import wrong_files
@@ -420,7 +420,7 @@ def _distance(one: Tensor, other: Tensor, relative: bool) -> float:
 def _files_of(manifest: Manifest, name: str) -> list[str]:
     """Files that a member is read from."""
     lenders = {key.member for key in manifest.same_of(name).values()}
-    folders = {manifest.folder_of(each) for each in (name, *lenders)}
+    folders = {manifest.folder_of(each) for each in (name, *lenders)} | {str(Path(TOGETHER).parent)}
     tensors = [path for path in manifest.files if path.endswith(".safetensors")]
     mine = [path for path in tensors if path.startswith("dictionary") or path.rpartition("/")[0] in folders]
     return [*mine, *small_files(manifest, name).values()]

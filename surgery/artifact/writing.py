@@ -15,7 +15,9 @@ from surgery.artifact.card import PICTURE, make_card
 from surgery.artifact.foldernames import folder_names
 from surgery.artifact.layout import encoded_entries, parts_of, plan_entries
 from surgery.artifact.manifest import (
+    APART,
     NAME,
+    RECORDS,
     VERSION,
     FileEntry,
     Manifest,
@@ -25,11 +27,14 @@ from surgery.artifact.manifest import (
     is_safe,
     manifest_bytes,
     read_manifest,
+    records_apart,
+    records_bytes,
 )
 from surgery.artifact.picture import draw_sharing
 from surgery.artifact.reading import read_stored
 from surgery.artifact.recorded import (
     DICTIONARY,
+    TOGETHER,
     WEIGHTS,
     bytes_before,
     inputs_of,
@@ -44,6 +49,7 @@ from surgery.artifact.tensorfiles import read_header
 from surgery.disk.aligned import aligned_file_bytes, check_dtypes, write_shards
 from surgery.disk.files import files_below, sha256_of
 from surgery.disk.folders import new_folder
+from surgery.disk.gathered import pays, write_gathered
 from surgery.disk.mapped import MappedFile
 from surgery.disk.places import Places, into_artifact
 from surgery.errors import ArtifactError, OutputError
@@ -64,6 +70,7 @@ from surgery.version import __version__
 
 ALLOWANCE = 64 * 1024  # bytes that an artifact may be larger than its members' own files
 _BORROW = 1024  # bytes from which a small file that two members share is stored once
+_LITTLE, _MANY = 4096, 8  # bytes of a member's own tensors up to which so many members have them in one file
 _LIBRARIES = ("torch", "transformers", "timm")
 
 
@@ -105,10 +112,7 @@ def write(
         hashes_of: dict[Path, str] = {}
         for stem, tensors in by_file(stored, folders).items():
             _check_sources(sources)
-            place = folder / stem
-            hashes_of |= write_shards(
-                place.parent, place.name, parts_of(tensors), max_shard_size, hashed=True
-            )
+            hashes_of |= write_stem(folder / stem, tensors, max_shard_size)
         for name, files in own.items():
             for relative, content in files.items():
                 put_file(folder / "members" / folders[name] / relative, content)
@@ -194,10 +198,20 @@ def write_front(
         files = dict(
             sorted({**written, **{name: _entry(content) for name, content in front.items()}}.items())
         )
-        content = manifest_bytes(manifest.model_copy(update={"files": files}).document())
+        records = None
+        document = manifest.document()
+        if records_apart(document, sum(entry.bytes for entry in files.values())):
+            records = records_bytes(document)
+            files = dict(sorted({**files, RECORDS: _entry(records)}.items()))
+            document = {name: each for name, each in document.items() if name not in APART}
+        document["files"] = {
+            path: entry.model_dump(mode="json", exclude_defaults=True) for path, entry in files.items()
+        }
+        content = manifest_bytes(document)
         total = sum(entry.bytes for entry in files.values()) + len(content)
         if total - beside <= before + ALLOWANCE:
             break
+    front |= {RECORDS: records} if records is not None else {}
     for name, each in {**front, NAME: content}.items():
         put_file(folder / name, each)
 
@@ -335,12 +349,42 @@ def _without_known_bytes(manifest: Manifest, written: Mapping[str, FileEntry]) -
 
 
 def by_file(stored: Stored, folders: Mapping[str, str]) -> dict[str, dict[str, Encoded]]:
-    """Stored tensors by the file, without its ending, and by their names in it."""
+    """Stored tensors by the file, without its ending, and by their names in it.
+
+    Members that have little of their own have it in one file, where there are many of them.
+    """
+    own: dict[str, int] = {}
+    for key, encoded in stored.tensors.items():
+        if not isinstance(key, PartKey):
+            own[key.member] = own.get(key.member, 0) + encoded.nbytes
+    small = {member for member, nbytes in own.items() if nbytes <= _LITTLE}
+    together = small if len(small) >= _MANY else set()
     files: dict[str, dict[str, Encoded]] = {}
     for key, encoded in stored.tensors.items():
-        stem = DICTIONARY if isinstance(key, PartKey) else f"members/{folders[key.member]}/{WEIGHTS}"
-        files.setdefault(stem, {})[key.in_file] = encoded
+        if isinstance(key, PartKey):
+            files.setdefault(DICTIONARY, {})[key.in_file] = encoded
+        elif key.member in together:
+            files.setdefault(TOGETHER, {})[f"{folders[key.member]}/{key.in_file}"] = encoded
+        else:
+            files.setdefault(f"members/{folders[key.member]}/{WEIGHTS}", {})[key.in_file] = encoded
     return files
+
+
+def write_stem(
+    path: Path, tensors: Mapping[str, Encoded], max_shard_size: int | str = "5GB"
+) -> dict[Path, str]:
+    """Write stored tensors by name as the file or the shards of a path without its ending.
+
+    Returns:
+        the SHA-256 of each.
+    """
+    parts = parts_of(tensors)
+    if not pays(parts):
+        return write_shards(path.parent, path.name, parts, max_shard_size, hashed=True)
+    file, digest = path.with_name(f"{path.name}.safetensors"), hashlib.sha256()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_gathered(file, parts, digest)
+    return {file: digest.hexdigest()}
 
 
 def _shown(key: StorageKey) -> str:

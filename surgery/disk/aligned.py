@@ -234,13 +234,8 @@ def known_dtypes() -> dict[torch.dtype, str]:
 
 
 def _layout(entries: Iterable[Entry], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:
-    """The header, padded so that data begin at a multiple of 64 bytes, and the order of the tensors.
-
-    After the tensors that keep the alignment come those that do not, of the widest elements first, so that each begins
-    at least at a multiple of its own.
-    """
-    names = known_dtypes()
-    ordered = sorted(entries, key=lambda e: (_size(e[1], e[2]) % ALIGNMENT != 0, -e[1].itemsize, e[0]))
+    """The header, padded so that data begin at a multiple of 64 bytes, and the order of the tensors."""
+    names, ordered = known_dtypes(), in_order(entries)
     document: dict[str, object] = {NOTES: dict(metadata)} if metadata else {}
     end = 0
     for name, dtype, shape in ordered:
@@ -248,6 +243,12 @@ def _layout(entries: Iterable[Entry], metadata: Mapping[str, str] | None) -> tup
         document[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
     header = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
     return header + b" " * (-(8 + len(header)) % ALIGNMENT), [name for name, *_ in ordered]
+
+
+def in_order(entries: Iterable[Entry]) -> list[Entry]:
+    """Tensors as a file has them: after those that keep the alignment come those that do not, of the widest elements
+    first, so that each begins at least at a multiple of its own."""
+    return sorted(entries, key=lambda e: (_size(e[1], e[2]) % ALIGNMENT != 0, -e[1].itemsize, e[0]))
 
 
 def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

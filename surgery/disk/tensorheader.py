@@ -91,7 +91,7 @@ def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     """Dtype, shape, and where the bytes of a tensor begin and end."""
     found = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = found.get("dtype"), found.get("shape"), found.get("data_offsets")
-    if not (_are_counts(shape) and _are_counts(offsets) and len(offsets) == 2 and isinstance(dtype, str)):
+    if not (are_counts(shape) and are_counts(offsets) and len(offsets) == 2 and isinstance(dtype, str)):
         raise UnreadableError(
             f"must give every tensor dtype, shape and data_offsets, but says of {shown(name)} {shown(entry)}"
         )
@@ -107,7 +107,8 @@ def _entry(name: str, entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     return dtype, tuple(shape), begin, end
 
 
-def _are_counts(value: Any) -> TypeGuard[list[int]]:
+def are_counts(value: Any) -> TypeGuard[list[int]]:
+    """Whether a value is a list of counts that can be a shape."""
     return (
         isinstance(value, list)
         and len(value) <= MOST_AXES

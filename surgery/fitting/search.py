@@ -13,6 +13,7 @@ from hashlib import sha256
 import numpy as np
 
 from surgery.core.registry import methods_of
+from surgery.disk.gathered import names_weigh
 from surgery.disk.journal import made_once
 from surgery.errors import PlanError
 from surgery.fitting.allocation import finest, of_each, within_bytes, within_errors
@@ -24,7 +25,16 @@ from surgery.fitting.scene import Scene
 from surgery.fitting.structure import structure_of
 from surgery.fitting.tabulated import Choice, Table
 from surgery.fitting.trial import Trial
-from surgery.fitting.units import BANK_BYTES, PART_BYTES, Group, Unit, barred, doubtful, tabulate
+from surgery.fitting.units import (
+    BANK_BYTES,
+    GATHERED_BYTES,
+    PART_BYTES,
+    Group,
+    Unit,
+    barred,
+    doubtful,
+    tabulate,
+)
 from surgery.settings.target import MAX_ERROR
 from surgery.storage.codecs import Encoded
 from surgery.storage.stored import Stored
@@ -163,8 +173,10 @@ class Search:
     def counted(self, stored: Stored) -> float:
         """Bytes that a budget counts: of tensors, and of headers but for some."""
         parts = sum(id(each) not in self.present for each in stored.tensors.values())
-        headers = PART_BYTES * parts + BANK_BYTES * len(stored.plan.banks)
-        return self.nbytes(stored) + max(0.0, headers - self.headers)
+        nbytes = self.nbytes(stored)
+        each = GATHERED_BYTES if names_weigh(parts, nbytes) else PART_BYTES
+        headers = each * parts + BANK_BYTES * len(stored.plan.banks)
+        return nbytes + max(0.0, headers - self.headers)
 
     def within_error(self, bound: float) -> Attempt:
         """The smallest attempt whose measured errors stay within `bound`.

@@ -32,6 +32,7 @@ SAMPLE = 1 << 18  # values on which the error of a precision is measured
 ROW_SAMPLE = 1 << 16  # of a tensor that is one row, in pieces
 PIECE = 64  # values of such a row that are sampled together, or as many as are stored together
 PART_BYTES = 160  # a stored part's entry in a file's header and in the manifest, rounded up
+GATHERED_BYTES = 40  # the same where parts are so many and so small that names and records are deflated
 BANK_BYTES = 400.0  # a bank's entry in the manifest
 
 Key = tuple[str, str]

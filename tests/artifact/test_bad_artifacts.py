@@ -119,7 +119,7 @@ def set_encoded(manifest: dict) -> None:
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda m: m.update(version=2), "of version 1, but is of version 2"),
+    (lambda m: m.update(version=3), "of version 1 or 2, but is of version 3"),
     (lambda m: m.pop("files"), "files: Field required"),
     (lambda m: m.update(extra=1), "extra: Extra inputs"),
     (lambda m: m["members"]["one"].update(bytes="many"), "members.one.bytes"),

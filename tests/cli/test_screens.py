@@ -1,5 +1,6 @@
 """Screens: lines that fit, signs of life, silence where it is asked for, values to complete, objects in a few lines."""
 
+import gzip
 import importlib
 import io
 import json
@@ -202,6 +203,9 @@ def test_members_and_folders_are_completed(tmp_path, monkeypatch):
     assert list(completion.artifacts("j")) == ["joint"] and list(completion.artifacts("p")) == ["plain/"]
     context = type("Context", (), {"params": {"folder": "joint"}})
     assert list(completion.members(context, "t")) == ["text"]
+    (tmp_path / "joint" / "manifest.json").write_text("{}")
+    (tmp_path / "joint" / "records.json.gz").write_bytes(gzip.compress(b'{"members": {"tiny": {}}}'))
+    assert list(completion.members(context, "t")) == ["tiny"]
     context.params = {"folder": "plain"}
     assert not list(completion.members(context, ""))
 

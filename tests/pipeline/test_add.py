@@ -358,7 +358,7 @@ def test_a_folder_that_is_not_whole_is_left_alone(joint, damage):
         assert contents(joint.parent) == former
 
 
-@pytest.mark.parametrize("where", ["write_shards", "write_front", "_Amending._check"])
+@pytest.mark.parametrize("where", ["write_stem", "write_front", "_Amending._check"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "full"), MemoryError])
 def test_a_write_that_ends_anywhere_leaves_the_former_folder(joint, monkeypatch, where, error):
     former = contents(joint.parent)
