@@ -1,8 +1,13 @@
 """The Gumbel-Matrix on pictures with all runs side by side: as much training as the paper's, on one GPU.
 
-The nets are those of the recipe four_mnist, three depths of small convolutions, but one tensor holds a weight of all
+    digits      4-MNIST, as in the recipe four_mnist: test accuracies, and what copies share in the end
+    clusters    forty tasks of three kinds, as in the recipe clusters, with a budget of 0.5: how well clusters of the
+                tasks' embeddings agree with their kinds, by the adjusted Rand index
+
+The nets are those of the recipes, three depths of small convolutions, but one tensor holds a weight of all
 runs, and a step of all of them is one CUDA graph. A batch belongs to one task and has a step of Adam of its own; its
-pictures are drawn with replacement. Ways, by whose components a task uses:
+pictures are drawn with replacement. Ways of 4-MNIST, by whose
+components a task uses:
 
     apart               its own
     shared              all of them, the mean of what they give
@@ -74,6 +79,7 @@ WAYS: Mapping[str, Way] = {
     "gumbel": Way(),
     "gumbel, budget 0.75": Way(budget=0.75),
 }
+CLUSTERS = Setting(components=16, filters=8, lr=3e-4, rate=20.0)
 Task = tuple[Any, Any]
 """Pictures `[N, 28, 28]` and classes `[N]`."""
 
@@ -303,10 +309,70 @@ def four_mnist(fast: bool, folder: str | None) -> list[dict[str, Task]]:
     return [copies[0], copies[0], copies[1], copies[1]]
 
 
+def three_kinds(fast: bool, folder: str | None) -> list[dict[str, Task]]:
+    """Ten tasks of MNIST and ten of Fashion-MNIST, one class left out in each, and an alphabet in each of twenty."""
+    from surgery_recipes.alphabets import SCRIPTS, alphabet
+    from surgery_recipes.fashion import fashion_mnist
+    from surgery_recipes.mnist import mnist
+
+    kept = [[k for k in range(10) if k != left] for left in range(10)]
+    sizes = {"train": 64, "validation": 8, "test": 32} if fast else {}
+    several = sizes or {"train": 9000, "validation": 900}
+    return [
+        *(gathered(mnist(batch=64, classes=each, folder=folder, **sizes)) for each in kept),
+        *(gathered(fashion_mnist(batch=64, classes=each, folder=folder, **several)) for each in kept),
+        *(gathered(alphabet(script, batch=64, folder=folder)) for script in SCRIPTS),
+    ]
+
+
+KINDS = [0] * 10 + [1] * 10 + [2] * 20
+"""Of the tasks of `three_kinds`."""
+
+
+def agreement(embeddings: Any, kinds: Sequence[int]) -> float:
+    """The adjusted Rand index of kinds and of clusters of embeddings `[T, N]`: average linkage by cosine distance, cut
+    where there are as many clusters as kinds."""
+    from scipy.cluster.hierarchy import fcluster, linkage
+    from scipy.spatial.distance import squareform
+    from sklearn.metrics import adjusted_rand_score
+
+    from surgery.methods.routes.pictures import cosine
+
+    far = (1 - cosine(embeddings)).clip(0)
+    far = (far + far.T) / 2
+    for number in range(len(far)):
+        far[number, number] = 0
+    found = fcluster(linkage(squareform(far), "average"), len(set(kinds)), "maxclust")
+    return float(adjusted_rand_score(kinds, found))
+
+
+def look_at_clusters(nets: Nets, tests: Sequence[Task]) -> list[dict[str, Any]]:
+    """What each run has reached, and how well its embeddings agree with the kinds of tasks."""
+    from surgery.methods.routes.pictures import cosine
+
+    right, found = nets.accuracies(tests).tolist(), []
+    for run, (on, p) in enumerate(zip(nets.on().cpu(), nets.probabilities().cpu(), strict=True)):
+        binary = on.float().flatten(1).numpy()
+        alike = cosine(binary).tolist()
+        same, other = [], []
+        for a, b in combinations(range(len(tests)), 2):
+            (same if KINDS[a] == KINDS[b] else other).append(alike[a][b])
+        by_kind = [mean(r for r, k in zip(right[run], KINDS, strict=True) if k == kind) for kind in range(3)]
+        each = {"seed": run, "rand index": agreement(binary, KINDS)}
+        each |= {"by probabilities": agreement(p.flatten(1).numpy(), KINDS)}
+        each |= {"cosine within kinds": mean(same), "between kinds": mean(other)}
+        each |= {"on, of 48": float(on.sum((1, 2)).float().mean()), "p": float(p.mean())}
+        each |= dict(zip(("mnist", "fashion", "alphabets"), by_kind, strict=True))
+        each["rows"] = ["".join(str(int(n)) for n in row) for row in binary.tolist()]
+        found.append(each)
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Train by all ways at once, and look now and then."""
     parser = make_parser(__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("figure", choices=("digits", "clusters"))
     parser.add_argument("--ways", nargs="+", choices=tuple(WAYS), default=list(WAYS))
     parser.add_argument("--runs", type=int, default=10, help="seeds")
     parser.add_argument("--rounds", type=int, default=37500, help="batches of each task")
@@ -323,25 +389,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     began = time.monotonic()
     runs, rounds, looks = (1, 2, 1) if options.fast else (options.runs, options.rounds, options.looks)
-    ways = [way for way in options.ways for _ in range(runs)]
-    parts = four_mnist(options.fast, options.folder)
+    of_digits = options.figure == "digits"
+    ways = [way for way in (options.ways if of_digits else ["clusters"]) for _ in range(runs)]
+    parts = (four_mnist if of_digits else three_kinds)(options.fast, options.folder)
     nets = Nets(
-        [WAYS[way] for way in ways], [part["train"] for part in parts], Setting(), rounds, options.seed,
+        [WAYS[way] if of_digits else Way(budget=0.5) for way in ways],
+        [part["train"] for part in parts],
+        Setting() if of_digits else CLUSTERS,
+        rounds,
+        options.seed,
         "cpu" if options.fast else options.device,
-    )  # fmt: skip
+    )
+    tests = [part["test"] for part in parts]
     found, done = [], 0
     for turn in range(looks):
         end = rounds * (turn + 1) // looks
         nets.train((end - done) * len(parts))
         done, seconds = end, time.monotonic() - began
-        found = look(nets, ways, [part["test"] for part in parts], runs)
+        found = look(nets, ways, tests, runs) if of_digits else look_at_clusters(nets, tests)
         if options.kept is not None:
             with options.kept.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"rounds": done, "seconds": seconds, "found": found}) + "\n")
         if options.minutes is not None and seconds > 60 * options.minutes:
             break
     header = {**make_header("gumbel_pictures", options, argv), "rounds": done}
-    show("4-MNIST, side by side", header, tabulate(found), [], options.json)
+    rows = (
+        tabulate(found) if of_digits else [{k: v for k, v in each.items() if k != "rows"} for each in found]
+    )
+    show(f"{options.figure}, side by side", header, rows, [], options.json)
 
 
 if __name__ == "__main__":

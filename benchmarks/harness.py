@@ -176,7 +176,7 @@ def show(
     console.print(", ".join(f"{key} {value}" for key, value in header.items() if key != "command"))
     console.print(f"$ {header['command']}", style="bold")
     table = Table(title=title)
-    for name, value in results[0].items():
+    for name, value in (results[0] if results else {"nothing has ended yet": ""}).items():
         table.add_column(name, justify="left" if isinstance(value, str) else "right")
     for result in results:
         table.add_row(*(cell(value) for value in result.values()))

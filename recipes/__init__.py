@@ -4,10 +4,12 @@
 SHIPPED = frozenset(
     f"surgery_recipes.{name}"
     for name in (
-        "brown:brown", "fashion:fashion_mnist", "isometric:cnn", "isometric:vit", "mnist:mnist", "nets:deepbind",
-        "nets:lenet", "nets:word_model", "ordered:ordered", "pretrained:efficientnet", "pretrained:minilm_regressor",
-        "routed:digits", "routed:regression", "routed:related", "sentiment:sentiment", "splice:splice",
-        "synthetic:data", "synthetic:grouped", "synthetic:regressions", "uci:uci",
+        "alphabets:alphabet", "brown:brown", "fashion:fashion_mnist", "isometric:cnn", "isometric:vit",
+        "lettered:lettered", "mnist:mnist", "nets:deepbind", "nets:lenet", "nets:word_model",
+        "ordered:ordered", "ordered:pairs", "ordered:patterns", "ordered:two_orders",
+        "pretrained:efficientnet", "pretrained:minilm_regressor", "routed:clusters", "routed:digits",
+        "routed:regression", "routed:related", "sentiment:sentiment", "splice:splice", "synthetic:data",
+        "synthetic:grouped", "synthetic:regressions", "uci:uci",
     )
 )  # fmt: skip
 """Functions that an artifact may name without the user's consent: they read nothing but data of known digests."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from surgery.errors import LoadError
 from surgery.training.tasks.streams import Batches
 
 from .packages import find_files
-from .parts import Prepared, first
+from .parts import Prepared, first, of_classes
 from .views import see
 
 MEAN, DEVIATION = 0.286, 0.353  # of the training pictures, in [0, 1]
@@ -31,6 +32,7 @@ def fashion_mnist(
     side: int = 28,
     channels: int = 1,
     view: str = "plain",
+    classes: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Batches of pictures `[B, channels, side, side]` and classes `[B]`.
 
@@ -44,20 +46,23 @@ def fashion_mnist(
         side: to which pictures are enlarged.
         channels: 1, or 3 for nets that want colours.
         view: how they are seen: `plain`, `rotated`, `inverted`, `shear`, `scale`, `shot`, or several joined by `+`.
+        classes: that are told apart, counted from 0 in their order; all ten by default.
 
     Raises:
         LoadError: where the files are missing or are not what they should be.
         PlanError: for a view that is not known.
     """
     files = find_files("fashion-mnist", folder)
-    pictures, classes, test_pictures, test_classes = (_read(path) for path in files)
+    small, kinds, test_small, test_kinds = (_read(path) for path in files)
+    pictures, kinds = of_classes(small, kinds, classes)
+    test_pictures, test_kinds = of_classes(test_small, test_kinds, classes)
     see(torch.zeros(1, 1, 28, 28), view)
     held = min(HELD, len(pictures) // 10)
     rows = torch.arange(len(pictures))
     chosen = {
-        "train": (pictures, classes, first(rows[:-held], train, "train")),
-        "validation": (pictures, classes, first(rows[-held:], validation, "validation")),
-        "test": (test_pictures, test_classes, first(torch.arange(len(test_pictures)), test, "test")),
+        "train": (pictures, kinds, first(rows[:-held], train, "train")),
+        "validation": (pictures, kinds, first(rows[-held:], validation, "validation")),
+        "test": (test_pictures, test_kinds, first(torch.arange(len(test_pictures)), test, "test")),
     }
 
     def prepare(small: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

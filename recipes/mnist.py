@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from surgery.errors import LoadError
 from surgery.training.tasks.streams import Batches
 
 from .packages import find_files
-from .parts import Prepared, first
+from .parts import Prepared, first, of_classes
 from .views import see
 
 MEAN, DEVIATION = 0.131, 0.308  # of the training pictures, in [0, 1]
@@ -30,6 +31,7 @@ def mnist(
     validation: int | None = None,
     test: int | None = None,
     view: str = "plain",
+    classes: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Batches of pictures `[B, 1, 28, 28]` and classes `[B]`.
 
@@ -43,13 +45,14 @@ def mnist(
         validation: how many validation pictures are used.
         test: how many test pictures are used.
         view: how they are seen: `plain`, `rotated`, `inverted`, `shear`, `scale`, `shot`, or several joined by `+`.
+        classes: that are told apart, counted from 0 in their order; all ten by default.
 
     Raises:
         LoadError: where the file is missing or is not what it should be.
         PlanError: for a view that is not known.
     """
     (path,) = find_files("mnist", folder)
-    pictures, classes = _read(path)
+    pictures, digits = of_classes(*_read(path), classes)
     see(pictures[:1].unsqueeze(1), view)
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
     held, tested = round(HELD * len(order)), round((HELD + TESTED) * len(order))
@@ -63,7 +66,7 @@ def mnist(
         return (see(small.unsqueeze(1), view) - MEAN) / DEVIATION, target
 
     return {
-        name: Prepared(Batches(pictures[use], classes[use], batch, name == "train", seed), prepare)
+        name: Prepared(Batches(pictures[use], digits[use], batch, name == "train", seed), prepare)
         for name, use in rows.items()
     }
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from surgery.errors import PlanError
 from surgery.methods.routes.routed import Routed
+from surgery.training.tasks.streams import Batches
 
 from .uci import TABLES, WIDTH
 
@@ -29,13 +30,25 @@ class Ordered(nn.Module):
             `permuted`, a random order for each task; or `single`, layers of its own for each task.
         dropout: after each core layer.
         seed: of random orders.
+        inputs: features of an example.
+        classes: scores in the output.
+        frozen: whether encoders stay as they begin, so that tasks see the same things in ways of their own.
     """
 
-    def __init__(self, tasks: Sequence[str], order: str = "soft", dropout: float = 0.2, seed: int = 0):
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        order: str = "soft",
+        dropout: float = 0.2,
+        seed: int = 0,
+        inputs: int = WIDTH,
+        classes: int = CLASSES,
+        frozen: bool = False,
+    ):
         super().__init__()
         if order not in ORDERS:
             raise PlanError(f"The order must be one of {', '.join(ORDERS)}, found '{order}'.")
-        self.encoders = _each([nn.Linear(WIDTH, UNITS) for _ in tasks], tasks)
+        self.encoders = _each([nn.Linear(inputs, UNITS) for _ in tasks], tasks).requires_grad_(not frozen)
         count = LAYERS * (len(tasks) if order == "single" else 1)
         layers = [nn.Sequential(nn.Linear(UNITS, UNITS), nn.ReLU()) for _ in range(count)]
         own = {task: list(range(number * LAYERS, (number + 1) * LAYERS)) for number, task in enumerate(tasks)}
@@ -49,16 +62,65 @@ class Ordered(nn.Module):
             seed=seed,
             rate=1.0,
         )
-        self.decoders = _each([nn.Linear(UNITS, CLASSES) for _ in tasks], tasks)
+        self.decoders = _each([nn.Linear(UNITS, classes) for _ in tasks], tasks)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, 64]` -> scores `[B, 3]`; a table of two classes never has the third."""
-        return self.decoders(self.core(torch.relu(self.encoders(x))))
+        """`[B, ...]` -> scores `[B, classes]`; a table of two classes never has the third."""
+        return self.decoders(self.core(torch.relu(self.encoders(x.flatten(1)))))
+
+
+class Patterns(nn.Module):
+    """Four layers of 64 units, and nothing else, that two tasks use in the same order or one backward.
+
+    Args:
+        order: `parallel` or `permuted`.
+        linear: whether there is no ReLU after a layer.
+    """
+
+    def __init__(self, order: str = "permuted", linear: bool = True):
+        super().__init__()
+        forth = list(range(LAYERS))
+        orders = {"forth": forth, "back": forth[::-1] if order == "permuted" else forth}
+        layers = [nn.Sequential(nn.Linear(UNITS, UNITS), *[nn.ReLU()] * (not linear)) for _ in forth]
+        self.core = Routed(layers, LAYERS, routing="permuted", tasks=tuple(orders), orders=orders, rate=1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, 64]` -> `[B, 64]`."""
+        return self.core(x)
 
 
 def ordered(order: str = "soft", dropout: float = 0.2, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """An `Ordered` whose tasks are UCI's tables, and example inputs."""
     return Ordered(TABLES, order, dropout, seed), (torch.zeros(2, WIDTH),)
+
+
+def pairs(
+    tasks: int = 10, order: str = "soft", dropout: float = 0.2, seed: int = 0
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """An `Ordered` whose tasks `p0`, `p1` and so on are pairs of digits behind random encoders, and example inputs."""
+    names = [f"p{n}" for n in range(tasks)]
+    net = Ordered(names, order, dropout, seed, inputs=784, classes=2, frozen=True)
+    return net, (torch.zeros(2, 1, 28, 28),)
+
+
+def two_orders(order: str = "permuted", linear: bool = True) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A `Patterns` and example inputs."""
+    return Patterns(order, linear), (torch.zeros(2, UNITS),)
+
+
+def patterns(task: int = 0, count: int = 32, batch: int = 32, seed: int = 0) -> dict[str, Batches]:
+    """Random patterns to be learned by heart: inputs and targets `[B, 64]`, uniform in [0, 1].
+
+    Args:
+        task: its number; each has patterns of its own.
+        count: of patterns.
+        batch: of them in a batch.
+        seed: of the patterns.
+    """
+    generator = torch.Generator().manual_seed(seed * 1000 + task)
+    x, y = (torch.rand(count, UNITS, generator=generator) for _ in range(2))
+    parts = {"train": True, "validation": False, "test": False}  # what counts is how well these fit
+    return {part: Batches(x, y, batch, shuffled, seed) for part, shuffled in parts.items()}
 
 
 def _each(parts: Sequence[nn.Module], tasks: Sequence[str]) -> Routed:

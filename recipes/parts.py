@@ -67,3 +67,19 @@ def first(rows: Tensor, count: int | None, what: str) -> Tensor:
         return rows
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     return rows[order[:count]]
+
+
+def of_classes(examples: Tensor, target: Tensor, classes: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+    """Examples of some classes, counted from 0 in the order given; all where it is None.
+
+    Raises:
+        PlanError: where a class has no example, or is given twice.
+    """
+    if classes is None:
+        return examples, target
+    wanted = torch.tensor(list(classes), dtype=target.dtype)
+    if len(set(classes)) < len(classes) or not set(classes) <= set(target.tolist()):
+        found = f"{min(target.tolist())} to {max(target.tolist())}"
+        raise PlanError(f"The option classes must be distinct ones of {found}, found {list(classes)}.")
+    rows, numbers = (target.unsqueeze(1) == wanted).nonzero(as_tuple=True)
+    return examples[rows], numbers

@@ -11,7 +11,7 @@ task has components of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from surgery.errors import PlanError
 from surgery.methods.routes.gates import LearnedGates
 from surgery.methods.routes.routed import Routed
+
+from .alphabets import LETTERS, SCRIPTS
 
 D, TERMS, NOISE = 128, 6, 0.01
 COMPONENTS, HIDDEN, FILTERS = 4, 16, 4
@@ -39,7 +41,7 @@ class Regression(nn.Module):
     def __init__(self, tasks: Sequence[str], allocation: str = "gumbel", **settings: Any):
         super().__init__()
         parts = [nn.Sequential(nn.Linear(D, HIDDEN), nn.ReLU()) for _ in range(COMPONENTS)]
-        self.routed = _allocated([parts], tasks, allocation, settings)
+        self.routed = allocated([parts], tasks, allocation, settings)
         self.heads = _heads(HIDDEN, 1, tasks)
         _initialise(self)
 
@@ -49,24 +51,38 @@ class Regression(nn.Module):
 
 
 class Digits(nn.Module):
-    """Three depths of four small convolutions, mean pooling after the first two, and a linear head for each task.
+    """Three depths of small convolutions, mean pooling after the first two, and a linear head for each task.
 
-    Its arguments are those of a `Regression`.
+    Args:
+        tasks: names.
+        allocation: `gumbel`, `shared` or `apart`.
+        components: at each depth.
+        filters: of each component.
+        classes: scores in the output.
+        settings: of the gumbel route, such as `component_budget`.
     """
 
-    def __init__(self, tasks: Sequence[str], allocation: str = "gumbel", **settings: Any):
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        allocation: str = "gumbel",
+        components: int = COMPONENTS,
+        filters: int = FILTERS,
+        classes: int = 10,
+        **settings: Any,
+    ):
         super().__init__()
-        shapes = ((1, 5), (FILTERS, 3), (FILTERS, 3))
+        shapes = ((1, 5), (filters, 3), (filters, 3))
         parts = [
-            [nn.Sequential(nn.Conv2d(channels, FILTERS, side), nn.ReLU()) for _ in range(COMPONENTS)]
+            [nn.Sequential(nn.Conv2d(channels, filters, side), nn.ReLU()) for _ in range(components)]
             for channels, side in shapes
         ]
         for depth in parts[:2]:  # pooling is linear, so the mean of pooled outputs is the pooled mean
             for component in depth:
                 component.append(nn.AvgPool2d(2))
-        self.routed = _allocated(parts, tasks, allocation, settings)
+        self.routed = allocated(parts, tasks, allocation, settings)
         self.dropout = nn.Dropout(0.5)
-        self.heads = _heads(FILTERS * 9, 10, tasks)
+        self.heads = _heads(filters * 9, classes, tasks)
         _initialise(self)
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -87,9 +103,20 @@ def digits(allocation: str = "gumbel", **settings: Any) -> tuple[nn.Module, tupl
     return Digits(names, allocation, **settings), (torch.zeros(2, 1, 28, 28),)
 
 
-def _allocated(
-    parts: Sequence[Sequence[nn.Module]], tasks: Sequence[str], allocation: str, settings: dict[str, Any]
+def clusters(
+    components: int = 16, filters: int = 8, component_budget: float = 0.5, rate: float = 20.0, **settings: Any
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A `Digits` for ten tasks of MNIST, ten of Fashion-MNIST and one for each alphabet, and example inputs."""
+    names = [f"{kind}{n}" for kind in ("mnist", "fashion") for n in range(10)] + list(SCRIPTS)
+    settings |= {"component_budget": component_budget, "rate": rate}
+    net = Digits(names, "gumbel", components, filters, LETTERS, **settings)
+    return net, (torch.zeros(2, 1, 28, 28),)
+
+
+def allocated(
+    parts: Sequence[Sequence[nn.Module]], tasks: Sequence[str], allocation: str, settings: Mapping[str, Any]
 ) -> Routed:
+    """One route through components, depth by depth, that tasks have by an `allocation`."""
     if allocation not in ALLOCATIONS:
         raise PlanError(f"The allocation must be one of {', '.join(ALLOCATIONS)}, found '{allocation}'.")
     if allocation == "gumbel":
