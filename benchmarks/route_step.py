@@ -1,6 +1,7 @@
 """What routes cost: a hardened route against the plain model of as many layers, and a soft step against one by hand.
 
 hard        a forward pass in eval mode: four of six layers on a hard route, and the plain model of the four
+one text    the same of layers as wide as MiniLM's, for one text of sixteen tokens
 soft        a forward and backward pass: soft routes over four components at four depths, and the same sum by hand
 """
 
@@ -15,7 +16,7 @@ from benchmarks.harness import make_header, make_parser, show, take_turns
 ORDER = (0, 1, -1, 3, -1, 5)
 
 
-def hard(width: int, tokens: int) -> dict[str, Any]:
+def hard(width: int, tokens: int, texts: int = 8) -> dict[str, Any]:
     """A joint model on a hard route, and its plain form, as functions."""
     import torch
     from transformers import BertConfig, BertModel
@@ -25,11 +26,11 @@ def hard(width: int, tokens: int) -> dict[str, Any]:
     config = BertConfig(
         hidden_size=width,
         num_hidden_layers=6,
-        num_attention_heads=4,
+        num_attention_heads=4 if width < 384 else 12,
         intermediate_size=4 * width,
         vocab_size=100,
     )
-    ids = torch.randint(5, 100, (8, tokens))
+    ids = torch.randint(5, 100, (texts, tokens))
     member = surgery.load_member(BertModel(config).eval(), name="text", inputs=ids)
     settings = {"routing": "permuted", "orders": {"text": {"": ORDER}}}
     joint = surgery.join([member], surgery.plan_modules([member], "routes", settings))
@@ -84,8 +85,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.manual_seed(options.seed)
     width, tokens, rounds = (32, 8, 3) if options.fast else (256, 64, options.rounds)
     rows = []
-    for name, competitors in (("hard", hard(width, tokens)), ("soft", soft(width, 8 * tokens))):
-        times = take_turns(competitors, rounds)
+    one = (32, 4, 1) if options.fast else (384, 16, 1)
+    for name, competitors, times_more in (
+        ("hard", hard(width, tokens), 1),
+        ("one text", hard(*one), 10),
+        ("soft", soft(width, 8 * tokens), 1),
+    ):
+        times = take_turns(competitors, times_more * rounds)
         base = next(iter(times.values()))
         for way, own in times.items():
             row = {"what": name, "way": way, "seconds": own.median}
