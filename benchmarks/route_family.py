@@ -19,6 +19,7 @@ import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,14 @@ FACTORS = tuple(n / 10 for n in range(11))
 Route = tuple[int, ...]
 
 
-def family(seed: int, fast: bool, device: str) -> dict[str, Any]:
-    """The base's weights, the members', and pictures of each: to train on, validation and test."""
+def family(seed: int, size: str, device: str) -> dict[str, Any]:
+    """The base's weights, the members', and pictures of each: to train on, validation and test.
+
+    Args:
+        seed: of everything.
+        size: `whole` as in `benchmarks.frontier`, `small` for minutes of one core, `fast` on made-up pictures.
+        device: on which all are trained.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -39,8 +46,11 @@ def family(seed: int, fast: bool, device: str) -> dict[str, Any]:
     from benchmarks.frontier.families.base import Batch, generator_of
     from benchmarks.frontier.families.training import train
 
+    fast = size == "fast"
     sizes = replace(vit.FAST if fast else vit.Sizes(), depth=DEPTH, base_epochs=1 if fast else 4)
-    source = vit.made_up if fast else vit.pictures_of
+    if size == "small":
+        sizes = replace(sizes, width=64, fashion=12_000, fine=4_000, validation=500, batch=64)
+    source = cache(vit.made_up if fast else vit.pictures_of)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         base = vit.build(sizes).to(device)
@@ -198,7 +208,7 @@ def stored_in(joint: Any) -> tuple[int, int]:
 
 
 def run(
-    way: str, stored: int, seed: int, steps: int, rates: tuple[float, ...], fast: bool, device: str
+    way: str, stored: int, seed: int, steps: int, rates: tuple[float, ...], size: str, device: str
 ) -> dict[str, Any]:
     """One way at one number of stored layers: as it is chosen, and trained at the rate that validation likes best."""
     import torch
@@ -207,12 +217,12 @@ def run(
     from surgery.training.tasks.streams import Batches
 
     torch.set_num_threads(1)
-    found = _known(seed, fast, device)
+    found = _known(seed, size, device)
     chosen: Any = None
     routes: Sequence[Route] = [(number,) * DEPTH for number in range(len(MEMBERS))]
     given: dict[int, Any] = {}
     if way == "routes":
-        routes = chosen = _routes(seed, fast, device)[stored]
+        routes = chosen = _routes(seed, size, device)[stored]
     elif way == "learned":
         routes = ()
     elif way != "alone":
@@ -301,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--stored", nargs="+", type=int, default=[8, 4], help="layers, of twelve")
+    parser.add_argument("--size", choices=("whole", "small"), default="whole", help="of models and data")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
     steps, rates = (2, options.rates[:1]) if options.fast else (options.steps, options.rates)
@@ -311,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("learned", most),
     ]
     cells = [
-        (way, stored, seed, steps, tuple(rates), options.fast, options.device)
+        (way, stored, seed, steps, tuple(rates), "fast" if options.fast else options.size, options.device)
         for seed in range(options.seed, options.seed + (1 if options.fast else options.seeds))
         for way, stored in ways
     ]
