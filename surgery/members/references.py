@@ -29,7 +29,7 @@ from surgery.errors import LoadError, SurgeryError, SurgeryWarning
 from surgery.inputs import as_inputs, check_runs, example_inputs, forward_error
 from surgery.members.member import Inputs, Member, Origin, shapes_of, state_tensors
 from surgery.members.origins import KINDS, kind_for, origin_kind
-from surgery.members.origins.base import Loaded, Request
+from surgery.members.origins.base import READ, Loaded, Request
 from surgery.members.origins.bounded import MOST_ELEMENTS, bounded
 from surgery.members.origins.dtypes import mixed, widen
 from surgery.members.origins.live import check_ordinary, unwrap
@@ -41,7 +41,6 @@ from surgery.util.randomness import all_seeded, member_seed
 from surgery.util.text import one_line
 
 EXAMPLE_ELEMENTS = 1 << 28  # of a tensor that is made while inputs are tried: a GiB in float32
-READ = 1 << 27  # parameters of a model whose weights are always read: half a GiB in float32
 _NAME = re.compile(r"(?=[.]*[A-Za-z0-9_-])[A-Za-z0-9_.-]{1,200}")
 """As the manifest has it."""
 _FROM_FILES = ("timm", "transformers")  # kinds whose tensors have the dtypes of a file
@@ -130,7 +129,8 @@ def load_member(
         seed: of all that is drawn at random: example inputs, and weights where the reference has no stored ones. These
             depend on the seed and the member's name alone; no global generator is moved.
         allow_nonfinite: whether NaN and infinite weights are accepted.
-        read: whether weights are read, to see that they are finite; without, those of large models stay on the disk.
+        read: whether weights are read, to see that they are finite; without, those of large models stay on the disk,
+            and parameters may be on the meta device.
 
     Returns:
         the member in eval mode, every tensor in the dtype in which its file holds it, whatever the configuration says.
@@ -159,9 +159,21 @@ def load_member(
         kind = kind_for(rest)
         chosen = name or typed or reference_name(rest)
         _check_name(chosen)
-        request = Request(Permission.of_user(trust_remote_code))
+        request = Request(Permission.of_user(trust_remote_code), read)
         loaded = _load(kind, rest, request, member_seed(seed, chosen))
         align_module(loaded.module)  # tensors that are mapped lie where their file has them
+        if any(p.is_meta for p in loaded.module.parameters()):
+            try:
+                return _member(chosen, loaded, inputs, seed, True)
+            except LoadError:  # some models compute with values of their weights
+                return load_member(
+                    reference,
+                    name=name,
+                    inputs=inputs,
+                    trust_remote_code=trust_remote_code,
+                    seed=seed,
+                    allow_nonfinite=allow_nonfinite,
+                )
     unread = not read and sum(p.numel() for p in loaded.module.parameters()) > READ
     return _member(
         chosen, loaded, inputs, seed, allow_nonfinite or unread, live=isinstance(reference, nn.Module)

@@ -24,14 +24,21 @@ from surgery.errors import LoadError
 from surgery.members.member import Inputs, Origin
 from surgery.permission import Permission
 
+READ = 1 << 27  # parameters of a model whose weights are always read: half a GiB in float32
 _NEVER = (".py", ".safetensors", ".bin", ".pt", ".pth", ".h5")  # code and weights are no small files
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the caller allows while a reference is loaded or an architecture is built."""
+    """What the caller allows while a reference is loaded or an architecture is built.
+
+    Attributes:
+        permission: whose code may run.
+        read: whether weights are read; without, a large model may come as an outline, on the meta device.
+    """
 
     permission: Permission = Permission.NONE
+    read: bool = True
 
 
 @dataclass(frozen=True)

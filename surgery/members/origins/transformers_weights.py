@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from surgery.errors import LoadError
-from surgery.members.origins.base import Request
+from surgery.members.origins.base import READ, Request
+from surgery.members.origins.dtypes import stored_dtypes
+from surgery.members.origins.empty import build_empty
 from surgery.members.origins.layers import say_layers
 from surgery.members.origins.transformers_dtypes import FileDtypes
 from surgery.members.origins.transformers_places import failed, snapshot
 from surgery.members.origins.weights import raise_misfit
 from surgery.permission import Permission
+
+
+class _UnableError(LoadError):
+    """A class that transformers cannot load so."""
 
 
 def load_weights(
@@ -31,6 +40,8 @@ def load_weights(
     """The module with every tensor in its place and in its file's dtype, options, and the dtype to build it in."""
     if Path(where).is_dir():
         dtypes = FileDtypes.of(kind, config, Path(where), prefix)
+        if outlined := _outline(kind, config, where, request, unused, dtypes, how):
+            return *outlined, dtypes.common or outlined[0].dtype
         module, extra = _load_weights(kind, where, revision, request, unused, dtypes.common or "auto", how)
     else:  # transformers chooses and fetches the files, of which only headers are read again
         module, extra = _load_weights(kind, where, revision, request, unused, "auto", how)
@@ -42,6 +53,55 @@ def load_weights(
             )
     dtypes.put(module, where)
     return module, extra, dtypes.common or module.dtype
+
+
+def _outline(
+    kind: Any,
+    config: Any,
+    where: str,
+    request: Request,
+    unused: str,
+    dtypes: FileDtypes,
+    how: Mapping[str, Any],
+) -> tuple[Any, dict[str, Any]] | None:
+    """A large model whose weights are not to be read, from its configuration and its files' headers, and options.
+
+    Tensors that transformers merges while it loads, such as experts, would be read for that; on the meta device they
+    are merged as shapes. What is in no file, such as frequencies of positions, is made.
+
+    Returns:
+        None where weights are to be read, and where the class cannot be built so.
+
+    Raises:
+        LoadError: where tensors are missing, too many, or of other shapes.
+    """
+    if request.read or getattr(config, "quantization_config", None) is not None:
+        return None
+    stored = stored_dtypes(Path(where))
+    if sum(math.prod(shape) for _, shape in stored.values()) <= READ:
+        return None
+    shapes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in stored.items()}
+    given = {**how, "config": deepcopy(config), "state_dict": shapes, "device_map": {"": "meta"}}
+    try:
+        module, extra = _load_weights(kind, where, None, request, unused, dtypes.common or "auto", given)
+        options = {name: value for name, value in extra.items() if name != "dropped"}
+        twin = build_empty(lambda: kind._from_config(deepcopy(config), **options))
+    except _UnableError:  # the ordinary way may be able to, or says what is wrong
+        return None
+    _take_buffers(module, twin)
+    dtypes.put(module, where)
+    return module, extra
+
+
+def _take_buffers(module: nn.Module, twin: nn.Module) -> None:
+    """Give a module on the meta device the buffers of another one of its class, which have values."""
+    parts = dict(twin.named_modules())
+    for path, part in module.named_modules():
+        held = parts[path]._buffers if path in parts else {}
+        for name, buffer in part._buffers.items():
+            own = held.get(name)
+            if buffer is not None and own is not None and buffer.is_meta and buffer.shape == own.shape:
+                part._buffers[name] = own.to(buffer.dtype)
 
 
 def draw_weights(kind: Any, config: Any, where: str) -> Any:
@@ -100,7 +160,7 @@ def _from_pretrained(
     """The module, and what transformers says about tensors that did not fit."""
     try:
         return kind.from_pretrained(
-            where,
+            None if "state_dict" in how else where,
             revision=revision,
             dtype=dtype,
             output_loading_info=True,
@@ -111,4 +171,4 @@ def _from_pretrained(
     except LoadError:
         raise
     except Exception as error:
-        raise LoadError(failed(where, revision, f"loading weights into {kind.__name__}", error)) from error
+        raise _UnableError(failed(where, revision, f"loading weights into {kind.__name__}", error)) from error
