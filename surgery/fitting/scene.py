@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,6 +36,8 @@ SHARED_FROM = 4096  # elements of a private tensor; of smaller ones a bank's rec
 WIDEST_INPUT = (
     4096  # columns of a matrix whose inputs are worth knowing: their second moment takes the square of it
 )
+LEAST = 512  # bytes of a tensor that is stored once where others are equal to it
+LOOKED_AT = 1024  # about as many values tell most tensors apart, so that few are read whole
 AGAIN = "private; stored together with its relatives by an earlier fit"
 
 
@@ -330,11 +332,21 @@ def key_of(site: Site) -> Key:
 
 def equal_tensors(tensors: Mapping[Key, Tensor]) -> list[list[Key]]:
     """Tensors by their bytes: equal ones are decided on and stored once."""
+    looks = {key: _look(tensor) for key, tensor in tensors.items()}
+    alike = Counter(looks.values())
     found: dict[object, list[Key]] = defaultdict(list)
     for key, tensor in tensors.items():
         digest: object = key
-        if tensor.numel() * tensor.element_size() >= 512:
+        if (look := looks[key]) is not None and alike[look] > 1:
             raw = tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
             digest = (tuple(tensor.shape), tensor.dtype, hashlib.sha256(raw).digest())
         found[digest].append(key)
     return list(found.values())
+
+
+def _look(tensor: Tensor) -> object:
+    """What equal tensors have in common and few others; None of one that is too small to be stored with another."""
+    if tensor.nbytes < LEAST:
+        return None
+    some = tensor.reshape(-1)[:: max(1, tensor.numel() // LOOKED_AT)].contiguous()
+    return tuple(tensor.shape), tensor.dtype, some.view(torch.uint8).cpu().numpy().tobytes()

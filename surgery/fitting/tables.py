@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from surgery.fitting.metric import DAMPING
 from surgery.fitting.moments import names_by_storage, watched
-from surgery.fitting.units import Unit, unit_bytes
+from surgery.fitting.units import Unit, bytes_of_each
 from surgery.storage.codecs import Precision, Statistics, mixtures, row_costs
 
 TABLE = "embedding"  # the kind of sites that are looked up row by row
@@ -127,7 +127,7 @@ def by_rows(unit: Unit, weights: Tensor) -> Unit:
     return replace(
         unit,
         options=(*unit.options, *mixed),
-        nbytes=(*unit.nbytes, *(unit_bytes(unit.tensors, each) for each in mixed)),
+        nbytes=(*unit.nbytes, *bytes_of_each(unit.tensors, mixed)),
         errors=(*(total * loss for loss in losses), *(cost for _, cost in found)),
         statistics=Statistics(known and known.second_moment, 1, weights),
     )

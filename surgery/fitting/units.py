@@ -24,7 +24,6 @@ from surgery.storage.codecs import (
     expected_bytes,
     is_tame,
     ladder,
-    stored_precision,
 )
 from surgery.storage.codecs.feedback import expected_gain
 
@@ -125,7 +124,7 @@ def measure(
     tensor = next(iter(tensors.values()))
     tried = precisions(tensor)
     options: list[Precision | None] = list(tried)
-    nbytes = [unit_bytes(tensors, precision) for precision in tried]
+    nbytes = bytes_of_each(tensors, tried)
     errors = (
         _errors(tensor, tried) if not key else list(made_once(key, lambda: (_errors(tensor, tried), {}))[0])
     )
@@ -152,12 +151,18 @@ def fed_back(unit: Unit, known: Statistics) -> Unit:
 
 def unit_bytes(tensors: Mapping[Any, Tensor], precision: Precision) -> float:
     """Bytes of all tensors of a unit, equal ones counted once, with what files say about them."""
-    distinct = {id(tensor): tensor for tensor in tensors.values()}.values()
-    total = 0.0
-    for tensor in distinct:
-        shape, own = tuple(tensor.shape), stored_precision(tensor, precision)
-        total += expected_bytes(shape, tensor.dtype, own) + PART_BYTES
-    return total
+    return bytes_of_each(tensors, [precision])[0]
+
+
+def bytes_of_each(tensors: Mapping[Any, Tensor], tried: Sequence[Precision]) -> list[float]:
+    """What `unit_bytes` says of each of some precisions; values are looked at once."""
+    totals = [0.0] * len(tried)
+    for tensor in {id(tensor): tensor for tensor in tensors.values()}.values():
+        shape, tame = tuple(tensor.shape), all(each.is_native for each in tried) or is_tame(tensor)
+        for number, precision in enumerate(tried):
+            own = precision if tame else NATIVE
+            totals[number] += expected_bytes(shape, tensor.dtype, own) + PART_BYTES
+    return totals
 
 
 def precisions(tensor: Tensor) -> tuple[Precision, ...]:

@@ -296,6 +296,7 @@ def _runs(site: Site, made: Factors, metric: Metric) -> list[tuple[int, int, Uni
         wrong = decode(encode(rows, precision)) - rows, decode(encode(contexts, precision)) - contexts
         from_rows = of_rows * (times(wrong[0], into) * wrong[0]).sum(1)
         lost.append(from_rows + of_contexts * (times(wrong[1], out) * wrong[1]).sum(1))
+    lost, energy = [each.cpu() for each in lost], made.energy.cpu()  # of which many sums are taken
     found = []
     for start, stop in pairwise([*(rank for rank in RUNS if rank < len(rows)), len(rows)]):
         shapes = (stop - start, rows.shape[1]), (stop - start, contexts.shape[1])
@@ -306,7 +307,7 @@ def _runs(site: Site, made: Factors, metric: Metric) -> list[tuple[int, int, Uni
             {site.member: 1.0},
             (*BITS, None),
             (*map(float, nbytes), 0.0),
-            (*errors, float(made.energy[start:stop].sum())),
+            (*errors, float(energy[start:stop].sum())),
         )
         found.append((start, stop, unit))
     return found

@@ -23,7 +23,7 @@ from surgery.storage.codecs.feedback import Inputs, feed_back
 from surgery.util.memory import compact, empty_large
 
 CHUNK = 1 << 20  # values handled at once while encoding: bounds its memory
-ON_DEVICE = 16  # times as many on an accelerator, where a step takes as long for few rows as for many
+ON_DEVICE = 64  # times as many on an accelerator, where a step takes as long for few values as for many
 TRIED = (
     1 << 17
 )  # values, times scales that are tried for them, at once: what is between them stays in the cache
@@ -77,13 +77,12 @@ class Integers(Codec[Grouping]):
         if fits(tensor, statistics):
             assert statistics is not None and statistics.second_moment is not None
             rows, inputs = _columns(tensor, width), Inputs.of(_padded(statistics.second_moment, width))
-            chunk = CHUNK * (1 if rows.device.type == "cpu" else ON_DEVICE)
-            for part in rows.split(max(1, chunk // rows.shape[1])):
+            for part in rows.split(max(1, _at_once(CHUNK, rows) // rows.shape[1])):
                 code, scale = _fed_back(part, inputs, width, settings.bits)
                 codes.append(code)
                 scales.append(scale)
         else:
-            for rows in _grouped(tensor, settings.group).split(max(1, CHUNK // width)):
+            for rows in _grouped(tensor, settings.group).split(max(1, _at_once(CHUNK, tensor) // width)):
                 code, scale = _quantise(rows.float(), settings.bits)
                 codes.append(code)
                 scales.append(scale)
@@ -342,7 +341,7 @@ def _grid(groups: Tensor, bits: int) -> IntegerGrid:
     groups = groups * _inverse(largest)  # to at most 1, so that no square overflows; the largest value is +1
     tried = _candidates(bits, groups)
     scales = []
-    for part in groups.split(max(1, TRIED // (len(tried) * groups.shape[1]))):
+    for part in groups.split(max(1, _at_once(TRIED, groups) // (len(tried) * groups.shape[1]))):
         q = (part * tried).round_().clamp_(low, high)  # [C, G, width]
         # Whole numbers, so <q, q> is 0 or at least 1.
         xq, inverse = (part * q).sum(2), q.square_().sum(2).clamp_(min=1).reciprocal_()
@@ -354,11 +353,24 @@ def _grid(groups: Tensor, bits: int) -> IntegerGrid:
 
 def _candidates(bits: int, groups: Tensor) -> Tensor:
     """Inverse scales to try for values of at most 1, `[C, 1, 1]`: which end takes the largest decides the sign."""
+    return _inverse_scales(bits, groups.dtype, groups.device)
+
+
+@cache
+def _inverse_scales(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once: an accelerator is waited for when numbers are sent to it."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     smallest, steps = SEARCH.get(bits, (1.0, 1))  # finer codes lose next to nothing at their full range
     shrinks = [1.0 - (1.0 - smallest) * step / max(steps - 1, 1) for step in range(steps)]
     ends = (low, high) if bits in SEARCH else (low,)
-    return groups.new_tensor([end / shrink for end in ends for shrink in shrinks]).view(-1, 1, 1)
+    tried = [end / shrink for end in ends for shrink in shrinks]
+    with torch.inference_mode(False):
+        return torch.tensor(tried, dtype=dtype, device=device).view(-1, 1, 1)
+
+
+def _at_once(values: int, like: Tensor) -> int:
+    """How many values are worked on at once, where there is no cache to stay in and each step costs a launch."""
+    return values if like.device.type == "cpu" else values * ON_DEVICE
 
 
 def _inverse(x: Tensor) -> Tensor:
