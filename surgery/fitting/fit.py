@@ -9,9 +9,12 @@ meet the target (`fitting.search`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +28,10 @@ from surgery.core.known import Known
 from surgery.core.registry import with_settings
 from surgery.core.replacing import still_replaced
 from surgery.core.sizes import bytes_alone, parameters_alone
-from surgery.errors import PlanError
+from surgery.disk.aside import aside
+from surgery.disk.files import failure
+from surgery.errors import OutputError, PlanError
+from surgery.fitting.bound import fits, within
 from surgery.fitting.exactly import make_exactly
 from surgery.fitting.recording import recipe_of_fit
 from surgery.fitting.report import FitReport, Probes, describe, describe_stacks
@@ -37,6 +43,7 @@ from surgery.members.member import Inputs, content_hash, whole_state
 from surgery.members.replacement import count_replaced
 from surgery.settings.names import PARAMETERS_OF, Mixing
 from surgery.settings.quantities import Seed
+from surgery.settings.resources import Resources
 from surgery.settings.target import Target
 from surgery.slots.collapse import collapsed
 from surgery.slots.slots import assign
@@ -45,7 +52,8 @@ from surgery.storage.lazy import LazyState
 from surgery.storage.states import lazy_state_of, same_state
 from surgery.storage.stored import Stored, adopt, compressed, expand, extra, store, ties
 from surgery.storage.trim import trim
-from surgery.util import memory
+from surgery.util import memory as held_memory
+from surgery.util.wording import size
 
 
 class Asked(Target):
@@ -68,6 +76,8 @@ def fit(
     probes: Mapping[str, Sequence[Inputs]] | None = None,
     seed: int = 0,
     device: str = "auto",
+    memory: int | str | None = None,
+    folder: str | Path | None = None,
 ) -> JointModel:
     """Make a joint model small, in place; `joint.report` says what was met and what each means saved.
 
@@ -92,10 +102,15 @@ def fit(
         probes: inputs to measure on, by member; seeded made-up ones where not given.
         seed: of everything random here.
         device: `auto`, `cpu`, `cuda`, ...
+        memory: that the process may hold besides pages of files, in bytes or as text such as `8GiB`.
+        folder: on a disk with room, in which large tensors that the fit makes lie in files without a name; with
+            `memory`, where they would not fit otherwise. It stays empty.
 
     Raises:
         PlanError: several targets at once, a target out of range, a budget or an error that cannot be met; the joint
             model is then what it was.
+        MemoryLimitError: where more than `memory` was held after all; likewise.
+        OutputError: where the disk has no room; likewise.
 
     Example:
         >>> joint = surgery.fit(surgery.join(members), max_error=0.02)
@@ -124,12 +139,47 @@ def fit(
     recipe = recipe_of_fit(
         joint.known, joint.members, plan, asked, seed=seed, device=device, measured=bool(probes), fixed=fixed
     )
-    if not made and (asked.max_error == 0 or (fixed and free)):
-        _adopt(joint, *_lossless(joint, probes or {}, asked, replaced))
-    else:
-        _adopt(joint, *_fitted(joint, plan, asked, probes, place))
+    exactly = not made and (asked.max_error == 0 or (fixed and free))
+    with _held(joint, Resources.of({"memory": memory}).memory, folder, lossless=exactly):
+        if exactly:
+            _adopt(joint, *_lossless(joint, probes or {}, asked, replaced))
+        else:
+            _adopt(joint, *_fitted(joint, plan, asked, probes, place))
     joint.recipe = recipe
     return joint
+
+
+@contextmanager
+def _held(
+    joint: JointModel, memory: int | None, folder: str | Path | None, *, lossless: bool
+) -> Iterator[None]:
+    """Inside, a fit ends that holds more than `memory`, and what it makes lies in `folder` where it has to.
+
+    Raises:
+        PlanError: where it has to and no folder is given, or would hold more all the same.
+        OutputError: where the folder cannot be made.
+    """
+    files = folder is not None
+    if memory is not None:
+        states = {name: _by_owner(joint, name, collapsed(joint, name)) for name in joint.names}
+        elements = [math.prod(h.shape) for state in states.values() for h in state.handles.values()]
+        files = not fits(elements, memory, lossless=lossless)
+        if files and folder is None:
+            raise PlanError(
+                f"`memory` is {size(memory)}, within which a fit of these members keeps what it makes in files: give "
+                "a `folder` for them, on a disk with room."
+            )
+    with ExitStack() as inside:
+        if memory is not None:
+            inside.enter_context(within(memory))
+        if files and folder is not None:
+            place = Path(folder).expanduser()
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise OutputError(failure(place, error)) from error
+            inside.enter_context(aside(place))
+        yield
 
 
 Fitted = tuple[Stored, FitReport, Known, Mapping[str, str], Collection[str]]
@@ -195,7 +245,7 @@ def _fitted(
         states.clear()
         before[1].rest(resting)
         given_up = _give_up(before[0], before[1], originals)
-        memory.give_back()
+        held_memory.give_back()
         joint.bodies.eval()  # a forward pass in training mode would change buffers, and drop at random
         trials = {}
         for name, member in joint.members.items():
@@ -212,7 +262,7 @@ def _fitted(
         for name, tensors in originals.items():
             assign(joint[name], tensors, joint.owners[name])
         originals.clear()
-        memory.give_back()
+        held_memory.give_back()
         joint.occupy(*before)
         raise
     finally:

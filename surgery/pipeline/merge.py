@@ -99,7 +99,7 @@ def merge(
     """
     resources = Resources.of({"memory": memory})
     check(recipe, overwrite=overwrite)
-    from surgery.pipeline.bound import within
+    from surgery.fitting.bound import within
 
     with claim_of_first(recipe.out), within(resources.memory):
         return _merge(recipe, prepared, overwrite, trust_remote_code, resources)
@@ -126,13 +126,15 @@ def fits_into(prepared: Prepared, resources: Resources) -> bool | None:
     Raises:
         PlanError: where it fits with files neither.
     """
+    from surgery.fitting.bound import fits
     from surgery.members.member import state_tensors
-    from surgery.pipeline.bound import fits
 
     if resources.memory is None:
         return None
     tensors = [t for member in prepared.members for t in state_tensors(member.module).values()]
-    return fits(tensors, resources.memory, lossless=prepared.recipe.parameters.max_error == 0)
+    return fits(
+        [t.numel() for t in tensors], resources.memory, lossless=prepared.recipe.parameters.max_error == 0
+    )
 
 
 def _fit_and_save(prepared: Prepared, recipe: Recipe, overwrite: bool, run: Run) -> JointModel:

@@ -78,7 +78,7 @@ def test_arguments_have_the_names_of_keys(function):
     python = {
         "self", "joint", "member", "members", "anatomies", "plan", "tasks", "reference", "config", "folder", "probes",
         "inputs", "resume", "cpu", "trust_remote_code", "overwrite", "recipe", "extras", "max_shard_size", "out",
-        "bounds", "read",
+        "bounds", "read", "memory",
     }  # fmt: skip
     assert {*inspect.signature(function).parameters} - python <= set(BY_NAME)
 

@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor
-
 from surgery.disk.aside import FEWEST
 from surgery.errors import MemoryLimitError, PlanError
 from surgery.util import progress
@@ -37,25 +35,25 @@ def anonymous() -> int:
     return psutil.Process().memory_info().rss
 
 
-def fits(tensors: Sequence[Tensor], memory: int, *, lossless: bool = False) -> bool:
-    """Whether a merge of some tensors fits into memory without files.
+def fits(elements: Sequence[int], memory: int, *, lossless: bool = False) -> bool:
+    """Whether a fit of some tensors fits into memory without files.
 
     Args:
-        tensors: of all members.
+        elements: of each tensor of all members.
         memory: bytes that the process may hold.
         lossless: whether nothing is rounded, so that weights stay in their files.
 
     Raises:
         PlanError: where it fits with files neither.
     """
-    now, largest = anonymous(), max((t.numel() for t in tensors), default=0)
-    least = now + (WRITTEN * largest + RUNNING if lossless else taken([t.numel() for t in tensors]))
+    now, largest = anonymous(), max(elements, default=0)
+    least = now + (WRITTEN * largest + RUNNING if lossless else taken(elements))
     if least > memory:
         raise PlanError(
-            f"A merge of members whose largest tensor has {largest:,} elements takes about {size(least)} of memory, "
+            f"A fit of members whose largest tensor has {largest:,} elements takes about {size(least)} of memory, "
             f"but `memory` is {size(memory)}; give `memory={-(-least // 2**20)}MiB` or more."
         )
-    return lossless or now + ALL * sum(t.numel() for t in tensors) + RUNNING <= memory
+    return lossless or now + ALL * sum(elements) + RUNNING <= memory
 
 
 def taken(elements: Sequence[int]) -> int:
