@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan
@@ -19,6 +20,15 @@ from surgery.storage.codecs import Encoded, decode
 from surgery.storage.stored import Stored, build_bank
 
 ROOM = 256 * 2**20  # bytes of what is decoded that are kept at most
+FREE = 4  # of an accelerator's free memory what is decoded may take one part of so many
+
+
+def room_on(device: torch.device) -> int:
+    """Bytes of what is decoded that are kept on a device at most."""
+    if device.type != "cuda":
+        return ROOM
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(ROOM, free // FREE)
 
 
 @dataclass

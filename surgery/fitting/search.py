@@ -19,7 +19,7 @@ from surgery.errors import PlanError
 from surgery.fitting.allocation import finest, of_each, within_bytes, within_errors
 from surgery.fitting.assembly import Assembler
 from surgery.fitting.closing import SLACK, Scales, log_ratio, near
-from surgery.fitting.decoding import Decodings
+from surgery.fitting.decoding import Decodings, room_on
 from surgery.fitting.groups import make_groups
 from surgery.fitting.scene import Scene
 from surgery.fitting.structure import structure_of
@@ -123,7 +123,7 @@ class Search:
         self.fixed = any(group.shared for group in groups)  # whatever it costs
         self.given = scene.given
         self.assembler = Assembler(scene.plan, ties, units, arrangements)
-        self.decodings = Decodings()
+        self.decodings = Decodings(room_on(next(iter(self.trials.values())).device))
         for unit, encoded in present:
             self.assembler.give(unit, encoded)
         self.present = {id(encoded) for _, encoded in present}

@@ -59,10 +59,11 @@ def metrics(
         samples: backward passes for each probe batch.
     """
     draws = {name: Draws(samples * len(trial.probes)) for name in views}
-    total: dict[str, float] = {}
+    total: dict[str, Tensor] = {}  # on the device, which is not waited for
 
     def add(name: str, gradient: Tensor) -> None:
-        total[name] = total.get(name, 0.0) + float(gradient.float().square().mean())
+        power = gradient.float().square().mean().double()
+        total[name] = total[name] + power if name in total else power
         if name in draws:
             draws[name].add(views[name].to_matrices(gradient).flatten(0, 1))
 
@@ -70,7 +71,8 @@ def metrics(
         _draw(trial, probes, seed, samples, add)
     found = {name: each.metric(samples) for name, each in draws.items()}
     # One that overflowed is as good as none: the tensor's errors are then measured.
-    sensitive = {name: power / samples for name, power in total.items() if 0 < power < math.inf}
+    powers = {name: float(power) for name, power in total.items()}
+    sensitive = {name: power / samples for name, power in powers.items() if 0 < power < math.inf}
     return sensitive, {name: metric for name, metric in found.items() if metric is not None}
 
 

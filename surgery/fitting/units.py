@@ -19,11 +19,10 @@ from surgery.storage.codecs import (
     Encoding,
     Precision,
     Statistics,
-    decode,
-    encode,
     expected_bytes,
     is_tame,
     ladder,
+    rounded,
 )
 from surgery.storage.codecs.feedback import expected_gain
 
@@ -135,7 +134,11 @@ def measure(
 
 
 def _errors(tensor: Tensor, tried: Sequence[Precision]) -> list[float]:
-    return [squared_error(tensor, precision) for precision in tried]
+    """The squared error of each precision that `precisions` gives, from an accelerator all at once."""
+    found = [_squared_error(tensor, precision) for precision in tried]
+    of_samples = torch.stack([error for error, _ in found]).tolist()
+    count = tensor.numel()
+    return [error * count / sampled for error, (_, sampled) in zip(of_samples, found, strict=True)]
 
 
 def fed_back(unit: Unit, known: Statistics) -> Unit:
@@ -170,10 +173,14 @@ def precisions(tensor: Tensor) -> tuple[Precision, ...]:
     return ladder([tensor]) if tensor.numel() >= 16 and is_tame(tensor) else (NATIVE,)
 
 
-def squared_error(tensor: Tensor, precision: Precision) -> float:
-    """`|decode(encode(tensor)) - tensor|^2`, for a large tensor estimated from rows or groups spread over it."""
+def _squared_error(tensor: Tensor, precision: Precision) -> tuple[Tensor, int]:
+    """`|decode(encode(tensor)) - tensor|^2`, for a large tensor estimated from rows or groups spread over it.
+
+    Returns:
+        that of the sample, float64, and the sample's elements.
+    """
     if precision.is_native:
-        return 0.0
+        return torch.zeros((), dtype=torch.float64, device=tensor.device), tensor.numel()
     count, sample, limit = tensor.numel(), tensor, SAMPLE
     span = precision.codec.span(precision.settings)
     if tensor.ndim > 1 and len(tensor) == 1 and count > ROW_SAMPLE and 0 < span <= ROW_SAMPLE:
@@ -182,8 +189,8 @@ def squared_error(tensor: Tensor, precision: Precision) -> float:
     if tensor.ndim > 1 and tensor.numel() > limit:
         rows = max(1, limit // (tensor.numel() // len(tensor)))
         sample = tensor[torch.linspace(0, len(tensor) - 1, rows, device=tensor.device).long()]
-    error = (decode(encode(sample, precision)).float() - sample.float()).square().sum(dtype=torch.float64)
-    return float(error) * count / sample.numel()
+    error = (rounded(sample, precision).float() - sample.float()).square().sum(dtype=torch.float64)
+    return error, sample.numel()
 
 
 def tabulate(groups: Sequence[Group], members: Sequence[str]) -> tuple[Table, list[Unit], list[Arrangement]]:

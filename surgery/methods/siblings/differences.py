@@ -39,7 +39,9 @@ from surgery.storage.codecs import (
     encode_native,
     expected_bytes,
     grouped,
+    is_tame,
     packed,
+    rounded,
 )
 from surgery.storage.lazy import LazyState, Made
 
@@ -291,9 +293,10 @@ def _runs(site: Site, made: Factors, metric: Metric) -> list[tuple[int, int, Uni
     into, out = metric.into, metric.out
     of_rows = (times(contexts, out) * contexts).sum(1)  # an error of a row counts that much
     of_contexts = (times(rows, into) * rows).sum(1)
+    stored = rounded if is_tame(rows) and is_tame(contexts) else lambda each, how: decode(encode(each, how))
     lost = []  # by precision, of each direction
     for precision in BITS:
-        wrong = decode(encode(rows, precision)) - rows, decode(encode(contexts, precision)) - contexts
+        wrong = stored(rows, precision) - rows, stored(contexts, precision) - contexts
         from_rows = of_rows * (times(wrong[0], into) * wrong[0]).sum(1)
         lost.append(from_rows + of_contexts * (times(wrong[1], out) * wrong[1]).sum(1))
     lost, energy = [each.cpu() for each in lost], made.energy.cpu()  # of which many sums are taken

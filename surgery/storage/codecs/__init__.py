@@ -39,6 +39,7 @@ from surgery.storage.codecs.coding import (
     is_tame,
     ladder,
     part_layout,
+    rounded,
     stored_bytes,
     stored_precision,
     take_rows,
@@ -64,5 +65,5 @@ __all__ = [
     "Decoded", "Encoded", "Encoding", "Grouping", "Huffman", "Integers", "Layout", "Mixed", "Native", "Precision",
     "Statistics", "always_native", "as_dtype", "by_row", "codes_of", "decode", "decoder", "encode", "encode_native",
     "expected_bytes", "grouped", "grouping_of", "in_bytes", "is_tame", "ladder", "mixtures", "packed",
-    "part_layout", "register", "row_costs", "stored_bytes", "stored_precision", "take_rows", "unpacked",
+    "part_layout", "register", "rounded", "row_costs", "stored_bytes", "stored_precision", "take_rows", "unpacked",
 ]  # fmt: skip

@@ -74,6 +74,18 @@ def encode(tensor: Tensor, precision: Precision, statistics: Statistics | None =
     return Encoded(precision, tuple(tensor.shape), tensor.dtype, parts)
 
 
+def rounded(tensor: Tensor, precision: Precision) -> Tensor:
+    """What `decode(encode(tensor, precision))` is of a tensor that is known to be tame: its values are not looked at.
+
+    Args:
+        tensor: that has axes and is not empty.
+        precision: any but the native one.
+    """
+    tensor = tensor.detach()
+    parts = precision.codec.encode(tensor, precision.settings)
+    return decode(Encoded(precision, tuple(tensor.shape), tensor.dtype, parts))
+
+
 def encode_native(tensor: Tensor) -> Encoded:
     """A tensor stored as it is."""
     return Encoded(NATIVE, tuple(tensor.shape), tensor.dtype, {"": tensor.detach()})
