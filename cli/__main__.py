@@ -22,7 +22,7 @@ from surgery.errors import SurgeryError
 from surgery.version import __version__
 
 from . import add, demo, evaluate, export, inspect, merge, push, recipes, refit, remove, report, train, verify
-from .endings import WORDS, no_memory, out_of_memory, requests_raise
+from .endings import WORDS, cut_off_files_are_said, no_memory, out_of_memory, requests_raise
 from .flags import flags_of, in_flags, typed_in
 from .options import FLAG
 
@@ -68,7 +68,8 @@ def _with_a_sign_of_life(verb: Callable[..., None]) -> Callable[..., None]:
         from .hush import hush
 
         quiet = bool(options.get("quiet"))
-        with hush(quiet=quiet, debug=bool(options.get("debug")), say=_say), console.alive(quiet=quiet):
+        hushed = hush(quiet=quiet, debug=bool(options.get("debug")), say=_say)
+        with cut_off_files_are_said(), hushed, console.alive(quiet=quiet):
             verb(*args, **options)
 
     return shown

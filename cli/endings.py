@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,38 @@ def requests_raise() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+CUT_OFF = (
+    "surgery: A file was cut off while its weights were read from it. What the command writes was left as it was; put "
+    "the file back whole, and run this again once nothing writes to it.\n"
+)
+
+
+@contextmanager
+def cut_off_files_are_said() -> Iterator[None]:
+    """Inside, a mapped file that gets shorter than what is read of it ends the process with a sentence and code 2.
+
+    The system says so by a signal in the middle of an instruction, which cannot be gone on from: no exception can be
+    raised, and nothing is cleaned up but what the system cleans up.
+    """
+    if not hasattr(signal, "SIGBUS"):
+        yield
+        return
+    import ctypes
+
+    def end(number: int) -> None:
+        os.write(2, CUT_OFF.encode())
+        os._exit(2)
+
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    handler, install = kind(end), ctypes.CDLL(None).signal
+    install.argtypes, install.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    before = install(signal.SIGBUS, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        install(signal.SIGBUS, before)
 
 
 def out_of_memory(error: BaseException) -> bool:

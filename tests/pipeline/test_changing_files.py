@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -25,9 +27,9 @@ def recipe(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mappings are read from /proc")
-@pytest.mark.parametrize("moment", ["join", "write_front"])
+@pytest.mark.parametrize(("moment", "gone"), [("join", False), ("write_front", False), ("join", True)])
 def test_a_file_that_changes_while_it_is_merged_is_named_and_the_target_stays(
-    recipe, tmp_path, monkeypatch, moment
+    recipe, tmp_path, monkeypatch, moment, gone
 ):
     merge(recipe)
     before = contents(tmp_path / "joint")
@@ -36,13 +38,36 @@ def test_a_file_that_changes_while_it_is_merged_is_named_and_the_target_stays(
 
     def changed(*args, **kwargs):
         file = next((tmp_path / "b").glob("*.safetensors"))
-        file.write_bytes(file.read_bytes())  # the same bytes, written anew
+        if gone:
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes())  # the same bytes, written anew
         return original(*args, **kwargs)
 
     monkeypatch.setattr(f"{module}.{moment}", changed)
-    with pytest.raises(LoadError, match=r"safetensors must stay as it is .*, but was written to"):
+    found = "is gone" if gone else "was written to"
+    with pytest.raises(LoadError, match=rf"safetensors must stay as it is .*, but {found}"):
         merge(recipe, overwrite=True)
     assert contents(tmp_path / "joint") == before
+
+
+CUT = """
+import mmap, os, sys
+from surgery_cli.endings import cut_off_files_are_said
+with open(sys.argv[1], "r+b") as file, cut_off_files_are_said():
+    held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    os.truncate(sys.argv[1], 10)
+    held[1 << 19]
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGBUS"), reason="no such signal")
+def test_a_file_that_is_cut_off_while_it_is_mapped_ends_a_command_with_a_sentence(tmp_path):
+    (tmp_path / "weights").write_bytes(bytes(1 << 20))
+    command = [sys.executable, "-c", CUT, str(tmp_path / "weights")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended
+    assert ended.stderr.startswith("surgery: A file was cut off while") and ended.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
