@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from . import completion, options
-from .options import RUN, Debug, Folder, Json, Overwrite, Quiet, TrustRemoteCode
+from .options import RUN, Calibrate, Debug, Folder, Json, Overwrite, Quiet, TrustRemoteCode
 
 EXAMPLES = """
 surgery export joint --member minilm --format plain --out minilm-plain
@@ -16,7 +16,7 @@ surgery export joint --member minilm --format compressed --out minilm-small
 surgery export joint --member minilm --format transformers --out minilm-coded
 surgery export joint --member minilm --format compressed-tensors --out minilm-packed
 surgery export joint --member minilm --format compressed-tensors --out minilm-packed --dry-run
-surgery export joint --member b --format lora --base a-plain --max-error 0.01 --out b-adapter
+surgery export joint --member b --format lora --base a-plain --max-error 0.01 --calibrate texts.txt --out b-adapter
 """
 
 
@@ -79,6 +79,7 @@ def export(
             help="How far an adapter may move the member's outputs; 0.01 by default; for lora.",
         ),
     ] = None,
+    calibrate: Calibrate = None,
     dry_run: Annotated[
         bool,
         options.dry_run(
@@ -99,12 +100,13 @@ def export(
 
     from . import console, outcome
 
+    files = [each.removeprefix(f"{member}=") for each in calibrate or ()]
     if dry_run:
         with console.working(quiet=quiet, json_wanted=json), task(f"Planning {member}"):
             check_target(out, overwrite=overwrite, inputs=[Path(folder)])
             plan = plan_export(
                 folder, member, format=format, harden=harden, tie_widths=tie_widths, base=base, max_error=max_error,
-                trust_remote_code=trust_remote_code,
+                calibrate=files, trust_remote_code=trust_remote_code,
             )  # fmt: skip
         if json:
             console.emit({**plan.to_json(), "out": str(out)})
@@ -124,6 +126,7 @@ def export(
             tie_widths=tie_widths,
             base=base,
             max_error=max_error,
+            calibrate=files,
             say=None if json or quiet else console.say,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,

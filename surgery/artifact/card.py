@@ -61,7 +61,7 @@ def make_card(manifest: Manifest, shares: Shares, *, picture: bool = True) -> st
 
 
 def make_adapter_card(
-    base: str, kind: str, library: str | None, lines: Sequence[str], error: float, bound: float
+    base: str, kind: str, library: str | None, lines: Sequence[str], error: float, bound: float, on: str
 ) -> str:
     """The text of an adapter's `README.md`.
 
@@ -72,6 +72,7 @@ def make_adapter_card(
         lines: what the adapter changes, for people.
         error: by which the adapted base's output differs from the member's, as measured.
         bound: that was asked for.
+        on: which inputs it was measured on.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -95,7 +96,7 @@ def make_adapter_card(
     changes = "\n".join(f"- {line}" for line in lines)
     text = (
         f"# Adapter of {Path(base).name}\n\n"
-        f"{named} with this adapter is the model that it was exported from, but for an error: outputs on probe inputs "
+        f"{named} with this adapter is the model that it was exported from, but for an error: outputs on {on} "
         f"differ by {percent(error, 2)} (relative L2; at most {percent(bound, 2)} was asked for).\n\n{changes}\n\n"
         f'## Use\n\n```python\n{imports}\n\nmodel = PeftModel.from_pretrained({made}, ".")\n```'
     )

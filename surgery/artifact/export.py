@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -23,7 +23,7 @@ from surgery.core.joint import JointModel
 from surgery.core.registry import active_methods
 from surgery.disk.claims import claim
 from surgery.disk.folders import check_target, new_folder
-from surgery.errors import ExportError, PlanError, TrainingError
+from surgery.errors import ExportError, LoadError, PlanError, TrainingError
 from surgery.members.member import Member, state_tensors
 from surgery.members.references import write_plain
 from surgery.slots.extracting import dissolve
@@ -52,6 +52,7 @@ def export(
     tie_widths: bool = False,
     base: str | None = None,
     max_error: float | None = None,
+    calibrate: Sequence[str | Path] = (),
     overwrite: bool = False,
     trust_remote_code: bool = False,
     say: Callable[[str], None] | None = None,
@@ -72,6 +73,7 @@ def export(
             `compressed-tensors`.
         base: reference to the model that an adapter belongs to, such as the plain export of a relative; for `lora`.
         max_error: how far an adapter may move the member's outputs, 0.01 by default; for `lora`.
+        calibrate: files with real inputs on which that is measured; without any, inputs are made up; for `lora`.
         overwrite: whether an earlier export or artifact that is already there is replaced.
         trust_remote_code: whether Python files that come with a transformers model may run.
         say: is given what becomes of compressed tensors, a line for each kind, before anything is written, and what
@@ -91,14 +93,16 @@ def export(
         >>> surgery.export("joint", "text", "text", format="plain")
         PosixPath('/home/me/text')
     """
-    check_settings(source, format, tie_widths, base, max_error)
+    check_settings(source, format, tie_widths, base, max_error, calibrate)
     read = () if isinstance(source, JointModel) else (Path(source),)
     check_target(out, overwrite=overwrite, inputs=read)
     with claim(out):
         if format == "lora":
             assert base is not None
             bound = 0.01 if max_error is None else max_error
-            return _export_lora(source, member, out, base, bound, overwrite, trust_remote_code, say)
+            return _export_lora(
+                source, member, out, base, bound, calibrate, overwrite, trust_remote_code, say
+            )
         if format == "plain":
             return _export_plain(source, member, out, overwrite, trust_remote_code, harden)
         if harden:
@@ -120,13 +124,14 @@ def export(
 
 
 def check_settings(
-    source: Any, format: str, tie_widths: bool, base: str | None, max_error: float | None
+    source: Any, format: str, tie_widths: bool, base: str | None, max_error: float | None, calibrate: Any
 ) -> None:
     """Whether settings of an export go together, and there is something to export.
 
     Raises:
         PlanError: where they do not.
         TrainingError: where the members of `source` stay packed.
+        LoadError: where a file with real inputs does not exist.
     """
     if isinstance(source, ResidentModel):
         raise TrainingError(f"{REFUSED} An export takes the artifact's folder.")
@@ -143,8 +148,15 @@ def check_settings(
         raise PlanError(f"`tie_widths` is for the format compressed-tensors, found {format}; leave it out.")
     if format == "lora" and base is None:
         raise PlanError("The format lora is an adapter of another model: give that as `base`.")
-    if format != "lora" and (base is not None or max_error is not None):
-        raise PlanError(f"`base` and `max_error` are for the format lora, found {format}; leave them out.")
+    if format != "lora" and (base is not None or max_error is not None or calibrate):
+        raise PlanError(
+            f"`base`, `max_error` and `calibrate` are for the format lora, found {format}; leave them out."
+        )
+    if isinstance(calibrate, (str, Path)):
+        raise PlanError(f"`calibrate` must be a list of files, found '{calibrate}'; give ['{calibrate}'].")
+    for file in calibrate:
+        if not Path(file).expanduser().exists():
+            raise LoadError(f"`calibrate` must name readable files or folders, but {file} does not exist.")
     if max_error is not None and not 0 < max_error < math.inf:
         raise PlanError(f"`max_error` must be above 0, found {max_error:g}; an adapter is hardly ever exact.")
 
@@ -172,6 +184,7 @@ def _export_lora(
     out: str | Path,
     base: str,
     max_error: float,
+    calibrate: Sequence[str | Path],
     overwrite: bool,
     trust: bool,
     say: Callable[[str], None] | None,
@@ -183,7 +196,9 @@ def _export_lora(
         _check_name(member, read_manifest(Path(source).expanduser()).members)
         joint = load(source, members=[member], trust_remote_code=trust)
     with new_folder(out, overwrite=overwrite) as folder:
-        write_lora(folder, joint.members[member], joint.extract(member), base, max_error, trust, say)
+        write_lora(
+            folder, joint.members[member], joint.extract(member), base, max_error, trust, say, calibrate
+        )
     return Path(out).expanduser().resolve()
 
 

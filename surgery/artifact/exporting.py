@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ def plan_export(
     tie_widths: bool = False,
     base: str | None = None,
     max_error: float | None = None,
+    calibrate: Sequence[str | Path] = (),
     trust_remote_code: bool = False,
 ) -> ExportPlan:
     """What `export` would write with the same settings; nothing is written.
@@ -124,6 +125,7 @@ def plan_export(
         tie_widths: as of `export`.
         base: as of `export`.
         max_error: as of `export`.
+        calibrate: as of `export`.
         trust_remote_code: as of `export`.
 
     Raises:
@@ -136,9 +138,9 @@ def plan_export(
         ExportPlan of text, compressed-tensors: tensors of 58.4 MB
           ...
     """
-    check_settings(source, format, tie_widths, base, max_error)
+    check_settings(source, format, tie_widths, base, max_error, calibrate)
     if format == "lora":
-        return _of_adapter(source, member, base, max_error, trust_remote_code)
+        return _of_adapter(source, member, base, max_error, calibrate, trust_remote_code)
     if harden:
         source = hardened(source, member, trust_remote_code)
     stored, described, _ = one(source, member)
@@ -223,14 +225,19 @@ def _state(stored: Stored, member: Member) -> list[tuple[str, str, tuple[int, ..
 
 
 def _of_adapter(
-    source: str | Path | JointModel, member: str, base: str | None, max_error: float | None, trust: bool
+    source: str | Path | JointModel,
+    member: str,
+    base: str | None,
+    max_error: float | None,
+    calibrate: Sequence[str | Path],
+    trust: bool,
 ) -> ExportPlan:
     """An adapter as it was written somewhere else: its ranks and its error follow from measurements."""
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as place:
         folder = export(
             source, member, Path(place) / "adapter", format="lora", base=base, max_error=max_error,
-            trust_remote_code=trust, say=notes.append,
+            calibrate=calibrate, trust_remote_code=trust, say=notes.append,
         )  # fmt: skip
         written = tensors_in_file(folder / "adapter_model.safetensors")
         files = {
@@ -240,8 +247,8 @@ def _of_adapter(
         }
     tensors = []
     for name, each in written.items():
-        product = ".lora_" in name
-        becomes = "a product's factor or bias" if product else "saved whole"
+        becomes = "a product's factor or bias" if ".lora_" in name else "saved whole"
+        becomes = "rows of a table" if ".token_adapter." in name else becomes
         dtype = str(each.dtype).removeprefix("torch.")
         tensors.append(PlannedTensor(name, each.shape, dtype, "", becomes, each.nbytes))
     return ExportPlan(member, "lora", tuple(tensors), files, tuple(notes))

@@ -82,6 +82,9 @@ BAD: dict[tuple[tuple[str, ...], str], tuple[str, ...]] = {
     ((*EXPORT, "--out", "new", "--member", "net", "--format", "lora", "--base", "nets.py:net"), "--max-error"): (
         "-1", "0", "x",
     ),
+    ((*EXPORT, "--out", "new", "--member", "net", "--format", "lora", "--base", "nets.py:net"), "--calibrate"): (
+        "nowhere.txt", "other=nets.py",
+    ),
     ((*EXPORT, "--member", "net"), "--out"): ("nets.py", "joint"),
     ((*EXPORT, "--member", "net", "--out", "new"), "--format"): ("zip",),
     **{

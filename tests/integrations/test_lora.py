@@ -6,6 +6,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -17,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 import surgery
 from surgery.artifact.export import export
-from surgery.errors import ExportError, OutputError, PlanError
+from surgery.errors import ExportError, LoadError, OutputError, PlanError
 
+MODEL = "adapter_model.safetensors"
 KINDS = {"bert": 3, "gpt2_classifier": 2, "llama": 2, "vit": 3}
 
 
@@ -95,6 +97,90 @@ def test_ranks_follow_the_bound(tmp_path):
     assert sizes[0] < sizes[1]
     whole = sum(t.numel() for t in joint.collapse("net").values())
     assert sizes[1] <= whole
+
+
+def test_products_alone_where_the_rest_hardly_counts(tmp_path):
+    """The form that servers run: neither biases nor whole modules."""
+    base, before = save_tiny("bert", tmp_path / "base"), tiny("bert")
+    net = tuned("bert", 2)
+    with torch.no_grad():
+        for name, tensor in net.named_parameters():
+            if tensor.ndim == 1 or "embeddings" in name:
+                tensor.copy_(before.get_parameter(name) * (1 + 1e-5))
+    net.save_pretrained(tmp_path / "tuned")
+    joint = surgery.join([surgery.load_member(str(tmp_path / "tuned"), name="net")])
+    said: list[str] = []
+    folder = export(joint, "net", tmp_path / "a", format="lora", base=str(base), say=said.append)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert not config["modules_to_save"] and not config["trainable_token_indices"]
+    assert config["bias"] == "none" and not config["lora_bias"]
+    assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in load_file(folder / MODEL))
+    assert "linear layers and nothing else, which servers run" in said[0]
+    assert said[1].startswith("as the base has them: embeddings.word_embeddings, ")
+
+
+def noise(like: torch.Tensor) -> torch.Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(0))
+
+
+def with_other_rows(kind: str, folder: Path) -> surgery.JointModel:
+    net = copy.deepcopy(tiny(kind))
+    table = net.get_input_embeddings().weight
+    with torch.no_grad():
+        table *= 1 + 1e-6
+        table[[3, 5]] += noise(table[[3, 5]])
+    net.save_pretrained(folder)
+    return surgery.join([surgery.load_member(str(folder), name="net")])
+
+
+def test_of_tables_the_rows_that_differ(tmp_path):
+    base, joint = save_tiny("bert", tmp_path / "base"), with_other_rows("bert", tmp_path / "tuned")
+    np.savez(tmp_path / "real.npz", input_ids=np.array([[1, 3, 5, 2]]))
+    how, said = {"format": "lora", "base": str(base), "max_error": 1e-3}, []
+    how["calibrate"] = [str(tmp_path / "real.npz")]
+    folder = export(joint, "net", tmp_path / "a", **how, say=said.append)
+    saved = [tuple(t.shape) for name, t in load_file(folder / MODEL).items() if "token_adapter" in name]
+    assert saved == [(2, 32)] and "2 rows of embeddings.word_embeddings" in said[0]
+    opened = peft.PeftModel.from_pretrained(transformers.BertModel.from_pretrained(base), folder)
+    ids = torch.tensor([[1, 3, 5, 2]])
+    with torch.no_grad():
+        theirs, ours = opened.eval()(ids)[0], joint["net"](ids)[0]
+    assert float((theirs - ours).norm() / ours.norm()) < 1e-3
+    assert "rows of a table" in {each.becomes for each in surgery.plan_export(joint, "net", **how).tensors}
+
+
+def test_a_table_that_a_head_shares_is_refused(tmp_path):
+    base, joint = save_tiny("bert_mlm", tmp_path / "base"), with_other_rows("bert_mlm", tmp_path / "tuned")
+    with pytest.raises(ExportError, match=r"tied tensors .* are exported as plain"):
+        export(joint, "net", tmp_path / "a", format="lora", base=str(base))
+
+
+def test_errors_are_measured_on_what_is_given(tmp_path):
+    """A row that made-up texts hardly use, and the given ones always."""
+    base = save_tiny("bert", tmp_path / "base")
+    net = copy.deepcopy(tiny("bert"))
+    with torch.no_grad():
+        row = net.get_input_embeddings().weight[7]
+        row += noise(row)
+        net.encoder.layer[0].output.dense.weight += 1e-6
+    net.save_pretrained(tmp_path / "tuned")
+    joint = surgery.join([surgery.load_member(str(tmp_path / "tuned"), name="net")])
+    np.savez(tmp_path / "real.npz", input_ids=np.full((4, 6), 7))
+    how, said = {"format": "lora", "base": str(base), "max_error": 0.3}, []
+    export(joint, "net", tmp_path / "a", **how, say=said.append)
+    assert "nothing else" in said[0] and "on made-up inputs" in said[-1]
+    said.clear()
+    real = [str(tmp_path / "real.npz")]
+    folder = export(joint, "net", tmp_path / "b", **how, say=said.append, calibrate=real)
+    assert "1 row of embeddings.word_embeddings" in said[0] and "on real inputs" in said[-1]
+    assert "outputs on real inputs differ" in (folder / "README.md").read_text()
+    with pytest.raises(LoadError, match="does not exist"):
+        export(joint, "net", tmp_path / "c", **how, calibrate=["nowhere.txt"])
+    with pytest.raises(PlanError, match=r"must be a list of files, found 'x.npz'; give \['x.npz'\]"):
+        export(joint, "net", tmp_path / "c", **how, calibrate="x.npz")
+    with pytest.raises(PlanError, match="`calibrate` are for the format lora, found plain"):
+        export(joint, "net", tmp_path / "c", calibrate=["x.npz"])
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.slow  # a fit of a family

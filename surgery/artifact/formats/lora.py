@@ -2,14 +2,16 @@
 
 What a member differs by from a base is, at a linear layer, a product of low rank as far as an error bound allows: the
 rank of each layer is the smallest whose remainder is below one share of the difference, and that share is the largest
-with which the member's outputs stay within the bound, as measured. What else differs, and what a product would not
-make smaller, is saved whole. The adapter is written by peft, opened again on its base, and measured once more.
+with which the member's outputs stay within the bound, as measured. How much else an adapter has is tried in turn:
+nothing, which is what servers run; biases, norms and other vectors; everything that differs, of tables the rows that
+do. The adapter is written by peft, opened again on its base, and measured once more.
 """
 
 from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,10 @@ from surgery.util.wording import percent, size
 
 SHARES = (0.9, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01, 3e-3, 1e-3, 1e-4, 1e-6)
 """Of a difference, in the Frobenius norm, that may be left out."""
+LEVELS = (0, 1, 2)
+"""What an adapter has beside products: nothing, vectors, everything that differs."""
+SERVED = 2.0
+"""Times the bytes of the smallest adapter that one of products alone may take."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,35 @@ class Difference:
 
     def pays(self, rank: int) -> bool:
         """Whether a product of a rank has fewer elements than the weight."""
-        return rank * (len(self.left) + self.right.shape[1]) < len(self.left) * self.right.shape[1]
+        return self.elements(rank) < len(self.left) * self.right.shape[1]
+
+    def elements(self, rank: int) -> int:
+        """Elements of a product of a rank."""
+        return rank * (len(self.left) + self.right.shape[1])
+
+
+@dataclass(frozen=True)
+class Other:
+    """What differs and is no linear layer.
+
+    Attributes:
+        elements: of its tensors.
+        vectors: whether all of these are vectors.
+        moved: squared norms of the differences of a table's rows `[rows]`; None of anything but a table.
+    """
+
+    elements: int
+    vectors: bool
+    moved: Tensor | None
+
+    def rows(self, share: float) -> list[int] | None:
+        """The fewest rows without which no more than a share of the difference is left out; None for all of it."""
+        if self.moved is None:
+            return None
+        energy, order = self.moved.sort(descending=True)
+        left_out = (energy.sum() - energy.cumsum(0)).clamp_(min=0)
+        count = int((left_out > share**2 * energy.sum()).sum()) + 1
+        return sorted(order[:count].tolist()) if 2 * count < len(order) else None
 
 
 @dataclass(frozen=True)
@@ -70,11 +104,22 @@ class Adapter:
         ranks: of linear layers, by name.
         whole: modules that are saved whole.
         biased: whether products have a bias.
+        rows: those of tables that are saved, by the table's name.
+        elements: of all of it.
+        left: what else differs and stays as the base has it, in words.
     """
 
     ranks: Mapping[str, int]
     whole: tuple[str, ...]
     biased: bool
+    rows: Mapping[str, list[int]]
+    elements: int
+    left: tuple[str, ...]
+
+    @property
+    def alone(self) -> bool:
+        """Whether it has products and nothing else."""
+        return not (self.whole or self.biased or self.rows)
 
 
 def write_lora(
@@ -85,6 +130,7 @@ def write_lora(
     max_error: float,
     trust: bool = False,
     say: Callable[[str], None] | None = None,
+    calibrate: Sequence[str | Path] = (),
 ) -> None:
     """Write the adapter that makes a member of a base.
 
@@ -96,8 +142,10 @@ def write_lora(
         max_error: how far outputs may move, relative.
         trust: whether Python files that come with the base may run.
         say: is given what the adapter is, and the measured error.
+        calibrate: files with real inputs to measure on; without any, inputs are made up.
 
     Raises:
+        LoadError: where such a file cannot be read or does not suit the member.
         ExportError: where peft is not installed, the base is another architecture, or no adapter is within the bound.
     """
     peft = _peft()
@@ -114,38 +162,54 @@ def write_lora(
     if not differences and not others:
         raise ExportError(f"Member '{member.name}' is {base}: there is nothing for an adapter to say.")
     differences = differences or _none(module, others)
-    probes = probe_inputs(member)
+    probes = [
+        batch for file in calibrate for batch in probe_inputs(member, calibrate=Path(file).expanduser())
+    ]
+    on = "real inputs" if probes else "made-up inputs"
+    probes = probes or probe_inputs(member)
     reference = outputs_over(module, probes)
-    for share in SHARES:
-        adapter = _adapter(module, differences, others, share)
-        error = relative_error(
-            reference, outputs_over(_changed(origin, module, differences, adapter), probes)
+
+    def error_of(net: nn.Module) -> float:
+        return relative_error(reference, outputs_over(net, probes))
+
+    candidates, least = [], float("inf")
+    for level in LEVELS:
+        adapters = [_adapter(module, differences, others, level, share) for share in SHARES]
+        found, error = _first_within(
+            adapters, lambda each: error_of(_changed(origin, module, differences, each)), max_error
         )
+        least = min(least, error)
+        if found is not None:
+            candidates.append(found)
+    if not candidates:
+        raise ExportError(
+            f"An adapter of member '{member.name}' must move its outputs by at most {percent(max_error, 2)} of it, but "
+            f"with all that {base} can be given it moves them by {percent(least, 2)}; take a base that is related, or "
+            "export the member as plain."
+        )
+    smallest = min(each.elements for each in candidates)
+    candidates.sort(key=lambda each: (not (each.alone and each.elements <= SERVED * smallest), each.elements))
+    for adapter in candidates:
+        with quiet():
+            net = _with_adapter(peft, copy.deepcopy(origin), module, differences, adapter, _anywhere(base))
+            net.save_pretrained(str(folder))
+            opened = peft.PeftModel.from_pretrained(
+                copy.deepcopy(origin), str(folder), autocast_adapter_dtype=False
+            )
+        error = error_of(opened.eval())
         if error <= max_error:
             break
     else:
-        raise ExportError(
-            f"An adapter of member '{member.name}' must move its outputs by at most {percent(max_error, 2)} of it, but "
-            f"with all that {base} can be given it moves them by {percent(error, 2)}; take a base that is related, or "
-            "export the member as plain."
-        )
-    with quiet():
-        net = _with_adapter(peft, copy.deepcopy(origin), module, differences, adapter, _anywhere(base))
-        net.save_pretrained(str(folder))
-        opened = peft.PeftModel.from_pretrained(
-            copy.deepcopy(origin), str(folder), autocast_adapter_dtype=False
-        )
-    error = relative_error(reference, outputs_over(opened.eval(), probes))
-    if not error <= max_error:
         raise ExportError(
             f"What peft opens must move the outputs of member '{member.name}' by at most {percent(max_error, 2)}, but "
             f"moves them by {percent(error, 2)}: tied tensors and modules that peft does not adapt are exported as "
             "plain."
         )
-    lines = _lines(adapter, folder, base, _plain_bytes(module), error, max_error)
-    changes = _lines(adapter, folder, Path(_head(base)).name, _plain_bytes(module), error, max_error)[:-1]
+    said = f"output moved by {percent(error, 2)} of the member's on {on}, at most {percent(max_error, 2)} was asked for"
+    lines = [*_lines(adapter, folder, base, _plain_bytes(module)), said]
+    changes = _lines(adapter, folder, Path(_head(base)).name, _plain_bytes(module))
     library = "transformers" if hasattr(module, "save_pretrained") else None
-    card = make_adapter_card(_head(base), type(module).__name__, library, changes, error, max_error)
+    card = make_adapter_card(_head(base), type(module).__name__, library, changes, error, max_error, on)
     (folder / "README.md").write_text(card, encoding="utf-8")  # peft's is a form to fill in
     if say is not None:
         for line in lines:
@@ -190,9 +254,10 @@ def _check_alike(name: str, base: str, module: nn.Module, origin: nn.Module) -> 
 
 
 @torch.no_grad()
-def _differences(module: nn.Module, origin: nn.Module) -> tuple[dict[str, Difference], list[str]]:
+def _differences(module: nn.Module, origin: nn.Module) -> tuple[dict[str, Difference], dict[str, Other]]:
     """Linear layers that differ, taken apart, and other modules that do."""
-    differences, others = {}, []
+    differences, others = {}, {}
+    tables = _tables(module)
     for (name, mine), (_, theirs) in zip(module.named_modules(), origin.named_modules(), strict=True):
         own = [*mine.named_parameters(recurse=False), *mine.named_buffers(recurse=False)]
         before = dict([*theirs.named_parameters(recurse=False), *theirs.named_buffers(recurse=False)])
@@ -206,8 +271,27 @@ def _differences(module: nn.Module, origin: nn.Module) -> tuple[dict[str, Differ
             bias = None if "bias" not in changed else (mine.bias - before["bias"]).float()  # pyright: ignore
             differences[name] = Difference((left * values).float(), right.float(), values, bias)
         else:
-            others.append(name)
+            moved = None
+            if name in tables:
+                moved = (mine.weight - before["weight"]).double().square().sum(1)  # pyright: ignore
+            tensors = [tensor for _, tensor in own]
+            others[name] = Other(sum(t.numel() for t in tensors), all(t.ndim < 2 for t in tensors), moved)
     return differences, others
+
+
+def _tables(module: nn.Module) -> set[str]:
+    """Tables of which peft saves single rows: their weights are nobody else's, and no other module's name ends so."""
+    places = [
+        (name, each) for name, each in module.named_modules(remove_duplicate=False) if hasattr(each, "weight")
+    ]
+    users = Counter(id(each.weight) for _, each in places)
+    return {
+        name
+        for name, each in places
+        if type(each) is nn.Embedding
+        and users[id(each.weight)] == 1
+        and sum(other.endswith(name) for other, _ in module.named_modules()) == 1
+    }
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -220,7 +304,7 @@ def _transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def _none(module: nn.Module, others: Sequence[str]) -> dict[str, Difference]:
+def _none(module: nn.Module, others: Mapping[str, Other]) -> dict[str, Difference]:
     """No difference at the smallest linear layer: peft has no adapter without a product.
 
     Raises:
@@ -238,13 +322,17 @@ def _none(module: nn.Module, others: Sequence[str]) -> dict[str, Difference]:
 
 
 def _adapter(
-    module: nn.Module, differences: Mapping[str, Difference], others: Sequence[str], share: float
+    module: nn.Module,
+    differences: Mapping[str, Difference],
+    others: Mapping[str, Other],
+    level: int,
+    share: float,
 ) -> Adapter:
-    """What of a member is a product, and what is saved whole, if a share of each difference is left out."""
-    ranks, whole = {}, list(others)
+    """What of a member is a product, a row or saved whole, if a share of each difference is left out."""
+    ranks, whole = {}, []
     for name, each in differences.items():
         rank = max(each.rank(share), 1)
-        if each.pays(rank):
+        if level == 0 or each.pays(rank):
             ranks[name] = rank
         else:
             whole.append(name)
@@ -252,12 +340,40 @@ def _adapter(
         smallest = min(differences, key=lambda name: differences[name].left.numel())
         ranks[smallest] = max(differences[smallest].rank(share), 1)
         whole.remove(smallest)
+    kept = [name for name, each in others.items() if level == 2 or (level == 1 and each.vectors)]
+    rows = {name: found for name in kept if (found := others[name].rows(share)) is not None}
+    whole += [name for name in kept if name not in rows]
     # peft saves all modules whose names end like one that is named.
     ending = (
         [name for name, _ in module.named_modules() if name and name.endswith(tuple(whole))] if whole else []
     )
     ranks = {name: rank for name, rank in ranks.items() if name not in ending}
-    return Adapter(ranks, tuple(ending), any(differences[name].bias is not None for name in ranks))
+    rows = {name: each for name, each in rows.items() if name not in ending}
+    biased = level > 0 and any(differences[name].bias is not None for name in ranks)
+    elements = sum(differences[name].elements(rank) for name, rank in ranks.items())
+    elements += sum(
+        len(each) * module.get_parameter(f"{name}.weight").shape[1] for name, each in rows.items()
+    )
+    elements += sum(t.numel() for name in ending for t in module.get_submodule(name).state_dict().values())
+    elements += sum(len(differences[name].left) for name in ranks) if biased else 0
+    left = [name for name in others if name not in ending and name not in rows]
+    if not biased and any(differences[name].bias is not None for name in ranks):
+        left.append("biases of linear layers")
+    return Adapter(ranks, tuple(ending), biased, rows, elements, tuple(left))
+
+
+def _first_within(
+    adapters: Sequence[Adapter], error: Callable[[Adapter], float], bound: float
+) -> tuple[Adapter | None, float]:
+    """The first that is within a bound, and its error; None, and the last one's error, where the last one is not."""
+    low, high, found = -1, len(adapters) - 1, error(adapters[-1])
+    if not found <= bound:
+        return None, found
+    while high - low > 1:
+        middle = (low + high) // 2
+        now = error(adapters[middle])
+        low, high, found = (low, middle, now) if now <= bound else (middle, high, found)
+    return adapters[high], found
 
 
 @torch.no_grad()
@@ -270,8 +386,10 @@ def _changed(
         layer, each = net.get_submodule(name), differences[name]
         change = each.left[:, :rank] @ each.right[:rank]
         layer.weight += (change.T if _transposed(layer) else change).to(layer.weight)  # pyright: ignore
-        if each.bias is not None:
+        if adapter.biased and each.bias is not None:
             layer.bias += each.bias.to(layer.bias)  # pyright: ignore
+    for name, rows in adapter.rows.items():
+        net.get_parameter(f"{name}.weight")[rows] = module.get_parameter(f"{name}.weight")[rows]
     for name in adapter.whole:
         net.get_submodule(name).load_state_dict(module.get_submodule(name).state_dict())
     return net
@@ -293,6 +411,7 @@ def _with_adapter(
     config = peft.LoraConfig(
         r=most, lora_alpha=most, rank_pattern=patterns, alpha_pattern=patterns, lora_bias=adapter.biased,
         target_modules=list(ranks) or "^$", modules_to_save=list(adapter.whole) or None, inference_mode=True,
+        trainable_token_indices=dict(adapter.rows) or None,
         base_model_name_or_path=base, fan_in_fan_out=any(_transposed(net.get_submodule(name)) for name in ranks),
     )  # fmt: skip
     found = peft.get_peft_model(net, config, autocast_adapter_dtype=False)
@@ -304,6 +423,9 @@ def _with_adapter(
         if adapter.biased:
             bias = layer.lora_B["default"].bias
             bias.copy_(torch.zeros_like(bias) if each.bias is None else each.bias)
+    for name, rows in adapter.rows.items():
+        layer = found.base_model.model.get_submodule(name).token_adapter
+        layer.trainable_tokens_delta["default"].copy_(module.get_parameter(f"{name}.weight")[rows])
     for name in adapter.whole:
         saved = found.base_model.model.get_submodule(name).modules_to_save["default"]
         saved.load_state_dict(module.get_submodule(name).state_dict())
@@ -322,7 +444,7 @@ def _plain_bytes(module: nn.Module) -> int:
     )
 
 
-def _lines(adapter: Adapter, folder: Path, base: str, plain: int, error: float, bound: float) -> list[str]:
+def _lines(adapter: Adapter, folder: Path, base: str, plain: int) -> list[str]:
     """What an adapter is, for people."""
     ranks = sorted(adapter.ranks.values())
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -332,14 +454,13 @@ def _lines(adapter: Adapter, folder: Path, base: str, plain: int, error: float, 
     of_rank = (
         f"products of rank {between} at {plural(len(ranks), 'linear layer')}" if ranks else "no products"
     )
+    rows = "".join(f", {plural(len(each), 'row')} of {name}" for name, each in adapter.rows.items())
     whole = f", whole: {shorten(adapter.whole, 6)}" if adapter.whole else ""
     biases = "; biases by lora_bias" if adapter.biased else ""
+    rest = " and nothing else, which servers run" if adapter.alone else f"{biases}{rows}{whole}"
     better = "a base that is nearer, or another format, takes less"
     large = (
         [f"it is larger than the member's plain weights ({size(plain)}): {better}"] if stored >= plain else []
     )
-    return [
-        f"adapter of {base}: {of_rank}{biases}{whole} ({size(stored)})",
-        *large,
-        f"output moved by {percent(error, 2)} of the member's, at most {percent(bound, 2)} was asked for",
-    ]
+    left = [f"as the base has them: {shorten(adapter.left, 6)}"] if adapter.left else []
+    return [f"adapter of {base}: {of_rank}{rest} ({size(stored)})", *left, *large]
