@@ -18,7 +18,7 @@ LARGEST = (
 )
 KEPT = 3  # things that a fit keeps of each tensor and that stay in memory, as they are too small for a file
 WRITTEN = 4  # bytes that are held at once for each element of a tensor that is compared and written
-RUNNING = 200_000_000  # bytes of outputs, of what a backward pass keeps, and of what the allocator keeps
+RUNNING = 300_000_000  # bytes of outputs, of what a backward pass keeps, and of what the allocator keeps
 ALL = 16  # bytes for each element of all tensors, where everything that a fit makes is kept in memory
 
 
