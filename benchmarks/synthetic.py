@@ -31,8 +31,10 @@ SETTINGS = ("synthetic_single", "synthetic_random", "synthetic_oracle", "synthet
 PURE = 27  # tasks, of 30, that must be with most of their group
 
 
-def run(setting: str, noisy: bool, seed: int, file: str | None) -> dict[str, Any]:
-    """Train one setting once."""
+def run(
+    setting: str, noisy: bool, seed: int, file: str | None, changes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Train one setting once, with `changes` of its recipe."""
     import torch
 
     torch.set_num_threads(1)
@@ -49,7 +51,7 @@ def run(setting: str, noisy: bool, seed: int, file: str | None) -> dict[str, Any
     ]
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        recipe = Recipe.of(override(read_document(setting), [*options, f"out={folder}/joint"]))
+        recipe = Recipe.of(override(read_document(setting), [*options, *changes, f"out={folder}/joint"]))
         joint, report = train_recipe(recipe, cpu=True)
         lines = read_log(find_log(f"{folder}/joint"))
     found = problem(noisy, file, seed)
@@ -137,13 +139,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--file", help="the original benchmark's .npz file")
+    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true", help="every run as a line")
     options = parser.parse_args()
     kinds = {"clean": [False], "noisy": [True], "both": [False, True]}[options.targets]
     file = None if options.file is None else str(Path(options.file).resolve())
     cells = [
-        (setting, noisy, seed, file)
+        (setting, noisy, seed, file, options.changes)
         for setting in options.setting or SETTINGS
         for noisy in kinds
         for seed in range(options.first, options.first + options.seeds)
