@@ -55,7 +55,7 @@ DEFAULTS: dict[str, Any] = {
     "evolution.splits": None,
     "evolution.price": 0.0,
     "evolution.judge": "gradients",
-    "evolution.reward_rate": 0.1,
+    "evolution.reward_rate": 1.0,
     "stopping.best": "all",
     "sync_norms": False,
     "alternate": False,

@@ -81,7 +81,7 @@ class Evolution(Strict):
     codes: Literal["contexts", "ones", "diagonals"] = "contexts"
     change: Literal["evolve", "random", "none"] = "evolve"
     judge: Literal["gradients", "rewards"] = "gradients"
-    reward_rate: Rate = 0.1
+    reward_rate: Rate = 1.0
     freeze: bool = False
     fraction: Share | None = None
     challengers: Positive = 1
