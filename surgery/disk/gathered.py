@@ -26,7 +26,8 @@ from surgery.storage.lazy import file_dtypes
 
 DATA, NOTE = "data", "gathered"  # the one tensor, and the note in the header
 ENTRY = 80  # bytes of a tensor's entry in a header, about
-SHARE = 50  # names are deflated where they would take more than this part of a file
+SHARE = 200  # names are deflated where they would take more than this part of a file
+MOST = 1 << 24  # bytes of such a file: what is read from it is copied, not mapped
 LEAST = 24  # tensors of a file from which that is done
 INDEX_BYTES = 1 << 26  # of an inflated note
 
@@ -36,15 +37,21 @@ def pays(tensors: Mapping[str, Tensor]) -> bool:
 
     Example:
         >>> small = {f"layer.{n}.bias": torch.zeros(8) for n in range(30)}
-        >>> pays(small), pays({name: torch.zeros(4096) for name in small})
+        >>> pays(small), pays({name: torch.zeros(8192) for name in small})
         (True, False)
     """
     return names_weigh(len(tensors), sum(t.nbytes for t in tensors.values()))
 
 
-def names_weigh(count: int, nbytes: int) -> bool:
-    """Whether the names of so many tensors would take much of a file of so many bytes."""
-    return count >= LEAST and SHARE * ENTRY * count > nbytes
+def names_weigh(count: int, nbytes: int, *, alone: bool = True) -> bool:
+    """Whether the names of so many tensors would take much of a file of so many bytes.
+
+    Args:
+        count: of tensors.
+        nbytes: of all of them.
+        alone: whether a file has no others.
+    """
+    return (count >= LEAST or not alone) and nbytes <= min(SHARE * ENTRY * count, MOST)
 
 
 def write_gathered(path: Path, tensors: Mapping[str, Tensor], digest: Any = None) -> None:

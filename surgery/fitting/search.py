@@ -174,8 +174,9 @@ class Search:
         """Bytes that a budget counts: of tensors, and of headers but for some."""
         parts = sum(id(each) not in self.present for each in stored.tensors.values())
         nbytes = self.nbytes(stored)
-        each = GATHERED_BYTES if names_weigh(parts, nbytes) else PART_BYTES
-        headers = each * parts + BANK_BYTES * len(stored.plan.banks)
+        beside = self.scene.beside  # of members whose names lie there, and whose banks they join
+        each = GATHERED_BYTES if names_weigh(parts, nbytes, alone=not beside) else PART_BYTES
+        headers = each * parts + (0 if beside else BANK_BYTES * len(stored.plan.banks))
         return nbytes + max(0.0, headers - self.headers)
 
     def within_error(self, bound: float) -> Attempt:

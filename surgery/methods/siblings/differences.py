@@ -26,7 +26,15 @@ from surgery.fitting.metric import Metric, mean_metric, times
 from surgery.fitting.related import register_way
 from surgery.fitting.scene import Scene, key_of
 from surgery.fitting.tables import TABLE, by_rows, row_weights
-from surgery.fitting.units import BANK_BYTES, PART_BYTES, Arrangement, Unit, fed_back, measure
+from surgery.fitting.units import (
+    BANK_BYTES,
+    GATHERED_BYTES,
+    PART_BYTES,
+    Arrangement,
+    Unit,
+    fed_back,
+    measure,
+)
 from surgery.geometry.blocks import BlockGrid
 from surgery.methods.siblings.lowrank import Factors, factors
 from surgery.storage.codecs import (
@@ -194,7 +202,7 @@ def added_site(scene: Scene, site: Site, stored: Encoded) -> Arrangement:
         metric = _by_rows(metric, weights)
     found = _priced(shared, site, original, metric, _most(site), least)
     unit = Unit({"shared": shared}, {}, (stored.precision,), (0.0,), (0.0,))
-    return _arranged([found], shared.shape, unit, 4 * PART_BYTES)
+    return _arranged([found], shared.shape, unit, 4 * GATHERED_BYTES)
 
 
 def _weights_of_rows(
