@@ -57,7 +57,7 @@ def document_of(table: str, way: str, size: int, seed: int, changes: Sequence[st
             task["batch"] = task["options"]["count"] = size
         model["model"] += f"?order={order}&linear={str(kind == 'linear').lower()}"
     else:
-        model["model"] += f"?way={way}&seed={seed}"
+        model["model"] += f"{'&' if '?' in model['model'] else '?'}way={way}&seed={seed}"
     return document
 
 

@@ -27,7 +27,7 @@ STRIDES = (2, 1, 2, 1, 2, 1, 2, 2)  # of the eight depths
 
 
 class Ordered(nn.Module):
-    """Four convolutions that tasks use in orders of their own, between a map of pixels and a head for each task.
+    """Four convolutions that tasks use in orders of their own, between a map of pixels for all and a head for each.
 
     Args:
         tasks: names.
@@ -45,7 +45,7 @@ class Ordered(nn.Module):
             for _ in range(LAYERS * (len(tasks) if single else 1))
         ]
         own = {name: list(range(n * LAYERS, (n + 1) * LAYERS)) for n, name in enumerate(tasks)}
-        self.encoders = _each([nn.Conv2d(1, channels, 1) for _ in tasks], tasks)
+        self.encoder = nn.Conv2d(1, channels, 1)
         self.core = Routed(
             layers,
             LAYERS,
@@ -60,7 +60,7 @@ class Ordered(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures `[B, 1, S, S]`, S from 16 -> scores `[B, 30]`."""
-        return self.heads(self.core(self.encoders(pictures)).mean((2, 3)))
+        return self.heads(self.core(self.encoder(pictures)).mean((2, 3)))
 
 
 class Matrix(nn.Module):

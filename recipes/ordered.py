@@ -74,14 +74,14 @@ class Patterns(nn.Module):
 
     Args:
         order: `parallel` or `permuted`.
-        linear: whether there is no ReLU after a layer.
+        linear: whether there is no ReLU before each layer; none is after the last, whose units might be off for good.
     """
 
     def __init__(self, order: str = "permuted", linear: bool = True):
         super().__init__()
         forth = list(range(LAYERS))
         orders = {"forth": forth, "back": forth[::-1] if order == "permuted" else forth}
-        layers = [nn.Sequential(nn.Linear(UNITS, UNITS), *[nn.ReLU()] * (not linear)) for _ in forth]
+        layers = [nn.Sequential(*[nn.ReLU()] * (not linear), nn.Linear(UNITS, UNITS)) for _ in forth]
         self.core = Routed(layers, LAYERS, routing="permuted", tasks=tuple(orders), orders=orders, rate=1.0)
 
     def forward(self, x: Tensor) -> Tensor:

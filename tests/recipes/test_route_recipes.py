@@ -29,7 +29,8 @@ def tables_in(folder):
 def letters_in(folder):
     """Fonts."""
     fonts_in(folder)
-    return changes_to(folder, len(SCRIPTS))
+    fewer = "--set=models.0.model=surgery_recipes.lettered:lettered?channels=4"
+    return [*changes_to(folder, len(SCRIPTS)), fewer]
 
 
 def three_kinds_in(folder):
@@ -42,7 +43,8 @@ def three_kinds_in(folder):
         for n in range(10, 20)
         for part, count in (("train", 60), ("validation", 9))
     ]
-    return [*changes_to(folder, 40), *fewer]
+    net = "--set=models.0.model=surgery_recipes.routed:clusters?components=2&filters=2"
+    return [*changes_to(folder, 40), *fewer, net]
 
 
 DATA = {
