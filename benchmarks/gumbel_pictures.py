@@ -304,7 +304,7 @@ def four_mnist(fast: bool, folder: str | None) -> list[dict[str, Task]]:
     """Two copies of MNIST, and two of rotated MNIST."""
     from surgery_recipes.mnist import mnist
 
-    sizes = {"train": 64, "validation": 8, "test": 32} if fast else {}
+    sizes: dict[str, Any] = {"train": 64, "validation": 8, "test": 32} if fast else {}
     copies = [gathered(mnist(batch=64, view=view, folder=folder, **sizes)) for view in ("plain", "rotated")]
     return [copies[0], copies[0], copies[1], copies[1]]
 
@@ -316,7 +316,7 @@ def three_kinds(fast: bool, folder: str | None) -> list[dict[str, Task]]:
     from surgery_recipes.mnist import mnist
 
     kept = [[k for k in range(10) if k != left] for left in range(10)]
-    sizes = {"train": 64, "validation": 8, "test": 32} if fast else {}
+    sizes: dict[str, Any] = {"train": 64, "validation": 8, "test": 32} if fast else {}
     several = sizes or {"train": 9000, "validation": 900}
     return [
         *(gathered(mnist(batch=64, classes=each, folder=folder, **sizes)) for each in kept),

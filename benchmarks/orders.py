@@ -74,7 +74,7 @@ def run(
     began, wall = time.process_time(), time.monotonic()
     document = document_of(table, way, size, seed, changes)
     _, report = train_recipe(Recipe.of(document), fast_run=fast, cpu=device == "cpu")
-    errors = {
+    errors: dict[str, Any] = {
         name: score.loss if score.metric is None else 1 - score.metric for name, score in report.tests.items()
     }
     found = {"way": way, "size": size, "seed": seed, "error": mean(errors.values()), "errors": errors}
