@@ -9,7 +9,9 @@ decoded weights, and with `shared` what members have in common, from which the w
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -111,6 +113,8 @@ class ResidentModel:
         module = deepcopy(self.members[name].module)
         for method in _GUARDED:
             module.__dict__.pop(method, None)
+        if getattr(module.__dict__.get("forward"), "func", None) is _eagerly:
+            del module.__dict__["forward"]
         made: dict[tuple, nn.Parameter] = {}
         for part in module.modules():
             for attribute, each in part._parameters.items():
@@ -254,6 +258,7 @@ def make_resident(members: list[Member], stored: Stored, resident: Resident, cac
             if name == member.name:
                 set_extra_state(member.module, values)
         _refuse_training(member.module)
+        _run_eagerly(member.module)
     return ResidentModel({member.name: member for member in members}, resident, nbytes, kept)
 
 
@@ -372,6 +377,27 @@ def _refuse_training(module: nn.Module) -> None:
     module.__dict__.update({method: partial(_unless_off, module, method) for method in _ON})
     there = [method for method in _ALWAYS if hasattr(module, method)]
     module.__dict__.update({method: _refuse for method in there})
+
+
+def _run_eagerly(module: nn.Module) -> None:
+    """Have `torch.compile` leave a member as it is: how a weight is decoded is not for a compiler."""
+    if "forward" in module.__dict__:  # its own
+        return
+    forward = partial(_eagerly, module)
+    forward.__signature__ = inspect.signature(module.forward)  # pyright: ignore  # which transformers looks at
+    module.__dict__["forward"] = forward
+
+
+_EAGER: dict[Any, Any] = {}
+
+
+def _eagerly(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    run: Any = type(module).forward
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing compiles
+        if run not in _EAGER:
+            _EAGER[run] = torch.compiler.disable(run)
+        run = _EAGER[run]
+    return run(module, *args, **kwargs)
 
 
 def _unless_off(module: nn.Module, method: str, on: bool = True) -> nn.Module:

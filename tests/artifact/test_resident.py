@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import replace
 from pathlib import Path
 
@@ -180,6 +181,26 @@ def test_stamps_find_what_changed(seed, which, how):
         tensors[key].data.add_(1)  # leaves no trace but in values
     changed = {name for name, each in stamps(tensors).items() if each != before[name]}
     assert changed == (set() if how == "none" else {key})
+
+
+def test_a_compiler_leaves_packed_members_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr("surgery.storage.held.SMALL", 0)
+    out = surgery.save(fitted(), tmp_path / "joint")
+    joint = surgery.load(out, modules=modules(), resident="packed")
+    net, x = joint["one"], joint.members["one"].inputs.args[0]
+    wanted = net(x)
+    again = copy.deepcopy(net)
+    assert again.forward.args[0] is again and inspect.signature(again.forward) == inspect.signature(
+        net.forward
+    )
+    for compiled in (
+        torch.compile(net, backend="eager"),
+        torch.compile(nn.Sequential(again), backend="eager"),
+    ):
+        assert torch.equal(compiled(x), wanted)
+    plain = joint.extract("one")
+    assert "forward" not in vars(plain)
+    assert torch.equal(torch.compile(plain, backend="eager", fullgraph=True)(x), wanted)
 
 
 @pytest.mark.parametrize("way", WAYS)
