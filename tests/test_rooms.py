@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import surgery
@@ -91,3 +92,9 @@ def test_the_architecture_names_every_room():
     page = (ROOT.parent / "docs" / "architecture.md").read_text()
     folders = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.rglob("__init__.py")} - {"."}
     assert [folder for folder in sorted(folders) if f"`surgery/{folder}/`" not in page] == []
+
+
+def test_no_two_test_files_have_one_name():
+    """Tests lie in folders that are no packages, where pytest imports a file by its name alone."""
+    seen = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, times in seen.items() if times > 1] == []
