@@ -44,10 +44,8 @@ NAME = MANIFEST
 VERSION, READ = 2, (1, 2)  # that is written, and those that are read
 RECORDS = "records.json.gz"
 APART = ("members", "banks", "views", "report", "training")  # what lies there
-_LARGE, _PART = (
-    8192,
-    100,
-)  # bytes of records, and which part of an artifact they are, from which they lie apart
+_LARGE = 8192  # bytes of records from which they lie apart
+_PART = 100  # and of which part of an artifact
 MOST_REPLACEMENTS = 1 << 12  # of modules, in one member
 LONGEST_PATH = 1024  # bytes of a path inside an artifact; each part has at most 255 in most file systems
 _CHECKSUM = re.compile(r',\n "checksum": "([0-9a-f]{64})"\n}\n\Z')

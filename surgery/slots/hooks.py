@@ -103,9 +103,8 @@ def watch(joint: JointModel, member: str, module: nn.Module, owners: list[str]) 
     holders = {owner.rpartition(".")[0] for owner in owners}
     for path in parts.values():
         part, below = module.get_submodule(path), f"{path}." if path else ""
-        door = (
-            Door() if path and not part._forward_pre_hooks else None
-        )  # whoever holds hooks goes on holding them
+        # Whoever holds the hooks that there are goes on holding them.
+        door = Door() if path and not part._forward_pre_hooks else None
         if door is not None:
             part._forward_pre_hooks = door
         gate = part.register_forward_pre_hook(Enter(joint, member, path))
