@@ -80,9 +80,8 @@ class Bench:
         """Rounding with the other tensors in bfloat16 or as they are, whichever gives more for its bytes."""
 
         def cost(candidate: tuple[Compressed, Score]) -> float:
-            return candidate[1].error * 2 ** (
-                8 * candidate[0].nbytes / self.values
-            )  # one bit halves the error
+            # One bit halves the error.
+            return candidate[1].error * 2 ** (8 * candidate[0].nbytes / self.values)
 
         tried = [rounding(self.state, bits, halved) for halved in (False, True)]
         return min(((found, self.score(found.weights)) for found in tried), key=cost)

@@ -44,13 +44,8 @@ from benchmarks.harness import make_header, make_parser, run_cells, show, write_
 from benchmarks.tasks import BATCH, PAIRS, rank_correlation, read_pairs
 
 SETS = ("tweets", "movies", "nyt")
-SIZES = (
-    0.102,
-    0.133,
-    0.165,
-    0.196,
-    0.259,
-)  # of the float32 bytes: what rounding to 3, 4, 5, 6 and 8 bits takes
+# Of the float32 bytes: what rounding to 3, 4, 5, 6 and 8 bits takes.
+SIZES = (0.102, 0.133, 0.165, 0.196, 0.259)
 METHODS = (CALIBRATED, "GPTQ", "rounding")
 LIMIT = 0.01  # that a mean may be below the best method's
 NAME = "minilm"

@@ -46,11 +46,8 @@ SCRIPTS = {
 
 LETTERS, DRAWINGS = 30, 20  # letters of a script at most; drawings of a letter
 HELD, TESTED = 4, 6  # drawings of a letter for validation and for test
-CANVAS, INK, SIZE = (
-    112,
-    80,
-    64,
-)  # pixels of a drawing before it is made smaller, of its ink at most, of the font
+# Pixels of a drawing before it is made smaller, of its ink at most, of the font.
+CANVAS, INK, SIZE = (112, 80, 64)
 MEAN, DEVIATION = 0.077, 0.23  # of the drawings, in [0, 1]
 SHARED = ("cyrillic", "greek", "latin")  # scripts that have one file together
 

@@ -22,10 +22,8 @@ from surgery.members.replacement import Replacement
 from surgery.settings.names import DEFAULT_METHOD, RELATED
 from surgery.util.showing import as_text, plural
 
-SIDE, CONTEXT = (
-    16,
-    4,
-)  # of the blocks and hypermodules that a plan starts from; a fit chooses its own unless given
+# Of the blocks and hypermodules that a plan starts from; a fit chooses its own unless given.
+SIDE, CONTEXT = (16, 4)
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,8 @@ class JointModel(nn.Module):
         self.slots, self.filler = Slots(), Filler(self)
         self.task: str | None = None
         self.tasks = Tasks(self.bodies)
-        self._trainable: dict[
-            tuple[str, str], bool
-        ] = {}  # `requires_grad` of the parameters that slots replaced
+        # `requires_grad` of the parameters that slots replaced.
+        self._trainable: dict[tuple[str, str], bool] = {}
         self._frozen: dict[int, nn.Parameter] = {}  # by `freeze`; coefficients that were fixed before stay so
         self.register_load_state_dict_pre_hook(keep_slots)
         original = frozenset(member.name for member in members if member.original)

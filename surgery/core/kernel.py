@@ -29,9 +29,8 @@ from torch.autograd.function import once_differentiable
 
 from surgery.util import memory
 
-SLAB_BYTES = (
-    16 * 2**20
-)  # small enough for the cache; few slabs, since on busy cores each one waits for its threads
+# Small enough for the cache; few slabs, since on busy cores each one waits for its threads.
+SLAB_BYTES = 16 * 2**20
 DENSE_CODE = 1 << 12  # a code matrix this small is cheaper as one matrix product than as gathered rows
 SLAB_ROWS = 64  # at least so many bags at a time, to have work for every thread
 

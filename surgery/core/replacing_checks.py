@@ -20,11 +20,8 @@ from surgery.util.wording import sentence
 Calls = Mapping[str, Sequence[str]]
 """What each module gave in one forward pass of the member, call by call, in words; under `""` the member itself."""
 
-_NOT_HELD = (
-    "_modules",
-    "_parameters",
-    "_buffers",
-)  # where PyTorch keeps what is replaced and what is no module
+# Where PyTorch keeps what is replaced and what is no module.
+_NOT_HELD = ("_modules", "_parameters", "_buffers")
 
 
 def check_places(members: Sequence[Member], replacements: Sequence[Replacement]) -> None:

@@ -21,12 +21,10 @@ FACTORY = re.compile(r"(?P<where>[^?]*):(?P<name>[A-Za-z_]\w*)")
 TIMM, DATASETS = "timm:", "datasets:"
 OURS = "surgery_recipes."
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
-_TIMM_WEIGHTS = re.compile(
-    r"(timm:[^?=]*(?:\?(?:.*&)?[^=&]*=[^=&]*)?)=(.+)", re.DOTALL
-)  # behind a name or an option
-_LIKE_A_NAME = re.compile(
-    r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?"
-)  # on the hub: asked for, where no such folder is there
+# Behind a name or an option.
+_TIMM_WEIGHTS = re.compile(r"(timm:[^?=]*(?:\?(?:.*&)?[^=&]*=[^=&]*)?)=(.+)", re.DOTALL)
+# On the hub: asked for, where no such folder is there.
+_LIKE_A_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _MARKED = ("./", "../")
 
 Change = Callable[[str], str]

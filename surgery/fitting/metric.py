@@ -26,9 +26,8 @@ from surgery.disk.aside import put_aside
 from surgery.storage.codecs import Statistics
 
 WIDEST = 2048  # rows or columns up to which a side has a whole moment, and beyond which its diagonal
-MOST_WORK = (
-    1 << 30
-)  # multiplications of one moment; those of half as many columns as it has rows, where that is more
+# Multiplications of one moment; those of half as many columns as it has rows, where that is more.
+MOST_WORK = 1 << 30
 DAMPING = 0.05  # of the mean of a diagonal, added to it: what few draws have not seen
 
 

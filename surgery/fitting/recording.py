@@ -49,10 +49,8 @@ def recipe_of_fit(
     entries = {model.name: model for model in before.models}
     models = []
     for name, member in members.items():
-        drawn = member.origin.seed not in (
-            None,
-            member_seed(seed, name),
-        )  # weights that a merge would not draw
+        # Weights that a merge would not draw.
+        drawn = member.origin.seed not in (None, member_seed(seed, name))
         models.append(_entry(name, entries, known, drawn or before.train is not None))
     recorded = [model for model in models if model is not None]
     lost = None if known.recipe is None else known.recipe.without_target()

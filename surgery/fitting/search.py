@@ -374,9 +374,8 @@ class Search:
             if best is not None and (number >= FILLED or nbytes >= FULL * allowed):
                 break
             over = nbytes - allowed
-            limit -= (
-                over * (1 + number) if over > 0 else over
-            )  # down faster and faster: choices come in steps
+            # Down faster and faster: choices come in steps.
+            limit -= over * (1 + number) if over > 0 else over
             following = within_bytes(table, limit, common=related)
             if best is not None and np.array_equal(following.option, choice.option):
                 break

@@ -114,9 +114,8 @@ def measured_sensitivities(trial: Trial, names: Sequence[str]) -> dict[str, floa
         moved = trial.error() ** 2
     change = sum(float((coarse[name] - own[name]).double().square().sum()) for name in names)
     energy = sum(float(tensor.double().square().sum()) for tensor in own.values())
-    least = (
-        LEAST / energy if energy > 0 else 1.0
-    )  # an exact form is better than another, however little it bears
+    # An exact form is better than another, however little it bears.
+    least = LEAST / energy if energy > 0 else 1.0
     found = moved / change if change > 0 and math.isfinite(moved) else 1.0 / energy if energy > 0 else 1.0
     return dict.fromkeys(names, max(found, least))
 

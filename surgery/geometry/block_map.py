@@ -90,9 +90,8 @@ def block_map(view: CanonicalView, grid: BlockGrid) -> BlockMap | None:
     place = {name: [axis] for axis, name in enumerate(stack)}
     place |= {name: [first, first + 2] for name in out} | {name: [first + 1, first + 3] for name in into}
     order = [axis for name in names for axis in place[name]]
-    order += [
-        axis for axis in range(first + 4) if axis not in order
-    ]  # of length 1: no axis of the weight has it
+    # Of length 1: no axis of the weight has it.
+    order += [axis for axis in range(first + 4) if axis not in order]
     return BlockMap(
         grid,
         (*(sizes[name] for name in stack), *grid.tiles, grid.m, grid.n),

@@ -151,9 +151,8 @@ def timm_picture(module: Any, seed: int) -> Inputs | None:
     """One normalised picture batch of the size that timm's configuration states."""
     config = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", {})
     channels, height, width = config.get("input_size") or (3, 224, 224)
-    changed = getattr(
-        module, "_model_args", {}
-    )  # arguments of its creation win over the pretrained configuration
+    # Arguments of its creation win over the pretrained configuration.
+    changed = getattr(module, "_model_args", {})
     channels = changed.get("in_chans") or channels
     side = changed.get("img_size") or (height, width)
     height, width = (side, side) if isinstance(side, int) else side

@@ -96,9 +96,8 @@ def _axes(module: nn.Module, arguments: Arguments, said: Complaint, sample: Samp
     """`not enough values to unpack (expected 5, got 4)`: a batch of clips; or the other way round."""
     found = re.search(r"values to unpack \(expected (\d)(?:, got (\d))?\)", said.said)
     wanted = int(found[1]) if found else 0
-    several = (
-        found is not None and wanted == 4 and found[2] == "3"
-    )  # pictures of one example, taken one by one
+    # Pictures of one example, taken one by one.
+    several = found is not None and wanted == 4 and found[2] == "3"
     found = re.search(r"Dimension out of range \(expected .* \[-(\d), \d\], but got (\d)\)", said.said)
     wanted = int(found[2]) + 1 if found else wanted
     for name, value in _floats(arguments):

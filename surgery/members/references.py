@@ -269,9 +269,8 @@ def load_origin(
         raise LoadError(f"the origin is '{origin.reference}', {what}")
     drawn = member_seed(seed, name) if origin.seed is None else origin.seed
     loaded = _load(handler, origin.reference, Request(permission), drawn)
-    return _member(
-        name, loaded, lambda has: None if _any(has.inputs) else inputs, seed, True
-    )  # as it was accepted
+    # It runs as it was accepted.
+    return _member(name, loaded, lambda has: None if _any(has.inputs) else inputs, seed, True)
 
 
 def _load(kind: Any, reference: str, request: Request, drawn: int) -> Loaded:

@@ -333,9 +333,8 @@ def plan_members(
 
     method = find_method(recipe.method)
     given = settings_of(recipe.method, recipe.settings)
-    settings = settings_of(
-        recipe.method, given.model_dump(mode="json")
-    )  # defaults are what the recipe asks for
+    # Defaults are what the recipe asks for.
+    settings = settings_of(recipe.method, given.model_dump(mode="json"))
 
     def request(anatomies: Sequence[Anatomy] = ()) -> PlanRequest:
         block = recipe.parameters.block or starting_block(anatomies)

@@ -41,13 +41,11 @@ class Filler:
     def __init__(self, joint: JointModel):
         self.joint = joint
         self.in_step = False
-        self.filled: dict[
-            str, tuple
-        ] = {}  # by member: versions of the dictionary that it was filled from, and task
+        # By member: versions of the dictionary that it was filled from, and task.
+        self.filled: dict[str, tuple] = {}
         self.inside: dict[str, str] = {}
-        self._held: dict[
-            str, str | None
-        ] = {}  # by member, outside of steps: the task whose weights slots hold
+        # By member, outside of steps: the task whose weights slots hold.
+        self._held: dict[str, str | None] = {}
         self._leaves: StepLeaves | None = None  # what slots hold within a step
         self._resting: set[str] = set()  # members whose slots hold tensors that are mapped
 

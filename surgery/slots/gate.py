@@ -102,6 +102,5 @@ def unwatched(module: nn.Module) -> Iterator[None]:
 
 def _is_gate(hook: Any, kind: type[Gate]) -> bool:
     hook = getattr(hook, "hook", hook)  # PyTorch wraps hooks of loading
-    return isinstance(
-        getattr(hook, "__self__", hook), kind
-    )  # what stands in for a method is bound to its gate
+    # What stands in for a method is bound to its gate.
+    return isinstance(getattr(hook, "__self__", hook), kind)

@@ -94,9 +94,10 @@ class Tasks:
 
 def _nested() -> bool:
     """Whether a backward pass runs within another one, as that of layers that ran again."""
+    # A thread of autograd's own: it runs the nodes of a device, and was not called by `backward`.
     mine = threading.current_thread() is not threading.main_thread() and isinstance(
         threading.current_thread(), threading._DummyThread
-    )  # of autograd: it runs the nodes of a device, and was not called by `backward`
+    )
     passes, frame = int(mine), inspect.currentframe()
     while frame is not None:
         passes += frame.f_code in _BACKWARD

@@ -207,9 +207,8 @@ def _pattern(layout: Layout, found: list[tuple[Atom, Factor]], roles: list[Facto
         if filled is None:
             return "an axis is cut in a way that no einops pattern can say"
         per_axis.append(filled)
-    place = {
-        (atom.axis, atom.step): k for k, (atom, _) in enumerate(found)
-    }  # gaps are not in it: they come first
+    # Gaps are not in it: they come first.
+    place = {(atom.axis, atom.step): k for k, (atom, _) in enumerate(found)}
     pieces = [piece for filled in per_axis for piece in filled]
     ordered = sorted(pieces, key=lambda piece: place.get((piece[0].axis, piece[0].step), -1))
     repeated = Counter(factor.name for _, factor in ordered)

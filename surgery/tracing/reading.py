@@ -247,13 +247,13 @@ def _words(text: str) -> frozenset[str]:
 
 LONGEST = 16  # operations of a way that are remembered
 
-_SILENT = frozenset(
-    ("", "data", "detach", "contiguous", "requires_grad_", "__get__", "alias")
-)  # change nothing
+# Operations that change nothing.
+_SILENT = frozenset(("", "data", "detach", "contiguous", "requires_grad_", "__get__", "alias"))
+# What picks rows of a table of positions, or stretches it.
 _TABLES = _words(
     "__getitem__ index index_select gather take take_along_dim embedding interpolate grid_sample "
     "upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest2d _upsample_bicubic2d_aa"
-)  # what picks rows of a table of positions, or stretches it
+)
 _VIEWS = _words(
     "view reshape flatten unflatten ravel view_as reshape_as transpose transpose_ t T mT H mH permute "
     "movedim moveaxis swapaxes swapdims squeeze unsqueeze select narrow slice chunk split "

@@ -21,6 +21,7 @@ from surgery.tracing.copying import on_meta
 from surgery.tracing.recorder import Recorder, writes_to
 
 LARGEST = 1 << 22  # elements in a shadow; beyond, computing it would cost what meta tensors save
+# Results that do not depend on the data of the tensor that they are made like.
 _SHAPE_ALONE = frozenset(
     [
         "zeros_like",
@@ -33,7 +34,7 @@ _SHAPE_ALONE = frozenset(
         "new_empty",
         "new_tensor",
     ]
-)  # results that do not depend on the data of the tensor that they are made like
+)
 
 
 class StubbedRecorder(Recorder):

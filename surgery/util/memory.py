@@ -51,9 +51,8 @@ def empty_kept(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     with _lock:
         free = [memory for memory, user in _regions if user() is None and size <= len(memory) <= 2 * size]
         memory = free[0] if free else _map(size)
-        view = memoryview(
-            memory
-        )  # the tensor's storage holds it, and all views of the tensor hold the storage
+        # The tensor's storage holds it, and all views of the tensor hold the storage.
+        view = memoryview(memory)
         others = [region for region in _regions if region[0] is not memory]
         _regions[:] = [(memory, weakref.ref(view)), *others][:REGIONS_KEPT]
         return torch.frombuffer(view, dtype=dtype, count=count).view(rows, columns)

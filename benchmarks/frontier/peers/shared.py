@@ -192,9 +192,8 @@ def ranks_for(
         spectrum = factors_of(scene, *item, centre, white)[2]
         tail = torch.cat([spectrum.flip(0).cumsum(0).flip(0), spectrum.new_zeros(1)])
         moment = scene.moments(item[0]).get(item[1]) if white else None
-        seen = (
-            moment is not None and moment.dim() == 2
-        )  # an embedding's factors are plain, so its whole is too
+        # An embedding's factors are plain, so its whole is too.
+        seen = moment is not None and moment.dim() == 2
         whole = weighted(matrix, moment) if seen else matrix.square().sum()
         options.append([(rank_bytes(matrix, k, width), float(tail[k] / whole)) for k in each])
     chosen = allocate(options, room)

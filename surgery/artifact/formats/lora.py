@@ -150,9 +150,8 @@ def write_lora(
     """
     peft = _peft()
     try:
-        inputs = (
-            member.inputs if member.origin.kind in ("module", "factory") else None
-        )  # what its library makes
+        # For other origins, what their library makes.
+        inputs = member.inputs if member.origin.kind in ("module", "factory") else None
         origin = load_member(base, name="base", inputs=inputs, trust_remote_code=trust).module
     except LoadError as error:
         raise ExportError(f"`base` must be a model that can be loaded, but {error}") from error

@@ -58,9 +58,8 @@ def empty_parameters() -> Iterator[None]:
         'meta'
     """
     register = nn.Module.register_parameter
-    emptied: dict[
-        int, tuple[nn.Parameter, nn.Parameter]
-    ] = {}  # the original is held so that its id stays its own
+    # The original is held so that its id stays its own.
+    emptied: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
 
     def register_empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(module, name, param)

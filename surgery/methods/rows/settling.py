@@ -66,9 +66,8 @@ def retire_rare(bank: RowsBank) -> RowsBank:
     if not count:
         return bank
     settled = bank.settled_blocks()
-    pairs = torch.unique(
-        torch.stack([psi, duplicates(settled)[0]]), dim=1
-    )  # blocks equal up to a factor are one
+    # Blocks equal up to a factor are one.
+    pairs = torch.unique(torch.stack([psi, duplicates(settled)[0]]), dim=1)
     kept = torch.bincount(pairs[0][pairs[0] < count], minlength=count) > c
     if bool(kept.all()):
         return bank

@@ -24,9 +24,8 @@ from surgery.util.memory import compact, empty_large
 
 CHUNK = 1 << 20  # values handled at once while encoding: bounds its memory
 ON_DEVICE = 64  # times as many on an accelerator, where a step takes as long for few values as for many
-TRIED = (
-    1 << 17
-)  # values, times scales that are tried for them, at once: what is between them stays in the cache
+# Values, times scales that are tried for them, at once: what is between them stays in the cache.
+TRIED = 1 << 17
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,), 10: (8, 2), 12: (8, 4)}
 # By bits: the smallest scale tried, as a fraction of the one that clips nothing, and the number of steps down to it.
 SEARCH = {2: (0.4, 9), 3: (0.65, 9), 4: (0.8, 9), 5: (0.85, 7), 6: (0.92, 7), 7: (0.95, 5), 8: (0.97, 5)}

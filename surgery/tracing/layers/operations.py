@@ -140,9 +140,8 @@ def recurrent(gates: int, kind: str) -> Reader:
     """A whole recurrent network: for every layer input weights, recurrent weights, then a projection."""
 
     def read(call: Call) -> Iterator[Reading]:
-        packed = not isinstance(
-            call.args[3], bool
-        )  # a packed sequence has its batch sizes as second argument
+        # A packed sequence has its batch sizes as second argument.
+        packed = not isinstance(call.args[3], bool)
         weights: Sequence[Any] = call.args[3 if packed else 2]
         biases, layers = call.args[4:6] if packed else call.args[3:5]
         directions = 2 if call.args[-1 if packed else -2] else 1

@@ -100,9 +100,8 @@ class Adversary:
                 self._learn(target.detach(), batch)
             scores = self.discriminator.requires_grad_(False)(target)
             self.discriminator.requires_grad_(True)
-            return F.binary_cross_entropy_with_logits(
-                scores, torch.ones_like(scores)
-            )  # inverted labels, Eq. (9)
+            # Inverted labels, Eq. (9)
+            return F.binary_cross_entropy_with_logits(scores, torch.ones_like(scores))
 
     def _learn(self, target: Tensor, batch: Batch) -> None:
         """One step of the discriminator: source features are 1, target features 0. # Eq. (7)"""
