@@ -25,6 +25,7 @@ from surgery.artifact.reading import map_stored
 from surgery.disk.claims import place_of
 from surgery.errors import SurgeryError
 from surgery.fitting import scene
+from surgery.methods.siblings import differences
 from surgery.storage.codecs import encode_native
 from surgery.storage.grafting import graft, same_bytes
 from surgery.storage.keys import PartKey, PlainKey
@@ -152,6 +153,13 @@ def test_sensitivities_are_measured_once(joint, monkeypatch):
     monkeypatch.setattr(scene, "metrics", lambda *given: passes.append(given) or real(*given))
     (added,) = surgery.add(joint, {"new": relative("new", 7, TOKENS)}, max_error=0.03)
     assert added.sites and len(passes) == 1
+
+
+@pytest.mark.parametrize("bound", [0.05, 0.5])
+def test_differences_that_move_nothing_are_left_out(joint, bound, monkeypatch):
+    monkeypatch.setattr(differences, "NOTHING", 1e6)  # as of relatives that are nearer than what is stored is exact
+    (added,) = surgery.add(joint, {"new": relative("new", 7, size=1e-4)}, max_error=bound)
+    assert added.met and added.error <= bound
 
 
 def test_what_is_known_afterwards_is_true(joint, tmp_path):

@@ -298,6 +298,8 @@ def _shared_unit(shared: Tensor, members: Sequence[str], metrics: Sequence[Metri
 def _runs(site: Site, made: Factors, metric: Metric) -> list[tuple[int, int, Unit]]:
     """Runs of directions of one site, first and last, and their units: left out, or stored with few bits."""
     rows, contexts = made.rows, made.contexts.T.contiguous()
+    if not len(rows):  # all that there are move nothing
+        return []
     into, out = metric.into, metric.out
     of_rows = (times(contexts, out) * contexts).sum(1)  # an error of a row counts that much
     of_contexts = (times(rows, into) * rows).sum(1)
