@@ -174,6 +174,7 @@ def changed_records(folder: Path, data: bytes, listed: bool) -> None:
         (gzip.compress(b'{"files": {}}'), True, "must hold members"),
         (gzip.compress(b'{"banks": {}}'), True, "members"),
     ],
+    ids=["not recorded", "plain", "cut off", "large", "a list", "other members", "no members"],
 )
 def test_records_that_are_not_those_of_the_manifest_are_refused(data, listed, said, many, tmp_path):
     import shutil

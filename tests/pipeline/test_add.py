@@ -157,7 +157,8 @@ def test_sensitivities_are_measured_once(joint, monkeypatch):
 
 @pytest.mark.parametrize("bound", [0.05, 0.5])
 def test_differences_that_move_nothing_are_left_out(joint, bound, monkeypatch):
-    monkeypatch.setattr(differences, "NOTHING", 1e6)  # as of relatives that are nearer than what is stored is exact
+    # As of relatives that are nearer than what is stored is exact.
+    monkeypatch.setattr(differences, "NOTHING", 1e6)
     (added,) = surgery.add(joint, {"new": relative("new", 7, size=1e-4)}, max_error=bound)
     assert added.met and added.error <= bound
 
