@@ -149,13 +149,7 @@ def write_lora(
         ExportError: where peft is not installed, the base is another architecture, or no adapter is within the bound.
     """
     peft = _peft()
-    try:
-        # For other origins, what their library makes.
-        inputs = member.inputs if member.origin.kind in ("module", "factory") else None
-        origin = load_member(base, name="base", inputs=inputs, trust_remote_code=trust).module
-    except LoadError as error:
-        raise ExportError(f"`base` must be a model that can be loaded, but {error}") from error
-    module, origin = module.eval(), origin.eval()
+    module, origin = module.eval(), _load_base(base, member, trust).eval()
     _check_alike(member.name, base, module, origin)
     differences, others = _differences(module, origin)
     if not differences and not others:
@@ -171,23 +165,16 @@ def write_lora(
     def error_of(net: nn.Module) -> float:
         return relative_error(reference, outputs_over(net, probes))
 
-    candidates, least = [], float("inf")
-    for level in LEVELS:
-        adapters = [_adapter(module, differences, others, level, share) for share in SHARES]
-        found, error = _first_within(
-            adapters, lambda each: error_of(_changed(origin, module, differences, each)), max_error
-        )
-        least = min(least, error)
-        if found is not None:
-            candidates.append(found)
+    levels = [[_adapter(module, differences, others, level, share) for share in SHARES] for level in LEVELS]
+    candidates, least = _candidates(
+        levels, lambda each: error_of(_changed(origin, module, differences, each)), max_error
+    )
     if not candidates:
         raise ExportError(
             f"An adapter of member '{member.name}' must move its outputs by at most {percent(max_error, 2)} of it, but "
             f"with all that {base} can be given it moves them by {percent(least, 2)}; take a base that is related, or "
             "export the member as plain."
         )
-    smallest = min(each.elements for each in candidates)
-    candidates.sort(key=lambda each: (not (each.alone and each.elements <= SERVED * smallest), each.elements))
     for adapter in candidates:
         with quiet():
             net = _with_adapter(peft, copy.deepcopy(origin), module, differences, adapter, _anywhere(base))
@@ -213,6 +200,19 @@ def write_lora(
     if say is not None:
         for line in lines:
             say(line)
+
+
+def _load_base(base: str, member: Member, trust: bool) -> nn.Module:
+    """The base, on a member's inputs where no library makes some for it.
+
+    Raises:
+        ExportError: where it cannot be loaded.
+    """
+    inputs = member.inputs if member.origin.kind in ("module", "factory") else None
+    try:
+        return load_member(base, name="base", inputs=inputs, trust_remote_code=trust).module
+    except LoadError as error:
+        raise ExportError(f"`base` must be a model that can be loaded, but {error}") from error
 
 
 def _anywhere(base: str) -> str:
@@ -359,6 +359,20 @@ def _adapter(
     if not biased and any(differences[name].bias is not None for name in ranks):
         left.append("biases of linear layers")
     return Adapter(ranks, tuple(ending), biased, rows, elements, tuple(left))
+
+
+def _candidates(
+    levels: Sequence[Sequence[Adapter]], error: Callable[[Adapter], float], bound: float
+) -> tuple[list[Adapter], float]:
+    """Of each level the first adapter within a bound, and the least error of all that were tried last.
+
+    Products alone come first where they take at most `SERVED` times the smallest, then the smaller ones.
+    """
+    tried = [_first_within(adapters, error, bound) for adapters in levels]
+    found = [adapter for adapter, _ in tried if adapter is not None]
+    smallest = min((each.elements for each in found), default=0)
+    found.sort(key=lambda each: (not (each.alone and each.elements <= SERVED * smallest), each.elements))
+    return found, min(each for _, each in tried)
 
 
 def _first_within(
