@@ -17,7 +17,7 @@ from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
 from surgery.geometry.blocks import BlockGrid
 from surgery.geometry.views import CanonicalView
-from surgery.storage.codecs import PLANES, Precision, decode, decoder, encode, grouped, integers
+from surgery.storage.codecs import PLANES, Precision, decode, decoder, encode, grouped, planes
 from surgery.storage.packed import Form
 
 
@@ -64,12 +64,12 @@ shapes = st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)
 @settings(max_examples=60, deadline=None)
 def test_what_is_decoded_is_what_the_format_says(looked_up, bits, shape, group, seed, dtype):
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    stored, before = encode(tensor, grouped(bits, group)), integers.LOOKED_UP
-    integers.LOOKED_UP = looked_up
+    stored, before = encode(tensor, grouped(bits, group)), planes.LOOKED_UP
+    planes.LOOKED_UP = looked_up
     try:
         found = [decode(stored), decoder(stored)()]
     finally:
-        integers.LOOKED_UP = before
+        planes.LOOKED_UP = before
     wanted = slowly(stored).to(dtype)
     for each in found:
         assert each.dtype == dtype and each.is_contiguous() and torch.equal(each, wanted)

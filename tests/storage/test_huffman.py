@@ -23,7 +23,7 @@ from surgery.storage.codecs import (
     unpacked,
 )
 from surgery.storage.codecs.huffman import PART, Huffman, _varint
-from surgery.storage.codecs.integers import _unpack
+from surgery.storage.codecs.planes import unpack
 
 BITS = (2, 3, 4, 5, 6, 7, 8, 10, 12)
 CODER = Huffman()
@@ -115,7 +115,7 @@ def test_a_stream_is_read_no_further_than_it_should_be():
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_coding_comes_close_to_the_entropy(bits):
     whole = encode(normal(256, 1024), grouped(bits, 64))
-    codes = _unpack(whole.parts, bits, 256 * 1024)
+    codes = unpack(whole.parts, bits, 256 * 1024)
     share = torch.bincount(codes.long()).double() / codes.numel()
     entropy = -float((share[share > 0] * share[share > 0].log2()).sum()) * codes.numel() / 8
     scales = whole.parts["scale"].nbytes

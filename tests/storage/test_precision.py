@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.storage.codecs import BFLOAT16, NATIVE, Precision, decode, encode, grouped, stored_bytes
-from surgery.storage.codecs.integers import PLANES
+from surgery.storage.codecs.planes import PLANES
 from surgery.util.memory import compact
 
 shapes = st.lists(st.integers(1, 40), min_size=1, max_size=4).filter(lambda s: torch.Size(s).numel() < 20_000)

@@ -46,7 +46,6 @@ from surgery.storage.codecs.coding import (
 )
 from surgery.storage.codecs.huffman import Huffman, packed, unpacked
 from surgery.storage.codecs.integers import (
-    PLANES,
     Grouping,
     Integers,
     codes_of,
@@ -56,6 +55,7 @@ from surgery.storage.codecs.integers import (
 )
 from surgery.storage.codecs.mixed import Classes, Mixed, by_row, mixtures, row_costs
 from surgery.storage.codecs.native import Native
+from surgery.storage.codecs.planes import PLANES
 
 for _codec in (Native(), BFloat16(), Integers(), Mixed(), Huffman()):
     register(_codec)

@@ -13,27 +13,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from surgery.storage.codecs.bfloat16 import joined_bytes, split_bytes
 from surgery.storage.codecs.codec import Codec, Encoded, Layout, Precision, Statistics
 from surgery.storage.codecs.feedback import Inputs, feed_back
+from surgery.storage.codecs.planes import PLANES, apart, joined, pack, planes_of, together, unpack
 from surgery.util.memory import compact, empty_large
 
 CHUNK = 1 << 20  # values handled at once while encoding: bounds its memory
 ON_DEVICE = 64  # times as many on an accelerator, where a step takes as long for few values as for many
 # Values, times scales that are tried for them, at once: what is between them stays in the cache.
 TRIED = 1 << 17
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,), 10: (8, 2), 12: (8, 4)}
 # By bits: the smallest scale tried, as a fraction of the one that clips nothing, and the number of steps down to it.
 SEARCH = {2: (0.4, 9), 3: (0.65, 9), 4: (0.8, 9), 5: (0.85, 7), 6: (0.92, 7), 7: (0.95, 5), 8: (0.97, 5)}
 
 DECODE_CHUNK = 1 << 18  # values decoded at once: what is between codes and values stays in the cache
-# A plane of halves: a word that holds as many bytes as a byte holds values, shifts and masks that spread them.
-_SPREAD = {4: (torch.int16, ((4, 0x0F0F),))}
-LOOKED_UP = 1 << 14  # bytes of halves below which a lookup takes less than several passes
 
 GROUP = 64  # values to one scale in a fit's ladder
 MATRICES, VECTORS = (12, 10, 8, 7, 6, 5, 4, 3, 2), (12, 8)  # bits that a fit tries
@@ -85,7 +81,7 @@ class Integers(Codec[Grouping]):
                 code, scale = _quantise(rows.float(), settings.bits)
                 codes.append(code)
                 scales.append(scale)
-        planes = _pack(torch.cat(codes).reshape(-1), settings.bits)
+        planes = pack(torch.cat(codes).reshape(-1), settings.bits)
         return {**planes, "scale": torch.cat(scales).reshape(-1)}
 
     def decode(self, encoded: Encoded) -> Tensor:
@@ -94,7 +90,7 @@ class Integers(Codec[Grouping]):
 
         def codes(start: int, stop: int) -> Tensor:  # chunks begin at whole bytes of all planes
             chunk = {f"q{p}": parts[f"q{p}"][start * p // 8 :] for p in PLANES[settings.bits]}
-            return _unpack(chunk, settings.bits, stop - start)
+            return unpack(chunk, settings.bits, stop - start)
 
         return _decode(codes, parts["scale"], encoded.shape, encoded.dtype, settings)
 
@@ -105,11 +101,11 @@ class Integers(Codec[Grouping]):
         count = encoded.parts["scale"].numel() * width
         if encoded.dtype != torch.float32 or count != math.prod(shape) or count > DECODE_CHUNK:
             return super().decoder(encoded)
-        planes, scale = _planes(encoded.parts, bits, count), encoded.parts["scale"].view(-1, 1)
+        planes, scale = planes_of(encoded.parts, bits, count), encoded.parts["scale"].view(-1, 1)
         half = float(1 << (bits - 1))
 
         def again() -> Tensor:
-            codes = _joined(planes, bits, count).view(-1, width)
+            codes = joined(planes, bits, count).view(-1, width)
             return codes.to(torch.float32).sub_(half).mul_(scale).view(shape)  # each exact but the last
 
         return again
@@ -139,8 +135,8 @@ class Integers(Codec[Grouping]):
                 **{q: each.view(count, -1)[rows].reshape(-1) for q, each in planes.items()},
                 "scale": taken,
             }
-        codes = _unpack(encoded.parts, bits, scale.numel() * width).view(encoded.shape[0], -1)[rows]
-        return {**_pack(codes.reshape(-1), bits), "scale": taken}
+        codes = unpack(encoded.parts, bits, scale.numel() * width).view(encoded.shape[0], -1)[rows]
+        return {**pack(codes.reshape(-1), bits), "scale": taken}
 
     def has_streams(self, settings: Grouping) -> bool:
         """Codes near zero are the most frequent ones."""
@@ -152,7 +148,7 @@ class Integers(Codec[Grouping]):
         codes = [parts[f"q{plane}"] for plane in PLANES[bits]]
         if len(codes) > 1 and bits < 8:
             width = _width(encoded.shape, encoded.precision.settings.group)
-            codes = [_together(_unpack(parts, bits, parts["scale"].numel() * width), bits)]
+            codes = [together(unpack(parts, bits, parts["scale"].numel() * width), bits)]
         return [*codes, *split_bytes(parts["scale"])]
 
     def stream_sizes(self, shape: tuple[int, ...], dtype: torch.dtype, settings: Grouping) -> list[int]:
@@ -170,7 +166,7 @@ class Integers(Codec[Grouping]):
         *codes, low, high = streams
         if len(codes) == 1 and len(PLANES[settings.bits]) > 1:
             count = len(low) * _width(shape, settings.group)
-            planes = _pack(_apart(codes[0], settings.bits)[:count], settings.bits)
+            planes = pack(apart(codes[0], settings.bits)[:count], settings.bits)
         else:
             planes = {f"q{plane}": each for plane, each in zip(PLANES[settings.bits], codes, strict=True)}
         return {**planes, "scale": joined_bytes(low, high)}
@@ -187,7 +183,7 @@ class Integers(Codec[Grouping]):
             raise ValueError(fault)
 
         def few(start: int, stop: int) -> Tensor:
-            return _apart(codes[0][start // each : -(-stop // each)], settings.bits)[: stop - start]
+            return apart(codes[0][start // each : -(-stop // each)], settings.bits)[: stop - start]
 
         return _decode(few, scale, shape, dtype, settings)
 
@@ -378,91 +374,6 @@ def _inverse(x: Tensor) -> Tensor:
     return torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
 
 
-def _pack(codes: Tensor, bits: int) -> dict[str, Tensor]:
-    """Bit planes of a flat tensor of codes, lowest bits first, each packed to whole bytes."""
-    planes: dict[str, Tensor] = {}
-    shift = 0
-    for plane in PLANES[bits]:
-        values, per_byte = ((codes >> shift) & ((1 << plane) - 1)).to(torch.uint8), 8 // plane
-        values = torch.nn.functional.pad(values, (0, -values.numel() % per_byte)).view(-1, per_byte)
-        packed = values[:, 0].clone()
-        for slot in range(1, per_byte):
-            packed |= values[:, slot] << (slot * plane)
-        planes[f"q{plane}"] = packed
-        shift += plane
-    return planes
-
-
-def _together(codes: Tensor, bits: int) -> Tensor:
-    """Codes of up to 7 bits, as many in a byte as fit, the first lowest."""
-    each = 8 // bits
-    codes = torch.nn.functional.pad(codes, (0, -codes.numel() % each)).view(-1, each)
-    found = codes[:, 0].clone()
-    for slot in range(1, each):
-        found |= codes[:, slot] << (slot * bits)
-    return found
-
-
-def _apart(found: Tensor, bits: int) -> Tensor:
-    """The inverse of `_together`, up to codes that fill up the last byte."""
-    each = 8 // bits
-    if each == 1:
-        return found
-    return torch.stack([(found >> (slot * bits)) & ((1 << bits) - 1) for slot in range(each)], 1).view(-1)
-
-
-def _unpack(parts: Mapping[str, Tensor], bits: int, count: int) -> Tensor:
-    """The inverse of `_pack`."""
-    return _joined(_planes(parts, bits, count), bits, count)
-
-
-def _planes(parts: Mapping[str, Tensor], bits: int, count: int) -> list[tuple[Tensor, int]]:
-    """The bytes of each plane that hold the first values, with the plane's bits."""
-    return [(parts[f"q{plane}"][: -(-count * plane // 8)], plane) for plane in PLANES[bits]]
-
-
-def _joined(planes: Sequence[tuple[Tensor, int]], bits: int, count: int) -> Tensor:
-    """Codes of planes; of whole bytes alone they are the plane itself."""
-    codes, shift = None, 0
-    for packed, plane in planes:
-        values = _spread(packed, plane, shift if bits <= 8 else 0)
-        values = values if values.shape[0] == count else values[:count]
-        values = values if bits <= 8 else values.to(torch.int16).bitwise_left_shift_(shift)
-        codes = values if codes is None else codes.bitwise_or_(values)
-        shift += plane
-    assert codes is not None
-    return codes
-
-
-def _spread(packed: Tensor, plane: int, shift: int = 0) -> Tensor:
-    """Each value of `plane` bits in a byte of its own, the lowest first, `shift` bits higher.
-
-    A table has for each byte the word of its values, so that this is one lookup. Many halves of bytes are spread faster
-    inside wider integers: a few passes over whole words, where a shift for every value would go byte by byte. Words
-    are little-endian, as wherever torch runs.
-    """
-    if plane == 8:
-        return packed
-    if plane < 4 or shift or packed.shape[0] < LOOKED_UP:
-        table = _table(plane, shift, packed.device)
-        return table.index_select(0, packed.to(torch.int32)).view(torch.uint8)
-    word, steps = _SPREAD[plane]
-    words = packed.to(word, memory_format=torch.contiguous_format)
-    for distance, mask in steps:
-        words.bitwise_or_(words << distance).bitwise_and_(mask)
-    return words.view(torch.uint8)
-
-
-@cache
-def _table(plane: int, shift: int, device: torch.device) -> Tensor:
-    """For each byte the values in it as the bytes of a word `[256]`."""
-    slots = np.arange(8 // plane) * plane
-    values = ((np.arange(256)[:, None] >> slots) & ((1 << plane) - 1)) << shift
-    words = values.astype(np.uint8).view(f"<i{len(slots)}").reshape(-1)
-    with torch.inference_mode(False):
-        return torch.from_numpy(words).to(device)
-
-
 def grouping_of(encoded: Encoded) -> Grouping | None:
     """Bits and group of a tensor that is stored as integers of one width; None of any other.
 
@@ -490,7 +401,7 @@ def codes_of(encoded: Encoded, bits: int) -> tuple[Tensor, Tensor]:
     """
     scale, rows, own = encoded.parts["scale"], encoded.shape[0], encoded.precision.settings.bits
     width = _width(encoded.shape, encoded.precision.settings.group)
-    codes = _unpack(encoded.parts, own, scale.numel() * width).view(rows, -1)
+    codes = unpack(encoded.parts, own, scale.numel() * width).view(rows, -1)
     return codes + ((1 << (bits - 1)) - (1 << (own - 1))), scale.view(rows, -1)
 
 
@@ -507,6 +418,6 @@ def in_bytes(encoded: Encoded) -> Encoded:
     """
     how: Grouping = encoded.precision.settings
     scale = encoded.parts["scale"]
-    codes = _unpack(encoded.parts, how.bits, scale.numel() * _width(encoded.shape, how.group))
+    codes = unpack(encoded.parts, how.bits, scale.numel() * _width(encoded.shape, how.group))
     wide = codes + (128 - (1 << (how.bits - 1)))
     return replace(encoded, precision=grouped(8, how.group), parts={"q8": wide.contiguous(), "scale": scale})
