@@ -1,15 +1,21 @@
 """Two small networks with a task each, for training tests, and a training for processes of their own."""
 
 import json
+import os
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 from torch import nn
 
 import surgery
+from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.trainer import Trainer
 from surgery.training.tasks.streams import Batches
 from surgery.training.tasks.tasks import Task
@@ -21,6 +27,24 @@ CONFIG = {
                   "draw": "explain"},
     "optimizer": {"lr": 0.01, "schedule": "cosine", "warmup": 3, "clip": 1.0},
 }  # fmt: skip
+
+
+@contextmanager
+def interrupted_after(steps: int) -> Iterator[None]:
+    """Inside, a run is interrupted after so many steps, and has to say so."""
+    step = Trainer.train_step
+
+    def stopping(self):
+        step(self)
+        if self.steps == steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    Trainer.train_step = stopping
+    try:
+        with pytest.raises(Interrupted):
+            yield
+    finally:
+        Trainer.train_step = step
 
 
 def net(outputs, dropout=0.0):

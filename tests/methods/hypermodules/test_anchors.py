@@ -1,8 +1,6 @@
 """What evolution is compared with: contests judged by rewards, and matrix atoms that all locations mix."""
 
 import doctest
-import os
-import signal
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from surgery.methods.hypermodules.atoms import principal_atoms
 from surgery.methods.hypermodules.contest_state import wrong_contest
 from surgery.methods.hypermodules.rewards import LEAST, POPULATION, natural_step
 from surgery.settings.training import Training
-from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.starting import start
 from surgery.training.loop.trainer import Trainer
 from surgery.training.train import train
@@ -81,19 +78,11 @@ def test_one_alternative_is_generated_in_a_step_and_a_population_decides():
 
 
 def test_a_run_that_was_interrupted_within_a_population_ends_where_an_unbroken_one_does(
-    tmp_path, monkeypatch
+    tmp_path,
 ):
-    whole, step = run(), Trainer.train_step
-
-    def stopping(self):
-        step(self)
-        if self.steps == 13:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Trainer, "train_step", stopping)
-    with pytest.raises(Interrupted):
+    whole = run()
+    with training_nets.interrupted_after(13):
         run(folder=tmp_path / "run")
-    monkeypatch.setattr(Trainer, "train_step", step)
     again = run(folder=tmp_path / "run", resume=True)
     for name, tensor in whole.state().items():
         assert torch.equal(tensor, again.state()[name])

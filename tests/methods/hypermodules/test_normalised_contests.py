@@ -61,30 +61,15 @@ CONFIG = {
 }  # fmt: skip
 
 
-def test_a_run_that_was_interrupted_ends_where_an_unbroken_one_does(tmp_path, monkeypatch):
-    from surgery.training.loop.interruptions import Interrupted
-    from surgery.training.loop.trainer import Trainer
-
+def test_a_run_that_was_interrupted_ends_where_an_unbroken_one_does(tmp_path):
     whole = training_nets.build(dropout=0.0, block=(4, 4), context=1)
     train(whole, training_nets.tasks(), CONFIG, cpu=True)
     plain = training_nets.build(dropout=0.0, block=(4, 4), context=1)
     other = {**CONFIG, "evolution": {**CONFIG["evolution"], "normalise": False}}
     train(plain, training_nets.tasks(), other, cpu=True)
     broken = training_nets.build(dropout=0.0, block=(4, 4), context=1)
-    step = Trainer.train_step
-
-    def stopping(self):
-        step(self)
-        if self.steps == 6:
-            import os
-            import signal
-
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Trainer, "train_step", stopping)
-    with pytest.raises(Interrupted):
+    with training_nets.interrupted_after(6):
         train(broken, training_nets.tasks(), CONFIG, folder=tmp_path / "run", cpu=True)
-    monkeypatch.setattr(Trainer, "train_step", step)
     again = training_nets.build(dropout=0.0, block=(4, 4), context=1)
     train(again, training_nets.tasks(), CONFIG, folder=tmp_path / "run", resume=True, cpu=True)
     key = "4x4-float32"

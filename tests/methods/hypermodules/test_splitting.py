@@ -1,10 +1,7 @@
 """Splits: no block changes, optimizer rows follow, and an interrupted run ends where an unbroken one does."""
 
 import doctest
-import os
-import signal
 
-import pytest
 import torch
 import training_nets
 from hypothesis import given, settings
@@ -13,9 +10,7 @@ from hypothesis import strategies as st
 from surgery.methods.hypermodules import splitting
 from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.splitting import split
-from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.optimizers import carry
-from surgery.training.loop.trainer import Trainer
 from surgery.training.train import train
 
 KEY = "4x4-float32"
@@ -67,23 +62,14 @@ def run(config=CONFIG, **options):
     return joint.dictionary[KEY]
 
 
-def test_users_that_pull_apart_get_hypermodules_of_their_own_and_runs_resume(tmp_path, monkeypatch):
+def test_users_that_pull_apart_get_hypermodules_of_their_own_and_runs_resume(tmp_path):
     whole = run()
     shared = run({**CONFIG, "evolution": {"start": "order", "change": "none"}})
     assert shared.hypermodules < whole.hypermodules <= whole.locations
     never = run({**CONFIG, "evolution": {"start": "order", "change": "none", "splits": 0.999999}})
     assert never.hypermodules < whole.hypermodules
-    step = Trainer.train_step
-
-    def stopping(self):
-        step(self)
-        if self.steps == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Trainer, "train_step", stopping)
-    with pytest.raises(Interrupted):
+    with training_nets.interrupted_after(5):
         run(folder=tmp_path / "run")
-    monkeypatch.setattr(Trainer, "train_step", step)
     again = run(folder=tmp_path / "run", resume=True)
     for name, tensor in whole.state().items():
         assert torch.equal(tensor, again.state()[name])
