@@ -29,6 +29,7 @@ WIDEST = 2048  # rows or columns up to which a side has a whole moment, and beyo
 # Multiplications of one moment; those of half as many columns as it has rows, where that is more.
 MOST_WORK = 1 << 30
 DAMPING = 0.05  # of the mean of a diagonal, added to it: what few draws have not seen
+PIECE = 1 << 16  # elements of a gradient that are taken together: they stay in the cache of one core
 
 
 @dataclass(frozen=True)
@@ -106,17 +107,19 @@ class Draws:
         self.own = False  # whether `pending` is this object's alone, so that it may be written to
         self.added = 0  # draws in `pending`
 
-    def add(self, gradient: Tensor) -> None:
-        """One draw `[o, n]`."""
-        g = gradient.float()
+    def add(self, gradient: Tensor) -> Tensor:
+        """One draw `[o, n]`; what `mean_square` says of it."""
         if self.pending is None:
-            self.pending = put_aside(g)
-            self.own = self.pending is not g
+            self.pending = put_aside(gradient.float())
+            self.own = self.pending is not gradient
+            power = mean_square(gradient)
         else:
-            self.pending = self.pending.add_(g) if self.own else self.pending + g
+            self.pending, self.own = self.pending if self.own else self.pending.clone(), True
+            power = mean_square(gradient, self.pending)
         self.added += 1
-        if self.added == together(len(g), g.shape[1], self.count):
+        if self.added == together(len(gradient), gradient.shape[1], self.count):
             self._multiply()
+        return power
 
     def _multiply(self) -> None:
         """Count what was added up."""
@@ -136,6 +139,28 @@ class Draws:
         if not 0 < power < float("inf"):
             return None
         return Metric(put_aside(_damped(self.out / power)), put_aside(_damped(self.into / samples)))
+
+
+def mean_square(gradient: Tensor, total: Tensor | None = None) -> Tensor:
+    """The mean of a gradient's squared entries, float64, on its device, which is not waited for.
+
+    Args:
+        gradient: `[o, ...]`, of any floating-point dtype.
+        total: float32, of the same shape, to which it is added in place: so it is read from memory once.
+    """
+    if not gradient.ndim or gradient.device.type != "cpu":
+        wide = gradient.float()
+        if total is not None:
+            total.add_(wide)
+        return wide.square().mean().double()
+    rows = max(1, PIECE * len(gradient) // max(1, gradient.numel()))
+    power = torch.zeros((), dtype=torch.float64)
+    for start in range(0, len(gradient), rows):
+        piece = gradient[start : start + rows].float()
+        if total is not None:
+            total[start : start + rows].add_(piece)
+        power += piece.flatten().dot(piece.flatten())
+    return power / gradient.numel()
 
 
 def together(out: int, into: int, count: int) -> int:

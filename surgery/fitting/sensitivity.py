@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from surgery.fitting.metric import Draws, Metric
+from surgery.fitting.metric import Draws, Metric, mean_square
 from surgery.fitting.trial import Trial
 from surgery.fitting.widened import in_float32
 from surgery.geometry.views import CanonicalView
@@ -62,10 +62,11 @@ def metrics(
     total: dict[str, Tensor] = {}  # on the device, which is not waited for
 
     def add(name: str, gradient: Tensor) -> None:
-        power = gradient.float().square().mean().double()
-        total[name] = total[name] + power if name in total else power
         if name in draws:
-            draws[name].add(views[name].to_matrices(gradient).flatten(0, 1))
+            power = draws[name].add(views[name].to_matrices(gradient).flatten(0, 1))
+        else:
+            power = mean_square(gradient)
+        total[name] = total[name] + power if name in total else power
 
     with in_float32(trial) as probes:
         _draw(trial, probes, seed, samples, add)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.fitting.metric import Draws, Metric, together
+from surgery.fitting.metric import Draws, Metric, mean_square, together
 from surgery.methods.siblings import lowrank
 from surgery.methods.siblings.lowrank import factors
 
@@ -137,3 +137,25 @@ def test_draws_without_a_usable_gradient_have_no_metric():
     assert draws.metric(1) is None
     draws.add(torch.zeros(2, 3))
     assert draws.metric(1) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (7,), (300, 700), (3, 70_000), (700, 300)])
+def test_a_gradient_is_measured_and_added_in_one_reading(shape, dtype):
+    """By pieces of rows, so that no element is missed and none is counted twice, turned ones included."""
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    turned = gradient.T if gradient.ndim == 2 and len(gradient) == 700 else gradient
+    total = torch.ones(turned.shape)
+    power = mean_square(turned, total)
+    assert power.dtype == torch.float64
+    assert float(power) == pytest.approx(float(gradient.double().square().mean()), rel=1e-5)
+    assert torch.equal(total, 1 + turned.float())
+    assert torch.equal(mean_square(turned), power)
+
+
+def test_draws_leave_gradients_as_they_are():
+    gradients = [torch.full((4, 4), float(i)) for i in range(1, 4)]
+    draws = Draws(1 << 20)
+    for g in gradients:
+        draws.add(g)
+    assert [float(g[0, 0]) for g in gradients] == [1.0, 2.0, 3.0]
