@@ -1,9 +1,12 @@
-"""On an accelerator: training in every precision, going on, templates, adaptation, the fit, and back to the CPU."""
+"""On an accelerator: training in every precision, going on, templates, adaptation, the fit, packed members."""
 
+import gc
 import signal
+from pathlib import Path
 
 import adaptation_nets
 import pytest
+import resident_bodies as bodies
 import stacked_nets as stacked
 import torch
 from nets import family, originals, outside_error
@@ -202,3 +205,62 @@ def test_templates_are_fitted_on_the_device_as_on_the_cpu(asked):
 def test_a_bank_of_hypermodules_is_fitted_on_the_device():
     joint = fit(join(family("mlp", 2)), hypermodules=6, device="cuda")
     assert_finite(joint)
+
+
+CUDA = torch.device("cuda")
+
+
+def allocated() -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for artifacts, made when what libraries keep for themselves on the device is there."""
+    with torch.no_grad():
+        bodies.seeded(bodies.Many).cuda()(bodies.IDS.cuda())
+        bodies.seeded(bodies.Wide).cuda()(bodies.draw(4, 32).cuda())
+    return tmp_path_factory.mktemp("artifacts")
+
+
+@pytest.mark.parametrize("way, cache", [("packed", 0), ("shared", 0), ("shared", 1 << 20)])
+@pytest.mark.parametrize("how", ["load", "to", "module"])
+@pytest.mark.parametrize("kind", bodies.CASES)
+def test_packed_members_compute(kind, how, way, cache, artifacts, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    bodies.moved_members_compute(kind, way, cache, how, CUDA, artifacts, allocated)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_casts_of_packed_members(dtype, artifacts):
+    bodies.casts_stay_packed(dtype, CUDA, artifacts)
+
+
+def test_packed_members_take_turns(artifacts):
+    bodies.members_take_turns(CUDA, artifacts)
+
+
+def test_what_is_extracted_of_packed_members_trains(artifacts):
+    folder, architectures, x = bodies.saved("many", artifacts)
+    joint = surgery.load(folder, modules=architectures(), resident="packed", device="cuda")
+    net = joint.extract("many").train()
+    net(x.cuda()).sum().backward()
+    assert all(p.grad is not None and p.grad.is_cuda for p in net.parameters())
+
+
+def test_a_packed_layer_allocates_one_weight_at_a_time(artifacts):
+    """Beside activations a forward pass holds no more than the weight that is used and what it is decoded from."""
+    layers = [torch.nn.Linear(1024, 1024, bias=False) for _ in range(8)]
+    net = torch.nn.Sequential(*layers).eval()
+    member = surgery.load_member(net, name="net", inputs=torch.randn(2, 1024))
+    joint = surgery.fit(surgery.join([member]), max_error=0.05)
+    out = surgery.save(joint, artifacts / "layers")
+    packed = surgery.load(out, modules={"net": net}, resident="packed", device="cuda")["net"]
+    x = torch.randn(2, 1024, device="cuda")
+    bodies.run(packed, x)
+    before = allocated()
+    torch.cuda.reset_peak_memory_stats()
+    bodies.run(packed, x)
+    assert torch.cuda.max_memory_allocated() - before < 4 * layers[0].weight.nbytes

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import math
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +33,7 @@ from surgery.storage.cache import Cache
 from surgery.storage.codecs import Encoded, decode, encode_native, unpacked
 from surgery.storage.held import held_faster
 from surgery.storage.keys import PartKey
-from surgery.storage.packed import REFUSED, Form, PackedWeight, held_bytes
+from surgery.storage.packed import REFUSED, Form, PackedWeight, change_together, held_bytes, moved_together
 from surgery.storage.stored import Stored, expand
 from surgery.util.memory import compact
 from surgery.util.showing import as_html, as_text, plural
@@ -64,7 +65,9 @@ class ResidentModel:
         self.stored_bytes, self.cache = stored_bytes, cache
         self._active: _Active | None = None
         self._sources: dict[str, dict[str, tuple]] = {}  # by member and place, as far as they were asked for
-        self._contents: dict[int, bytes] = {}  # of what is held, by id: nothing changes it
+        self._contents: dict[
+            int, tuple[weakref.ref, bytes]
+        ] = {}  # of what is held, by id: nothing changes it
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,17 +94,14 @@ class ResidentModel:
 
     def to(self, device: str | torch.device) -> ResidentModel:
         """Move all weights, packed as they are; what members share is moved once."""
-        copies: dict[int, Encoded] = {}
-        for member in self.members.values():
-            for module in member.module.modules():
-                for name, each in module._parameters.items():
-                    if isinstance(each, PackedWeight):
-                        moved = each.like(
-                            each.form.moved(torch.device(device), copies), None, torch.device(device)
-                        )
-                        module._parameters[name] = nn.Parameter(moved, requires_grad=False)
-            member.module.to(device)  # a cache drops what forms were moved away
-        self._contents = {}  # ids of what is gone are given out again
+        with moved_together():
+            for member in self.members.values():
+                member.module.to(device)  # a cache drops what forms were moved away
+        if self._active is not None:
+            active, now = self._active, stamps(_places(self._active.module))
+            same = {key: each for key, each in active.sources.items() if now[key] == active.stamps[key]}
+            active.module.to(device)
+            self._active = _Active(active.module, same, stamps(_places(active.module)))
         return self
 
     @torch.no_grad()
@@ -113,8 +113,11 @@ class ResidentModel:
         module = deepcopy(self.members[name].module)
         for method in _GUARDED:
             module.__dict__.pop(method, None)
-        if getattr(module.__dict__.get("forward"), "func", None) is _eagerly:
-            del module.__dict__["forward"]
+        for part in module.modules():
+            part.__dict__.pop("flatten_parameters", None)
+        for method, ours in (("forward", _eagerly), ("_apply", _moved_at_once)):
+            if getattr(module.__dict__.get(method), "func", None) is ours:
+                del module.__dict__[method]
         made: dict[tuple, nn.Parameter] = {}
         for part in module.modules():
             for attribute, each in part._parameters.items():
@@ -124,6 +127,9 @@ class ResidentModel:
                     setattr(part, attribute, made[each.form.key])
                 elif each is not None and each.is_floating_point():
                     each.requires_grad_(True)
+        for part in module.modules():
+            if isinstance(part, nn.RNNBase):
+                part.flatten_parameters()
         forget_derived(module)
         return module
 
@@ -149,7 +155,7 @@ class ResidentModel:
         active, now, written = self._active, stamps(mine), set()
         for key, source in sources.items():
             changed = now[key] != active.stamps[key]  # by whoever trained or edited the module
-            if (changed or source != active.sources[key]) and id(mine[key]) not in written:
+            if (changed or source != active.sources.get(key)) and id(mine[key]) not in written:
                 written.add(id(mine[key]))
                 each = theirs[key]
                 mine[key].copy_(each.unpacked() if isinstance(each, PackedWeight) else each)
@@ -170,12 +176,17 @@ class ResidentModel:
         found = []
         for name, precision, pieces in parts:
             for piece, each in sorted(pieces.items()):
-                if id(each) not in self._contents:
-                    flat = each.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                    data = flat.numpy().data if flat.numel() else b""
-                    self._contents[id(each)] = hashlib.blake2b(data, digest_size=16).digest()
-                found.append((name, precision, piece, tuple(each.shape), self._contents[id(each)]))
+                found.append((name, precision, piece, tuple(each.shape), self._digest(each)))
         return place, tuple(tensor.shape), *found
+
+    def _digest(self, tensor: Tensor) -> bytes:
+        known = self._contents.get(id(tensor))
+        if known is None or known[0]() is not tensor:  # ids of what is gone are given out again
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            data = flat.numpy().data if flat.numel() else b""
+            known = weakref.ref(tensor), hashlib.blake2b(data, digest_size=16).digest()
+            self._contents[id(tensor)] = known
+        return known[1]
 
     def __repr__(self) -> str:
         return as_text(self._title(), ["  ".join(row) for row in self._rows()])
@@ -207,7 +218,10 @@ class ResidentModel:
 
 @dataclass(frozen=True)
 class _Active:
-    """A module that is one member after the other: what its tensors were made from, and stamps of them, by place."""
+    """A module that is one member after the other: what its tensors were made from, and stamps of them, by place.
+
+    Of what was changed since it is not known what it was made from.
+    """
 
     module: nn.Module
     sources: Mapping[str, tuple]
@@ -259,6 +273,10 @@ def make_resident(members: list[Member], stored: Stored, resident: Resident, cac
                 set_extra_state(member.module, values)
         _refuse_training(member.module)
         _run_eagerly(member.module)
+        for part in member.module.modules():
+            if isinstance(part, nn.RNNBase):  # cuDNN's one piece of memory is for weights that have some
+                part.__dict__["flatten_parameters"] = _nothing
+        member.module.__dict__["_apply"] = partial(_moved_at_once, member.module)
     return ResidentModel({member.name: member for member in members}, resident, nbytes, kept)
 
 
@@ -368,8 +386,7 @@ MARGIN = 0.01  # for buffers that are not stored
 
 
 def _parameter(form: Form, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-    device = form.tensors[0].device
-    return nn.Parameter(PackedWeight(form, shape, dtype, device), requires_grad=False)
+    return nn.Parameter(PackedWeight(form, shape, dtype), requires_grad=False)
 
 
 def _refuse_training(module: nn.Module) -> None:
@@ -398,6 +415,16 @@ def _eagerly(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             _EAGER[run] = torch.compiler.disable(run)
         run = _EAGER[run]
     return run(module, *args, **kwargs)
+
+
+def _moved_at_once(module: nn.Module, change: Any, *args: Any, **kwargs: Any) -> nn.Module:
+    """Move or cast a member, of which what its weights have in common stays in common."""
+    with moved_together():
+        return type(module)._apply(module, change_together(change), *args, **kwargs)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _unless_off(module: nn.Module, method: str, on: bool = True) -> nn.Module:

@@ -10,7 +10,9 @@ no change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -54,6 +56,11 @@ class Form:
     def tensors(self) -> list[Tensor]:
         """All that is held."""
         return [part for each in self.parts.values() for part in each.parts.values()]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is held, and decoded."""
+        return self.tensors[0].device
 
     @property
     def key(self) -> tuple:
@@ -103,15 +110,59 @@ class Form:
             return None
         return decode(take_rows(self.parts[""], index)).to(dtype)
 
-    def moved(self, device: torch.device, copies: dict[int, Encoded]) -> Form:
-        """The same on another device; what forms have in common is moved once."""
-        parts = {}
-        for name, each in self.parts.items():
-            if id(each) not in copies:
-                there = {piece: part.to(device) for piece, part in each.parts.items()}
-                copies[id(each)] = replace(each, parts=there)
-            parts[name] = copies[id(each)]
-        return replace(self, parts=parts)
+    def moved(self, device: torch.device, dtype: torch.dtype) -> Form:
+        """The same on another device, or of a weight of another dtype; see `moved_together`."""
+        return replace(
+            self, parts={name: self._moved(each, device, dtype) for name, each in self.parts.items()}
+        )
+
+    def _moved(self, one: Encoded, device: torch.device, dtype: torch.dtype) -> Encoded:
+        copies = _COPIES.get()
+        key = id(one), device, dtype if self.plan is None else None
+        if copies is not None and key in copies:
+            return copies[key][1]
+        there = one
+        if self.plan is None:
+            there = as_dtype(one, dtype) or one  # else the weight is cast when it is decoded
+        if any(part.device != device for part in one.parts.values()):
+            there = replace(there, parts={name: part.to(device) for name, part in there.parts.items()})
+        if copies is not None:
+            copies[key] = one, there
+        return there
+
+
+_COPIES: ContextVar[dict[tuple, tuple[Any, Any]] | None] = ContextVar("copies", default=None)
+"""By what they are copies of, which stays alive as long, so that no other gets its place."""
+
+
+@contextmanager
+def moved_together() -> Iterator[None]:
+    """Inside, what stored forms have in common is moved or cast once."""
+    token = _COPIES.set({}) if _COPIES.get() is None else None
+    try:
+        yield
+    finally:
+        if token is not None:
+            _COPIES.reset(token)
+
+
+def change_together(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `Module._apply` does to tensors, done once to ordinary ones that lie in the same memory.
+
+    Args:
+        change: moves or casts; used within `moved_together`.
+    """
+
+    def once(tensor: Tensor) -> Tensor:
+        copies = _COPIES.get()
+        if copies is None or isinstance(tensor, PackedWeight) or not tensor.numel() or tensor.is_meta:
+            return change(tensor)
+        place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        if place not in copies:
+            copies[place] = tensor.detach(), change(tensor)
+        return copies[place][1]
+
+    return once
 
 
 def _refuse_steps(optimizer: Any, *_: Any) -> None:
@@ -131,9 +182,9 @@ class PackedWeight(Tensor):
 
     @staticmethod
     def __new__(  # noqa: D102
-        cls, form: Form, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+        cls, form: Form, shape: Sequence[int], dtype: torch.dtype
     ) -> PackedWeight:
-        made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=device)  # pyright: ignore
+        made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=form.device)  # pyright: ignore
         made.form = form
         _watch_optimizers()
         return made
@@ -166,17 +217,26 @@ class PackedWeight(Tensor):
         raise TrainingError(REFUSED)
 
     def __deepcopy__(self, memo: dict) -> PackedWeight:
-        return self  # which nothing changes
+        """Another weight, which may be moved or cast by itself, of the same stored form."""
+        made = self.like(self.form)
+        if hasattr(self, "_is_param"):
+            made._is_param = True  # pyright: ignore[reportAttributeAccessIssue]
+        memo[id(self)] = made
+        return made
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _OF_MEMORY:
             raise TrainingError(REFUSED)
+        if func == _SET_DATA:  # as `Module.to` does, also to other devices
+            if not all(isinstance(each, PackedWeight) for each in args):
+                raise TrainingError(REFUSED)
+            args[0].form = args[1].form
         if func is nn.functional.embedding and (found := _looked_up(*args, **kwargs)) is not None:
             return found
         if func in _AT_ONCE:  # each of their steps would decode again
-            args, kwargs = _decoded(args, kept=True), _decoded(kwargs, kept=True)
+            args, kwargs = _decoded(args, True, True), _decoded(kwargs, True, True)
         with torch._C.DisableTorchFunctionSubclass():  # what comes of it is an ordinary tensor
             return func(*args, **kwargs)
 
@@ -194,24 +254,17 @@ class PackedWeight(Tensor):
         kept = all(each.alias_info is None for each in func._schema.returns)  # a view could be written to
         return func(*_decoded(args, kept), **_decoded(kwargs, kept))
 
-    def like(
-        self, form: Form, dtype: torch.dtype | None = None, device: torch.device | None = None
-    ) -> PackedWeight:
-        """Another stored form in its place."""
-        return PackedWeight(form, self.shape, dtype or self.dtype, device or self.device)
+    def like(self, form: Form, dtype: torch.dtype | None = None) -> PackedWeight:
+        """Another stored form in its place, where that is held."""
+        return PackedWeight(form, self.shape, dtype or self.dtype)
 
     def _moved(self, dtype: torch.dtype | None, device: Any) -> PackedWeight | None:
         """On another device, in another dtype; None where it has to be decoded for that."""
-        form, where = self.form, torch.device(device or self.device)
-        if dtype not in (None, self.dtype):
-            one = self.form.parts.get("") if self.form.plan is None else None
-            again = None if one is None or dtype is None else as_dtype(one, dtype)
-            if again is None:
-                return None
-            form = replace(self.form, parts={"": again})
-        if where != self.device:
-            form = form.moved(where, {})
-        return self.like(form, dtype, where)
+        dtype = dtype or self.dtype
+        if not dtype.is_floating_point:
+            return None
+        where = self.device if device is None else torch.device(device)
+        return self.like(self.form.moved(where, dtype), dtype)
 
 
 @cache
@@ -231,16 +284,25 @@ def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return False
 
 
-def _decoded(value: Any, kept: bool) -> Any:
+def _decoded(value: Any, kept: bool, like_trained: bool = False) -> Any:
+    # Of a weight that requires gradients PyTorch takes sums in another order, even where none are computed.
+    like_trained = like_trained and not torch.is_grad_enabled()
+
+    def trained(made: Tensor) -> bool:
+        return like_trained and not torch.is_autocast_enabled(
+            made.device.type
+        )  # which keeps casts of such weights
+
     def weight(each: Any) -> Any:
         if not isinstance(each, PackedWeight):
             return each
         # Under inference mode PyTorch makes views of ordinary tensors alone for what is one.
         with torch.inference_mode(False), torch.no_grad():
-            return each.form.kept(each.dtype) if kept else each.form.read(each.dtype)
+            made = each.form.kept(each.dtype) if kept else each.form.read(each.dtype)
+            return made.detach().requires_grad_() if trained(made) else made
 
     if isinstance(value, dict):
-        return {name: _decoded(each, kept) for name, each in value.items()}
+        return {name: _decoded(each, kept, like_trained) for name, each in value.items()}
     if isinstance(value, (tuple, list)) and not any(isinstance(each, (tuple, list, dict)) for each in value):
         return [weight(each) for each in value]  # the usual case
     return tree_map(weight, value)
@@ -277,6 +339,8 @@ _OF_MEMORY: set[Callable[..., Any]] = {
     Tensor.data_ptr, Tensor.storage, Tensor.untyped_storage, Tensor.share_memory_, Tensor.set_, Tensor.resize_,
 }  # fmt: skip
 """Calls that ask for memory, which a packed weight has none of."""
+
+_SET_DATA: Any = Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def held_bytes(modules: Iterable[nn.Module]) -> int:

@@ -22,7 +22,7 @@ from surgery.errors import ArtifactError, PlanError, TrainingError
 from surgery.storage.cache import Cache
 from surgery.storage.codecs import Precision, decode, encode, take_rows
 from surgery.storage.keys import PlainKey
-from surgery.storage.packed import Form, PackedWeight
+from surgery.storage.packed import Form, PackedWeight, _decoded
 from surgery.storage.stored import Stored, revive, store
 from surgery.util.stamps import stamps
 
@@ -31,7 +31,7 @@ WAYS = ["packed", "shared"]
 
 def packed(weight: torch.Tensor, precision: str = "int4/16") -> tuple[nn.Parameter, torch.Tensor]:
     stored = encode(weight, Precision.parse(precision))
-    made = PackedWeight(Form({"": stored}), stored.shape, stored.dtype, torch.device("cpu"))
+    made = PackedWeight(Form({"": stored}), stored.shape, stored.dtype)
     return nn.Parameter(made, requires_grad=False), decode(stored)
 
 
@@ -83,6 +83,53 @@ def test_rows_of_codes_are_those_of_the_whole(rows, columns, precision, data):
     stored = encode(draw(rows, columns), Precision.parse(precision))
     index = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=1)))
     assert torch.equal(decode(take_rows(stored, index)), decode(stored)[index])
+
+
+def test_a_weight_is_moved_and_cast_by_itself():
+    """As `Module.to` does it, which writes the metadata of another tensor into a parameter."""
+    net = nn.Linear(16, 32, bias=False)
+    net.weight, dense = packed(draw(32, 16))
+    twin = copy.deepcopy(net).half()
+    assert twin.weight.form.parts[""] is not net.weight.form.parts[""]  # pyright: ignore
+    assert net.weight.dtype == torch.float32 and torch.equal(net(dense), nn.functional.linear(dense, dense))
+    assert torch.equal(twin.weight + 0, dense.half())
+    other, _ = packed(2 * draw(32, 16))
+    moved = net.weight
+    net._apply(lambda each: other.data)
+    assert net.weight is moved and moved.form is other.data.form  # pyright: ignore
+    with pytest.raises(TrainingError, match=r"extract\(NAME\)"):
+        net.weight.data = dense
+    whole = net.weight.to(torch.int64)
+    assert type(whole) is torch.Tensor and torch.equal(whole, net.weight.unpacked().to(torch.int64))  # pyright: ignore
+
+
+def test_sums_are_taken_in_the_order_of_a_plain_model():
+    """Which for inputs that do not lie in order depends on whether the weight requires gradients."""
+    weight, dense = packed(draw(48, 64))
+    x = draw(6, 4, 64).transpose(0, 1)
+    with torch.no_grad():
+        found = nn.functional.linear(x, weight)
+        assert torch.equal(found, nn.functional.linear(x, nn.Parameter(dense))) and not found.requires_grad
+    assert not nn.functional.linear(x, weight).requires_grad
+    for mode, marked in ((torch.no_grad(), True), (torch.enable_grad(), False)):
+        with mode:
+            assert _decoded([weight], True, True)[0].requires_grad == marked
+            with torch.autocast("cpu", dtype=torch.bfloat16):  # it would keep a cast of each until it ends
+                assert not _decoded([weight], True, True)[0].requires_grad
+
+
+def test_casts_of_generated_weights_take_no_room(tmp_path):
+    folder = surgery.save(hypermodules(), tmp_path / "joint")
+    joint = surgery.load(folder, modules=modules(), resident="packed")
+    before = joint.resident_bytes
+    wanted = joint.extract("one").half()
+    joint["one"].half()
+    small = [each for each in joint["one"].parameters() if isinstance(each, PackedWeight)]
+    assert small and all(each.dtype == torch.float16 for each in small) and joint.resident_bytes <= before
+    assert all(
+        torch.equal(mine + 0, theirs)
+        for mine, theirs in zip(joint["one"].parameters(), wanted.parameters(), strict=True)
+    )
 
 
 def joints() -> dict[str, surgery.JointModel]:

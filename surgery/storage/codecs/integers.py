@@ -98,10 +98,15 @@ class Integers(Codec[Grouping]):
         """As `decode`, which for a few values spends most of its time on views and on calls."""
         bits, shape = encoded.precision.settings.bits, encoded.shape
         width = _width(shape, encoded.precision.settings.group)
-        count = encoded.parts["scale"].numel() * width
-        if encoded.dtype != torch.float32 or count != math.prod(shape) or count > DECODE_CHUNK:
+        scale = encoded.parts["scale"]
+        count = scale.numel() * width
+        if (
+            encoded.dtype != torch.float32
+            or count != math.prod(shape)
+            or count > _at_once(DECODE_CHUNK, scale)
+        ):
             return super().decoder(encoded)
-        planes, scale = planes_of(encoded.parts, bits, count), encoded.parts["scale"].view(-1, 1)
+        planes, scale = planes_of(encoded.parts, bits, count), scale.view(-1, 1)
         half = float(1 << (bits - 1))
 
         def again() -> Tensor:
@@ -223,7 +228,9 @@ def _decode(
     bits, width = settings.bits, _width(shape, settings.group)
     scale = scale.float().unsqueeze(1)
     values = empty_large((scale.shape[0], width), dtype, scale.device)
-    step = max(DECODE_CHUNK // (8 * width), 1) * 8  # groups: of all planes, each chunk is whole bytes
+    step = (
+        max(_at_once(DECODE_CHUNK, scale) // (8 * width), 1) * 8
+    )  # groups: of all planes, each chunk is whole bytes
     for start in range(0, len(values), step):
         out = values[start : start + step]
         part = codes(start * width, start * width + out.numel()).sub(1 << (bits - 1))
