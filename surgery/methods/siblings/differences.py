@@ -9,8 +9,9 @@ they make up for their rounding as far as their directions reach.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -55,7 +56,9 @@ from surgery.storage.lazy import LazyState, Made
 
 RUNS = (0, 1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 """Ranks between which directions are decided on together."""
-BITS = tuple(grouped(bits, 64) for bits in (8, 6, 5, 4, 3))  # of private rows; 2 cost more than they save
+GROUP = 64  # entries of a private row that have a scale of their own
+BITS = tuple(grouped(bits, GROUP) for bits in (8, 6, 5, 4, 3))  # of private rows; 2 cost more than they save
+SEEN = 1024  # entries of a wide vector that are rounded to see what rounding costs
 MOST_OF_TABLE = 64  # directions of a table: each has a context for every row
 MADE = 2  # banks that are kept while a fit tries others
 NOTHING = 1e-3  # of the squared error that is allowed: what all sites may leave out that is never tried
@@ -303,12 +306,11 @@ def _runs(site: Site, made: Factors, metric: Metric) -> list[tuple[int, int, Uni
     into, out = metric.into, metric.out
     of_rows = (times(contexts, out) * contexts).sum(1)  # an error of a row counts that much
     of_contexts = (times(rows, into) * rows).sum(1)
-    stored = rounded if is_tame(rows) and is_tame(contexts) else lambda each, how: decode(encode(each, how))
+    stored = rounded if is_tame(rows) and is_tame(contexts) else _checked
     lost = []  # by precision, of each direction
     for precision in BITS:
-        wrong = stored(rows, precision) - rows, stored(contexts, precision) - contexts
-        from_rows = of_rows * (times(wrong[0], into) * wrong[0]).sum(1)
-        lost.append(from_rows + of_contexts * (times(wrong[1], out) * wrong[1]).sum(1))
+        how = partial(stored, precision=precision)
+        lost.append(of_rows * _rounding(rows, into, how) + of_contexts * _rounding(contexts, out, how))
     lost, energy = [each.cpu() for each in lost], made.energy.cpu()  # of which many sums are taken
     found = []
     for start, stop in pairwise([*(rank for rank in RUNS if rank < len(rows)), len(rows)]):
@@ -324,3 +326,23 @@ def _runs(site: Site, made: Factors, metric: Metric) -> list[tuple[int, int, Uni
         )
         found.append((start, stop, unit))
     return found
+
+
+def _checked(vectors: Tensor, precision: Precision) -> Tensor:
+    """What `rounded` gives, of values that may not be tame."""
+    return decode(encode(vectors, precision))
+
+
+def _rounding(vectors: Tensor, side: Tensor, stored: Callable[[Tensor], Tensor]) -> Tensor:
+    """What rounding each vector costs under one side of a metric: `[k]`, for `vectors [k, n]`.
+
+    Of wide ones it is estimated from groups of entries that are spread over them, whose errors are independent.
+    """
+    n = vectors.shape[1]
+    if n < 2 * SEEN:
+        wrong = stored(vectors) - vectors
+        return (times(wrong, side) * wrong).sum(1)
+    first = torch.linspace(0, n // GROUP - 1, SEEN // GROUP, device=vectors.device).long() * GROUP
+    seen = (first[:, None] + torch.arange(GROUP, device=vectors.device)).flatten()
+    some, diagonal = vectors[:, seen], (side if side.ndim == 1 else side.diagonal())[seen]
+    return (stored(some) - some).square() @ diagonal.to(some) * (n / len(seen))

@@ -136,13 +136,16 @@ def feed_back(rows: Tensor, inputs: Inputs, width: int, grid: Callable[[Tensor],
     plain = Rounded(plain.codes, plain.grids, price(rows - _decoded(plain, width), moment))
     if inputs.root is None:
         return plain
-    fed = _descend(rows, moment, width, _forward(rows, moment, inputs.root, width, grid))
-    better = fed.error < plain.error
+    columns = _columns(rows)
+    found = _forward(columns, inputs.root, width, grid)
+    _descend(columns, moment, width, found)
+    fed = price((columns - found.values).T, moment)
+    better = fed < plain.error
     if not bool(better.any()):
         return plain
-    grids = tuple(_Either(better[:, None], *pair) for pair in zip(fed.grids, plain.grids, strict=True))
-    codes = torch.where(better[:, None], fed.codes, plain.codes)
-    return Rounded(codes, grids, torch.where(better, fed.error, plain.error))
+    grids = tuple(_Either(better[:, None], *pair) for pair in zip(found.grids, plain.grids, strict=True))
+    codes = torch.where(better[:, None], found.codes.T, plain.codes).contiguous()
+    return Rounded(codes, grids, torch.where(better, fed, plain.error))
 
 
 @dataclass(frozen=True)
@@ -171,26 +174,39 @@ def _decoded(rounded: Rounded, width: int) -> Tensor:
     return torch.cat([grid.values(codes) for grid, codes in parts], 1)
 
 
-def _forward(
-    rows: Tensor, moment: Tensor, upper: Tensor, width: int, grid: Callable[[Tensor], Grid]
-) -> Rounded:
+@dataclass(frozen=True)
+class _Fed:
+    """A matrix that is being rounded, by columns, which lie together.
+
+    Attributes:
+        codes: `[n, R]`, as floats.
+        values: `[n, R]`, what they decode to.
+        grids: of the groups of columns, in their order.
+    """
+
+    codes: Tensor
+    values: Tensor
+    grids: list[Grid]
+
+
+def _forward(columns: Tensor, upper: Tensor, width: int, grid: Callable[[Tensor], Grid]) -> _Fed:
     """GPTQ: each group's grid is made of what earlier groups left, and each column's error goes to later ones."""
-    left, codes, grids = _columns(rows), torch.empty_like(rows.T), []  # columns lie together
-    for start in range(0, rows.shape[1], width):
+    left, found = columns.clone(), _Fed(torch.empty_like(columns), torch.empty_like(columns), [])
+    pivots = upper.diagonal().tolist()
+    for start in range(0, len(columns), width):
         stop = start + width
         part, root = left[start:stop], upper[start:stop, start:stop]
-        grids.append(grid(part.T))
+        made = grid(part.T)
+        found.grids.append(made)
         errors = torch.empty_like(part)
-        for j in range(width):
-            code = grids[-1].codes(part[j, :, None])
-            codes[start + j] = code[:, 0]
-            torch.sub(part[j], grids[-1].values(code)[:, 0], out=errors[j])
-            errors[j] /= root[j, j]  # GPTQ, Eq. (3)
-            part[j + 1 :].addr_(root[j, j + 1 :], errors[j], alpha=-1)  # GPTQ, Eq. (2)
+        for j, (column, error) in enumerate(zip(part, errors, strict=True)):
+            code = made.codes(column[:, None])
+            value = made.values(code)
+            found.codes[start + j], found.values[start + j] = code[:, 0], value[:, 0]
+            torch.sub(column, value[:, 0], out=error).div_(pivots[start + j])  # GPTQ, Eq. (3)
+            part[j + 1 :].addr_(root[j, j + 1 :], error, alpha=-1)  # GPTQ, Eq. (2)
         left[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)  # GPTQ, Eq. (4), lazily
-    codes = codes.T.contiguous()
-    found = Rounded(codes, tuple(grids), rows.new_zeros(len(rows)))
-    return Rounded(codes, found.grids, price(rows - _decoded(found, width), moment))
+    return found
 
 
 def _columns(rows: Tensor) -> Tensor:
@@ -206,29 +222,29 @@ def _inverse_root(moment: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(upper, identity, upper=True).to(moment.dtype)
 
 
-def _descend(rows: Tensor, moment: Tensor, width: int, start: Rounded) -> Rounded:
-    """Round every column anew, given all the others, as long as that lowers a row's error."""
-    best, columns = start, _columns(rows)  # columns lie together
-    steps = moment.diagonal().reciprocal()
+def _descend(columns: Tensor, moment: Tensor, width: int, found: _Fed) -> None:
+    """Round every column anew, in place, given all the others: no row's error rises.
+
+    Args:
+        columns: to be rounded, `[n, R]`.
+        moment: H.
+        width: of a group.
+        found: as it is rounded; changed.
+    """
+    steps, error = moment.diagonal().reciprocal(), columns - found.values
     for _ in range(SWEEPS):
-        codes, error = _columns(best.codes), columns - _decoded(best, width).T
-        for number, grid in enumerate(best.grids):
-            first, last = number * width, number * width + width
-            pull = moment[first:last] @ error  # of all errors on the columns of this group
-            inner = moment[first:last, first:last]
-            for j in range(width):
-                column, now = columns[first + j], error[first + j]
-                # The value at which the error has no slope: w + sum over the others of E H / H_jj.
-                value = torch.addcmul(column - now, pull[j], steps[first + j])
-                code = grid.codes(value[:, None])
-                after = column - grid.values(code)[:, 0]
-                pull.addr_(inner[j], after - now)
-                error[first + j], codes[first + j] = after, code[:, 0]
-        codes, found = codes.T.contiguous(), price(error.T, moment)
-        better = found < best.error
-        changed = float((codes != best.codes).float().mean())
-        kept = torch.where(better[:, None], codes, best.codes)
-        best = Rounded(kept, best.grids, torch.where(better, found, best.error))
-        if changed < SETTLED:
+        changed = error.new_zeros(())
+        for number, grid in enumerate(found.grids):
+            group = slice(number * width, number * width + width)
+            values, codes, inner = found.values[group], found.codes[group], moment[group, group]
+            pull, before = moment[group] @ error, codes.clone()  # of all errors on the columns of this group
+            for j, (now, step) in enumerate(zip(values, steps[group], strict=True)):
+                # Where the error has no slope: this value + sum over all errors E H / H_jj.
+                code = grid.codes(torch.addcmul(now, pull[j], step)[:, None])
+                after = grid.values(code)[:, 0]
+                pull[j + 1 :].addr_(inner[j, j + 1 :], now - after)
+                values[j], codes[j] = after, code[:, 0]
+            torch.sub(columns[group], values, out=error[group])
+            changed += (codes != before).sum()
+        if float(changed) < SETTLED * error.numel():
             break
-    return best

@@ -23,6 +23,7 @@ from surgery.storage.codecs.planes import PLANES, apart, joined, pack, planes_of
 from surgery.util.memory import compact, empty_large
 
 CHUNK = 1 << 20  # values handled at once while encoding: bounds its memory
+FED_BACK = 1 << 21  # likewise with error feedback, where each column takes calls of its own
 ON_DEVICE = 64  # times as many on an accelerator, where a step takes as long for few values as for many
 # Values, times scales that are tried for them, at once: what is between them stays in the cache.
 TRIED = 1 << 17
@@ -72,7 +73,7 @@ class Integers(Codec[Grouping]):
         if fits(tensor, statistics):
             assert statistics is not None and statistics.second_moment is not None
             rows, inputs = _columns(tensor, width), Inputs.of(_padded(statistics.second_moment, width))
-            for part in rows.split(max(1, _at_once(CHUNK, rows) // rows.shape[1])):
+            for part in rows.split(max(1, _at_once(FED_BACK, rows) // rows.shape[1])):
                 code, scale = _fed_back(part, inputs, width, settings.bits)
                 codes.append(code)
                 scales.append(scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from torch import nn
 import surgery
 from surgery.anatomy.plan import BankPlan
 from surgery.core.registry import find_method
+from surgery.methods.siblings import differences
 from surgery.methods.siblings.bank import SiblingsBank
 from surgery.settings.methods import method_names
-from surgery.storage.codecs import decode, encode_native, grouped
+from surgery.storage.codecs import decode, encode_native, grouped, rounded
 from surgery.storage.codecs import encode as encoded
 from surgery.storage.stored import store
 
@@ -246,3 +248,18 @@ def test_a_fitted_family_is_trained_in_what_it_shares(loaded):
     assert {loaded.dictionary[key].form for key in loaded.dictionary} == {"siblings"}
     moved = [loaded.collapse(name)["middle.0.weight"] - before[name] for name in NAMES]
     assert all(float(each.abs().max()) > 0 for each in moved)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_rounding_wide_vectors_costs_is_seen_in_some_of_their_entries(whole):
+    generator = torch.Generator().manual_seed(0)
+    n = 4 * differences.SEEN
+    vectors = torch.randn(40, n, generator=generator) * torch.linspace(1, 3, n)
+    weight = torch.linspace(2, 1, n)
+    side = weight.diag() + 0.01 if whole else weight
+    stored = partial(rounded, precision=grouped(4, 64))
+    wrong = stored(vectors) - vectors
+    exact = (wrong @ side * wrong).sum(1) if whole else (wrong * weight * wrong).sum(1)
+    found = differences._rounding(vectors, side, stored)
+    assert float(found.sum()) == pytest.approx(float(exact.sum()), rel=0.02)
+    assert bool(((found / exact).log().abs() < 0.2).all())
