@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from surgery.anatomy.plan import Plan
 from surgery.core.dictionary import Dictionary
@@ -259,16 +259,12 @@ def _fitted(
     except BaseException:
         for take_back in given_up:
             take_back()
-        for name, tensors in originals.items():
-            assign(joint[name], tensors, joint.owners[name])
+        _back_home(joint, originals, home, modes)
         originals.clear()
         held_memory.give_back()
         joint.occupy(*before)
         raise
-    finally:
-        joint.to(home)
-        for part, training in modes:
-            part.training = training
+    _back_home(joint, originals, home, modes)
     stored = trim(outcome.stored)
     precision = sum(bytes_alone(stored).values()) - stored.nbytes - outcome.sharing
     errors = dict(zip(joint.names, map(float, outcome.errors), strict=True))
@@ -279,6 +275,23 @@ def _fitted(
         stacks,
     )  # fmt: skip
     return stored, report, before[3], was.hashes, ()
+
+
+def _back_home(
+    joint: JointModel,
+    originals: Mapping[str, Mapping[str, Tensor]],
+    home: torch.device,
+    modes: Sequence[tuple[nn.Module, bool]],
+) -> None:
+    """Give modules without slots their original weights, the device and the modes that they had before trials.
+
+    Weights on trial are not moved: where members are larger than memory there is no room for them.
+    """
+    for name, tensors in originals.items():
+        assign(joint[name], tensors, joint.owners[name])
+    joint.to(home)
+    for part, training in modes:
+        part.training = training
 
 
 def _give_up(

@@ -68,7 +68,7 @@ def move_all(joint: JointModel, change: Callable) -> None:
         change: what is done to every tensor.
     """
     joint.begin("Moving the model")
-    known, dtypes = joint.known, _dtypes(joint)
+    known, dtypes, forms = joint.known, _dtypes(joint), _forms(joint)
     with joint.slots.mark("moving"):
         joint.bodies._apply(change)
         for replaced in (each for member in joint.members.values() for each in member.replaced):
@@ -78,7 +78,17 @@ def move_all(joint: JointModel, change: Callable) -> None:
     joint.plan = plan_in_dtypes(joint.plan, lambda dtype: change(torch.empty(0, dtype=dtype)).dtype)
     if _dtypes(joint) == dtypes:  # on another device weights are what they were
         joint.keep_known(known)
-    joint.refresh()  # slots are no parameters: nn.Module does not move them
+    # Slots are no parameters, nn.Module does not move them. Where nothing moved they stay: to fill them anew would
+    # copy weights that are mapped.
+    if _forms(joint) != forms or _dtypes(joint) != dtypes:
+        joint.refresh()
+
+
+def _forms(joint: JointModel) -> list[tuple[torch.device, torch.dtype]]:
+    """Device and dtype of all that is moved, but for banks that rest: one that something happens to is made."""
+    banks = [joint.dictionary[key] for key in joint.dictionary if not joint.dictionary.rests(key)]
+    moved = (*joint.bodies.parameters(), *joint.bodies.buffers(), *banks)
+    return [(each.device, each.dtype) for each in moved]
 
 
 def _dtypes(joint: JointModel) -> list[torch.dtype]:
