@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from surgery.artifact.exportcard import hub_id
 from surgery.artifact.manifest import Manifest, OriginEntry
 from surgery.artifact.shares import Shares
 from surgery.errors import first_few
@@ -42,7 +43,7 @@ def make_card(manifest: Manifest, shares: Shares, *, picture: bool = True) -> st
 
     origins = {name: _origin(manifest, name) for name in manifest.members}
     libraries = sorted({"transformers", "timm"} & {origin.kind for origin in origins.values()})
-    bases = [base for origin in origins.values() if (base := _hub_id(origin))]
+    bases = [base for origin in origins.values() if (base := hub_id(origin))]
     data = ModelCardData(
         library_name="model-surgery",
         base_model=sorted(set(bases)) or None,
@@ -210,10 +211,3 @@ def _cell(origin: OriginEntry) -> str:
     local = reference.startswith(("/", "~", ".")) or ("\\" in reference)
     named = architecture if local or reference == architecture else f"{reference} ({architecture})"
     return "`" + named.replace("|", "\\|").replace("`", "'")[:120] + "`"
-
-
-def _hub_id(origin: OriginEntry) -> str | None:
-    """The hub's name of a member's origin, where it came from there."""
-    if origin.kind not in ("transformers", "timm") or not origin.revision:
-        return None
-    return origin.reference.partition("@")[0].partition("?")[0].removeprefix("timm:")

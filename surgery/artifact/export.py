@@ -8,6 +8,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from surgery.artifact.exportcard import write_export_card
 from surgery.artifact.folder import load
 from surgery.artifact.formats.compressed_tensors import plan_packing, write_compressed_tensors
 from surgery.artifact.formats.lora import write_lora
@@ -111,6 +112,7 @@ def export(
         if format == "transformers":
             with new_folder(out, overwrite=overwrite, need=stored.nbytes) as folder:
                 write_transformers(folder, stored, described, trust_remote_code)
+                write_export_card(folder, described, format, report)
             return Path(out).expanduser().resolve()
         if format == "compressed-tensors":
             packing, module = plan_packing(stored, described, tie_widths, trust_remote_code)
@@ -119,6 +121,7 @@ def export(
                     say(line)
             with new_folder(out, overwrite=overwrite, need=sum(packing.sizes.values())) as folder:
                 write_compressed_tensors(folder, packing, module, stored, described)
+                write_export_card(folder, described, format, report, packing.lines())
             return Path(out).expanduser().resolve()
         return write(stored, [described], report, out, overwrite, None)
 
@@ -168,13 +171,15 @@ def _export_plain(
         source = hardened(source, member, trust)
     if isinstance(source, JointModel):
         _check_name(member, source.names)
-        module = source.extract(member)
+        module, report = source.extract(member), source.report
         described = as_exported(source.members[member], module)
     else:
         described, module = _read_plain(source, member, trust)
+        report = read_manifest(Path(source).expanduser()).report
     size = sum(tensor.numel() * tensor.element_size() for tensor in state_tensors(module).values())
     with new_folder(out, overwrite=overwrite, need=size) as folder:
         write_plain(module, described.origin, described.files, folder)
+        write_export_card(folder, described, "plain", report)
     return Path(out).expanduser().resolve()
 
 

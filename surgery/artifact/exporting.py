@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from surgery.artifact.export import Format, check_settings, export, hardened, one
+from surgery.artifact.exportcard import make_export_card
 from surgery.artifact.formats.checkpoint import architecture, checkpoint_names
-from surgery.artifact.formats.compressed_tensors import METHOD, in_short, plan_packing
+from surgery.artifact.formats.compressed_tensors import METHOD, Packing, in_short, plan_packing
 from surgery.core.joint import JointModel
 from surgery.errors import ExportError
 from surgery.members.member import Member
+from surgery.members.origins.licences import CARD
 from surgery.storage.lazy import tensors_in_file
 from surgery.storage.states import lazy_state_of
 from surgery.storage.stored import Stored
@@ -143,16 +145,21 @@ def plan_export(
         return _of_adapter(source, member, base, max_error, calibrate, trust_remote_code)
     if harden:
         source = hardened(source, member, trust_remote_code)
-    stored, described, _ = one(source, member)
+    stored, described, report = one(source, member)
     files = {name: len(content) for name, content in sorted(described.files.items())}
+    lines: list[str] = []
     if format == METHOD:
-        tensors = _packed(stored, described, tie_widths, trust_remote_code)
+        packing, module = plan_packing(stored, described, tie_widths, trust_remote_code)
+        tensors, lines = _packed(stored, described, packing, module), packing.lines()
     elif format == "plain":
         tensors = _decoded(stored, described)
     else:
         if format == "transformers":
             architecture(described, stored, format, trust_remote_code)
         tensors = _coded(trim(stored), described)
+    if format != "compressed":
+        nbytes = sum(each.nbytes for each in tensors)
+        files[CARD] = len(make_export_card(described, format, report, nbytes, lines).encode())
     return ExportPlan(member, format, tuple(sorted(tensors, key=lambda each: each.name)), files)
 
 
@@ -188,9 +195,8 @@ def _coded(stored: Stored, member: Member) -> list[PlannedTensor]:
     return found
 
 
-def _packed(stored: Stored, member: Member, tie_widths: bool, trust: bool) -> list[PlannedTensor]:
+def _packed(stored: Stored, member: Member, packing: Packing, module: Any) -> list[PlannedTensor]:
     """Linear layers as packed integers, everything else as it is."""
-    packing, module = plan_packing(stored, member, tie_widths, trust)
     kept, found = {*checkpoint_names(module)}, []
     for name, how, shape, dtype, nbytes in _state(stored, member):
         if name not in kept:

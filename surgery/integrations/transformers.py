@@ -76,6 +76,14 @@ class SurgeryQuantizer(HfQuantizer):
         if "disk" in places:
             raise LoadError(_OFFLOADED)
 
+    def update_tp_plan(self, config: Any) -> Any:
+        """Not of a plan: of what versions call with the configuration before files are looked for, the first."""
+        return _unlocked(config)
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """As `update_tp_plan`, which newer versions call no more."""
+        return _unlocked(config)
+
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a tensor of another shape is no mistake: that of a marker whose codes are of the right one."""
         handle = self._handle(model, param_name)
@@ -188,6 +196,13 @@ _OFFLOADED = (
     "Weights that are decoded must fit the devices that they run on, but `device_map` leaves some on the disk, or on "
     'the CPU beside another device: give one device, such as device_map="cuda:0", or export the member as plain.'
 )
+
+
+def _unlocked(config: Any) -> Any:
+    """Take away the name of the file that is not there, by which others are kept from reading markers as weights."""
+    if hasattr(config, "transformers_weights"):
+        del config.transformers_weights
+    return config
 
 
 def _value(handle: Any, marker: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from surgery.artifact.export import export
 from surgery.artifact.verify import verify
 from surgery.errors import ArtifactError, ExportError, OutputError, PlanError
 from surgery.members.member import content_hash
+from surgery.members.origins.licences import licence_file
 from surgery.members.references import load_member
 from surgery.page import look
 from surgery.storage.lazy import tensors_in_file
@@ -76,6 +77,62 @@ def joint(text: Path, tmp_path_factory: pytest.TempPathFactory) -> surgery.Joint
 @pytest.fixture(scope="module")
 def out(joint: surgery.JointModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(joint, tmp_path_factory.mktemp("joint") / "out")
+
+
+LICENSED = """---
+license: other
+license_name: mine
+license_link: https://example.org/licence
+tags: [a, b]
+---
+# A model of somebody's, whose card says more
+"""
+
+
+@pytest.mark.parametrize("way", ["plain", "transformers", "compressed-tensors"])
+def test_exports_have_a_card(way, tmp_path: Path):
+    """With the licence that the original's card names, and how far outputs moved."""
+    from huggingface_hub import ModelCard
+    from tiny_transformers import save_tiny
+
+    save_tiny("bert", tmp_path / "source")
+    (tmp_path / "source" / "README.md").write_text(LICENSED)
+    (tmp_path / "source" / "LICENSE.txt").write_text("You may.")
+    joint = surgery.fit(surgery.join([load_member(f"text={tmp_path / 'source'}")]), max_error=0.1)
+    artifact = save(joint, tmp_path / "joint")
+    cards = []
+    for source in (joint, artifact):
+        folder = export(source, "text", tmp_path / "text", format=way, overwrite=True)
+        cards.append((folder / "README.md").read_text())
+        plan = surgery.plan_export(source, "text", format=way)
+        assert plan.files["README.md"] == len(cards[-1]) and plan.files["LICENSE.txt"] == 8
+        assert (folder / "LICENSE.txt").read_text() == "You may."
+        assert verify(folder).ok
+    assert cards[0] == cards[1]
+    card = ModelCard.load(folder / "README.md")
+    data = card.data.to_dict()
+    assert data["license"] == "other" and data["license_name"] == "mine" and "base_model" not in data
+    assert data["license_link"] == "https://example.org/licence" and data["library_name"] == "transformers"
+    error = joint.report.errors["text"]
+    assert f"on made-up inputs moved by {100 * error:.2f}%" in card.text and "at most 10.00%" in card.text
+    assert 'BertModel.from_pretrained(".")' in card.text and str(tmp_path) not in card.content
+    assert ("import surgery" in card.text) == (way == "transformers")
+    assert ("packed, " in card.text) == (way == "compressed-tensors")
+    assert surgery.push_to_hub(folder, "me/text", dry_run=True).card
+
+
+@pytest.mark.parametrize(
+    "front",
+    [
+        "", "---\nlicense: [a]\n---\n", "---\n- a\n---\n", "---\nlicense: 'a\x00'\n---\n", "---\n{\n---\n",
+        "---\nlicense: " + "[" * 5000 + "\n---\n", "---\nlicense: 2024-99-99\n---\n",
+        "---\nlicense: !!python/x y\n---\n",
+        "---\nlicense: \"x\\ny\"\n---\n", "---\nlicense: " + "x" * 999 + "\n---\n",
+    ],
+)  # fmt: skip
+def test_cards_of_others_that_say_nothing_of_a_licence(front, tmp_path: Path):
+    (tmp_path / "README.md").write_bytes(front.encode() + b"# text \xff")
+    assert licence_file(tmp_path) == {}
 
 
 def test_an_artifact_of_two_libraries(joint, out: Path, tmp_path: Path):
@@ -170,7 +227,8 @@ def test_a_dry_run_says_what_is_written(out: Path, joint, tmp_path: Path, way):
     assert plan.nbytes == sum(each.nbytes for each in handles.values())
     if way == "plain":
         assert {each.name for each in plan.tensors} == {*handles}
-    assert {"config.json", "vocab.txt"} == {*plan.files}
+    card = {} if way == "compressed" else {"README.md": (folder / "README.md").stat().st_size}
+    assert {"config.json", "vocab.txt", *card} == {*plan.files} and card.items() <= plan.files.items()
     assert json.loads(json.dumps(plan.to_json()))["nbytes"] == plan.nbytes
     assert plan.member in repr(plan) and "<table" in plan._repr_html_()
     with pytest.raises(PlanError, match="`member` must be one of text, vision"):

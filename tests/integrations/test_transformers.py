@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,10 @@ def test_another_head_and_what_is_refused(bert, tmp_path):
         transformers.BertForMaskedLM.from_pretrained(None, config=config, state_dict={})
 
 
+def open_plain(joint: Path, tmp_path: Path) -> torch.nn.Module:
+    return transformers.BertForMaskedLM.from_pretrained(export(joint, "one", tmp_path / "plain"))
+
+
 def changed(folder: Path, **entries) -> Path:
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"].update(entries)
@@ -231,13 +236,26 @@ def test_whichever_is_imported_first(first, tmp_path, monkeypatch, recwarn):
 @pytest.mark.slow  # every library anew in a process of its own
 def test_without_surgery_no_weights_rather_than_random_ones(bert, tmp_path):
     folder = export(bert, "one", tmp_path / "one", format="transformers")
+    older = shutil.copytree(folder, tmp_path / "older")
+    config = json.loads((older / "config.json").read_text())
+    del config["transformers_weights"]  # whoever takes it away meets markers
+    (older / "config.json").write_text(json.dumps(config))
     code = (
         "from transformers import AutoModelForMaskedLM\n"
-        f"try: AutoModelForMaskedLM.from_pretrained({str(folder)!r})\n"
-        "except RuntimeError as error: print('raised')"
+        "for folder, how in (('one', {}), ('one', {'ignore_mismatched_sizes': True}), ('older', {})):\n"
+        "    try: AutoModelForMaskedLM.from_pretrained(folder, **how)\n"
+        "    except (OSError, RuntimeError) as error: print(type(error).__name__, error)"
     )
-    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert said.strip() == "raised"
+    said = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=tmp_path
+    ).stdout.splitlines()
+    assert "import-surgery-before-from_pretrained.safetensors" in said[0] and said[0] == said[1]
+    assert said[2].startswith("RuntimeError") and "ignore_mismatched_sizes" in said[2]
+    config = transformers.AutoConfig.from_pretrained(folder)
+    assert same(
+        transformers.BertForMaskedLM.from_pretrained(folder, config=config), open_plain(bert, tmp_path)
+    )
+    assert config.transformers_weights  # what was given stays what it was
 
 
 def test_a_configuration_by_hand(bert, tmp_path):

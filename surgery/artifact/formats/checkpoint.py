@@ -60,7 +60,7 @@ def write_checkpoint(
     module: Any,
     member: Member,
     tensors: Mapping[str, Tensor],
-    quantization: Mapping[str, Any],
+    entries: Mapping[str, Any],
     dtypes: set[torch.dtype],
 ) -> None:
     """Write configuration, small files and tensors of a model.
@@ -70,7 +70,7 @@ def write_checkpoint(
         module: of the model, without weights.
         member: whose small files it has.
         tensors: by name in the checkpoint.
-        quantization: what the configuration says of how they are stored.
+        entries: what the configuration says of how they are stored: `quantization_config`, and others.
         dtypes: of the model's own tensors.
     """
     with quiet():
@@ -82,7 +82,7 @@ def write_checkpoint(
     config["architectures"] = [type(module).__name__]
     if (dtype := widest(each for each in dtypes if each.is_floating_point)) is not None:
         config["dtype"] = str(dtype).removeprefix("torch.")
-    config["quantization_config"] = dict(quantization)
+    config.update(entries)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_files(member.files, folder, keep=("config.json",))
     write_shards(folder, "model", tensors, metadata={"format": "pt"})

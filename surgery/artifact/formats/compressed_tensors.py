@@ -101,7 +101,8 @@ def write_compressed_tensors(
             as_stored = name in plain and plain[name].precision == BFLOAT16
             tensors[name] = state[name].to(torch.bfloat16) if as_stored else state[name].contiguous()
     dtypes = {each.dtype for each in state.handles.values()}
-    write_checkpoint(folder, module, member, tensors, configuration(packing, module), dtypes)
+    entries = {"quantization_config": configuration(packing, module)}
+    write_checkpoint(folder, module, member, tensors, entries, dtypes)
     _check_opens(folder, type(module), member.name)
 
 

@@ -1,7 +1,8 @@
 """The format `transformers`: a compressed checkpoint that `from_pretrained` decodes, where `surgery` is imported.
 
 Every parameter of the class has a tensor of its name: itself, or a marker whose codes lie beside
-(`surgery.artifact.codes`). Without the import transformers finds markers of another shape, and raises.
+(`surgery.artifact.codes`). Without the import transformers does not find the file of weights that the configuration
+names, and where it is told another one, markers of another shape: it raises.
 `surgery.integrations.transformers` reads it.
 """
 
@@ -22,6 +23,8 @@ from surgery.storage.trim import trim
 
 METHOD = "surgery"
 """What `quantization_config` calls it."""
+NO_FILE = "import-surgery-before-from_pretrained.safetensors"
+"""What the configuration says that weights lie in; nothing does, and the quantizer takes it away."""
 
 
 def write_transformers(folder: Path, stored: Stored, member: Member, trust: bool = False) -> None:
@@ -50,7 +53,8 @@ def write_transformers(folder: Path, stored: Stored, member: Member, trust: bool
         name: torch.empty(0, dtype=codes[name]) if name in codes else _apart(state[name]) for name in names
     }
     dtypes = {each.dtype for each in state.handles.values()}
-    write_checkpoint(folder, module, member, {**own, **packed}, {"quant_method": METHOD, **document}, dtypes)
+    entries = {"quantization_config": {"quant_method": METHOD, **document}, "transformers_weights": NO_FILE}
+    write_checkpoint(folder, module, member, {**own, **packed}, entries, dtypes)
 
 
 def _apart(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from surgery.members.member import Origin
 from surgery.members.origins.base import Loaded, Request, read_config, read_small_files, split_options
 from surgery.members.origins.bounded import bounded
 from surgery.members.origins.empty import build_empty
+from surgery.members.origins.licences import licence_file
 from surgery.members.origins.peft import check_base, is_adapter, load_onto_base
 from surgery.members.origins.prefixes import said
 from surgery.members.origins.quantised import check_library
@@ -121,7 +122,7 @@ def load(reference: str, request: Request) -> Loaded:
                 module.set_attn_implementation(attention["attn_implementation"])
         commit = getattr(config, "_commit_hash", None)
         place = folder if local else snapshot(where, commit or revision)
-        files = {**read_small_files(place, FILES), **part_files(place)}
+        files = {**read_small_files(place, FILES), **part_files(place), **licence_file(place)}
     if stored and (note := decoded_float8(config, folder, module)) is not None:
         warnings.warn(f"{reference}: {note}", SurgeryWarning, stacklevel=4)
     if prefix:

@@ -11,6 +11,7 @@ from surgery.disk.untrusted import is_regular, read_regular
 from surgery.errors import LoadError
 from surgery.members.origins.base import check_files, read_config
 from surgery.members.origins.bounded import by_file
+from surgery.members.origins.licences import CARD, TEXTS
 from surgery.members.origins.weights import check_safetensors
 from surgery.util.text import one_line
 
@@ -20,7 +21,7 @@ FILES = (
     "additional_chat_templates/*", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json", "modules.json",
     "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]*_*/config.json",
-    "[0-9]*_*/model.safetensors", "[0-9]*_*/pytorch_model.bin",
+    "[0-9]*_*/model.safetensors", "[0-9]*_*/pytorch_model.bin", *TEXTS,
 )  # fmt: skip
 """Small files that a folder needs besides its weights, sentence-transformers' own among them: of modules such as a
 dense layer behind the pooling with their weights, which are no part of the model."""
@@ -138,7 +139,7 @@ def snapshot(where: str, revision: str | None) -> Path:
     """The small files of a hub model, in the hub client's cache."""
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(where, revision=revision, allow_patterns=list(FILES)))
+    return Path(snapshot_download(where, revision=revision, allow_patterns=[*FILES, CARD]))
 
 
 def split_revision(head: str) -> tuple[str, str | None]:
