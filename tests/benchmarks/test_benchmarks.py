@@ -400,3 +400,10 @@ def test_residency_compares_ways_of_holding_members(run):
     held = of(document, "held")
     assert held[1] < held[0] / 4 and held[5] < held[4] / 4
     assert document["results"][4]["another member, ms"] > 0
+
+
+def test_rounding_says_what_error_feedback_takes_and_gains(run):
+    plain, fed = run("rounding")["results"]
+    assert (plain["rounded"], fed["rounded"]) == ("plain", "fed back")
+    assert fed["error cost"] < plain["error cost"] == 1.0
+    assert fed["products"] > plain["products"] > 0
