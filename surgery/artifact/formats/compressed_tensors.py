@@ -297,6 +297,7 @@ def configuration(packing: Packing, module: Any) -> dict[str, Any]:
         module: of the member.
     """
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
+    linear = [name for name, each in module.named_modules() if isinstance(each, nn.Linear)]
     groups = {}
     for number, how in enumerate(
         sorted(set(packing.packed.values()), key=lambda each: (each.bits, each.group))
@@ -307,30 +308,51 @@ def configuration(packing: Packing, module: Any) -> dict[str, Any]:
             "dynamic": False,
         }  # fmt: skip
         groups[f"group_{number}"] = {
-            "targets": patterns(names, prefix), "weights": weights, "input_activations": None,
+            "targets": patterns(names, prefix, set(linear) - set(names)), "weights": weights, "input_activations": None,
             "output_activations": None, "format": FORMAT,
         }  # fmt: skip
-    linear = [name for name, each in module.named_modules() if isinstance(each, nn.Linear)]
     return {
         "quant_method": METHOD,
         "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": patterns([name for name in linear if name not in packing.packed], prefix),
+        "ignore": patterns([name for name in linear if name not in packing.packed], prefix, packing.packed),
     }
 
 
-def patterns(names: Iterable[str], prefix: str = "") -> list[str]:
+def patterns(names: Iterable[str], prefix: str = "", others: Iterable[str] = ()) -> list[str]:
     """Targets that match these layers and no other, in a model or in a base model of it.
+
+    What stands in front of a name is left open, as servers put models into others; less so where another layer's name
+    ends alike.
+
+    Args:
+        names: of layers.
+        prefix: of the base model, with its dot.
+        others: names that must not match.
 
     Example:
         >>> patterns(["bert.layer.0.key", "bert.layer.1.key", "head"], "bert.")
         ['re:(.*\\\\.)?layer\\\\.(0|1)\\\\.key$', 're:(.*\\\\.)?head$']
+        >>> patterns(["head"], "bert.", ["bert.layer.head"])
+        ['re:(bert\\\\.)?head$']
     """
-    short = [name.removeprefix(prefix) if prefix != "." else name for name in names]
+    others, base = list(others), "" if prefix == "." else prefix
+    found: dict[str, list[str]] = {}
+    for name in names:
+        short = name.removeprefix(base)
+        ways = ((r"(.*\.)?", short), (f"({re.escape(base)})?", short), ("", name))
+        for before, rest in ways:
+            if before == "()?":
+                continue
+            wanted = re.compile(f"{before}{re.escape(rest)}$")
+            if not any(wanted.match(other) for other in others):
+                break
+        found.setdefault(before, []).append(rest)
     return [
-        f"re:(.*\\.)?{re.escape(before)}{'(' + '|'.join(numbers) + ')' if all(numbers) else ''}{re.escape(after)}$"
-        for (before, after), numbers in _by_number(short).items()
+        f"re:{front}{re.escape(before)}{'(' + '|'.join(numbers) + ')' if all(numbers) else ''}{re.escape(after)}$"
+        for front, mine in found.items()
+        for (before, after), numbers in _by_number(mine).items()
     ]
 
 

@@ -423,7 +423,7 @@ def _with_adapter(
     patterns = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != most}
     config = peft.LoraConfig(
         r=most, lora_alpha=most, rank_pattern=patterns, alpha_pattern=patterns, lora_bias=adapter.biased,
-        target_modules=list(ranks) or "^$", modules_to_save=list(adapter.whole) or None, inference_mode=True,
+        target_modules=_targets(net, ranks), modules_to_save=list(adapter.whole) or None, inference_mode=True,
         trainable_token_indices=dict(adapter.rows) or None,
         base_model_name_or_path=base, fan_in_fan_out=any(_transposed(net.get_submodule(name)) for name in ranks),
     )  # fmt: skip
@@ -443,6 +443,13 @@ def _with_adapter(
         saved = found.base_model.model.get_submodule(name).modules_to_save["default"]
         saved.load_state_dict(module.get_submodule(name).state_dict())
     return found
+
+
+def _targets(net: nn.Module, ranks: Mapping[str, int]) -> list[str] | str:
+    """The layers that get products: peft takes all for one whose names end like a listed one, a pattern as it is."""
+    ends = tuple(f".{name}" for name in ranks)
+    others = [name for name, _ in net.named_modules() if name not in ranks and name.endswith(ends)]
+    return "|".join(map(re.escape, ranks)) if others else list(ranks) or "^$"
 
 
 def _adapted(found: Any) -> Iterator[tuple[str, Any]]:
