@@ -53,7 +53,12 @@ SHARED = ("cyrillic", "greek", "latin")  # scripts that have one file together
 
 
 def alphabet(
-    script: str = "latin", batch: int = 16, seed: int = 0, side: int = 28, folder: str | None = None
+    script: str = "latin",
+    batch: int = 16,
+    seed: int = 0,
+    side: int = 28,
+    letters: int = LETTERS,
+    folder: str | None = None,
 ) -> dict[str, Any]:
     """Batches of pictures `[B, 1, side, side]` and letters `[B]`.
 
@@ -65,26 +70,29 @@ def alphabet(
         batch: drawings in a batch.
         seed: of the order.
         side: of a picture.
+        letters: of the script that are told apart, the first ones that all fonts have, at most so many.
         folder: with the fonts; the user's cache by default.
 
     Raises:
         LoadError: where fonts are missing or are not what they should be.
-        PlanError: for a script that is not known.
+        PlanError: for a script that is not known, or another number of letters than it can be.
     """
     if script not in SCRIPTS:
         raise PlanError(f"The script must be one of {', '.join(SCRIPTS)}, found '{script}'.")
+    if not 2 <= letters <= LETTERS:
+        raise PlanError(f"Letters must be from 2 to {LETTERS}, found {letters}.")
     name = "" if script in SHARED else script.capitalize()
     paths = {path.name: path for path in find_files("alphabets", folder)}
     fonts = [
         paths[f"Noto{kind}{name}-{face}.ttf"] for kind in ("Sans", "Serif") for face in ("Regular", "Bold")
     ]
-    pictures, letters = drawn(script, tuple(fonts), side)
-    order = torch.rand(len(pictures), generator=_generator(script, 1)).view(-1, DRAWINGS).argsort(1)
+    pictures, which = drawn(script, tuple(fonts), side)
+    order = torch.rand(len(pictures), generator=_generator(script, 1)).view(-1, DRAWINGS).argsort(1)[:letters]
     rows = (order + torch.arange(len(order)).unsqueeze(1) * DRAWINGS).split(
         (DRAWINGS - HELD - TESTED, HELD, TESTED), 1
     )
     return {
-        part: Batches(pictures[use.flatten()], letters[use.flatten()], batch, part == "train", seed)
+        part: Batches(pictures[use.flatten()], which[use.flatten()], batch, part == "train", seed)
         for part, use in zip(("train", "validation", "test"), rows, strict=True)
     }
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from surgery.util.stamps import Stamp, stamp, versions
+from surgery.util.stamps import Stamp, stamp, tensors_of, versions
 
 if TYPE_CHECKING:
     from surgery.anatomy.plan import BankPlan, Placement
@@ -91,7 +91,7 @@ class Bank(nn.Module, ABC):
 
     def versions(self) -> Stamp:
         """Of all that blocks are generated from; they differ as soon as something is written to."""
-        return versions((*self.parameters(), *self.buffers()))
+        return versions(tensors_of(self))
 
     def stamp(self) -> Stamp:
         """As `versions`, with a few values, as some changes leave no trace in versions."""

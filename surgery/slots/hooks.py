@@ -60,23 +60,24 @@ class Leave(Gate):
 
 
 class Door(OrderedDict):
-    """The forward pre-hooks of a module within a member: as good as none where its gate alone would find nothing to do.
+    """The forward pre-hooks of a module within a member: as good as none where its gates would find nothing to do.
 
     PyTorch asks whether there are any, and takes a slower way through a module that has some, which costs about as much
-    as a small linear map. While the member runs, all was seen to when it was entered.
+    as a small linear map. While the member runs, all was seen to when it was entered, the task too; within a backward
+    pass it does not.
 
     Attributes:
-        gate: the key of the gate among the hooks.
+        gates: keys of the gates among the hooks.
         member: whose module it is.
         inside: names of members that run.
     """
 
-    gate: int | None = None
+    gates: frozenset[int] = frozenset()
     member: str = ""
     inside: Container[str] = ()
 
     def __bool__(self) -> bool:
-        if self.member in self.inside and len(self) == 1 and self.gate in self:
+        if self.member in self.inside and self.keys() == self.gates:
             return False
         return len(self) > 0
 
@@ -99,17 +100,11 @@ def watch(joint: JointModel, member: str, module: nn.Module, owners: list[str]) 
         parts.setdefault(id(module.get_submodule(path)), path)  # one module may have two names
     for path, part in module.named_modules():
         if hasattr(type(part), "serve_task"):
-            part.register_forward_pre_hook(Listen(joint, member, path))
+            _at_door(part, Listen(joint, member, path))
     holders = {owner.rpartition(".")[0] for owner in owners}
     for path in parts.values():
         part, below = module.get_submodule(path), f"{path}." if path else ""
-        # Whoever holds the hooks that there are goes on holding them.
-        door = Door() if path and not part._forward_pre_hooks else None
-        if door is not None:
-            part._forward_pre_hooks = door
-        gate = part.register_forward_pre_hook(Enter(joint, member, path))
-        if door is not None:
-            door.gate, door.member, door.inside = gate.id, member, joint.filler.inside
+        _at_door(part, Enter(joint, member, path))
         if (
             not path
         ):  # others have this hook only while a call from outside runs: two hooks each would be felt
@@ -121,3 +116,15 @@ def watch(joint: JointModel, member: str, module: nn.Module, owners: list[str]) 
         part.register_load_state_dict_pre_hook(Take(joint, member, path))
         for kind in (*GUARDS, Register) if path in holders else GUARDS:
             part.__dict__[kind.method] = kind(joint, member, path).__call__  # a bound method, as it was
+
+
+def _at_door(part: nn.Module, gate: Gate) -> None:
+    """Make a gate a forward pre-hook of a module within its member, behind a door where all hooks are gates."""
+    if (
+        gate.path and not part._forward_pre_hooks
+    ):  # whoever holds the hooks that there are goes on holding them
+        part._forward_pre_hooks = Door()
+    handle, door = part.register_forward_pre_hook(gate), part._forward_pre_hooks
+    if isinstance(door, Door):
+        door.gates |= {handle.id}
+        door.member, door.inside = gate.member, gate.joint.filler.inside

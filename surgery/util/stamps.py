@@ -6,10 +6,10 @@ values; content hashes, which `surgery.save` compares, find the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SAMPLE = 8  # values of a tensor that are looked at
 
@@ -56,6 +56,15 @@ def stamps(tensors: Mapping[str, Tensor]) -> dict[str, Stamp]:
 def versions(tensors: Iterable[Tensor]) -> Stamp:
     """Identity, place and version of tensors: no value is looked at."""
     return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """All parameters and buffers of a module, again where several parts have one: asked for before every pass."""
+    yield from (t for t in module._parameters.values() if t is not None)
+    yield from (t for t in module._buffers.values() if t is not None)
+    for part in module._modules.values():
+        if part is not None:
+            yield from tensors_of(part)
 
 
 @torch.no_grad()

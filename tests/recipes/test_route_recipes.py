@@ -6,7 +6,7 @@ import torch
 from command_line import surgery as command
 from stand_ins import changes_to, clothes_in, digits_in, fonts_in
 from surgery_recipes.alphabets import DRAWINGS, SCRIPTS, alphabet
-from surgery_recipes.lettered import WAYS, lettered
+from surgery_recipes.lettered import WAYS, lettered, strides_of
 from surgery_recipes.mnist import _read, mnist
 from surgery_recipes.ordered import ORDERS, Ordered, patterns, two_orders
 from surgery_recipes.parts import of_classes
@@ -152,16 +152,20 @@ def test_every_letter_is_drawn_in_all_parts_and_no_two_alike(tmp_path):
     assert widths[last == 0].mean() < widths[last == 1].mean() < widths[last == 2].mean()
     again = next(iter(alphabet("greek", batch=100, folder=str(tmp_path))["test"]))[0]
     assert torch.equal(tested, again)
+    fewer, two = next(iter(alphabet("greek", batch=100, folder=str(tmp_path), letters=2)["test"]))
+    assert torch.equal(fewer, tested[last < 2]) and two.max() == 1
     (tmp_path / "NotoSans-Bold.ttf").write_bytes(b"no font")
     with pytest.raises(LoadError, match="must be fonts, but reading them says"):
         alphabet("latin", folder=str(tmp_path))
     with pytest.raises(PlanError, match=r"one of armenian, .*found 'klingon'"):
         alphabet("klingon")
+    with pytest.raises(PlanError, match="Letters must be from 2 to 30, found 31"):
+        alphabet("latin", letters=31)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_nets_of_alphabets_share_as_they_say(way):
-    net, (pictures,) = lettered(way, channels=8)
+    net, (pictures,) = lettered(way, channels=8, side=20)
     for part in net.modules():
         if hasattr(part, "serve_task"):
             part.serve_task("thai")
@@ -171,11 +175,22 @@ def test_nets_of_alphabets_share_as_they_say(way):
     own = "routes" if way in ("bottom", "gumbel") else "core"
     used = [p.grad is not None for name, p in net.named_parameters() if name.startswith(f"{own}.")]
     assert all(used) if way in ("soft", "parallel", "permuted") else any(used)
-    if way == "single":  # four layers of eighty, each with weight and bias
-        assert sum(used) == 8 and len(used) == 160
+    if way == "single":  # four layers of eighty, each with a convolution and a norm of weight and bias
+        assert sum(used) == 16 and len(used) == 320
     if way in ("bottom", "gumbel"):
         shares = net.routes[0].shares("thai")[0]
         torch.testing.assert_close(shares, torch.full((7,), 0.97))
+
+
+def test_small_nets_of_alphabets_have_fewer_tasks_and_keep_four_pixels():
+    net, _ = lettered("parallel", tasks=2)
+    assert net.core.tasks == ("armenian", "bengali")
+    for side, left in ((105, 4), (28, 4), (20, 5), (4, 4)):
+        for stride in strides_of(side):
+            side = -(-side // stride)
+        assert side == left
+    with pytest.raises(PlanError, match="There are 20 alphabets, found tasks = 21"):
+        lettered(tasks=21)
 
 
 def test_classes_that_are_told_apart_are_counted_in_their_order(tmp_path):
