@@ -1,6 +1,7 @@
 """What routes cost: a hardened route against the plain model of as many layers, and a soft step against one by hand.
 
-hard        a forward pass in eval mode: four of six layers on a hard route, and the plain model of the four
+hard        a forward pass in eval mode: four of six layers on a hard route, and the plain model of the four, whose
+            weights lie where those of the route do; an equal plain model in other memory says how much that matters
 one text    the same of layers as wide as MiniLM's, for one text of sixteen tokens
 soft        a forward and backward pass: soft routes over four components at four depths, and the same sum by hand
 """
@@ -38,6 +39,8 @@ def hard(width: int, tokens: int, texts: int = 8) -> dict[str, Any]:
     other = joint.extract("text").eval()
     joined = surgery.join([surgery.load_member(other, name="text", inputs=ids)], block=(16, 16))["text"]
 
+    share_memory(plain, routed)
+
     def of(module: Any) -> Any:
         def forward() -> object:
             with torch.no_grad():
@@ -45,7 +48,17 @@ def hard(width: int, tokens: int, texts: int = 8) -> dict[str, Any]:
 
         return forward
 
-    return {"plain": of(plain), "joined": of(joined), "routed": of(routed)}
+    elsewhere = joint.extract("text").eval()
+    return {"plain": of(plain), "plain elsewhere": of(elsewhere), "joined": of(joined), "routed": of(routed)}
+
+
+def share_memory(plain: Any, routed: Any) -> None:
+    """Let the layers of a plain model have the tensors of those of a route."""
+    for layer, depth in zip(plain.encoder.layer, (d for d in ORDER if d >= 0), strict=True):
+        own = routed.encoder.layer[depth].held[0]
+        for name, parameter in layer.named_parameters():
+            path, _, attribute = name.rpartition(".")
+            parameter.data = getattr(own.get_submodule(path), attribute).detach()
 
 
 def soft(width: int, rows: int) -> dict[str, Any]:

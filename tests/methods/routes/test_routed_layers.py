@@ -20,6 +20,7 @@ import surgery
 from surgery.errors import ExportError, PlanError
 from surgery.methods.routes.groups import penalty_of, routes_in
 from surgery.methods.routes.hardening import is_hard
+from surgery.slots import hooks
 from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.trainer import Trainer
 from surgery.training.tasks.streams import Batches
@@ -95,6 +96,19 @@ def test_the_first_step_of_a_soft_route_computes_what_the_member_does():
             gates.enter(0.5)
             torch.testing.assert_close(gates.table().sum(1), torch.ones(1))
     assert not torch.equal(run(joint["text"]), run(bert()))
+
+
+def test_a_pass_asks_no_gate_of_a_routed_layer_but_a_layer_called_alone_learns_the_task(monkeypatch):
+    joint = joined({"tasks": {"text": ["mood", "topic"]}})
+    routed = [part for part in joint["text"].modules() if hasattr(type(part), "serve_task")]
+    asked, call = [], hooks.Listen.__call__
+    monkeypatch.setattr(hooks.Listen, "__call__", lambda self, *args: (asked.append(1), call(self, *args))[1])
+    with joint.serving("mood"), torch.no_grad():
+        expected = joint["text"](IDS).last_hidden_state
+        assert not asked and [part.gates.task for part in routed] == ["mood"] * 4
+    with joint.serving("topic"), torch.no_grad():
+        routed[1](expected)
+        assert asked == [1] and [part.gates.task for part in routed] == ["topic"] * 4
 
 
 @pytest.mark.slow
