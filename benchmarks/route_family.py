@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks.harness import make_header, make_parser, run_cells, show
 
 MEMBERS, DEPTH = ("rotated", "inverted", "sheared"), 4
+WAYS = ("alone", "routes", "average", "arithmetic", "learned")
 FACTORS = tuple(n / 10 for n in range(11))
 Route = tuple[int, ...]
 
@@ -310,17 +311,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--stored", nargs="+", type=int, default=[8, 4], help="layers, of twelve")
     parser.add_argument("--size", choices=("whole", "small"), default="whole", help="of models and data")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
     steps, rates = (2, options.rates[:1]) if options.fast else (options.steps, options.rates)
     most = DEPTH * len(MEMBERS)
-    ways = [
+    every = [
         ("alone", most),
         *((w, n) for n in options.stored for w in ("routes", "average", "arithmetic")),
         ("learned", most),
     ]
+    ways = [(way, number) for way, number in every if way in options.ways]
     cells = [
         (way, stored, seed, steps, tuple(rates), "fast" if options.fast else options.size, options.device)
         for seed in range(options.seed, options.seed + (1 if options.fast else options.seeds))
