@@ -17,7 +17,7 @@ import torch
 from surgery.anatomy.plan import Plan
 from surgery.anatomy.selectors import share_selectors
 from surgery.core.joint import JointModel
-from surgery.core.registry import active_methods, recorded_plan
+from surgery.core.registry import recorded_plan
 from surgery.disk.claims import claim_of_first
 from surgery.members.extra_state import extra_state_of, to_document
 from surgery.settings.training import Training
@@ -163,8 +163,6 @@ def _train(
                 run.resume()
             report = run.to_the_end()
     joint.forget_originals()  # what was distilled
-    for method in active_methods(joint):
-        method.ended(joint)
     joint.keep_known(replace(joint.known, training=report))
     # What was made is in the banks: a later fit makes what it is asked for.
     joint.plan = replace(joint.plan, banks=tuple(recorded_plan(bank) for bank in joint.plan.banks))

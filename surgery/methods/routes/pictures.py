@@ -17,7 +17,8 @@ _WRITTEN = 16  # tasks and components up to which values are written into their 
 
 
 def draw_allocation(start: Line, generations: Sequence[Line], end: Line | None) -> bytes | None:
-    """Tasks x components of every route at the end, depth by depth; a task's strongest path is framed."""
+    """Tasks x components of every route at the end, depth by depth; a task's strongest path is framed, but for depths
+    that it passes by."""
     found = list(itertools.islice(_tables(start, generations[-1]).items(), _MOST))
     if not found:
         return None
@@ -168,6 +169,8 @@ def _tables(start: Line, line: Line) -> dict[str, tuple[Mapping[str, Any], list[
 
 
 def _allocation(axes: Any, name: str, facts: Mapping[str, Any], depths: Sequence[Any]) -> None:
+    from matplotlib.patches import Rectangle
+
     table = np.concatenate([np.array(depth) for depth in depths], 1)  # [T, sum of N]
     axes.imshow(table, aspect="auto", cmap="Blues", vmin=0, vmax=1)
     axes.set_yticks(range(len(facts["tasks"])), facts["tasks"])
@@ -179,8 +182,10 @@ def _allocation(axes: Any, name: str, facts: Mapping[str, Any], depths: Sequence
         ticks += range(begin, begin + count)
         labels += [str(each) for each in components[:count]]
         for task in range(len(table)):
-            best = begin + int(table[task, begin : begin + count].argmax())
-            axes.plot(best, task, marker="s", mfc="none", mec="#d55e00", ms=9, mew=1.2)
+            own = table[task, begin : begin + count]
+            if own.max() >= 0.5 or count == len(components):  # else the identity stands in
+                place = begin + int(own.argmax()) - 0.46, task - 0.46
+                axes.add_patch(Rectangle(place, 0.92, 0.92, fill=False, ec="#d55e00", lw=1.4))
         begin += count
     small = table.shape[1] <= 2 * _WRITTEN
     axes.set_xticks(ticks if small else [], labels if small else [], rotation=90 if small else 0)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from surgery.core.registry import active_methods
 from surgery.core.sizes import parameters_of_dictionary, parameters_trained
 from surgery.disk.records import check_free, note, read_record
 from surgery.errors import PlanError, TrainingError
@@ -294,6 +295,10 @@ class Run:
         scores = evaluate(joint, trainer.tasks, trainer.losses, seed=self.seed)
         tests = evaluate(joint, trainer.tasks, trainer.losses, "test", self.seed)
         joint = trainer.joint = trainer.processes.gathered(joint)
+        reached, analysis = gather(trainer.moves, "reached"), gather(trainer.moves, "analyse")
+        trained = parameters_trained(joint)
+        for method in active_methods(joint):
+            method.ended(joint)
         sizes, modules = self._sizes()
         report = TrainReport(
             generations=trainer.generation,
@@ -302,16 +307,15 @@ class Run:
             scores=scores,
             tests=tests,
             numbers=parameters_of_dictionary(joint),
-            trained=parameters_trained(joint),
+            trained=trained,
             adapted={task.name: facts for task in trainer.tasks if (facts := adapted_of(task)) is not None},
             first=self.first_scores,
             sizes=sizes,
             loosened=loosened(joint),
             stopped=stopped,
             seconds=self.seconds,
-            **gather(trainer.moves, "reached"),
+            **reached,
         )
-        analysis = gather(trainer.moves, "analyse")
         self.log.write("end", **report.document(), **analysis, stored_modules=modules)
         for tracker in trainer.accelerator.trackers:  # `end_training` would part the processes too
             tracker.finish()

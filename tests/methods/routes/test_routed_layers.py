@@ -217,6 +217,9 @@ def test_without_a_phase_in_which_routes_are_learned_the_measured_ones_are_kept(
     (chosen,) = report.methods["routes"]["chosen"].values()
     left = report.methods["routes"]["measured"]["text:encoder.layer.*"][""]["left"]
     assert [i for i, (name,) in enumerate(chosen[""]) if name == "identity"] == sorted(left)
+    layer = sum(t.numel() for t in bert().encoder.layer[0].parameters())
+    sizes = {when: each["text"]["parameters"] for when, each in report.sizes.items()}
+    assert sizes["joint"] == sizes["alone"] - 2 * layer  # as it is stored
 
 
 @pytest.mark.slow
