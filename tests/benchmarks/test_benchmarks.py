@@ -240,6 +240,18 @@ def test_orders_run(run, table, tmp_path):
 
 
 @pytest.mark.slow
+def test_alphabets_run_at_a_small_size_with_several_rates(run, tmp_path):
+    fonts_in(tmp_path)
+    places = [f"--set=models.0.tasks.{n}.options.folder={tmp_path}" for n in range(10)]
+    some = ["--ways", "parallel", "bottom", "--sizes", "10", "--rates", "1e-3", "3e-3", "--jobs", "1"]
+    rows = run("orders", "alphabets", *some, *places)["results"]
+    assert [(row["way"], row["lr"]) for row in rows] == [
+        ("bottom", 0.001), ("bottom", 0.003), ("parallel", 0.001), ("parallel", 0.003),
+    ]  # fmt: skip
+    assert all(0 <= row["error"] <= 1 and 0 <= row["validation"] <= 1 for row in rows)
+
+
+@pytest.mark.slow
 def test_soft_order_runs(run, tmp_path):
     from surgery_recipes.uci import TABLES
 
