@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.fitting.metric import Draws, Metric, mean_square
+from surgery.fitting.pieces import in_pieces
 from surgery.fitting.trial import Trial
 from surgery.fitting.widened import in_float32
 from surgery.geometry.views import CanonicalView
@@ -55,10 +56,11 @@ def metrics(
     Args:
         trial: the member with its original weights.
         seed: of the sign vectors.
-        views: of the sites that are asked for; a weight is one matrix of all their rows, `[S * out, in]`.
+        views: of the sites that are asked for; a weight is one matrix of all their rows, `[S * out, in]`. Where there
+            are some, large batches are drawn in pieces.
         samples: backward passes for each probe batch.
     """
-    draws = {name: Draws(samples * len(trial.probes)) for name in views}
+    draws: dict[str, Draws] = {}
     total: dict[str, Tensor] = {}  # on the device, which is not waited for
 
     def add(name: str, gradient: Tensor) -> None:
@@ -69,6 +71,8 @@ def metrics(
         total[name] = total[name] + power if name in total else power
 
     with in_float32(trial) as probes:
+        probes = in_pieces(trial, probes) if views else probes
+        draws |= {name: Draws(samples * len(probes)) for name in views}
         _draw(trial, probes, seed, samples, add)
     found = {name: each.metric(samples) for name, each in draws.items()}
     # One that overflowed is as good as none: the tensor's errors are then measured.
