@@ -154,3 +154,10 @@ def test_an_artifact_holds_coded_tensors_and_damage_is_named(tmp_path):
     file.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"holds 0\.weight with lengths of streams that do not end"):
         surgery.load(folder, modules={"net": net()})
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_what_nothing_has_trained_takes_next_to_nothing(value):
+    whole = encode(torch.full((256,), value), grouped(8, 64))
+    assert packed(whole).nbytes < 20
+    assert decode(packed(whole)).equal(decode(whole))

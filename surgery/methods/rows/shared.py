@@ -13,7 +13,17 @@ from surgery.anatomy.sites import Site
 from surgery.core.dictionary import index_dtype
 from surgery.geometry.blocks import BlockGrid
 from surgery.settings.names import DEFAULT_METHOD
-from surgery.storage.codecs import Encoded, Encoding, encode_native
+from surgery.storage.codecs import (
+    BFLOAT16,
+    Encoded,
+    Encoding,
+    Precision,
+    encode,
+    encode_native,
+    packed,
+)
+
+COARSE = 8  # bits of rows beside whose rounding that of contexts in bfloat16 is nothing
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,7 @@ class SharedRows:
         stack: the stack of layers that these rows are a tensor of.
         hard: whether every context is one 1 among zeros, so that a block is a row as it is.
         method: whose bank it is.
+        coarse: whether contexts are in bfloat16 where all rows that are kept have few bits.
     """
 
     sites: tuple[Site, ...]
@@ -37,6 +48,7 @@ class SharedRows:
     stack: str = ""
     hard: bool = False
     method: str = DEFAULT_METHOD
+    coarse: bool = False
 
     @property
     def count(self) -> int:
@@ -45,7 +57,7 @@ class SharedRows:
 
     @property
     def fixed_bytes(self) -> float:
-        """Bytes of alignment and contexts."""
+        """Bytes of alignment and contexts, of all rows as they are: those that are left out or coarse take less."""
         sites, locations, _ = self.contexts.shape
         index = sites * locations * index_dtype(self.count if self.hard else locations).itemsize
         return index + (0 if self.hard else self.contexts.numel() * self.contexts.element_size())
@@ -69,7 +81,13 @@ class SharedRows:
         if self.hard:
             psi = contexts.argmax(1).cpu()
         else:
-            found["contexts"] = encode_native(contexts)
+            coarse = self.coarse and all(part is None or _is_coarse(part.precision) for part in parts)
+            found["contexts"] = packed(encode(contexts, BFLOAT16)) if coarse else encode_native(contexts)
         found["psi"] = encode_native(psi.to(index_dtype(len(kept) if self.hard else grid.locations)))
         placed = [Placement(site, key, grid, i * grid.locations) for i, site in enumerate(self.sites)]
         return plan, placed, found
+
+
+def _is_coarse(precision: Precision) -> bool:
+    """Whether a precision is one of few bits."""
+    return getattr(precision.settings, "bits", COARSE + 1) <= COARSE

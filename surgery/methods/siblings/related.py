@@ -42,6 +42,7 @@ def principal_directions(scene: Scene, sites: Sequence[Site]) -> Arrangement:
     rows, contexts, share = made()
     power = sensitivity.sqrt().mean().square().item()  # rows are scaled by root sensitivity over its mean
     mean = mean_metric([scene.metric(site) for site in sites])
+    bank = SharedRows(tuple(sites), grid, contexts, coarse=True)
     units = []
     for j in range(len(sites)):
         weight: dict[str, float] = defaultdict(float)
@@ -55,5 +56,4 @@ def principal_directions(scene: Scene, sites: Sequence[Site]) -> Arrangement:
         # All rows together are as large as the originals: those that are tried are made again.
         again = Made(tuple(rows[j].shape), master, device, lambda j=j: made()[0][j].clone())
         units.append(replace(unit, tensors=LazyState({f"rows.{j}": again})))
-    bank = SharedRows(tuple(sites), grid, contexts)
     return Arrangement(tuple(units), bank.fixed_bytes + BANK_BYTES, (bank,))
