@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.storage.codecs import BFLOAT16, NATIVE, Precision, decode, encode, grouped, stored_bytes
+from surgery.storage.codecs import BFLOAT16, NATIVE, Precision, decode, encode, grouped, planes, stored_bytes
 from surgery.storage.codecs.planes import PLANES
 from surgery.util.memory import compact
 
@@ -108,3 +108,17 @@ def test_a_tensor_handed_on_owns_exactly_its_memory():
     for view in (x[1], x[:, ::2], x[:2], torch.ones(1).expand(5), x[:0]):
         own = compact(view)
         assert own.untyped_storage().nbytes() == own.nbytes and torch.equal(own, view)
+
+
+@pytest.mark.parametrize("bits", PLANES)
+@pytest.mark.parametrize("count", [0, 1, 16, 17, 100])
+def test_codes_are_packed_by_pieces_as_they_are_at_once(bits, count, monkeypatch):
+    generator = torch.Generator().manual_seed(count)
+    codes = torch.randint(0, 1 << bits, (count,), generator=generator)
+    codes = codes.to(torch.uint8 if bits <= 8 else torch.int16)
+    whole = planes.pack(codes, bits)
+    assert count == 0 or torch.equal(planes.unpack(whole, bits, count), codes)
+    monkeypatch.setattr(planes, "AT_ONCE", 16)
+    found = planes.pack(codes, bits)
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(found[name], part) for name, part in whole.items())

@@ -14,11 +14,20 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8
 
 # A plane of halves: a word that holds as many bytes as a byte holds values, shifts and masks that spread them.
 _SPREAD = {4: (torch.int16, ((4, 0x0F0F),))}
+AT_ONCE = (
+    1 << 20
+)  # codes packed at once, whole bytes of every plane: what is between takes several times their memory
 LOOKED_UP = 1 << 14  # bytes of halves below which a lookup takes less than several passes
 
 
 def pack(codes: Tensor, bits: int) -> dict[str, Tensor]:
     """Bit planes of a flat tensor of codes, lowest bits first, each packed to whole bytes."""
+    at_once = AT_ONCE if codes.device.type == "cpu" else max(1, codes.numel())
+    pieces = [_pack(piece, bits) for piece in codes.split(at_once)]
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _pack(codes: Tensor, bits: int) -> dict[str, Tensor]:
     planes: dict[str, Tensor] = {}
     shift = 0
     for plane in PLANES[bits]:
