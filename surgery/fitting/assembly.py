@@ -25,6 +25,7 @@ from surgery.storage.codecs import (
     packed,
 )
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
+from surgery.storage.lazy import LazyState
 from surgery.storage.stored import Stored, deduplicate
 from surgery.storage.trim import entry_bytes
 
@@ -85,6 +86,10 @@ class Assembler:
             if len(known) == KEPT[unit.statistics is not None]:
                 del known[next(iter(known))]
             tensor, statistics = unit.tensors[key], unit.statistics
+            if precision.is_native and isinstance(
+                unit.tensors, LazyState
+            ):  # made for this, and kept as it is
+                tensor = put_aside(tensor)
             if keeps():
                 number = self._numbers[id(unit)]
                 known[precision] = _encoded_once(number, key, tensor, precision, statistics)

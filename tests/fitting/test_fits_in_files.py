@@ -10,9 +10,14 @@ import torch
 from torch import nn
 
 import surgery
+from surgery.anatomy.plan import Plan
 from surgery.disk import aside
 from surgery.errors import MemoryLimitError, OutputError, PlanError
 from surgery.fitting import bound
+from surgery.fitting.assembly import Assembler
+from surgery.fitting.units import Arrangement, Unit
+from surgery.storage.codecs import NATIVE, decode
+from surgery.storage.lazy import LazyState, Made
 
 GIB = 2**30
 
@@ -90,3 +95,16 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="file"):
         surgery.fit(joined(), budget=0.4, folder=tmp_path / "file" / "in")
+
+
+def test_what_relatives_share_is_put_aside_also_as_it_is(tmp_path, rooms):
+    """An attempt without rounding keeps matrices that are made for it: together as large as the members."""
+    again = Made((64, 64), torch.float32, torch.device("cpu"), lambda: torch.ones(64, 64))
+    unit = Unit(LazyState({"shared": again}), {}, (NATIVE,), (0.0,), (0.0,))
+    arrangement = Arrangement((unit,), 0.0, ())
+    assembler = Assembler(Plan((), (), (), ()), {}, (unit,), (arrangement,))
+    with aside.aside(tmp_path):
+        kept = assembler._encode(unit, "shared", NATIVE)
+        assert len(rooms) == 1
+        assert torch.equal(decode(kept), torch.ones(64, 64))
+    assert not list(tmp_path.iterdir())

@@ -58,6 +58,7 @@ RUNS = (0, 1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 """Ranks between which directions are decided on together."""
 GROUP = 64  # entries of a private row that have a scale of their own
 BITS = tuple(grouped(bits, GROUP) for bits in (8, 6, 5, 4, 3))  # of private rows; 2 cost more than they save
+TOGETHER = 8192  # rows of a difference that are in memory in double precision
 SEEN = 1024  # entries of a wide vector that are rounded to see what rounding costs
 MOST_OF_TABLE = 64  # directions of a table: each has a context for every row
 MADE = 2  # banks that are kept while a fit tries others
@@ -79,11 +80,6 @@ class Relative:
     original: Tensor
     out: Tensor
     found: Factors
-
-    @property
-    def matrix(self) -> Tensor:
-        """The weight as a matrix, in the dtype of calculations."""
-        return _matrix(self.site, self.original)
 
 
 @dataclass(frozen=True)
@@ -156,11 +152,22 @@ class Differences:
                 ]
             )
             seen = times(contexts.double(), relative.out)
-            rest = (relative.matrix - shared).double()
-            rows = torch.linalg.lstsq(seen @ contexts.double().T, seen @ rest).solution.to(shared.dtype)
+            rest = _product_with_difference(seen, relative, shared)
+            rows = torch.linalg.lstsq(seen @ contexts.double().T, rest).solution.to(shared.dtype)
             for (precision, _), part in zip(mine, rows.split([len(j) for _, j in mine]), strict=True):
                 found[precision, i] = part
         return found
+
+
+def _product_with_difference(seen: Tensor, relative: Relative, shared: Tensor) -> Tensor:
+    """`seen [r, o]` times the difference `[o, n]`, float64; that of a large table is never there as a whole."""
+    rows, found = relative.site.view.to_matrices(relative.original).flatten(0, 1), None
+    pieces = zip(seen.split(TOGETHER, 1), rows.split(TOGETHER), shared.split(TOGETHER), strict=True)
+    for part, own, common in pieces:
+        product = part @ (own.to(shared.dtype) - common).double()
+        found = product if found is None else found.add_(product)
+    assert found is not None
+    return found
 
 
 @register_way("differences")

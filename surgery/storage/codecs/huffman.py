@@ -203,10 +203,9 @@ def unpacked(encoded: Encoded) -> Encoded:
 
 
 def _deflate(plain: bytes) -> bytes:
-    one = plain.count(plain[:1]) == len(
-        plain
-    )  # of one value, as biases that nothing has trained: its words add up
-    coder = zlib.compressobj(9, zlib.DEFLATED, _RAW, 9, zlib.Z_RLE if one else zlib.Z_HUFFMAN_ONLY)
+    # Of one value, as biases that nothing has trained, words add up.
+    strategy = zlib.Z_RLE if plain.count(plain[:1]) == len(plain) else zlib.Z_HUFFMAN_ONLY
+    coder = zlib.compressobj(9, zlib.DEFLATED, _RAW, 9, strategy)
     return coder.compress(plain) + coder.flush()
 
 

@@ -101,11 +101,8 @@ class Integers(Codec[Grouping]):
         width = _width(shape, encoded.precision.settings.group)
         scale = encoded.parts["scale"]
         count = scale.numel() * width
-        if (
-            encoded.dtype != torch.float32
-            or count != math.prod(shape)
-            or count > _at_once(DECODE_CHUNK, scale)
-        ):
+        few = count <= _at_once(DECODE_CHUNK, scale)
+        if encoded.dtype != torch.float32 or count != math.prod(shape) or not few:
             return super().decoder(encoded)
         planes, scale = planes_of(encoded.parts, bits, count), scale.view(-1, 1)
         half = float(1 << (bits - 1))
@@ -229,9 +226,8 @@ def _decode(
     bits, width = settings.bits, _width(shape, settings.group)
     scale = scale.float().unsqueeze(1)
     values = empty_large((scale.shape[0], width), dtype, scale.device)
-    step = (
-        max(_at_once(DECODE_CHUNK, scale) // (8 * width), 1) * 8
-    )  # groups: of all planes, each chunk is whole bytes
+    # Groups at a time: of all planes, each chunk is whole bytes.
+    step = max(_at_once(DECODE_CHUNK, scale) // (8 * width), 1) * 8
     for start in range(0, len(values), step):
         out = values[start : start + step]
         part = codes(start * width, start * width + out.numel()).sub(1 << (bits - 1))

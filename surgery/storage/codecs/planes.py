@@ -14,9 +14,8 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8
 
 # A plane of halves: a word that holds as many bytes as a byte holds values, shifts and masks that spread them.
 _SPREAD = {4: (torch.int16, ((4, 0x0F0F),))}
-AT_ONCE = (
-    1 << 20
-)  # codes packed at once, whole bytes of every plane: what is between takes several times their memory
+# Codes packed at once, whole bytes of every plane: what is between takes several times their memory.
+AT_ONCE = 1 << 20
 LOOKED_UP = 1 << 14  # bytes of halves below which a lookup takes less than several passes
 
 

@@ -14,9 +14,12 @@ from torch import nn
 
 import surgery
 from surgery.anatomy.plan import BankPlan
+from surgery.anatomy.sites import Site
 from surgery.core.registry import find_method
+from surgery.geometry.views import CanonicalView
 from surgery.methods.siblings import differences
 from surgery.methods.siblings.bank import SiblingsBank
+from surgery.methods.siblings.lowrank import Factors
 from surgery.settings.methods import method_names
 from surgery.storage.codecs import decode, encode_native, grouped, rounded
 from surgery.storage.codecs import encode as encoded
@@ -263,3 +266,20 @@ def test_what_rounding_wide_vectors_costs_is_seen_in_some_of_their_entries(whole
     found = differences._rounding(vectors, side, stored)
     assert float(found.sum()) == pytest.approx(float(exact.sum()), rel=0.02)
     assert bool(((found / exact).log().abs() < 0.2).all())
+
+
+@pytest.mark.parametrize("together", [1, 3, 8, 100])
+def test_a_product_with_a_large_difference_is_added_up_by_pieces(together, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    original, shared = (
+        torch.randn(10, 6, generator=generator).bfloat16(),
+        torch.randn(10, 6, generator=generator),
+    )
+    seen = torch.randn(4, 10, generator=generator, dtype=torch.float64)
+    view = CanonicalView.of("o i -> 1 o i", (10, 6))
+    site = Site("a", "w", ("w",), "linear", (10, 6), "bfloat16", view, 0)
+    found = Factors(shared[:, :0], shared[:0], shared.new_zeros(0).double())
+    relative = differences.Relative(site, original, torch.ones(10), found)
+    monkeypatch.setattr(differences, "TOGETHER", together)
+    product = differences._product_with_difference(seen, relative, shared)
+    torch.testing.assert_close(product, seen @ (original.float() - shared).double())
