@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from surgery.settings.names import DEFAULT_METHOD, RELATED
 from surgery.settings.target import Target
 from surgery.storage.codecs import Statistics
 from surgery.storage.keys import PlainKey
+
+T = TypeVar("T")
 
 SHARED_FROM = 4096  # elements of a private tensor; of smaller ones a bank's records outweigh what is saved
 WIDEST_INPUT = (
@@ -221,6 +224,17 @@ class Scene:
     def blocks(self, placements: Sequence[Placement]) -> Tensor:
         """The original blocks `[L, m*n]` of one bank's placements, in their order."""
         return torch.cat([to_blocks(self.originals[key_of(p.site)], p) for p in placements])
+
+    def again(self, make: Callable[[], T]) -> T:
+        """What `make` gives, kept until something else is asked for: its parts are wanted one after another."""
+        if self._latest[:1] != [make]:
+            self._latest.clear()
+            self._latest.extend((make, make()))
+        return self._latest[1]
+
+    @cached_property
+    def _latest(self) -> list[Any]:
+        return []
 
     def alone(self, keys: Sequence[Key]) -> Unit:
         """Equal tensors by themselves, stored once."""

@@ -39,7 +39,7 @@ def principal_directions(scene: Scene, sites: Sequence[Site]) -> Arrangement:
         cut = (tile(view.to_matrices(each), grid).to(master) for each in originals)
         return principal_rows(stack_aside(len(originals), cut), sensitivity)
 
-    rows, contexts, share = made()
+    rows, contexts, share = scene.again(made)
     power = sensitivity.sqrt().mean().square().item()  # rows are scaled by root sensitivity over its mean
     mean = mean_metric([scene.metric(site) for site in sites])
     bank = SharedRows(tuple(sites), grid, contexts, coarse=True)
@@ -54,6 +54,6 @@ def principal_directions(scene: Scene, sites: Sequence[Site]) -> Arrangement:
             structure = mean.price(row) / max(mean.sensitivity * float(row.square().sum()), 1e-300)
             unit = replace(unit, errors=(*unit.errors[:-1], unit.errors[-1] * max(structure, 1.0)))
         # All rows together are as large as the originals: those that are tried are made again.
-        again = Made(tuple(rows[j].shape), master, device, lambda j=j: made()[0][j].clone())
+        again = Made(tuple(rows[j].shape), master, device, lambda j=j: scene.again(made)[0][j].clone())
         units.append(replace(unit, tensors=LazyState({f"rows.{j}": again})))
     return Arrangement(tuple(units), bank.fixed_bytes + BANK_BYTES, (bank,))

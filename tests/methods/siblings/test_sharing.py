@@ -1,5 +1,6 @@
 """Sharing: principal rows of siblings, subspaces of blocks, and banks of a fixed number of hypermodules."""
 
+import copy
 import itertools
 from dataclasses import replace
 
@@ -8,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import assert_same_bits, dictionary_gradients, loss_of, member, plain_copy, run, sibling
+from torch import nn
 
+import surgery
 from surgery.anatomy.plan import BankPlan
 from surgery.core.joining import join
 from surgery.errors import PlanError
@@ -17,6 +20,7 @@ from surgery.fitting.fit import fit
 from surgery.fitting.related import resembling
 from surgery.methods.hypermodules.exactly import _divide
 from surgery.methods.hypermodules.subspaces import fit_subspaces
+from surgery.methods.siblings import related as ways
 from surgery.methods.siblings.principal import principal_rows
 from surgery.storage.stored import store
 
@@ -217,3 +221,19 @@ def test_a_way_of_storing_related_sites_is_one_function(monkeypatch):
     assert generated and sorted({name for names in asked for name in names}) == generated
     with pytest.raises(ValueError, match="'free' is registered already"):
         related.register_way("free")(lambda scene, sites: None)
+
+
+def test_rows_of_relatives_are_made_once_for_all_of_them(monkeypatch):
+    """Each is a part of what is made of all relatives together."""
+    made, real = [], ways.principal_rows
+    monkeypatch.setattr(ways, "principal_rows", lambda *given: made.append(1) or real(*given))
+    torch.manual_seed(0)
+    base = nn.Linear(96, 96)
+    nets = [copy.deepcopy(base) for _ in range(3)]
+    with torch.no_grad():
+        for net in nets:
+            net.weight += 0.01 * torch.randn(96, 96)
+    x = torch.randn(8, 96)
+    members = [surgery.load_member(net, name=f"m{i}", inputs=x) for i, net in enumerate(nets)]
+    surgery.fit(surgery.join(members), max_error=0.02, device="cpu")
+    assert len(made) == 1
