@@ -34,9 +34,12 @@ def occupy(joint: JointModel, name: str, module: nn.Module) -> None:
 
 def leave(joint: JointModel) -> None:
     """Note that no module belongs to a joint model any longer."""
-    for key, (_, owner, _) in list(_occupants.items()):
-        if owner() in (joint, None):
-            del _occupants[key]
+    for key in list(
+        _occupants
+    ):  # keys alone: the pairs of `items` are made, and what is made may end modules meanwhile
+        _, owner, _ = _occupants.get(key, (None, None, ""))
+        if owner is None or owner() in (joint, None):
+            _occupants.pop(key, None)
 
 
 def occupant(module: nn.Module) -> tuple[JointModel, str] | None:
