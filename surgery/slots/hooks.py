@@ -120,9 +120,8 @@ def watch(joint: JointModel, member: str, module: nn.Module, owners: list[str]) 
 
 def _at_door(part: nn.Module, gate: Gate) -> None:
     """Make a gate a forward pre-hook of a module within its member, behind a door where all hooks are gates."""
-    if (
-        gate.path and not part._forward_pre_hooks
-    ):  # whoever holds the hooks that there are goes on holding them
+    # Whoever holds the hooks that there are goes on holding them.
+    if gate.path and not part._forward_pre_hooks:
         part._forward_pre_hooks = Door()
     handle, door = part.register_forward_pre_hook(gate), part._forward_pre_hooks
     if isinstance(door, Door):
