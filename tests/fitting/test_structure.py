@@ -75,7 +75,7 @@ def of_the_mean(nets):
 def test_a_family_is_never_worse_than_its_members_apart(monkeypatch, given, size):
     nets = family(size)
     found = fitted(nets, given, budget=0.1)
-    assert np.mean([*found.errors.values()]) < 0.8 * of_the_mean(nets)
+    assert np.mean([*found.errors.values()]) < 0.75 * of_the_mean(nets)
     apart(monkeypatch)
     alone = fitted(nets, given, budget=0.1)
     assert np.mean([*found.errors.values()]) <= np.mean([*alone.errors.values()])

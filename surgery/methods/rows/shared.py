@@ -57,10 +57,11 @@ class SharedRows:
 
     @property
     def fixed_bytes(self) -> float:
-        """Bytes of alignment and contexts, of all rows as they are: those that are left out or coarse take less."""
+        """Bytes of alignment and contexts, of all rows; those that are left out take less."""
         sites, locations, _ = self.contexts.shape
         index = sites * locations * index_dtype(self.count if self.hard else locations).itemsize
-        return index + (0 if self.hard else self.contexts.numel() * self.contexts.element_size())
+        each = torch.bfloat16.itemsize if self.coarse else self.contexts.element_size()
+        return index + (0 if self.hard else self.contexts.numel() * each)
 
     def assemble(
         self, number: int, parts: Sequence[Encoding | None]
