@@ -243,24 +243,15 @@ def test_packed_members_take_turns(artifacts):
 
 
 def test_what_is_extracted_of_packed_members_trains(artifacts):
-    folder, architectures, x = bodies.saved("many", artifacts)
-    joint = surgery.load(folder, modules=architectures(), resident="packed", device="cuda")
-    net = joint.extract("many").train()
-    net(x.cuda()).sum().backward()
-    assert all(p.grad is not None and p.grad.is_cuda for p in net.parameters())
+    bodies.extracted_trains(CUDA, artifacts)
 
 
 def test_a_packed_layer_allocates_one_weight_at_a_time(artifacts):
-    """Beside activations a forward pass holds no more than the weight that is used and what it is decoded from."""
-    layers = [torch.nn.Linear(1024, 1024, bias=False) for _ in range(8)]
-    net = torch.nn.Sequential(*layers).eval()
-    member = surgery.load_member(net, name="net", inputs=torch.randn(2, 1024))
-    joint = surgery.fit(surgery.join([member]), max_error=0.05)
-    out = surgery.save(joint, artifacts / "layers")
-    packed = surgery.load(out, modules={"net": net}, resident="packed", device="cuda")["net"]
-    x = torch.randn(2, 1024, device="cuda")
-    bodies.run(packed, x)
-    before = allocated()
-    torch.cuda.reset_peak_memory_stats()
-    bodies.run(packed, x)
-    assert torch.cuda.max_memory_allocated() - before < 4 * layers[0].weight.nbytes
+    def peak(run):
+        before = allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    bodies.one_weight_at_a_time(CUDA, artifacts, peak)

@@ -10,6 +10,7 @@ no change.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -238,7 +239,11 @@ class PackedWeight(Tensor):
         if func in _AT_ONCE:  # each of their steps would decode again
             args, kwargs = _decoded(args, True, True), _decoded(kwargs, True, True)
         with torch._C.DisableTorchFunctionSubclass():  # what comes of it is an ordinary tensor
-            return func(*args, **kwargs)
+            if func not in _RECURRENT:
+                return func(*args, **kwargs)
+            with warnings.catch_warnings():  # on a GPU: decoded weights lie in several pieces of memory
+                warnings.filterwarnings("ignore", "RNN module weights are not part of")
+                return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -327,10 +332,13 @@ def _looked_up(
     return None if rows is None else rows[place]
 
 
+_RECURRENT: set[Callable[..., Any]] = {
+    torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu,  # pyright: ignore
+}  # fmt: skip
 _AT_ONCE: set[Callable[..., Any]] = {
     nn.functional.linear, nn.functional.embedding, nn.functional.embedding_bag,
-    nn.functional.multi_head_attention_forward, nn.functional.bilinear, torch._VF.lstm, torch._VF.gru,  # pyright: ignore
-    torch._VF.rnn_tanh, torch._VF.rnn_relu, torch._VF.lstm_cell, torch._VF.gru_cell,  # pyright: ignore
+    nn.functional.multi_head_attention_forward, nn.functional.bilinear, *_RECURRENT,
+    torch._VF.lstm_cell, torch._VF.gru_cell,  # pyright: ignore
 }  # fmt: skip
 """Calls of which one packed weight is used several times."""
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from artifacts import Tied, contents, member, modules, pair, seeded, size
+from artifacts import Tied, contents, fitted, hypermodules, member, modules, pair, seeded, size
 from safetensors.torch import load_file
-from test_artifact import fitted, hypermodules, same, states
+from test_artifact import same, states
 
 import surgery
 from surgery.artifact import load, save

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from artifacts import contents, pair
+from artifacts import contents, modules, pair
 from command_line import surgery as command
-from test_artifact import modules
 from tiny_transformers import save_tiny
 from transformers import GPT2Model
 

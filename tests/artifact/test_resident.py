@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from artifacts import Tied, member, pair, seeded
+from artifacts import Tied, fitted, hypermodules, member, modules, pair, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_artifact import fitted, hypermodules, modules
 from torch import nn
 
 import surgery
 from surgery.artifact.resident import ResidentModel
 from surgery.errors import ArtifactError, PlanError, TrainingError
+from surgery.storage import packed as packing
 from surgery.storage.cache import Cache
 from surgery.storage.codecs import Precision, decode, encode, take_rows
 from surgery.storage.keys import PlainKey
@@ -398,3 +399,20 @@ def test_some_members_are_read_alone(way, tmp_path):
         path.unlink()
     alone = surgery.load(folder, modules={"one": modules()["one"]}, members=["one"], resident=way)
     assert torch.equal(alone["one"](draw(2, 8)), wanted) and [*alone.names] == ["one"]
+
+
+def test_advice_of_cudnn_is_kept_from_whoever_runs_packed_layers(monkeypatch):
+    """On a GPU each call of a recurrent layer asks for `flatten_parameters`, which packed ones have none of."""
+
+    def layer(weight):
+        warnings.warn("RNN module weights are not part of single contiguous chunk of memory.", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+        return weight
+
+    weight = PackedWeight(
+        Form({"": encode(torch.ones(8, 8), Precision.parse("int4/8"))}), (8, 8), torch.float32
+    )
+    monkeypatch.setattr(packing, "_RECURRENT", {layer})
+    with pytest.warns(UserWarning) as said:
+        PackedWeight.__torch_function__(layer, (PackedWeight,), (weight,))
+    assert [str(each.message) for each in said] == ["something else"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import resident_bodies as bodies
 import torch
-from other_device import allocated, elsewhere
+from other_device import allocated, elsewhere, peak
 from torch import nn
 
 
@@ -39,3 +39,11 @@ def test_casts_stay_packed(dtype, folder: Path):
 
 def test_members_take_turns(folder: Path):
     bodies.members_take_turns(elsewhere(), folder)
+
+
+def test_what_is_extracted_trains(folder: Path):
+    bodies.extracted_trains(torch.device("cpu"), folder)  # gradients need a device's own queue
+
+
+def test_one_weight_at_a_time(folder: Path):
+    bodies.one_weight_at_a_time(elsewhere(), folder, peak)

@@ -11,7 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import surgery
+from surgery.anatomy.plan import place
+from surgery.anatomy.sites import discover
+from surgery.core.dictionary import Dictionary
+from surgery.core.joint import JointModel
+from surgery.core.known import Known
+from surgery.fitting.report import FitReport, Probes
 from surgery.members.member import Inputs, Member, Origin
+from surgery.methods.rows.bank import RowsBank
+from surgery.storage.codecs import Precision, encode, grouped
+from surgery.storage.keys import PlainKey
+from surgery.storage.stored import Stored, revive, store
 
 
 class Tied(nn.Module):
@@ -64,6 +74,44 @@ def pair(dtype: torch.dtype = torch.float32, files: dict[str, bytes] | None = No
 def modules(dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
     """Architectures for `pair`, with other weights."""
     return {"one": seeded(stack, 8).to(dtype), "two": seeded(stack, 9).to(dtype)}
+
+
+INT4 = grouped(4, 32)
+
+
+def fitted(precision: Precision = INT4) -> JointModel:
+    """`pair` with plain tensors of `precision` where they are matrices, and a report."""
+    joint = pair()
+    stored = store(joint)
+    tensors = {
+        key: encode(each.parts[""], precision) if isinstance(key, PlainKey) and len(each.shape) == 2 else each
+        for key, each in stored.tensors.items()
+    }
+    lossy = Stored(stored.plan, tensors, stored.aliases, stored.ties)
+    report = FitReport(
+        "max-error 0.5",
+        True,
+        errors={"one": 0.1, "two": float("nan")},
+        saved={"sharing": 10, "precision": 20},
+        probes=Probes(7),
+    )
+    fresh = [member(m, name, torch.zeros(2, 8)) for name, m in modules().items()]
+    return revive(fresh, lossy, Known(report))
+
+
+def hypermodules(seed: int = 0) -> JointModel:
+    """Two members on a bank of three hypermodules of c = 2 and some single rows."""
+    found = [member(seeded(stack, i), name, torch.zeros(2, 8)) for i, name in enumerate(("one", "two"))]
+    sites = [(site, (8, 8)) for each in found for site in discover(each).sites]
+    plan = place(["one", "two"], sites, context=2)
+    count = plan.banks[0].locations
+    generator = torch.Generator().manual_seed(seed)
+    psi = torch.randint(0, 5, (count,), generator=generator)
+    contexts = torch.randn(count, 2, generator=generator)
+    contexts[psi >= 3, 1] = 0
+    bank = RowsBank((8, 8), torch.randn(3 * 2 + 2, 64, generator=generator), psi, contexts, 3)
+    joint = JointModel(found, plan, Dictionary({plan.banks[0].key: bank}))
+    return revive([member(m, n, torch.zeros(2, 8)) for n, m in modules().items()], store(joint))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

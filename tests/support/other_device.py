@@ -20,6 +20,7 @@ NAME = "elsewhere"
 _MIXED = {"aten::copy_", "aten::_to_copy", "aten::_copy_from", "aten::_copy_from_and_resize"}
 _INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 _live: dict[int, tuple[weakref.ref, int, int]] = {}
+_most: list[int] = []  # bytes that were alive at once, while that is asked for
 
 
 class _Module:
@@ -74,6 +75,8 @@ class Elsewhere(Tensor):
         key = id(made)
         gone = weakref.ref(made, lambda _: _live.pop(key, None))
         _live[key] = gone, storage._cdata, storage.nbytes()
+        if _most:
+            _most[0] = max(_most[0], _now())
         return made
 
     @classmethod
@@ -161,4 +164,19 @@ def elsewhere() -> torch.device:
 def allocated() -> int:
     """Bytes of all tensors of the device that are alive, each piece of memory once."""
     gc.collect()
-    return sum({storage: size for _, storage, size in _live.values()}.values())
+    return _now()
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """The most bytes that are alive at once more while something runs."""
+    before = allocated()
+    _most[:] = [before]
+    try:
+        run()
+        return _most[0] - before
+    finally:
+        _most.clear()
+
+
+def _now() -> int:
+    return sum({storage: size for _, storage, size in [*_live.values()]}.values())

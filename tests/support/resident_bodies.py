@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from artifacts import member, modules, seeded
+from artifacts import fitted, hypermodules, member, modules, seeded
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -118,8 +119,6 @@ def Wide() -> nn.Module:
 def _cases() -> dict[
     str, tuple[Callable[[], surgery.JointModel], Callable[[], dict[str, nn.Module]], Tensor]
 ]:
-    from test_artifact import fitted, hypermodules
-
     x = draw(3, 8)
     return {
         "many": (many, lambda: {"many": seeded(Many, 9)}, IDS),
@@ -140,7 +139,9 @@ def saved(kind: str, folder: Path) -> tuple[Path, Callable[[], dict[str, nn.Modu
 
 
 def run(net: nn.Module, x: Tensor) -> Any:
-    with torch.no_grad():
+    """The member's outputs; cuDNN's advice to compact weights, which packed ones cannot follow, is a fault."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", "RNN module weights")
         return net(x)
 
 
@@ -242,3 +243,35 @@ def members_take_turns(device: torch.device, folder: Path) -> None:
     with torch.no_grad():
         first[2].weight.add_(1)  # pyright: ignore
     close(run(joint.to(device).activate("two"), x.to(device)), run(plain["two"], x), device)
+
+
+def extracted_trains(device: torch.device, folder: Path) -> None:
+    """What is extracted on the device has ordinary weights there, all of which get gradients."""
+    folder, architectures, x = saved("many", folder)
+    joint = surgery.load(folder, modules=architectures(), resident="packed", device=str(device))
+    net = joint.extract("many").train()
+    net(x.to(device)).float().square().mean().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.device.type == device.type, name
+
+
+def one_weight_at_a_time(
+    device: torch.device, folder: Path, peak: Callable[[Callable[[], Any]], int]
+) -> None:
+    """Beside activations a forward pass holds no more than the weight that is used and what it is decoded from.
+
+    Args:
+        device: where.
+        folder: for artifacts.
+        peak: the most bytes that are allocated more while something runs.
+    """
+
+    def layers() -> nn.Module:
+        return nn.Sequential(*(nn.Linear(1024, 1024, bias=False) for _ in PRECISIONS))
+
+    made = [member(seeded(layers, n), "net", draw(2, 1024)) for n in range(2)]
+    out = surgery.save(stored_as(surgery.join(made[:1]), made[1:]), folder / "layers")
+    joint = surgery.load(out, modules={"net": seeded(layers, 2)}, resident="packed", device=str(device))
+    net, x = joint["net"], draw(2, 1024).to(device)
+    run(net, x)
+    assert peak(lambda: run(net, x)) < 4 * 1024 * 1024 * 4
