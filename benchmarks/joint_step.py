@@ -5,8 +5,8 @@ of 16/2/16 and of 64/8/64. *Joint* is what training does in one step while a con
 half of all locations: generate once, forward and backward passes of all three, one backward pass through the
 dictionary, one optimizer step; *captured* is the same as a CUDA graph (`train.capture`). It begins at the pessimistic
 start, where every location has a hypermodule of its own, so no later step costs more. *Plain* is the three models, each
-with its own optimizer. All take turns in one process; peak memory is that of a process of its own for each, libraries
-included, or on a device what each takes there.
+with its own optimizer; captured, all three are one graph. All take turns in one process; peak memory is that of a
+process of its own for each, libraries included, or on a device what each takes there.
 
 `--models large` takes ViT-B/16 (224x224), BERT-base (128 tokens) and ResNet-50 (224x224) of transformers with random
 weights, in batches of 32; `--narrow` begins with one basis block for each location, as evolution at a price does.
@@ -16,6 +16,7 @@ weights, in batches of 32; `--narrow` begins with one basis block for each locat
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import resource
 import sys
@@ -153,6 +154,26 @@ def plain_step(
         optimizer.zero_grad(set_to_none=True)
 
 
+def captured_plain_step(
+    modules: dict[str, nn.Module], batches: dict[str, Batch], bf16: bool
+) -> Callable[[], object]:
+    """The same step as a CUDA graph, after three ordinary ones."""
+    optimizers = [
+        torch.optim.Adam(m.parameters(), lr=1e-3, fused=True, capturable=True) for m in modules.values()
+    ]
+    step = partial(plain_step, modules, batches, optimizers, bf16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay
+
+
 def make_trainer(
     members: Sequence[surgery.Member],
     batches: dict[str, Batch],
@@ -182,8 +203,11 @@ def make_competitors(
 ) -> dict[str, Callable[[], Callable[[], object]]]:
     """What makes one step of the plain models, of the joint one, and of the joint one in a contest."""
 
+    def plain_modules() -> dict[str, nn.Module]:
+        return {m.name: deepcopy(m.module).to(options.device).train() for m in members}
+
     def plain() -> Callable[[], object]:
-        modules = {m.name: deepcopy(m.module).to(options.device).train() for m in members}
+        modules = plain_modules()
         optimizers = [torch.optim.Adam(m.parameters(), lr=1e-3, fused=True) for m in modules.values()]
         return partial(plain_step, modules, batches, optimizers, options.bf16)
 
@@ -196,6 +220,7 @@ def make_competitors(
         found |= {
             "joint, captured": lambda: make_trainer(members, batches, options, False, True).train_step,
             "competing, captured": lambda: make_trainer(members, batches, options, True, True).train_step,
+            "plain, captured": lambda: captured_plain_step(plain_modules(), batches, options.bf16),
         }
     return found
 
@@ -213,11 +238,11 @@ def build(
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step = make()
         try:
+            step = make()
             for _ in range(4):
                 step()
-        except surgery.SurgeryError as error:
+        except (surgery.SurgeryError, RuntimeError) as error:
             print(f"{name}: {error}", file=sys.stderr, flush=True)  # where members cannot be captured
             continue
         steps[name] = step
@@ -263,18 +288,23 @@ def _sizes(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say what a step is."""
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--untied", action="store_true", help="an output layer of its own for the LSTM")
-    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument(
         "--batch", action="append", type=_sizes, metavar="A/B/C", help="of the three members; repeat for more"
     )
-    parser.add_argument("--no-peak", action="store_true", help="leave the peak memory unmeasured")
     parser.add_argument("--models", choices=("small", "large"), default="small")
     parser.add_argument("--narrow", action="store_true", help="one basis block for each location, c = 1")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    add_options(parser)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--no-peak", action="store_true", help="leave the peak memory unmeasured")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     results, verdicts = [], []
@@ -300,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 }
             )
         if large:
-            for name in (name for name in times if name != "plain"):
+            for name in (name for name in times if not name.startswith("plain")):
                 ratio = times[name].median / times["plain"].median
                 verdicts.append(judge(f"{name} / plain, time", ratio, LARGE_LIMITS["time"]))
                 if peaks:

@@ -14,6 +14,7 @@ import inspect
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -111,6 +112,35 @@ _BACKWARD = (torch.autograd.backward.__code__, torch.autograd.grad.__code__)
 _KEPT = 4096  # changes of tasks: many more than a step has
 
 
+def _handed_over(reached: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Gradients of generated tensors, taken from their leaves, for a backward pass.
+
+    Whoever calls `backward` holds what it gives until the pass has ended. So most of these are zeros that take no
+    memory: the node that made a tensor takes the gradient itself as it runs, and is the last to hold it.
+    """
+    found: list[Tensor] = []
+    waiting: dict[torch.autograd.graph.Node, dict[int, Tensor]] = {}
+    zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    for weight, leaf in reached:
+        gradient, node = leaf.grad, weight.grad_fn
+        assert gradient is not None  # else it was not reached
+        leaf.grad = None
+        if node is None:  # a parameter itself
+            found.append(gradient)
+            continue
+        waiting.setdefault(node, {})[weight.output_nr] = gradient
+        kind = gradient.dtype, gradient.device
+        zero = zeros[kind] = zeros[kind] if kind in zeros else gradient.new_zeros(())
+        found.append(zero.expand(gradient.shape))
+    for node, own in waiting.items():
+        node.register_prehook(partial(_take, own))
+    return found
+
+
+def _take(waiting: dict[int, Tensor], given: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return tuple(waiting.pop(number, gradient) for number, gradient in enumerate(given))
+
+
 class StepLeaves:
     """What the slots hold within a training step, and the generated tensors to which their gradients go back.
 
@@ -150,9 +180,12 @@ class StepLeaves:
         self._served[member] = task
 
     def go_back(self) -> None:
-        """Carry the gradients of all leaves, of all tasks, into the dictionary in one backward pass."""
-        reached = [(weight, leaf.grad) for weight, leaf in self._pairs if leaf.grad is not None]
-        torch.autograd.backward([weight for weight, _ in reached], [gradient for _, gradient in reached])
+        """Carry the gradients of all leaves, of all tasks, into the dictionary in one backward pass.
+
+        Leaves give their gradients away, which are as large as all weights.
+        """
+        reached = [(weight, leaf) for weight, leaf in self._pairs if leaf.grad is not None]
+        torch.autograd.backward([weight for weight, _ in reached], _handed_over(reached))
 
     def _leaves(self, placements: Sequence[Placement], task: str | None) -> Weights:
         weights = generate_weights(self._dictionary, placements, task)

@@ -1,5 +1,7 @@
 """Gradients of joint models: through calls, through steps, and the slow way, location by location."""
 
+import weakref
+
 import pytest
 import torch
 from nets import assert_gradients, dictionary_gradients, loss_of, open_joint, run
@@ -130,3 +132,17 @@ def test_a_compiled_member_follows_the_dictionary():
     expected = dictionary_gradients(joint)
     assert_gradients(by_step, expected, 1e-5)
     assert_gradients(by_call, expected, 1e-5)
+
+
+def test_gradients_of_weights_are_gone_before_those_of_rows_are_made():
+    joint, plain = open_joint("bert")
+    (bank,) = (joint.dictionary[key] for key in joint.dictionary.banks)
+    held: list[int] = []
+
+    with joint.step() as leaves:
+        loss_of(run(joint["bert"], plain["bert"])).backward()
+        own = [weakref.ref(leaf.grad) for leaf in leaves.values() if leaf.grad is not None]
+        hook = bank.rows.register_hook(lambda gradient: held.append(sum(ref() is not None for ref in own)))
+    hook.remove()
+    assert len(own) > 1
+    assert held == [0]
