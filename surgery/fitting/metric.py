@@ -28,6 +28,8 @@ from surgery.storage.codecs import Statistics
 WIDEST = 2048  # rows or columns up to which a side has a whole moment, and beyond which its diagonal
 # Multiplications of one moment; those of half as many columns as it has rows, where that is more.
 MOST_WORK = 1 << 30
+MOST_OF_PRICE = 1 << 34  # multiplications of a price, beyond which SOME rows say what it is
+SOME = 2048
 DAMPING = 0.05  # of the mean of a diagonal, added to it: what few draws have not seen
 PIECE = 1 << 16  # elements of a gradient that are taken together: they stay in the cache of one core
 
@@ -58,8 +60,12 @@ class Metric:
         )
 
     def price(self, error: Tensor) -> float:
-        """tr(G E H E^T) / tr G."""
+        """tr(G E H E^T) / tr G; of an error that would take long it is estimated from some of its rows or columns."""
         error = error.to(self.into.device, torch.float32)
+        if self.out.ndim == 1 and self.into.ndim == 2:
+            return _price_of_rows(error, self.out, self.into)
+        if self.out.ndim == 2 and self.into.ndim == 1:
+            return _price_of_rows(error.T, self.into, self.out)
         return float((times(times(error.T, self.out).T, self.into) * error).sum(dtype=torch.float64))
 
     @property
@@ -77,6 +83,27 @@ class Metric:
     def statistics(self) -> Statistics | None:
         """Of the inputs, as codecs make use of them; None where nothing of them is known."""
         return Statistics(self.into, 1) if self.into.ndim == 2 else None
+
+
+def _price_of_rows(error: Tensor, weights: Tensor, moment: Tensor) -> float:
+    """The sum over rows e of w (e H e^T), of too many of them from some, by the shares that these have of all w |e|^2.
+
+    Args:
+        error: `[k, n]`.
+        weights: w `[k]`.
+        moment: H `[n, n]`.
+    """
+
+    def of(rows: Tensor, weights: Tensor) -> float:
+        return float(((rows @ moment) * rows).sum(1).dot(weights).double())
+
+    if len(error) <= 2 * SOME or error.numel() * len(moment) < MOST_OF_PRICE:
+        return of(error, weights)
+    seen = torch.linspace(0, len(error) - 1, SOME, device=error.device).long()
+    power = torch.linalg.vector_norm(error, dim=1).square() * weights
+    return of(error[seen], weights[seen]) * float(
+        power.sum() / power[seen].sum().clamp_min(torch.finfo(power.dtype).tiny)
+    )
 
 
 def times(x: Tensor, side: Tensor) -> Tensor:
@@ -191,6 +218,12 @@ def mean_metric(metrics: Sequence[Metric]) -> Metric:
     return Metric(_mean([each.out for each in metrics]), _mean([each.into for each in metrics]))
 
 
+def mean_statistics(metrics: Sequence[Metric]) -> Statistics | None:
+    """What `mean_metric` has for statistics, without its outputs."""
+    into = _mean([each.into for each in metrics])
+    return Statistics(into, 1) if into.ndim == 2 else None
+
+
 def _mean(sides: Sequence[Tensor]) -> Tensor:
     whole = any(side.ndim == 2 for side in sides)
     found = [side.diag() if whole and side.ndim == 1 else side for side in sides]
@@ -201,5 +234,6 @@ def _damped(moment: Tensor) -> Tensor:
     """With a share of the mean on the diagonal, and the same trace."""
     if moment.ndim == 1:
         return (moment + DAMPING * moment.mean()) / (1 + DAMPING)
-    mean = moment.diagonal().mean()
-    return (moment + torch.eye(len(moment), device=moment.device) * (DAMPING * mean)) / (1 + DAMPING)
+    found, mean = moment.clone(), moment.diagonal().mean()
+    found.diagonal().add_(DAMPING * mean)
+    return found.div_(1 + DAMPING)

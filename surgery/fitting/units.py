@@ -27,7 +27,8 @@ from surgery.storage.codecs import (
 from surgery.storage.codecs.feedback import expected_gain
 
 SAMPLE = 1 << 18  # values on which the error of a precision is measured
-ROW_SAMPLE = 1 << 16  # of a tensor that is one row, in pieces
+ROW_SAMPLE = 1 << 16  # of a tensor that is one row, in pieces, or of one of LARGE
+LARGE = 1 << 22  # elements, whose precisions would take too long otherwise
 PIECE = 64  # values of such a row that are sampled together, or as many as are stored together
 PART_BYTES = 160  # a stored part's entry in a file's header and in the manifest, rounded up
 GATHERED_BYTES = 40  # the same where parts are so many and so small that names and records are deflated
@@ -181,7 +182,8 @@ def _squared_error(tensor: Tensor, precision: Precision) -> tuple[Tensor, int]:
     """
     if precision.is_native:
         return torch.zeros((), dtype=torch.float64, device=tensor.device), tensor.numel()
-    count, sample, limit = tensor.numel(), tensor, SAMPLE
+    count, sample = tensor.numel(), tensor
+    limit = SAMPLE if count < LARGE else ROW_SAMPLE
     span = precision.codec.span(precision.settings)
     if tensor.ndim > 1 and len(tensor) == 1 and count > ROW_SAMPLE and 0 < span <= ROW_SAMPLE:
         piece = span * -(-PIECE // span)  # the groups of one row are as good as rows

@@ -24,6 +24,8 @@ from surgery.anatomy.plan import BankPlan
 from surgery.core.bank import Bank, Parts, Trained
 from surgery.core.dictionary import index_dtype
 
+PIECE = 1 << 17  # elements to which all private rows are added in turn: they stay in the cache of one core
+
 
 class SiblingsBank(Bank):
     """A shared matrix and products of low rank.
@@ -81,10 +83,14 @@ class SiblingsBank(Bank):
         """Rows whose sums are taken in the order of the private rows, one rounded operation at a time."""
         pieces = []
         for site, first, last in self._spans(start, stop):
-            piece = self.shared[first:last].clone()
-            for j in torch.nonzero(self.owner == site).flatten().tolist():
-                piece = piece + self.contexts[j, first:last, None] * self.rows[j]
-            pieces.append(piece)
+            own = torch.nonzero(self.owner == site).flatten()
+            span, contexts = self.shared[first:last].clone(), self.contexts[own, first:last, None]
+            together = len(span) if span.is_cuda else max(1, PIECE // max(1, span.shape[1]))
+            for piece, part in zip(span.split(together), contexts.split(together, 1), strict=True):
+                product = torch.empty_like(piece)
+                for row, context in zip(self.rows[own], part, strict=True):
+                    piece.add_(torch.mul(context, row, out=product))
+            pieces.append(span)
         return torch.cat(pieces) if pieces else self.shared.detach()[:0]
 
     def _spans(self, start: int, stop: int) -> list[tuple[int, int, int]]:

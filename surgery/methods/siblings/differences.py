@@ -23,7 +23,7 @@ from surgery.core.dictionary import index_dtype, master_dtype
 from surgery.disk.aside import put_aside, stack_aside
 from surgery.disk.journal import Made as Kept
 from surgery.disk.journal import keeps, made_once
-from surgery.fitting.metric import Metric, mean_metric, times
+from surgery.fitting.metric import Metric, mean_statistics, times
 from surgery.fitting.related import register_way
 from surgery.fitting.scene import Scene, key_of
 from surgery.fitting.tables import TABLE, by_rows, row_weights
@@ -301,7 +301,7 @@ def _shared_unit(shared: Tensor, members: Sequence[str], metrics: Sequence[Metri
     weight: dict[str, float] = defaultdict(float)
     for member, metric in zip(members, metrics, strict=True):
         weight[member] += metric.sensitivity
-    unit, known = measure({"shared": shared}, dict(weight)), mean_metric(metrics).statistics
+    unit, known = measure({"shared": shared}, dict(weight)), mean_statistics(metrics)
     return unit if known is None else fed_back(unit, known)
 
 
