@@ -144,3 +144,18 @@ def test_codes_are_those_of_the_papers_written_out_entry_by_entry(sweeps, monkey
     expected = torch.where((cost < plain)[:, None], expected, rows.round())
     assert torch.equal(found.codes, expected)
     torch.testing.assert_close(found.error, torch.minimum(cost, plain))
+
+
+def test_wide_matrices_are_swept_once(monkeypatch):
+    """More sweeps take as long as the first and gain little, which counts where rounding takes most of a merge."""
+    generator = torch.Generator().manual_seed(0)
+    rows, inputs = torch.randn(16, 64, generator=generator), torch.randn(200, 64, generator=generator)
+    known = feedback.Inputs.of(inputs.T @ inputs / 200 + 0.3)
+    monkeypatch.setattr(feedback, "SETTLED", 0.0)
+    often = feedback.feed_back(rows, known, 64, lambda columns: Whole()).error.sum()
+    monkeypatch.setattr(feedback, "WIDE", 64)
+    once = feedback.feed_back(rows, known, 64, lambda columns: Whole()).error.sum()
+    monkeypatch.setattr(feedback, "SWEEPS", 0)
+    monkeypatch.setattr(feedback, "WIDE", 65)
+    never = feedback.feed_back(rows, known, 64, lambda columns: Whole()).error.sum()
+    assert often < once < never

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -65,7 +66,8 @@ def test_every_block_is_its_shared_row_and_its_private_rows(sites, o, n, chunks,
     start, stop = sorted((seed % (sites * o), (7 * seed) % (sites * o + 1)))
     torch.testing.assert_close(made.blocks().detach(), wanted)
     torch.testing.assert_close(made.blocks(start, stop).detach(), wanted[start:stop])
-    torch.testing.assert_close(made.portable_blocks(start, stop), wanted[start:stop])
+    with patch("surgery.methods.siblings.bank.PIECE", 1 + seed % 13):  # by a few rows, in the same order
+        assert torch.equal(made.portable_blocks(start, stop), wanted[start:stop])
     again = METHOD.unpack(plan, made.pack(plan))
     assert all(torch.equal(a, b) for a, b in zip(again.state().values(), made.state().values(), strict=True))
     assert again.chunks == made.chunks

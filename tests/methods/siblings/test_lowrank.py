@@ -118,6 +118,26 @@ def test_a_metric_of_draws_prices_any_error_where_gradients_are_products():
     assert draws.metric(n).price(error) == pytest.approx(moved, rel=0.25)
 
 
+@pytest.mark.parametrize("wide", ["rows", "columns"])
+def test_a_price_of_many_rows_is_estimated_from_some(wide, monkeypatch):
+    """Rows of very different size, with what they have in common along the strongest direction of H."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(900, 40, generator=generator) * torch.rand(900, 1, generator=generator) ** 4
+    rows += torch.randn(900, 1, generator=generator) * torch.ones(40) / 9
+    inputs = torch.randn(200, 40, generator=generator) + torch.randn(200, 1, generator=generator)
+    weights, moment = torch.rand(900, generator=generator) ** 2, inputs.T @ inputs / 200
+    sides, error = ((weights, moment), rows) if wide == "rows" else ((moment, weights), rows.T)
+    exact = float(torch.einsum("kn,nm,km,k->", rows, moment, rows, weights))
+    assert Metric(*sides).price(error) == pytest.approx(exact, rel=1e-5)
+    monkeypatch.setattr("surgery.fitting.metric.MOST_OF_PRICE", 0)
+    monkeypatch.setattr("surgery.fitting.metric.SOME", 300)
+    estimate = Metric(*sides).price(error)
+    assert estimate != pytest.approx(exact, rel=1e-6)
+    assert estimate == pytest.approx(
+        exact, rel=0.1
+    )  # about 1 / sqrt(300) of how prices scatter about their shares
+
+
 def test_draws_that_are_added_up_first_give_the_same_moments_in_the_mean(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     gradients = torch.randn(4000, 4, 4, generator=generator) @ torch.randn(4, 12, generator=generator)
