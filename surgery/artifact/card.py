@@ -10,6 +10,7 @@ from surgery.artifact.manifest import Manifest, OriginEntry
 from surgery.artifact.shares import Shares
 from surgery.errors import first_few
 from surgery.fitting.report import FitReport, saved_words
+from surgery.members.origins.timm import without_weights
 from surgery.members.replacement import count_replaced
 from surgery.permission import SHIPPED
 from surgery.util.wording import percent, size
@@ -206,8 +207,8 @@ def _origin(manifest: Manifest, name: str) -> OriginEntry:
 
 def _cell(origin: OriginEntry) -> str:
     reference, architecture = origin.reference, origin.architecture
-    if reference.startswith("timm:"):
-        reference = reference.partition("=")[0]  # where somebody's weights lay tells a reader nothing
+    if reference.startswith("timm:"):  # where somebody's weights lay tells a reader nothing
+        reference = without_weights(reference)
     local = reference.startswith(("/", "~", ".")) or ("\\" in reference)
     named = architecture if local or reference == architecture else f"{reference} ({architecture})"
     return "`" + named.replace("|", "\\|").replace("`", "'")[:120] + "`"

@@ -92,7 +92,9 @@ class SurgeryQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Any = None, **kwargs: Any
     ) -> Any:
-        from surgery.artifact.codes import unpack
+        from surgery.artifact.codes import PREFIX, unpack
+        from surgery.artifact.sums import Sum, sum_of
+        from surgery.disk.aligned import align
 
         if not checkpoint_files:
             raise LoadError(
@@ -100,7 +102,15 @@ class SurgeryQuantizer(HfQuantizer):
             )
         files = [Path(file) for file in checkpoint_files]
         self._where = str(files[0].parent)
-        self._handles = unpack(self.quantization_config.entries, dict(_codes(files)), Path(self._where))
+        sums: dict[str, Sum] = {}
+        codes: dict[str, Tensor] = {}
+        for name, tensor in _read(files):
+            sums[name] = sum_of(tensor)
+            if name.startswith(PREFIX):
+                codes[name] = align(tensor)
+        entries = self.quantization_config.entries
+        self._handles = unpack(entries, codes, Path(self._where))
+        _compare(entries, sums, self._handles, self._where)
         known = model._keys_to_ignore_on_load_unexpected
         model._keys_to_ignore_on_load_unexpected = (
             known | {CODES} if isinstance(known, set) else [*(known or ()), CODES]
@@ -212,12 +222,29 @@ def _value(handle: Any, marker: Tensor) -> Tensor:
     return handle.read().to(device=marker.device, dtype=marker.dtype)
 
 
-def _codes(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of codes in a checkpoint's files, mapped from the disk."""
-    from safetensors import SafetensorError, safe_open
+def _compare(
+    entries: Mapping[str, Any], sums: Mapping[str, Any], handles: Mapping[str, Any], where: str
+) -> None:
+    """Look whether a checkpoint's tensors are those that were written.
 
-    from surgery.artifact.codes import PREFIX
-    from surgery.disk.aligned import align
+    Raises:
+        LoadError: naming those that are not.
+    """
+    from surgery.artifact.sums import wrong_sums
+
+    if "sums" not in entries:  # of those that were written before there were any
+        return
+    if wrong := wrong_sums(entries["sums"], sums):
+        lost = [f"there is no {name}" for name in handles if name not in sums]
+        raise LoadError(
+            f"{where} must hold what was exported, but {shorten([*wrong, *lost], 10, '; ')}: copy it again, or export "
+            "the member again."
+        )
+
+
+def _read(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint's files, mapped from the disk."""
+    from safetensors import SafetensorError, safe_open
 
     for path in files:
         if path.suffix != ".safetensors":
@@ -225,8 +252,7 @@ def _codes(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
         try:
             with safe_open(str(path), framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    if name.startswith(PREFIX):
-                        yield name, align(file.get_tensor(name))
+                    yield name, file.get_tensor(name)
         except SafetensorError as error:
             raise LoadError(
                 f"{path} must hold what was exported, but is damaged ({error}): copy it again, or export the member "

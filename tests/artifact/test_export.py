@@ -79,6 +79,21 @@ def out(joint: surgery.JointModel, tmp_path_factory: pytest.TempPathFactory) -> 
     return save(joint, tmp_path_factory.mktemp("joint") / "out")
 
 
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        ("timm:vit?pretrained=false&depth=4", "`timm:vit?pretrained=false&depth=4 (vit)`"),
+        ("timm:vit?depth=4=/home/me/w.pth", "`timm:vit?depth=4 (vit)`"),
+        ("timm:vit=/home/me/w.pth", "`timm:vit (vit)`"),
+    ],
+)
+def test_cards_name_a_model_with_its_options_and_no_file_of_weights(reference, said):
+    from surgery.artifact.card import _cell
+    from surgery.artifact.manifest import OriginEntry
+
+    assert _cell(OriginEntry(kind="timm", reference=reference, architecture="vit")) == said
+
+
 LICENSED = """---
 license: other
 license_name: mine

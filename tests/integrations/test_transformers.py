@@ -182,6 +182,89 @@ def test_codes_that_are_missing(bert, tmp_path):
         AutoModelForMaskedLM.from_pretrained(folder)
 
 
+def lose_a_marker(tensors: dict) -> None:
+    del tensors[next(name for name, each in tensors.items() if not each.numel())]
+
+
+def lose_what_is_plain(tensors: dict) -> None:
+    del tensors[plain_name(tensors)]
+
+
+def plain_name(tensors: dict) -> str:
+    return next(name for name in sorted(tensors) if not name.startswith("surgery/") and tensors[name].numel())
+
+
+def exchange(tensors: dict) -> None:
+    shapes: dict[tuple, str] = {}
+    for name in sorted(each for each in tensors if each.startswith("surgery/weights/")):
+        tail = name.rpartition(":")[2], tensors[name].shape
+        if tail in shapes and not torch.equal(tensors[name], tensors[shapes[tail]]):
+            other = shapes[tail]
+            tensors[name], tensors[other] = tensors[other], tensors[name]
+            return
+        shapes[tail] = name
+    raise AssertionError("no two codes of one shape")
+
+
+def flip(tensors: dict) -> None:
+    name = max(tensors, key=lambda each: tensors[each].nbytes)
+    tensors[name].reshape(-1).view(torch.uint8)[5] ^= 1
+
+
+def change_what_is_plain(tensors: dict) -> None:
+    tensors[plain_name(tensors)].add_(1)
+
+
+def add(tensors: dict) -> None:
+    tensors["more"] = torch.zeros(2)
+
+
+@pytest.fixture(scope="module")
+def as_codes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with codes of equal shapes, and with tensors as they are."""
+    place = tmp_path_factory.mktemp("codes")
+    joint = surgery.join([surgery.load_member(str(save_tiny("bert", place / "source")), name="net")])
+    folder = place / "coded"
+    folder.mkdir()
+    write_transformers(folder, coded(joint), joint.members["net"])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lose_a_marker, "other tensors than were written; there is no "),
+        (lose_what_is_plain, "other tensors than were written"),
+        (add, "other tensors than were written"),
+        (exchange, r"surgery/weights/\S+ holds other values .*; surgery/weights/\S+ holds other values"),
+        (flip, "holds other values than were written"),
+        (change_what_is_plain, "holds other values than were written"),
+    ],
+)
+def test_files_that_are_not_what_was_written_raise(harm, said, as_codes, tmp_path):
+    """Where transformers would warn and draw weights, or see nothing."""
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(as_codes, tmp_path / "coded"))
+    tensors = load_file(folder / "model.safetensors")
+    harm(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LoadError, match=said):
+        transformers.BertModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("sums", [None, {}, 3, {"names": "x"}, {"names": 1, "values": 2}])
+def test_sums_of_others(sums, as_codes, tmp_path):
+    folder = changed(Path(shutil.copytree(as_codes, tmp_path / "coded")), sums=sums)
+    with pytest.raises(LoadError, match="no sums that can be read"):
+        transformers.BertModel.from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["sums"]  # as before there were any
+    (folder / "config.json").write_text(json.dumps(config))
+    wanted = transformers.BertModel.from_pretrained(as_codes)
+    assert same(transformers.BertModel.from_pretrained(folder), wanted)
+
+
 def test_only_models_of_transformers(tmp_path):
     net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
     joint = surgery.join([surgery.load_member(net, name="net", inputs=torch.randn(2, 4))])

@@ -146,6 +146,16 @@ def save_plain(module: nn.Module, origin: Origin, files: Mapping[str, bytes], di
     )
 
 
+def without_weights(reference: str) -> str:
+    """The model of `timm:NAME?key=value=weights`, without the file of its weights.
+
+    Example:
+        >>> without_weights("timm:resnet18=w.pth"), without_weights("timm:resnet18?num_classes=5=w.pth")
+        ('timm:resnet18', 'timm:resnet18?num_classes=5')
+    """
+    return _split_weights(reference)[0] if "?" in reference else reference.partition("=")[0]
+
+
 def _split_weights(text: str) -> tuple[str, str]:
     """`NAME?key=value=weights` as `NAME?key=value` and `weights`."""
     head, _, tail = text.rpartition("?")
