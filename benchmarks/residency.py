@@ -54,6 +54,16 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
     return most
 
 
+def drawn_encoder(folder: Path, seed: int) -> Path:
+    """Write a text encoder of MiniLM's shape with weights drawn at random, for machines without its package."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(seed)
+    size = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    BertModel(BertConfig(**size)).save_pretrained(folder)
+    return folder
+
+
 def fine_tunes(folder: Path, seed: int, fast: bool, count: int = FINE_TUNES) -> list[Path]:
     """Write fine-tunes of one vision transformer, three where it has to be fast."""
     from transformers import ViTConfig, ViTForImageClassification
@@ -113,9 +123,9 @@ def compare(
     return rows
 
 
-def switches(folder: Path, rounds: int) -> dict[str, float]:
+def switches(folder: Path, rounds: int, device: str) -> dict[str, float]:
     """Milliseconds to get another member: one module that changes, and a load of it alone."""
-    joint = surgery.load(folder, resident="packed")
+    joint = surgery.load(folder, resident="packed", device=device)
     names = joint.names
     joint.activate(names[0])
     for name in names:
@@ -124,9 +134,10 @@ def switches(folder: Path, rounds: int) -> dict[str, float]:
     times = take_turns(
         {
             "activate": lambda: joint.activate(next(turns)),
-            "load": lambda: surgery.load(folder, members=[names[1]]),
+            "load": lambda: surgery.load(folder, members=[names[1]], device=device),
         },
         rounds,
+        device=device,
     )
     return {name: 1000 * each.median for name, each in times.items()}
 
@@ -138,6 +149,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--drawn", action="store_true", help="an encoder of MiniLM's shape with random weights"
+    )
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     disable_progress_bar()
@@ -145,11 +159,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     rounds = 2 if options.fast else options.rounds
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        text = zoo.tiny_text_folder(work / "plain", options.seed) if options.fast else zoo.minilm_folder()
+        if options.fast:
+            text = zoo.tiny_text_folder(work / "plain", options.seed)
+        else:
+            text = drawn_encoder(work / "plain", options.seed) if options.drawn else zoo.minilm_folder()
         joint = surgery.join([surgery.load_member(str(text), name="text")])
         out = surgery.save(surgery.fit(joint, max_error=0.05, seed=options.seed, device="cpu"), work / "text")
-        if options.fast:
-            ids = torch.arange(96).view(32, 3) % 20
+        if options.fast or options.drawn:
+            ids = torch.arange(96 if options.fast else 672).view(32, -1) % (20 if options.fast else 30000)
             batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         else:
             lines = (Path(__file__).parent / "sentences.txt").read_text().splitlines()
@@ -170,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         picture = picture.to(options.device)
         inputs = {"batch": {"pixel_values": picture}, "one": {"pixel_values": picture[:1]}}
         family = compare(out, inputs, rounds, options.device)
-        switched = switches(out, rounds)
+        switched = switches(out, rounds, options.device)
     results = [
         {"members": name, **row, "another member, ms": None}
         for name, rows in (("sentence encoder", encoder), (f"{len(nets)} vision transformers", family))
