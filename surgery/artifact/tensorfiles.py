@@ -32,6 +32,8 @@ def read_header(path: Path) -> Header:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, mapped from the disk; those that do not lie aligned there are copied.
 
+    Those of single bytes are not: they are codes, whose places change no result, and most of a large artifact.
+
     Raises:
         ArtifactError: where safetensors refuses the file.
     """
@@ -44,7 +46,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 found = spread(file.get_tensor(DATA), note)
             else:
                 found = {name: file.get_tensor(name) for name in names}
-            return {name: align(tensor) for name, tensor in found.items()}
+            return {name: t if t.element_size() == 1 else align(t) for name, t in found.items()}
     except UnreadableError as error:
         raise ArtifactError(f"{path} {error}; {_ADVICE}") from None
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:

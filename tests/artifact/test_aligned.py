@@ -56,7 +56,10 @@ def test_any_tensors_go_round_and_begin_where_their_sizes_allow(tmp_path_factory
     begins = offsets(path)
     assert all(begins[n] % ALIGNMENT == 0 for n, t in tensors.items() if t.nbytes % ALIGNMENT == 0)
     assert all(begins[n] % t.dtype.itemsize == 0 for n, t in tensors.items())
-    assert all(is_aligned(t) for t in read_tensors(path).values())
+    read = read_tensors(path)
+    assert all(is_aligned(t) for t in read.values() if t.element_size() > 1)
+    for name, t in read.items():  # codes are not copied: they lie where the file has them
+        assert t.element_size() > 1 or not t.numel() or t.data_ptr() % ALIGNMENT == begins[name] % ALIGNMENT
     write_aligned(path, dict(reversed(tensors.items())))
     assert path.read_bytes() == content
 

@@ -50,7 +50,7 @@ def test_gathered_tensors_come_back(kinds):
         assert found.keys() == tensors.keys()
         for name, tensor in tensors.items():
             assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-            assert found[name].data_ptr() % 64 == 0 or not tensor.numel()
+            assert found[name].data_ptr() % 64 == 0 or not tensor.numel() or tensor.element_size() == 1
         assert list(load_file(path)) == [DATA]  # an ordinary file
 
 
