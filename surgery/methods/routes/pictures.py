@@ -68,12 +68,20 @@ def draw_likeness(start: Line, generations: Sequence[Line], end: Line | None) ->
     figure = new_figure(side + 2.2, side)
     left, right = figure.subplots(1, 2, width_ratios=[1, 3.2])
     _dendrogram(left, order, merges)
-    right.imshow(likeness[np.ix_(order, order)], vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    table = likeness[np.ix_(order, order)]
+    shades = right.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     right.set_xticks([])
     right.set_yticks(range(len(order)), [names[i] for i in order])
     right.yaxis.tick_right()
+    if len(names) <= _WRITTEN:
+        _write(right, table)
+    else:
+        below = right.inset_axes((0.0, -0.03, 1.0, 0.012))  # leaves rows beside their leaves
+        bar = figure.colorbar(shades, cax=below, orientation="horizontal")
+        bar.outline.set_visible(False)
+        below.tick_params(labelsize=8, colors=MUTED, length=0)
     tidy(right, "Cosine similarity of tasks")
-    tidy(left)
+    tidy(left, "Distance")
     figure.tight_layout(pad=0.8, w_pad=0.2)
     return png(figure, 256)
 
@@ -120,7 +128,7 @@ def cosine(vectors: Any) -> Any:
     """
     length = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit = vectors / np.maximum(length, 1e-12)
-    found = unit @ unit.T
+    found = np.minimum(unit @ unit.T, 1.0)  # a product of equal rows may be a little more
     np.fill_diagonal(found, 1.0)
     return found
 
@@ -190,10 +198,15 @@ def _allocation(axes: Any, name: str, facts: Mapping[str, Any], depths: Sequence
     small = table.shape[1] <= 2 * _WRITTEN
     axes.set_xticks(ticks if small else [], labels if small else [], rotation=90 if small else 0)
     if table.shape[1] <= _WRITTEN and len(table) <= _WRITTEN:
-        for (row, column), value in np.ndenumerate(table):
-            colour = "white" if value > 0.6 else INK if value > 0.02 else MUTED
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        _write(axes, table)
     tidy(axes, f"{name}: {_what(facts)}, depth by depth")
+
+
+def _write(axes: Any, table: Any) -> None:
+    """Values in their fields."""
+    for (row, column), value in np.ndenumerate(table):
+        colour = "white" if value > 0.6 else INK if value > 0.02 else MUTED
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
 
 
 def _by_depth(axes: Any, facts: Mapping[str, Any], depths: Sequence[Any]) -> None:
@@ -215,7 +228,8 @@ def _dendrogram(axes: Any, order: Sequence[int], merges: Sequence[tuple[float, .
     for first, second, low, other, height in merges:
         axes.plot([low, height, height, other], [first, first, second, second], color=INK, lw=1)
     axes.set_ylim(len(order) - 0.5, -0.5)
-    axes.invert_xaxis()
+    top = max([0.1, *(height for *_, height in merges)])  # equal tasks meet at 0
+    axes.set_xlim(1.04 * top, -0.02 * top)
     axes.set_yticks([])
 
 

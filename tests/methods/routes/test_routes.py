@@ -340,6 +340,15 @@ def test_compiled_members_are_refused():
         surgery.train(surgery.join([net], block=(8, 8)), tasks, {**CONFIG, "compile": True}, cpu=True)
 
 
+def test_equal_tasks_are_drawn_at_distance_zero():
+    likeness = cosine(
+        np.tile(np.repeat([1.0, 0.0], 6), (4, 1))
+    )  # six on: the product is above 1 by its rounding
+    _, merges = cluster(1 - likeness)
+    assert likeness.max() == 1.0
+    assert min(height for *_, height in merges) >= 0
+
+
 def test_members_in_parts_are_refused():
     joint = surgery.join([surgery.load_member(Net("soft"), name="net", inputs=X)], block=(8, 8))
     with pytest.raises(
