@@ -602,15 +602,9 @@ class Words(nn.Module):
         return self.last(torch.relu(self.middle(self.table(ids).mean(1))))
 
 
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_a_table_of_one_more_member_is_the_others_and_what_its_rows_moved_by(tmp_path, calibrated):
-    """Of most: where what sharing costs is foretold far too high before anything is measured, a fit stays apart."""
-    found = [_added_table(tmp_path / str(seed), calibrated, seed) for seed in range(3)]
-    assert sum(shared and share < 0.1 for share, shared in found) >= 2, found
-
-
-def _added_table(folder, calibrated, seed):
-    """What a third member takes of its bytes, and whether its table shares rows; it is removed again."""
+def test_a_table_of_one_more_member_is_the_others_and_what_its_rows_moved_by(tmp_path, calibrated, seed):
     torch.manual_seed(seed)
     base, made, ids = Words().state_dict(), [], torch.randint(0, 400, (64, 9))
     for number, name in enumerate("abc"):
@@ -624,12 +618,14 @@ def _added_table(folder, calibrated, seed):
     *two, new = made
     joint = surgery.join(two)
     given_to = {name: each for name, each in probes.items() if name != "c"} or None
-    surgery.save(surgery.fit(joint, budget=0.3, probes=given_to, device="cpu"), folder)
-    before = contents(folder)
-    (added,) = surgery.add(folder, {"c": new}, max_error=0.05, probes=probes or None, device="cpu")
-    again = surgery.load(folder, modules={name: Words() for name in "abc"})
+    surgery.save(surgery.fit(joint, budget=0.3, probes=given_to, device="cpu"), tmp_path / "joint")
+    before = contents(tmp_path / "joint")
+    (added,) = surgery.add(
+        tmp_path / "joint", {"c": new}, max_error=0.05, probes=probes or None, device="cpu"
+    )
+    assert added.marginal_bytes < 0.1 * sum(t.nbytes for t in base.values())
+    again = surgery.load(tmp_path / "joint", modules={name: Words() for name in "abc"})
     table = [p for p in again.plan.placements if p.site.name == "table.weight"]
-    shared = {p.site.member for p in table} == set("abc") and len({p.bank for p in table}) == 1
-    surgery.remove(folder, "c")
-    assert contents(folder) == before
-    return added.marginal_bytes / sum(t.nbytes for t in base.values()), shared
+    assert {p.site.member for p in table} == set("abc") and len({p.bank for p in table}) == 1
+    surgery.remove(tmp_path / "joint", "c")
+    assert contents(tmp_path / "joint") == before

@@ -58,6 +58,9 @@ RUNS = (0, 1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 """Ranks between which directions are decided on together."""
 GROUP = 64  # entries of a private row that have a scale of their own
 BITS = tuple(grouped(bits, GROUP) for bits in (8, 6, 5, 4, 3))  # of private rows; 2 cost more than they save
+FINER = ((grouped(12, GROUP), 1 / 110), (grouped(10, GROUP), 1 / 14))
+"""Those of private rows beside a shared matrix of more than 8 bits, and what they lose of what 8 bits do: somewhat more
+than the square of their steps, as scales have 8 bits themselves."""
 TOGETHER = 8192  # rows of a difference that are in memory in double precision
 SEEN = 1024  # entries of a wide vector that are rounded to see what rounding costs
 MOST_OF_TABLE = 64  # directions of a table: each has a context for every row
@@ -319,15 +322,17 @@ def _runs(site: Site, made: Factors, metric: Metric) -> list[tuple[int, int, Uni
         how = partial(stored, precision=precision)
         lost.append(of_rows * _rounding(rows, into, how) + of_contexts * _rounding(contexts, out, how))
     lost, energy = [each.cpu() for each in lost], made.energy.cpu()  # of which many sums are taken
+    lost = [0 * lost[0], *(share * lost[0] for _, share in FINER), *lost]
+    options = (NATIVE, *(finer for finer, _ in FINER), *BITS)
     found = []
     for start, stop in pairwise([*(rank for rank in RUNS if rank < len(rows)), len(rows)]):
         shapes = (stop - start, rows.shape[1]), (stop - start, contexts.shape[1])
-        nbytes = [sum(expected_bytes(shape, rows.dtype, each) for shape in shapes) for each in BITS]
+        nbytes = [sum(expected_bytes(shape, rows.dtype, each) for shape in shapes) for each in options]
         errors = [float(each[start:stop].sum()) for each in lost]
         unit = Unit(
             {f"{site.member}/{start}": rows[start:stop]},
             {site.member: 1.0},
-            (*BITS, None),
+            (*options, None),
             (*map(float, nbytes), 0.0),
             (*errors, float(energy[start:stop].sum())),
         )

@@ -195,6 +195,15 @@ def test_it_is_better_than_each_alone_in_the_same_bytes(fitted):
         assert fitted.report.errors[name] < 0.5 * alone.report.errors[name]
 
 
+@pytest.mark.parametrize(("bound", "share"), [pytest.param(3e-4, 0.22, marks=pytest.mark.slow), (1e-5, 0.6)])
+def test_private_rows_are_as_exact_as_what_is_shared(bound, share):
+    joint = surgery.join([member(net, name, torch.randn(8, 16)) for name, net in family().items()])
+    report = surgery.fit(joint, max_error=bound).report
+    assert {each.method for each in joint.plan.banks} == {"siblings"}
+    assert max(report.errors.values()) <= bound
+    assert report.stored_bytes < share * sum(report.original_bytes.values())
+
+
 def test_it_is_saved_loaded_and_exported_bit_for_bit(fitted, tmp_path):
     surgery.save(fitted, tmp_path / "joint")
     modules = {name: Net() for name in NAMES}
@@ -268,6 +277,15 @@ def test_what_rounding_wide_vectors_costs_is_seen_in_some_of_their_entries(whole
     found = differences._rounding(vectors, side, stored)
     assert float(found.sum()) == pytest.approx(float(exact.sum()), rel=0.02)
     assert bool(((found / exact).log().abs() < 0.2).all())
+
+
+@pytest.mark.parametrize("precision", [precision for precision, _ in differences.FINER], ids=str)
+def test_what_fine_rows_lose_is_foretold_from_what_8_bits_do(precision):
+    vectors = torch.randn(40, 384, generator=torch.Generator().manual_seed(0))
+    eight, finer = (
+        float((rounded(vectors, each) - vectors).square().sum()) for each in (grouped(8, 64), precision)
+    )
+    assert dict(differences.FINER)[precision] == pytest.approx(finer / eight, rel=0.2)
 
 
 @pytest.mark.parametrize("together", [1, 3, 8, 100])
