@@ -32,7 +32,7 @@ from surgery.members.extra_state import extra_state_of
 from surgery.members.member import Inputs, Member, content_hash, owners_of, state_tensors, whole_state
 from surgery.settings.names import RELATED
 from surgery.settings.target import Target
-from surgery.storage.codecs import Encoded, decode, take_rows
+from surgery.storage.codecs import Encoded, decode, take_rows, unpacked
 from surgery.storage.grafting import graft
 from surgery.storage.keys import PlainKey
 from surgery.storage.stored import Stored
@@ -150,6 +150,11 @@ class Known:
         self.banks: dict[Key, str | PlainKey] = {}
         self.present: list[tuple[Unit, Encoded]] = []
         self._users = Counter(stored.aliases.values())
+        self._order = {key: number for number, key in enumerate(stored.tensors)}
+        self._named: dict[str, list[PlainKey]] = defaultdict(list)
+        for key in stored.tensors:
+            if isinstance(key, PlainKey):
+                self._named[key.name].append(key)
         self._at_home: dict[int, Encoded] = {}  # by what stands for it on the device
 
     def groups(self, scene: Scene) -> list[Group]:
@@ -201,16 +206,9 @@ class Known:
         tensor = next(iter(unit.tensors.values()))
         if tensor.numel() * tensor.element_size() < LEAST:
             return None
-        names = {key.name for key in unit.tensors}
-        held = [
-            key
-            for key, each in self.stored.tensors.items()
-            if isinstance(key, PlainKey)
-            and key.name in names
-            and each.shape == tuple(tensor.shape)
-            and each.dtype == tensor.dtype
-        ]
-        held = sorted(held, key=lambda key: -self._users[key])[:CANDIDATES]
+        names = dict.fromkeys(key.name for key in unit.tensors)
+        held = [key for name in names for key in self._held(name, tuple(tensor.shape), tensor.dtype)]
+        held = sorted(held, key=lambda key: (-self._users[key], self._order[key]))[:CANDIDATES]
         distances = {key: _distance(self.stored.tensors[key], tensor) for key in held}
         at = min(distances, key=distances.__getitem__, default=None)
         if at is None or not distances[at] <= NEAR:
@@ -226,15 +224,10 @@ class Known:
         if key not in scene.sites or key not in scene.sensitivity or scene.target.max_error == 0:
             return None
         site, own = scene.sites[key], scene.originals[key]
-        held = [
-            at
-            for at, each in self.stored.tensors.items()
-            if isinstance(at, PlainKey)
-            and at.name == site.name
-            and each.shape == site.shape
-            and each.dtype == own.dtype
-            and at not in self._users  # what several share already stays so
-        ][:CANDIDATES]
+        held = self._held(site.name, site.shape, own.dtype)
+        held = [at for at in held if at not in self._users][
+            :CANDIDATES
+        ]  # what several share already stays so
         able = own.numel() >= LEAST_LENT and held
         if (
             not able
@@ -247,6 +240,11 @@ class Known:
         cosines = [float(each @ sample) for each in theirs]
         best = max(range(len(held)), key=cosines.__getitem__)
         return held[best] if cosines[best] > least_cosine(len(sample)) else None
+
+    def _held(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[PlainKey]:
+        """Tensors of a name that members have to themselves, of one shape and dtype."""
+        stored = self.stored.tensors
+        return [at for at in self._named[name] if stored[at].shape == shape and stored[at].dtype == dtype]
 
     def _alike(self, scene: Scene) -> dict[Key, str | PlainKey]:
         """The bank that each site resembles most, among those that it resembles at all."""
@@ -300,7 +298,7 @@ def _distance(encoded: Encoded, tensor: Tensor) -> float:
     """Relative difference of a few rows of a stored tensor from those of another one."""
     if len(encoded.shape) > 1 and encoded.shape[0] > FEW:
         rows = torch.linspace(0, encoded.shape[0] - 1, FEW).long()
-        encoded, tensor = take_rows(encoded, rows), tensor[rows.to(tensor.device)]
+        encoded, tensor = take_rows(unpacked(encoded), rows), tensor[rows.to(tensor.device)]
     theirs, own = decode(encoded).double().cpu(), tensor.double().cpu()
     size = float(own.square().sum())
     return (float((theirs - own).square().sum()) / size) ** 0.5 if size > 0 else float(bool(theirs.any()))

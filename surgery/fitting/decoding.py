@@ -90,19 +90,35 @@ class Decodings:
     def _bank(self, plan: BankPlan, stored: Stored) -> Bank:
         parts = stored.parts(plan.key)
         source = tuple(parts[name] for name in sorted(parts))
+        known = {id(each): kept.made for each in source if (kept := self._used((each,))) is not None}
         if (found := self._find(plan, source)) is None:
-            found = build_bank(plan, stored.tensors)
+            made: dict[int, Tensor] = {}
+
+            def decoded(encoded: Encoded) -> Tensor:
+                part = known.get(id(encoded))
+                made[id(encoded)] = part if isinstance(part, Tensor) else decode(encoded)
+                return made[id(encoded)]
+
+            found = build_bank(plan, stored.tensors, decoded)
             held = (*found.parameters(), *found.buffers())
             self._keep(found, plan, source, sum(t.nbytes for t in held))
+            # What a bank uses as it is takes no more room, and the next one of other private rows may use it too.
+            there = {t.data_ptr() for t in held if t.numel()}
+            for each in source if self._used(source) is not None else ():
+                if made[id(each)].numel() and made[id(each)].data_ptr() in there:
+                    self._keep(made[id(each)], None, (each,), 0)
         assert isinstance(found, Bank)
         return found
 
     def _find(self, plan: BankPlan | None, source: tuple[Encoded, ...]) -> Tensor | Bank | None:
-        kept = self._kept.get(tuple(map(id, source)))
-        if kept is None or kept.plan != plan:
-            return None
-        kept.used = self.attempt
-        return kept.made
+        kept = self._used(source)
+        return None if kept is None or kept.plan != plan else kept.made
+
+    def _used(self, source: tuple[Encoded, ...]) -> _Kept | None:
+        """What was made of something and is kept, as this attempt uses it too."""
+        if (kept := self._kept.get(tuple(map(id, source)))) is not None:
+            kept.used = self.attempt
+        return kept
 
     def _keep(
         self, made: Tensor | Bank, plan: BankPlan | None, source: tuple[Encoded, ...], nbytes: int

@@ -130,6 +130,7 @@ class Search:
         originals = list(scene.originals.values())
         self.whole = sum(tensor.numel() * tensor.element_size() for tensor in originals)
         self.headers = min(PART_BYTES * len(originals), HEADERS)
+        self.measured: dict[bytes, np.ndarray] = {}  # errors of what was tried
 
     def run(self) -> Outcome:
         """Meet what was asked for.
@@ -160,11 +161,14 @@ class Search:
         """Assemble a choice and measure it."""
         stored = self.assembler.assemble(choice)
         memory.give_back()
-        made = sha256(choice.option.tobytes() + choice.taken.tobytes()).hexdigest()
-        errors, _ = made_once(
-            f"errors/{made}", lambda: (measure_errors(stored, self.trials, self.decodings).tolist(), {})
-        )
-        return Attempt(choice, stored, np.array(errors), self.nbytes(stored), self.counted(stored))
+        used = np.where(choice.taken[self.predicted.arrangement], choice.option, -1)
+        if (tried := used.tobytes() + choice.taken.tobytes()) not in self.measured:
+            made = sha256(choice.option.tobytes() + choice.taken.tobytes()).hexdigest()
+            errors, _ = made_once(
+                f"errors/{made}", lambda: (measure_errors(stored, self.trials, self.decodings).tolist(), {})
+            )
+            self.measured[tried] = np.array(errors)
+        return Attempt(choice, stored, self.measured[tried], self.nbytes(stored), self.counted(stored))
 
     def nbytes(self, stored: Stored) -> int:
         """Bytes of what is stored, without what was there already."""

@@ -10,8 +10,8 @@ from test_structure import family
 import surgery
 from surgery.fitting import decoding
 from surgery.fitting.decoding import Decodings
-from surgery.storage.codecs import encode, grouped
-from surgery.storage.keys import PlainKey
+from surgery.storage.codecs import decode, encode, grouped
+from surgery.storage.keys import PartKey, PlainKey
 from surgery.storage.stored import Stored, store
 
 
@@ -82,3 +82,15 @@ def test_what_changed_is_decoded_anew_and_the_rest_let_go(stored):
     held = {id(source) for each in decodings._kept.values() for source in each.source}
     assert id(coarse) in held and id(old) not in held
     assert decodings.held == sum(each.nbytes for each in decodings._kept.values())
+
+
+def test_what_relatives_share_is_decoded_once_whatever_is_their_own(stored, monkeypatch):
+    decodings, key = Decodings(), PartKey(stored.plan.banks[0].key, "rows.0")
+    before, seen = weights(decodings, stored), []
+    monkeypatch.setattr(decoding, "decode", lambda encoded: seen.append(encoded) or decode(encoded))
+    own = encode(2 * decode(stored.tensors[key]), grouped(8, 64))
+    changed = Stored(stored.plan, {**stored.tensors, key: own}, stored.aliases, stored.ties)
+    after = weights(decodings, changed)
+    shared = stored.tensors[PartKey(key.bank, "shared")]
+    assert any(each is own for each in seen) and not any(each is shared for each in seen)
+    assert equal(after, weights(Decodings(0), changed)) and not equal(after, before)

@@ -46,6 +46,20 @@ def test_scattered_errors_do_not_leave_many_members_as_they_are(monkeypatch, cou
     assert report.stored_bytes < 0.5 * sum(report.original_bytes.values())
 
 
+def test_no_choice_is_measured_twice(monkeypatch):
+    measured, seen = search.measure_errors, []
+
+    def noted(stored, trials, decodings=None):
+        seen.append(tuple(sorted((str(key), str(each.precision)) for key, each in stored.tensors.items())))
+        return measured(stored, trials, decodings)
+
+    monkeypatch.setattr(search, "measure_errors", noted)
+    x = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
+    joint = surgery.join([member(net, name, x) for name, net in nets(1).items()])
+    assert surgery.fit(joint, max_error=0.05).report.met
+    assert 1 < len(seen) == len(set(seen))
+
+
 @given(st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 6))
 @settings(max_examples=100, deadline=None)
 def test_a_choice_of_each_member_alone_costs_each_what_its_own_did(seed, members, groups):

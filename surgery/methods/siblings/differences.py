@@ -9,7 +9,7 @@ they make up for their rounding as far as their directions reach.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -93,11 +93,13 @@ class Differences:
         relatives: N sites of one shape.
         shape: o, n of the shared matrix M.
         runs: for every unit after the first its relative, and the first and last of its directions.
+        common: M, decoded, where it stays as it is stored already.
     """
 
     relatives: tuple[Relative, ...]
     shape: tuple[int, ...]
     runs: tuple[tuple[int, int, int], ...]
+    common: Tensor | None = None
     _made: dict[object, tuple[Encoded, dict[str, Encoded]]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -131,34 +133,36 @@ class Differences:
         for (i, start, stop), precision in zip(self.runs, precisions, strict=True):
             if precision is not None:
                 kept[precision][i] += range(start, stop)
-        found, left, owner = {"shared": shared}, self._left(decode(shared), kept), []
+        contexts, decoded = [], {}
+        for precision, own in kept.items():
+            whole = torch.cat([self.relatives[i].found.contexts[:, j].T for i, j in own.items()])
+            contexts.append(encode(whole.contiguous(), precision))
+            each = decode(contexts[-1]).split([len(j) for j in own.values()])
+            decoded.update({(precision, i): part for i, part in zip(own, each, strict=True)})
+        common = decode(shared) if self.common is None else self.common
+        found, left, owner = {"shared": shared}, self._left(common, decoded), []
         for k, (precision, own) in enumerate(kept.items()):
-            contexts = torch.cat([self.relatives[i].found.contexts[:, j].T for i, j in own.items()])
-            found[f"contexts.{k}"] = packed(encode(contexts.contiguous(), precision))
+            found[f"contexts.{k}"] = packed(contexts[k])
             found[f"rows.{k}"] = packed(encode(torch.cat([left[precision, i] for i in own]), precision))
             owner += [i for i, directions in own.items() for _ in directions]
         if owner:
             found["owner"] = encode_native(torch.tensor(owner).to(index_dtype(len(self.relatives))))
         return found
 
-    def _left(self, shared: Tensor, kept) -> dict[tuple[Precision, int], Tensor]:
+    def _left(
+        self, shared: Tensor, contexts: Mapping[tuple[Precision, int], Tensor]
+    ) -> dict[tuple[Precision, int], Tensor]:
         """Private rows by precision and relative: of least cost for contexts and a shared matrix as they are stored."""
         found = {}
         for i, relative in enumerate(self.relatives):
-            mine = [(precision, own[i]) for precision, own in kept.items() if i in own]
+            mine = {key: part for key, part in contexts.items() if key[1] == i}
             if not mine:
                 continue
-            contexts = torch.cat(
-                [
-                    decode(encode(relative.found.contexts[:, j].T.contiguous(), precision))
-                    for precision, j in mine
-                ]
-            )
-            seen = times(contexts.double(), relative.out)
+            stored = torch.cat([*mine.values()])
+            seen = times(stored.double(), relative.out)
             rest = _product_with_difference(seen, relative, shared)
-            rows = torch.linalg.lstsq(seen @ contexts.double().T, rest).solution.to(shared.dtype)
-            for (precision, _), part in zip(mine, rows.split([len(j) for _, j in mine]), strict=True):
-                found[precision, i] = part
+            rows = torch.linalg.lstsq(seen @ stored.double().T, rest).solution.to(shared.dtype)
+            found.update(zip(mine, rows.split([len(part) for part in mine.values()]), strict=True))
         return found
 
 
@@ -204,8 +208,8 @@ def shared_matrix(scene: Scene, sites: Sequence[Site]) -> Arrangement:
 
 def added_site(scene: Scene, site: Site, stored: Encoded) -> Arrangement:
     """One more site as a shared matrix that stays as it is stored, a unit that costs nothing, and private rows."""
-    original, shared = scene.originals[key_of(site)], decode(stored)
-    shared = shared.to(original.device, master_dtype(original.dtype))
+    original, common = scene.originals[key_of(site)], decode(stored)
+    shared = common.to(original.device, master_dtype(original.dtype))
     # Trying directions in all precisions takes longer than finding them: those that move nothing are left out before.
     least = NOTHING * (scene.target.max_error or 0.0) ** 2 / len(scene.sites)
     metric = scene.metric(site)
@@ -215,7 +219,7 @@ def added_site(scene: Scene, site: Site, stored: Encoded) -> Arrangement:
         metric = _by_rows(metric, weights)
     found = _priced(shared, site, original, metric, _most(site), least)
     unit = Unit({"shared": shared}, {}, (stored.precision,), (0.0,), (0.0,))
-    return _arranged([found], shared.shape, unit, 4 * GATHERED_BYTES)
+    return _arranged([found], shared.shape, unit, 4 * GATHERED_BYTES, common)
 
 
 def _weights_of_rows(
@@ -275,7 +279,9 @@ def _priced(
     return _Priced(Relative(site, original, metric.out, found), _runs(site, found, metric), left)
 
 
-def _arranged(found: Sequence[_Priced], shape: Sequence[int], unit: Unit, fixed: float) -> Arrangement:
+def _arranged(
+    found: Sequence[_Priced], shape: Sequence[int], unit: Unit, fixed: float, common: Tensor | None = None
+) -> Arrangement:
     """A shared matrix, whose unit is given, and private rows."""
     units, runs, left = [unit], [], {}
     for i, each in enumerate(found):
@@ -286,7 +292,7 @@ def _arranged(found: Sequence[_Priced], shape: Sequence[int], unit: Unit, fixed:
         left[member] = left.get(member, 0.0) + each.left
     units.append(Unit({}, left, (NATIVE,), (0.0,), (1.0,)))
     relatives = tuple(each.relative for each in found)
-    return Arrangement(tuple(units), fixed, (Differences(relatives, tuple(shape), tuple(runs)),))
+    return Arrangement(tuple(units), fixed, (Differences(relatives, tuple(shape), tuple(runs), common),))
 
 
 def _matrix(site: Site, original: Tensor) -> Tensor:
@@ -322,13 +328,13 @@ def _runs(site: Site, made: Factors, metric: Metric) -> list[tuple[int, int, Uni
         how = partial(stored, precision=precision)
         lost.append(of_rows * _rounding(rows, into, how) + of_contexts * _rounding(contexts, out, how))
     lost, energy = [each.cpu() for each in lost], made.energy.cpu()  # of which many sums are taken
-    lost = [0 * lost[0], *(share * lost[0] for _, share in FINER), *lost]
     options = (NATIVE, *(finer for finer, _ in FINER), *BITS)
     found = []
     for start, stop in pairwise([*(rank for rank in RUNS if rank < len(rows)), len(rows)]):
         shapes = (stop - start, rows.shape[1]), (stop - start, contexts.shape[1])
         nbytes = [sum(expected_bytes(shape, rows.dtype, each) for shape in shapes) for each in options]
         errors = [float(each[start:stop].sum()) for each in lost]
+        errors = [0.0, *(share * errors[0] for _, share in FINER), *errors]
         unit = Unit(
             {f"{site.member}/{start}": rows[start:stop]},
             {site.member: 1.0},

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -144,6 +145,7 @@ def stored_bytes(shape: tuple[int, ...], dtype: torch.dtype, precision: Precisio
     return sum(math.prod(size) * kind.itemsize for kind, size in layout)
 
 
+@lru_cache(4096)  # a fit asks for those of few shapes very often
 def expected_bytes(shape: tuple[int, ...], dtype: torch.dtype, precision: Precision) -> int:
     """Bytes that such a tensor takes when it is written, Huffman-coded where that pays: about, as it is not there."""
     if always_native(shape, dtype):
