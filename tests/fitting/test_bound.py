@@ -40,7 +40,7 @@ def test_what_fits_in_memory_in_files_or_not_at_all(monkeypatch):
     assert not bound.fits(elements, 4 * GIB)
     assert bound.fits(elements, 2 * GIB, lossless=True)
     with pytest.raises(
-        PlanError, match=r"104,857,600 elements takes about 2.9 GB .* `memory` is 2.1 GB"
+        PlanError, match=r"104,857,600 elements takes about 2.2 GB .* `memory` is 2.1 GB"
     ) as raised:
         bound.fits(elements, 2 * GIB)
     asked = Resources.of({"memory": str(raised.value).split("`memory=")[1].split("`")[0]}).memory
@@ -50,13 +50,11 @@ def test_what_fits_in_memory_in_files_or_not_at_all(monkeypatch):
 
 
 MEASURED = [  # size, how many, MiB before a fit and at its peak, with what it makes in files: docs/results.md
-    ("0.03", 2, 597, 956),
-    ("0.03", 3, 650, 1187),
-    ("0.1", 2, 522, 836),
-    ("0.1", 3, 503, 1406),
-    ("0.1", 3, 473, 1541),
-    ("0.3", 3, 504, 2272),
-    ("1.1", 2, 540, 2197),
+    ("0.03", 2, 552, 868),
+    ("0.1", 2, 527, 609),
+    ("0.1", 3, 505, 733),
+    ("1.1", 2, 453, 995),
+    ("1.1", 3, 560, 1274),
 ]
 
 
