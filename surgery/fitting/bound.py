@@ -13,7 +13,7 @@ from surgery.util import progress
 from surgery.util.wording import size
 
 EVERY = 0.05  # seconds between two measurements
-LARGEST = 8  # bytes that a fit takes at once for each element of the largest tensor: its gradient, in two forms
+LARGEST = 8  # bytes that a fit takes at once for each element of the largest tensor: its gradient, twice
 KEPT = 1  # things that a fit keeps of each tensor and that stay in memory, as they are too small for a file
 WRITTEN = 4  # bytes that are held at once for each element of a tensor that is compared and written
 RUNNING = 300_000_000  # bytes of outputs, of what a backward pass keeps, and of what the allocator keeps
