@@ -225,9 +225,8 @@ class Known:
             return None
         site, own = scene.sites[key], scene.originals[key]
         held = self._held(site.name, site.shape, own.dtype)
-        held = [at for at in held if at not in self._users][
-            :CANDIDATES
-        ]  # what several share already stays so
+        # What several share already stays so.
+        held = [at for at in held if at not in self._users][:CANDIDATES]
         able = own.numel() >= LEAST_LENT and held
         if (
             not able
