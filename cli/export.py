@@ -94,6 +94,7 @@ def export(
 ) -> None:
     """Write one member as a model of its own."""
     from surgery.artifact.export import export as write
+    from surgery.artifact.export import read_paths
     from surgery.artifact.exporting import plan_export
     from surgery.disk.folders import check_target
     from surgery.util.progress import task
@@ -103,7 +104,7 @@ def export(
     files = [each.removeprefix(f"{member}=") for each in calibrate or ()]
     if dry_run:
         with console.working(quiet=quiet, json_wanted=json), task(f"Planning {member}"):
-            check_target(out, overwrite=overwrite, inputs=[Path(folder)])
+            check_target(out, overwrite=overwrite, inputs=read_paths(folder, base, files))
             plan = plan_export(
                 folder, member, format=format, harden=harden, tie_widths=tie_widths, base=base, max_error=max_error,
                 calibrate=files, trust_remote_code=trust_remote_code,

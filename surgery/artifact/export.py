@@ -14,7 +14,7 @@ from surgery.artifact.formats.compressed_tensors import plan_packing, write_comp
 from surgery.artifact.formats.lora import write_lora
 from surgery.artifact.formats.transformers import write_transformers
 from surgery.artifact.manifest import read_manifest
-from surgery.artifact.reading import read_stored
+from surgery.artifact.reading import check_hashes, read_stored
 from surgery.artifact.rebuild import as_exported, as_saved
 from surgery.artifact.recorded import origin_of, read_member, replacements_of
 from surgery.artifact.reports import report_of, restrict_report
@@ -26,7 +26,7 @@ from surgery.disk.claims import claim
 from surgery.disk.folders import check_target, new_folder
 from surgery.errors import ExportError, LoadError, PlanError, TrainingError
 from surgery.members.member import Member, state_tensors
-from surgery.members.references import write_plain
+from surgery.members.references import local_path, write_plain
 from surgery.slots.extracting import dissolve
 from surgery.storage.packed import REFUSED
 from surgery.storage.states import module_of, state_of
@@ -95,9 +95,10 @@ def export(
         PosixPath('/home/me/text')
     """
     check_settings(source, format, tie_widths, base, max_error, calibrate)
-    read = () if isinstance(source, JointModel) else (Path(source),)
-    check_target(out, overwrite=overwrite, inputs=read)
+    check_target(out, overwrite=overwrite, inputs=read_paths(source, base, calibrate))
     with claim(out):
+        if not isinstance(source, JointModel):
+            _check_content(Path(source).expanduser(), member)
         if format == "lora":
             assert base is not None
             bound = 0.01 if max_error is None else max_error
@@ -126,6 +127,20 @@ def export(
         return write(stored, [described], report, out, overwrite, None)
 
 
+def read_paths(source: Any, base: str | None, calibrate: Sequence[str | Path]) -> list[Path]:
+    """The files and folders on this machine that an export reads, and so must not replace."""
+    found = [] if isinstance(source, JointModel) else [Path(source)]
+    found += [] if base is None else [path for path in (local_path(base),) if path]
+    return [*found, *(Path(each) for each in calibrate)]
+
+
+def _check_content(folder: Path, member: str) -> None:
+    """Compare the files that are read with those that were written: an export has hashes of its own afterwards."""
+    manifest = read_manifest(folder)
+    _check_name(member, manifest.members)
+    check_hashes(folder, manifest, [member])
+
+
 def check_settings(
     source: Any, format: str, tie_widths: bool, base: str | None, max_error: float | None, calibrate: Any
 ) -> None:
@@ -151,6 +166,11 @@ def check_settings(
         raise PlanError(f"`tie_widths` is for the format compressed-tensors, found {format}; leave it out.")
     if format == "lora" and base is None:
         raise PlanError("The format lora is an adapter of another model: give that as `base`.")
+    if base is not None and (Path(base).expanduser() / "adapter_config.json").exists():
+        raise PlanError(
+            f"`base` must have weights of its own, which servers load before an adapter, but {base} is an adapter of "
+            "peft itself; give the model that it belongs to, or the plain export of a member."
+        )
     if format != "lora" and (base is not None or max_error is not None or calibrate):
         raise PlanError(
             f"`base`, `max_error` and `calibrate` are for the format lora, found {format}; leave them out."

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.disk.records import artifact_files, owned_files, unowned_files
+from surgery.artifact.manifest import read_manifest
+from surgery.artifact.reading import wrong_hashes
+from surgery.disk.records import artifact_files, owned_files, read_record, unowned_files, wrong_files
 from surgery.errors import OutputError, PlanError
 from surgery.util.showing import as_html, as_text, plural
 from surgery.util.text import one_line, shorten
@@ -94,9 +96,16 @@ def push_to_hub(
     if revision is not None and not _BRANCH.fullmatch(revision):
         raise PlanError(f"`revision` must be the name of a branch, such as main, found '{revision}'.")
     place = Path(folder).expanduser()
+    wrong = _changed(place)
+    if wrong:
+        said = shorten([f"{name} {what}" for name, what in wrong.items()], 3, "; ")
+        raise OutputError(
+            f"What is uploaded must be whole and as it was written, but in {place} {said}; write the folder anew, or "
+            f"put back what was there (`surgery verify {place}`)."
+        )
     written = sorted({*artifact_files(place), *owned_files(place)} - {".surgery-files"})
     files = {name: (place / name).stat().st_size for name in written if (place / name).is_file()}
-    if not files:
+    if not files or not (artifact_files(place) or read_record(place)):  # a folder around it is not its own
         found = "holds nothing of it" if place.is_dir() else "is no folder"
         raise OutputError(
             f"The folder must be one that surgery wrote, but {place} {found}; give one that "
@@ -120,3 +129,12 @@ def push_to_hub(
             "and the name, or look with `dry_run`."
         ) from error
     return Upload(repo, files, left, card, str(done.commit_url))
+
+
+def _changed(folder: Path) -> dict[str, str]:
+    """Files that are not as surgery wrote them, with what is wrong; a card may be edited, and then stays here."""
+    wrong = dict(wrong_files(folder) or {})
+    if artifact_files(folder):
+        wrong |= wrong_hashes(folder, read_manifest(folder))
+    wrong.pop("README.md", None)
+    return wrong

@@ -188,6 +188,18 @@ def wrong_hashes(folder: Path, manifest: Manifest) -> dict[str, str]:
     return wrong
 
 
+def check_hashes(folder: Path, manifest: Manifest, members: Sequence[str]) -> None:
+    """Compare the files that hold the tensors of some members with what was recorded when they were written.
+
+    Raises:
+        ArtifactError: naming every file of another content, also where two of one size were exchanged.
+    """
+    wanted = {path for paths in _tensor_files(manifest, members).values() for path in paths}
+    files = {path: entry for path, entry in manifest.files.items() if path in wanted}
+    wrong = wrong_hashes(folder, manifest.model_copy(update={"files": files}))
+    raise_damaged(folder, [f"{path} {what}" for path, what in wrong.items()])
+
+
 def _tensor_files(manifest: Manifest, members: Iterable[str]) -> dict[str, list[str]]:
     """Files by stem: of the dictionary, the members, and those that hold tensors for them."""
     lenders = {key.member for name in members for key in manifest.same_of(name).values()}

@@ -98,10 +98,10 @@ class ResidentModel:
             for member in self.members.values():
                 member.module.to(device)  # a cache drops what forms were moved away
         if self._active is not None:
-            active, now = self._active, stamps(_places(self._active.module))
-            same = {key: each for key, each in active.sources.items() if now[key] == active.stamps[key]}
-            active.module.to(device)
-            self._active = _Active(active.module, same, stamps(_places(active.module)))
+            active, cast = self._active, self._active.cast_back()
+            now = stamps(_places(active.module))
+            same = {k: s for k, s in active.sources.items() if k not in cast and now[k] == active.stamps[k]}
+            self._active = _Active.of(active.module.to(device), same)
         return self
 
     @torch.no_grad()
@@ -147,20 +147,21 @@ class ResidentModel:
         theirs = _places(self.members[name].module)
         if name not in self._sources:
             self._sources[name] = {key: self._content(each) for key, each in theirs.items()}
+        cast = self._active.cast_back() if self._active else set()
         sources, mine = self._sources[name], _places(self._active.module) if self._active else {}
         if self._active is None or not _alike(mine, theirs):
             module = self.extract(name).eval()
-            self._active = _Active(module, sources, stamps(_places(module)))
+            self._active = _Active.of(module, sources)
             return module
         active, now, written = self._active, stamps(mine), set()
         for key, source in sources.items():
-            changed = now[key] != active.stamps[key]  # by whoever trained or edited the module
+            changed = key in cast or now[key] != active.stamps[key]  # by whoever trained or edited the module
             if (changed or source != active.sources.get(key)) and id(mine[key]) not in written:
                 written.add(id(mine[key]))
                 each = theirs[key]
                 mine[key].copy_(each.unpacked() if isinstance(each, PackedWeight) else each)
         anew = {key: each for key, each in mine.items() if id(each) in written}
-        self._active = _Active(active.module, sources, {**now, **stamps(anew)})
+        self._active = _Active(active.module, sources, {**now, **stamps(anew)}, active.dtypes)
         forget_derived(active.module)
         return active.module
 
@@ -218,7 +219,7 @@ class ResidentModel:
 
 @dataclass(frozen=True)
 class _Active:
-    """A module that is one member after the other: what its tensors were made from, and stamps of them, by place.
+    """A module that is one member after the other: what its tensors were made from, stamps and dtypes, by place.
 
     Of what was changed since it is not known what it was made from.
     """
@@ -226,6 +227,24 @@ class _Active:
     module: nn.Module
     sources: Mapping[str, tuple]
     stamps: Mapping[str, Stamp]
+    dtypes: Mapping[str, torch.dtype]
+
+    @classmethod
+    def of(cls, module: nn.Module, sources: Mapping[str, tuple]) -> _Active:
+        """As the module is now."""
+        places = _places(module)
+        return cls(module, sources, stamps(places), {key: each.dtype for key, each in places.items()})
+
+    def cast_back(self) -> set[str]:
+        """Give tensors of a module that was cast the dtypes of its members, and say which these are, by place."""
+        cast = {
+            key: each
+            for key, each in _places(self.module).items()
+            if each.dtype != self.dtypes.get(key, each.dtype)
+        }
+        for key, each in cast.items():
+            each.data = each.data.to(self.dtypes[key])
+        return {*cast}
 
 
 class _Refused(TrainingError, AttributeError):

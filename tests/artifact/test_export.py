@@ -284,6 +284,22 @@ def test_an_origin_that_moved_is_not_looked_for_on_the_hub(tmp_path: Path, text:
 
 
 @pytest.mark.slow  # every library anew in a process of its own
+def test_files_of_one_size_that_were_exchanged_are_not_exported(tmp_path: Path):
+    """Else the export, which has hashes of its own, would be found to be as it was written."""
+    both = {name: seeded(lambda: torch.nn.Linear(40, 40), seed) for seed, name in enumerate("ab")}
+    joint = surgery.join([member(net, name, torch.randn(2, 40)) for name, net in both.items()])
+    out = save(joint, tmp_path / "joint")
+    one, other = (out / "members" / name / "weights.safetensors" for name in "ab")
+    assert one.stat().st_size == other.stat().st_size
+    one.rename(tmp_path / "kept")
+    other.rename(one)
+    (tmp_path / "kept").rename(other)
+    for way in ("plain", "transformers", "compressed-tensors", "compressed"):
+        with pytest.raises(ArtifactError, match=r"weights\.safetensors must have the SHA-256"):
+            export(out, "a", tmp_path / way, format=way)
+        assert not (tmp_path / way).exists()
+
+
 def test_plain_exports_need_no_surgery(joint, out: Path, tmp_path: Path):
     words, pictures = export(out, "text", tmp_path / "text"), export(out, "vision", tmp_path / "vision")
     assert (words / "vocab.txt").read_text() == "[PAD]\n[UNK]\na\n"

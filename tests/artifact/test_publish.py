@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import huggingface_hub
 import pytest
@@ -60,6 +61,21 @@ def test_only_what_surgery_wrote_goes(folder, monkeypatch):
     assert asked["made"] == ("me/joint", {"private": True, "exist_ok": True}) and asked["token"] == "t"
     assert "notes.txt" not in asked["allow_patterns"] and "manifest.json" in asked["allow_patterns"]
     assert found.left == ("notes.txt",) and "commit/1" in repr(found)
+
+
+def test_what_is_not_as_it_was_written_stays_here(folder, tmp_path):
+    surgery.export(folder, "one", tmp_path / "around" / "plain", format="plain")
+    shutil.copytree(folder, tmp_path / "joint")
+    for name, place in (("model.safetensors", "around/plain"), ("manifest.json", "joint")):
+        assert surgery.push_to_hub(tmp_path / place, "me/it", dry_run=True).files[name]
+    with pytest.raises(OutputError, match="must be one that surgery wrote"):
+        surgery.push_to_hub(tmp_path / "around", "me/it", dry_run=True)
+    (tmp_path / "around/plain/README.md").write_text("---\n---\nmine")
+    assert "README.md" in surgery.push_to_hub(tmp_path / "around/plain", "me/it", dry_run=True).left
+    for file in (tmp_path / "around/plain/model.safetensors", tmp_path / "joint/dictionary.safetensors"):
+        file.write_bytes(bytes([*file.read_bytes()[:-1], 99]))
+        with pytest.raises(OutputError, match=rf"must be whole and as it was written, but .* {file.name}"):
+            surgery.push_to_hub(file.parent, "me/it", dry_run=True)
 
 
 def test_what_is_refused(folder, tmp_path, monkeypatch):

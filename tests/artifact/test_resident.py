@@ -195,6 +195,20 @@ def test_members_take_turns_in_one_module(tmp_path):
         assert torch.equal(joint.activate(name)(draw(2, 8)), plain[name](draw(2, 8)))
 
 
+def test_a_module_that_was_cast_becomes_the_next_member(tmp_path):
+    folder = surgery.save(pair(), tmp_path / "joint")
+    joint, plain = (
+        surgery.load(folder, modules=modules(), resident="packed"),
+        surgery.load(folder, modules=modules()),
+    )
+    module = joint.activate("one")
+    for cast in (module.double, module.half, module.bfloat16):
+        cast()
+        for name in ("two", "one"):
+            assert joint.activate(name) is module
+            assert torch.equal(module(draw(2, 8)), plain[name](draw(2, 8)))
+
+
 def test_a_switch_decodes_what_differs_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.setattr("surgery.storage.held.SMALL", 0)
     folder = surgery.save(fitted(), tmp_path / "joint")

@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from command_line import surgery as command
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_transformers import TINY, save_tiny, tiny
@@ -195,6 +196,14 @@ def test_relatives_of_an_artifact(tmp_path):
     base = export(out, "one", tmp_path / "plain")
     folder = export(out, "two", tmp_path / "adapter", format="lora", base=str(base), max_error=0.02)
     assert (folder / "adapter_model.safetensors").stat().st_size < (base / "model.safetensors").stat().st_size
+    with pytest.raises(OutputError, match="`out` must be apart from what is read"):
+        export(out, "two", base, format="lora", base=f"{base}?class=BertModel", overwrite=True)
+    assert (base / "model.safetensors").exists()  # which nothing replaced, although surgery wrote it
+    code, _, said = command("export", out, "--member", "two", "--format", "lora", "--base", base, "--out", base,
+                            "--overwrite", "--dry-run")  # fmt: skip
+    assert code == 2 and "`out` must be apart from what is read" in said
+    with pytest.raises(PlanError, match="is an adapter of peft itself; give the model that it belongs to"):
+        export(out, "one", tmp_path / "again", format="lora", base=str(folder))
 
 
 def test_what_is_refused(tmp_path):
