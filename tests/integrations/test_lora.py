@@ -201,7 +201,7 @@ def test_relatives_of_an_artifact(tmp_path):
     assert (base / "model.safetensors").exists()  # which nothing replaced, although surgery wrote it
     code, _, said = command("export", out, "--member", "two", "--format", "lora", "--base", base, "--out", base,
                             "--overwrite", "--dry-run")  # fmt: skip
-    assert code == 2 and "`out` must be apart from what is read" in said
+    assert code == 2 and "--out must be apart from what is read" in said
     with pytest.raises(PlanError, match="is an adapter of peft itself; give the model that it belongs to"):
         export(out, "one", tmp_path / "again", format="lora", base=str(folder))
 
