@@ -218,7 +218,6 @@ def _export_lora(
         _check_name(member, source.names)
         joint = source
     else:
-        _check_name(member, read_manifest(Path(source).expanduser()).members)
         joint = load(source, members=[member], trust_remote_code=trust)
     with new_folder(out, overwrite=overwrite) as folder:
         write_lora(

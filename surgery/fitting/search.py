@@ -130,7 +130,7 @@ class Search:
         originals = list(scene.originals.values())
         self.whole = sum(tensor.numel() * tensor.element_size() for tensor in originals)
         self.headers = min(PART_BYTES * len(originals), HEADERS)
-        self.measured: dict[bytes, np.ndarray] = {}  # errors of what was tried
+        self.measured: dict[str, np.ndarray] = {}  # errors of what was tried
 
     def run(self) -> Outcome:
         """Meet what was asked for.
@@ -162,10 +162,10 @@ class Search:
         stored = self.assembler.assemble(choice)
         memory.give_back()
         used = np.where(choice.taken[self.predicted.arrangement], choice.option, -1)
-        if (tried := used.tobytes() + choice.taken.tobytes()) not in self.measured:
-            made = sha256(choice.option.tobytes() + choice.taken.tobytes()).hexdigest()
+        tried = sha256(used.tobytes() + choice.taken.tobytes()).hexdigest()
+        if tried not in self.measured:
             errors, _ = made_once(
-                f"errors/{made}", lambda: (measure_errors(stored, self.trials, self.decodings).tolist(), {})
+                f"errors/{tried}", lambda: (measure_errors(stored, self.trials, self.decodings).tolist(), {})
             )
             self.measured[tried] = np.array(errors)
         return Attempt(choice, stored, self.measured[tried], self.nbytes(stored), self.counted(stored))

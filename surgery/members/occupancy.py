@@ -34,9 +34,8 @@ def occupy(joint: JointModel, name: str, module: nn.Module) -> None:
 
 def leave(joint: JointModel) -> None:
     """Note that no module belongs to a joint model any longer."""
-    for key in list(
-        _occupants
-    ):  # keys alone: the pairs of `items` are made, and what is made may end modules meanwhile
+    # Keys alone: the pairs of `items` would be made, and what is made may end modules meanwhile.
+    for key in list(_occupants):
         _, owner, _ = _occupants.get(key, (None, None, ""))
         if owner is None or owner() in (joint, None):
             _occupants.pop(key, None)
