@@ -10,6 +10,7 @@ each depth.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from math import gcd
 from typing import Any
 
@@ -25,7 +26,7 @@ from .routed import allocated
 ORDERS = ("single", "parallel", "permuted", "soft")
 WAYS = (*ORDERS, "bottom", "gumbel")
 LAYERS = 4
-STRIDES = (2, 1, 2, 1, 2, 1, 2, 2)  # of the eight depths, for Omniglot's pictures of 105 pixels
+STRIDES = (2, 2, 1, 2, 2, 1, 2, 1)  # of the eight depths, for Omniglot's pictures of 105 pixels
 LEAST = 4  # what these leave of 105; smaller pictures are made smaller less often
 
 
@@ -100,14 +101,15 @@ class Matrix(nn.Module):
         )
         self.after = nn.ModuleList(nn.Sequential(_normalised(channels), nn.ReLU()) for _ in strides)
         self.dropout = nn.Dropout(dropout)
-        self.heads = _each([nn.Linear(channels, LETTERS) for _ in tasks], tasks)
+        features = channels * reduce(lambda now, stride: -(-now // stride), strides, side) ** 2
+        self.heads = _each([nn.Linear(features, LETTERS) for _ in tasks], tasks)
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures `[B, 1, S, S]` -> scores `[B, 30]`."""
         y = self.stem(pictures)
         for route, after in zip(self.routes, self.after, strict=True):
             y = after(route(y))
-        return self.heads(self.dropout(y.mean((2, 3))))
+        return self.heads(self.dropout(y.flatten(1)))
 
 
 def lettered(

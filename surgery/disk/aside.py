@@ -89,11 +89,10 @@ def put_aside(tensor: Tensor) -> Tensor:
         return tensor
     if tensor.layout != torch.strided or tensor.nbytes < FEWEST or not _is_dense(tensor):
         return tensor
-    held = torch.empty(0, dtype=tensor.dtype).set_(_room(folder, tensor.nbytes))  # pyright: ignore
-    kept = held.as_strided(tensor.shape, tensor.stride(), 0)
-    with torch.no_grad():
-        kept.copy_(tensor)
-    return kept
+    tensor = tensor.resolve_conj().resolve_neg()
+    flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+    held = torch.empty(0, dtype=tensor.dtype).set_(_room(folder, tensor.nbytes, flat))  # pyright: ignore
+    return held.as_strided(tensor.shape, tensor.stride(), 0)
 
 
 def empty_aside(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -143,13 +142,16 @@ def _is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _room(folder: Path, nbytes: int) -> torch.UntypedStorage:
-    """Memory of a new file, which has no name any more."""
+def _room(folder: Path, nbytes: int, content: memoryview | None = None) -> torch.UntypedStorage:
+    """Memory of a new file, which has no name any more; its content is written, which mapped pages take longer for."""
     path = folder / f"aside-{secrets.token_hex(8)}"
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.posix_fallocate(handle, 0, nbytes)
+            start = 0
+            while content is not None and start < nbytes:
+                start += os.pwrite(handle, content[start:], start)
             return cast("torch.UntypedStorage", torch.UntypedStorage.from_file(str(path), True, nbytes))
         finally:
             os.close(handle)

@@ -10,14 +10,14 @@ weight error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from surgery.fitting.metric import Draws, Metric, mean_square
+from surgery.fitting.metric import Draws, Metric, mean_square, together
 from surgery.fitting.pieces import in_pieces
 from surgery.fitting.trial import Trial
 from surgery.fitting.widened import in_float32
@@ -31,10 +31,11 @@ from surgery.util import progress
 COARSE = grouped(4, 64)  # how tensors are rounded where derivatives say nothing
 LEAST = 1e-8  # relative squared output error that leaving all of such tensors out counts as, at least
 NO_MEMORY = "not enough memory"  # what PyTorch's allocator of the CPU says
-SAMPLES = 2  # for each probe batch; the mean over a tensor averages thousands of entries more
+MOST = 0.9  # of the weights
+SAMPLES = 2  # for each probe batch, at most; the mean over a tensor averages thousands of entries more
 
 
-def sensitivities(trial: Trial, seed: int, samples: int = SAMPLES) -> dict[str, float]:
+def sensitivities(trial: Trial, seed: int, samples: int | None = None) -> dict[str, float]:
     """Relative squared output error per squared error of each tensor, by name.
 
     Tensors that no gradient reaches (buffers, integer tensors, unused weights, non-differentiable models) are
@@ -43,13 +44,13 @@ def sensitivities(trial: Trial, seed: int, samples: int = SAMPLES) -> dict[str, 
     Args:
         trial: the member with its original weights.
         seed: of the sign vectors.
-        samples: backward passes for each probe batch.
+        samples: backward passes for each probe batch; by default as many as tell more.
     """
     return metrics(trial, seed, {}, samples)[0]
 
 
 def metrics(
-    trial: Trial, seed: int, views: Mapping[str, CanonicalView], samples: int = SAMPLES
+    trial: Trial, seed: int, views: Mapping[str, CanonicalView], samples: int | None = None
 ) -> tuple[dict[str, float], dict[str, Metric]]:
     """Sensitivities, and what any error in a site costs, by name; sites that no gradient reaches are absent.
 
@@ -58,7 +59,7 @@ def metrics(
         seed: of the sign vectors.
         views: of the sites that are asked for; a weight is one matrix of all their rows, `[S * out, in]`. Where there
             are some, large batches are drawn in pieces.
-        samples: backward passes for each probe batch.
+        samples: backward passes for each probe batch; by default as many as tell more.
     """
     draws: dict[str, Draws] = {}
     total: dict[str, Tensor] = {}  # on the device, which is not waited for
@@ -72,6 +73,8 @@ def metrics(
 
     with in_float32(trial) as probes:
         probes = in_pieces(trial, probes) if views else probes
+        shapes = [tuple(tensor.shape) for tensor in trial.originals.values()]
+        samples = samples_of(shapes, len(probes)) if samples is None else samples
         draws |= {name: Draws(samples * len(probes)) for name in views}
         _draw(trial, probes, seed, samples, add)
     found = {name: each.metric(samples) for name, each in draws.items()}
@@ -79,6 +82,25 @@ def metrics(
     powers = {name: float(power) for name, power in total.items()}
     sensitive = {name: power / samples for name, power in powers.items() if 0 < power < math.inf}
     return sensitive, {name: metric for name, metric in found.items() if metric is not None}
+
+
+def samples_of(shapes: Iterable[tuple[int, ...]], batches: int) -> int:
+    """Backward passes for each of some batches: one where most weights are so large that more tell nothing.
+
+    Draws of such a weight are added up until their sum is multiplied (`surgery.fitting.metric.together`), and one more
+    of each batch makes the sums longer, not more.
+
+    Args:
+        shapes: of the weights.
+        batches: how many there are.
+
+    Example:
+        >>> samples_of([(2048, 2048), (256, 2048)], 8), samples_of([(384, 384), (1536, 384)], 8)
+        (1, 2)
+    """
+    sizes = [(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1 and math.prod(shape)]
+    large = [together(*size, SAMPLES * batches) >= SAMPLES for size in sizes]
+    return 1 if sum(large) > MOST * len(large) else SAMPLES
 
 
 def _draw(

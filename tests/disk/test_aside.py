@@ -44,6 +44,19 @@ def test_values_and_layout_stay(tmp_path_factory, shape, dtype, data):
     kept.fill_(1)  # the caller's own
 
 
+def test_values_that_a_view_changes_are_kept_as_they_are_seen(tmp_path):
+    seen = torch.tensor([1 + 2j, 3 - 4j]).conj()
+    with aside(tmp_path):
+        assert put_aside(seen).equal(seen) and put_aside(seen.imag).equal(seen.imag)
+
+
+def test_what_is_written_in_pieces_is_whole(tmp_path, monkeypatch):
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda handle, content, at: write(handle, content[:1001], at))
+    with aside(tmp_path):
+        assert put_aside(torch.arange(1000)).equal(torch.arange(1000))
+
+
 def test_nothing_of_it_is_left(tmp_path):
     with aside(tmp_path):
         kept = put_aside(torch.arange(1000))
