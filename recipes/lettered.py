@@ -4,7 +4,7 @@ Of E. Meyerson and R. Miikkulainen, *Beyond Shared Hierarchies*, ICLR 2018: four
 serve every depth, with GroupNorm, without which four layers that twenty alphabets share stay at chance for hundreds
 of batches. Of K. Maziarz et al., *Flexible Multi-task Networks by Learning Parameter Allocation*, 2019: eight depths of
 seven components, convolutions of several shapes, pooling and passing on; GroupNorm and ReLU after each convolution and
-each depth.
+each depth, and heads that see every pixel that is left: of means over pixels such nets learn next to nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .routed import allocated
 ORDERS = ("single", "parallel", "permuted", "soft")
 WAYS = (*ORDERS, "bottom", "gumbel")
 LAYERS = 4
-STRIDES = (2, 2, 1, 2, 2, 1, 2, 1)  # of the eight depths, for Omniglot's pictures of 105 pixels
+STRIDES = (2, 2, 1, 2, 2, 1, 2, 1)  # of the eight depths, as published for pictures of 105 pixels
 LEAST = 4  # what these leave of 105; smaller pictures are made smaller less often
 
 
@@ -155,7 +155,7 @@ def strides_of(side: int) -> list[int]:
 
     Example:
         >>> strides_of(105), strides_of(28)
-        ([2, 1, 2, 1, 2, 1, 2, 2], [2, 1, 2, 1, 2, 1, 1, 1])
+        ([2, 2, 1, 2, 2, 1, 2, 1], [2, 2, 1, 2, 1, 1, 1, 1])
     """
     found = []
     for stride in STRIDES:
