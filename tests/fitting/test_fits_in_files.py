@@ -41,7 +41,7 @@ def rooms(monkeypatch):
     """Files that were taken room of, all of them small."""
     monkeypatch.setattr(aside, "FEWEST", 1024)
     taken, real = [], aside._room
-    monkeypatch.setattr(aside, "_room", lambda folder, n: taken.append(folder) or real(folder, n))
+    monkeypatch.setattr(aside, "_room", lambda folder, *rest: taken.append(folder) or real(folder, *rest))
     return taken
 
 

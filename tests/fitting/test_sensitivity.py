@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import surgery
-from surgery.fitting import sensitivity
+from surgery.fitting import metric, sensitivity
 from surgery.fitting.trial import Trial
 from surgery.geometry.views import CanonicalView
+from surgery.members.member import Inputs
 
 
 def trial(module):
@@ -15,6 +16,30 @@ def trial(module):
     state = member.module.state_dict()
     owners = {name: (name,) for name in state}
     return Trial(member, state, owners, [member.inputs], torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("width", "passes"), [(64, 4), (1024, 2)])
+def test_large_weights_are_drawn_once_a_batch_and_multiplied_as_often(monkeypatch, width, passes):
+    drawn, multiplied = [], []
+    sample, second_moment = sensitivity._one_sample, metric._second_moment
+    monkeypatch.setattr(sensitivity, "_one_sample", lambda *a: drawn.append(0) or sample(*a))
+    monkeypatch.setattr(metric, "_second_moment", lambda x: multiplied.append(0) or second_moment(x))
+    member = surgery.load_member(
+        nn.Linear(width, width, bias=False), name="net", inputs=torch.randn(3, width)
+    )
+    state = member.module.state_dict()
+    batches = [Inputs((torch.randn(3, width),), {}) for _ in range(2)]
+    net = Trial(member, state, {name: (name,) for name in state}, batches, torch.device("cpu"))
+    views = {"weight": CanonicalView.of("o i -> 1 o i", (width, width))}
+    _, found = sensitivity.metrics(net, 0, views)
+    assert len(drawn) == passes
+    once = len(multiplied)
+    sensitivity.metrics(net, 0, views, samples=2)
+    assert len(multiplied) - once == once
+    rounding = 0.01 * torch.randn(width, width)
+    with net.running_with({"weight": state["weight"] + rounding}):
+        moved = net.error() ** 2
+    assert found["weight"].price(rounding) == pytest.approx(moved, rel=0.5)  # of two or four draws
 
 
 class Backwards(torch.autograd.Function):
