@@ -16,8 +16,9 @@ import torch
 
 from surgery.methods.routes.gates import BernoulliGates, Gates
 from surgery.methods.routes.groups import count_of
-from surgery.training.loop.optimizers import make_optimizer
-from surgery.training.loop.state import restore, snapshot
+from surgery.training.loop.optimizers import make_optimizer, make_scheduler, set_rates
+from surgery.training.loop.state import random_state, set_random_state, undone
+from surgery.training.tasks.stateful import pack_loss, unpack_loss
 from surgery.training.tasks.tasks import Batch, Task
 from surgery.training.tasks.validation import evaluate
 from surgery.util.collectives import average
@@ -154,20 +155,39 @@ def _trained(
     steps: int,
 ) -> float:
     """The loss of a route on batches that follow, once it alone was trained on the first ones; all of it is undone."""
-    begun, judged = snapshot(trainer.joint), _MORE * gates[0].settings.measure
-    kept = trainer.optimizer, trainer.turn
-    trainer.optimizer = make_optimizer(trainer.joint, trainer.config.optimizer, trainer.moves)
-    trainer.turn = tuple(tasks)
-    try:
-        with _taking(gates, row, on):
-            for step in range(steps):
-                trainer.compute({task.name: [(batches[task.name][step], 1.0)] for task in tasks})
-            found = torch.tensor([_loss(trainer, tasks, {t.name: batches[t.name][-judged:] for t in tasks})])
-    finally:
-        trainer.optimizer, trainer.turn = kept
-        restore(trainer.joint, begun)
+    judged = _MORE * gates[0].settings.measure
+    with _undone(trainer), _taking(gates, row, on):
+        settings, total = trainer.config.optimizer, trainer.config.total * trainer.config.steps
+        trainer.optimizer = make_optimizer(trainer.joint, settings, trainer.moves)
+        trainer.turn = tuple(tasks)
+        scheduler = make_scheduler(trainer.optimizer, settings, total)
+        for step in range(steps):
+            if scheduler is not None:  # the rates that these steps of the run would have
+                set_rates(scheduler, trainer.steps + step)
+            trainer.compute({task.name: [(batches[task.name][step], 1.0)] for task in tasks})
+        found = torch.tensor([_loss(trainer, tasks, {t.name: batches[t.name][-judged:] for t in tasks})])
     average([found])
     return float(found)
+
+
+@contextmanager
+def _undone(trainer: Trainer) -> Iterator[None]:
+    """Afterwards all that steps change is as it was: weights, what losses keep, and every generator."""
+    optimizer, turn = trainer.optimizer, trainer.turn
+    losses = {
+        name: {key: value.clone() for key, value in pack_loss(loss).items()}
+        for name, loss in trainer.losses.items()
+    }
+    drawn, own = random_state(), trainer.generator.get_state()
+    try:
+        with undone(trainer.joint):
+            yield
+    finally:
+        trainer.optimizer, trainer.turn = optimizer, turn
+        for name, state in losses.items():
+            unpack_loss(trainer.losses[name], state, name)
+        set_random_state(*drawn)  # else dropout would go on from where trials left it
+        trainer.generator.set_state(own)
 
 
 def _loss(trainer: Trainer, tasks: Sequence[Task], batches: Mapping[str, Sequence[Batch]]) -> float:

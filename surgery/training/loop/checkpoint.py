@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from surgery.errors import TrainingError, shorten
 from surgery.storage.keys import StateKey, of_owner
 from surgery.training.loop.moves import pack_moves, state_of
-from surgery.training.loop.optimizers import plain
+from surgery.training.loop.optimizers import plain, set_rates
 from surgery.training.loop.state import (
     Tensors,
     model_tensors,
@@ -101,10 +101,7 @@ def unpack(trainer: Trainer, tensors: Mapping[StateKey, Tensor], document: Mappi
         if found:
             inner.state[parameter] = found
     if trainer.scheduler is not None:
-        trainer.scheduler.last_epoch = document["schedule"]
-        steps = zip(inner.param_groups, trainer.scheduler.base_lrs, trainer.scheduler.lr_lambdas, strict=True)
-        for group, rate, factor in steps:
-            group["lr"] = rate * factor(document["schedule"])
+        set_rates(trainer.scheduler, document["schedule"])
     if document["scaler"] is not None and trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(document["scaler"])
     device = trainer.accelerator.device

@@ -109,6 +109,14 @@ def make_scheduler(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
 
 
+def set_rates(scheduler: torch.optim.lr_scheduler.LambdaLR, steps: int) -> None:
+    """Learning rates as they are once so many steps are done; the scheduler goes on from there."""
+    scheduler.last_epoch = steps
+    groups = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    for group, rate, factor in groups:
+        group["lr"] = rate * factor(steps)
+
+
 def plain(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside accelerate's, or itself."""
     return getattr(optimizer, "optimizer", optimizer)

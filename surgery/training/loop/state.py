@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,25 @@ def restore(joint: JointModel, tensors: Mapping[StateKey, Tensor]) -> None:
             )
         bank.restore(own)
     joint.refresh()
+
+
+@contextmanager
+def undone(joint: JointModel) -> Iterator[None]:
+    """Afterwards all values are as they were, of the same tensors and parameters: `restore` makes new ones in banks.
+
+    Inside, values may change, and no bank its size.
+    """
+    live, before = model_tensors(joint), snapshot(joint)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for key, tensor in live.items():
+                if key.kind == "extra":
+                    _restore_extra_state(joint, key, before)
+                else:
+                    tensor.copy_(before[key])
+        joint.refresh()
 
 
 def _restore_extra_state(joint: JointModel, key: StateKey, tensors: Mapping[StateKey, Tensor]) -> None:

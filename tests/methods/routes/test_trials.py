@@ -1,0 +1,91 @@
+"""Trials of close choices: what decides which layer is left out, and leaves nothing else behind."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import surgery
+from surgery.methods.routes import measuring
+from surgery.training.loop.trainer import Trainer
+from surgery.training.tasks.streams import Batches
+
+IDS = torch.randint(5, 60, (3, 7), generator=torch.Generator().manual_seed(0))
+CONFIG = {"steps": 3, "burn_in": 1, "generations": 1, "final": 1,
+          "optimizer": {"lr": 0.003, "schedule": "linear", "warmup": 5},
+          "evolution": {"change": "none", "codes": "ones", "start": "given"}}  # fmt: skip
+
+
+def bert(seed=0, dropout=0.0):
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=16, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return transformers.BertModel(config).eval()
+
+
+class Wavering:
+    """A mean square that draws from all global generators, and counts steps."""
+
+    def __init__(self):
+        self.calls = torch.zeros(1)
+
+    def __call__(self, output, batch):
+        self.calls += torch.is_grad_enabled()
+        drawn = torch.rand(()) + random.random() + np.random.rand()
+        return (output.last_hidden_state - batch.target).square().mean() * (1 + drawn)
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"].clone()
+
+
+def one_run(trials):
+    """Which layers stay, what a loss counts, and all weights; another member's route samples meanwhile."""
+    own = [
+        surgery.load_member(bert(dropout=0.3), name="text", inputs=IDS),
+        surgery.load_member(bert(2), name="other", inputs=IDS),
+    ]
+    joint = surgery.join(own, surgery.plan_modules(own, "routes", {"layers": 3, "trials": trials}))
+    with torch.no_grad():
+        target = bert(1)(IDS).last_hidden_state
+    loss = Wavering()
+    tasks = [
+        surgery.Task("text", "text", Batches(IDS, target, 3), loss),
+        surgery.Task("other", "other", Batches(IDS, IDS, 3), {"distillation": 1.0}),
+    ]
+    report = surgery.train(joint, tasks, CONFIG, cpu=True)
+    weights = {f"{name}.{key}": x for name in joint.names for key, x in joint[name].state_dict().items()}
+    return report.methods["routes"]["chosen"], loss.calls, weights
+
+
+@pytest.mark.slow
+def test_trials_that_confirm_the_choice_leave_the_run_as_it_is_bit_for_bit(monkeypatch):
+    trained, compute, tried, rates = measuring._trained, Trainer.compute, [], {True: [], False: []}
+    inside = [False]
+
+    def confirming(*args):
+        inside[0] = True
+        trained(*args)
+        inside[0] = False
+        tried.append(args)
+        return float(len(tried))  # the first, which the untrained losses choose, stays best
+
+    def watched(trainer, batches):
+        rates[inside[0]].append({group["lr"] for group in trainer.optimizer.param_groups})
+        return compute(trainer, batches)
+
+    chosen, calls, weights = one_run(0)
+    monkeypatch.setattr(measuring, "_trained", confirming)
+    monkeypatch.setattr(Trainer, "compute", watched)
+    again, counted, found = one_run(2)
+    assert tried and again == chosen and torch.equal(counted, calls)
+    assert rates[True] == rates[False][3:5] * len(tried) and rates[False][3] != rates[False][4]
+    assert set(found) == set(weights)
+    assert not [key for key, x in weights.items() if not torch.equal(found[key], x)]
