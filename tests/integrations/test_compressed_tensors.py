@@ -18,6 +18,7 @@ from torch import nn
 
 import surgery
 from surgery.artifact.export import export
+from surgery.artifact.formats import compressed_tensors
 from surgery.artifact.formats.compressed_tensors import (
     merged_layers,
     packed_words,
@@ -144,17 +145,43 @@ def test_said_before_anything_is_written(tmp_path):
     assert "of Embedding, where weights of Linear are packed" in text
 
 
+@pytest.mark.parametrize("kind", ["t5", "bert_mlm", "vit_mae"])
+def test_a_plan_says_what_a_class_cannot_open(kind, tmp_path, monkeypatch):
+    net = surgery.load_member(str(save_tiny(kind, tmp_path / kind)), name="net")
+    stored = mixed(surgery.join([net]))
+    said = ""
+    try:
+        assert not plan_packing(stored, net, False, False)[0].open_question
+    except ExportError as error:
+        said = str(error)
+    reads = r"transformers must open what is written .* raises .*its class reads weights that are packed; export"
+    assert bool(re.match(reads, said)) == (kind == "t5"), said
+    monkeypatch.setattr(compressed_tensors, "check_outline", lambda *_: "")
+    packing, module = plan_packing(stored, net, False, False)
+    found = ""
+    try:
+        write_compressed_tensors(tmp_path, packing, module, stored, net)
+    except ExportError as error:
+        found = str(error)
+    assert found == said
+
+
+def test_what_outlines_cannot_tell_is_said(tmp_path, monkeypatch):
+    net = surgery.load_member(str(save_tiny("bert", tmp_path / "source")), name="net")
+
+    def values(self, module):
+        if hasattr(module, "weight_packed"):
+            raise RuntimeError("values are needed")
+
+    monkeypatch.setattr(transformers.BertModel, "_init_weights", values)
+    packing, _ = plan_packing(mixed(surgery.join([net])), net, False, False)
+    assert packing.lines()[-1] == (
+        "whether BertModel opens it is seen when it is written: without values it raises RuntimeError: values are needed"
+    )
+
+
 @pytest.mark.slow
 def test_what_cannot_be_packed(tmp_path):
-    net = surgery.load_member(
-        str(save_tiny("t5", tmp_path / "t5")), name="net"
-    )  # its class looks at `wo.weight`
-    stored = mixed(surgery.join([net]))
-    packing, module = plan_packing(stored, net, False, False)
-    with pytest.raises(
-        ExportError, match=r"T5ForConditionalGeneration raises .*export it as plain or transformers"
-    ):
-        write_compressed_tensors(tmp_path, packing, module, stored, net)
     joint = surgery.join([surgery.load_member(str(save_tiny("bert", tmp_path / "source")), name="net")])
     with pytest.raises(ExportError, match="stored in 2 to 8 bits, but member 'net' has none"):
         export(joint, "net", tmp_path / "out", format="compressed-tensors")

@@ -11,9 +11,6 @@ takes room and costs nothing else.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -25,14 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from surgery.artifact.formats.checkpoint import architecture, checkpoint_names, write_checkpoint
+from surgery.artifact.formats.opening import check_opens, check_outline
 from surgery.errors import ExportError
 from surgery.members.member import Member
 from surgery.storage.codecs import BFLOAT16, Encoded, Grouping, codes_of, grouping_of, unpacked
 from surgery.storage.states import lazy_state_of
 from surgery.storage.stored import Stored
-from surgery.util.quiet import quiet
 from surgery.util.showing import plural
-from surgery.util.text import one_line, shorten
+from surgery.util.text import shorten
 from surgery.util.wording import size
 
 METHOD, FORMAT = "compressed-tensors", "pack-quantized"
@@ -53,11 +50,13 @@ class Packing:
         packed: bits and group of linear layers, by the layer's name.
         plain: why a compressed tensor is written as it is, by its name.
         sizes: bytes that tensors have as they are written, by name.
+        open_question: what is known only when it is written, in words; empty where nothing is.
     """
 
     packed: Mapping[str, Grouping]
     plain: Mapping[str, str]
     sizes: Mapping[str, int]
+    open_question: str = ""
 
     def lines(self) -> list[str]:
         """What becomes of every tensor that is stored compressed, for people."""
@@ -73,7 +72,7 @@ class Packing:
             names = [name for name, each in self.plain.items() if each == reason]
             bytes_ = sum(self.sizes[name] for name in names)
             found.append(f"as it is, {reason} ({size(bytes_)}): {', '.join(in_short(names))}")
-        return found
+        return found + ([self.open_question] if self.open_question else [])
 
 
 def write_compressed_tensors(
@@ -103,21 +102,7 @@ def write_compressed_tensors(
     dtypes = {each.dtype for each in state.handles.values()}
     entries = {"quantization_config": configuration(packing, module)}
     write_checkpoint(folder, module, member, tensors, entries, dtypes)
-    _check_opens(folder, type(module), member.name)
-
-
-def _check_opens(folder: Path, kind: Any, name: str) -> None:
-    """Open what was written: some classes look at weights of layers while they are loaded, where these are packed."""
-    if importlib.util.find_spec("compressed_tensors") is None:
-        return
-    try:
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # where progress is shown
-            kind.from_pretrained(folder)
-    except Exception as error:
-        raise ExportError(
-            f"transformers must open what is written of member '{name}', but {kind.__name__} raises {one_line(error)}: "
-            "its class reads weights that are packed; export it as plain or transformers."
-        ) from error
+    check_opens(folder, type(module), member.name)
 
 
 def plan_packing(stored: Stored, member: Member, tie_widths: bool, trust: bool) -> tuple[Packing, Any]:
@@ -130,7 +115,8 @@ def plan_packing(stored: Stored, member: Member, tie_widths: bool, trust: bool) 
         trust: whether Python files that come with it may run.
 
     Raises:
-        ExportError: where it is no model of transformers as it is, or none of its layers can be packed.
+        ExportError: where it is no model of transformers as it is, none of its layers can be packed, or its class
+            cannot be opened with layers that are.
     """
     module = architecture(member, stored, METHOD, trust)
     plain, sites = _plain(stored, member.name), {p.site.name for p in stored.plan.of(member.name)}
@@ -164,7 +150,31 @@ def plan_packing(stored: Stored, member: Member, tie_widths: bool, trust: bool) 
     for name in reasons:
         if name in plain and plain[name].precision == BFLOAT16:
             sizes[name] //= plain[name].dtype.itemsize // 2
-    return Packing(packed, reasons, sizes), module
+    packing = Packing(packed, reasons, sizes)
+    outlines = _outlines(packing, {name: handles[name].shape for name in names if name in handles}, module)
+    question = check_outline(module, member.name, outlines, configuration(packing, module))
+    return replace(packing, open_question=question), module
+
+
+def _outlines(
+    packing: Packing, shapes: Mapping[str, tuple[int, ...]], module: nn.Module
+) -> dict[str, Tensor]:
+    """The tensors that are written, on the meta device."""
+    own, found = module.state_dict(), {}
+    for name, shape in shapes.items():
+        how = packing.packed.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if how is None:
+            found[name] = torch.empty(shape, dtype=own[name].dtype, device="meta")
+        else:
+            rows, columns = shape
+            parts = {
+                "packed": ((rows, -(-columns * how.bits // 32)), torch.int32),
+                "scale": ((rows, columns // how.group), own[name].dtype),
+                "shape": ((2,), torch.int64),
+            }
+            for part, (size_, dtype) in parts.items():
+                found[f"{name}_{part}"] = torch.empty(size_, dtype=dtype, device="meta")
+    return found
 
 
 _MERGED_WITH_PLAIN = "servers merge it with a layer that is not packed"
