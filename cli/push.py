@@ -13,6 +13,7 @@ from .options import FLAG, RUN, Debug, Folder, Json, Quiet
 EXAMPLES = """
 surgery push joint me/joint --dry-run
 surgery push joint me/joint --private
+surgery push tuned-lora me/tuned-lora --base me/minilm
 """
 
 
@@ -40,6 +41,15 @@ def push(
             "--revision", metavar="BRANCH", rich_help_panel=RUN, help="Branch; by default the main one."
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base",
+            metavar="REPO",
+            rich_help_panel=RUN,
+            help="The model that an adapter belongs to, as it is called on the hub: org/name.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, options.dry_run("Say what would be uploaded; nothing is asked of the hub.")
     ] = False,
@@ -57,7 +67,7 @@ def push(
     from . import console
 
     with console.working(quiet=quiet, json_wanted=json), task(f"Uploading to {repo}"):
-        found = push_to_hub(folder, repo, private=private, revision=revision, dry_run=dry_run)
+        found = push_to_hub(folder, repo, private=private, revision=revision, base=base, dry_run=dry_run)
     if json:
         console.emit({**asdict(found), "left": list(found.left)})
     elif not quiet:

@@ -105,6 +105,31 @@ def make_adapter_card(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
 
 
+def with_base(card: str, folder: str, base: str) -> str:
+    """The text of an adapter's card whose base was a folder, with the base as it is called on the hub.
+
+    Args:
+        card: as `make_adapter_card` made it.
+        folder: name of the base's folder.
+        base: `org/name`.
+    """
+    from huggingface_hub import ModelCard
+
+    found = ModelCard(card)
+    found.data.base_model = base
+    named = f"[{base}](https://huggingface.co/{base})"
+    said = {
+        f"# Adapter of {folder}\n": f"# Adapter of {Path(base).name}\n",
+        f"`{folder}`, a local folder,": named,
+        f"- adapter of {folder}:": f"- adapter of {base}:",
+        f".from_pretrained({folder!r})": f".from_pretrained({base!r})",
+    }
+    text = found.text
+    for before, after in said.items():
+        text = text.replace(before, after)
+    return str(ModelCard(f"---\n{found.data.to_yaml()}\n---\n{text}"))
+
+
 def _opening(shares: Shares) -> str:
     members, before, now = shares.members, sum(shares.before.values()), sum(shares.after.values())
     ratio = f", {percent(now / before)} of that" if before else ""

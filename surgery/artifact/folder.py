@@ -48,7 +48,7 @@ from surgery.disk.places import out_of_artifact
 from surgery.disk.untrusted import RECIPE_BYTES, UnreadableError, as_mapping, parse_yaml, read_regular
 from surgery.errors import ArtifactError, PlanError
 from surgery.members.member import Member
-from surgery.members.occupancy import check_free
+from surgery.members.occupancy import check_free, check_modules
 from surgery.members.origins import origin_kind
 from surgery.members.origins.bounded import bounded, by_file
 from surgery.members.references import build_architecture
@@ -58,6 +58,7 @@ from surgery.settings.resources import parse_bytes
 from surgery.slots.slots import locate
 from surgery.storage.ahead import Ahead
 from surgery.storage.stored import Stored, compressed, expand, revive, store
+from surgery.util.devices import pick_device
 
 
 def save(
@@ -181,11 +182,11 @@ def load(
     Args:
         directory: the folder.
         modules: architectures by member, for members that were live modules; they become part of the joint
-            model.
+            model. Those of members that are not read are left alone.
         members: names to read, all by default.
         trust_remote_code: whether Python code that the artifact names may run: factories, and files that came
             with a transformers model.
-        device: where the weights go.
+        device: where the weights go: `cpu`, `cuda:1`, ..., or `auto`.
         resident: how weights are held that are run and not trained: packed, what members have in common once, and
             decoded layer by layer when they are used. `packed` takes at most 1.15 of the stored bytes, `shared`
             1.3, first of all for what members have in common. By default all are decoded, and the members train.
@@ -199,6 +200,7 @@ def load(
         ArtifactError: where files are missing or damaged, or do not match the manifest or the architecture.
         ConsentError: where a member needs Python code that may not run; `modules` is the way without.
         LoadError: where an architecture cannot be built.
+        PlanError: where `modules` names members that there are not, or the device is not there.
 
     Example:
         >>> joint = surgery.load("joint")
@@ -213,9 +215,11 @@ def load(
             f"`cache` must be a number of bytes or a size such as 50MB, beside `resident`, found {cache!r} beside "
             f"{resident!r}."
         )
+    place = pick_device(device)
     folder = Path(directory).expanduser()
     manifest = read_manifest(folder)
     names = _chosen(manifest, members)
+    check_modules(modules, manifest.members)
     permission = Permission.of_artifact(trust_remote_code)
     check_free({name: module for name, module in (modules or {}).items() if name in names})
     stored = read_stored(folder, manifest, names)
@@ -225,9 +229,9 @@ def load(
         ]
         if resident is not None:
             packed = make_resident(found, stored, resident, cached)
-            return packed.to(device) if device != "cpu" else packed
+            return packed.to(place) if place.type != "cpu" else packed
         joint = revive(found, stored, _known(folder, manifest, stored, found), ahead.decode)
-    return joint.to(device) if device != "cpu" else joint
+    return joint.to(place) if place.type != "cpu" else joint
 
 
 def _cache_bytes(cache: int | str) -> int | None:
@@ -289,8 +293,9 @@ def _build(
     origin = origin_of(manifest, name)
     if origin.kind == "module":
         raise ArtifactError(
-            f"Member '{name}' was a live module of class {origin.architecture}, which no file can build "
-            f"again; pass one of that architecture as modules={{'{name}': module}}."
+            f"Member '{name}' was a live module of class {origin.architecture}, which no file can build again; in "
+            f"Python `surgery.load(FOLDER, modules={{'{name}': module}})` takes one of that architecture, and what it "
+            "returns can be exported."
         )
     module = build_architecture(origin, files, permission=permission)
     take = getattr(origin_kind(origin.kind), "take_dtypes", None)

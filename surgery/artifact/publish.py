@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.artifact.card import with_base
 from surgery.artifact.manifest import read_manifest
 from surgery.artifact.reading import wrong_hashes
 from surgery.disk.records import artifact_files, owned_files, read_record, unowned_files, wrong_files
+from surgery.disk.untrusted import DOCUMENT_BYTES, as_mapping, parse_json, read_regular
 from surgery.errors import OutputError, PlanError
 from surgery.util.showing import as_html, as_text, plural
 from surgery.util.text import one_line, shorten
 from surgery.util.wording import size
 
+ADAPTER = "adapter_config.json"
 _BRANCH = re.compile(r"\w(?:[\w/-]|\.(?!\.))*")
 
 
@@ -24,10 +31,11 @@ class Upload:
 
     Attributes:
         repo: `org/name` on the hub.
-        files: bytes by path.
+        files: bytes by path, as they are there.
         left: files of the folder that surgery did not write, which are not uploaded.
         card: whether there is a model card.
         url: of the commit; None where nothing was uploaded.
+        base: of an adapter, on the hub; None of anything else.
     """
 
     repo: str
@@ -35,6 +43,7 @@ class Upload:
     left: tuple[str, ...]
     card: bool
     url: str | None = None
+    base: str | None = None
 
     def __repr__(self) -> str:
         return as_text(self._title(), ["  ".join(row) for row in self._rows()])
@@ -45,6 +54,7 @@ class Upload:
     def _title(self) -> str:
         what = f"{plural(len(self.files), 'file')}, {size(sum(self.files.values()))}"
         done = f"uploaded to {self.url}" if self.url else f"would go to {self.repo}"
+        done += f", as an adapter of {self.base}" if self.base else ""
         rest = f"; not uploaded: {shorten(self.left, 5)}" if self.left else ""
         return f"{what} {done}{'' if self.card else '; there is no model card'}{rest}"
 
@@ -60,6 +70,7 @@ def push_to_hub(
     revision: str | None = None,
     message: str = "Upload with model-surgery",
     token: str | bool | None = None,
+    base: str | None = None,
     dry_run: bool = False,
 ) -> Upload:
     """Upload an artifact or an export.
@@ -73,10 +84,13 @@ def push_to_hub(
         revision: branch; by default the main one.
         message: of the commit.
         token: of the hub; by default the one that is logged in.
+        base: name on the hub of the model that an adapter belongs to, where that was a folder when it was exported;
+            what is uploaded names it, the folder stays as it is.
         dry_run: whether to say what would be uploaded, and do nothing; nothing is asked of the hub.
 
     Raises:
-        PlanError: where `repo` is no name of a repository, or `revision` none of a branch.
+        PlanError: where `repo` or `base` is no name of a repository, `revision` none of a branch, or an adapter's base
+            is a folder that nobody else has.
         OutputError: where the folder holds nothing that surgery wrote, or the hub refuses it.
 
     Example:
@@ -84,15 +98,10 @@ def push_to_hub(
         7 files, 17.7 MB would go to me/joint
     """
     from huggingface_hub import HfApi, ModelCard
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
 
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise PlanError(
-            f"`repo` must be a name such as org/name, found '{repo}': {one_line(error)}"
-        ) from error
+    for what, name in (("repo", repo), ("base", base)):
+        if name is not None and (wrong_name := _no_repo(name)):
+            raise PlanError(f"`{what}` must be a name such as org/name, found '{name}': {wrong_name}")
     if revision is not None and not _BRANCH.fullmatch(revision):
         raise PlanError(f"`revision` must be the name of a branch, such as main, found '{revision}'.")
     place = Path(folder).expanduser()
@@ -112,23 +121,82 @@ def push_to_hub(
             "`surgery merge`, `surgery train` or `surgery export` wrote."
         )
     card = "README.md" in files
+    base, anew = _adapter(place, base, card)
+    files |= {name: len(content) for name, content in anew.items()}
     try:
         if card:
             ModelCard.load(place / "README.md")
         left = tuple(unowned_files(place))
         if dry_run:
-            return Upload(repo, files, left, card)
+            return Upload(repo, files, left, card, base=base)
         hub: Any = HfApi(token=token)
         hub.create_repo(repo, private=private, exist_ok=True)
-        done = hub.upload_folder(
-            repo_id=repo, folder_path=place, allow_patterns=list(files), revision=revision, commit_message=message
-        )  # fmt: skip
+        with _with(place, files, anew) as folder:
+            done = hub.upload_folder(
+                repo_id=repo, folder_path=folder, allow_patterns=list(files), revision=revision, commit_message=message
+            )  # fmt: skip
     except Exception as error:  # of the hub's client: no network, no rights, another history
         raise OutputError(
             f"{place} could not be uploaded to {repo}: {one_line(error)}; check the network, the token (hf auth login) "
             "and the name, or look with `dry_run`."
         ) from error
-    return Upload(repo, files, left, card, str(done.commit_url))
+    return Upload(repo, files, left, card, str(done.commit_url), base)
+
+
+def _no_repo(name: str) -> str:
+    """Why something cannot be the name of a repository; empty where it can."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        return one_line(error)
+    return ""
+
+
+def _adapter(folder: Path, base: str | None, card: bool) -> tuple[str | None, dict[str, bytes]]:
+    """The base of an adapter on the hub, and the files that say so where they said something else.
+
+    Raises:
+        PlanError: where an adapter has none there, or what is no adapter was given one.
+    """
+    path = folder / ADAPTER
+    if not path.exists():
+        if base is not None:
+            raise PlanError(f"`base` is for adapters, but {folder} has no {ADAPTER}; leave it out.")
+        return None, {}
+    config = {**as_mapping(parse_json(read_regular(path, DOCUMENT_BYTES)))}
+    named = str(config.get("base_model_name_or_path"))
+    if base is None and _no_repo(named):
+        raise PlanError(
+            f"An adapter on the hub needs a base there, but {ADAPTER} names {named}: give the name that this has "
+            "there as `base`, such as org/name; a folder that is not there yet is uploaded first (`surgery push`)."
+        )
+    if base is None or base == named:
+        return named, {}
+    anew = {ADAPTER: (json.dumps({**config, "base_model_name_or_path": base}, indent=2) + "\n").encode()}
+    if card:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        anew["README.md"] = with_base(text, Path(named).name, base).encode()
+    return base, anew
+
+
+@contextmanager
+def _with(folder: Path, files: Iterable[str], anew: Mapping[str, bytes]) -> Iterator[Path]:
+    """The folder; one of links to its files beside those that are other ones, where there are any."""
+    if not anew:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as made:
+        for name in files:
+            target = Path(made) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if name in anew:
+                target.write_bytes(anew[name])
+            else:
+                target.symlink_to((folder / name).resolve())
+        yield Path(made)
 
 
 def _changed(folder: Path) -> dict[str, str]:

@@ -9,20 +9,19 @@ decoded weights, and with `shared` what members have in common, from which the w
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from surgery.anatomy.plan import Placement, torch_dtype
+from surgery.artifact.guarding import guard, unguard
+from surgery.core.joint import JointModel
 from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
 from surgery.errors import PlanError, TrainingError
@@ -33,8 +32,9 @@ from surgery.storage.cache import Cache
 from surgery.storage.codecs import Encoded, decode, encode_native, unpacked
 from surgery.storage.held import held_faster
 from surgery.storage.keys import PartKey
-from surgery.storage.packed import REFUSED, Form, PackedWeight, change_together, held_bytes, moved_together
+from surgery.storage.packed import REFUSED, Form, PackedWeight, held_bytes, moved_together
 from surgery.storage.stored import Stored, expand
+from surgery.util.devices import pick_device
 from surgery.util.memory import compact
 from surgery.util.showing import as_html, as_text, plural
 from surgery.util.stamps import Stamp, stamps
@@ -92,16 +92,55 @@ class ResidentModel:
     def __len__(self) -> int:
         return len(self.members)
 
-    def to(self, device: str | torch.device) -> ResidentModel:
-        """Move all weights, packed as they are; what members share is moved once."""
+    def to(
+        self, device: str | torch.device | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> ResidentModel:
+        """Move all weights, packed as they are, or cast what they are decoded to; what members share is moved once.
+
+        Args:
+            device: where they go, or a dtype.
+            dtype: that floating-point weights are decoded to.
+
+        Raises:
+            PlanError: where the device is not there.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        place = None if device is None else pick_device(device)
         with moved_together():
             for member in self.members.values():
-                member.module.to(device)  # a cache drops what forms were moved away
-        if self._active is not None:
+                member.module.to(place, dtype)  # a cache drops what forms were moved away
+        if self._active is not None and dtype is not None:
+            self._active = None  # it is made anew, of another dtype
+        elif self._active is not None:
             active, cast = self._active, self._active.cast_back()
             now = stamps(_places(active.module))
             same = {k: s for k, s in active.sources.items() if k not in cast and now[k] == active.stamps[k]}
-            self._active = _Active.of(active.module.to(device), same)
+            self._active = _Active.of(active.module.to(place), same)
+        return self
+
+    def half(self) -> ResidentModel:
+        """`to` float16."""
+        return self.to(dtype=torch.float16)
+
+    def bfloat16(self) -> ResidentModel:
+        """`to` bfloat16."""
+        return self.to(dtype=torch.bfloat16)
+
+    def float(self) -> ResidentModel:
+        """`to` float32."""
+        return self.to(dtype=torch.float32)
+
+    def cuda(self, device: int | None = None) -> ResidentModel:
+        """`to` a CUDA device."""
+        return self.to("cuda" if device is None else f"cuda:{device}")
+
+    def cpu(self) -> ResidentModel:
+        """`to` the CPU."""
+        return self.to("cpu")
+
+    def eval(self) -> ResidentModel:
+        """Itself: its members never train."""
         return self
 
     @torch.no_grad()
@@ -111,13 +150,7 @@ class ResidentModel:
 
         self._check(name)
         module = deepcopy(self.members[name].module)
-        for method in _GUARDED:
-            module.__dict__.pop(method, None)
-        for part in module.modules():
-            part.__dict__.pop("flatten_parameters", None)
-        for method, ours in (("forward", _eagerly), ("_apply", _moved_at_once)):
-            if getattr(module.__dict__.get(method), "func", None) is ours:
-                del module.__dict__[method]
+        unguard(module)
         made: dict[tuple, nn.Parameter] = {}
         for part in module.modules():
             for attribute, each in part._parameters.items():
@@ -206,9 +239,10 @@ class ResidentModel:
         ]
 
     def __getattr__(self, name: str) -> Any:
-        if name in _OF_JOINT_MODELS:
+        if name in _OF_JOINT_MODELS or (not name.startswith("_") and hasattr(JointModel, name)):
             raise _Refused(
-                f"A model that is resident as {self.__dict__.get('resident')} has no `{name}`. {REFUSED}"
+                f"A model that is resident as {self.__dict__.get('resident')} has no `{name}`; a member, which is a "
+                f"module, may have: take `joint[NAME]`. {REFUSED}"
             )
         raise AttributeError(f"'ResidentModel' object has no attribute '{name}'")
 
@@ -251,10 +285,8 @@ class _Refused(TrainingError, AttributeError):
     """Of what a joint model has and a resident one does not."""
 
 
-_OF_JOINT_MODELS = (
-    "step", "serving", "dictionary", "plan", "known", "open", "collapse", "parameters", "train", "state_dict",
-    "encoded", "recipe", "report", "slots", "filler", "freeze", "generate", "bodies",
-)  # fmt: skip
+_OF_JOINT_MODELS = ("dictionary", "plan", "known", "encoded", "slots", "filler", "task")
+"""What these have beside what their class has."""
 
 
 def make_resident(members: list[Member], stored: Stored, resident: Resident, cache: int = 0) -> ResidentModel:
@@ -290,12 +322,7 @@ def make_resident(members: list[Member], stored: Stored, resident: Resident, cac
         for name, values in stored.extra.items():
             if name == member.name:
                 set_extra_state(member.module, values)
-        _refuse_training(member.module)
-        _run_eagerly(member.module)
-        for part in member.module.modules():
-            if isinstance(part, nn.RNNBase):  # cuDNN's one piece of memory is for weights that have some
-                part.__dict__["flatten_parameters"] = _nothing
-        member.module.__dict__["_apply"] = partial(_moved_at_once, member.module)
+        guard(member.module)
     return ResidentModel({member.name: member for member in members}, resident, nbytes, kept)
 
 
@@ -395,10 +422,6 @@ def _fill(
     forget_derived(module)
 
 
-_ON = ("train", "requires_grad_")  # refused where they are to set something
-_ALWAYS = ("load_state_dict", "share_memory", "save_pretrained", "push_to_hub")
-_GUARDED = (*_ON, *_ALWAYS)
-
 HELD: dict[Resident, float] = {"packed": 1.15, "shared": 1.3}
 """Of stored bytes, what may be held in all."""
 MARGIN = 0.01  # for buffers that are not stored
@@ -406,54 +429,6 @@ MARGIN = 0.01  # for buffers that are not stored
 
 def _parameter(form: Form, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(PackedWeight(form, shape, dtype), requires_grad=False)
-
-
-def _refuse_training(module: nn.Module) -> None:
-    """Have a member refuse to be set to training, changed or saved."""
-    module.__dict__.update({method: partial(_unless_off, module, method) for method in _ON})
-    there = [method for method in _ALWAYS if hasattr(module, method)]
-    module.__dict__.update({method: _refuse for method in there})
-
-
-def _run_eagerly(module: nn.Module) -> None:
-    """Have `torch.compile` leave a member as it is: how a weight is decoded is not for a compiler."""
-    if "forward" in module.__dict__:  # its own
-        return
-    forward = partial(_eagerly, module)
-    forward.__signature__ = inspect.signature(module.forward)  # pyright: ignore  # which transformers looks at
-    module.__dict__["forward"] = forward
-
-
-_EAGER: dict[Any, Any] = {}
-
-
-def _eagerly(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    run: Any = type(module).forward
-    if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing compiles
-        if run not in _EAGER:
-            _EAGER[run] = torch.compiler.disable(run)
-        run = _EAGER[run]
-    return run(module, *args, **kwargs)
-
-
-def _moved_at_once(module: nn.Module, change: Any, *args: Any, **kwargs: Any) -> nn.Module:
-    """Move or cast a member, of which what its weights have in common stays in common."""
-    with moved_together():
-        return type(module)._apply(module, change_together(change), *args, **kwargs)
-
-
-def _nothing() -> None:
-    pass
-
-
-def _unless_off(module: nn.Module, method: str, on: bool = True) -> nn.Module:
-    if on:
-        raise TrainingError(REFUSED)
-    return getattr(type(module), method)(module, on)
-
-
-def _refuse(*args: Any, **kwargs: Any) -> None:
-    raise TrainingError(REFUSED)
 
 
 def _places(module: nn.Module) -> dict[str, Tensor]:

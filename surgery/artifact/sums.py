@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from surgery.disk.files import sha256_of
+from surgery.disk.untrusted import is_regular
 
 try:
     from isal.isal_zlib import crc32  # many times as fast
@@ -40,6 +45,43 @@ def as_entry(sums: Mapping[str, Sum]) -> dict[str, str]:
     forms = [[name, dtype, list(shape)] for name, (dtype, shape, _) in sorted(sums.items())]
     digest = hashlib.blake2b(json.dumps(forms).encode(), digest_size=16).hexdigest()
     return {"names": digest, "values": "".join(f"{sums[name][2]:08x}" for name in sorted(sums))}
+
+
+def hashes_beside(files: Mapping[str, bytes]) -> dict[str, str]:
+    """SHA-256 of the files in which other modules of a member have weights, such as dense layers behind it.
+
+    Args:
+        files: that come along, by path.
+
+    Example:
+        >>> [*hashes_beside({"2_Dense/model.safetensors": b"", "2_Dense/config.json": b"{}"})]
+        ['2_Dense/model.safetensors']
+    """
+    return {
+        name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files) if _BESIDE.fullmatch(name)
+    }
+
+
+_BESIDE = re.compile(
+    r"(?:(?!\.+/)[^/\x00]+/)+[^/\x00]+\.safetensors"
+)  # below the checkpoint's folder, not in it
+
+
+def wrong_beside(entry: Any, folder: Path) -> list[str]:
+    """Which of these files are not as they were written, in words; one that is not there its own module asks for.
+
+    Args:
+        entry: as `hashes_beside` made it, or somebody else.
+        folder: of the checkpoint.
+    """
+    if not isinstance(entry, Mapping) or not all(_BESIDE.fullmatch(str(name)) for name in entry):
+        return ["it has no hashes of files beside that can be read"]
+    there = {name: folder / name for name in entry if (folder / name).exists()}
+    return [
+        f"{name} is another file than was written"
+        for name, file in there.items()
+        if not is_regular(file) or sha256_of(file) != entry[name]
+    ]
 
 
 def wrong_sums(entry: Any, sums: Mapping[str, Sum]) -> list[str]:

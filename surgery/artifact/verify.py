@@ -29,7 +29,7 @@ from surgery.errors import ArtifactError, ConsentError, SurgeryError
 from surgery.fitting.report import FitReport
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error, unknown_in_probes
 from surgery.members.member import Member, Origin, content_hash, whole_state
-from surgery.members.occupancy import check_unoccupied
+from surgery.members.occupancy import check_modules, check_unoccupied
 from surgery.members.origins.bounded import bounded, by_file
 from surgery.members.references import load_origin, ships
 from surgery.members.replacement import Replacement
@@ -150,6 +150,7 @@ def verify(
     if (found := _export(folder, origins)) is not None:
         return found
     manifest = read_manifest(folder)
+    check_modules(modules, manifest.members)
     check_unoccupied({name: module for name, module in (modules or {}).items() if name in manifest.members})
     files = wrong_hashes(folder, manifest)
     if not checksum_holds(folder):

@@ -239,6 +239,14 @@ class JointModel(nn.Module):
         with self.filler.step() as leaves:
             yield leaves
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "activate":
+            raise AttributeError(
+                "A joint model has no `activate`, as all of its members are ready: take `joint[NAME]`. One module that "
+                "becomes one member after the other is what `surgery.load(FOLDER, resident='packed')` has."
+            )
+        return super().__getattr__(name)
+
     # -- showing -------------------------------------------------------------------------------------------
 
     def __repr__(self) -> str:

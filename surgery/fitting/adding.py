@@ -19,7 +19,6 @@ from surgery.anatomy.sites import Site
 from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
 from surgery.core.sizes import bytes_alone, parameters_of_module
-from surgery.fitting.fit import pick_device
 from surgery.fitting.groups import make_groups
 from surgery.fitting.related import least_cosine, samples
 from surgery.fitting.report import Added, FitReport, Probes
@@ -38,6 +37,7 @@ from surgery.storage.keys import PlainKey
 from surgery.storage.stored import Stored
 from surgery.storage.trim import on_cpu, trim_plain
 from surgery.util import progress
+from surgery.util.devices import pick_device
 
 NEAR = 0.1  # largest relative difference of a few rows from those of a tensor that is as good as the same
 FEW = 16  # rows that are compared

@@ -53,6 +53,7 @@ from surgery.storage.states import lazy_state_of, same_state
 from surgery.storage.stored import Stored, adopt, compressed, expand, extra, store, ties
 from surgery.storage.trim import trim
 from surgery.util import memory as held_memory
+from surgery.util.devices import pick_device
 from surgery.util.wording import size
 
 
@@ -426,24 +427,6 @@ def _check_request(joint: JointModel, asked: Asked, probes: Mapping[str, Sequenc
             f"Probe inputs need members, found {', '.join(unknown)}; "
             f"the members are {', '.join(joint.names)}."
         )
-
-
-def pick_device(device: str) -> torch.device:
-    """`auto` is the accelerator where there is one.
-
-    Raises:
-        PlanError: where the device is not there.
-    """
-    if device == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise PlanError(
-            f"Device '{device}' is not available here ({str(error).splitlines()[0]}); "
-            "use `device=cpu` or `device=auto`."
-        ) from error
 
 
 def _device(joint: JointModel) -> torch.device:

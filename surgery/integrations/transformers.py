@@ -15,6 +15,7 @@ shapes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from surgery.errors import LoadError, shorten
+from surgery.errors import LoadError, SurgeryWarning, shorten
 
 METHOD = "surgery"
 CODES = r"^surgery/"
@@ -109,6 +110,8 @@ class SurgeryQuantizer(HfQuantizer):
             if name.startswith(PREFIX):
                 codes[name] = align(tensor)
         entries = self.quantization_config.entries
+        if not codes and any(entries.get(each) for each in ("member", "banks")):
+            raise LoadError(_ORDINARY.format(self._where))
         self._handles = unpack(entries, codes, Path(self._where))
         _compare(entries, sums, self._handles, self._where)
         known = model._keys_to_ignore_on_load_unexpected
@@ -208,6 +211,13 @@ _OFFLOADED = (
 )
 
 
+_ORDINARY = (
+    "config.json says that {0} holds codes, but its weights are ordinary ones: take `quantization_config` out of "
+    "config.json. The configuration of a compressed checkpoint has it; of a model that `from_config` makes of that, "
+    "`del model.config.quantization_config` before it is saved."
+)
+
+
 def _unlocked(config: Any) -> Any:
     """Take away the name of the file that is not there, by which others are kept from reading markers as weights."""
     if hasattr(config, "transformers_weights"):
@@ -230,11 +240,18 @@ def _compare(
     Raises:
         LoadError: naming those that are not.
     """
-    from surgery.artifact.sums import wrong_sums
+    from surgery.artifact.sums import wrong_beside, wrong_sums
 
-    if "sums" not in entries:  # of those that were written before there were any
+    if "sums" not in entries:
+        warnings.warn(
+            f"{where} was exported before checksums were kept, so a tensor that is another one goes unseen: export the "
+            "member again.",
+            SurgeryWarning,
+            stacklevel=2,
+        )
         return
-    if wrong := wrong_sums(entries["sums"], sums):
+    wrong = wrong_sums(entries["sums"], sums)
+    if wrong := [*wrong, *wrong_beside(entries.get("beside", {}), Path(where))]:
         lost = [f"there is no {name}" for name in handles if name not in sums]
         raise LoadError(
             f"{where} must hold what was exported, but {shorten([*wrong, *lost], 10, '; ')}: copy it again, or export "

@@ -9,12 +9,13 @@ module is free again once its joint model has let it go or is no more.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from surgery.disk.untrusted import shown_text
 from surgery.errors import PlanError, shorten
 
 if TYPE_CHECKING:
@@ -48,6 +49,36 @@ def occupant(module: nn.Module) -> tuple[JointModel, str] | None:
         return None
     joint = owner()
     return None if joint is None else (joint, name)
+
+
+def check_modules(modules: Any, members: Collection[str]) -> None:
+    """Refuse what was given as modules by member and is none.
+
+    Args:
+        modules: None where nothing was given.
+        members: names that there are.
+
+    Raises:
+        PlanError: where it is no mapping, or names a member that there is not, or something is no module.
+    """
+    if modules is None:
+        return
+    names = ", ".join(members)
+    if not isinstance(modules, Mapping):
+        raise PlanError(
+            f"`modules` must be a mapping from members' names to modules, found {type(modules).__name__}; the members "
+            f"are {names}."
+        )
+    if unknown := [shown_text(str(name)) for name in modules if name not in members]:
+        raise PlanError(f"`modules` must name members, found {', '.join(unknown)}; the members are {names}.")
+    if wrong := [
+        f"{type(each).__name__} for {name}"
+        for name, each in modules.items()
+        if not isinstance(each, nn.Module)
+    ]:
+        raise PlanError(
+            f"`modules` must hold modules (torch.nn.Module), found {', '.join(wrong)}; give instances."
+        )
 
 
 def check_free(modules: Mapping[str, nn.Module]) -> None:

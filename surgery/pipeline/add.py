@@ -106,12 +106,18 @@ def add(
         1204224
     """
     from surgery.artifact.manifest import read_manifest
+    from surgery.util.devices import pick_device
 
     folder = Path(directory).expanduser()
     target = Target.of({"max_error": max_error, "budget": budget})
     with claim_of_first(None if dry_run else folder):
         manifest = read_manifest(folder)
         _check_new(folder, manifest, members)
+        if unknown := [str(name) for name in probes or () if name not in members]:
+            raise PlanError(
+                f"Probe inputs need members that are added, found {', '.join(unknown)}; these are {', '.join(members)}."
+            )
+        pick_device(device)
         if not dry_run:
             check_target(folder, overwrite=True, inputs=_inputs(members, calibrate))
         done = []

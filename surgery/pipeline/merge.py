@@ -239,8 +239,11 @@ def prepare(
     """
     from surgery.members.references import check_references
     from surgery.tracing import recorded_once
+    from surgery.util.devices import pick_device
 
     check_references(model.model for model in recipe.models)
+    if recipe.train is None and recipe.device != "auto":
+        pick_device(recipe.device)
     with recorded_once():
         members, models = _load_members(recipe, inputs, trust_remote_code, read)
         anatomies, plan = plan_members(recipe, members)

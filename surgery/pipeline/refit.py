@@ -92,13 +92,17 @@ def refit(
     from surgery.artifact.folder import read_recipe
     from surgery.artifact.manifest import read_manifest
     from surgery.artifact.reading import map_stored
+    from surgery.members.occupancy import check_modules
+    from surgery.util.devices import pick_device
 
     folder, asked = Path(directory).expanduser(), Target.of({"max_error": max_error, "budget": budget})
     with claim_of_first(None if dry_run else folder):
         manifest = read_manifest(folder)
+        check_modules(modules, manifest.members)
         if not dry_run:
             check_target(folder, overwrite=True)
         recipe = _recipe(read_recipe(folder, manifest), manifest, asked, calibrate, device)
+        pick_device(recipe.device)
         before = map_stored(folder, manifest, list(manifest.members)).nbytes
         members = _members(folder, manifest, modules or {}, trust_remote_code)
         joint = _fit_and_save(recipe, members, probes or {}, None if dry_run else folder)

@@ -10,17 +10,19 @@ no change.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map
 
 from surgery.anatomy.plan import BankPlan, Placement
@@ -166,6 +168,12 @@ def change_together(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
     return once
 
 
+SKIPPED = (
+    "An optimizer was given weights that it would skip; `[p for p in model.parameters() if p.requires_grad]` leaves "
+    f"them out. {REFUSED}"
+)
+
+
 def _refuse_steps(optimizer: Any, *_: Any) -> None:
     """Raise where an optimizer that is about to step was given packed weights, which it would skip without a word.
 
@@ -173,7 +181,12 @@ def _refuse_steps(optimizer: Any, *_: Any) -> None:
         TrainingError: naming what trains.
     """
     if any(isinstance(each, PackedWeight) for group in optimizer.param_groups for each in group["params"]):
-        raise TrainingError(REFUSED)
+        raise TrainingError(SKIPPED)
+
+
+def _is_optimizer(caller: FrameType) -> bool:
+    """Whether it is an optimizer that looks at what it is given, before its first step."""
+    return caller.f_code.co_name == "add_param_group" and caller.f_globals["__name__"] == Optimizer.__module__
 
 
 class PackedWeight(Tensor):
@@ -230,6 +243,8 @@ class PackedWeight(Tensor):
         kwargs = kwargs or {}
         if func in _OF_MEMORY:
             raise TrainingError(REFUSED)
+        if func == _IS_LEAF and _is_optimizer(sys._getframe(1)):
+            raise TrainingError(SKIPPED)
         if func == _SET_DATA:  # as `Module.to` does, also to other devices
             if not all(isinstance(each, PackedWeight) for each in args):
                 raise TrainingError(REFUSED)
@@ -348,6 +363,7 @@ _OF_MEMORY: set[Callable[..., Any]] = {
 }  # fmt: skip
 """Calls that ask for memory, which a packed weight has none of."""
 
+_IS_LEAF: Any = Tensor.is_leaf.__get__  # pyright: ignore[reportAttributeAccessIssue]
 _SET_DATA: Any = Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
 
 

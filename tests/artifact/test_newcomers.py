@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,13 @@ import torch
 from artifacts import contents, modules, pair
 from command_line import surgery as command
 from tiny_transformers import save_tiny
-from transformers import GPT2Model
+from transformers import AutoConfig, GPT2LMHeadModel, GPT2Model
 
 import surgery
 from surgery.artifact.exporting import plan_export
 from surgery.disk import records
 from surgery.disk.untrusted import UnreadableError
-from surgery.errors import LoadError, PlanError, SurgeryError, TrainingError
+from surgery.errors import LoadError, PlanError, SurgeryError, SurgeryWarning, TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,29 @@ def test_a_truncated_checkpoint_names_its_file(coded, part, tmp_path):
     os.truncate(weights, int(part * weights.stat().st_size))
     with pytest.raises(SurgeryError, match=r"damaged.*copy it again"):
         GPT2Model.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_without_sums_says_so(coded, tmp_path):
+    folder = shutil.copytree(coded, tmp_path / "coded")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["sums"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.warns(SurgeryWarning, match="exported before checksums were kept.*export the member again"):
+        GPT2LMHeadModel.from_pretrained(folder)
+
+
+def test_a_configuration_of_codes_beside_ordinary_weights(coded, tmp_path):
+    config = AutoConfig.from_pretrained(coded)
+    net = GPT2LMHeadModel._from_config(config)
+    net.save_pretrained(tmp_path / "kept")  # as with every quantizer of transformers
+    with pytest.raises(
+        LoadError, match=r"weights are ordinary ones: take `quantization_config` out of config.json"
+    ):
+        GPT2LMHeadModel.from_pretrained(tmp_path / "kept")
+    del net.config.quantization_config
+    net.save_pretrained(tmp_path / "plain")
+    again = GPT2LMHeadModel.from_pretrained(tmp_path / "plain").state_dict()
+    assert all(torch.equal(each, again[name]) for name, each in net.state_dict().items())
 
 
 def test_the_meta_device_has_shapes_alone(coded):

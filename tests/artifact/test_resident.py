@@ -265,6 +265,11 @@ def test_a_compiler_leaves_packed_members_as_they_are(tmp_path, monkeypatch):
     assert torch.equal(torch.compile(plain, backend="eager", fullgraph=True)(x), wanted)
 
 
+def given_later(optimizer: torch.optim.Optimizer, module: nn.Module) -> torch.optim.Optimizer:
+    optimizer.param_groups[0]["params"] += [*module.parameters()]
+    return optimizer
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_training_is_refused_and_extract_named(way, tmp_path, monkeypatch):
     monkeypatch.setattr("surgery.storage.held.SMALL", 0)
@@ -276,8 +281,13 @@ def test_training_is_refused_and_extract_named(way, tmp_path, monkeypatch):
         lambda: surgery.fit(joint, max_error=0.1),
         lambda: surgery.save(joint, tmp_path / "again"),
         lambda: joint.step(),
-        lambda: torch.optim.AdamW(joint["one"].parameters()).step(),
-        lambda: torch.optim.SGD([{"params": [*joint["one"].parameters()]}], lr=1.0).step(),
+        lambda: torch.optim.AdamW(joint["one"].parameters()),
+        lambda: torch.optim.SGD([{"params": [*joint["one"].parameters()]}], lr=1.0),
+        lambda: torch.optim.SGD([nn.Parameter(draw(2))]).add_param_group(
+            {"params": joint["one"].parameters()}
+        ),
+        lambda: given_later(torch.optim.SGD([nn.Parameter(draw(2))], lr=1.0), joint["one"]).step(),
+        lambda: next(part for part in joint["one"].children()).train(),
     ):
         with pytest.raises(TrainingError, match=r"extract\(NAME\)"):
             ask()

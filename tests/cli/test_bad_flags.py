@@ -36,6 +36,7 @@ TRAIN = ("train", "recipe.yaml", "--cpu", "--out", "new")
 EXPORT = ("export", "joint", *TRUST)
 BAD: dict[tuple[tuple[str, ...], str], tuple[str, ...]] = {
     (("push", "joint", "me/joint", "--dry-run"), "--revision"): ("a b", "../x", "a..b"),
+    (("push", "joint", "me/joint", "--dry-run"), "--base"): ("a b", "../x", "me/base"),
     (MERGE, "--max-error"): ("-1", "nan", "inf", "much"),
     (MERGE, "--budget"): ("0", "1.5", "nan", "half"),
     (MERGE, "--hypermodules"): ("0", "1e3", str(10**30)),

@@ -154,7 +154,9 @@ def test_a_plan_says_what_a_class_cannot_open(kind, tmp_path, monkeypatch):
         assert not plan_packing(stored, net, False, False)[0].open_question
     except ExportError as error:
         said = str(error)
-    reads = r"transformers must open what is written .* raises .*its class reads weights that are packed; export"
+    reads = (
+        r"transformers must open what is written .* raises .*its class reads weights that are packed; export"
+    )
     assert bool(re.match(reads, said)) == (kind == "t5"), said
     monkeypatch.setattr(compressed_tensors, "check_outline", lambda *_: "")
     packing, module = plan_packing(stored, net, False, False)
@@ -175,9 +177,8 @@ def test_what_outlines_cannot_tell_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(transformers.BertModel, "_init_weights", values)
     packing, _ = plan_packing(mixed(surgery.join([net])), net, False, False)
-    assert packing.lines()[-1] == (
-        "whether BertModel opens it is seen when it is written: without values it raises RuntimeError: values are needed"
-    )
+    said = "whether BertModel opens it is seen when it is written: without values it raises "
+    assert packing.lines()[-1] == f"{said}RuntimeError: values are needed"
 
 
 @pytest.mark.slow

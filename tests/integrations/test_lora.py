@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import peft
 import pytest
@@ -19,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 import surgery
 from surgery.artifact.export import export
-from surgery.errors import ExportError, LoadError, OutputError, PlanError
+from surgery.errors import ArtifactError, ExportError, LoadError, OutputError, PlanError
 
 MODEL = "adapter_model.safetensors"
 KINDS = {"bert": 3, "gpt2_classifier": 2, "llama": 2, "vit": 3}
@@ -225,3 +227,114 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(OutputError):
         export(joint, "net", base, format="lora", base=str(base))
     assert not out.exists()
+
+
+class OfOther(torch.nn.Linear):
+    """A linear layer that is not torch's own."""
+
+
+def moved(net: torch.nn.Module) -> torch.nn.Module:
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        for tensor in net.parameters():
+            tensor += 0.1
+    return net
+
+
+def adapted(net: torch.nn.Module, tmp_path: Path, *shape: int, **options) -> Path:
+    """An adapter of a module that was moved, on a factory of what it was."""
+    torch.save(net, tmp_path / "net.pt")
+    (tmp_path / "nets.py").write_text(
+        f"import torch\n\n\ndef net():\n    made = torch.load({str(tmp_path / 'net.pt')!r}, weights_only=False)\n"
+        f"    return made, (torch.ones({shape}),)\n"
+    )
+    member = surgery.load_member(moved(net), name="net", inputs=(torch.ones(shape),))
+    options = {"format": "lora", "base": f"{tmp_path / 'nets.py'}:net", "max_error": 0.9, **options}
+    return export(surgery.join([member]), "net", tmp_path / "out", trust_remote_code=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "said"),
+    [
+        (
+            [torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)],
+            (1, 3, 6, 6),
+            "has none; it has Conv2d, BatchNorm2d;",
+        ),
+        ([OfOther(4, 4), torch.nn.LayerNorm(4)], (2, 4), "has none; it has OfOther, LayerNorm;"),
+        (None, (2, 4), "member 'net' is a single layer; export it as plain"),
+    ],
+)
+def test_layers_at_which_peft_has_no_products(layers, shape, said, tmp_path):
+    net = torch.nn.Linear(4, 4) if layers is None else torch.nn.Sequential(*layers)
+    with pytest.raises(ExportError, match=said):
+        adapted(net, tmp_path, *shape)
+
+
+@pytest.mark.parametrize("bound", [1e-9, 1e-12])
+def test_a_bound_below_rounding_says_what_can_be_had(bound, tmp_path):
+    base = save_tiny("bert", tmp_path / "base")
+    tuned("bert", 2).save_pretrained(tmp_path / "tuned")
+    joint = surgery.join([surgery.load_member(str(tmp_path / "tuned"), name="net")])
+    options = {"format": "lora", "base": str(base)}
+    with pytest.raises(ExportError, match=r"which is rounding; .*ask for no less") as found:
+        export(joint, "net", tmp_path / "a", max_error=bound, **options)
+    said = str(found.value)
+    assert f"at most {bound:.1e}" in said and "<0.01%" not in said
+    enough = float(re.search(r"`max_error` of ([\d.e-]+)\)", said)[1])
+    assert bound < enough < 1e-5
+    assert export(joint, "net", tmp_path / "a", max_error=2 * enough, **options).is_dir()
+
+
+def test_members_that_were_live_modules(tmp_path):
+    """Advice that works: load it with the architecture, and export what comes of it."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    adapted(net, tmp_path, 2, 4)
+    member = surgery.load_member(moved(net), name="net", inputs=(torch.ones(2, 4),))
+    folder = surgery.save(surgery.join([member]), tmp_path / "joint")
+    options = {"format": "lora", "base": f"{tmp_path / 'nets.py'}:net", "max_error": 0.9}
+    options |= {"trust_remote_code": True, "overwrite": True}
+    with pytest.raises(
+        ArtifactError, match=r"surgery.load\(FOLDER, modules=\{'net': module\}\)` .* can be exported"
+    ):
+        export(folder, "net", tmp_path / "out", **options)
+    export(surgery.load(folder, modules={"net": copy.deepcopy(net)}), "net", tmp_path / "out", **options)
+
+
+def test_a_base_has_a_name_on_the_hub(tmp_path, monkeypatch):
+    base = save_tiny("bert", tmp_path / "local-base")
+    tuned("bert", 2).save_pretrained(tmp_path / "tuned")
+    joint = surgery.join([surgery.load_member(str(tmp_path / "tuned"), name="net")])
+    folder = export(joint, "net", tmp_path / "a", format="lora", base=str(base), max_error=0.1)
+    for dry_run in (True, False):
+        with pytest.raises(
+            PlanError, match=r"needs a base there, but adapter_config.json names .*local-base"
+        ):
+            surgery.push_to_hub(folder, "me/a", dry_run=dry_run)
+    code, _, wrong = command("push", str(folder), "me/a", "--dry-run")
+    assert code == 2 and "as --base, such as org/name" in wrong
+    assert "as an adapter of me/base" in repr(
+        surgery.push_to_hub(folder, "me/a", base="me/base", dry_run=True)
+    )
+    gone: dict[str, bytes] = {}
+
+    class Hub:
+        def __init__(self, token=None): ...
+
+        def create_repo(self, repo, **options): ...
+
+        def upload_folder(self, folder_path, allow_patterns, **options):
+            gone.update({name: (folder_path / name).read_bytes() for name in allow_patterns})
+            return type("Commit", (), {"commit_url": "https://hub/commit"})
+
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    sizes = surgery.push_to_hub(folder, "me/a", base="me/base").files
+    assert sizes == {name: len(content) for name, content in gone.items()}
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert gone[MODEL] == before[MODEL] and not any(b"local-base" in each for each in gone.values())
+    assert json.loads(gone["adapter_config.json"])["base_model_name_or_path"] == "me/base"
+    card = ModelCard(gone["README.md"].decode())
+    assert card.data.base_model == "me/base" and "BertModel.from_pretrained('me/base')" in card.text
+    with pytest.raises(PlanError, match="`base` is for adapters"):
+        surgery.push_to_hub(export(joint, "net", tmp_path / "plain"), "me/a", base="me/base")

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer, models
 from tiny_transformers import tiny
-from transformers import BertTokenizerFast
+from transformers import AutoModel, BertTokenizerFast
 
 import surgery
 from surgery.artifact.export import export
+from surgery.artifact.sums import wrong_beside
 from surgery.errors import LoadError
 
 SENTENCES = ["a b c", "b b", "c a d d"]
@@ -61,3 +62,33 @@ def test_weights_of_modules_that_were_pickled(source, tmp_path):
     (dense / "pytorch_model.bin").write_bytes(pickle.dumps(Path))
     with pytest.raises(LoadError, match=r"must hold the weights of a module of sentence-transformers"):
         surgery.load_member(str(folder), name="net")
+
+
+@pytest.mark.parametrize("change", ["values", "kind"])
+def test_weights_of_other_modules_are_compared(change, source, tmp_path):
+    joint = surgery.join([surgery.load_member(str(source), name="net")])
+    out = export(joint, "net", tmp_path / "out", format="transformers")
+    assert surgery.verify(out).ok
+    (file,) = out.glob("*_Dense/model.safetensors")
+    content = file.read_bytes()
+    file.unlink()
+    if change == "values":
+        file.write_bytes(bytes([*content[:-1], content[-1] ^ 1]))
+    else:
+        file.mkdir()
+    with pytest.raises(LoadError, match=r"2_Dense/model.safetensors is another file than was written"):
+        SentenceTransformer(str(out), device="cpu")
+    assert str(file.relative_to(out)) in surgery.verify(out).files
+    if change == "kind":
+        file.rmdir()
+        AutoModel.from_pretrained(out)  # it has no use for others, which the hub sends one by one
+        with pytest.raises(ValueError, match=r"Could not find 'model.safetensors'"):
+            SentenceTransformer(str(out), device="cpu")
+        assert str(file.relative_to(out)) in surgery.verify(out).files
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "a/../../x.safetensors", "/x/y.safetensors", "x.bin", 5]
+)
+def test_hashes_name_files_below_alone(name, source, tmp_path):
+    assert wrong_beside({name: ""}, tmp_path) == ["it has no hashes of files beside that can be read"]

@@ -10,24 +10,27 @@ do. The adapter is written by peft, opened again on its base, and measured once 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from surgery.artifact.card import make_adapter_card
+from surgery.artifact.formats.differences import Difference, Other, differences_of, is_linear, is_transposed
 from surgery.errors import ExportError, LoadError
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.member import Member, shapes_of
 from surgery.members.references import load_member
 from surgery.util.quiet import quiet
 from surgery.util.showing import plural
-from surgery.util.text import shorten
+from surgery.util.text import one_line, shorten
 from surgery.util.wording import percent, size
 
 SHARES = (0.9, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01, 3e-3, 1e-3, 1e-4, 1e-6)
@@ -36,64 +39,8 @@ LEVELS = (0, 1, 2)
 """What an adapter has beside products: nothing, vectors, everything that differs."""
 SERVED = 2.0
 """Times the bytes of the smallest adapter that one of products alone may take."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What a linear layer differs by, taken apart.
-
-    Attributes:
-        left: `U * S` of the weights' difference `[out, k]`.
-        right: `V^T` `[k, in]`.
-        values: singular values, falling `[k]`.
-        bias: difference of the biases; None where there is none.
-    """
-
-    left: Tensor
-    right: Tensor
-    values: Tensor
-    bias: Tensor | None
-
-    def rank(self, share: float) -> int:
-        """The least rank that leaves out no more than a share of it."""
-        energy = self.values.square()
-        total = float(energy.sum())
-        if not total:
-            return 0
-        left_out = (energy.sum() - energy.cumsum(0)).clamp_(min=0) / total
-        return min(int((left_out > share**2).sum()) + 1, len(self.values))
-
-    def pays(self, rank: int) -> bool:
-        """Whether a product of a rank has fewer elements than the weight."""
-        return self.elements(rank) < len(self.left) * self.right.shape[1]
-
-    def elements(self, rank: int) -> int:
-        """Elements of a product of a rank."""
-        return rank * (len(self.left) + self.right.shape[1])
-
-
-@dataclass(frozen=True)
-class Other:
-    """What differs and is no linear layer.
-
-    Attributes:
-        elements: of its tensors.
-        vectors: whether all of these are vectors.
-        moved: squared norms of the differences of a table's rows `[rows]`; None of anything but a table.
-    """
-
-    elements: int
-    vectors: bool
-    moved: Tensor | None
-
-    def rows(self, share: float) -> list[int] | None:
-        """The fewest rows without which no more than a share of the difference is left out; None for all of it."""
-        if self.moved is None:
-            return None
-        energy, order = self.moved.sort(descending=True)
-        left_out = (energy.sum() - energy.cumsum(0)).clamp_(min=0)
-        count = int((left_out > share**2 * energy.sum()).sum()) + 1
-        return sorted(order[:count].tolist()) if 2 * count < len(order) else None
+ROUNDING = 1e-5
+"""Errors up to this are those of float32, in which a base and its adapter are added."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +97,9 @@ def write_lora(
     """
     peft = _peft()
     module, origin = module.eval(), _load_base(base, member, trust).eval()
+    _check_layers(member.name, module)
     _check_alike(member.name, base, module, origin)
-    differences, others = _differences(module, origin)
+    differences, others = differences_of(module, origin)
     if not differences and not others:
         raise ExportError(f"Member '{member.name}' is {base}: there is nothing for an adapter to say.")
     differences = differences or _none(module, others)
@@ -171,25 +119,28 @@ def write_lora(
     )
     if not candidates:
         raise ExportError(
-            f"An adapter of member '{member.name}' must move its outputs by at most {percent(max_error, 2)} of it, but "
-            f"with all that {base} can be given it moves them by {percent(least, 2)}; take a base that is related, or "
-            "export the member as plain."
+            f"An adapter of member '{member.name}' must move its outputs by at most {_share(max_error)} of the "
+            f"member's, but the nearest that was tried for {base} moves them by {_share(least)}{_of_rounding(least)}; "
+            f"ask for no less (`max_error` of {_above(least)}), take a base that is related, or export the member as "
+            "plain."
         )
+    least = math.inf
     for adapter in candidates:
-        with quiet():
+        with _by_peft(member.name), quiet():
             net = _with_adapter(peft, copy.deepcopy(origin), module, differences, adapter, _anywhere(base))
             net.save_pretrained(str(folder))
             opened = peft.PeftModel.from_pretrained(
                 copy.deepcopy(origin), str(folder), autocast_adapter_dtype=False
             )
         error = error_of(opened.eval())
+        least = min(least, error)
         if error <= max_error:
             break
     else:
         raise ExportError(
-            f"What peft opens must move the outputs of member '{member.name}' by at most {percent(max_error, 2)}, but "
-            f"moves them by {percent(error, 2)}: tied tensors and modules that peft does not adapt are exported as "
-            "plain."
+            f"What peft opens must move the outputs of member '{member.name}' by at most {_share(max_error)}, but "
+            f"moves them by {_share(least)}{_of_rounding(least)}; tied tensors and modules that peft does not adapt "
+            f"are exported as plain; else ask for no less (`max_error` of {_above(least)})."
         )
     said = f"output moved by {percent(error, 2)} of the member's on {on}, at most {percent(max_error, 2)} was asked for"
     lines = [*_lines(adapter, folder, base, _plain_bytes(module)), said]
@@ -237,6 +188,56 @@ def _peft() -> Any:
     return peft
 
 
+@contextmanager
+def _by_peft(member: str) -> Iterator[None]:
+    """What peft raises as one of this package's errors."""
+    try:
+        yield
+    except Exception as error:  # of another library, on layers that it does not take
+        raise ExportError(
+            f"peft must write the adapter of member '{member}' and open it, but raises {one_line(error)}; export the "
+            "member as plain."
+        ) from error
+
+
+def _share(error: float) -> str:
+    """An error in percent, in figures where it is too small for that."""
+    return percent(error, 2) if error >= 1e-4 else f"{error:.1e}"
+
+
+def _above(error: float) -> str:
+    """A bound that is just above an error, in two digits."""
+    if not math.isfinite(error):
+        return "more"
+    step = 10.0 ** (math.floor(math.log10(error)) - 1)
+    return f"{(math.floor(error / step) + 1) * step:.2g}"
+
+
+def _of_rounding(error: float) -> str:
+    """What an error is of that no adapter is free of."""
+    return ", which is rounding" if error <= ROUNDING else ""
+
+
+def _check_layers(name: str, module: nn.Module) -> None:
+    """Refuse a member at which peft has no place for a product.
+
+    Raises:
+        ExportError: where none of its layers is linear, as peft knows them.
+    """
+    if is_linear(module):
+        raise ExportError(
+            f"An adapter changes layers of a model, but member '{name}' is a single layer; export it as plain."
+        )
+    if any(is_linear(each) for each in module.modules()):
+        return
+    kinds = Counter(type(each).__name__ for each in module.modules() if [*each.parameters(recurse=False)])
+    found = shorten([kind for kind, _ in kinds.most_common()], 5) or "no tensors"
+    raise ExportError(
+        f"An adapter needs a linear layer (torch's Linear, transformers' Conv1D), but member '{name}' has none; it has "
+        f"{found}; export it as plain."
+    )
+
+
 def _check_alike(name: str, base: str, module: nn.Module, origin: nn.Module) -> None:
     """Refuse a base that is no model of the member's architecture."""
     mine, theirs = shapes_of(module), shapes_of(origin)
@@ -252,71 +253,12 @@ def _check_alike(name: str, base: str, module: nn.Module, origin: nn.Module) -> 
     )
 
 
-@torch.no_grad()
-def _differences(module: nn.Module, origin: nn.Module) -> tuple[dict[str, Difference], dict[str, Other]]:
-    """Linear layers that differ, taken apart, and other modules that do."""
-    differences, others = {}, {}
-    tables = _tables(module)
-    for (name, mine), (_, theirs) in zip(module.named_modules(), origin.named_modules(), strict=True):
-        own = [*mine.named_parameters(recurse=False), *mine.named_buffers(recurse=False)]
-        before = dict([*theirs.named_parameters(recurse=False), *theirs.named_buffers(recurse=False)])
-        changed = [part for part, tensor in own if not torch.equal(tensor, before[part])]
-        if not changed:
-            continue
-        if _is_linear(mine):
-            difference = (mine.weight - before["weight"]).double()  # pyright: ignore
-            difference = difference.T if _transposed(mine) else difference
-            left, values, right = torch.linalg.svd(difference, full_matrices=False)
-            bias = None if "bias" not in changed else (mine.bias - before["bias"]).float()  # pyright: ignore
-            differences[name] = Difference((left * values).float(), right.float(), values, bias)
-        else:
-            moved = None
-            if name in tables:
-                moved = (mine.weight - before["weight"]).double().square().sum(1)  # pyright: ignore
-            tensors = [tensor for _, tensor in own]
-            others[name] = Other(sum(t.numel() for t in tensors), all(t.ndim < 2 for t in tensors), moved)
-    return differences, others
-
-
-def _tables(module: nn.Module) -> set[str]:
-    """Tables of which peft saves single rows: their weights are nobody else's, and no other module's name ends so."""
-    places = [
-        (name, each) for name, each in module.named_modules(remove_duplicate=False) if hasattr(each, "weight")
-    ]
-    users = Counter(id(each.weight) for _, each in places)
-    return {
-        name
-        for name, each in places
-        if type(each) is nn.Embedding
-        and users[id(each.weight)] == 1
-        and sum(other.endswith(name) for other, _ in module.named_modules()) == 1
-    }
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether peft has products of low rank for it."""
-    return type(module) is nn.Linear or _transposed(module)
-
-
-def _transposed(module: nn.Module) -> bool:
-    """Whether it is transformers' linear layer with a weight `[in, out]`."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
 def _none(module: nn.Module, others: Mapping[str, Other]) -> dict[str, Difference]:
-    """No difference at the smallest linear layer: peft has no adapter without a product.
-
-    Raises:
-        ExportError: where there is none.
-    """
-    linear = [
-        (name, each) for name, each in module.named_modules() if _is_linear(each) and name not in others
-    ]
-    if not linear:
-        raise ExportError("An adapter needs a linear layer, but the member has none; export it as plain.")
+    """No difference at the smallest linear layer: peft has no adapter without a product."""
+    linear = [(name, each) for name, each in module.named_modules() if is_linear(each) and name not in others]
     sizes = {name: tuple(each.get_parameter("weight").shape) for name, each in linear}
     name = min(sizes, key=lambda each: sizes[each][0] * sizes[each][1])
-    out, into = sizes[name][::-1] if _transposed(module.get_submodule(name)) else sizes[name]
+    out, into = sizes[name][::-1] if is_transposed(module.get_submodule(name)) else sizes[name]
     return {name: Difference(torch.zeros(out, 1), torch.zeros(1, into), torch.zeros(1), None)}
 
 
@@ -398,7 +340,7 @@ def _changed(
     for name, rank in adapter.ranks.items():
         layer, each = net.get_submodule(name), differences[name]
         change = each.left[:, :rank] @ each.right[:rank]
-        layer.weight += (change.T if _transposed(layer) else change).to(layer.weight)  # pyright: ignore
+        layer.weight += (change.T if is_transposed(layer) else change).to(layer.weight)  # pyright: ignore
         if adapter.biased and each.bias is not None:
             layer.bias += each.bias.to(layer.bias)  # pyright: ignore
     for name, rows in adapter.rows.items():
@@ -425,7 +367,7 @@ def _with_adapter(
         r=most, lora_alpha=most, rank_pattern=patterns, alpha_pattern=patterns, lora_bias=adapter.biased,
         target_modules=_targets(net, ranks), modules_to_save=list(adapter.whole) or None, inference_mode=True,
         trainable_token_indices=dict(adapter.rows) or None,
-        base_model_name_or_path=base, fan_in_fan_out=any(_transposed(net.get_submodule(name)) for name in ranks),
+        base_model_name_or_path=base, fan_in_fan_out=any(is_transposed(net.get_submodule(name)) for name in ranks),
     )  # fmt: skip
     found = peft.get_peft_model(net, config, autocast_adapter_dtype=False)
     found.peft_config["default"].base_model_name_or_path = base

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from surgery.artifact.codes import PREFIX, compressed_names, pack
 from surgery.artifact.formats.checkpoint import architecture, checkpoint_names, write_checkpoint
-from surgery.artifact.sums import as_entry, sum_of
+from surgery.artifact.sums import as_entry, hashes_beside, sum_of
 from surgery.errors import ExportError
 from surgery.members.member import Member
 from surgery.storage.states import lazy_state_of
@@ -56,6 +56,8 @@ def write_transformers(folder: Path, stored: Stored, member: Member, trust: bool
     dtypes = {each.dtype for each in state.handles.values()}
     tensors = {**own, **packed}
     document["sums"] = as_entry({name: sum_of(each) for name, each in tensors.items()})
+    if beside := hashes_beside(member.files):
+        document["beside"] = beside
     entries = {"quantization_config": {"quant_method": METHOD, **document}, "transformers_weights": NO_FILE}
     write_checkpoint(folder, module, member, tensors, entries, dtypes)
 

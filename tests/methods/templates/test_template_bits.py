@@ -187,13 +187,13 @@ def test_a_number_alone_is_what_it_was(mixing):
     """Every tensor as it is, from templates fitted with the mean sensitivity of layers."""
     from surgery.core.generation import to_blocks
     from surgery.core.settle import settle_banks
-    from surgery.fitting.fit import pick_device
     from surgery.fitting.sensitivity import sensitivities
     from surgery.fitting.trial import Trial
     from surgery.inputs.probes import probe_inputs
     from surgery.methods.rows.exact import exact_bank
     from surgery.methods.templates.mixtures import Templates, open_stack
     from surgery.storage.stored import bank_tensors
+    from surgery.util.devices import pick_device
 
     members = family()
     plan = plan_templates([discover(each) for each in members], (8, 8))

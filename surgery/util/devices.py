@@ -1,0 +1,29 @@
+"""Devices by the names that people give them."""
+
+from __future__ import annotations
+
+import torch
+
+from surgery.errors import PlanError
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device of a name; `auto` is the accelerator where there is one.
+
+    Raises:
+        PlanError: where there is no such device, or it is not there.
+
+    Example:
+        >>> pick_device("cpu")
+        device(type='cpu')
+    """
+    if device == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise PlanError(
+            f"Device '{device}' is not available here ({str(error).splitlines()[0]}); "
+            "use `device=cpu` or `device=auto`."
+        ) from error
