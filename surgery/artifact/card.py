@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from surgery.artifact.exportcard import hub_id
 from surgery.artifact.manifest import Manifest, OriginEntry
@@ -115,7 +116,7 @@ def with_base(card: str, folder: str, base: str) -> str:
     """
     from huggingface_hub import ModelCard
 
-    found = ModelCard(card)
+    found: Any = ModelCard(card)
     found.data.base_model = base
     named = f"[{base}](https://huggingface.co/{base})"
     said = {
