@@ -113,9 +113,11 @@ def add(
     with claim_of_first(None if dry_run else folder):
         manifest = read_manifest(folder)
         _check_new(folder, manifest, members)
-        if unknown := [str(name) for name in probes or () if name not in members]:
+        if unknown := [
+            str(name) for name in probes or () if name not in members and name not in manifest.members
+        ]:
             raise PlanError(
-                f"Probe inputs need members that are added, found {', '.join(unknown)}; these are {', '.join(members)}."
+                f"Probe inputs need members, found {', '.join(unknown)}; these are added: {', '.join(members)}."
             )
         pick_device(device)
         if not dry_run:

@@ -91,7 +91,7 @@ def test_devices_that_there_are_not(tmp_path):
             surgery.load(folder, modules=modules(), resident="packed").to(device)
         with pytest.raises(PlanError, match="is not available here"):
             surgery.add(folder, {"new": member(nn.Linear(8, 8), "new", draw(2, 8))}, device=device)
-    with pytest.raises(PlanError, match="found nwe; these are new"):
+    with pytest.raises(PlanError, match="found nwe; these are added: new"):
         surgery.add(folder, {"new": member(nn.Linear(8, 8), "new", draw(2, 8))}, probes={"nwe": []})
 
 
