@@ -47,7 +47,9 @@ def draw_sharing(shares: Shares) -> bytes:
     _draw_bytes(axes[0], shares)
     if pairs:
         _draw_blocks(axes[1], shares)
-    figure.tight_layout(pad=0.8, w_pad=2, rect=(0, 0.3 / height, 1, 1))
+    # With a `rect` all texts would be measured twice.
+    figure.tight_layout(pad=0.8, w_pad=2)
+    figure.subplots_adjust(bottom=figure.subplotpars.bottom + 0.3 / height)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="lower left", bbox_to_anchor=(0.008, 0), ncols=len(labels) or 1, fontsize=8.5,
@@ -91,7 +93,7 @@ def _draw_bytes(ax: Axes, shares: Shares) -> None:
     ax.grid(axis="x", color=GRID, linewidth=0.8, zorder=0)
     _bare(ax)
     ax.set_xlabel("bytes", fontsize=8.5, color=MUTED)
-    ax.set_title("Bytes of each member now (grey: before)", fontsize=10, color=INK, loc="left", pad=7)
+    ax.set_title("Bytes of each member now (grey: before)", fontsize=10, color=INK, loc="left", pad=7, y=1.0)
 
 
 def _draw_blocks(ax: Axes, shares: Shares) -> None:
@@ -120,7 +122,7 @@ def _draw_blocks(ax: Axes, shares: Shares) -> None:
     _bare(ax)
     ax.set_ylabel("blocks of", fontsize=8.5, color=MUTED)
     ax.set_xlabel("on rows that these use too", fontsize=8.5, color=MUTED)
-    ax.set_title("Blocks on shared rows, pair by pair", fontsize=10, color=INK, loc="left", pad=7)
+    ax.set_title("Blocks on shared rows, pair by pair", fontsize=10, color=INK, loc="left", pad=7, y=1.0)
 
 
 def _bare(ax: Axes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -108,6 +109,6 @@ def _count_bank(stored: Stored, bank: BankPlan, blocks: Tensor, modules: dict[st
         also[number] = uses[number] > 1
         blocks[number] += also @ uses[number]
     if not bank.stack:
-        for pattern in (uses[:, :hypermodules] > 0).T.tolist():
+        for pattern, count in Counter(map(tuple, (uses[:, :hypermodules] > 0).T.tolist())).items():
             subset = join_names(name for name, used in zip(names, pattern, strict=True) if used)
-            modules[subset] = modules.get(subset, 0) + 1
+            modules[subset] = modules.get(subset, 0) + count

@@ -25,7 +25,7 @@ from surgery.fitting.related import related_sites
 from surgery.fitting.sensitivity import measured_sensitivities, metrics
 from surgery.fitting.tables import TABLE, by_rows, look_ups, row_weights
 from surgery.fitting.trial import Trial
-from surgery.fitting.units import Arrangement, Key, Unit, fed_back, measure
+from surgery.fitting.units import ROUGH, SAMPLE, Arrangement, Key, Unit, fed_back, measure
 from surgery.geometry.views import CanonicalView
 from surgery.members.replacement import count_replaced
 from surgery.settings.names import DEFAULT_METHOD, RELATED
@@ -242,7 +242,8 @@ class Scene:
         for key in keys:
             weight[key[0]] += self.sensitivity.get(key, 0.0)
         plain = {PlainKey(*key): tensor for key in keys}
-        unit = measure(plain, dict(weight), key=f"precisions/{'/'.join(keys[0])}")
+        sample = ROUGH if self.beside else SAMPLE
+        unit = measure(plain, dict(weight), key=f"precisions/{'/'.join(keys[0])}", sample=sample)
         if (known := self.inputs_of(keys[0])) is not None:
             return fed_back(unit, known)
         metric = self._tables.get(keys[0]) and self._measured[keys[0][0]][1].get(keys[0][1])

@@ -6,6 +6,7 @@ member by member; a budget needs no correction, as bytes are known.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -18,7 +19,7 @@ from surgery.disk.journal import made_once
 from surgery.errors import PlanError
 from surgery.fitting.allocation import finest, of_each, within_bytes, within_errors
 from surgery.fitting.assembly import Assembler
-from surgery.fitting.closing import SLACK, Scales, log_ratio, near
+from surgery.fitting.closing import SLACK, Bracket, Scales, log_ratio, near
 from surgery.fitting.decoding import Decodings, room_on
 from surgery.fitting.groups import make_groups
 from surgery.fitting.scene import Scene
@@ -49,6 +50,8 @@ DOUBT = (
 )
 FAR = 3.0  # times the measured errors: what rounding apart is predicted to cost where measuring it is a waste of time
 FULL, FILLED = 0.99, 2  # share of a budget that is enough, and how often more of it is tried
+NARROW = 0.05  # of the bytes of one more member: what the next attempt might still save is not worth it
+FAIR = 0.75  # of a bound: an error below it and just above fewer bytes that failed may be the odd one
 HEADERS = 48 * 2**10  # bytes of names and headers that a budget does not count
 
 
@@ -196,7 +199,7 @@ class Search:
             errors = {name: trial.error() for name, trial in self.trials.items()}
             check_bound(errors, bound, self.given, self.advice())
         spare = self.most_exact(bound) if self.fixed else None
-        if self.structure.together.any():
+        if self.structure.together.any() and not self.scene.beside:
             self.learn(self.attempt(within_errors(self.table, [SLACK**2 * bound**2] * len(self.trials))))
         best = self.close_in(self.table, bound)
         if self.in_doubt(best):
@@ -262,6 +265,8 @@ class Search:
         one for all where they share rows and pull one another to and fro. Of several members that share nothing
         hardly ever all hold in one round: each then takes what it had where it held.
         """
+        if self.scene.beside and len(self.trials) == 1:
+            return self.close_in_on_one(table, bound)
         members = table.weight.shape[1]
         able = np.isfinite(table.fixed)[table.arrangement]
         coupled = bool(((table.weight[able] > 0).sum(1) > 1).any())
@@ -291,6 +296,35 @@ class Search:
                     scales = scales.after(np.full(members, met) if coupled else held)
                 goal = scales.now * bound**2 * np.exp(np.mean(seen, 0))
         return best
+
+    def close_in_on_one(self, table: Table, bound: float) -> Attempt | None:
+        """As `close_in`, of one member beside others, which takes few bytes: a few percent of these end the search.
+
+        What two attempts show tells where to go on: how errors scatter is not worth more attempts.
+        """
+        best, over = None, -math.inf  # bytes of the largest attempt beyond the bound
+        bracket, goal = Bracket(), SLACK**2 * bound**2
+        with progress.task("Fitting to the error bound", ROUNDS) as task:
+            for number in range(ROUNDS + MORE_ROUNDS):
+                found = self.attempt(within_errors(table, [goal]))
+                task.advance()
+                error = float(found.errors[0])
+                bracket = bracket.after(goal, error, bound)
+                if error > bound:
+                    over = max(over, found.nbytes)
+                elif best is None or found.nbytes < best.nbytes:
+                    best = found
+                if best is not None and (number >= ROUNDS - 1 or self.is_close(best, over, bound, number)):
+                    break
+                goal = bracket.next(bound)
+        return best
+
+    @staticmethod
+    def is_close(found: Attempt, over: float, bound: float, number: int) -> bool:
+        """Whether a member within `bound` could hardly be smaller, where all of `over` bytes at most were beyond it."""
+        narrow = found.nbytes - over <= NARROW * found.nbytes
+        fair = float(found.errors[0]) >= FAIR * bound or number >= ROUNDS // 2
+        return (narrow and fair) or near(found.errors, bound, np.ones(1))
 
     def most_exact(self, bound: float) -> Attempt:
         """What settings fix, in the members' precision.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -28,6 +29,10 @@ from surgery.storage.codecs.feedback import expected_gain
 
 SAMPLE = 1 << 18  # values on which the error of a precision is measured
 ROW_SAMPLE = 1 << 16  # of a tensor that is one row, in pieces, or of one of LARGE
+ROUGH = (
+    1 << 12
+)  # the same where most tensors are stored with what is there, and these figures are compared with it
+TWO_BITS = (10.0, 26.0)  # times an error that two bits fewer make: about 16
 LARGE = 1 << 22  # elements, whose precisions would take too long otherwise
 PIECE = 64  # values of such a row that are sampled together, or as many as are stored together
 PART_BYTES = 160  # a stored part's entry in a file's header and in the manifest, rounded up
@@ -111,7 +116,12 @@ class Group:
 
 
 def measure(
-    tensors: Mapping[Any, Tensor], weight: Mapping[str, float], *, droppable: bool = False, key: str = ""
+    tensors: Mapping[Any, Tensor],
+    weight: Mapping[str, float],
+    *,
+    droppable: bool = False,
+    key: str = "",
+    sample: int = SAMPLE,
 ) -> Unit:
     """The unit of equal tensors: every precision of their ladder tried, cost and squared error taken.
 
@@ -120,26 +130,50 @@ def measure(
         weight: by member, relative squared output error per squared error.
         droppable: whether leaving them out is an option.
         key: under which a run that can be gone on with keeps what it measured; none where it does not.
+        sample: values of a matrix on which errors are measured, at most.
     """
     tensor = next(iter(tensors.values()))
     tried = precisions(tensor)
     options: list[Precision | None] = list(tried)
     nbytes = bytes_of_each(tensors, tried)
-    errors = (
-        _errors(tensor, tried) if not key else list(made_once(key, lambda: (_errors(tensor, tried), {}))[0])
-    )
+
+    def measured() -> list[float]:
+        return _errors(tensor, tried, sample)
+
+    errors = list(made_once(key, lambda: (measured(), {}))[0]) if key else measured()
     if droppable:
         options, nbytes = [*options, None], [*nbytes, 0.0]
         errors.append(float(tensor.float().square().sum(dtype=torch.float64)))
     return Unit(tensors, weight, tuple(options), tuple(nbytes), tuple(errors))
 
 
-def _errors(tensor: Tensor, tried: Sequence[Precision]) -> list[float]:
-    """The squared error of each precision that `precisions` gives, from an accelerator all at once."""
-    found = [_squared_error(tensor, precision) for precision in tried]
-    of_samples = torch.stack([error for error, _ in found]).tolist()
-    count = tensor.numel()
-    return [error * count / sampled for error, (_, sampled) in zip(of_samples, found, strict=True)]
+def _errors(tensor: Tensor, tried: Sequence[Precision], sample: int) -> list[float]:
+    """The squared error of each precision that `precisions` gives, from an accelerator all at once.
+
+    Where few values are looked at, that of a width between two others is their geometric mean, if these are as far
+    apart as steps of two bits make them; those of values that lie on a grid are not.
+    """
+
+    def measured(numbers: Sequence[int]) -> dict[int, float]:
+        found = [_squared_error(tensor, tried[each], sample) for each in numbers]
+        errors = torch.stack([error for error, _ in found]).tolist()
+        pairs = zip(numbers, errors, found, strict=True)
+        return {each: error * tensor.numel() / sampled for each, error, (_, sampled) in pairs}
+
+    every = range(len(tried))
+    if sample >= SAMPLE or len(tried) < 3:
+        return [*measured(every).values()]
+    errors = measured([each for each in every if each % 2 == len(tried) % 2 or each in (0, len(tried) - 1)])
+    rest = [each for each in every if each not in errors]
+    between = [
+        each
+        for each in rest
+        if errors[each - 1] > 0 and TWO_BITS[0] < errors[each + 1] / errors[each - 1] < TWO_BITS[1]
+    ]
+    errors |= {each: math.sqrt(errors[each - 1] * errors[each + 1]) for each in between}
+    if others := [each for each in rest if each not in between]:
+        errors |= measured(others)
+    return [errors[each] for each in every]
 
 
 def fed_back(unit: Unit, known: Statistics) -> Unit:
@@ -174,8 +208,13 @@ def precisions(tensor: Tensor) -> tuple[Precision, ...]:
     return ladder([tensor]) if tensor.numel() >= 16 and is_tame(tensor) else (NATIVE,)
 
 
-def _squared_error(tensor: Tensor, precision: Precision) -> tuple[Tensor, int]:
+def _squared_error(tensor: Tensor, precision: Precision, most: int) -> tuple[Tensor, int]:
     """`|decode(encode(tensor)) - tensor|^2`, for a large tensor estimated from rows or groups spread over it.
+
+    Args:
+        tensor: any.
+        precision: that is tried.
+        most: values of a matrix that are looked at.
 
     Returns:
         that of the sample, float64, and the sample's elements.
@@ -183,7 +222,7 @@ def _squared_error(tensor: Tensor, precision: Precision) -> tuple[Tensor, int]:
     if precision.is_native:
         return torch.zeros((), dtype=torch.float64, device=tensor.device), tensor.numel()
     count, sample = tensor.numel(), tensor
-    limit = SAMPLE if count < LARGE else ROW_SAMPLE
+    limit = min(most, SAMPLE if count < LARGE else ROW_SAMPLE)
     span = precision.codec.span(precision.settings)
     if tensor.ndim > 1 and len(tensor) == 1 and count > ROW_SAMPLE and 0 < span <= ROW_SAMPLE:
         piece = span * -(-PIECE // span)  # the groups of one row are as good as rows

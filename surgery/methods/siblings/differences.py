@@ -61,6 +61,9 @@ BITS = tuple(grouped(bits, GROUP) for bits in (8, 6, 5, 4, 3))  # of private row
 FINER = ((grouped(12, GROUP), 1 / 110), (grouped(10, GROUP), 1 / 14))
 """Those of private rows beside a shared matrix of more than 8 bits, and what they lose of what 8 bits do: somewhat more
 than the square of their steps, as scales have 8 bits themselves."""
+TRIED = grouped(
+    4, GROUP
+)  # for which errors are measured where those of other widths follow from the steps' sizes
 TOGETHER = 8192  # rows of a difference that are in memory in double precision
 SEEN = 1024  # entries of a wide vector that are rounded to see what rounding costs
 MOST_OF_TABLE = 64  # directions of a table: each has a context for every row
@@ -259,7 +262,8 @@ def _priced(
         original: its weight.
         metric: what errors in it cost.
         most: number of directions, at most.
-        least: directions that move outputs by less, together, are left out before they are tried.
+        least: directions that move outputs by less, together, are left out before they are tried, and the others are
+            tried in one precision.
     """
 
     def made() -> Kept:
@@ -276,7 +280,9 @@ def _priced(
 
     (left, turned), parts = made_once(f"directions/{site.member}/{site.name}", made, original.device)
     found = Factors(**{name: part.T if name in turned else part for name, part in parts.items()})
-    return _Priced(Relative(site, original, metric.out, found), _runs(site, found, metric), left)
+    return _Priced(
+        Relative(site, original, metric.out, found), _runs(site, found, metric, rough=least is not None), left
+    )
 
 
 def _arranged(
@@ -314,8 +320,15 @@ def _shared_unit(shared: Tensor, members: Sequence[str], metrics: Sequence[Metri
     return unit if known is None else fed_back(unit, known)
 
 
-def _runs(site: Site, made: Factors, metric: Metric) -> list[tuple[int, int, Unit]]:
-    """Runs of directions of one site, first and last, and their units: left out, or stored with few bits."""
+def _runs(site: Site, made: Factors, metric: Metric, rough: bool) -> list[tuple[int, int, Unit]]:
+    """Runs of directions of one site, first and last, and their units: left out, or stored with few bits.
+
+    Args:
+        site: where they are.
+        made: all directions.
+        metric: what errors cost.
+        rough: whether one width is measured alone.
+    """
     rows, contexts = made.rows, made.contexts.T.contiguous()
     if not len(rows):  # all that there are move nothing
         return []
@@ -323,10 +336,16 @@ def _runs(site: Site, made: Factors, metric: Metric) -> list[tuple[int, int, Uni
     of_rows = (times(contexts, out) * contexts).sum(1)  # an error of a row counts that much
     of_contexts = (times(rows, into) * rows).sum(1)
     stored = rounded if is_tame(rows) and is_tame(contexts) else _checked
-    lost = []  # by precision, of each direction
-    for precision in BITS:
+
+    def costs(precision: Precision) -> Tensor:
         how = partial(stored, precision=precision)
-        lost.append(of_rows * _rounding(rows, into, how) + of_contexts * _rounding(contexts, out, how))
+        return of_rows * _rounding(rows, into, how) + of_contexts * _rounding(contexts, out, how)
+
+    if rough:  # a step half as large makes a quarter of the error
+        one = costs(TRIED)
+        lost = [one * 4.0 ** (TRIED.settings.bits - each.settings.bits) for each in BITS]
+    else:
+        lost = [costs(each) for each in BITS]  # by precision, of each direction
     lost, energy = [each.cpu() for each in lost], made.energy.cpu()  # of which many sums are taken
     options = (NATIVE, *(finer for finer, _ in FINER), *BITS)
     found = []
