@@ -42,7 +42,7 @@ def requests_raise() -> Iterator[None]:
 
 CUT_OFF = (
     "surgery: A file was cut off while its weights were read from it. What the command writes was left as it was; put "
-    "the file back whole, and run this again once nothing writes to it.\n"
+    "the file back whole, with the time that it had, and run this again once nothing writes to it.\n"
 )
 
 

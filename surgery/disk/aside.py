@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import math
 import os
 import secrets
@@ -24,7 +25,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from surgery.errors import OutputError
+from surgery.errors import LoadError, OutputError
 
 FEWEST = 1 << 20  # bytes of a tensor that is worth a file
 PASSING = 1 << 20  # bytes from which a tensor that is not kept gets pages of its own
@@ -83,6 +84,7 @@ def put_aside(tensor: Tensor) -> Tensor:
 
     Raises:
         OutputError: where the disk has no room.
+        LoadError: where it lies in a file that was cut off.
     """
     folder = _folder.get()
     if folder is None or type(tensor) is not Tensor or tensor.requires_grad or tensor.device.type != "cpu":
@@ -156,6 +158,11 @@ def _room(folder: Path, nbytes: int, content: memoryview | None = None) -> torch
         finally:
             os.close(handle)
     except OSError as error:
+        if error.errno == errno.EFAULT:  # what a mapping that has lost its file is read with, where the system reads
+            raise LoadError(
+                "A file was cut off while its weights were read from it: put it back whole, and run this again once "
+                "nothing writes to it."
+            ) from error
         raise OutputError(
             f"A run of models this large keeps tensors in files in {folder}, but {nbytes:,} bytes more cannot be "
             f"had there ({error.strerror}): make room on that disk, or write to another one."

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from surgery.disk.files import failure
-from surgery.errors import OutputError
+from surgery.errors import LoadError, OutputError
 
 SUBJECT, LINES, PAGE = "subject.json", "lines.jsonl", 4096
 _FILE = re.compile(r"(\d+\.bin)?", re.ASCII)
@@ -58,6 +58,7 @@ class Journal:
         folder: made where it is not there.
         subject: what is run, in values of JSON; what a journal that is there is of must be equal.
         target: what the run writes, for errors.
+        check: raises where what the run reads is not what it was; such a run has made nothing that may be kept.
 
     Attributes:
         found: how many things there were when it was opened.
@@ -66,8 +67,10 @@ class Journal:
         OutputError: where the folder has the journal of another subject, or cannot be written.
     """
 
-    def __init__(self, folder: Path, subject: Mapping[str, Any], target: Path):
-        self.folder, self.target = folder, target
+    def __init__(
+        self, folder: Path, subject: Mapping[str, Any], target: Path, check: Callable[[], None] = lambda: None
+    ):
+        self.folder, self.target, self._check_read = folder, target, check
         self._lines: dict[str, _Line] = {}
         subject = json.loads(json.dumps(subject))
         try:
@@ -123,16 +126,21 @@ class Journal:
 
         Raises:
             OutputError: where the disk has no room; what was written before stays usable.
+            LoadError: where a file changed that it may have been made from; likewise.
         """
         name = f"{self._next}.bin" if tensors else ""
         try:
             nbytes, check, where = self._write(self.folder / name, tensors) if tensors else (0, 0, {})
+            self._check_read()
             line = _Line(key, value, name, nbytes, check, where)
             with (self.folder / LINES).open("ab") as file:
                 file.write(json.dumps(vars(line)).encode() + b"\n")
-        except OSError as error:
+        except (OSError, LoadError) as error:
             with contextlib.suppress(OSError):
                 (self.folder / name).unlink() if name else None
+            self._check_read()  # what is mapped from a file that was cut off cannot be written either
+            if isinstance(error, LoadError):
+                raise
             raise OutputError(failure(self.target, error)) from error
         self._next += 1
         self._lines[key] = line
@@ -236,6 +244,8 @@ def _other(folder: Path, target: Path, before: Any, now: Mapping[str, Any]) -> s
     """A sentence for the journal of another subject: what is not the same."""
     before = before if isinstance(before, dict) else {}
     apart = [name for name in now if before.get(name) != now[name]]
+    if apart == ["software"] and isinstance(begun := before.get("software"), dict):
+        apart = [name for name, value in now["software"].items() if begun.get(name) != value]
     files = before.get("files", {}) if apart == ["files"] else {}
     which = [f"{path} was written to" for path, seen in files.items() if now["files"].get(path, seen) != seen]
     what = ", ".join(which) or f"another {' and '.join(apart)} was asked for"

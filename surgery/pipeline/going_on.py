@@ -59,6 +59,7 @@ def going_on(
 
     Raises:
         OutputError: where another run was interrupted there, or the disk has no room.
+        LoadError: where a file that weights are mapped from changes; nothing is kept from then on.
     """
     from surgery.disk.aside import aside
     from surgery.disk.journal import Journal, kept_in
@@ -72,7 +73,12 @@ def going_on(
         return
     work = work_place(out)
     about = {**subject(), "files": _files(sources, inputs), "software": _software()}
-    journal = Journal(work / JOURNAL, about, Path(out).expanduser())
+
+    def check() -> None:
+        for file in sources:
+            file.check()
+
+    journal = Journal(work / JOURNAL, about, Path(out).expanduser(), check)
     try:
         with aside(work), kept_in(journal):
             yield Run(sources, journal.found)
@@ -93,14 +99,19 @@ def _files(sources: Sequence[MappedFile], inputs: Sequence[Path]) -> dict[str, l
     return {str(file.path): [file.nbytes, file.changed] for file in (*sources, *map(MappedFile.of, read))}
 
 
-def _software() -> list[Any]:
+def _software() -> dict[str, Any]:
     """Versions, and what else results follow from."""
     import torch
 
     from surgery.fitting.widened import NARROW, native
     from surgery.version import __version__
 
-    return [__version__, torch.__version__, torch.get_num_threads(), *map(native, NARROW)]
+    return {
+        "version of surgery": __version__,
+        "version of PyTorch": torch.__version__,
+        "number of threads (OMP_NUM_THREADS)": torch.get_num_threads(),
+        "kind of CPU": [native(dtype) for dtype in NARROW],
+    }
 
 
 def digest_of(probes: Mapping[str, Sequence[Inputs]]) -> str:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from surgery.disk import aside as module
 from surgery.disk.aside import aside, empty_aside, is_aside, put_aside, stack_aside
-from surgery.errors import OutputError
+from surgery.errors import LoadError, OutputError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files are mapped so on Linux alone")
 
@@ -93,6 +93,16 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
     ):
         put_aside(torch.zeros(1000))
     assert not list(tmp_path.iterdir())
+
+
+def test_what_lies_in_a_file_that_was_cut_off_is_said(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(1 << 15))
+    mapped = torch.from_file(str(path), False, 1 << 15, dtype=torch.uint8)
+    os.truncate(path, 10)
+    with aside(tmp_path), pytest.raises(LoadError, match="A file was cut off while"):
+        put_aside(mapped)
+    assert [each.name for each in tmp_path.iterdir()] == ["weights"]
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from surgery.disk.journal import LINES, Journal, kept_in, made_once
 from surgery.errors import OutputError
 
-SUBJECT = {"recipe": {"seed": 0}, "files": {"a.safetensors": [10, 20]}}
+SUBJECT = {"recipe": {"seed": 0}, "files": {"a.safetensors": [10, 20]}, "software": {"number of threads": 2}}
 
 
 def tensors_of(number):
@@ -88,6 +88,7 @@ def test_lines_that_no_run_writes_count_as_not_made(tmp_path, change):
         ({"recipe": {"seed": 1}}, "another recipe was asked for"),
         ({"files": {"a.safetensors": [10, 21]}}, "a.safetensors was written to"),
         ({"files": {}}, "another files was asked for"),
+        ({"software": {"number of threads": 1}}, "another number of threads was asked for"),
     ],
 )
 def test_a_journal_of_something_else_is_named_and_stays(tmp_path, change, said):

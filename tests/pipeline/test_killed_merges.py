@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 
 import pytest
 from artifacts import contents
 from journals import kill
 
 from benchmarks.scale import make_folder
+from surgery.disk import aligned
 from surgery.disk.journal import LINES, Journal
-from surgery.errors import OutputError
+from surgery.errors import LoadError, OutputError
 from surgery.pipeline import going_on
 from surgery.pipeline.merge import merge
 from surgery.settings.recipe import Recipe
@@ -83,3 +85,44 @@ def test_what_cannot_go_on_is_one_sentence_and_the_journal_stays(recipe, whole, 
     merge(recipe, overwrite=True)
     assert contents(tmp_path / "joint") == before
     assert not journal.exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mappings are read from /proc")
+def test_nothing_is_kept_that_was_made_while_a_file_was_another(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(aligned, "MUCH", 1)  # as of large models, weights stay where their files have them
+    for name in "ab":
+        shutil.copytree(whole / name, tmp_path / name)
+    file = next((tmp_path / "b").glob("*.safetensors"))
+    begin, content = aligned_weights(file.read_bytes())
+    file.write_bytes(content)
+    changed, recipe = file.stat().st_mtime_ns, recipe_for(tmp_path / "joint", tmp_path)
+    merge(recipe)
+    before = contents(tmp_path / "joint")
+    shutil.rmtree(tmp_path / "joint")
+    monkeypatch.setattr(going_on, "LARGE", 0)
+    made, keep = [], Journal.keep
+
+    def other(*given):
+        made.append(given[1])
+        if len(made) == 30:
+            with file.open("r+b") as opened:  # in place, of the same size
+                opened.seek(begin)
+                opened.write(b"\x3c" * (len(content) - begin))
+        return keep(*given)
+
+    monkeypatch.setattr(Journal, "keep", other)
+    with pytest.raises(LoadError, match="was written to"):
+        merge(recipe)
+    assert len(made) == 30  # it is said at once
+    file.write_bytes(content)
+    os.utime(file, ns=(changed, changed))
+    merge(recipe)
+    assert contents(tmp_path / "joint") == before
+    assert len(set(made)) == len(made) - 1  # what was refused alone was made twice
+
+
+def aligned_weights(content):
+    """A safetensors file with a header that its data begin behind at a multiple of 64 bytes, and where they do."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:end] + b" " * (-end % 64)
+    return 8 + len(header), len(header).to_bytes(8, "little") + header + content[end:]
