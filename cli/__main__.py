@@ -126,6 +126,13 @@ def _say(message: str) -> None:
     print(f"surgery: {printable(said)}", file=sys.stderr)
 
 
+def _no_memory(arguments: list[str]) -> str:
+    """What is said where memory ran out."""
+    from surgery.util.progress import latest
+
+    return no_memory(latest(), arguments[0] if arguments else "")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
     from . import console
@@ -139,14 +146,12 @@ def main(arguments: list[str] | None = None) -> None:
     except SurgeryError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        _say(str(error))
+        _say(_no_memory(arguments) if out_of_memory(error) else str(error))
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if "--debug" in arguments or not out_of_memory(error):
             raise
-        from surgery.util.progress import latest
-
-        _say(no_memory(latest(), arguments[0] if arguments else ""))
+        _say(_no_memory(arguments))
         sys.exit(2)
     except SystemExit as end:
         if end.code in WORDS and console.FIRST:  # typer ends an interrupted verb without a word

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from surgery.errors import LoadError, TraceError
+
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 _REQUESTS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
@@ -73,7 +75,12 @@ def cut_off_files_are_said() -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was no more memory, as Python, PyTorch on a CPU and on a device say it."""
+    """Whether an error says that there was no more memory, as Python, PyTorch on a CPU and on a device say it.
+
+    A model that could not be loaded or traced counts by what its library raised.
+    """
+    if isinstance(error, LoadError | TraceError):
+        return error.__cause__ is not None and out_of_memory(error.__cause__)
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return bool(kinds & {"MemoryError", "OutOfMemoryError"}) or "not enough memory" in str(error)
 

@@ -107,6 +107,18 @@ def test_too_little_memory_of_other_verbs_is_one_sentence(recipe, tmp_path, monk
     assert not (tmp_path / "plain").exists()
 
 
+def test_too_little_memory_while_a_model_is_built_is_none_of_the_models(recipe, tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", fail)
+    code, _, said = surgery("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "joint", "-q")
+    assert code == 2 and said.startswith("surgery: There was not enough memory (the last step was: Loading")
+    assert said.count("\n") == 1, said
+
+
 def test_another_runtime_error_is_none_of_memory(recipe, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("a fault")
