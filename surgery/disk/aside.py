@@ -25,6 +25,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from surgery.disk.claims import ASIDE
 from surgery.errors import LoadError, OutputError
 
 FEWEST = 1 << 20  # bytes of a tensor that is worth a file
@@ -146,15 +147,17 @@ def _is_dense(tensor: Tensor) -> bool:
 
 def _room(folder: Path, nbytes: int, content: memoryview | None = None) -> torch.UntypedStorage:
     """Memory of a new file, which has no name any more; its content is written, which mapped pages take longer for."""
-    path = folder / f"aside-{secrets.token_hex(8)}"
+    path = folder / f"{ASIDE}{secrets.token_hex(8)}"
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             os.posix_fallocate(handle, 0, nbytes)
+            made = cast("torch.UntypedStorage", torch.UntypedStorage.from_file(str(path), True, nbytes))
+            path.unlink()  # before it is written, which takes long enough to be killed meanwhile
             start = 0
             while content is not None and start < nbytes:
                 start += os.pwrite(handle, content[start:], start)
-            return cast("torch.UntypedStorage", torch.UntypedStorage.from_file(str(path), True, nbytes))
+            return made
         finally:
             os.close(handle)
     except OSError as error:

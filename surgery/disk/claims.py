@@ -27,7 +27,7 @@ from surgery.disk.files import failure
 from surgery.disk.records import MANIFEST, RECORD, remove_owned
 from surgery.errors import OutputError
 
-LOCK, NEW, OLD = "lock", "new-", "old-"
+LOCK, NEW, OLD, ASIDE = "lock", "new-", "old-", "aside-"
 _BUSY = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _FAR = 1 << 40  # the byte that Windows locks: what is locked there cannot be read
@@ -229,6 +229,8 @@ def _clean(final: Path) -> None:
             left.rename(final)
         elif left.name.startswith((NEW, OLD)):
             discard(left)
+        elif left.name.startswith(ASIDE) and left.is_file():  # of a run that was killed meanwhile
+            left.unlink()
 
 
 def discard(folder: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from surgery.disk import aside as module
 from surgery.disk.aside import aside, empty_aside, is_aside, put_aside, stack_aside
+from surgery.disk.claims import ASIDE, claim
 from surgery.errors import LoadError, OutputError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files are mapped so on Linux alone")
@@ -92,6 +93,19 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
         pytest.raises(OutputError, match=r"4,000 bytes more cannot be had there \(No space left"),
     ):
         put_aside(torch.zeros(1000))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_has_no_name_while_it_is_written_and_one_that_a_kill_left_is_removed(tmp_path, monkeypatch):
+    seen, write = [], os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda *given: seen.append([*tmp_path.iterdir()]) or write(*given))
+    with aside(tmp_path):
+        put_aside(torch.zeros(1000))
+    assert seen == [[]]
+    (tmp_path / ".out.surgery").mkdir()
+    (tmp_path / ".out.surgery" / f"{ASIDE}0123456789abcdef").write_bytes(bytes(1000))
+    with claim(tmp_path / "out"):
+        pass
     assert not list(tmp_path.iterdir())
 
 
