@@ -16,10 +16,11 @@ from surgery.util.memory import give_back
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_lossless_merge_holds_a_fraction_of_its_models(tmp_path, monkeypatch):
+@pytest.mark.parametrize("size", ["0.03", pytest.param("0.1", marks=pytest.mark.slow)])
+def test_a_lossless_merge_holds_a_fraction_of_its_models(tmp_path, monkeypatch, size):
     monkeypatch.setattr(aligned, "MUCH", 2**20)  # the pair is small for a model, and not aligned in its files
     merge(recipe_of(tmp_path / "small", "fast"))  # imports whatever a merge imports on its way
-    recipe = recipe_of(tmp_path / "large", "0.03")
+    recipe = recipe_of(tmp_path / "large", size)
     total = sum(file.stat().st_size for file in tmp_path.glob("large/*/*.safetensors"))
     give_back()
     before = memory()["anonymous"]
