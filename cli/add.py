@@ -61,7 +61,7 @@ def add(
 
     from . import console
 
-    with console.working(quiet=quiet, json_wanted=json):
+    with console.working(quiet=quiet, json_wanted=json), console.going_on(folder):
         done = add_members(
             folder,
             named(references),

@@ -9,6 +9,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -134,6 +135,25 @@ def again(*more: str) -> str:
         return shlex.join(more)
     kept = [word for n, word in enumerate(typed) if word != more[0] and (n == 0 or typed[n - 1] != more[0])]
     return shlex.join(["surgery", *kept, *more])
+
+
+@contextlib.contextmanager
+def going_on(out: str | Path | None) -> Iterator[None]:
+    """Inside, a run that may keep a journal; where it is interrupted, the last line says how to go on with it.
+
+    Args:
+        out: the folder that is written.
+    """
+    global interrupted
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        from surgery.disk.claims import work_place
+        from surgery.pipeline.going_on import JOURNAL
+
+        if out is not None and (kept := work_place(out) / JOURNAL).is_dir():
+            interrupted = f"what was made is in {kept}, go on with {shlex.join(['surgery', *typed])}"
+        raise
 
 
 def emit(document: Any) -> None:

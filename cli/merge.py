@@ -293,7 +293,7 @@ def run(
 
     from . import console, outcome
 
-    with console.working(quiet=quiet, json_wanted=json):
+    with console.working(quiet=quiet, json_wanted=json), console.going_on(recipe.out):
         joint = merge(recipe, overwrite=overwrite, trust_remote_code=trust_remote_code, memory=memory)
     folder = Path(recipe.out or "")
     if json:

@@ -45,7 +45,7 @@ def refit(
 
     from . import console
 
-    with console.working(quiet=quiet, json_wanted=json):
+    with console.working(quiet=quiet, json_wanted=json), console.going_on(folder):
         done = fit_again(
             folder,
             max_error=max_error,

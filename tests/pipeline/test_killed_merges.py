@@ -9,7 +9,9 @@ import sys
 
 import pytest
 from artifacts import contents
+from command_line import surgery
 from journals import kill
+from surgery_cli import console
 
 from benchmarks.scale import make_folder
 from surgery.disk import aligned
@@ -54,6 +56,30 @@ def test_a_killed_merge_goes_on_to_the_same_bytes(recipe, whole, tmp_path, monke
     assert kept
     assert not any(key.startswith(("sensitivities", "precisions")) for key in kept)  # made before the kill
     assert not list(tmp_path.glob(".joint*"))
+
+
+def test_an_interrupted_merge_says_how_to_go_on(recipe, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "interrupted", console.interrupted)
+    typed = [
+        "merge",
+        f"{whole / 'a'}",
+        f"{whole / 'b'}",
+        "--max-error",
+        "0.1",
+        "--out",
+        str(tmp_path / "joint"),
+    ]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "keep", interrupt)
+    code, _, said = surgery(*typed, "-q")
+    kept = tmp_path / ".joint.surgery" / going_on.JOURNAL
+    assert code == 130
+    assert said.endswith(
+        f"interrupted; what was made is in {kept}, go on with surgery {' '.join(typed)} -q.\n"
+    )
 
 
 def test_what_cannot_go_on_is_one_sentence_and_the_journal_stays(recipe, whole, tmp_path, monkeypatch):
