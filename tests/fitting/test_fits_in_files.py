@@ -16,7 +16,8 @@ from surgery.errors import MemoryLimitError, OutputError, PlanError
 from surgery.fitting import bound
 from surgery.fitting.assembly import Assembler
 from surgery.fitting.units import Arrangement, Unit
-from surgery.storage.codecs import NATIVE, decode
+from surgery.methods.siblings import differences
+from surgery.storage.codecs import NATIVE, decode, encode_native
 from surgery.storage.lazy import LazyState, Made
 
 GIB = 2**30
@@ -107,4 +108,6 @@ def test_what_relatives_share_is_put_aside_also_as_it_is(tmp_path, rooms):
         kept = assembler._encode(unit, "shared", NATIVE)
         assert len(rooms) == 1
         assert torch.equal(decode(kept), torch.ones(64, 64))
+        assert torch.equal(decode(differences._kept(encode_native(torch.ones(64, 64)))), torch.ones(64, 64))
+        assert len(rooms) == 2  # private rows
     assert not list(tmp_path.iterdir())

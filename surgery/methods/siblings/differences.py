@@ -145,8 +145,8 @@ class Differences:
         common = decode(shared) if self.common is None else self.common
         found, left, owner = {"shared": shared}, self._left(common, decoded), []
         for k, (precision, own) in enumerate(kept.items()):
-            found[f"contexts.{k}"] = packed(contexts[k])
-            found[f"rows.{k}"] = packed(encode(torch.cat([left[precision, i] for i in own]), precision))
+            rows = encode(torch.cat([left[precision, i] for i in own]), precision)
+            found[f"contexts.{k}"], found[f"rows.{k}"] = _kept(contexts[k]), _kept(rows)
             owner += [i for i, directions in own.items() for _ in directions]
         if owner:
             found["owner"] = encode_native(torch.tensor(owner).to(index_dtype(len(self.relatives))))
@@ -167,6 +167,12 @@ class Differences:
             rows = torch.linalg.lstsq(seen @ stored.double().T, rest).solution.to(shared.dtype)
             found.update(zip(mine, rows.split([len(part) for part in mine.values()]), strict=True))
         return found
+
+
+def _kept(encoded: Encoded) -> Encoded:
+    """Packed, in files where it is large: without rounding all private rows take as much as the members."""
+    encoded = packed(encoded)
+    return replace(encoded, parts={name: put_aside(part) for name, part in encoded.parts.items()})
 
 
 def _product_with_difference(seen: Tensor, relative: Relative, shared: Tensor) -> Tensor:
