@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from surgery.storage.codecs.codec import Codec, Encoded, Layout, Precision, Stat
 from surgery.storage.codecs.feedback import Inputs, feed_back
 from surgery.storage.codecs.planes import PLANES, apart, joined, pack, planes_of, together, unpack
 from surgery.util.memory import compact, empty_large
-from surgery.util.threads import side_by_side
 
 CHUNK = 1 << 20  # values handled at once while encoding: bounds its memory
 FED_BACK = 1 << 21  # likewise with error feedback, where each column takes calls of its own
@@ -69,16 +68,20 @@ class Integers(Codec[Grouping]):
         self, tensor: Tensor, settings: Grouping, statistics: Statistics | None = None
     ) -> Mapping[str, Tensor]:
         """Bit planes `q8`, `q4`, `q2`, `q1` of the codes, as many as the bits need, and `scale`."""
+        codes, scales = [], []
         width = _width(tuple(tensor.shape), settings.group)
         if fits(tensor, statistics):
             assert statistics is not None and statistics.second_moment is not None
             rows, inputs = _columns(tensor, width), Inputs.of(_padded(statistics.second_moment, width))
-            work = partial(_fed_back, inputs=inputs, width=width, bits=settings.bits)
-            pieces = rows.split(max(1, _at_once(FED_BACK, rows) // rows.shape[1]))
+            for part in rows.split(max(1, _at_once(FED_BACK, rows) // rows.shape[1])):
+                code, scale = _fed_back(part, inputs, width, settings.bits)
+                codes.append(code)
+                scales.append(scale)
         else:
-            work = partial(_quantise, bits=settings.bits)
-            pieces = _grouped(tensor, settings.group).split(max(1, _at_once(CHUNK, tensor) // width))
-        codes, scales = zip(*side_by_side(work, pieces), strict=True)
+            for rows in _grouped(tensor, settings.group).split(max(1, _at_once(CHUNK, tensor) // width)):
+                code, scale = _quantise(rows.float(), settings.bits)
+                codes.append(code)
+                scales.append(scale)
         planes = pack(torch.cat(codes).reshape(-1), settings.bits)
         return {**planes, "scale": torch.cat(scales).reshape(-1)}
 
@@ -325,7 +328,7 @@ def _padded(moment: Tensor, width: int) -> Tensor:
 
 def _quantise(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes (`[G, width]`, uint8 or int16) and bfloat16 scales `[G]` of least squared error among the candidates."""
-    grid = _grid(groups := groups.float(), bits)
+    grid = _grid(groups, bits)
     codes = grid.codes(groups) + (1 << (bits - 1))
     return codes.to(torch.uint8 if bits <= 8 else torch.int16), grid.scale.squeeze(1)
 
