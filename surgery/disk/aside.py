@@ -161,9 +161,7 @@ def _room(folder: Path, nbytes: int, content: memoryview | None = None) -> torch
         finally:
             os.close(handle)
     except OSError as error:
-        if (
-            error.errno == errno.EFAULT
-        ):  # what a mapping that has lost its file is read with, where the system reads
+        if error.errno == errno.EFAULT:  # a mapping that has lost its file, where the system reads it
             raise LoadError(
                 "A file was cut off while its weights were read from it: put it back whole, and run this again once "
                 "nothing writes to it."

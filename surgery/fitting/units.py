@@ -29,9 +29,8 @@ from surgery.storage.codecs.feedback import expected_gain
 
 SAMPLE = 1 << 18  # values on which the error of a precision is measured
 ROW_SAMPLE = 1 << 16  # of a tensor that is one row, in pieces, or of one of LARGE
-ROUGH = (
-    1 << 12
-)  # the same where most tensors are stored with what is there, and these figures are compared with it
+# The same where most tensors are stored with what is there, and these figures are compared with it.
+ROUGH = 1 << 12
 TWO_BITS = (10.0, 26.0)  # times an error that two bits fewer make: about 16
 LARGE = 1 << 22  # elements, whose precisions would take too long otherwise
 PIECE = 64  # values of such a row that are sampled together, or as many as are stored together
