@@ -62,9 +62,8 @@ def hashes_beside(files: Mapping[str, bytes]) -> dict[str, str]:
     }
 
 
-_BESIDE = re.compile(
-    r"(?:(?!\.+/)[^/\x00]+/)+[^/\x00]+\.safetensors"
-)  # below the checkpoint's folder, not in it
+# Below the checkpoint's folder, not in it.
+_BESIDE = re.compile(r"(?:(?!\.+/)[^/\x00]+/)+[^/\x00]+\.safetensors")
 
 
 def wrong_beside(entry: Any, folder: Path) -> list[str]:

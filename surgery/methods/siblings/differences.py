@@ -61,9 +61,8 @@ BITS = tuple(grouped(bits, GROUP) for bits in (8, 6, 5, 4, 3))  # of private row
 FINER = ((grouped(12, GROUP), 1 / 110), (grouped(10, GROUP), 1 / 14))
 """Those of private rows beside a shared matrix of more than 8 bits, and what they lose of what 8 bits do: somewhat more
 than the square of their steps, as scales have 8 bits themselves."""
-TRIED = grouped(
-    4, GROUP
-)  # for which errors are measured where those of other widths follow from the steps' sizes
+TRIED = grouped(4, GROUP)
+"""For which errors are measured where those of other widths follow from the steps' sizes."""
 TOGETHER = 8192  # rows of a difference that are in memory in double precision
 SEEN = 1024  # entries of a wide vector that are rounded to see what rounding costs
 MOST_OF_TABLE = 64  # directions of a table: each has a context for every row
