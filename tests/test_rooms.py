@@ -1,9 +1,13 @@
-"""The house: every module lies in a room, no import runs upwards, and no modules import one another in a circle."""
+"""The house: every module lies in a room, no import runs upwards, and no modules import one another in a circle.
+
+Imports within functions count as any others. Those for types alone do not: an interface may name what lies above it.
+"""
 
 from __future__ import annotations
 
 import ast
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import surgery
@@ -18,7 +22,7 @@ ROOMS = (
     "geometry", "members.extra_state", "members.replacement", "members.member", "tracing", "inputs", "settings",
     "members",
     "storage.codecs", "storage.keys", "anatomy", "core.bank", "core.dictionary", "core.kernel", "core.foreign_parts",
-    "core.method", "core.registry", "methods.rows", "core.generation", "slots", "core", "storage",
+    "core.moves", "core.method", "core.registry", "methods.rows", "core.generation", "slots", "core", "storage",
     "fitting", "training.tasks.score", "training.report.report", "training.report.log_lines", "training.report.runlog",
     "artifact", "integrations",
     "training.tasks", "training.report", "training.loop", "training.distributed", "training",
@@ -43,10 +47,18 @@ def room(module: str) -> int | None:
     return ROOMS.index(max(fitting, key=len)) if fitting else None
 
 
+def runs(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and all below it, without those that only a type checker reads."""
+    yield node
+    for below in ast.iter_child_nodes(node):
+        if not (isinstance(below, ast.If) and ast.unparse(below.test) == "TYPE_CHECKING"):
+            yield from runs(below)
+
+
 def imports(path: Path, known: dict[str, Path]) -> set[str]:
-    """Modules that a file imports when it is imported itself: not for types, and not within functions."""
+    """Modules that a file imports, when it is imported itself or within functions, but not for types alone."""
     found = set()
-    for node in ast.parse(path.read_text()).body:
+    for node in runs(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("surgery."):
             base = (node.module or "").removeprefix("surgery.")
             found |= {inner if (inner := f"{base}.{a.name}") in known else base for a in node.names}

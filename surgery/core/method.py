@@ -22,6 +22,7 @@ from torch import Tensor
 from surgery.anatomy.plan import follow_up
 from surgery.core.bank import Bank
 from surgery.core.foreign_parts import wrong_parts
+from surgery.core.moves import Moves
 from surgery.errors import PlanError
 from surgery.settings.methods import REGISTERED
 from surgery.settings.problems import Strict
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from surgery.settings.target import Target
     from surgery.settings.training import Training
     from surgery.storage.stored import Stored
-    from surgery.training.loop.moves import Moves
     from surgery.training.loop.trainer import Trainer
 
 Picture = Callable[[dict[str, Any], Sequence[dict[str, Any]], dict[str, Any] | None], bytes | None]
@@ -162,8 +162,6 @@ class Method(ABC):
 
     def moves(self, trainer: Trainer) -> Moves:
         """What the method does while it is trained; by default nothing but to be stepped by the optimizer."""
-        from surgery.training.loop.moves import Moves  # where training is: above this
-
         return Moves(self.name, trainer)
 
     def pictures(self) -> dict[str, Picture]:
@@ -366,8 +364,8 @@ class TensorMethod(Method):
         """
         return dict(plan.banks[0].settings)
 
-    def exactly(self, scene: Scene, plan: Plan) -> Settled:
-        """The banks that settings ask for, in the members' precision; by default as `make` makes them.
+    def exactly(self, scene: Scene, plan: Plan) -> Settled | None:
+        """The banks that settings ask for, in the members' precision; None, the default, for those that `make` gives.
 
         Args:
             scene: what is being fitted.
@@ -376,20 +374,17 @@ class TensorMethod(Method):
         Raises:
             PlanError: where there are no such banks.
         """
-        from surgery.fitting.arranging import make_banks  # where fits are: above this
+        return None
 
-        return make_banks(self, scene, plan)
-
-    def arrange(self, scene: Scene, plan: Plan) -> list[Group]:
-        """What a fit can choose from for the sites of the method's banks; by default apart, or as `make` makes them.
+    def arrange(self, scene: Scene, plan: Plan) -> list[Group] | None:
+        """What a fit can choose from for the sites of the method's banks; None, the default, for the sites apart or the
+        banks that `make` gives.
 
         Args:
             scene: what is being fitted.
             plan: of this method's banks alone.
         """
-        from surgery.fitting.arranging import arrange_made
-
-        return arrange_made(self, scene, plan)
+        return None
 
     def report(
         self, plan: Plan, stored: Stored, originals: Mapping[str, Mapping[str, Tensor]]

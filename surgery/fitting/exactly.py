@@ -8,6 +8,7 @@ from dataclasses import replace
 from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
 from surgery.core.sizes import bytes_alone
+from surgery.fitting.arranging import make_banks
 from surgery.fitting.assembly import with_plain
 from surgery.fitting.scene import Scene
 from surgery.fitting.search import Outcome, measure_errors
@@ -29,7 +30,8 @@ def make_exactly(scene: Scene, ties: Mapping[str, Mapping[str, tuple[str, ...]]]
     plain, tensors = dict(scene.originals), dict[StorageKey, Encoded]()
     plan = replace(scene.plan, banks=(), placements=())
     for name in scene.asked:
-        settled = find_method(name, TensorMethod).exactly(scene, scene.plan.of_method(name))
+        method, asked = find_method(name, TensorMethod), scene.plan.of_method(name)
+        settled = method.exactly(scene, asked) or make_banks(method, scene, asked)
         plain |= settled.plain
         for bank in settled.plan.banks:
             parts = bank_tensors(bank, settled.banks[bank.key])

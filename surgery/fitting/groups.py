@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from surgery.fitting.arranging import arrange_made
 from surgery.fitting.related import ways
 from surgery.fitting.scene import Scene, equal_tensors
 from surgery.fitting.trial import Trial
@@ -47,7 +48,10 @@ def make_groups(scene: Scene) -> list[Group]:
             }
             groups += [Group((Arrangement((_bundle(trial, mine),)),))] if mine else []
             task.advance(len(mine))
-    return [*groups, *(group for method, plan in scene.claims for group in method.arrange(scene, plan))]
+    for method, plan in scene.claims:
+        arranged = method.arrange(scene, plan)
+        groups += arrange_made(method, scene, plan) if arranged is None else arranged
+    return groups
 
 
 def _bundle(trial: Trial, tensors: Mapping[PlainKey, Tensor]) -> Unit:

@@ -18,6 +18,7 @@ from surgery.core.bank import Bank, Parts, Trained
 from surgery.core.joining import join
 from surgery.core.method import TensorMethod
 from surgery.core.module_method import ModuleSurgery
+from surgery.core.moves import Moves
 from surgery.errors import PlanError, TrainingError
 from surgery.members.replacement import Replacement
 from surgery.settings.methods import REGISTERED
@@ -25,7 +26,6 @@ from surgery.settings.problems import Strict
 from surgery.storage.keys import StateKey
 from surgery.training.distributed.fsdp import check_banks
 from surgery.training.loop.interruptions import Interrupted
-from surgery.training.loop.moves import Moves
 from surgery.training.loop.run import STATE
 from surgery.training.loop.state import read_state, write_state
 from surgery.training.loop.trainer import Trainer

@@ -8,10 +8,10 @@ from accelerate import Accelerator
 from training_nets import CONFIG, build, tasks
 
 import surgery
+from surgery.core.moves import Moves
 from surgery.errors import PlanError
 from surgery.settings.training import Training
 from surgery.training.loop.captured import _form, captured_of, refusals
-from surgery.training.loop.moves import Moves
 from surgery.training.loop.trainer import Trainer
 from surgery.training.tasks.tasks import Batch
 from surgery.training.train import start, train

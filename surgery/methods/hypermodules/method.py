@@ -24,11 +24,11 @@ from surgery.settings.names import LEVERS, SHIPPED_METHODS, Scale
 if TYPE_CHECKING:
     from surgery.anatomy.sites import Anatomy
     from surgery.core.joint import JointModel
+    from surgery.core.moves import Moves
     from surgery.core.settle import Settled
     from surgery.fitting.scene import Scene
     from surgery.settings.target import Target
     from surgery.settings.training import Training
-    from surgery.training.loop.moves import Moves
     from surgery.training.loop.trainer import Trainer
 
 

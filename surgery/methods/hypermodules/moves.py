@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.core.bank import Parts, Trained
+from surgery.core.moves import Facts, Moves
 from surgery.disk.untrusted import shown
 from surgery.errors import PlanError
 from surgery.methods.hypermodules.analysis import kinds_of_modules, layer_overlap, subsets
@@ -26,7 +27,6 @@ from surgery.methods.hypermodules.sensitivity import normalise
 from surgery.methods.hypermodules.splitting import split
 from surgery.methods.hypermodules.starts import siblings
 from surgery.storage.keys import StateKey, of_owner
-from surgery.training.loop.moves import Facts, Moves
 from surgery.training.loop.optimizers import Resized, carry, drop, enter, plain
 
 if TYPE_CHECKING:

@@ -26,6 +26,7 @@ from surgery.core.bank import Bank, Parts, Trained
 from surgery.core.dictionary import index_dtype
 from surgery.core.kernel import DENSE_CODE, TransposedIndex, generate, transpose
 from surgery.methods.rows.columns import Columns
+from surgery.methods.rows.settling import count_parameters, settle_rows
 
 
 class RowsBank(Bank):
@@ -64,6 +65,10 @@ class RowsBank(Bank):
         self.register_buffer("psi", psi.long())
         self.register_buffer("origin", None, persistent=False)
         self._code: tuple[Tensor, int, TransposedIndex] | None = None
+
+    def plain(self, rows: Tensor, psi: Tensor, contexts: Tensor, hypermodules: int) -> RowsBank:
+        """A bank of this block shape with other rows and codes, and nothing else that this one may have."""
+        return RowsBank(self.block, rows, psi, contexts, hypermodules)
 
     def keep_origin(self, blocks: Tensor) -> None:
         """Remember what blocks were. They are asked for once, at the end, so they take no memory of a device."""
@@ -278,14 +283,10 @@ class RowsBank(Bank):
 
     def settle(self, plan: BankPlan, placements: Sequence[Placement]) -> tuple[RowsBank, list[Placement]]:
         """What sharing makes smaller; see `surgery.methods.rows.settling`."""
-        from surgery.methods.rows.settling import settle_rows
-
         return settle_rows(self, placements, torch_dtype(plan.dtype).itemsize)
 
     def location_parameters(self, placements: Sequence[Placement], first: bool = True) -> Tensor:
         """Parameters of rows and contexts; a hypermodule that at most c locations use counts as their blocks."""
-        from surgery.methods.rows.settling import count_parameters
-
         return count_parameters(self, placements)
 
     # -- memory --------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from surgery.anatomy.plan import BankPlan, Placement
 from surgery.core.bank import Bank, Parts
 from surgery.methods.rows.bank import RowsBank, bits
-from surgery.methods.rows.exact import duplicates_among
+from surgery.methods.rows.duplicates import duplicates_among
 from surgery.methods.rows.sources import SiteBlocks
 from surgery.util.stamps import Stamp
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from surgery.anatomy.plan import Placement
+from surgery.anatomy.plan import Placement, follow_up
 from surgery.core.dictionary import index_dtype
-from surgery.methods.rows.bank import RowsBank
-from surgery.methods.rows.exact import duplicates, exact_bank
+from surgery.methods.rows.duplicates import distinct, duplicates
+
+if TYPE_CHECKING:
+    from surgery.methods.rows.bank import RowsBank
 
 
 @torch.no_grad()
@@ -62,7 +64,7 @@ def retire_rare(bank: RowsBank) -> RowsBank:
     """
     psi, c, count = bank.psi, bank.context, bank.hypermodules
     if not bank.packable:  # locations have more of their own: as a rule no two blocks are equal
-        return exact_bank(bank.settled_blocks(), bank.block)
+        return bank.plain(*distinct(bank.settled_blocks()), hypermodules=0)
     if not count:
         return bank
     settled = bank.settled_blocks()
@@ -76,19 +78,14 @@ def retire_rare(bank: RowsBank) -> RowsBank:
     blocks = settled[~shared]
     representative, factor = duplicates(blocks)
     single_rows, single = torch.unique(representative, return_inverse=True)
-    rows = torch.cat(
-        [
-            bank.basis[kept].flatten(0, 1),
-            blocks[single_rows],
-        ]
-    )
+    rows = torch.cat([bank.basis[kept].flatten(0, 1), blocks[single_rows]])
     contexts = bank.coefficients.detach().clone()
     contexts[~shared] = 0
     contexts[~shared, 0] = factor
     new_psi = torch.empty_like(psi)
     new_psi[shared] = number[psi[shared]]
     new_psi[~shared] = single + int(kept.sum())
-    return RowsBank(bank.block, rows, new_psi, contexts, int(kept.sum()))
+    return bank.plain(rows, new_psi, contexts, int(kept.sum()))
 
 
 def _worth_generating(bank: RowsBank, placements: list[Placement], itemsize: int) -> list[Placement]:
@@ -126,11 +123,7 @@ def _select(bank: RowsBank, placements: list[Placement]) -> tuple[RowsBank, list
     contexts = bank.coefficients.detach()[chosen]
     if not len(hyper):  # single rows need one column only
         contexts = contexts[:, :1]
-    moved, start = [], 0
-    for p in placements:
-        moved.append(replace(p, start=start))
-        start += p.grid.locations
-    return RowsBank(bank.block, rows, compact, contexts.clone(), len(hyper)), moved
+    return bank.plain(rows, compact, contexts.clone(), len(hyper)), follow_up(placements)
 
 
 def _numel(p: Placement) -> int:

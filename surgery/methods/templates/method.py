@@ -25,13 +25,13 @@ from surgery.util.showing import plural
 if TYPE_CHECKING:
     from surgery.anatomy.sites import Anatomy
     from surgery.core.joint import JointModel
+    from surgery.core.moves import Moves
     from surgery.core.settle import Settled
     from surgery.fitting.scene import Scene
     from surgery.fitting.units import Group
     from surgery.settings.target import Target
     from surgery.settings.training import Training
     from surgery.storage.stored import Stored
-    from surgery.training.loop.moves import Moves
     from surgery.training.loop.trainer import Trainer
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor, nn
 
 from surgery.core.bank import Parts, Trained
+from surgery.core.moves import Facts, Moves
 from surgery.disk.untrusted import shown
 from surgery.methods.templates.training import (
     describe_stacks,
@@ -18,7 +19,6 @@ from surgery.methods.templates.training import (
     stacks_of,
 )
 from surgery.storage.keys import StateKey
-from surgery.training.loop.moves import Facts, Moves
 from surgery.training.loop.optimizers import drop, plain
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from surgery.core.joint import JointModel
 from surgery.settings.training import Optimizer
 
 if TYPE_CHECKING:
-    from surgery.training.loop.moves import Moves
+    from surgery.core.moves import Moves
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": lambda groups, settings: torch.optim.Adam(groups, lr=settings.lr, fused=True),

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from surgery.methods.hypermodules.opening import open_bank
 from surgery.methods.rows.bank import RowsBank, codes
-from surgery.methods.rows.exact import duplicates, exact_bank
+from surgery.methods.rows.duplicates import duplicates
+from surgery.methods.rows.exact import exact_bank
 from surgery.methods.rows.settling import retire_rare
 
 
