@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FEW = 6  # members whose names and figures fit into the right half; more are numbered
-MOST = 10  # members drawn one by one; the others are drawn as one
+MOST = 10  # members drawn one by one; of the others their mean
 _COLOURS = 48  # of the palette: flat areas and text edges need no more
 _FILLS = {
     ROWS: "#d55e00", COPIES: "#e69f00", "native": "#9aa7b3", "bfloat16": "#009e73",
@@ -37,44 +37,50 @@ def draw_sharing(shares: Shares) -> bytes:
     Args:
         shares: as `count_shares` returns them.
     """
-    shares = _fold(shares)
+    from matplotlib.patches import Patch
+
+    shares = fold(shares)
     count = len(shares.members)
     pairs = count > 1 and any(map(any, shares.blocks))  # where nothing is shared there is nothing to show
     height = 1.65 + 0.36 * max(count, 3 if count > 1 else 1)
     figure = new_figure(9.2, height)
     widths = [1.5, 1] if pairs else [1]
     axes: Any = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
-    _draw_bytes(axes[0], shares)
+    sizes = {name: _by_width(each) for name, each in shares.kinds.items()}
+    kinds = sorted({kind for each in sizes.values() for kind in each}, key=_rank)
+    _draw_bytes(axes[0], shares, sizes, kinds)
     if pairs:
         _draw_blocks(axes[1], shares)
     # With a `rect` all texts would be measured twice.
     figure.tight_layout(pad=0.8, w_pad=2)
     figure.subplots_adjust(bottom=figure.subplotpars.bottom + 0.3 / height)
-    handles, labels = axes[0].get_legend_handles_labels()
+    handles = [Patch(color=colour, label=_WORDS.get(kind, kind)) for kind, colour in _colours(kinds).items()]
     figure.legend(
-        handles, labels, loc="lower left", bbox_to_anchor=(0.008, 0), ncols=len(labels) or 1, fontsize=8.5,
+        handles=handles, loc="lower left", bbox_to_anchor=(0.008, 0), ncols=len(kinds) or 1, fontsize=8.5,
         frameon=False, handlelength=1, handleheight=1, columnspacing=1.4, labelcolor=INK,
     )  # fmt: skip
     return png(figure, _COLOURS)
 
 
-def _draw_bytes(ax: Axes, shares: Shares) -> None:
+def _draw_bytes(
+    ax: Axes, shares: Shares, sizes: Mapping[str, Mapping[str, int]], kinds: Sequence[str]
+) -> None:
+    from matplotlib.collections import PolyCollection
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    before = shares.before
+    before, names = shares.before, shares.members
     largest = max([*before.values(), 1])
-    sizes = {name: _by_width(kinds) for name, kinds in shares.kinds.items()}
-    kinds = sorted({kind for each in sizes.values() for kind in each}, key=_rank)
-    names = shares.members
-    ax.barh(range(len(names)), [before[name] for name in names], 0.7, color=EMPTY, zorder=2)
+    bars, fills = [_bar(place, 0, before[name]) for place, name in enumerate(names)], [EMPTY] * len(names)
     start = [0.0] * len(names)
-    others = [kind for kind in kinds if kind not in _FILLS]
-    fills = _FILLS | {kind: _OTHERS[i % len(_OTHERS)] for i, kind in enumerate(others)}
+    colours = _colours(kinds)
     for kind in kinds:
-        width = [sizes[name].get(kind, 0) for name in names]
-        fill = fills[kind]
-        ax.barh(range(len(names)), width, 0.7, left=start, color=fill, zorder=3, label=_WORDS.get(kind, kind))
-        start = [at + each for at, each in zip(start, width, strict=True)]
+        for place, name in enumerate(names):
+            if width := sizes[name].get(kind, 0):
+                bars.append(_bar(place, start[place], width))
+                fills.append(colours[kind])
+                start[place] += width
+    # One collection: a patch for each bar would take a tenth of what adding a member takes.
+    ax.add_collection(PolyCollection(bars, facecolors=fills, zorder=3))
     for place, name in enumerate(names):
         share = f", {percent(start[place] / before[name])}" if before[name] else ""
         at = max(start[place], before[name]) + 0.015 * largest
@@ -96,6 +102,19 @@ def _draw_bytes(ax: Axes, shares: Shares) -> None:
     ax.set_title("Bytes of each member now (grey: before)", fontsize=10, color=INK, loc="left", pad=7, y=1.0)
 
 
+def _bar(place: int, start: float, width: float) -> list[tuple[float, float]]:
+    """The corners of a horizontal bar."""
+    low, high = place - 0.35, place + 0.35
+    return [(start, low), (start + width, low), (start + width, high), (start, high)]
+
+
+def _colours(kinds: Sequence[str]) -> dict[str, str]:
+    """A colour for each kind; those without one of their own take others in turn."""
+    others = [kind for kind in kinds if kind not in _FILLS]
+    own = {kind: _FILLS[kind] for kind in kinds if kind in _FILLS}
+    return own | {kind: _OTHERS[i % len(_OTHERS)] for i, kind in enumerate(others)}
+
+
 def _draw_blocks(ax: Axes, shares: Shares) -> None:
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
@@ -104,7 +123,9 @@ def _draw_blocks(ax: Axes, shares: Shares) -> None:
     count = len(blocks)
     depth = np.sqrt(blocks / max(float(blocks.max()), 1.0))
     warm = LinearSegmentedColormap.from_list("warm", [EMPTY, "#f6c9a0", "#e2795b", _FILLS[ROWS]], 16)
-    ax.imshow(depth, cmap=warm, vmin=0, vmax=1, aspect="auto")
+    edges = np.arange(count + 1) - 0.5
+    ax.pcolormesh(edges, edges, depth, cmap=warm, vmin=0, vmax=1, edgecolors="white", linewidth=2)
+    ax.invert_yaxis()
     numbered = count > FEW
     names = [str(i + 1) if numbered else _short(name, 12) for i, name in enumerate(shares.members)]
     slanted = count > 3 and not numbered
@@ -116,9 +137,6 @@ def _draw_blocks(ax: Axes, shares: Shares) -> None:
         ax.text(
             column, row, _figure(float(blocks[row, column])), ha="center", va="center", fontsize=9, color=ink
         )
-    for edge in range(count - 1):
-        ax.axhline(edge + 0.5, color="white", linewidth=2)
-        ax.axvline(edge + 0.5, color="white", linewidth=2)
     _bare(ax)
     ax.set_ylabel("blocks of", fontsize=8.5, color=MUTED)
     ax.set_xlabel("on rows that these use too", fontsize=8.5, color=MUTED)
@@ -148,19 +166,26 @@ def _figure(count: float) -> str:
     return f"{count:.0f}" if count < 1e4 else f"{count / 1e3:.0f}k" if count < 1e6 else f"{count / 1e6:.1f}M"
 
 
-def _fold(shares: Shares) -> Shares:
-    """At most `MOST` members: the largest ones, and all others as one."""
+def fold(shares: Shares) -> Shares:
+    """At most `MOST` members: the largest ones, and the mean of all others."""
     if len(shares.members) <= MOST:
         return shares
     before = shares.before
     ranked = sorted(range(len(shares.members)), key=lambda i: (-before[shares.members[i]], i))
     groups = [[i] for i in sorted(ranked[: MOST - 1])] + [sorted(ranked[MOST - 1 :])]
-    names = tuple(shares.members[g[0]] if len(g) == 1 else f"{len(g)} others" for g in groups)
+    names = tuple(shares.members[g[0]] if len(g) == 1 else f"mean of {len(g)} others" for g in groups)
     parts = {name: [shares.members[i] for i in g] for name, g in zip(names, groups, strict=True)}
-    kinds = {name: _sum([shares.kinds[each] for each in members]) for name, members in parts.items()}
-    blocks = tuple(tuple(sum(shares.blocks[i][j] for i in a for j in b) for b in groups) for a in groups)
-    sizes = {name: sum(before[each] for each in members) for name, members in parts.items()}
+    kinds = {name: _mean([shares.kinds[each] for each in members]) for name, members in parts.items()}
+    blocks = tuple(
+        tuple(round(sum(shares.blocks[i][j] for i in a for j in b) / (len(a) * len(b))) for b in groups)
+        for a in groups
+    )
+    sizes = {name: round(sum(before[m] for m in members) / len(members)) for name, members in parts.items()}
     return replace(shares, members=names, kinds=kinds, before=sizes, blocks=blocks)
+
+
+def _mean(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return {kind: round(amount / len(parts)) for kind, amount in _sum(parts).items()}
 
 
 def _sum(parts: Sequence[Mapping[str, int]]) -> dict[str, int]:
