@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from surgery.anatomy.plan import Plan
 from surgery.core.dictionary import Dictionary
@@ -54,6 +54,7 @@ from surgery.storage.stored import Stored, adopt, compressed, expand, extra, sto
 from surgery.storage.trim import trim
 from surgery.util import memory as held_memory
 from surgery.util.devices import pick_device
+from surgery.util.modules import device_of, kept_modes
 from surgery.util.wording import size
 
 
@@ -143,9 +144,9 @@ def fit(
     exactly = not made and (asked.max_error == 0 or (fixed and free))
     with _held(joint, Resources.of({"memory": memory}).memory, folder, lossless=exactly):
         if exactly:
-            _adopt(joint, *_lossless(joint, probes or {}, asked, replaced))
+            _adopt(joint, _lossless(joint, probes or {}, asked, replaced))
         else:
-            _adopt(joint, *_fitted(joint, plan, asked, probes, place))
+            _adopt(joint, _fitted(joint, plan, asked, probes, place))
     joint.recipe = recipe
     return joint
 
@@ -183,8 +184,23 @@ def _held(
         yield
 
 
-Fitted = tuple[Stored, FitReport, Known, Mapping[str, str], Collection[str]]
-"""What `_adopt` takes; whatever else a fit holds is let go of before."""
+@dataclass(frozen=True)
+class Fitted:
+    """What a joint model is given by a fit; whatever else the fit held is let go of before.
+
+    Attributes:
+        stored: what it made.
+        report: of it.
+        before: what was known before it.
+        hashes: of each member's weights before it.
+        kept: members whose weights are known to be what they were.
+    """
+
+    stored: Stored
+    report: FitReport
+    before: Known
+    hashes: Mapping[str, str]
+    kept: Collection[str] = ()
 
 
 def _lossless(
@@ -220,7 +236,7 @@ def _lossless(
     )
     plain = [name for name, member in joint.members.items() if not member.replaced]
     kept = [name for name in plain if same_state(states[name], lazy_state_of(stored, name))]
-    return stored, report, before, was.hashes, kept
+    return Fitted(stored, report, before, was.hashes, kept)
 
 
 def _fitted(
@@ -232,22 +248,8 @@ def _fitted(
 ) -> Fitted:
     """Fit on ordinary weights, which the modules then hold alone; what goes wrong leaves the joint model as it was."""
     given = {name: batches for name, batches in (probes or {}).items() if batches}
-    resting = joint.dictionary.resting()
-    home, was = _device(joint), _as_they_were(joint)
-    states = {name: collapsed(joint, name) for name in joint.names}  # nothing is made yet
-    before = (joint.plan, joint.dictionary, joint.encoded, joint.known)
-    modes = [(part, part.training) for part in joint.bodies.modules()]
-    originals: dict[str, Mapping[str, Tensor]] = {}
-    given_up: list[Callable[[], None]] = []
-    joint.vacate()
-    try:
-        for name, state in states.items():
-            originals[name] = _by_owner(joint, name, state).resident(writable=False)
-        states.clear()
-        before[1].rest(resting)
-        given_up = _give_up(before[0], before[1], originals)
-        held_memory.give_back()
-        joint.bodies.eval()  # a forward pass in training mode would change buffers, and drop at random
+    planned, known, was = joint.plan, joint.known, _as_they_were(joint)
+    with _on_originals(joint) as originals:
         trials = {}
         for name, member in joint.members.items():
             inputs = given.get(name) or probe_inputs(member, seed=asked.seed)
@@ -257,42 +259,59 @@ def _fitted(
         free = asked.max_error is None and asked.budget is None
         made = make_exactly if free and scene.asked else search
         outcome = made(scene, ties(joint))
-    except BaseException:
-        for take_back in given_up:
-            take_back()
-        _back_home(joint, originals, home, modes)
-        originals.clear()
-        held_memory.give_back()
-        joint.occupy(*before)
-        raise
-    _back_home(joint, originals, home, modes)
     stored = trim(outcome.stored)
     precision = sum(bytes_alone(stored).values()) - stored.nbytes - outcome.sharing
     errors = dict(zip(joint.names, map(float, outcome.errors), strict=True))
     measured = Probes(asked.seed, tuple(sorted(given)))
-    stacks = describe_stacks(before[0], stored, originals)
+    stacks = describe_stacks(planned, stored, originals)
     report = _report(
-        outcome.target, outcome.met, stored, originals, precision, errors, was, before[3].original, measured,
-        stacks,
+        outcome.target, outcome.met, stored, originals, precision, errors, was, known.original, measured, stacks
     )  # fmt: skip
-    return stored, report, before[3], was.hashes, ()
+    return Fitted(stored, report, known, was.hashes)
 
 
-def _back_home(
-    joint: JointModel,
-    originals: Mapping[str, Mapping[str, Tensor]],
-    home: torch.device,
-    modes: Sequence[tuple[nn.Module, bool]],
-) -> None:
-    """Give modules without slots their original weights, the device and the modes that they had before trials.
+@contextmanager
+def _on_originals(joint: JointModel) -> Iterator[dict[str, Mapping[str, Tensor]]]:
+    """Inside, modules have no slots and hold ordinary weights, in evaluation mode; yields these, by first owner.
+
+    Afterwards they hold these weights again, where and in the modes in which they were, until the joint model is given
+    what was fitted; after an exception it is as it was.
+    """
+    resting, home = joint.dictionary.resting(), device_of(joint)
+    states = {name: collapsed(joint, name) for name in joint.names}  # nothing is made yet
+    before = plan, dictionary, _, _ = joint.plan, joint.dictionary, joint.encoded, joint.known
+    originals: dict[str, Mapping[str, Tensor]] = {}
+    given_up: list[Callable[[], None]] = []
+    joint.vacate()
+    try:
+        for name, state in states.items():
+            originals[name] = _by_owner(joint, name, state).resident(writable=False)
+        states.clear()
+        dictionary.rest(resting)
+        given_up = _give_up(plan, dictionary, originals)
+        held_memory.give_back()
+        with kept_modes(joint.bodies.modules()):
+            joint.bodies.eval()  # a forward pass in training mode would change buffers, and drop at random
+            yield originals
+    except BaseException:
+        for take_back in given_up:
+            take_back()
+        _back_home(joint, originals, home)
+        originals.clear()
+        held_memory.give_back()
+        joint.occupy(*before)
+        raise
+    _back_home(joint, originals, home)
+
+
+def _back_home(joint: JointModel, originals: Mapping[str, Mapping[str, Tensor]], home: torch.device) -> None:
+    """Give modules without slots their original weights, and the device that they had before trials.
 
     Weights on trial are not moved: where members are larger than memory there is no room for them.
     """
     for name, tensors in originals.items():
         assign(joint[name], tensors, joint.owners[name])
     joint.to(home)
-    for part, training in modes:
-        part.training = training
 
 
 def _give_up(
@@ -309,34 +328,19 @@ def _give_up(
     return [take_back for take_back in freed if take_back]
 
 
-def _adopt(
-    joint: JointModel,
-    stored: Stored,
-    report: FitReport,
-    before: Known,
-    hashes: Mapping[str, str],
-    kept: Collection[str],
-) -> None:
-    """Give a joint model what was fitted, with what is now known of it: the report describes these weights alone.
-
-    Args:
-        joint: changed in place.
-        stored: what the fit made.
-        report: of it.
-        before: what was known before the fit.
-        hashes: of each member's weights before the fit.
-        kept: members whose weights are known to be what they were.
-    """
-    stored = replace(stored, extra=extra(joint))
+def _adopt(joint: JointModel, fitted: Fitted) -> None:
+    """Give a joint model what was fitted, with what is now known of it: the report describes these weights alone."""
+    stored, before = replace(fitted.stored, extra=extra(joint)), fitted.before
     described = {
-        name: hashes[name] if name in kept else content_hash(lazy_state_of(stored, name))
+        name: fitted.hashes[name] if name in fitted.kept else content_hash(lazy_state_of(stored, name))
         for name in joint.names
     }
-    same = frozenset(name for name in before.original if described[name] == hashes[name])
-    sources = {name: folder for name, folder in before.sources.items() if described[name] == hashes[name]}
+    unmoved = {name for name in joint.names if described[name] == fitted.hashes[name]}
+    same = frozenset(before.original) & unmoved
+    sources = {name: folder for name, folder in before.sources.items() if name in unmoved}
     joint.forget_originals()  # what the fit compared with
     forms = compressed(stored.plan, expand(stored))
-    adopt(joint, stored, Known(report, None, described, same, forms, sources=sources))
+    adopt(joint, stored, Known(fitted.report, None, described, same, forms, sources=sources))
 
 
 def _report(
@@ -403,7 +407,7 @@ def _errors_of_replacing(
     errors = dict.fromkeys(joint.names, 0.0)
     for name, member in joint.members.items():
         if still_replaced([member]):
-            device = _device(joint)
+            device = device_of(joint)
             inputs = [to_device(each, device) for each in probes.get(name) or probe_inputs(member, seed=seed)]
             original, module = joint.original(name).eval(), joint.copy_member(name).module.eval()
             errors[name] = relative_error(outputs_over(original, inputs), outputs_over(module, inputs))
@@ -427,7 +431,3 @@ def _check_request(joint: JointModel, asked: Asked, probes: Mapping[str, Sequenc
             f"Probe inputs need members, found {', '.join(unknown)}; "
             f"the members are {', '.join(joint.names)}."
         )
-
-
-def _device(joint: JointModel) -> torch.device:
-    return next((p.device for p in joint.parameters()), torch.device("cpu"))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.errors import PlanError
+from surgery.util.modules import kept_modes
 
 
 class Slot(Tensor):
@@ -253,9 +254,7 @@ def forget_derived(module: nn.Module) -> None:
     Some models cache such tensors after a forward pass in eval mode and drop them when set to training; every
     submodule's mode is put back as it was.
     """
-    modes = [(each, each.training) for each in module.modules()]
-    if all(training for _, training in modes):
+    if all(each.training for each in module.modules()):
         return
-    module.train()
-    for each, training in modes:
-        each.training = training
+    with kept_modes(module.modules()):
+        module.train()

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,6 +42,9 @@ from surgery.training.tasks.parts import First
 from surgery.training.tasks.rehearsal import rehearse
 from surgery.training.tasks.task_losses import made_losses
 from surgery.training.tasks.tasks import Loss, Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def train(
@@ -110,50 +113,28 @@ def _train(
     cpu: bool,
 ) -> TrainReport:
     """`train`, with its folder held by this process."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from accelerate.utils import set_seed
 
-    check_launch()
-    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
-    # An earlier run in this process may have had another mixed precision, or stayed on the CPU.
-    AcceleratorState._reset_state(reset_partial_state=not joined)
-    accelerator = Accelerator(
-        cpu=cpu or _launched_without_accelerator(),
-        mixed_precision=None
-        if settings.mixed_precision == "no"
-        else settings.mixed_precision,  # None: as launched
-        log_with=list(settings.trackers) or None,
-        project_dir=None if place is None else str(place),
-    )
-    if accelerator.num_processes > 1 and not joined:
-        atexit.register(_part)
+    accelerator = _launch(settings, place, cpu)
     if place is not None and accelerator.is_main_process:
         check_folder(place, resume)
     if place is not None and resume:
         settings = begun_with(place, settings)
     sharding = read_sharding(accelerator, settings)
     set_seed(seed)
-    place_original = None
     if sharding is None:
         joint.to(accelerator.device)
     else:
         check_members(joint, sharding)
         check_losses(tasks)
         joint.to("cpu")  # a device has no room for all of it
-        place_original = partial(sharding.apply, "original")
+    place_original = None if sharding is None else partial(sharding.apply, "original")
     # Distillation is from the members as they were given.
     with made_losses(joint, tasks, place_original) as losses:
         # Under FSDP an original that is distilled is elsewhere than the members are until they are cut.
         rehearse(joint, tasks, losses if sharding is None else {}, seed)
         joint.plan = plan
-        start(joint, settings, seed)
-        if sharding is not None:
-            check_banks(joint)
-        names = {name: list(joint.private(name)) for name in joint.names}
-        share_private(joint, share_selectors(settings.share, names, "train.share"))
-        freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
-        keep_private(joint, settings.keep)
+        _open(joint, settings, seed, sharded=sharding is not None)
         began = measure(joint)[0] if accelerator.is_main_process else None
         with synced_norms(joint, accelerator, settings.sync_norms), _quiet():
             _prepare_members(joint, settings)
@@ -167,6 +148,37 @@ def _train(
     # What was made is in the banks: a later fit makes what it is asked for.
     joint.plan = replace(joint.plan, banks=tuple(recorded_plan(bank) for bank in joint.plan.banks))
     return report
+
+
+def _launch(settings: Training, place: Path | None, cpu: bool) -> Accelerator:
+    """Join the processes that were launched, or be the only one."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    check_launch()
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    # An earlier run in this process may have had another mixed precision, or stayed on the CPU.
+    AcceleratorState._reset_state(reset_partial_state=not joined)
+    accelerator = Accelerator(
+        cpu=cpu or _launched_without_accelerator(),
+        mixed_precision=None if settings.mixed_precision == "no" else settings.mixed_precision,  # None: as launched
+        log_with=list(settings.trackers) or None,
+        project_dir=None if place is None else str(place),
+    )  # fmt: skip
+    if accelerator.num_processes > 1 and not joined:
+        atexit.register(_part)
+    return accelerator
+
+
+def _open(joint: JointModel, settings: Training, seed: int, *, sharded: bool) -> None:
+    """Open the dictionary for training; what is private is shared, frozen or kept as the settings say."""
+    start(joint, settings, seed)
+    if sharded:
+        check_banks(joint)
+    names = {name: list(joint.private(name)) for name in joint.names}
+    share_private(joint, share_selectors(settings.share, names, "train.share"))
+    freeze(joint, share_selectors(settings.freeze, names, "train.freeze"))
+    keep_private(joint, settings.keep)
 
 
 def fast(config: Training, tasks: Sequence[Task], batches: int = 2) -> tuple[Training, list[Task]]:
@@ -239,9 +251,8 @@ def _prepare_members(joint: JointModel, settings: Training) -> None:
     for name in joint.names:
         module = joint[name]
         if settings.checkpointing or wants_checkpointing():
-            enable = getattr(module, "gradient_checkpointing_enable", None) or getattr(
-                module, "set_grad_checkpointing", None
-            )
+            names = ("gradient_checkpointing_enable", "set_grad_checkpointing")  # transformers' and timm's
+            enable = next((getattr(module, name) for name in names if hasattr(module, name)), None)
             if enable is not None:
                 enable()
         if settings.compile:

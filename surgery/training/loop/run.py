@@ -98,14 +98,7 @@ class Run:
             Interrupted: after the state was saved.
         """
         trainer, config = self.trainer, self.config
-        if trainer.generation == 0 and trainer.step == 0:
-            if self.log.path is not None:
-                note(self.log.path.parent, *FILES)
-            self.log.begin()
-            self.log.write("start", **describe_run(trainer, config, self.seed), sizes=self.began)
-        if config.trackers:
-            trainer.accelerator.init_trackers("surgery", config=flat(config.model_dump()))
-        stopped = "done"
+        self._begin()
         with (
             stop_signals() as asked,
             progress_task("Training", config.total * config.steps) as work,
@@ -113,21 +106,42 @@ class Run:
         ):
             work.advance(trainer.generation * config.steps + trainer.step)
             trainer.joint.bodies.train()
-            while not trainer.done:
-                generation = trainer.generation
-                trainer.advance()
-                work.advance()
-                if trainer.generation > generation:
-                    self._after_generation(generation, work)
-                    if config.stopping.patience is not None and self.keeper.stale >= config.stopping.patience:
-                        stopped = f"no better validation in {self.keeper.stale}"
-                        break
-                if self._agreed(bool(asked)):
-                    trainer.check()
-                    self._save()
-                    trainer.accelerator.wait_for_everyone()
-                    raise Interrupted(*asked[:1])
+            stopped = self._steps(work, asked)
         return self._finish(stopped)
+
+    def _begin(self) -> None:
+        """Begin the log of a run that was not begun before, and the trackers."""
+        trainer, config = self.trainer, self.config
+        if trainer.generation == 0 and trainer.step == 0:
+            if self.log.path is not None:
+                note(self.log.path.parent, *FILES)
+            self.log.begin()
+            self.log.write("start", **describe_run(trainer, config, self.seed), sizes=self.began)
+        if config.trackers:
+            trainer.accelerator.init_trackers("surgery", config=flat(config.model_dump()))
+
+    def _steps(self, work: Any, asked: list[int]) -> str:
+        """Take steps until the run ends; why it did, in words.
+
+        Args:
+            work: the progress that is shown.
+            asked: signals that ask for an end, as they arrive.
+        """
+        trainer, patience = self.trainer, self.config.stopping.patience
+        while not trainer.done:
+            generation = trainer.generation
+            trainer.advance()
+            work.advance()
+            if trainer.generation > generation:
+                self._after_generation(generation, work)
+                if patience is not None and self.keeper.stale >= patience:
+                    return f"no better validation in {self.keeper.stale}"
+            if self._agreed(bool(asked)):
+                trainer.check()
+                self._save()
+                trainer.accelerator.wait_for_everyone()
+                raise Interrupted(*asked[:1])
+        return "done"
 
     @contextmanager
     def _kept(self) -> Iterator[None]:

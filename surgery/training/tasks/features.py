@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from surgery.core.joint import JointModel
 from surgery.errors import PlanError
 from surgery.training.tasks.tasks import as_batch
+from surgery.util.modules import device_of
 from surgery.util.randomness import seeded
 
 
@@ -123,7 +124,7 @@ def features_of(
     """
     module = joint[member]
     tap, training = Tap(module, path), module.training
-    device = next((p.device for p in joint.parameters()), torch.device("cpu"))
+    device = device_of(joint)
     module.eval()
     found: list[Tensor] = []
     try:

@@ -19,6 +19,7 @@ from surgery.training.tasks.losses import adapts_by, loss_of
 from surgery.training.tasks.metrics import Meter
 from surgery.training.tasks.tasks import Loss, Task, as_batch
 from surgery.training.tasks.validation import batches_of, measured
+from surgery.util.modules import device_of, kept_modes
 from surgery.util.randomness import seeded, seeded_others
 
 PARTS = {"data": "data", "validation": "validation data", "test": "test data"}
@@ -43,23 +44,13 @@ def rehearse(
         TrainingError: where a member, a loss or a metric cannot take a batch, or data raise something.
         PlanError: where data yield something else than batches, or no targets though a metric needs them.
     """
-    wrong: list[SurgeryError] = []
     names = dict.fromkeys(task.member for task in tasks)
-    modes = [(module, module.training) for name in names for module in members[name].modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        for task in tasks:
-            for part in PARTS:
-                with seeded(seed), seeded_others(seed), _serving(members, task.name):
-                    try:
-                        _try(members[task.member], task, part, losses.get(task.name))
-                    except SurgeryError as error:
-                        wrong.append(error)
-                        break  # the other parts say the same again
-    finally:
-        for module, training in modes:
-            module.training = training
+    modules = [module for name in names for module in members[name].modules()]
+    with kept_modes(modules):
+        for module in modules:
+            module.training = False
+        tried = (_first_wrong(members, task, losses.get(task.name), seed) for task in tasks)
+        wrong = [error for error in tried if error is not None]
     if len(wrong) == 1:
         raise wrong[0]
     if wrong:
@@ -72,6 +63,19 @@ def rehearse_members(modules: Mapping[str, nn.Module], tasks: Sequence[Task], se
     able = [task for task in tasks if not adapts_by(task.loss)]
     losses = {task.name: loss_of(task.loss, lambda task=task: modules[task.member]) for task in able}
     rehearse(modules, tasks, losses, seed)
+
+
+def _first_wrong(
+    members: JointModel | Mapping[str, nn.Module], task: Task, loss: Loss | None, seed: int
+) -> SurgeryError | None:
+    """What is wrong with the first part of a task's data that cannot be taken; the other parts say the same again."""
+    for part in PARTS:
+        with seeded(seed), seeded_others(seed), _serving(members, task.name):
+            try:
+                _try(members[task.member], task, part, loss)
+            except SurgeryError as error:
+                return error
+    return None
 
 
 def _try(module: nn.Module, task: Task, part: str, loss: Loss | None) -> None:
@@ -89,7 +93,7 @@ def _try(module: nn.Module, task: Task, part: str, loss: Loss | None) -> None:
         batch = as_batch(raw)
     except PlanError as error:
         raise PlanError(f"Task '{task.name}', {PARTS[part]}: {error}") from error
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    device = device_of(module)
     batch, meter = batch.map(lambda tensor: tensor.to(device)), Meter(task.metric)
     found = measured(module, task, batch, loss, meter, PARTS[part])
     if found is not None and not bool(found.isfinite().all()) and (bad := name_nan(batch)):

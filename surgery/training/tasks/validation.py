@@ -15,6 +15,7 @@ from surgery.training.tasks.losses import needs_targets
 from surgery.training.tasks.metrics import Meter
 from surgery.training.tasks.score import Score
 from surgery.training.tasks.tasks import Batch, Loss, Task, as_batch
+from surgery.util.modules import device_of, kept_modes
 from surgery.util.randomness import seeded
 from surgery.util.text import one_line
 
@@ -40,19 +41,15 @@ def evaluate(
         PlanError: where a task's data yield nothing.
         TrainingError: where a member, loss or metric cannot take them.
     """
-    modes = [(module, module.training) for module in joint.bodies.modules()]
-    joint.bodies.eval()
-    try:
-        chosen = [(task, getattr(task, part)) for task in tasks if getattr(task, part) is not None]
+    chosen = [(task, getattr(task, part)) for task in tasks if getattr(task, part) is not None]
+    with kept_modes(joint.bodies.modules()):
+        joint.bodies.eval()
         return {task.name: _evaluate(joint, task, data, losses.get(task.name), seed) for task, data in chosen}
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _evaluate(joint: JointModel, task: Task, data: Iterable[Any], loss: Loss | None, seed: int) -> Score:
     module, meter = joint[task.member], Meter(task.metric)
-    device = next((p.device for p in joint.parameters()), torch.device("cpu"))
+    device = device_of(joint)
     total: Tensor | None = None
     examples = 0
     with seeded(seed), joint.serving(task.name):
