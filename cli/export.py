@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from . import completion, options
 from .options import RUN, Calibrate, Debug, Folder, Json, Overwrite, Quiet, TrustRemoteCode
+
+if TYPE_CHECKING:
+    from surgery.artifact.exporting import ExportPlan
 
 EXAMPLES = """
 surgery export joint --member minilm --format plain --out minilm-plain
@@ -109,13 +112,7 @@ def export(
                 folder, member, format=format, harden=harden, tie_widths=tie_widths, base=base, max_error=max_error,
                 calibrate=files, trust_remote_code=trust_remote_code,
             )  # fmt: skip
-        if json:
-            console.emit({**plan.to_json(), "out": str(out)})
-        elif not quiet:
-            for line in plan.lines():
-                console.say(line)
-            whole = console.size(plan.nbytes + sum(plan.files.values()))
-            console.say(f"{out}: member {member}, {format}, about {whole} would be written.")
+        print_plan(plan, out, json=json, quiet=quiet)
         return
     with console.working(quiet=quiet, json_wanted=json), task(f"Exporting {member}"):
         write(
@@ -137,3 +134,16 @@ def export(
         console.emit({"member": member, "format": format, "out": str(out), "disk_bytes": size})
     elif not quiet:
         console.say(f"{out}: member {member}, {format}, {console.size(size)} on disk.")
+
+
+def print_plan(plan: ExportPlan, out: Path, *, json: bool, quiet: bool) -> None:
+    """What would be written, tensor by tensor as JSON, and otherwise a line for each kind."""
+    from . import console
+
+    if json:
+        console.emit({**plan.to_json(), "out": str(out)})
+    elif not quiet:
+        for line in plan.lines():
+            console.say(line)
+        whole = console.size(plan.nbytes + sum(plan.files.values()))
+        console.say(f"{out}: member {plan.member}, {plan.format}, about {whole} would be written.")

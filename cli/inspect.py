@@ -84,8 +84,8 @@ def inspect(
     """Show every site, private and skipped tensor of a model, in execution order, with shapes and reasons.
 
     A [bold]site[/bold] is a weight tensor that is a linear map: its blocks can be shared. Its canonical
-    view is the stack of matrices, [cyan]stack x out x in[/cyan], that is cut into blocks. An
-    [bold]private[/bold] is left to its member alone.
+    view is the stack of matrices, [cyan]stack x out x in[/cyan], that is cut into blocks. A
+    [bold]private[/bold] tensor is left to its member alone.
     """
     from surgery.anatomy.sites import discover
     from surgery.members.references import load_member

@@ -21,7 +21,9 @@ from .options import (
     Device,
     Json,
     Memory,
+    Out,
     Overwrite,
+    OwnSeed,
     Private,
     Quiet,
     Sites,
@@ -58,124 +60,132 @@ LATE_HELP = {"method": method_help}
 """Help that depends on what is installed, made when it is asked for."""
 
 
+References = Annotated[list[str] | None, options.references()]
+MaxError = Annotated[
+    float | None,
+    options.max_error(
+        "The smallest folder whose members' outputs move by at most F (relative L2). 0 is lossless. "
+        "[dim]default: 0.05[/dim]"
+    ),
+]
+Budget = Annotated[float | None, options.budget(options.BUDGET)]
+Hypermodules = Annotated[
+    int | None,
+    typer.Option(
+        "--hypermodules",
+        metavar="K",
+        rich_help_panel=TARGET,
+        help="Or: a bank of K hypermodules, the start for joint training.",
+    ),
+]
+Templates = Annotated[
+    int | None,
+    typer.Option(
+        "--templates",
+        metavar="K",
+        rich_help_panel=TARGET,
+        help="Or: K templates for each stack of layers, with --method templates, at the members' precision; "
+        "with --max-error or --budget, K templates in as many bits as these ask for.",
+    ),
+]
+MethodName = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        rich_help_panel=DICTIONARY,
+        autocompletion=completion.methods,
+        help="How tensors are shared.",
+    ),
+]
+Mixture = Annotated[
+    Mixing | None,
+    typer.Option(
+        "--mixture",
+        rich_help_panel=DICTIONARY,
+        help="Of templates: any mixtures, the default; positive ones that sum to 1; or one template a layer, "
+        "so that layers are tied.",
+    ),
+]
+MixNorms = Annotated[
+    bool,
+    typer.Option(
+        "--mix-norms",
+        metavar=FLAG,
+        rich_help_panel=DICTIONARY,
+        help="Mix scale and shift of norms too; otherwise every layer keeps its own.",
+    ),
+]
+Stacks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stacks",
+        metavar="SEL",
+        rich_help_panel=DICTIONARY,
+        help="Take templates for these stacks alone, by the paths that surgery inspect lists, such as "
+        "[cyan]encoder.layer.*[/cyan], or re: patterns; repeatable. The rest is shared as hypermodules are.",
+    ),
+]
+Block = Annotated[
+    str | None,
+    typer.Option(
+        "--block",
+        metavar="MxN",
+        rich_help_panel=DICTIONARY,
+        help="Block shape; chosen per group if not given.",
+    ),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        metavar="C",
+        rich_help_panel=DICTIONARY,
+        help="Basis blocks of a hypermodule; chosen if not given.",
+    ),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        rich_help_panel=RUN,
+        autocompletion=completion.recipes,
+        help="A YAML recipe, or the name of an installed one; the options here override it.",
+    ),
+]
+Changes = Annotated[
+    list[str] | None,
+    options.changes(
+        "Change one value of the recipe, such as parameters.budget=0.3; repeatable, applied last."
+    ),
+]
+DryRun = Annotated[bool, options.dry_run("Print the plan, check the target, write nothing.")]
+
+
 def merge(
-    references: Annotated[list[str] | None, options.references()] = None,
-    out: Annotated[
-        str | None, typer.Option("--out", metavar="DIR", rich_help_panel=RUN, help="The folder to write.")
-    ] = None,
-    max_error: Annotated[
-        float | None,
-        options.max_error(
-            "The smallest folder whose members' outputs move by at most F (relative L2). 0 is lossless. "
-            "[dim]default: 0.05[/dim]"
-        ),
-    ] = None,
-    budget: Annotated[float | None, options.budget(options.BUDGET)] = None,
-    hypermodules: Annotated[
-        int | None,
-        typer.Option(
-            "--hypermodules",
-            metavar="K",
-            rich_help_panel=TARGET,
-            help="Or: a bank of K hypermodules, the start for joint training.",
-        ),
-    ] = None,
-    templates: Annotated[
-        int | None,
-        typer.Option(
-            "--templates",
-            metavar="K",
-            rich_help_panel=TARGET,
-            help="Or: K templates for each stack of layers, with --method templates, at the members' precision; "
-            "with --max-error or --budget, K templates in as many bits as these ask for.",
-        ),
-    ] = None,
+    references: References = None,
+    out: Out = None,
+    max_error: MaxError = None,
+    budget: Budget = None,
+    hypermodules: Hypermodules = None,
+    templates: Templates = None,
     calibrate: Calibrate = None,
-    method: Annotated[
-        str | None,
-        typer.Option(
-            "--method",
-            metavar="NAME",
-            rich_help_panel=DICTIONARY,
-            autocompletion=completion.methods,
-            help="How tensors are shared.",
-        ),
-    ] = None,
-    mixture: Annotated[
-        Mixing | None,
-        typer.Option(
-            "--mixture",
-            rich_help_panel=DICTIONARY,
-            help="Of templates: any mixtures, the default; positive ones that sum to 1; or one template a layer, "
-            "so that layers are tied.",
-        ),
-    ] = None,
-    mix_norms: Annotated[
-        bool,
-        typer.Option(
-            "--mix-norms",
-            metavar=FLAG,
-            rich_help_panel=DICTIONARY,
-            help="Mix scale and shift of norms too; otherwise every layer keeps its own.",
-        ),
-    ] = False,
-    stacks: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--stacks",
-            metavar="SEL",
-            rich_help_panel=DICTIONARY,
-            help="Take templates for these stacks alone, by the paths that surgery inspect lists, such as "
-            "[cyan]encoder.layer.*[/cyan], or re: patterns; repeatable. The rest is shared as hypermodules are.",
-        ),
-    ] = None,
-    block: Annotated[
-        str | None,
-        typer.Option(
-            "--block",
-            metavar="MxN",
-            rich_help_panel=DICTIONARY,
-            help="Block shape; chosen per group if not given.",
-        ),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context",
-            metavar="C",
-            rich_help_panel=DICTIONARY,
-            help="Basis blocks of a hypermodule; chosen if not given.",
-        ),
-    ] = None,
+    method: MethodName = None,
+    mixture: Mixture = None,
+    mix_norms: MixNorms = False,
+    stacks: Stacks = None,
+    block: Block = None,
+    context: Context = None,
     private: Private = None,
     sites: Sites = None,
     skip: Skip = None,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            "--config",
-            metavar="FILE",
-            rich_help_panel=RUN,
-            autocompletion=completion.recipes,
-            help="A YAML recipe, or the name of an installed one; the options here override it.",
-        ),
-    ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="K=V",
-            rich_help_panel=RUN,
-            help="Change one value of the recipe, such as parameters.budget=0.3; repeatable, applied last.",
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", metavar="N", rich_help_panel=RUN, help="Seed of all that is drawn at random."),
-    ] = None,
+    config: Config = None,
+    changes: Changes = None,
+    seed: OwnSeed = None,
     device: Device = None,
     memory: Memory = None,
-    dry_run: Annotated[bool, options.dry_run("Print the plan, check the target, write nothing.")] = False,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     allow_nonfinite: AllowNonfinite = False,

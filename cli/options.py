@@ -39,6 +39,11 @@ def dry_run(what: str) -> Any:
     return typer.Option("--dry-run", metavar=FLAG, rich_help_panel=RUN, help=what)
 
 
+def changes(what: str) -> Any:
+    """`--set`, with an example of what it changes."""
+    return typer.Option("--set", metavar="K=V", rich_help_panel=RUN, help=what)
+
+
 BUDGET = "Or: the most exact weights within F times the members' bytes; records and small files come on top."
 Calibrate = Annotated[
     list[str] | None,
@@ -71,6 +76,14 @@ Skip = Annotated[
 ]
 Seed = Annotated[
     int, typer.Option("--seed", metavar="N", rich_help_panel=RUN, help="Seed of all that is drawn at random.")
+]
+OwnSeed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", rich_help_panel=RUN, help="Seed of all that is drawn at random."),
+]
+"""In place of a recipe's."""
+Out = Annotated[
+    str | None, typer.Option("--out", metavar="DIR", rich_help_panel=RUN, help="The folder to write.")
 ]
 Folder = Annotated[
     Path,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from . import completion, options
-from .options import FLAG, RUN, Debug, Json, Overwrite, Quiet, TrustRemoteCode
+from .options import FLAG, RUN, Debug, Json, Out, Overwrite, OwnSeed, Quiet, TrustRemoteCode
 
 if TYPE_CHECKING:
     from surgery.settings.recipe import Recipe
@@ -39,17 +39,10 @@ def train(
             "on with the recipe in it.",
         ),
     ],
-    out: Annotated[
-        str | None, typer.Option("--out", metavar="DIR", rich_help_panel=RUN, help="The folder to write.")
-    ] = None,
+    out: Out = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="K=V",
-            rich_help_panel=RUN,
-            help="Change one value of the recipe, such as train.steps=50; repeatable.",
-        ),
+        options.changes("Change one value of the recipe, such as train.steps=50; repeatable."),
     ] = None,
     add: Annotated[
         list[str] | None,
@@ -92,10 +85,7 @@ def train(
     cpu: Annotated[
         bool, typer.Option("--cpu", metavar=FLAG, rich_help_panel=RUN, help="Stay on the CPU.")
     ] = False,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", metavar="N", rich_help_panel=RUN, help="Seed of all that is drawn at random."),
-    ] = None,
+    seed: OwnSeed = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
