@@ -1,8 +1,9 @@
 """Measuring: which layers of a pretrained stack a task misses least, before anything of its route is learned.
 
-Layers are left out one after the other, each time that one without which the loss on a few batches stays lowest; those
-between which these batches hardly tell are measured on more. That takes forward passes alone. What stays is where
-learning begins. Where the last choice is still close, each may be trained for a few steps, all of which are undone.
+Layers are left out one after the other, each time that one without which the loss on a few batches stays lowest.
+Choices between which these batches hardly tell race: they are measured on more, until the differences of their losses,
+batch by batch, leave one. That takes forward passes alone. What stays is where learning begins. Where the last choice
+is still close, each may be trained for a few steps, all of which are undone.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from surgery.methods.routes.gates import BernoulliGates, Gates
 from surgery.methods.routes.groups import count_of
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
     from surgery.training.loop.trainer import Trainer
 
 
-_CLOSE, _MORE = 1.25, 4
-"""Losses within this factor of the lowest are close; those are measured on so many times as many batches."""
-_TRIED = 3
-"""How many of these are tried at most."""
+_CLOSE = 1.25  # times the lowest loss is close, as far as the first batches tell
+_SURE = 2.0  # standard errors by which a loss exceeds the lowest, batch by batch, where a race is lost
+_LOOKS = (1, 4, 8, 16)  # times as many batches as at first, after each of which a race may be over
+_JUDGED = 4  # times as many batches judge what was tried
+_TELLING = 8  # batches from which on they tell how much losses scatter
+_TRIED = 3  # close choices that are tried, at most
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,7 @@ def begin_with_measured(trainer: Trainer, member: str, depths: Sequence[Gates]) 
     """
     gates = [each for each in depths if isinstance(each, BernoulliGates)]
     mine = [task for task in trainer.tasks if task.member == member]
-    count, steps = gates[0].settings.measure, gates[0].settings.trials
-    ahead = max(_MORE * count, steps) + _MORE * count * bool(steps)
-    batches = {task.name: [batch for batch, _ in trainer.streams[task.name].peek(ahead)] for task in mine}
+    batches = _Ahead(trainer)
     found = {}
     for row, name in enumerate(gates[0].tasks):
         served = [task for task in mine if name in ("", task.name)]
@@ -89,45 +91,107 @@ def begin_with_measured(trainer: Trainer, member: str, depths: Sequence[Gates]) 
     return found
 
 
+class _Ahead:
+    """The next batches of tasks, read as far as they are asked for."""
+
+    def __init__(self, trainer: Trainer):
+        self.streams = trainer.streams
+        self.read: dict[str, list[Batch]] = {}
+
+    def of(self, tasks: Sequence[Task], begin: int, end: int) -> dict[str, list[Batch]]:
+        """By task, batches from `begin` to `end`."""
+        for task in tasks:
+            if len(self.read.get(task.name, ())) < end:
+                self.read[task.name] = [batch for batch, _ in self.streams[task.name].peek(end)]
+        return {task.name: self.read[task.name][begin:end] for task in tasks}
+
+
 def _leave_out(
-    trainer: Trainer,
-    gates: Sequence[BernoulliGates],
-    row: int,
-    tasks: Sequence[Task],
-    batches: Mapping[str, Sequence[Batch]],
+    trainer: Trainer, gates: Sequence[BernoulliGates], row: int, tasks: Sequence[Task], batches: _Ahead
 ) -> Measured:
     wanted = count_of(gates)
     assert wanted is not None
     kept, left, losses, passes = list(range(len(gates))), [], [], 0
-    count = gates[0].settings.measure
+    steps = gates[0].settings.trials
     while len(kept) > wanted:
-        places = list(range(len(kept)))
-        found = torch.zeros(len(kept), dtype=torch.float64)
-        for begin, end in ((0, count), (count, _MORE * count)):
-            some = {task.name: batches[task.name][begin:end] for task in tasks}
-            new = torch.zeros(len(places), dtype=torch.float64)
-            for number, place in enumerate(places):
-                on = [depth for depth in kept if depth != kept[place]]
-                with _taking(gates, row, on):
-                    new[number] = _loss(trainer, tasks, some)
-            average([new])  # each process has measured its part of the batches
-            found[places] = (found[places] * begin + new * (end - begin)) / end
-            passes += len(places) * (len(kept) - 1) * (end - begin) * len(tasks)
-            places = [place for place in places if found[place] <= _CLOSE * found[places].min()]
-            if len(places) < 2:
-                break
-        places = sorted(places, key=lambda place: float(found[place]))[:_TRIED]
-        steps = gates[0].settings.trials
-        if steps and len(places) > 1 and len(kept) == wanted + 1:
-            for place in places:
-                on = [depth for depth in kept if depth != kept[place]]
-                found[place] = _trained(trainer, gates, row, on, tasks, batches, steps)
-            judged = _MORE * count
-            passes += len(places) * (len(kept) - 1) * (3 * steps + judged) * len(tasks)
-        best = min(places, key=lambda place: float(found[place]), default=int(found.argmin()))
-        losses.append(float(found[best]))
+        choices = [[depth for depth in kept if depth != gone] for gone in kept]
+        close, found, looks = _race(trainer, gates, row, choices, tasks, batches)
+        passes += looks * (len(kept) - 1) * len(tasks)
+        if steps and len(close) > 1 and len(kept) == wanted + 1:
+            close = close[:_TRIED]
+            for choice in close:
+                found[choice] = _trained(trainer, gates, row, choices[choice], tasks, batches)
+            judged = _JUDGED * gates[0].settings.measure
+            passes += len(close) * (len(kept) - 1) * (3 * steps + judged) * len(tasks)
+        best = min(close, key=lambda choice: found[choice])
+        losses.append(found[best])
         left.append(kept.pop(best))
     return Measured(tuple(left), tuple(losses), passes)
+
+
+def _race(
+    trainer: Trainer,
+    gates: Sequence[BernoulliGates],
+    row: int,
+    choices: Sequence[Sequence[int]],
+    tasks: Sequence[Task],
+    batches: _Ahead,
+) -> tuple[list[int], list[float], int]:
+    """Measure choices of layers on more and more batches, as long as several are close.
+
+    Returns:
+        those that are still close, of lowest mean loss first; the mean losses of all, as far as they came; how many
+        batches were passed through choices.
+    """
+    count = gates[0].settings.measure
+    close, means, begin, looks = list(range(len(choices))), [0.0] * len(choices), 0, 0
+    found = torch.empty(len(choices), 0, dtype=torch.float64)
+    for times in _LOOKS:
+        end = times * count
+        new = torch.full((len(choices), end - begin), torch.inf, dtype=torch.float64)
+        for number in range(begin, end):
+            some = batches.of(tasks, number, number + 1)
+            for choice in close:
+                with _taking(gates, row, choices[choice]):
+                    new[choice, number - begin] = _loss(trainer, tasks, some)
+        average([new])  # each process has measured its part of the batches
+        found = torch.cat([found, new], 1)
+        for choice in close:
+            means[choice] = float(found[choice].mean())
+        looks += len(close) * (end - begin)
+        close = [close[place] for place in still_close(found[close])]
+        begin = end
+        if len(close) < 2:
+            break
+    return close, means, looks
+
+
+def still_close(losses: Tensor) -> list[int]:
+    """Which choices may be the best one, of lowest mean loss first.
+
+    Close to the lowest mean are those within a quarter of it; once there are eight batches, only those that exceed it,
+    batch by batch, by at most two standard errors of the mean difference.
+
+    Args:
+        losses: `[choices, batches]`, all on the same batches.
+
+    Example:
+        >>> still_close(torch.tensor([[1.0, 3.0], [1.1, 3.2], [5.0, 5.0]]))
+        [0, 1]
+        >>> still_close(torch.tensor([[1.0, 3.0], [1.1, 3.2], [5.0, 5.0]]).repeat(1, 4))
+        [0]
+    """
+    means, count = losses.mean(1), losses.shape[1]
+    order = means.argsort(stable=True).tolist()
+    best = order[0]
+    if not means[best].isfinite():
+        return [best]
+    found = [place for place in order if means[place] <= _CLOSE * means[best]]
+    if count < _TELLING:
+        return found
+    more = losses[found] - losses[best]
+    sure = more.mean(1) > _SURE * more.std(1) / count**0.5
+    return [place for place, lost in zip(found, sure.tolist(), strict=True) if not lost]
 
 
 @contextmanager
@@ -151,11 +215,11 @@ def _trained(
     row: int,
     on: Sequence[int],
     tasks: Sequence[Task],
-    batches: Mapping[str, Sequence[Batch]],
-    steps: int,
+    batches: _Ahead,
 ) -> float:
     """The loss of a route on batches that follow, once it alone was trained on the first ones; all of it is undone."""
-    judged = _MORE * gates[0].settings.measure
+    count, steps = gates[0].settings.measure, gates[0].settings.trials
+    seen = max(_LOOKS[-1] * count, steps)
     with _undone(trainer), _taking(gates, row, on):
         settings, total = trainer.config.optimizer, trainer.config.total * trainer.config.steps
         trainer.optimizer = make_optimizer(trainer.joint, settings, trainer.moves)
@@ -164,8 +228,9 @@ def _trained(
         for step in range(steps):
             if scheduler is not None:  # the rates that these steps of the run would have
                 set_rates(scheduler, trainer.steps + step)
-            trainer.compute({task.name: [(batches[task.name][step], 1.0)] for task in tasks})
-        found = torch.tensor([_loss(trainer, tasks, {t.name: batches[t.name][-judged:] for t in tasks})])
+            now = batches.of(tasks, step, step + 1)
+            trainer.compute({name: [(batch, 1.0) for batch in own] for name, own in now.items()})
+        found = torch.tensor([_loss(trainer, tasks, batches.of(tasks, seen, seen + _JUDGED * count))])
     average([found])
     return float(found)
 

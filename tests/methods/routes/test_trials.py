@@ -1,11 +1,17 @@
 """Trials of close choices: what decides which layer is left out, and leaves nothing else behind."""
 
 import random
+import statistics
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
 import surgery
 from surgery.methods.routes import measuring
@@ -67,6 +73,7 @@ def one_run(trials):
 
 @pytest.mark.slow
 def test_trials_that_confirm_the_choice_leave_the_run_as_it_is_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(measuring, "_SURE", float("inf"))
     trained, compute, tried, rates = measuring._trained, Trainer.compute, [], {True: [], False: []}
     inside = [False]
 
@@ -89,3 +96,57 @@ def test_trials_that_confirm_the_choice_leave_the_run_as_it_is_bit_for_bit(monke
     assert rates[True] == rates[False][3:5] * len(tried) and rates[False][3] != rates[False][4]
     assert set(found) == set(weights)
     assert not [key for key, x in weights.items() if not torch.equal(found[key], x)]
+
+
+def test_a_race_finds_the_choice_of_the_lowest_mean_that_the_first_batches_do_not_tell(monkeypatch):
+    """Losses scatter by ten times the difference of two choices, alike in both, and eight batches prefer the worse."""
+    drawn = torch.Generator().manual_seed(5)
+    noise = torch.randn(64, generator=drawn)
+    own = 0.02 * torch.randn(2, 64, generator=drawn)
+    own[0, :8] -= 0.01
+    own[0, 8:] += 0.02
+    losses = [1 + 0.1 * noise + own[0], 1 + 0.1 * noise + own[1], torch.full((64,), 3.0)]
+    asked, taken = [], []
+
+    class Read:
+        def of(self, tasks, begin, end):
+            asked.append(end)
+            return {"": range(begin, end)}
+
+    @contextmanager
+    def taking(gates, row, on):
+        taken.append(on[0])
+        yield
+
+    monkeypatch.setattr(measuring, "_taking", taking)
+    monkeypatch.setattr(measuring, "_loss", lambda *args: float(losses[taken[-1]][args[2][""].start]))
+    gates = [SimpleNamespace(settings=SimpleNamespace(measure=2))]
+    race: Any = measuring._race
+    close, means, looks = race(None, gates, 0, [[0], [1], [2]], [None], Read())
+    assert losses[0][:8].mean() < losses[1][:8].mean()
+    assert close == [1] and means[1] < means[0] < means[2]
+    assert max(asked) == 32 and looks == 3 * 2 + 2 * 30
+
+
+@given(st.integers(0, 10**6), st.integers(2, 6), st.sampled_from([2, 8, 32]))
+def test_what_is_close_is_told_by_paired_differences(seed, choices, count):
+    losses = (
+        torch.rand(choices, count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
+    )
+    found = measuring.still_close(losses)
+    means = [sum(row) / count for row in losses.tolist()]
+    best = min(range(choices), key=means.__getitem__)
+    slow = []
+    for place in sorted(range(choices), key=means.__getitem__):
+        more = [a - b for a, b in zip(losses[place].tolist(), losses[best].tolist(), strict=True)]
+        scatter = statistics.stdev(more) / count**0.5
+        lost = count >= 8 and statistics.mean(more) > 2 * scatter
+        if means[place] <= 1.25 * means[best] and not lost:
+            slow.append(place)
+    assert found == slow and found[0] == best
+
+
+def test_choices_whose_losses_are_not_finite_lose():
+    bad = torch.full((1, 8), torch.inf)
+    assert measuring.still_close(torch.cat([bad, torch.ones(1, 8), bad])) == [1]
+    assert measuring.still_close(bad.repeat(3, 1)) == [0]
