@@ -32,6 +32,7 @@ from surgery.storage.packed import REFUSED
 from surgery.storage.states import module_of, state_of
 from surgery.storage.stored import Stored, store
 from surgery.storage.trim import on_cpu, restrict
+from surgery.util.devices import cpu_by_default
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,6 +44,7 @@ BARE_KINDS = ("module", "factory")
 """Origins whose plain form is a state dict, for which no class is needed."""
 
 
+@cpu_by_default()
 def export(
     source: str | Path | JointModel,
     member: str,

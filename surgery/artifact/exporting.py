@@ -20,6 +20,7 @@ from surgery.storage.lazy import tensors_in_file
 from surgery.storage.states import lazy_state_of
 from surgery.storage.stored import Stored
 from surgery.storage.trim import trim
+from surgery.util.devices import cpu_by_default
 from surgery.util.showing import as_html, as_text, plural
 from surgery.util.wording import size
 
@@ -103,6 +104,7 @@ class ExportPlan:
         return f"ExportPlan of {self.member}, {self.format}: tensors of {size(self.nbytes)}"
 
 
+@cpu_by_default()
 def plan_export(
     source: str | Path | JointModel,
     member: str,

@@ -58,7 +58,7 @@ from surgery.settings.resources import parse_bytes
 from surgery.slots.slots import locate
 from surgery.storage.ahead import Ahead
 from surgery.storage.stored import Stored, compressed, expand, revive, store
-from surgery.util.devices import pick_device
+from surgery.util.devices import cpu_by_default, pick_device
 
 
 def save(
@@ -167,6 +167,7 @@ def load(
 ) -> ResidentModel: ...
 
 
+@cpu_by_default()
 def load(
     directory: str | Path,
     *,

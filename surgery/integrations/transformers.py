@@ -32,6 +32,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from surgery.errors import LoadError, SurgeryWarning, shorten
+from surgery.util.devices import cpu_by_default
 
 METHOD = "surgery"
 CODES = r"^surgery/"
@@ -90,6 +91,7 @@ class SurgeryQuantizer(HfQuantizer):
         handle = self._handle(model, param_name)
         return handle is not None and handle.shape == self._shapes.get(param_name)
 
+    @cpu_by_default()  # while a model is made, that is the meta device
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Any = None, **kwargs: Any
     ) -> Any:
@@ -150,6 +152,7 @@ class SurgeryQuantizer(HfQuantizer):
         self._handles = {}
         return model
 
+    @cpu_by_default()
     @torch.no_grad()
     def _decode(self, model: Any) -> None:
         """Put into the place of each marker what its codes stand for; tied names share a parameter as before."""

@@ -37,6 +37,7 @@ from surgery.storage.codecs import Decoded, Encoded, as_dtype, decode, encode_na
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
 from surgery.storage.lazy import Handle, LazyState, Made
 from surgery.util import memory
+from surgery.util.devices import cpu_by_default
 
 Value = TypeVar("Value")
 
@@ -171,6 +172,7 @@ def bank_tensors(plan: BankPlan, bank: Bank, like: Collection[str] = ()) -> dict
     return {PartKey(plan.key, part): tensor for part, tensor in bank.pack(plan, like).items()}
 
 
+@cpu_by_default()  # a loaded model makes it when it is asked for, wherever that is
 def build_bank(plan: BankPlan, tensors: Mapping[StorageKey, Encoded], decode: Decode = decode) -> Bank:
     """The inverse of `bank_tensors`."""
     parts = {part: decode(each) for part, each in _parts(tensors, plan.key).items()}

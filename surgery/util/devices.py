@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 
 from surgery.errors import PlanError
@@ -27,3 +30,19 @@ def pick_device(device: str | torch.device) -> torch.device:
             f"Device '{device}' is not available here ({str(error).splitlines()[0]}); "
             "use `device=cpu` or `device=auto`."
         ) from error
+
+
+@contextmanager
+def cpu_by_default() -> Iterator[None]:
+    """New tensors are of the CPU, whatever a caller made the default device; also a decorator.
+
+    Tensors that are read from files lie on the CPU, and so must those that are made to compute with them; transformers,
+    for one, makes models with the meta device as the default.
+
+    Example:
+        >>> with torch.device("meta"), cpu_by_default():
+        ...     torch.zeros(1).device
+        device(type='cpu')
+    """
+    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        yield

@@ -13,8 +13,9 @@ import pytest
 import torch
 import transformers
 from artifacts import seeded
+from resident_bodies import related
 from safetensors import safe_open
-from tiny_transformers import TINY, save_tiny
+from tiny_transformers import TINY, save_tiny, tiny
 
 import surgery
 from surgery.artifact.export import export
@@ -103,6 +104,23 @@ def test_shared_rows_are_generated(bert, tmp_path):
     loaded(ids, labels=ids).loss.backward()  # an ordinary model: it trains
     assert all(p.grad is not None for p in loaded.bert.encoder.parameters())
     assert same(surgery.load_member(str(folder), name="again").module, plain)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_relatives_are_generated(rank, tmp_path):
+    """A shared matrix and products: to make a weight of them takes tensors that no file has."""
+    kind, name = transformers.BertModel, "encoder.layer.0.output.dense.weight"
+    for number in range(2):
+        seeded(lambda: kind(tiny("bert").config), number).save_pretrained(tmp_path / f"m{number}")
+    joint = related(
+        lambda: [surgery.load_member(str(tmp_path / f"m{n}"), name=f"m{n}") for n in range(2)], name, rank
+    )
+    folder = export(joint, "m1", tmp_path / "coded", format="transformers")
+    with safe_open(str(folder / "model.safetensors"), "pt") as file:
+        assert any(("/contexts" if rank else "/shared") in each for each in file.keys())  # noqa: SIM118
+    loaded = kind.from_pretrained(folder)
+    assert same(loaded, kind.from_pretrained(export(joint, "m1", tmp_path / "plain")))
+    assert torch.equal(loaded.state_dict()[name], joint.collapse("m1")[name])
 
 
 @pytest.mark.parametrize(

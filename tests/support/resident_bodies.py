@@ -94,13 +94,19 @@ def family() -> surgery.JointModel:
     def members() -> list[Any]:
         return [member(seeded(Wide, n), f"m{n}", draw(4, 32)) for n in range(3)]
 
-    sites = [
-        (site, (1, 128)) for each in members() for site in discover(each).sites if site.name == "2.weight"
-    ]
-    plan = place([f"m{n}" for n in range(3)], sites, context=1)
+    return related(members, "2.weight")
+
+
+def related(members: Callable[[], list[Any]], name: str, rank: int = 2) -> surgery.JointModel:
+    """Members of one architecture, made anew by each call, whose tensor of a name is a shared matrix and products."""
+    found = members()
+    sites = [site for each in found for site in discover(each).sites if site.name == name]
+    (out, into), count = sites[0].shape, len(found)
+    plan = place([each.name for each in found], [(site, (1, into)) for site in sites], context=1)
     plan = replace(plan, banks=tuple(replace(bank, method="siblings") for bank in plan.banks))
-    shared, owner = draw(128, 128) / 12, torch.arange(3).repeat_interleave(2)
-    bank = SiblingsBank(3, shared, draw(6, 128) / 12, draw(6, 129)[:, :128] / 12, owner, (6,))
+    shared, owner, rows = draw(out, into) / 12, torch.arange(count).repeat_interleave(rank), rank * count
+    contexts = draw(rows, out + 1)[:, :out] / 12
+    bank = SiblingsBank(count, shared, draw(rows, into) / 12, contexts, owner, (rows,) if rows else ())
     joint = JointModel(members(), plan, Dictionary({plan.banks[0].key: bank}))
     stored = store(joint)
     tensors = {
