@@ -137,6 +137,13 @@ class Moves:
         """Whether states of before a generation are not what will be exported, however good they were."""
         return False
 
+    def cost_of(self, member: str) -> float:
+        """What a member's parameters are worth as they are now, in units of the loss of all tasks.
+
+        It is added to the loss where states are compared, of which the best is kept.
+        """
+        return 0.0
+
     # -- its state -----------------------------------------------------------------------------------------
 
     def pack(self) -> tuple[Parts, Facts]:

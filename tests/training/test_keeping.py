@@ -20,12 +20,16 @@ from surgery.training.train import train
 TASKS = {"classes": "a", "product": "b"}
 
 
-def keeper(way: Any, codes: Any = "contexts"):
+def keeper(way: Any, codes: Any = "contexts", costs: Any = None):
     joint = training_nets.build(dropout=0.0)
     start(joint, Training(evolution=Evolution(codes=codes)), 0)
     tasks = [SimpleNamespace(name=name, member=member) for name, member in TASKS.items()]
     trainer = SimpleNamespace(
-        joint=joint, tasks=tasks, weights={"classes": 1 / 3, "product": 2 / 3}, processes=Processes(None)
+        joint=joint,
+        tasks=tasks,
+        weights={"classes": 1 / 3, "product": 2 / 3},
+        processes=Processes(None),
+        moves=[] if costs is None else [SimpleNamespace(cost_of=costs)],
     )
     return Keeper(cast(Any, trainer), Training(stopping=Stopping(best=way))), joint
 
@@ -95,6 +99,16 @@ def test_one_state_for_all(way, best):
     assert kept.tensors is not None and wanted
     assert all(torch.equal(kept.tensors[key], tensor) for key, tensor in wanted.items())
     assert kept.stale == len(losses) - 1 - best
+
+
+@pytest.mark.parametrize(("cost", "best"), [(0.05, 1), (0.2, 3)])
+def test_a_state_that_takes_more_must_be_better_by_its_price(cost, best):
+    taken = iter([1.0, 0.0, 1.0, 0.0, 0.5, 0.0, 0.5, 0.0])  # of a, then of b, which shares nothing that costs
+    kept, joint = keeper("member", costs=lambda name: cost * next(taken))
+    for number, loss in enumerate([1.0, 0.7, 0.8, 0.7 + 0.25 * 1 / 3]):
+        move(joint, torch.Generator().manual_seed(number))
+        kept.judge(number, {"classes": loss, "product": 2.0 - number})
+    assert kept.members["a"][0] == best and kept.members["b"][0] == 3
 
 
 def test_members_with_one_private_tensor_are_kept_together():

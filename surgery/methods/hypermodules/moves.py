@@ -21,7 +21,7 @@ from surgery.methods.hypermodules.contest import Contest
 from surgery.methods.hypermodules.contest_state import pack_contest, unpack_contest, wrong_contest
 from surgery.methods.hypermodules.evolution import conclude, contend, inherit, redraw
 from surgery.methods.hypermodules.heat import Thermostat, wrong_heat
-from surgery.methods.hypermodules.price import expected_saving, saved_by
+from surgery.methods.hypermodules.price import blocks_taken, expected_saving, saved_by
 from surgery.methods.hypermodules.rewards import costs_of, draw, note
 from surgery.methods.hypermodules.sensitivity import normalise
 from surgery.methods.hypermodules.splitting import split
@@ -192,9 +192,27 @@ class HypermoduleMoves(Moves):
         return pull if accelerator.num_processes == 1 else accelerator.reduce(pull, "mean")
 
     def begins_anew(self, generation: int) -> bool:
-        """States from before the last phase have parameters that were not worth their price."""
+        """States from before the last phase have parameters that were not worth their price.
+
+        Regret has no units that a price could be added in; where losses are compared, `cost_of` is.
+        """
         config = self.config
-        return config.evolution.price > 0 and generation == config.burn_in + config.generations
+        last = generation == config.burn_in + config.generations
+        return last and config.evolution.price > 0 and config.keeps == "regret"
+
+    def cost_of(self, member: str) -> float:
+        """The price of the blocks that a member's locations take; users of one hypermodule divide its blocks."""
+        price = self.config.evolution.price
+        whole = sum(bank.locations * bank.width for bank in self.banks.values())
+        if not price or not whole:
+            return 0.0
+        taken = 0.0
+        for p in self.joint.plan.placements:
+            if p.site.member == member and p.bank in self.banks:
+                bank = self.banks[p.bank]
+                blocks = blocks_taken(bank.psi, bank.hypermodules, bank.context)[p.start : p.stop]
+                taken += bank.width * float(blocks.sum())
+        return price * taken / whole
 
     def contend(self) -> None:
         """Let alternatives compete for sampled locations of every bank."""

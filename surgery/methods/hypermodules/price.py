@@ -41,6 +41,22 @@ def saved_blocks(psi: Tensor, hypermodules: int, context: int, chosen: Tensor, c
     return torch.where(candidates == candidates[:, :1], 0.0, found).to(torch.get_default_dtype())
 
 
+def blocks_taken(psi: Tensor, hypermodules: int, context: int) -> Tensor:
+    """Blocks that each location takes, `[L]`: its share of those of its hypermodule.
+
+    Args:
+        psi: `[L]`.
+        hypermodules: K.
+        context: c.
+
+    Example:
+        >>> blocks_taken(torch.tensor([0, 1, 1, 1]), 2, 2).tolist()
+        [1.0, 0.6666666666666666, 0.6666666666666666, 0.6666666666666666]
+    """
+    users = usage(psi, hypermodules)[psi].double()
+    return users.clamp(max=context) / users
+
+
 def expected_saving(bank: HypermoduleBank) -> Tensor | None:
     """The share of a bank's blocks that its contest saves on average, differentiable; None where none is open."""
     contest = bank.contest

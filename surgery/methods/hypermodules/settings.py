@@ -63,7 +63,7 @@ class Evolution(Strict):
         price: what all parameters of the sites are worth, in units of the loss: each alternative pays for the blocks
             that it would take, so that hypermodules of many users grow and others are given up. With 0 evolution asks
             only what is better. Blocks of a hypermodule of at most c users are stored themselves, so that with c = 1
-            two users already pay.
+            two users already pay. The state that is kept is the one of the least loss and price together.
         narrow: whether locations that start on their own have one basis block and one coefficient each, whatever
             `parameters.context` is: of a single user more are redundant, and two users already pay. By default where
             there is a price.

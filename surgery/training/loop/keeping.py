@@ -2,12 +2,13 @@
 
 Members learn at different speeds, so that one generation is right for few of them. A member's best state is kept with
 the rows that it uses: members that are best in one generation go on sharing rows, and one that is best in another
-brings its own, so that what is exported is what was measured.
+brings its own, so that what is exported is what was measured. Where parameters have a price, what a state takes is
+added to its loss: an early state without sharing is kept where it is so much better.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,6 +120,7 @@ class Keeper:
     def _by_mean(self, generation: int, losses: Mapping[str, float]) -> set[str]:
         weights, processes = self.trainer.weights, self.trainer.processes
         score = sum(weights[name] * value for name, value in losses.items())
+        score += self._cost_of(self.trainer.joint.names, weights)
         if not processes.agree(score < self.score):
             return set()
         self.score = score
@@ -130,6 +132,7 @@ class Keeper:
         for name in dict.fromkeys(task.member for task in self.trainer.tasks):
             weights = {t.name: self.trainer.weights[t.name] for t in self.trainer.tasks if t.member == name}
             score = sum(weight * losses[task] for task, weight in weights.items())
+            score += self._cost_of([name], weights)
             before = self.members.get(name, (0, float("inf")))[1]
             if self.trainer.processes.agree(score < before):
                 self.members[name] = generation, score
@@ -138,6 +141,16 @@ class Keeper:
             self.score = sum(score for _, score in self.members.values())
             better |= set(self.trainer.joint.names) - set(self.members)
         return better
+
+    def _cost_of(self, members: Iterable[str], weights: Mapping[str, float]) -> float:
+        """What the parameters of members are worth, in units of their relative losses.
+
+        Args:
+            members: that are compared.
+            weights: by task of these, the factor of its loss.
+        """
+        scale = sum(weight * self.first[task] for task, weight in weights.items()) / sum(weights.values())
+        return sum(moves.cost_of(name) for moves in self.trainer.moves for name in members) / scale
 
     def _by_regret(self, generation: int, losses: Mapping[str, float]) -> set[str]:
         """Regret is how far a task is from the least loss that it had, relative to this."""
