@@ -99,10 +99,11 @@ def export(
     from surgery.artifact.export import export as write
     from surgery.artifact.export import read_paths
     from surgery.artifact.exporting import plan_export
+    from surgery.disk.files import bytes_below
     from surgery.disk.folders import check_target
     from surgery.util.progress import task
 
-    from . import console, outcome
+    from . import console
 
     files = [each.removeprefix(f"{member}=") for each in calibrate or ()]
     if dry_run:
@@ -129,7 +130,7 @@ def export(
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
         )
-    size = outcome.disk_bytes(out)
+    size = bytes_below(out)
     if json:
         console.emit({"member": member, "format": format, "out": str(out), "disk_bytes": size})
     elif not quiet:

@@ -219,8 +219,7 @@ def merge(
         "select": {"private": private, "sites": sites, "skip": skip, "stacks": stacks},
     }
     recipe = read_recipe(config, given, changes or [], trust_remote_code)
-    if recipe.out is None and not dry_run:
-        raise typer.BadParameter("a folder to write is needed", param_hint="--out")
+    options.check_out(recipe.out, dry_run=dry_run)
     if dry_run:
         preview(recipe, overwrite, trust_remote_code, memory, json=json, quiet=quiet, verbose=verbose)
     else:

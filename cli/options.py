@@ -44,6 +44,12 @@ def changes(what: str) -> Any:
     return typer.Option("--set", metavar="K=V", rich_help_panel=RUN, help=what)
 
 
+def check_out(out: str | None, *, dry_run: bool) -> None:
+    """Ask for `--out` where neither the recipe nor the command line says what to write."""
+    if out is None and not dry_run:
+        raise typer.BadParameter("a folder to write is needed", param_hint="--out")
+
+
 BUDGET = "Or: the most exact weights within F times the members' bytes; records and small files come on top."
 Calibrate = Annotated[
     list[str] | None,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.disk.files import bytes_below
 from surgery.errors import first_few
 
 from . import console
@@ -27,7 +28,7 @@ def result_json(joint: JointModel, folder: Path) -> dict[str, Any]:
     """The outcome of a merge as plain JSON values."""
     return {
         "out": str(folder),
-        "disk_bytes": disk_bytes(folder),
+        "disk_bytes": bytes_below(folder),
         "members": outcome_rows(joint),
         "report": fit_report(joint).to_json(),
     }
@@ -57,16 +58,11 @@ def outcome_rows(joint: JointModel) -> list[dict[str, Any]]:
     ]
 
 
-def disk_bytes(folder: Path) -> int:
-    """True size of a folder's files."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
     """What a merge did: members, what saved how much, how tensors are stored."""
     report = fit_report(joint)
     before, weights = sum(report.original_bytes.values()), report.stored_bytes
-    disk = disk_bytes(folder)
+    disk = bytes_below(folder)
     members = "1 member" if len(joint.names) == 1 else f"{len(joint.names)} members"
     console.heading(f"{folder}: {members}, {console.size(disk)} on disk")
     console.say(

@@ -154,11 +154,11 @@ def print_artifact(view: Overview) -> None:
 def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What a log says of its run: how far it went, tasks, sizes, statistics."""
     from surgery.training.report.comparison import share_of
+    from surgery.training.report.log_lines import by_event
     from surgery.training.report.runlog import first_validation
 
-    start = next((line for line in lines if line["event"] == "start"), {})
-    generations = [line for line in lines if line["event"] == "generation"]
-    end = next((line for line in lines if line["event"] == "end"), None)
+    logged = by_event(lines)
+    start, generations, end = logged.start or {}, logged.generations, logged.end
     last = generations[-1] if generations else {}
     now, whole = share_of(generations, end) if generations else (0, 0)
     return {

@@ -101,8 +101,7 @@ def train(
     recipe, folder = read_training(
         source, out, seed, changes or [], trust_remote_code, add or [], frozen=bank == "frozen"
     )
-    if recipe.out is None and not dry_run:
-        raise typer.BadParameter("a folder to write is needed", param_hint="--out")
+    options.check_out(recipe.out, dry_run=dry_run)
     if dry_run:
         preview(recipe, folder, trust_remote_code, json=json, quiet=quiet)
         return

@@ -21,7 +21,7 @@ from surgery.errors import PlanError
 from surgery.methods.routes.routed import Routed
 
 from .alphabets import LETTERS, SCRIPTS
-from .routed import allocated
+from .routed import allocated, one_for_each
 
 ORDERS = ("single", "parallel", "permuted", "soft")
 WAYS = (*ORDERS, "bottom", "gumbel")
@@ -65,7 +65,7 @@ class Ordered(nn.Module):
             seed=seed,
             rate=1.0,
         )
-        self.heads = _each([nn.Linear(channels, LETTERS) for _ in tasks], tasks)
+        self.heads = one_for_each([nn.Linear(channels, LETTERS) for _ in tasks], tasks)
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures `[B, 1, S, S]`, S from 16 -> scores `[B, 30]`."""
@@ -102,7 +102,7 @@ class Matrix(nn.Module):
         self.after = nn.ModuleList(nn.Sequential(_normalised(channels), nn.ReLU()) for _ in strides)
         self.dropout = nn.Dropout(dropout)
         features = channels * reduce(lambda now, stride: -(-now // stride), strides, side) ** 2
-        self.heads = _each([nn.Linear(features, LETTERS) for _ in tasks], tasks)
+        self.heads = one_for_each([nn.Linear(features, LETTERS) for _ in tasks], tasks)
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures `[B, 1, S, S]` -> scores `[B, 30]`."""
@@ -191,9 +191,3 @@ def _components(channels: int, stride: int) -> list[nn.Module]:
         nn.AvgPool2d(3, stride, 1),
         nn.AvgPool2d(1, stride),  # passing on
     ]
-
-
-def _each(parts: Sequence[nn.Module], tasks: Sequence[str]) -> Routed:
-    """A part for each task: a route of one depth, by hand."""
-    orders = {task: [number] for number, task in enumerate(tasks)}
-    return Routed(parts, 1, routing="permuted", tasks=tasks, orders=orders)

@@ -15,6 +15,7 @@ from surgery.errors import PlanError
 from surgery.methods.routes.routed import Routed
 from surgery.training.tasks.streams import Batches
 
+from .routed import one_for_each
 from .uci import TABLES, WIDTH
 
 UNITS, LAYERS, CLASSES = 64, 4, 3
@@ -48,7 +49,9 @@ class Ordered(nn.Module):
         super().__init__()
         if order not in ORDERS:
             raise PlanError(f"The order must be one of {', '.join(ORDERS)}, found '{order}'.")
-        self.encoders = _each([nn.Linear(inputs, UNITS) for _ in tasks], tasks).requires_grad_(not frozen)
+        self.encoders = one_for_each([nn.Linear(inputs, UNITS) for _ in tasks], tasks).requires_grad_(
+            not frozen
+        )
         count = LAYERS * (len(tasks) if order == "single" else 1)
         layers = [nn.Sequential(nn.Linear(UNITS, UNITS), nn.ReLU()) for _ in range(count)]
         own = {task: list(range(number * LAYERS, (number + 1) * LAYERS)) for number, task in enumerate(tasks)}
@@ -62,7 +65,7 @@ class Ordered(nn.Module):
             seed=seed,
             rate=1.0,
         )
-        self.decoders = _each([nn.Linear(UNITS, classes) for _ in tasks], tasks)
+        self.decoders = one_for_each([nn.Linear(UNITS, classes) for _ in tasks], tasks)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, ...]` -> scores `[B, classes]`; a table of two classes never has the third."""
@@ -121,9 +124,3 @@ def patterns(task: int = 0, count: int = 32, batch: int = 32, seed: int = 0) -> 
     x, y = (torch.rand(count, UNITS, generator=generator) for _ in range(2))
     parts = {"train": True, "validation": False, "test": False}  # what counts is how well these fit
     return {part: Batches(x, y, batch, shuffled, seed) for part, shuffled in parts.items()}
-
-
-def _each(parts: Sequence[nn.Module], tasks: Sequence[str]) -> Routed:
-    """A part for each task: a route of one depth, by hand."""
-    orders = {task: [number] for number, task in enumerate(tasks)}
-    return Routed(parts, 1, routing="permuted", tasks=tasks, orders=orders)

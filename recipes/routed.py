@@ -133,11 +133,15 @@ def allocated(
     return routed
 
 
-def _heads(width: int, outputs: int, tasks: Sequence[str]) -> Routed:
-    """A linear map for each task: a route of one depth, by hand."""
+def one_for_each(parts: Sequence[nn.Module], tasks: Sequence[str]) -> Routed:
+    """A part for each task: a route of one depth, by hand."""
     orders = {task: [number] for number, task in enumerate(tasks)}
-    heads = [nn.Linear(width, outputs) for _ in tasks]
-    return Routed(heads, 1, routing="permuted", tasks=tasks, orders=orders)
+    return Routed(parts, 1, routing="permuted", tasks=tasks, orders=orders)
+
+
+def _heads(width: int, outputs: int, tasks: Sequence[str]) -> Routed:
+    """A linear map for each task."""
+    return one_for_each([nn.Linear(width, outputs) for _ in tasks], tasks)
 
 
 def _initialise(net: nn.Module) -> None:

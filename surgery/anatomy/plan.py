@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from surgery.anatomy.sites import Anatomy, LeftAlone, Site
 from surgery.errors import PlanError
@@ -107,6 +108,15 @@ class Plan:
         """The bank with this key."""
         return next(bank for bank in self.banks if bank.key == key)
 
+    def in_bank(self, key: str) -> list[Placement]:
+        """The placements in the bank with this key."""
+        return [p for p in self.placements if p.bank == key]
+
+    def in_order(self, placements: Iterable[Placement]) -> tuple[Placement, ...]:
+        """Placements of sites of this plan, wherever they lie by now, in its member and execution order."""
+        order = {(p.site.member, p.site.name): number for number, p in enumerate(self.placements)}
+        return tuple(sorted(placements, key=lambda p: order[p.site.member, p.site.name]))
+
     @property
     def method(self) -> str:
         """The method that it was made with: that of its banks which does not take what is left."""
@@ -165,16 +175,26 @@ def make_plan(
     if m < 1 or n < 1 or context < 1:
         raise PlanError(f"Block sides and context must be at least 1, found {m}x{n} and {context}.")
     sites = [site for anatomy in anatomies for site in anatomy.sites]
-    fitting = [site for site in sites if site.view.shape[1] >= m and site.view.shape[2] >= n]
+    fitting, small = by_size(sites, block)
     if sites and not fitting:
         largest = max(sites, key=lambda site: math.prod(site.view.shape[1:]))
         raise PlanError(
             f"A block of {m}x{n} is larger than every site; the largest is {largest.member}:"
             f"{largest.name} with {largest.view.shape[1]}x{largest.view.shape[2]}. Use a smaller `block`."
         )
-    small = [too_small(site, block) for site in sites if site not in fitting]
     left_alone = [entry for anatomy in anatomies for entry in anatomy.left_alone]
     return place(names, ((site, block) for site in fitting), context, left_alone + small)
+
+
+def by_size(sites: Iterable[Site], block: tuple[int, int]) -> tuple[list[Site], list[LeftAlone]]:
+    """Sites that fill a block, and the others as left alone."""
+    (m, n), fitting, small = block, [], []
+    for site in sites:
+        if site.view.shape[1] >= m and site.view.shape[2] >= n:
+            fitting.append(site)
+        else:
+            small.append(too_small(site, block))
+    return fitting, small
 
 
 def too_small(site: Site, block: tuple[int, int]) -> LeftAlone:
@@ -221,14 +241,14 @@ def leave_alone(plan: Plan, sites: Collection[tuple[str, str]], reason: str) -> 
     for p in sorted((p for p in plan.placements if p not in gone), key=lambda p: (p.bank, p.start)):
         placements.append(replace(p, start=follow[p.bank]))
         follow[p.bank] += p.grid.locations
-    order = {(p.site.member, p.site.name): i for i, p in enumerate(plan.placements)}
-    placements.sort(key=lambda p: order[p.site.member, p.site.name])
     banks = tuple(replace(b, locations=follow[b.key]) for b in plan.banks if follow[b.key])
     left = [
         LeftAlone(s.member, s.name, s.owners, "skipped", s.kind, s.shape, s.dtype, reason, s.order)
         for s in (p.site for p in gone)
     ]
-    return replace(plan, banks=banks, placements=tuple(placements), left_alone=(*plan.left_alone, *left))
+    return replace(
+        plan, banks=banks, placements=plan.in_order(placements), left_alone=(*plan.left_alone, *left)
+    )
 
 
 def follow_up(placements: Sequence[Placement]) -> list[Placement]:
@@ -238,6 +258,11 @@ def follow_up(placements: Sequence[Placement]) -> list[Placement]:
         moved.append(replace(p, start=start))
         start = moved[-1].stop
     return moved
+
+
+def locations_of(placements: Iterable[Placement]) -> Tensor:
+    """The locations of some placements, one after the other `[N]`, int64."""
+    return torch.cat([torch.arange(p.start, p.stop) for p in placements])
 
 
 def plan_in_dtypes(plan: Plan, change: Callable[[torch.dtype], torch.dtype]) -> Plan:

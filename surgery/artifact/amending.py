@@ -24,10 +24,9 @@ from surgery.artifact.recorded import (
     INDEX_FILE,
     TENSOR_FILE,
     alone_of,
-    misfits,
+    check_came_back,
     origin_of,
     small_files,
-    stored_shapes,
 )
 from surgery.artifact.writing import (
     ALLOWANCE,
@@ -278,8 +277,7 @@ class _Amending:
             manifest = read_manifest(place)
             found = map_stored(place, manifest, self.names)
             for name in self.names:
-                if bad := misfits(stored_shapes(self.after, name), stored_shapes(found, name)):
-                    raise ArtifactError(f"tensors of member '{name}' came back as others: {bad}")
+                check_came_back(self.after, found, name)
             if self.of.added is not None:
                 check_banks(place, restrict(found, [self.of.added.name]))
         except ArtifactError as error:

@@ -26,7 +26,7 @@ def wrong_claims(stored: Stored) -> list[str]:
     """
     bad = []
     for bank in stored.plan.banks:
-        placed = [p for p in stored.plan.placements if p.bank == bank.key]
+        placed = stored.plan.in_bank(bank.key)
         held = sum(each.nbytes for each in stored.parts(bank.key).values())
         bad += _wrong_blocks(bank, placed) or list(_wrong_size(bank, placed, held))
     for key, each in stored.tensors.items():

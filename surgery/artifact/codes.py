@@ -112,7 +112,7 @@ def unpack(document: Mapping[str, Any], tensors: Mapping[str, Tensor], where: Pa
     check_banks(where, stored)
     handles = lazy_state_of(stored, _MEMBER).handles
     for bank in stored.plan.banks:
-        mine = [p for p in stored.plan.placements if p.bank == bank.key]
+        mine = stored.plan.in_bank(bank.key)
         made = Shared(partial(_weights, stored, bank, mine), len(mine))
         for p in mine:
             name = p.site.name

@@ -36,7 +36,7 @@ from surgery.disk.untrusted import (
 )
 from surgery.errors import ArtifactError, first_few
 from surgery.fitting.report import Digest, FitReport
-from surgery.settings.quantities import Context, Count, Positive
+from surgery.settings.quantities import Context, Count, Integer, Positive
 from surgery.storage.keys import PlainKey, parse_key
 from surgery.training.report.report import TrainReport
 
@@ -51,7 +51,6 @@ LONGEST_PATH = 1024  # bytes of a path inside an artifact; each part has at most
 _CHECKSUM = re.compile(r',\n "checksum": "([0-9a-f]{64})"\n}\n\Z')
 
 MemberName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*$", max_length=200)]
-Order = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
 PackageName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]*$", max_length=200)]
 EncodedGroup = tuple[str, str, tuple[Count, ...], tuple[str, ...]]
 """Precision, dtype, shape, and the names of all tensors stored so."""
@@ -122,7 +121,7 @@ class MemberEntry(_Entry):
     ties: dict[str, tuple[str, ...]] = {}
     encoded: tuple[EncodedGroup, ...] = ()
     same: dict[str, str] = {}
-    placements: tuple[tuple[str, Count, Order] | tuple[str, Count, Order, Count], ...] = ()
+    placements: tuple[tuple[str, Count, Integer] | tuple[str, Count, Integer, Count], ...] = ()
     borrowed: dict[str, MemberName] = {}
     folder: MemberName | None = None
     replacements: Annotated[tuple[ReplacementEntry, ...], Field(max_length=MOST_REPLACEMENTS)] = ()

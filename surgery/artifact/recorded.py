@@ -178,6 +178,16 @@ def check_fit(stored: Stored, member: str, module: nn.Module) -> None:
         )
 
 
+def check_came_back(stored: Stored, found: Stored, member: str) -> None:
+    """Check that a member's tensors were read with the names and shapes that they were written with.
+
+    Raises:
+        ArtifactError: where any differs.
+    """
+    if bad := misfits(stored_shapes(stored, member), stored_shapes(found, member)):
+        raise ArtifactError(f"tensors of member '{member}' came back as others: {bad}")
+
+
 def stored_shapes(stored: Stored, member: str) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors that are stored for a member, by every name of theirs."""
     shapes = {name: each.shape for name, each in stored.plain(member).items()}

@@ -37,11 +37,10 @@ from surgery.artifact.recorded import (
     TOGETHER,
     WEIGHTS,
     bytes_before,
+    check_came_back,
     inputs_of,
-    misfits,
     origin_of,
     read_small_files,
-    stored_shapes,
 )
 from surgery.artifact.shares import count_shares
 from surgery.artifact.sketch import sketch
@@ -152,8 +151,7 @@ def _check_readable(folder: Path, stored: Stored, out: str | Path) -> None:
             origin_of(manifest, name)
             inputs_of(manifest, name)
             read_small_files(folder, manifest, name)
-            if bad := misfits(stored_shapes(stored, name), stored_shapes(found, name)):
-                raise ArtifactError(f"tensors of member '{name}' came back as others: {bad}")
+            check_came_back(stored, found, name)
     except ArtifactError as error:
         reason = str(error).replace(str(folder), str(out))
         reason = reason.removeprefix(f"The artifact {out} is damaged: ").partition("; copy it again")[0]

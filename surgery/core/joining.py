@@ -155,7 +155,7 @@ def _exact_start(modules: Mapping[str, nn.Module], plan: Plan) -> Dictionary:
     places = places_of(weights.values())
     banks: dict[str, Bank] = {}
     for bank in plan.banks:
-        mine = [p for p in plan.placements if p.bank == bank.key]
+        mine = plan.in_bank(bank.key)
         lies = (places.get(id(weights[p.site.member, p.site.name])) for p in mine)
         found = [place for place in lies if place is not None]
         if len(found) == len(mine):

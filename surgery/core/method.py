@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from surgery.anatomy.plan import follow_up
+from surgery.anatomy.plan import follow_up, locations_of
 from surgery.core.bank import Bank
 from surgery.core.foreign_parts import wrong_parts
 from surgery.core.moves import Moves
@@ -276,7 +276,7 @@ class TensorMethod(Method):
         Returns:
             the plan of what is left, the placements in it, and its parts.
         """
-        chosen = torch.cat([torch.arange(p.start, p.stop) for p in placements])
+        chosen = locations_of(placements)
         rows = {name for name, each in parts.items() if each.shape[:1] == (plan.locations,)}
         cut = {name: take_rows(each, chosen) if name in rows else each for name, each in parts.items()}
         smaller, moved = replace(plan, locations=len(chosen)), follow_up(placements)
@@ -437,7 +437,7 @@ class TensorMethod(Method):
         """
         for key in joint.plan.keys_of(self.name):
             mine, theirs = (
-                [(p.site.member, p.site.name, p.grid, p.start) for p in each.plan.placements if p.bank == key]
+                [(p.site.member, p.site.name, p.grid, p.start) for p in each.plan.in_bank(key)]
                 for each in (joint, loaded)
             )
             if mine and mine == theirs and loaded.dictionary[key].form == self.form:

@@ -79,7 +79,7 @@ class Moves:
         """
         found: list[Trained] = []
         for key, bank in self.banks.items():
-            members = {p.site.member for p in self.joint.plan.placements if p.bank == key}
+            members = {p.site.member for p in self.joint.plan.in_bank(key)}
             rate = None if self.balances else self._rate(members)
             found += [replace(t, lr=rate) if rate and t.lr is None else t for t in bank.trained()]
         return found

@@ -47,7 +47,7 @@ def settle_banks(plan: Plan, found: Mapping[str, Bank], keep: Collection[str] = 
     plans, placements = [], []
     plain: dict[tuple[str, str], Tensor] = {}
     for bank_plan in plan.banks:
-        before, mine = found[bank_plan.key], [p for p in plan.placements if p.bank == bank_plan.key]
+        before, mine = found[bank_plan.key], plan.in_bank(bank_plan.key)
         bank, kept = (before, mine) if bank_plan.key in keep else before.settle(bank_plan, mine)
         if kept:
             banks[bank_plan.key] = bank
@@ -56,9 +56,7 @@ def settle_banks(plan: Plan, found: Mapping[str, Bank], keep: Collection[str] = 
         sites = {(p.site.member, p.site.name) for p in kept}
         if left := [p for p in mine if (p.site.member, p.site.name) not in sites]:
             plain |= {key: weight.look() for key, weight in generated(found, left).items()}
-    order = {(p.site.member, p.site.name): i for i, p in enumerate(plan.placements)}
-    placements.sort(key=lambda p: order[p.site.member, p.site.name])
-    return Settled(replace(plan, banks=tuple(plans), placements=tuple(placements)), banks, plain)
+    return Settled(replace(plan, banks=tuple(plans), placements=plan.in_order(placements)), banks, plain)
 
 
 def _of_form(plan: BankPlan, bank: Bank) -> BankPlan:

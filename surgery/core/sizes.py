@@ -172,7 +172,7 @@ def location_parameters(joint: JointModel, key: str) -> Tensor:
     """
     plan = joint.plan.bank(key)
     first = not plan.stack or key == joint.plan.stacks[plan.stack][0]
-    mine = [p for p in joint.plan.placements if p.bank == key]
+    mine = joint.plan.in_bank(key)
     with joint.dictionary.borrowed():
         return joint.dictionary[key].location_parameters(mine, first)
 

@@ -35,6 +35,11 @@ def files_below(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
+def bytes_below(folder: Path) -> int:
+    """Bytes of all files below `folder`, as their lengths say."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def put(path: Path, content: bytes) -> None:
     """Write one file, whole or not at all; what has its name is replaced, a link itself and not where it leads.
 

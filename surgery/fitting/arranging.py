@@ -77,7 +77,7 @@ def arrange_made(method: TensorMethod, scene: Scene, plan: Plan) -> list[Group]:
     groups = []
     with progress.task(f"Measuring {method.name}", len(plan.banks)) as task:
         for key, (bank, blocks) in _made(method, scene, plan).items():
-            mine = [p for p in plan.placements if p.bank == key]
+            mine = plan.in_bank(key)
             apart = scene.apart(key_of(p.site) for p in mine)
             made = _arrangement(method, scene, plan.bank(key), bank, blocks, mine)
             groups.append(Group((apart, made), shared=asked, claimed=True))
@@ -90,7 +90,7 @@ def _made(method: TensorMethod, scene: Scene, plan: Plan) -> dict[str, tuple[Ban
     generator = torch.Generator().manual_seed(scene.seed)
     found = {}
     for bank in plan.banks:
-        mine = sorted((p for p in plan.placements if p.bank == bank.key), key=lambda p: p.start)
+        mine = sorted(plan.in_bank(bank.key), key=lambda p: p.start)
         blocks = scene.blocks(mine)
         found[bank.key] = method.make(bank, blocks, generator), blocks
     return found

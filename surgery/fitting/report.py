@@ -18,7 +18,7 @@ from torch import Tensor
 from surgery.anatomy.plan import Plan
 from surgery.core.registry import methods_of
 from surgery.core.sizes import TensorReport, count_tensors
-from surgery.settings.quantities import Count
+from surgery.settings.quantities import Count, Integer
 from surgery.storage.stored import Stored
 from surgery.util.showing import as_html, as_text, finite, plural
 from surgery.util.wording import percent, size
@@ -50,7 +50,11 @@ def _read_error(value: Any) -> Any:
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Error = Annotated[float, BeforeValidator(_read_error)]
-Signed = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
+
+
+def _bound(target: str) -> float | None:
+    found = _BOUND.match(target)
+    return float(found[1]) if found else None
 
 
 @dataclass(frozen=True)
@@ -115,14 +119,13 @@ class Added:
     target: str = ""
     met: bool = False
     stored_bytes: Count = 0
-    saved: Mapping[str, Signed] = field(default_factory=dict)
+    saved: Mapping[str, Integer] = field(default_factory=dict)
     probes: Probes = Probes()
 
     @property
     def bound(self) -> float | None:
         """The error that its target allows; None where it is another one."""
-        found = _BOUND.match(self.target)
-        return float(found[1]) if found else None
+        return _bound(self.target)
 
 
 @dataclass(frozen=True, repr=False)
@@ -153,7 +156,7 @@ class FitReport:
     met: bool = False
     original_bytes: Mapping[str, Count] = field(default_factory=dict)
     stored_bytes: Count = 0
-    saved: Mapping[str, Signed] = field(default_factory=dict)
+    saved: Mapping[str, Integer] = field(default_factory=dict)
     errors: Mapping[str, Error] = field(default_factory=dict)
     hashes: Mapping[str, Digest] = field(default_factory=dict)
     probes: Probes = Probes()
@@ -178,8 +181,7 @@ class FitReport:
     @property
     def bound(self) -> float | None:
         """The error that the target allows each member; None where it is another one."""
-        found = _BOUND.match(self.target)
-        return float(found[1]) if found else None
+        return _bound(self.target)
 
     def probes_of(self, member: str) -> Probes:
         """What a member's outputs were measured on."""

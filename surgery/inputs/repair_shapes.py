@@ -140,7 +140,12 @@ def _view(module: nn.Module, arguments: Arguments, said: Complaint, sample: Samp
                 yield {**arguments, name: sample.normal(*value.shape[:-2], *sides)}
     shape = _numbers(found[1])
     if shape[0] > 1 and math.prod(shape) == shape[0] * int(found[2]):
-        yield {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in arguments.items()}
+        yield first_examples(arguments)
+
+
+def first_examples(arguments: Arguments) -> Arguments:
+    """The first of all examples alone; numbers and what is no tensor stay."""
+    return {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in arguments.items()}
 
 
 def _mono(module: nn.Module, arguments: Arguments, said: Complaint, sample: Sample) -> Iterator[Arguments]:

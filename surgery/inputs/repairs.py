@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from surgery.inputs.complaint import Complaint, read
 from surgery.inputs.fields import known, make
-from surgery.inputs.repair_shapes import SHAPE_RULES, Arguments, Rule
+from surgery.inputs.repair_shapes import SHAPE_RULES, Arguments, Rule, first_examples
 from surgery.inputs.sample import Sample, TooLargeError, find, number
 
 
@@ -150,7 +150,7 @@ def _cache(module: nn.Module, arguments: Arguments, said: Complaint, sample: Sam
 def _single(module: nn.Module, arguments: Arguments, said: Complaint, sample: Sample) -> Iterator[Arguments]:
     """Models that take one example at a time say so in many words."""
     if re.search(r"batch.{0,30}\b1\b|\bsingle\b|one (?:image|example|audio)", said.said):
-        yield {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in arguments.items()}
+        yield first_examples(arguments)
 
 
 RULES: tuple[Rule, ...] = (

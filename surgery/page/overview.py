@@ -21,6 +21,7 @@ from surgery.errors import ArtifactError, TrainingError
 from surgery.fitting.report import FitReport
 from surgery.members.replacement import count_replaced
 from surgery.storage.stored import Stored
+from surgery.training.report.log_lines import by_event
 from surgery.training.report.runlog import find_log, first_validation, read_log
 
 Line = dict[str, Any]
@@ -142,10 +143,10 @@ def _run(folder: Path) -> Run | None:
     except TrainingError:
         return None
     lines = read_log(log)
-    start = next((line for line in lines if line["event"] == "start"), None)
-    generations = tuple(line for line in lines if line["event"] == "generation")
-    end = next((line for line in lines if line["event"] == "end"), None)
-    return None if start is None else Run(start, generations, end, first_validation(lines))
+    logged = by_event(lines)
+    if logged.start is None:
+        return None
+    return Run(logged.start, tuple(logged.generations), logged.end, first_validation(lines))
 
 
 def _member(

@@ -16,6 +16,9 @@ from surgery.errors import PlanError
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
 """Elements, bytes, locations, axes: what JSON holds exactly in every language."""
 
+Integer = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
+"""The same, where it may be negative: differences, and generations before the first."""
+
 Positive = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
 """Steps, batches, generations, sides of a block."""
 

@@ -118,7 +118,7 @@ def drop_costly_banks(stored: Stored) -> Stored:
 
 
 def _pays(stored: Stored, bank: BankPlan) -> bool:
-    placements = [p for p in stored.plan.placements if p.bank == bank.key]
+    placements = stored.plan.in_bank(bank.key)
     parts = stored.parts(bank.key)
     shared = sum(entry_bytes(str(PartKey(bank.key, part)), each) for part, each in parts.items())
     shared += BANK + sum(len(p.site.name) + PLACEMENT for p in placements)

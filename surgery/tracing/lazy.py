@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from surgery.tracing.bounds import Watch
-from surgery.tracing.recorder import Recorder
+from surgery.tracing.recorder import Recorder, off_meta
 
 DEVIATION = 0.02  # of the weights that stand for others
 
@@ -39,7 +39,7 @@ class LazyRecorder(Recorder):
         def real(item: Any) -> Any:
             if isinstance(item, Tensor) and item.is_meta:
                 return self._make(item)
-            return torch.device("cpu") if isinstance(item, torch.device) or item == "meta" else item
+            return off_meta(item)
 
         args, kwargs = tree_map(real, tuple(args)), tree_map(real, dict(kwargs))
         return func(*args, **kwargs)

@@ -37,6 +37,11 @@ def unseen(before: Any) -> Any:
     raise NotImplementedError(f"what was computed after {before} was not recorded")
 
 
+def off_meta(item: Any) -> Any:
+    """What a call on the CPU is given in place of an argument that names a device; anything else as it is."""
+    return torch.device("cpu") if isinstance(item, torch.device) or item == "meta" else item
+
+
 def record(module: nn.Module, recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph:
     """Run one forward pass of `module` and return its graph.
 

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from surgery.tracing.bounds import OutOfBoundsError, Watch
 from surgery.tracing.copying import on_meta
-from surgery.tracing.recorder import Recorder, writes_to
+from surgery.tracing.recorder import Recorder, off_meta, writes_to
 
 LARGEST = 1 << 22  # elements in a shadow; beyond, computing it would cost what meta tensors save
 # Results that do not depend on the data of the tensor that they are made like.
@@ -118,7 +118,7 @@ class StubbedRecorder(Recorder):
         def real(item: Any) -> Any:
             if isinstance(item, Tensor):
                 return values[id(item)]
-            return torch.device("cpu") if isinstance(item, torch.device) or item == "meta" else item
+            return off_meta(item)
 
         if _numbers(args, kwargs) > LARGEST:
             return None, False

@@ -51,6 +51,14 @@ def _shards(index: Path) -> list[Path]:
     return [path for name in dict.fromkeys(files) if is_regular(path := index.parent / str(name))]
 
 
+def not_tensors_alone(path: Path, error: Exception) -> LoadError:
+    """What is said of a file of pickled weights that torch.load refuses."""
+    return LoadError(
+        f"{path} must hold tensors alone, readable by torch.load(weights_only=True): {one_line(error)}; "
+        "convert it to safetensors where you trust it"
+    )
+
+
 def file_entries(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Dtype and shape of every tensor in one file, by name; no tensor is read.
 
@@ -61,10 +69,7 @@ def file_entries(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         try:
             state = torch.load(path, map_location="meta", weights_only=True)
         except Exception as error:
-            raise LoadError(
-                f"{path} must hold tensors alone, readable by torch.load(weights_only=True): {one_line(error)}; "
-                "convert it to safetensors where you trust it"
-            ) from error
+            raise not_tensors_alone(path, error) from error
         tensors = state.items() if isinstance(state, Mapping) else ()
         return {name: (t.dtype, tuple(t.shape)) for name, t in tensors if isinstance(t, Tensor)}
     from safetensors import safe_open

@@ -15,7 +15,7 @@ from surgery.disk.untrusted import UnreadableError, check_archive
 from surgery.errors import LoadError
 from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import to_document
-from surgery.members.origins.dtypes import put_dtypes, refuse_other_kinds, widest
+from surgery.members.origins.dtypes import not_tensors_alone, put_dtypes, refuse_other_kinds, widest
 from surgery.members.origins.layers import say_layers
 from surgery.util.text import one_line, shorten
 
@@ -64,10 +64,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         state = load_state_dict(str(path), weights_only=True)
     except Exception as error:
-        raise LoadError(
-            f"{path} must hold tensors alone, readable by torch.load(weights_only=True): {one_line(error)}; "
-            "convert it to safetensors where you trust it"
-        ) from error
+        raise not_tensors_alone(path, error) from error
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise LoadError(f"{path} must hold a state dict (names to tensors): save model.state_dict() into it")
     return dict(state)

@@ -157,7 +157,7 @@ def _missed(total: float, n: Tensor, sizes: Tensor) -> Tensor:
 def _layers(joint: JointModel, key: str) -> tuple[list[list[str]], list[Tensor]]:
     """Layers in the order of members and of execution, with their locations on hypermodules."""
     bank, names, rows = rows_bank(joint.dictionary[key]), [], []
-    placed = [p for p in joint.plan.placements if p.bank == key]
+    placed = joint.plan.in_bank(key)
     each = max(1, MOST_LAYERS // len(joint.names))
     for member in joint.names:
         own = sorted((p for p in placed if p.site.member == member), key=lambda p: p.site.order)

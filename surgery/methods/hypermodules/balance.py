@@ -105,7 +105,7 @@ def balance_banks(joint: JointModel, settings: Optimizer, contexts: bool) -> Non
     """
     relative = member_rates(joint, settings)
     for key in joint.plan.keys_of("hypermodules"):
-        placed = [p for p in joint.plan.placements if p.bank == key]
+        placed = joint.plan.in_bank(key)
         rates = _by_location([(p.start, p.stop, relative[p.site.member]) for p in placed])
         if contexts or bool((rates != 1).any()):
             balance(joint.dictionary[key], rates, norm_of(settings))  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from surgery.anatomy.plan import BankPlan, Plan, place, too_small
+from surgery.anatomy.plan import BankPlan, Plan, by_size, place
 from surgery.core.bank import Bank
 from surgery.core.settle import Settled
 from surgery.errors import PlanError
@@ -36,7 +36,7 @@ def bank_of_size(scene: Scene, plan: Plan) -> Settled:
         )
     banks: dict[str, Bank] = {}
     for bank, share in zip(plan.banks, _divide(count, plan.banks), strict=True):
-        blocks = scene.blocks([p for p in plan.placements if p.bank == bank.key])
+        blocks = scene.blocks(plan.in_bank(bank.key))
         rows, psi, contexts = fit_subspaces(blocks, share, context, scene.seed)
         banks[bank.key] = retire_rare(RowsBank(block, rows, psi, contexts, share))
     size = sum(part.nbytes for bank in plan.banks for part in banks[bank.key].pack(bank).values())
@@ -52,10 +52,7 @@ def bank_of_size(scene: Scene, plan: Plan) -> Settled:
 
 def _with_blocks(plan: Plan, block: tuple[int, int], context: int) -> Plan:
     """The same sites in blocks of the shape asked for; sites that cannot fill one are left alone."""
-    m, n = block
-    sites = [p.site for p in plan.placements]
-    fitting = [site for site in sites if site.view.shape[1] >= m and site.view.shape[2] >= n]
-    small = [too_small(site, block) for site in sites if site not in fitting]
+    fitting, small = by_size((p.site for p in plan.placements), block)
     return place(plan.members, ((site, block) for site in fitting), context, [*plan.left_alone, *small])
 
 

@@ -151,7 +151,7 @@ class Hypermodules(RowsMethod):
             return share_atoms(fixed_bank(bank), plan.bank(key).context)
         if not c and not bank.hypermodules:
             return fixed_bank(bank)
-        sigma = _deviations(bank.blocks(), [p for p in plan.placements if p.bank == key])
+        sigma = _deviations(bank.blocks(), plan.in_bank(key))
         if bank.hypermodules:
             return open_rest(bank, how.generator, sigma, given.scale, given.norm)
         return open_bank(bank, c, how.generator, sigma, given.scale, given.norm)

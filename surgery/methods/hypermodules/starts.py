@@ -96,7 +96,7 @@ def take_over(joint: JointModel, loaded: JointModel) -> None:
     """
     places = {(p.site.member, p.site.name): p for p in loaded.plan.placements}
     for key in joint.plan.keys_of("hypermodules"):
-        mine = [p for p in joint.plan.placements if p.bank == key]
+        mine = joint.plan.in_bank(key)
         pairs = [
             (p, places[p.site.member, p.site.name]) for p in mine if (p.site.member, p.site.name) in places
         ]

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from surgery.anatomy.plan import BankPlan, Placement, follow_up, torch_dtype
+from surgery.anatomy.plan import BankPlan, Placement, follow_up, locations_of, torch_dtype
 from surgery.core.dictionary import index_dtype, master_dtype
 from surgery.methods.rows.bank import RowsBank
 from surgery.storage.codecs import Encoded, decode, encode_native, take_rows
@@ -129,7 +129,7 @@ def restrict(
     plan: BankPlan, placements: Sequence[Placement], parts: Mapping[str, Encoded]
 ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
     """One bank with the locations of some placements and the rows that these use."""
-    chosen = torch.cat([torch.arange(p.start, p.stop) for p in placements])
+    chosen = locations_of(placements)
     psi, count = alignment(parts)
     used, compact = torch.unique(psi[chosen], return_inverse=True)
     hyper, single = used[used < count], used[used >= count] - count

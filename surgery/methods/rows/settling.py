@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from surgery.anatomy.plan import Placement, follow_up
+from surgery.anatomy.plan import Placement, follow_up, locations_of
 from surgery.core.dictionary import index_dtype
 from surgery.methods.rows.duplicates import distinct, duplicates
 
@@ -112,7 +112,7 @@ def _worth_generating(bank: RowsBank, placements: list[Placement], itemsize: int
 
 def _select(bank: RowsBank, placements: list[Placement]) -> tuple[RowsBank, list[Placement]]:
     """The bank of these placements alone, rows that they do not use removed, with the placements moved."""
-    chosen = torch.cat([torch.arange(p.start, p.stop, device=bank.psi.device) for p in placements])
+    chosen = locations_of(placements).to(bank.psi.device)
     psi, c = bank.psi[chosen], bank.context
     used, compact = torch.unique(psi, return_inverse=True)
     hyper, single = used[used < bank.hypermodules], used[used >= bank.hypermodules]

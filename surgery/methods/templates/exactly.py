@@ -26,7 +26,7 @@ def templates_of_number(scene: Scene, plan: Plan) -> Settled:
     banks: dict[str, RowsBank] = {}
     weights: dict[str, float] = {}
     for bank in plan.banks:
-        mine = [p for p in plan.placements if p.bank == bank.key]
+        mine = plan.in_bank(bank.key)
         banks[bank.key] = exact_bank(scene.blocks(mine), bank.block)
         moved = [scene.sensitivity.get(key_of(p.site), 0.0) for p in mine]
         weights[bank.key] = sum(moved) / len(moved)

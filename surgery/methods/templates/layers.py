@@ -85,7 +85,7 @@ def read_stack(
     """
     found = []
     for key in plan.stacks[stack]:
-        placed = sorted((p for p in plan.placements if p.bank == key), key=lambda p: p.start)
+        placed = sorted(plan.in_bank(key), key=lambda p: p.start)
         names = [(p.site.member, p.site.name) for p in placed]
         weights = tuple(originals[name] for name in names)
         moved = torch.tensor([sensitivity[name] for name in names], dtype=torch.float64)

@@ -100,7 +100,7 @@ class TemplatesMethod(RowsMethod):
             if has_templates(stack):
                 opened.update({key: TemplateBank.of(bank) for key, bank in stack.items()})
                 continue
-            runs = run_lengths([p for p in plan.placements if p.bank == keys[0]])
+            runs = run_lengths(plan.in_bank(keys[0]))
             wanted = self._how(plan, how.options.get(self.name))
             opened.update(reopen_stack(stack, wanted, how.generator, runs))
         return opened

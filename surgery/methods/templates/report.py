@@ -27,9 +27,7 @@ def report_stacks(
     size = {(row.member, row.name): row for row in count_tensors(stored)}
     found = {}
     for name, keys in plan.stacks.items():
-        layers = {
-            key: sorted((p for p in plan.placements if p.bank == key), key=lambda p: p.start) for key in keys
-        }
+        layers = {key: sorted(plan.in_bank(key), key=lambda p: p.start) for key in keys}
         rows = [size[p.site.member, p.site.name] for placed in layers.values() for p in placed]
         # A layer that no other draws on may have become plain: it is a template of its own.
         counts = [

@@ -91,7 +91,7 @@ def describe_stacks(joint: JointModel) -> dict[str, Any]:
     facts = {}
     for name, banks in stacks_of(joint).items():
         key, bank = next(iter(banks.items()))
-        placed = sorted((p for p in joint.plan.placements if p.bank == key), key=lambda p: p.start)
+        placed = sorted(joint.plan.in_bank(key), key=lambda p: p.start)
         facts[name] = {
             "layers": [[p.site.member, p.site.name] for p in placed],
             "templates": bank.context,

@@ -107,7 +107,7 @@ class ShardedModel(JointModel):
         self.tasks = Tasks(self.bodies)
         self.parts: dict[StateKey, Part] = {}
         self._shard_members()
-        self._placed = {key: [p for p in self.plan.placements if p.bank == key] for key in self.dictionary}
+        self._placed = {key: self.plan.in_bank(key) for key in self.dictionary}
         self._origins: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self._rows: dict[str, RowsBank] = {}  # banks that are cut; all others are whole in every process
         for key in self.dictionary:

@@ -6,11 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from surgery.settings.quantities import Count, Finite, NotNegative
+from surgery.settings.quantities import Count, Finite, Integer, NotNegative
 
 VERSION = 2
 Word = Annotated[int, Field(ge=0, lt=1 << 32)]
-Integer = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
 
 
 class _Part(BaseModel):

@@ -6,16 +6,15 @@ A line may say more than is known here: runs of other versions are read too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from surgery.disk.untrusted import broken_rules, shown
-from surgery.settings.quantities import Count, NotNegative
+from surgery.settings.quantities import Count, Integer, NotNegative
 from surgery.training.report.report import TrainReport
 from surgery.training.tasks.score import Loss, Score
-
-Integer = Annotated[int, Field(ge=-(1 << 53), le=1 << 53)]
 
 
 class _Line(BaseModel):
@@ -140,10 +139,33 @@ def check_line(line: Any, text: bytes) -> str:
     return ""
 
 
-def contradictions(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+@dataclass(frozen=True)
+class Logged:
+    """The lines of a run's log by their events.
+
+    Attributes:
+        start: what is trained; None where that was not said.
+        generations: a line for each.
+        end: None while the run goes on.
+    """
+
+    start: dict[str, Any] | None
+    generations: list[dict[str, Any]]
+    end: dict[str, Any] | None
+
+
+def by_event(lines: Sequence[dict[str, Any]]) -> Logged:
+    """The lines of a log, of which the first that begins it counts, and the first that ends it."""
+    start, end = (
+        next((line for line in lines if line["event"] == event), None) for event in ("start", "end")
+    )
+    return Logged(start, [line for line in lines if line["event"] == "generation"], end)
+
+
+def contradictions(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
     """What cannot be true of lines that are each right by themselves."""
-    start = next((line for line in lines if line["event"] == "start"), None)
-    generations = [line for line in lines if line["event"] == "generation"]
+    logged = by_event(lines)
+    start, generations = logged.start, logged.generations
     if start is None:
         if lines:
             yield "no line says what is trained (event 'start')"
@@ -165,11 +187,11 @@ def contradictions(lines: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if site[2] in sizes and not site[3] <= site[4] <= sizes[site[2]]:
             yield f"the site {shown(site[1])} reaches beyond the locations of its bank"
     for line in lines:
-        logged = line.get("sizes") if line["event"] == "end" else None
-        if logged and {state: set(logged.get(state, ())) for state in STATES} != {
+        sized = line.get("sizes") if line["event"] == "end" else None
+        if sized and {state: set(sized.get(state, ())) for state in STATES} != {
             state: set(start["members"]) for state in STATES
         }:
-            yield f"sizes must be of all members {', '.join(STATES)}, found {shown(logged)}"
+            yield f"sizes must be of all members {', '.join(STATES)}, found {shown(sized)}"
         for key, overlap in line.get("overlap", {}).items() if line["event"] == "end" else ():
             count = len(overlap["layers"])
             tables = (overlap["observed"], overlap["expected"])

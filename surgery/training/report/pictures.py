@@ -13,6 +13,7 @@ from surgery.disk.untrusted import shown_text
 from surgery.errors import TrainingError
 from surgery.settings.methods import method_names
 from surgery.settings.names import SHIPPED_METHODS
+from surgery.training.report.log_lines import by_event
 from surgery.training.report.runlog import read_log
 from surgery.util.drawing import GRID, INK, MUTED, colours, label_generations, new_figure, png, tidy
 
@@ -25,16 +26,13 @@ def draw_run(log: Path) -> dict[str, bytes]:
     Raises:
         TrainingError: where there is no log.
     """
-    lines = read_log(log)
-    start = next((line for line in lines if line["event"] == "start"), None)
-    generations = [line for line in lines if line["event"] == "generation"]
-    end = next((line for line in lines if line["event"] == "end"), None)
-    if start is None or not generations:
+    logged = by_event(read_log(log))
+    if logged.start is None or not logged.generations:
         return {}
     drawn = {}
-    for name, draw in pictures_of(start).items():
+    for name, draw in pictures_of(logged.start).items():
         try:
-            drawn[name] = draw(start, generations, end)
+            drawn[name] = draw(logged.start, logged.generations, logged.end)
         except (ArithmeticError, MemoryError, ValueError) as error:  # of values beyond what axes can show
             raise TrainingError(
                 f"{name} cannot be drawn of {log}: {shown_text(str(error))}. Its values are none of a run's; delete it."

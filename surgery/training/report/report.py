@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from surgery.settings.quantities import Count, NotNegative
+from surgery.settings.quantities import Count, Integer, NotNegative
 from surgery.training.tasks.score import Score
 from surgery.util.showing import as_html, as_text, finite, plural
 from surgery.util.wording import count, percent
@@ -43,7 +43,7 @@ class TrainReport:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", strict=True)
 
     generations: Count = 0
-    best: Annotated[int, Field(ge=-(1 << 53), le=1 << 53)] = 0
+    best: Integer = 0
     kept: Mapping[str, Annotated[int, Field(ge=0, lt=1 << 53)]] = field(default_factory=dict)
     scores: Mapping[str, Score] = field(default_factory=dict)
     tests: Mapping[str, Score] = field(default_factory=dict)

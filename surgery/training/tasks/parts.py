@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.disk.untrusted import shown
-from surgery.errors import PlanError
+from surgery.errors import LoadError, PlanError
 from surgery.training.tasks.tasks import Batch, as_batch
 
 
@@ -58,6 +60,16 @@ class First:
 
     def __iter__(self) -> Iterator[Any]:
         return islice(iter(self.data), self.batches)
+
+
+def check_there(path: Path) -> None:
+    """Check that there is a file of data.
+
+    Raises:
+        LoadError: where there is none.
+    """
+    if not os.path.lexists(path):
+        raise LoadError(f"The data file {path} does not exist: check the path and the working folder.")
 
 
 def take_option(options: dict[str, Any], name: str, default: Any, *kinds: type) -> Any:

@@ -7,7 +7,6 @@ may name functions that ship with this package; `check_sources` refuses all else
 from __future__ import annotations
 
 import inspect
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from surgery.members.member import Member
 from surgery.members.origins.factory import find_function
 from surgery.permission import PLACES, SHIPPED, Permission
 from surgery.settings.recipe import Recipe, TaskSpec
-from surgery.training.tasks.parts import Parts, Unlabelled, split_rows
+from surgery.training.tasks.parts import Parts, Unlabelled, check_there, split_rows
 from surgery.training.tasks.sources_hub import PREFIX, from_datasets
 from surgery.training.tasks.sources_text import TEXT_ENDINGS, from_text
 from surgery.training.tasks.streams import Batches
@@ -198,8 +197,7 @@ def from_tensors(spec: TaskSpec, member: Member, seed: int, permission: Permissi
 
 
 def _read_arrays(path: Path) -> dict[str, Tensor]:
-    if not os.path.lexists(path):
-        raise LoadError(f"The data file {path} does not exist: check the path and the working folder.")
+    check_there(path)
     return read_arrays(path)
 
 

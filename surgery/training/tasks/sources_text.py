@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from surgery.errors import LoadError
 from surgery.inputs.reading import read_tokenizer
 from surgery.members.member import Member
 from surgery.permission import Permission
-from surgery.training.tasks.parts import Parts, split_rows, take_option
+from surgery.training.tasks.parts import Parts, check_there, split_rows, take_option
 from surgery.training.tasks.streams import Batches
 from surgery.util.text import one_line
 
@@ -139,8 +138,7 @@ def load_tokenizer(source: Member | Path) -> Any:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    if not os.path.lexists(path):
-        raise LoadError(f"The data file {path} does not exist: check the path and the working folder.")
+    check_there(path)
     try:
         text = read_regular(path, TEXT_BYTES).decode()
         if path.suffix == ".jsonl":
