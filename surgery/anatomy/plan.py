@@ -119,7 +119,7 @@ class Plan:
 
     @property
     def method(self) -> str:
-        """The method that it was made with: that of its banks which does not take what is left."""
+        """The method that the plan was made with: of its banks' methods the one that is not for leftover sites."""
         names = dict.fromkeys(bank.method for bank in self.banks)
         return next((name for name in names if name not in (DEFAULT_METHOD, *RELATED)), DEFAULT_METHOD)
 

@@ -66,7 +66,7 @@ class Run:
 
     @property
     def parameters(self) -> int:
-        """Of one layer."""
+        """The number of parameters of one layer."""
         return sum(math.prod(part.shape) for part in self.parts)
 
     @property
@@ -100,7 +100,7 @@ class Stack:
 
     @property
     def parameters(self) -> int:
-        """Of one layer."""
+        """The number of parameters of one layer."""
         return sum(math.prod(part.shape) for part in self.parts)
 
 
@@ -250,7 +250,7 @@ def _dependencies(found: Trace, layers: Mapping[str, Sequence[str]]) -> dict[str
 def _inputs_of(
     graph: fx.Graph, prefix: str, owners: Mapping[str, int], bit: Mapping[str, int]
 ) -> dict[str, int]:
-    """As bits, the layers that the live inputs of each layer's operations depend on, itself left out."""
+    """For each layer, as bits, the other layers that the live inputs of its operations depend on."""
     reach: dict[fx.Node, int] = {}  # layers that a value depends on
     weight: dict[fx.Node, int] = {}  # layers that a value is a weight of: it depends on parameters alone
     live: set[fx.Node] = set()

@@ -184,7 +184,7 @@ def _adapter(folder: Path, base: str | None, card: bool) -> tuple[str | None, di
 
 @contextmanager
 def _with(folder: Path, files: Iterable[str], anew: Mapping[str, bytes]) -> Iterator[Path]:
-    """The folder; one of links to its files beside those that are other ones, where there are any."""
+    """The folder to upload: the given one or, where files are made anew, one of these and links to the others."""
     if not anew:
         yield folder
         return

@@ -62,7 +62,7 @@ class Bank(nn.Module, ABC):
     @property
     @abstractmethod
     def locations(self) -> int:
-        """L."""
+        """L, the number of locations."""
 
     @property
     def width(self) -> int:
@@ -76,12 +76,12 @@ class Bank(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device that the bank lies on."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what it generates."""
+        """The dtype of the blocks that it generates."""
         return next(self.parameters()).dtype
 
     @property
@@ -90,17 +90,17 @@ class Bank(nn.Module, ABC):
         return any(p.requires_grad for p in self.parameters())
 
     def versions(self) -> Stamp:
-        """Of all that blocks are generated from; they differ as soon as something is written to."""
+        """Version counters of all tensors that blocks are generated from; a write to any of them changes the result."""
         return versions(tensors_of(self))
 
     def stamp(self) -> Stamp:
-        """As `versions`, with a few values, as some changes leave no trace in versions."""
+        """`versions` with a few sampled values besides, since some writes leave version counters as they are."""
         return stamp((*self.parameters(), *self.buffers()))
 
     # -- weights that lie elsewhere ------------------------------------------------------------------------
 
     def held(self, p: Placement) -> Tensor | None:
-        """The weight of a site where the bank has it as a whole, mapped from a file; nobody may write to it.
+        """The weight of a site, where the bank holds it whole and mapped from a file; callers must not write to it.
 
         Args:
             p: of the site in the bank.
@@ -108,7 +108,7 @@ class Bank(nn.Module, ABC):
         return None
 
     def lent(self) -> Iterable[tuple[Placement, Tensor]]:
-        """The weights of sites that the bank has as wholes, in memory that takes no room until it is written to."""
+        """The weights of sites that the bank holds whole, mapped so that memory is taken only by what is written to."""
         return ()
 
     # -- generating ----------------------------------------------------------------------------------------
@@ -158,11 +158,11 @@ class Bank(nn.Module, ABC):
         return [Trained(self.form, tuple(p for p in self.parameters() if p.requires_grad))]
 
     def state(self) -> Parts:
-        """All that training changes, for a run's state; tensors of the bank itself."""
+        """The bank's own tensors that training changes, as a run's state records them."""
         return {name: t.detach() for name, t in (*self.named_parameters(), *self.named_buffers())}
 
     def misfits(self, state: Mapping[str, Tensor]) -> list[str]:
-        """What keeps `restore` from taking a state, in words such as `must have left of [4, 2], found [4, 3]`."""
+        """Reasons why `restore` cannot take a state, in words such as `must have left of [4, 2], found [4, 3]`."""
         wrong = []
         for name, own in self.state().items():
             if name not in state:
@@ -176,13 +176,13 @@ class Bank(nn.Module, ABC):
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take a state that has no misfits."""
+        """Take over a state in which `misfits` finds nothing wrong."""
         for name, own in self.state().items():
             own.copy_(state[name])
 
     @property
     def mixable(self) -> bool:
-        """Whether some locations can be as in one state and the others as in another; see `mixed`."""
+        """Whether two states can be mixed location by location; see `mixed`."""
         return False
 
     def mixed(self, kept: Mapping[str, Tensor], now: Mapping[str, Tensor], fresh: Tensor) -> Parts:
@@ -199,7 +199,7 @@ class Bank(nn.Module, ABC):
 
     @property
     def packable(self) -> bool:
-        """Whether `pack` says all of it; what is not has to be settled first."""
+        """Whether `pack` loses nothing; a bank of which it does has to be settled first."""
         return True
 
     @abstractmethod
@@ -212,11 +212,11 @@ class Bank(nn.Module, ABC):
         """
 
     def planned(self, plan: BankPlan) -> BankPlan:
-        """The plan of the bank as it is by now; by default the one that it was made by."""
+        """The bank's plan as it is by now; by default the plan that the bank was made by."""
         return plan
 
     def settle(self, plan: BankPlan, placements: Sequence[Placement]) -> tuple[Bank, list[Placement]]:
-        """What of the bank is worth storing: a bank, and the placements that it still generates, moved.
+        """The part of the bank that is worth storing: a bank, and the placements that it still generates, moved.
 
         Sites that are left out become plain tensors. By default everything stays.
         """
@@ -235,7 +235,7 @@ class Bank(nn.Module, ABC):
     # -- memory --------------------------------------------------------------------------------------------
 
     def give_up(self, blocks: Callable[[], Iterable[tuple[int, Tensor]]]) -> Callable[[], None] | None:
-        """Free what can be made again, bit for bit, of the blocks that somebody else holds.
+        """Free tensors that can be made again, bit for bit, from blocks that somebody else holds.
 
         The bank is not used in between. By default nothing is freed.
 
@@ -250,11 +250,11 @@ class Bank(nn.Module, ABC):
     # -- values that others give ---------------------------------------------------------------------------
 
     def refuses(self, locations: Tensor) -> str:
-        """Why the blocks at these locations cannot become any others, in words; empty where they can."""
+        """Why the blocks at these locations cannot be overwritten, in words; empty where they can."""
         return f"{self.form} generates its blocks"
 
     def write(self, locations: Tensor, blocks: Tensor) -> None:
-        """Make the blocks at locations that are not refused what is given: `[N]`, `[N, m*n]`."""
+        """Overwrite the blocks at locations `[N]`, which `refuses` has let pass, with blocks `[N, m*n]`."""
         raise NotImplementedError(f"{type(self).__name__} refuses every location")
 
     def repeats(self) -> tuple[Tensor, Tensor] | None:
@@ -267,7 +267,7 @@ class Bank(nn.Module, ABC):
     # -- generation in one go ------------------------------------------------------------------------------
 
     def together(self) -> object | None:
-        """Banks for which this is equal, and not None, are generated in one go by `generate_together`."""
+        """A key, or None; banks with equal keys are generated in one call of `generate_together`."""
         return None
 
     @staticmethod

@@ -23,7 +23,7 @@ from surgery.util.stamps import Stamp
 
 @dataclass
 class Source:
-    """Where a bank can be had again.
+    """What a bank can be made from again.
 
     Attributes:
         make: makes the bank: with equal values each time.
@@ -46,7 +46,7 @@ class Source:
 
 
 class _Resting(nn.Module):
-    """Stands in the place of a bank that rests."""
+    """A placeholder for a bank that rests."""
 
 
 class Banks(nn.ModuleDict):
@@ -123,12 +123,12 @@ class Banks(nn.ModuleDict):
         return super().values()
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """As of any module; parameters are found by way of it, so all banks are made."""
+        """`nn.Module.named_modules` once all banks are made, since parameters are found through it."""
         self.wake()
         return super().named_modules(*args, **kwargs)
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Banks:
-        """As of any module, all banks made."""
+        """`nn.Module.apply` once all banks are made."""
         self.wake()
         return super().apply(fn)
 
@@ -201,7 +201,7 @@ class Dictionary(nn.Module):
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Inside, banks that rest are made for a use of which nothing remains: unchanged ones rest again."""
+        """Inside, banks that rest are made for a passing use; afterwards those that did not change rest again."""
         resting = self.resting()
         try:
             yield
@@ -209,15 +209,17 @@ class Dictionary(nn.Module):
             self.rest(resting)
 
     def versions(self, key: str) -> Stamp:
-        """Those of a bank, which one that rests has without being made."""
+        """The versions of a bank; one that rests has them without being made."""
         return self._known(key, 0) or self[key].versions()
 
     def stamp(self, key: str) -> Stamp:
-        """That of a bank, which one that rests has without being made."""
+        """The stamp of a bank; one that rests has it without being made."""
         return self._known(key, 1) or self[key].stamp()
 
     def _known(self, key: str, which: int) -> Stamp:
-        """What stands for versions (0) or stamp (1) of a bank that is what its source made; else nothing."""
+        """The token that stands for the versions (0) or the stamp (1) of a bank while it is what its source made; else
+        empty.
+        """
         source = self.banks.sources.get(key)
         if source is None:
             return ()
@@ -242,7 +244,7 @@ class Dictionary(nn.Module):
             return self[key].by_task if known is None else known
 
     def lent(self, key: str) -> Iterable[tuple[Placement, Tensor]]:
-        """The weights that a bank has as wholes; one that rests has none."""
+        """The weights that a bank holds whole; one that rests holds none."""
         return () if self.rests(key) else self[key].lent()
 
 

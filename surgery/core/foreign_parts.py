@@ -1,4 +1,4 @@
-"""Parts of a bank that somebody else may have written: whether a bank can be made of them, and is the planned one."""
+"""Checks parts of a bank that somebody else may have written: can a bank be made of them, and is it the planned one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PIECE = 2**22  # elements that are generated at once to see whether blocks have 
 
 
 def wrong_parts(method: TensorMethod, plan: BankPlan, parts: Mapping[str, Encoded]) -> list[str]:
-    """What keeps a method's `unpack` from reading parts, in words.
+    """Reasons why a method's `unpack` cannot read parts, in words.
 
     The bank must have as many locations as planned and generate a block of the planned shape for each, and all parts
     must be of use to `unpack`.

@@ -123,7 +123,7 @@ class JointModel(nn.Module):
         self.renamed = {m.name for m in members if {*m.module.state_dict()} != {*self.state_keys[m.name]}}
 
     def trained_private(self) -> list[nn.Parameter]:
-        """What is trained of the members themselves, beside the dictionary."""
+        """The members' own parameters that are trained, beside those of the dictionary."""
         return [p for p in self.bodies.parameters() if p.requires_grad]
 
     def stepped(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -131,7 +131,7 @@ class JointModel(nn.Module):
         return parameter
 
     def private(self, name: str) -> dict[str, nn.Parameter]:
-        """The parameters that are a member's own, trained or not; its `named_parameters` has the dictionary's too."""
+        """A member's own parameters, trained or not; its `named_parameters` has those of the dictionary too."""
         return dict(nn.Module.named_parameters(self[name]))
 
     def __len__(self) -> int:
@@ -195,7 +195,7 @@ class JointModel(nn.Module):
 
     @contextmanager
     def serving(self, task: str | None) -> Iterator[None]:
-        """Inside, members compute what they do for a task, where a method makes that depend on it.
+        """Inside, members compute for a task, where a method makes what they compute depend on it.
 
         Banks that are `by_task` generate that task's weights, and modules that listen (`slots.serving.ServesTasks`) are
         notified. Layers that gradient checkpointing runs again serve the task that they served, wherever the backward
@@ -315,7 +315,7 @@ class JointModel(nn.Module):
         return put_originals(self._copied(name, {}))
 
     def forget_originals(self) -> None:
-        """From now on members are what they are: what stood in the places of replaced modules is not kept."""
+        """Drop the modules that were replaced: from now on members are compared with nothing but what they are."""
         self.members = {
             name: replace(m, replaced=tuple(replace(each, original=None) for each in m.replaced))
             for name, m in self.members.items()
@@ -394,7 +394,7 @@ class JointModel(nn.Module):
     # -- internals -----------------------------------------------------------------------------------------
 
     def _stamp(self, name: str) -> Stamp:
-        """Of all that a member's weights are made of."""
+        """A stamp of everything that a member's weights are made of."""
         module, placed = self[name], self.plan.of(name)
         generated = {p.site.name for p in placed}
         own = [_held(module, first) for first in self.owners[name] if first not in generated]
@@ -402,15 +402,15 @@ class JointModel(nn.Module):
         return (*stamp(t for t in own if isinstance(t, Tensor)), *chain.from_iterable(made))
 
     def versions(self) -> Stamp:
-        """Of everything that weights are generated from; they differ as soon as something is written to."""
+        """Version counters of everything that weights are generated from; a write to any of it changes the result."""
         return tuple(chain.from_iterable(self.dictionary.versions(key) for key in self.dictionary))
 
     def trains(self, name: str, site: str) -> bool:
-        """Whether a site's parameter was trainable; what it is extracted as."""
+        """Whether a site's parameter is trainable, and so will be when its member is extracted."""
         return self._trainable[name, site]
 
     def freeze(self, placements: Sequence[Placement], requires_grad: bool) -> None:
-        """Set `requires_grad` of all that some sites' weights are generated from."""
+        """Set `requires_grad` of everything that the weights of some sites are generated from."""
         self.begin("Freezing")
         self._trainable.update({(p.site.member, p.site.name): requires_grad for p in placements})
         for key in {p.bank for p in placements}:
@@ -422,7 +422,7 @@ class JointModel(nn.Module):
         self.refresh()
 
     def begin(self, what: str) -> None:
-        """Before something that needs the dictionary as it is meant to be: not within a step, and with all edits.
+        """Prepare for an operation on the dictionary: refuse it within a step, and take in all edits of slots.
 
         Raises:
             PlanError: within a step, and where the dictionary cannot follow what was done to slots.

@@ -97,7 +97,7 @@ class Opening:
 
 
 class Method(ABC):
-    """What both kinds have.
+    """What methods that generate tensors and methods that replace modules have in common.
 
     Attributes:
         name: in recipes, artifacts and on the command line.
@@ -126,7 +126,7 @@ class Method(ABC):
     # -- training ------------------------------------------------------------------------------------------
 
     def unsuited(self, joint: JointModel, config: Training) -> list[str]:
-        """Why a joint model cannot be trained by the settings of a run, in sentences, before anything changes."""
+        """Reasons why the settings of a run do not suit a joint model, in sentences; asked before anything changes."""
         return []
 
     def phases(self, config: Training) -> str:
@@ -139,7 +139,7 @@ class Method(ABC):
         return ""
 
     def start(self, joint: JointModel, config: Training, generator: torch.Generator) -> None:
-        """Prepare what is the method's of a joint model that is open, before the optimizer is made.
+        """Prepare the method's part of an opened joint model, before the optimizer is made.
 
         Args:
             joint: to be trained.
@@ -157,7 +157,7 @@ class Method(ABC):
         return
 
     def ended(self, joint: JointModel) -> None:
-        """After a run: what is left to do to a joint model that was trained, before it is reported on or saved."""
+        """Finish a joint model after its training run, before it is reported on or saved."""
         return
 
     def moves(self, trainer: Trainer) -> Moves:
@@ -219,7 +219,8 @@ class TensorMethod(Method):
         """
 
     def weight(self, plan: BankPlan, placement: Placement, parts: Mapping[str, Tensor]) -> Tensor | None:
-        """The weight of a site that has a bank to itself, without the bank; by default None, which takes the bank.
+        """The weight of a site that has a bank to itself, made of parts alone; None, the default, has the bank made
+        instead.
 
         Members that stay packed ask for it whenever a layer runs. Bits are those of the bank's `settled_blocks`.
 
@@ -231,7 +232,7 @@ class TensorMethod(Method):
         return None
 
     def wrong_parts(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> list[str]:
-        """What keeps `unpack` from reading parts that somebody else may have written, in words.
+        """Reasons why `unpack` cannot read parts that somebody else may have written, in words.
 
         Shapes are checked before values, and both before anything is computed from them. By default a bank is made of
         the parts, which must have as many locations as planned, generate a block of the planned shape for each, and all
@@ -263,7 +264,7 @@ class TensorMethod(Method):
     def restrict(
         self, plan: BankPlan, placements: Sequence[Placement], parts: Mapping[str, Encoded]
     ) -> tuple[BankPlan, list[Placement], dict[str, Encoded]]:
-        """What of a stored bank some placements need, without decoding what they share.
+        """The part of a stored bank that some placements need; what they share is not decoded.
 
         By default parts with as many rows as the bank has locations are cut, where that generates the same blocks, and
         otherwise all of the bank is kept.
@@ -295,7 +296,7 @@ class TensorMethod(Method):
         return None
 
     def addition(self, scene: Scene, site: Site, common: Encoded) -> Arrangement:
-        """One more site of a stored bank, which stays as it is, as what a fit can choose.
+        """An arrangement that stores one more site in a stored bank, which stays as it is.
 
         Its first unit is what the bank has in common, which costs nothing; its bank is of the one site alone, with that
         part as it is stored.
@@ -310,7 +311,7 @@ class TensorMethod(Method):
     def extend(
         self, plan: BankPlan, parts: Mapping[str, Encoded], more: BankPlan, added: Mapping[str, Encoded]
     ) -> tuple[BankPlan, dict[str, Encoded]]:
-        """A stored bank with further sites behind its own; the inverse of `restrict`, which nothing is decoded for.
+        """A stored bank with further sites behind its own, nothing of it decoded; the inverse of `restrict`.
 
         Args:
             plan: of the bank.
@@ -323,8 +324,8 @@ class TensorMethod(Method):
     def lend(
         self, key: str, site: Site, tensor: Encoded
     ) -> tuple[BankPlan, Placement, dict[str, Encoded]] | None:
-        """A plain tensor, as it is stored, as what all sites of a new bank have in common, so that others can be added;
-        None, the default, where that cannot be.
+        """A new bank whose common part is a plain tensor as it is stored, so that other sites can be added to it; None,
+        the default, where that cannot be.
 
         Args:
             key: of the bank.
@@ -399,11 +400,11 @@ class TensorMethod(Method):
         return {}
 
     def training_options(self, config: Training) -> Any:
-        """What `open` finds in its options when a run begins; None where the method has no use for them."""
+        """The options that `open` gets when a run begins; None where the method has no use for any."""
         return None
 
     def candidates(self, joint: JointModel, states: States) -> tuple[str, ...]:
-        """The members of a source as which a joint model could begin (transfer).
+        """The members of a source that a joint model could start as (transfer).
 
         Args:
             joint: as `join` made it.
@@ -415,7 +416,7 @@ class TensorMethod(Method):
         raise PlanError(f"Method '{self.name}' begins from no source: leave `train.templates.source` out.")
 
     def begin_as(self, joint: JointModel, states: States, like: str, config: Training, seed: int) -> None:
-        """Give a joint model what the method takes of a source.
+        """Start a joint model as one member of a source.
 
         Args:
             joint: as `join` made it; it is changed in place.
@@ -427,7 +428,7 @@ class TensorMethod(Method):
         raise NotImplementedError(f"method {self.name} begins from no source")
 
     def take_over(self, joint: JointModel, loaded: JointModel) -> None:
-        """Give members that were joined anew the method's banks of the artifact that they came from.
+        """Give members that were joined anew the banks that they had in the artifact they came from.
 
         By default a bank goes on where the method made it and its sites lie as they did.
 

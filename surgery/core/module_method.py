@@ -42,7 +42,7 @@ class Place:
 
     @property
     def module(self) -> nn.Module:
-        """All of the member."""
+        """The member's whole module."""
         return self.modules[self.replacement.member]
 
     @property
@@ -92,7 +92,7 @@ class ModuleSurgery(Method):
 
     @abstractmethod
     def replace(self, place: Place) -> nn.Module:
-        """What stands in the place of a module; nothing that there is may be changed.
+        """The module that takes a place; modules that exist must not be changed.
 
         It is made when members are joined and again when an artifact is loaded, where parameters have no values (they
         are on the meta device) and those of the result are read from the artifact. Random draws are the same each time.
@@ -117,7 +117,8 @@ class ModuleSurgery(Method):
         )
 
     def finish(self, member: Member, module: nn.Module, replacements: Sequence[Replacement]) -> None:
-        """What is left to do once every module that the method replaced in a member is a plain one; by default nothing.
+        """Finish a copy of a member once all modules that the method replaced in it are plain again; by default
+        nothing.
 
         Args:
             member: as it is in the joint model.

@@ -28,7 +28,7 @@ Facts = dict[str, Any]
 
 
 class Moves:
-    """What one method does during a run; of one trainer.
+    """What one method does during a run, for one trainer.
 
     Args:
         name: of the method.
@@ -67,7 +67,9 @@ class Moves:
         return {key: self.joint.dictionary[key] for key in self.joint.plan.keys_of(self.name)}
 
     def terms(self) -> Facts:
-        """By bank's key, settings that a run's state must agree with, beside those of the run: those of the plan."""
+        """By bank's key, the settings that a run's state must agree with besides those of the run; by default the
+        plan's.
+        """
         return {key: dict(self.joint.plan.bank(key).settings) for key in self.banks}
 
     # -- parameters ----------------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ class Moves:
 
     @property
     def balances(self) -> bool:
-        """Whether the method's banks make what is of each member learn at that member's rate by themselves."""
+        """Whether the method's banks themselves make a member's weights learn at that member's rate."""
         return False
 
     def _rate(self, members: Collection[str]) -> float | None:
@@ -97,7 +99,7 @@ class Moves:
         return min((settings.rates.get(name, settings.lr) for name in members), default=None)
 
     def more_groups(self) -> list[Trained]:
-        """Groups besides: private parameters that are stepped in another way, and those that are empty at first."""
+        """Further groups: private parameters that are stepped differently, and groups that are empty at first."""
         return []
 
     # -- a step --------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ class Moves:
         """After the last step of a generation."""
 
     def begins_anew(self, generation: int) -> bool:
-        """Whether states of before a generation are not what will be exported, however good they were."""
+        """Whether states from before a generation no longer count, since they are not what will be exported."""
         return False
 
     def cost_of(self, member: str) -> float:
@@ -155,7 +157,7 @@ class Moves:
         return False
 
     def wrong(self, tensors: Parts, facts: Facts, model: Mapping[StateKey, Tensor]) -> Iterator[str]:
-        """What keeps `unpack` from taking a state, in words; nothing in memory changes.
+        """Reasons why `unpack` cannot take a state, in words; nothing in memory changes.
 
         By default the names, dtypes and shapes must be those that `pack` returns now.
 
@@ -185,7 +187,7 @@ class Moves:
         return {}
 
     def unpack(self, tensors: Parts, facts: Facts) -> None:
-        """Take a state in which nothing is wrong; the banks have been restored."""
+        """Take over a state in which `wrong` finds nothing; the banks have been restored before."""
 
     # -- what it tells -------------------------------------------------------------------------------------
 
@@ -202,7 +204,7 @@ class Moves:
         return []
 
     def lighter(self) -> list[str]:
-        """What would take less memory, such as `fewer train.evolution.challengers`."""
+        """Changes of settings that would take less memory, such as `fewer train.evolution.challengers`."""
         return []
 
     def tracked(self) -> dict[str, float]:

@@ -136,7 +136,7 @@ def revalued(table: Table, choice: Choice) -> Choice:
 
 
 def of_each(table: Table, choices: Sequence[Choice]) -> Choice | None:
-    """The choice that is for each member what its own one is: of members that share nothing.
+    """One choice put together of each member's own, for members that share nothing.
 
     Args:
         table: that all were chosen from.

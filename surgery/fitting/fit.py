@@ -81,7 +81,7 @@ def fit(
     memory: int | str | None = None,
     folder: str | Path | None = None,
 ) -> JointModel:
-    """Make a joint model small, in place; `joint.report` says what was met and what each means saved.
+    """Compress a joint model in place; `joint.report` says whether the target was met and what each means saved.
 
     With a plan of a method whose settings fix what it makes, no target makes exactly this, at the members' precision;
     so it is with modules that were replaced.
@@ -155,7 +155,7 @@ def fit(
 def _held(
     joint: JointModel, memory: int | None, folder: str | Path | None, *, lossless: bool
 ) -> Iterator[None]:
-    """Inside, a fit ends that holds more than `memory`, and what it makes lies in `folder` where it has to.
+    """Inside, a fit is stopped where it holds more than `memory`, and keeps what it makes in `folder` where it has to.
 
     Raises:
         PlanError: where it has to and no folder is given, or would hold more all the same.
@@ -317,7 +317,7 @@ def _back_home(joint: JointModel, originals: Mapping[str, Mapping[str, Tensor]],
 def _give_up(
     plan: Plan, dictionary: Dictionary, originals: Mapping[str, Mapping[str, Tensor]]
 ) -> list[Callable[[], None]]:
-    """Free of a dictionary what is the original weights once more; what takes it back, bank by bank."""
+    """Free the rows of a dictionary that repeat the original weights; returns what restores them, bank by bank."""
 
     def blocks(key: str) -> Iterator[tuple[int, Tensor]]:
         for p in plan.placements:

@@ -54,7 +54,9 @@ class Metric:
     def independent(
         cls, sensitivity: float, out: int, into: int, device: torch.device | None = None
     ) -> Metric:
-        """That of which only the sensitivity is known: relative squared output error per squared error."""
+        """The metric of a site of which the sensitivity alone is known: relative squared output error per squared
+        error.
+        """
         return cls(
             torch.full((out,), 1 / out, device=device), torch.full((into,), out * sensitivity, device=device)
         )
@@ -107,12 +109,12 @@ def _price_of_rows(error: Tensor, weights: Tensor, moment: Tensor) -> float:
 
 
 def times(x: Tensor, side: Tensor) -> Tensor:
-    """`x [k, n]` times a moment `[n, n]`, or one of which there is the diagonal `[n]`."""
+    """Multiply `x [k, n]` by a moment that is given as a matrix `[n, n]` or as its diagonal `[n]`."""
     return x * side.to(x) if side.ndim == 1 else x @ side.to(x)
 
 
 def trace(side: Tensor) -> float:
-    """Of a moment, or of one of which there is the diagonal."""
+    """The trace of a moment that is given as a matrix or as its diagonal."""
     return float((side if side.ndim == 1 else side.diagonal()).sum(dtype=torch.float64))
 
 
@@ -214,12 +216,12 @@ def _second_moment(rows: Tensor) -> Tensor:
 
 
 def mean_metric(metrics: Sequence[Metric]) -> Metric:
-    """That of an error which several members share; prices of these add up to about as many times its own."""
+    """The metric of an error that several members share; their prices add up to about as many times its own."""
     return Metric(_mean([each.out for each in metrics]), _mean([each.into for each in metrics]))
 
 
 def mean_statistics(metrics: Sequence[Metric]) -> Statistics | None:
-    """What `mean_metric` has for statistics, without its outputs."""
+    """The statistics of the inputs of `mean_metric`; its outputs are not needed for them."""
     into = _mean([each.into for each in metrics])
     return Statistics(into, 1) if into.ndim == 2 else None
 
@@ -231,7 +233,7 @@ def _mean(sides: Sequence[Tensor]) -> Tensor:
 
 
 def _damped(moment: Tensor) -> Tensor:
-    """With a share of the mean on the diagonal, and the same trace."""
+    """A moment with a share of its mean diagonal added to its diagonal, scaled back to the same trace."""
     if moment.ndim == 1:
         return (moment + DAMPING * moment.mean()) / (1 + DAMPING)
     found, mean = moment.clone(), moment.diagonal().mean()

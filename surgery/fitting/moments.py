@@ -195,7 +195,7 @@ class Watch(TorchFunctionMode):
         return product
 
     def moments(self) -> dict[str, Moments]:
-        """What was found."""
+        """The moments of all sites whose inputs were seen and are finite, by name."""
         return {
             name: Moments(self.views[name], total, self.count[name])
             for name, total in self.total.items()

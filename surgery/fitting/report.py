@@ -25,7 +25,7 @@ from surgery.util.wording import percent, size
 
 
 def saved_words(saved: Mapping[str, int]) -> str:
-    """What each means saved, and what those take that save nothing.
+    """What each means saved, in words, and how much more those take that saved nothing.
 
     Args:
         saved: bytes by means, as in a report.
@@ -97,7 +97,7 @@ class StackReport:
 
     @property
     def note(self) -> str:
-        """What that means, where it means something."""
+        """What the number of templates says of the stack, in words; empty where it says nothing."""
         apart = self.templates == self.layers
         return "as many templates as layers: fewer do not pay here" if apart else ""
 
@@ -230,7 +230,7 @@ class FitReport:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """All of it as plain JSON values, the detail left out, and what there is nothing to say of."""
+        """The report as plain JSON values, without the detail and without what is empty."""
         always = _MEASURED if self.saved else ("met",) if self.target else ()
         found = asdict(replace(self, detail=()))
         found["probes"] = {} if self.probes == Probes() else found["probes"]

@@ -48,7 +48,7 @@ def row_weights(seen: Tensor | None, moved: Tensor, uses: Tensor | None = None) 
 
 
 def unseen_share(own: Tensor, uses: Tensor) -> float:
-    """What rows that no data used so far will count in as many more data, of all.
+    """The share that rows which no data used so far will have in what all rows count on as much further data.
 
     Args:
         own: `[o]`, what each row counts on the data so far, of all.

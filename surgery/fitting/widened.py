@@ -24,7 +24,7 @@ NARROW = (torch.bfloat16, torch.float16)
 
 
 def native(dtype: torch.dtype) -> bool:
-    """Whether this machine's CPU has instructions for a dtype; so it is taken to be where nothing tells.
+    """Whether this machine's CPU has instructions for a dtype; where nothing tells, it is taken to have them.
 
     Example:
         >>> native(torch.float32)

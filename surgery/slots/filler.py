@@ -101,7 +101,7 @@ class Filler:
         self._note_filled(tuple(members or self.joint.names))
 
     def make_current(self, name: str, below: str = "") -> None:
-        """Before somebody reads a member's slots: make those whose owners begin with `below` what the dictionary says.
+        """Bring a member's slots whose owners begin with `below` up to date with the dictionary, before they are read.
 
         What a forward pass has generated from the dictionary as it is stays, for its backward pass.
         """
@@ -161,7 +161,7 @@ class Filler:
     # -- calls -----------------------------------------------------------------------------------------------
 
     def enter(self, name: str, path: str) -> bool:
-        """Before a part of a member runs: make its slots what the dictionary says; whether it had to."""
+        """Bring a member's slots up to date before a part of it runs; returns whether they were out of date."""
         if "torch._dynamo" not in sys.modules:
             return self.fill_before(name, path)
         from surgery.slots import untraced  # here, as it imports the compiler
@@ -217,7 +217,7 @@ class Filler:
         return task
 
     def leave(self, name: str, path: str) -> None:
-        """After a part of a member ran."""
+        """Note that a part of a member has run."""
         if self.inside.get(name) == path:
             del self.inside[name]
 
@@ -234,7 +234,7 @@ class Filler:
     # -- internals -------------------------------------------------------------------------------------------
 
     def _generated_from(self, name: str) -> tuple:
-        """Equal as long as a member's weights are."""
+        """A value that stays equal as long as a member's generated weights do."""
         changes = by_task(*self._all, name)
         return self.joint.versions(), self.joint.task if changes else None
 
@@ -243,7 +243,7 @@ class Filler:
         return self.joint.plan, self.joint.dictionary
 
     def _below(self, name: str, below: str) -> list[Placement]:
-        """The sites of a member that have an owner whose name begins so."""
+        """The sites of a member with an owner whose name begins with `below`."""
         return [p for p in self.joint.plan.of(name) if any(o.startswith(below) for o in p.site.owners)]
 
     def _fill(self, weights: Weights) -> None:

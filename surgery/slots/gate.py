@@ -36,14 +36,14 @@ class Gate:
 
     @property
     def part(self) -> nn.Module:
-        """The module that it is on."""
+        """The module that the gate is on."""
         part = self._on()
         assert part is not None  # it is called by way of it
         return part
 
     @property
     def below(self) -> str:
-        """What the names of everything below the module begin with."""
+        """The prefix of all names below the module."""
         return f"{self.path}." if self.path else ""
 
     def placements(self, *, recurse: bool = True) -> list[Placement]:

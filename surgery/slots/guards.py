@@ -117,7 +117,7 @@ class Copy(Gate):
     method = "__deepcopy__"
 
     def __call__(self, memo: dict) -> nn.Module:
-        """What `JointModel.extract` gives."""
+        """The copy that `JointModel.extract` gives."""
         return extract(self.joint, self.member, self.path, memo)
 
 
@@ -127,7 +127,7 @@ class Pickle(Gate):
     method = "__reduce_ex__"
 
     def __call__(self, protocol: Any) -> tuple:
-        """How to make it again: it is already."""
+        """Reduce the module to a copy of it that depends on nothing."""
         return _itself, (extract(self.joint, self.member, self.path),)
 
 

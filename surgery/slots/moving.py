@@ -85,14 +85,14 @@ def move_all(joint: JointModel, change: Callable) -> None:
 
 
 def _forms(joint: JointModel) -> list[tuple[torch.device, torch.dtype]]:
-    """Device and dtype of all that is moved, but for banks that rest: one that something happens to is made."""
+    """Devices and dtypes of everything that is moved, apart from banks that still rest."""
     banks = [joint.dictionary[key] for key in joint.dictionary if not joint.dictionary.rests(key)]
     moved = (*joint.bodies.parameters(), *joint.bodies.buffers(), *banks)
     return [(each.device, each.dtype) for each in moved]
 
 
 def _dtypes(joint: JointModel) -> list[torch.dtype]:
-    """Of the members' tensors, generated ones too."""
+    """The dtypes of the members' tensors, generated ones included."""
     own = [t.dtype for t in (*joint.bodies.parameters(), *joint.bodies.buffers())]
     return own + [torch_dtype(p.site.dtype) for p in joint.plan.placements]
 

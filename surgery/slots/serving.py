@@ -30,7 +30,7 @@ class ServesTasks(Protocol):
     """A module within a member that computes something else for each task."""
 
     def serve_task(self, task: str | None) -> None:
-        """The forward passes that follow are those of a task; None is the method's default."""
+        """Note that the forward passes that follow serve a task; None stands for the method's default."""
         ...
 
 
@@ -65,7 +65,7 @@ class Tasks:
         self._tasks: list[str | None] = []
 
     def serve(self, task: str | None) -> None:
-        """From now on a task is served."""
+        """Serve a task from now on."""
         if len(self._since) == _KEPT:
             del self._since[: _KEPT // 2], self._tasks[: _KEPT // 2]
         self._since.append(torch._C._autograd._get_sequence_nr())  # pyright: ignore[reportAttributeAccessIssue]

@@ -79,7 +79,9 @@ class Take(Gate):
 
 
 def keep_slots(joint: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Before the state dict of a joint model is loaded, which has rows: members shall not miss their weights."""
+    """Fill the members' weights into a joint model's state dict, which has rows instead, so that none counts as
+    missing.
+    """
     joint.begin("Loading a state dict")
     for number, name in enumerate(joint.names):
         for p in joint.plan.of(name):

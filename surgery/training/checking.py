@@ -62,7 +62,7 @@ def check_document(
 
 
 def check_recipe(recipe: Recipe, going_on: bool = False) -> None:
-    """The same for a recipe that was validated already.
+    """Check a recipe that was validated already as `check_document` checks a document.
 
     Args:
         recipe: with a `train` section.
@@ -112,7 +112,7 @@ def recipe_problems(document: Mapping[str, Any], going_on: bool = False) -> list
 
 
 def check_source(recipe: Recipe) -> None:
-    """Whether the artifact is there that training begins from, or whose features a task adapts to.
+    """Check that the artifact is there that training begins from, if there is one.
 
     Raises:
         LoadError: where it is not.
@@ -122,7 +122,7 @@ def check_source(recipe: Recipe) -> None:
 
 
 def require_source(source: str) -> None:
-    """The same for the artifact's folder.
+    """Check that the artifact's folder is there.
 
     Raises:
         LoadError: where it is not.

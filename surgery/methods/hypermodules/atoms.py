@@ -41,7 +41,7 @@ def principal_atoms(blocks: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def share_atoms(bank: HypermoduleBank, count: int) -> HypermoduleBank:
-    """Let all locations of a bank mix the same atoms; the bank.
+    """Make all locations of a bank mix the same atoms; returns the bank.
 
     Args:
         bank: opened, not yet being optimised.

@@ -116,7 +116,8 @@ def conclude(bank: HypermoduleBank) -> tuple[list[Resized], int]:
 
 
 def redraw(bank: HypermoduleBank, fraction: float, generator: torch.Generator) -> int:
-    """A fraction of the locations takes any hypermodule by chance, whatever it is worth; how many changed theirs.
+    """Give a fraction of the locations a hypermodule drawn at random, whatever it is worth; returns how many changed
+    theirs.
 
     Nothing is removed: a hypermodule that nobody uses now may be drawn again.
     """
@@ -143,7 +144,8 @@ def prune(bank: HypermoduleBank) -> list[Resized]:
 
 @torch.no_grad()
 def inherit(optimizer: torch.optim.Optimizer, bank: HypermoduleBank) -> None:
-    """Optimizer rows of contexts that challengers brought follow these into the bank, before its contest is concluded.
+    """Let the optimizer's rows of contexts that challengers brought follow these into the bank, before a contest is
+    concluded.
 
     Adam's moments are of the steps that were taken, fewer than the bank's, so their corrections for that are exchanged.
     """

@@ -126,7 +126,7 @@ def _orthonormal(rows: Tensor) -> Tensor:
 
 
 def _gram_schmidt(rows: Tensor) -> Tensor:
-    """The same for all hypermodules at once, each direction freed of those before it twice, against rounding."""
+    """`_orthonormal` for all hypermodules at once; each direction is freed of those before it twice, against rounding."""
     least = _DEPENDENT * rows.norm(dim=-1).amax(-1, keepdim=True)
     basis = torch.zeros_like(rows)
     for j in range(rows.shape[1]):
@@ -165,7 +165,7 @@ def _sum(values: Tensor, total: Total | None) -> Tensor:
 
 
 def _norm(vectors: Tensor, total: Total | None) -> Tensor:
-    """Of the last axis."""
+    """The norm along the last axis."""
     return vectors.norm(dim=-1) if total is None else total(vectors.square().sum(-1)).sqrt()
 
 

@@ -56,7 +56,7 @@ class Opening:
         return cls(sum(first) / len(first) - 1, back)
 
     def document(self) -> dict[str, Any]:
-        """As JSON."""
+        """The opening as JSON values."""
         return {"rise": self.rise, "back": self.back}
 
 
@@ -80,12 +80,12 @@ class Thermostat:
         self.opening: Opening | None = None
 
     def begin(self, alpha: float) -> float:
-        """Alpha with which a contest opens, of what the settings say."""
+        """The alpha with which a contest opens, made of the one in the settings."""
         self.alpha = alpha if self.heat is None else min(alpha * self.factor, 0.5)
         return self.alpha
 
     def end(self, steps: Sequence[Sequence[float]], opened: bool) -> None:
-        """After a generation.
+        """Take note of a generation that has ended, and set the next alpha by the rise that its opening caused.
 
         Args:
             steps: the tasks' losses in every step of it.
@@ -99,7 +99,7 @@ class Thermostat:
         self.before = [sum(column) / len(last) for column in zip(*last, strict=True)]
 
     def document(self) -> dict[str, Any]:
-        """For a run's state."""
+        """The JSON values that a run's state keeps."""
         return {"factor": self.factor, "before": self.before, "alpha": self.alpha}
 
     def take(self, document: Mapping[str, Any]) -> None:

@@ -67,7 +67,7 @@ class Hypermodules(RowsMethod):
         return make_plan(anatomies, request.block, request.context)
 
     def asks(self, plan: Plan, target: Target) -> str:
-        """K."""
+        """K hypermodules, in words."""
         return f"{target.hypermodules} hypermodules" if target.hypermodules else ""
 
     def exactly(self, scene: Scene, plan: Plan) -> Settled:
@@ -94,7 +94,7 @@ class Hypermodules(RowsMethod):
         return {**how, "atoms": settings.start == "atoms"}
 
     def unsuited(self, joint: JointModel, config: Training) -> list[str]:
-        """Codes that cannot go on from what there is."""
+        """Reasons why a run cannot begin from the present codes as its settings ask."""
         from surgery.methods.hypermodules.starts import wrong_start
 
         return wrong_start(joint, config.evolution)

@@ -73,7 +73,7 @@ class HypermoduleMoves(Moves):
 
     @property
     def balances(self) -> bool:
-        """By factors, where rows are balanced."""
+        """Whether rows are balanced by factors, which then carry members' own rates."""
         return self.config.evolution.scale == "balanced"
 
     def more_groups(self) -> list[Trained]:

@@ -67,7 +67,7 @@ class RowsBank(Bank):
         self._code: tuple[Tensor, int, TransposedIndex] | None = None
 
     def plain(self, rows: Tensor, psi: Tensor, contexts: Tensor, hypermodules: int) -> RowsBank:
-        """A bank of this block shape with other rows and codes, and nothing else that this one may have."""
+        """An ordinary bank of the same block shape with other rows and codes."""
         return RowsBank(self.block, rows, psi, contexts, hypermodules)
 
     def keep_origin(self, blocks: Tensor) -> None:
@@ -75,7 +75,7 @@ class RowsBank(Bank):
         self.origin = blocks.to("cpu", self.rows.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RowsBank:
-        """What is moved is what training and generating read."""
+        """Apply `fn` to all tensors but `origin`, which stays on the CPU: neither training nor generating reads it."""
         origin, self.origin = self.origin, None
         try:
             super()._apply(fn, recurse)
@@ -88,7 +88,7 @@ class RowsBank(Bank):
 
     @property
     def locations(self) -> int:
-        """L."""
+        """L, the number of locations."""
         return self.psi.shape[0]
 
     @property
@@ -247,7 +247,7 @@ class RowsBank(Bank):
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take a state that has no misfits, of as many hypermodules as it has."""
+        """Take over a state in which `misfits` finds nothing wrong, with as many hypermodules as it has."""
         device, rows = self.rows.device, state["rows"]
         self.rows = nn.Parameter(rows.to(device, copy=True), requires_grad=self.rows.requires_grad)
         self.hypermodules = len(rows) // self.context
@@ -282,7 +282,7 @@ class RowsBank(Bank):
         return replace(plan, context=self.context, locations=self.locations)
 
     def settle(self, plan: BankPlan, placements: Sequence[Placement]) -> tuple[RowsBank, list[Placement]]:
-        """What sharing makes smaller; see `surgery.methods.rows.settling`."""
+        """The part of the bank that sharing makes smaller; see `surgery.methods.rows.settling`."""
         return settle_rows(self, placements, torch_dtype(plan.dtype).itemsize)
 
     def location_parameters(self, placements: Sequence[Placement], first: bool = True) -> Tensor:
@@ -325,7 +325,7 @@ class RowsBank(Bank):
     # -- values that others give ---------------------------------------------------------------------------
 
     def refuses(self, locations: Tensor) -> str:
-        """A block can become any other where it has a row of its own: the row becomes the block."""
+        """Why blocks cannot be overwritten: a block can where it has a row of its own, which then becomes the block."""
         if self.columns.partial:
             return "several processes hold parts of its blocks"
         psi = self.psi[locations]
@@ -337,7 +337,7 @@ class RowsBank(Bank):
         return ""
 
     def write(self, locations: Tensor, blocks: Tensor) -> None:
-        """Make the blocks at locations that are not refused what is given."""
+        """Overwrite the blocks at locations that `refuses` has let pass."""
         index, _ = self.codes()
         self.rows[index[locations, 0]] = blocks
         contexts = self.contexts[locations]

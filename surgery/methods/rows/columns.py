@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Columns:
-    """All columns.
+    """The columns of rows and blocks that a process holds: here all of them.
 
     Attributes:
         partial: whether other processes hold the rest.
@@ -23,19 +23,19 @@ class Columns:
     partial = False
 
     def cut(self, tensor: Tensor) -> Tensor:
-        """The columns that are held of `[N, m*n]`."""
+        """The columns of `[N, m*n]` that this process holds."""
         return tensor
 
     def total(self, values: Tensor) -> Tensor:
-        """Sums over columns, from those over the columns that are held; it may replace them."""
+        """Sums over all columns, from sums over those that this process holds; it may change them in place."""
         return values
 
     def summed(self, values: Tensor) -> Tensor:
-        """The same, differentiable: gradients go back into the columns that are held."""
+        """`total`, differentiable: gradients go back into the columns that this process holds."""
         return values
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean of all elements of `[N, m*n]`, of which the columns that are held are given."""
+        """The mean of all elements of `[N, m*n]`, given the columns that this process holds."""
         return tensor.mean()
 
     def find(self, places: Tensor) -> tuple[Tensor | slice, Tensor]:

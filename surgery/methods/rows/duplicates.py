@@ -114,7 +114,7 @@ def _equal_bits(take: Callable[[Tensor], Tensor], leader: Tensor, ratio: Tensor,
 
 
 def _repeated(keys: np.ndarray) -> np.ndarray:
-    """Which of some keys occur more than once `[N]`; they are sorted an eighth at a time, as they are many."""
+    """Which of many keys occur more than once `[N]`, found an eighth at a time to bound memory."""
     found = np.zeros(len(keys), dtype=bool)
     last = keys.view(np.uint8)[::8] & 7  # of either end: which bits these are is all the same
     for low in range(8):
@@ -127,7 +127,7 @@ def _repeated(keys: np.ndarray) -> np.ndarray:
 
 
 def _keys(blocks: Tensor, master: torch.dtype) -> Tensor:
-    """Of each block a number `[N]`, int64, that those with one fingerprint have in common.
+    """A key for each block `[N]`, int64; blocks with one fingerprint have one key.
 
     Args:
         blocks: `[N, d]`, in the dtype of the weights.

@@ -17,7 +17,7 @@ from surgery.storage.codecs import Encoded
 
 
 class RowsMethod(TensorMethod):
-    """What such methods have in common: everything about stored parts."""
+    """What methods whose banks are rows and codes have in common: everything about stored parts."""
 
     form: ClassVar[str] = "rows"
     stored_as: ClassVar[str] = "shared rows"

@@ -58,7 +58,7 @@ class ReferredRows(RowsBank):
 
     @property
     def locations(self) -> int:
-        """L."""
+        """L, the number of locations."""
         return super().locations if self.made else len(self._source)
 
     @property
@@ -70,12 +70,12 @@ class ReferredRows(RowsBank):
 
     @property
     def device(self) -> torch.device:
-        """Where it lies; files are read into the CPU's memory."""
+        """The device of rows and codes; files are read into the CPU's memory."""
         return super().device if self.made else torch.device("cpu")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what it generates."""
+        """The dtype of the blocks that it generates."""
         return super().dtype if self.made else self._source.dtype
 
     @property
@@ -84,7 +84,7 @@ class ReferredRows(RowsBank):
         return super().learns if self.made else True
 
     def versions(self) -> Stamp:
-        """Those of rows and codes once they are not what was in the files; until then always the same."""
+        """Versions of rows and codes; always the same while these are what the files hold."""
         same = not self.made or super().versions() == self._as_made[0]
         return (id(self._source),) if same else super().versions()
 
@@ -177,7 +177,7 @@ class ReferredRows(RowsBank):
         return super().__getattr__(name)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        """As of any module; parameters are found by way of it, so they are made."""
+        """`nn.Module.named_modules` once rows and codes are in memory, since parameters are found through it."""
         self.make()
         return super().named_modules(*args, **kwargs)
 
@@ -187,12 +187,12 @@ class ReferredRows(RowsBank):
         return super().state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take a state that has no misfits."""
+        """Take over a state in which `misfits` finds nothing wrong."""
         self.make()
         super().restore(state)
 
     def write(self, locations: Tensor, blocks: Tensor) -> None:
-        """Make the blocks at locations that are not refused what is given."""
+        """Overwrite the blocks at locations that `refuses` has let pass."""
         self.make()
         super().write(locations, blocks)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def settle_rows(
     bank: RowsBank, placements: Sequence[Placement], itemsize: int
 ) -> tuple[RowsBank, list[Placement]]:
-    """The bank of the placements that it makes smaller, and these, moved.
+    """Reduce a bank to the placements that it stores in fewer bytes; returns it and these, moved.
 
     Args:
         bank: any.

@@ -52,7 +52,7 @@ class SharedRows:
 
     @property
     def count(self) -> int:
-        """c."""
+        """c, the number of basis blocks, each a unit."""
         return self.contexts.shape[2]
 
     @property

@@ -43,7 +43,7 @@ class StackTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the members' tensors."""
+        """The dtype of the members' tensors."""
         return torch_dtype(self.sites[0].dtype)
 
 

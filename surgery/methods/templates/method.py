@@ -63,7 +63,7 @@ class TemplatesMethod(RowsMethod):
         return TemplateBank.of(bank) if bank.hypermodules == 1 and not bank.singles else bank
 
     def asks(self, plan: Plan, target: Target) -> str:
-        """K."""
+        """K templates, in words."""
         count = settings_in(plan).templates
         return plural(count, "template") if count else ""
 
@@ -119,13 +119,13 @@ class TemplatesMethod(RowsMethod):
         return {"start": config.templates.start, "sure": config.templates.sure}
 
     def unsuited(self, joint: JointModel, config: Training) -> list[str]:
-        """Mixtures that cannot be what the settings ask of them."""
+        """Reasons why the mixtures cannot be trained as the settings ask."""
         from surgery.methods.templates.training import wrong_settings
 
         return wrong_settings(settings_in(joint.plan), config.templates)
 
     def phases(self, config: Training) -> str:
-        """Those in which templates are hardened."""
+        """The last generations, in words, where these train with hardened templates."""
         return f"the last {config.final} with hardened templates" if config.templates.harden else ""
 
     def start(self, joint: JointModel, config: Training, generator: torch.Generator) -> None:

@@ -43,7 +43,7 @@ class Templates:
 
     @classmethod
     def of(cls, said: Settings, start: str = "fit", sure: float = _SURE) -> Templates:
-        """Those that a plan asks for, in softmax mixtures where it says nothing of them."""
+        """The templates that a plan asks for, in softmax mixtures where it does not say how they are mixed."""
         mixture: dict[str, Any] = {"mixing": said.mixture} if "mixture" in said.model_fields_set else {}
         return cls(said.templates, **mixture, start=start, sure=sure)
 

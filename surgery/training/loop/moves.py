@@ -19,7 +19,7 @@ __all__ = ["Facts", "Moves", "gather", "is_read", "moves_of", "pack_moves", "sta
 
 
 def moves_of(trainer: Trainer) -> tuple[Moves, ...]:
-    """Those of all methods of a trainer's joint model."""
+    """The moves of all methods of a trainer's joint model."""
     return tuple(method.moves(trainer) for method in active_methods(trainer.joint))
 
 

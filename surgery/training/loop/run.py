@@ -231,7 +231,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Since the run began, before it was resumed too."""
+        """Seconds since the run began, those before it was resumed included."""
         return self.before + time.monotonic() - self.clock
 
     def _save(self) -> None:

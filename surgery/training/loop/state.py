@@ -100,7 +100,8 @@ def restore(joint: JointModel, tensors: Mapping[StateKey, Tensor]) -> None:
 
 @contextmanager
 def undone(joint: JointModel) -> Iterator[None]:
-    """Afterwards all values are as they were, of the same tensors and parameters: `restore` makes new ones in banks.
+    """Undo afterwards whatever changed values inside, in the same tensors and parameters: `restore` makes new ones in
+    banks.
 
     Inside, values may change, and no bank its size.
     """
@@ -118,7 +119,7 @@ def undone(joint: JointModel) -> Iterator[None]:
 
 
 def _restore_extra_state(joint: JointModel, key: StateKey, tensors: Mapping[StateKey, Tensor]) -> None:
-    """Of one member, where the state holds it: those of earlier versions do not."""
+    """Restore the extra state of one member where the state holds it; states of earlier versions do not."""
     if key in tensors:
         try:
             values = from_document(json.loads(tensors[key].cpu().numpy().tobytes()))

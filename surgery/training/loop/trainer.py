@@ -72,7 +72,7 @@ class Trainer:
 
     @property
     def steps(self) -> int:
-        """How many steps are done in all."""
+        """The number of steps done so far."""
         return self.generation * self.config.steps + self.step
 
     @property
@@ -201,7 +201,7 @@ class Trainer:
         return found
 
     def check(self) -> dict[str, float]:
-        """The same, and the steps go on counting.
+        """Each task's mean loss as `losses_so_far` gives it, without beginning to count anew.
 
         Raises:
             TrainingError: naming the tasks whose loss is not finite.
