@@ -105,7 +105,7 @@ def test_first_and_last_maps():
     assert names(unordered.sites) == names(anatomy.sites) and "no execution order" in unordered.notes[-1]
 
 
-def test_selectors():
+def test_selectors_make_sites_private_and_skipped_tensors():
     anatomy = discover(chain(), private=["1.weight"], sites=["re:[03].weight"], skip=["re:2\\..*"])
     assert names(anatomy.sites) == ["0.weight", "3.weight"]
     assert alone(anatomy, "1.weight").reason == "private by request"

@@ -146,7 +146,7 @@ def test_a_result_above_the_threshold_equals_the_formula() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 3])
-def test_gradcheck(width: int) -> None:
+def test_gradients_are_those_of_finite_differences(width: int) -> None:
     rows, index, coefficient, _ = make_problem(5, width, 4, 3)
     assert torch.autograd.gradcheck(lambda r, c: generate(r, index, c), (rows, coefficient))
 

@@ -23,7 +23,7 @@ GIB = 2**30
     ("text", "found"),
     [("8GiB", 8 * GIB), ("8 gib", 8 * GIB), ("1.5GB", 1_500_000_000), ("512", 512), (7, 7), ("3kB", 3000)],
 )
-def test_sizes(text, found):
+def test_memory_is_given_in_any_unit_of_bytes(text, found):
     assert Resources.of({"memory": text}).memory == found
 
 

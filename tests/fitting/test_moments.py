@@ -93,7 +93,7 @@ class Experts(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Right, Left])
-def test_products(kind):
+def test_moments_of_a_product_are_those_of_its_other_factor(kind):
     torch.manual_seed(0)
     check(kind(), "weight", (torch.randn(5, 4),))
 

@@ -158,7 +158,7 @@ def test_relative_error():
 # --- calibration files
 
 
-def test_texts(minilm, tmp_path):
+def test_lines_of_a_text_file_become_batches_of_tokens(minilm, tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(["Hello, world.", "", "A longer line of text than the first."] * 5))
     batches = probe_inputs(minilm, calibrate=path)
@@ -192,7 +192,7 @@ def test_pictures_with_an_image_processor(pictures, tmp_path):
     assert probe_inputs(member, count=1)[0].kwargs["pixel_values"].min() >= -0.2 - 1e-5
 
 
-def test_arrays(tmp_path):
+def test_array_files_become_batches_of_arguments(tmp_path):
     values = np.arange(30, dtype=np.float64).reshape(10, 3)
     np.savez(tmp_path / "a.npz", arg0=values)
     save_file({"input": torch.from_numpy(values)}, tmp_path / "a.safetensors")
@@ -204,7 +204,7 @@ def test_arrays(tmp_path):
     assert outputs_of(member.module, first[0])
 
 
-def test_calibration_errors(minilm, tmp_path):
+def test_calibration_files_that_cannot_serve_are_named_with_the_reason(minilm, tmp_path):
     member = linear()
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")

@@ -91,7 +91,7 @@ def factory(tmp_path) -> Path:
         ("org/name?class=BertModel", (None, "org/name?class=BertModel")),
     ],
 )
-def test_parse(text, parts):
+def test_a_reference_is_split_from_the_name_in_front(text, parts):
     assert parse_reference(text) == parts
 
 
@@ -131,7 +131,7 @@ def check_laws(member, tmp_path, reload):
 
 
 @pytest.mark.parametrize("kind", TINY)
-def test_transformers(kind, folders, tmp_path):
+def test_a_folder_of_transformers_loads_builds_again_and_exports(kind, folders, tmp_path):
     member = load_member(str(folders[kind]), name=kind)
     name = TINY[kind][0]
     assert type(member.module).__name__ == member.origin.architecture == name
@@ -189,7 +189,7 @@ def test_half_precision_weights_keep_their_dtype(tmp_path):
     assert {p.dtype for p in build_architecture(member.origin, member.files).parameters()} == {torch.bfloat16}
 
 
-def test_factory(factory, tmp_path):
+def test_a_factory_loads_builds_again_and_exports(factory, tmp_path):
     member = load_member(f"{factory}:make")
     assert (member.name, member.origin.architecture) == ("make", "net.py:make")
     assert member.files == {}
@@ -293,7 +293,7 @@ def test_loading_is_silent(folders, weights, capfd):
 # --- real weights
 
 
-def test_minilm():
+def test_real_weights_build_again_exactly_and_fast():
     member = load_member(minilm_folder(), name="minilm")
     assert {"tokenizer.json", "vocab.txt", "modules.json", "1_Pooling/config.json"} <= set(member.files)
     build_architecture(member.origin, member.files)

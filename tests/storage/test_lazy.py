@@ -82,14 +82,14 @@ def test_resident_made_and_in_a_file(tmp_path_factory, dtype, shape, seed):
 
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(["native", "bfloat16", "int4/8", "int12/64"]), SHAPES, st.integers(0, 99))
-def test_decoded(precision, shape, seed):
+def test_a_handle_of_a_stored_tensor_reads_what_decoding_gives(precision, shape, seed):
     encoded = encode(drawn(shape, torch.float32, seed), Precision.parse(precision))
     check(Decoded(encoded), decode(encoded), keeps=precision == "native" or encoded.precision.is_native)
 
 
 @pytest.mark.parametrize("kind", ["tied", "convolutions"])
 @pytest.mark.parametrize("state", ["joined", "opened", "trained", "diagonals"])
-def test_generated(kind, state):
+def test_handles_of_generated_weights_read_what_a_collapse_gives(kind, state):
     joint = join(family(kind, 2), block=(8, 8))
     if state != "joined":
         joint.open(3)

@@ -56,7 +56,7 @@ def but_large(names):
 
 
 @pytest.mark.parametrize("name", but_large(TIMM))
-def test_timm(name):
+def test_hard_models_of_timm_join_and_collapse_exactly(name):
     torch.manual_seed(0)
     size, options = TIMM[name]
     module = timm.create_model(name, **options).eval()
@@ -73,14 +73,14 @@ def test_timm_with_few_layers():
 
 
 @pytest.mark.parametrize("name", but_large(TRANSFORMERS))
-def test_transformers(name):
+def test_hard_models_of_transformers_join_and_collapse_exactly(name):
     module = shrunk_model(name)
     origin = Origin("transformers", name, type(module).__name__)
     check(Member(name, module, example_inputs(module, origin), origin), UNUSED.get(name, 0.0))
 
 
 @pytest.mark.parametrize("name", but_large(["swin_t", "raft_large"]))
-def test_torchvision(name):
+def test_hard_models_of_torchvision_join_and_collapse_exactly(name):
     torch.manual_seed(0)
     pair = torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128)
     inputs = pair if name == "raft_large" else (torch.zeros(1, 3, 64, 64),)
@@ -158,7 +158,7 @@ SYNTHETIC = {"tied": Tied, "parametrised": Parametrised, "scripted": Scripted, "
 
 
 @pytest.mark.parametrize("name", SYNTHETIC)
-def test_synthetic(name):
+def test_tied_parametrised_scripted_and_wrapped_models_join_and_collapse_exactly(name):
     torch.manual_seed(0)
     module = SYNTHETIC[name]().eval()
     with torch.no_grad():

@@ -126,7 +126,10 @@ def _orthonormal(rows: Tensor) -> Tensor:
 
 
 def _gram_schmidt(rows: Tensor) -> Tensor:
-    """`_orthonormal` for all hypermodules at once; each direction is freed of those before it twice, against rounding."""
+    """`_orthonormal` for all hypermodules at once.
+
+    Each direction is freed of those before it twice, since rounding leaves a part of them the first time.
+    """
     least = _DEPENDENT * rows.norm(dim=-1).amax(-1, keepdim=True)
     basis = torch.zeros_like(rows)
     for j in range(rows.shape[1]):

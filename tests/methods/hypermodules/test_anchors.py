@@ -20,7 +20,7 @@ from surgery.training.loop.trainer import Trainer
 from surgery.training.train import train
 
 
-def test_examples():
+def test_examples_in_docstrings_hold():
     assert doctest.testmod(rewards).failed == doctest.testmod(atoms).failed == 0
 
 

@@ -46,7 +46,7 @@ def test_a_split_is_exact_and_the_optimizer_follows(seed, factors, kept):
     assert not kept or torch.equal(bank.psi == 0, psi == 0)  # what must not change is not split
 
 
-def test_examples():
+def test_examples_in_docstrings_hold():
     assert doctest.testmod(splitting).failed == 0
 
 
