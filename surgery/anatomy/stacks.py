@@ -13,6 +13,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING
 
 from torch import fx
@@ -255,30 +257,33 @@ def _inputs_of(
     weight: dict[fx.Node, int] = {}  # layers that a value is a weight of: it depends on parameters alone
     live: set[fx.Node] = set()
     seen: dict[str, int] = defaultdict(int)
+
+    def layers_in(bits: int) -> list[str]:
+        return [path for path, one in bit.items() if bits & one] if bits else []
+
     for node in graph.nodes:
         parameter = node.meta.get("parameter")
         if parameter is not None:
             weight[node] = reach[node] = owners.get(f"{prefix}{parameter}", 0)
             continue
-        inputs = node.all_input_nodes
-        reach[node] = 0
-        for each in inputs:
-            reach[node] |= reach[each]
-        if (node.op == "placeholder") or any(each in live for each in inputs):
-            live.add(node)
-            used = arriving = 0
-            for each in inputs:
-                if each in live:
-                    arriving |= reach[each]
-                else:
-                    used |= weight.get(each, 0)
-            if used:
-                for path, one in bit.items():
-                    if used & one:
-                        seen[path] |= arriving & ~one
-        elif inputs:
-            weight[node] = reach[node]
+        moving = [each for each in node.all_input_nodes if each in live]
+        fixed = [each for each in node.all_input_nodes if each not in live]
+        arriving = _any_of(reach[each] for each in moving)
+        reach[node] = arriving | _any_of(reach[each] for each in fixed)
+        if node.op != "placeholder" and not moving:
+            if fixed:
+                weight[node] = reach[node]
+            continue
+        live.add(node)
+        used = _any_of(weight.get(each, 0) for each in fixed)
+        for path in layers_in(used):
+            seen[path] |= arriving & ~bit[path]
     return seen
+
+
+def _any_of(bits: Iterable[int]) -> int:
+    """The bits that any of some numbers has."""
+    return reduce(or_, bits, 0)
 
 
 def _by_number(layers: Mapping[str, Sequence[str]]) -> dict[str, set[str]]:

@@ -99,27 +99,9 @@ def push_to_hub(
     """
     from huggingface_hub import HfApi, ModelCard
 
-    for what, name in (("repo", repo), ("base", base)):
-        if name is not None and (wrong_name := _no_repo(name)):
-            raise PlanError(f"`{what}` must be a name such as org/name, found '{name}': {wrong_name}")
-    if revision is not None and not _BRANCH.fullmatch(revision):
-        raise PlanError(f"`revision` must be the name of a branch, such as main, found '{revision}'.")
+    _check_names(repo, base, revision)
     place = Path(folder).expanduser()
-    wrong = _changed(place)
-    if wrong:
-        said = shorten([f"{name} {what}" for name, what in wrong.items()], 3, "; ")
-        raise OutputError(
-            f"What is uploaded must be whole and as it was written, but in {place} {said}; write the folder anew, or "
-            f"put back what was there (`surgery verify {place}`)."
-        )
-    written = sorted({*artifact_files(place), *owned_files(place)} - {".surgery-files"})
-    files = {name: (place / name).stat().st_size for name in written if (place / name).is_file()}
-    if not files or not (artifact_files(place) or read_record(place)):  # a folder around it is not its own
-        found = "holds nothing of it" if place.is_dir() else "is no folder"
-        raise OutputError(
-            f"The folder must be one that surgery wrote, but {place} {found}; give one that "
-            "`surgery merge`, `surgery train` or `surgery export` wrote."
-        )
+    files = _files_of(place)
     card = "README.md" in files
     base, anew = _adapter(place, base, card)
     files |= {name: len(content) for name, content in anew.items()}
@@ -141,6 +123,42 @@ def push_to_hub(
             "and the name, or look with `dry_run`."
         ) from error
     return Upload(repo, files, left, card, str(done.commit_url), base)
+
+
+def _check_names(repo: str, base: str | None, revision: str | None) -> None:
+    """Refuse names that the hub could not have.
+
+    Raises:
+        PlanError: naming the first of them.
+    """
+    for what, name in (("repo", repo), ("base", base)):
+        if name is not None and (wrong := _no_repo(name)):
+            raise PlanError(f"`{what}` must be a name such as org/name, found '{name}': {wrong}")
+    if revision is not None and not _BRANCH.fullmatch(revision):
+        raise PlanError(f"`revision` must be the name of a branch, such as main, found '{revision}'.")
+
+
+def _files_of(folder: Path) -> dict[str, int]:
+    """The files in a folder that surgery wrote, with their bytes.
+
+    Raises:
+        OutputError: where any of them was changed since, or there are none.
+    """
+    if wrong := _changed(folder):
+        said = shorten([f"{name} {what}" for name, what in wrong.items()], 3, "; ")
+        raise OutputError(
+            f"What is uploaded must be whole and as it was written, but in {folder} {said}; write the folder anew, or "
+            f"put back what was there (`surgery verify {folder}`)."
+        )
+    written = sorted({*artifact_files(folder), *owned_files(folder)} - {".surgery-files"})
+    files = {name: (folder / name).stat().st_size for name in written if (folder / name).is_file()}
+    if not files or not (artifact_files(folder) or read_record(folder)):  # a folder around it is not its own
+        found = "holds nothing of it" if folder.is_dir() else "is no folder"
+        raise OutputError(
+            f"The folder must be one that surgery wrote, but {folder} {found}; give one that "
+            "`surgery merge`, `surgery train` or `surgery export` wrote."
+        )
+    return files
 
 
 def _no_repo(name: str) -> str:

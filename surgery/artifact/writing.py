@@ -101,25 +101,21 @@ def write(
     extra = {name: to_document(values, name) for name, values in stored.extra.items()}
     own, borrowed = _share_files(members)
     folders = folder_names(member.name for member in members)
-    room = (
-        stored.nbytes
-        + sum(len(content) for files in own.values() for content in files.values())
-        + ALLOWANCE
-        + sum(map(len, (*extras.values(), *extra.values())))
-    )
+    small = {
+        f"members/{folders[name]}/{relative}": content
+        for name, files in own.items()
+        for relative, content in files.items()
+    }
+    small |= {f"members/{folders[name]}/{EXTRA_STATE}": content for name, content in extra.items()}
+    small |= {} if document is None else {"recipe.yaml": recipe_bytes(document)}
+    small |= extras
+    room = stored.nbytes + sum(map(len, small.values())) + ALLOWANCE
     with new_folder(out, overwrite=overwrite, need=room, record=False) as folder:
         hashes_of: dict[Path, str] = {}
         for stem, tensors in by_file(stored, folders).items():
             _check_sources(sources)
             hashes_of |= write_stem(folder / stem, tensors, max_shard_size)
-        for name, files in own.items():
-            for relative, content in files.items():
-                put_file(folder / "members" / folders[name] / relative, content)
-        for name, content in extra.items():
-            put_file(folder / "members" / folders[name] / EXTRA_STATE, content)
-        if document is not None:
-            put_file(folder / "recipe.yaml", recipe_bytes(document))
-        for relative, content in extras.items():
+        for relative, content in small.items():
             put_file(folder / relative, content)
         described = [describe_member(member, stored, hashes.get(member.name)) for member in members]
         manifest = make_manifest(stored, described, report, document, borrowed, folders)

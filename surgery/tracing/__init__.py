@@ -6,7 +6,7 @@ module types. The user's module is never run itself: see `surgery.tracing.copyin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
@@ -89,25 +89,10 @@ def trace(
     parameters = {names[id(p)]: p for p in module.parameters() if id(p) in names}
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     bounds = bounds or Bounds()
-    notes: list[str] = []
-    failures: list[tuple[str, str]] = []
-    graph, tier, uses = None, TABLE, ()
-    kept = take(module, inputs) if tiers is None else None
-    for way in (TIERS if tiers is None else tiers) if inputs.args or inputs.kwargs else ():
-        try:
-            with torch_silent():
-                found, said = _made_before(kept, way) or way.run(module, inputs, Watch(bounds))
-            uses = mark_ends(found, read_uses(found, shapes))
-            graph, tier = found, way.name
-            notes = [f"{name} was passed over: {reason}" for name, reason in failures] + list(said)
-            break
-        except NotMine:
-            continue
-        except Exception as error:
-            failures.append((way.name, _sentence(error)))
+    first, failures = _first_that_serves(module, inputs, tiers, bounds, shapes)
     from_table = table_uses(module, names)
-    if graph is None:
-        notes += [f"{name} failed: {reason}" for name, reason in failures]
+    if first is None:
+        notes = [f"{name} failed: {reason}" for name, reason in failures]
         if parameters and not from_table:
             tried = "; ".join(notes) or "there were no example inputs"
             raise TraceError(
@@ -116,7 +101,8 @@ def trace(
             )
         notes.append("no execution order: uses are in order of registration")
         return Trace(None, from_table, TABLE, inputs.source, tuple(notes))
-    parts: dict[str, fx.Graph] = {}
+    uses, parts = first.uses, dict[str, fx.Graph]()
+    notes = [f"{name} was passed over: {reason}" for name, reason in failures] + list(first.notes)
     if inputs_for is not None:
         more = trace_parts(
             module, names, {use.parameter for use in uses}, inputs_for, _trace_part(tiers, bounds)
@@ -127,7 +113,40 @@ def trace(
     missed = sum(not use.reached for use in uses)
     if missed:
         notes.append(f"{missed} parameters were not reached and are known by their module's type alone")
-    return Trace(graph, uses, tier, inputs.source, tuple(notes), parts)
+    return Trace(first.graph, uses, first.tier, inputs.source, tuple(notes), parts)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What a tier made of a module: its graph, the uses in it, and what it has to say."""
+
+    tier: str
+    graph: fx.Graph
+    uses: tuple[Use, ...]
+    notes: tuple[str, ...]
+
+
+def _first_that_serves(
+    module: nn.Module,
+    inputs: Inputs,
+    tiers: Sequence[Tier] | None,
+    bounds: Bounds,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[_Traced | None, list[tuple[str, str]]]:
+    """What the first tier that serves made, None where none does; and the tiers before it, with why they failed."""
+    failures: list[tuple[str, str]] = []
+    kept = take(module, inputs) if tiers is None else None
+    for way in (TIERS if tiers is None else tiers) if inputs.args or inputs.kwargs else ():
+        try:
+            with torch_silent():
+                graph, said = _made_before(kept, way) or way.run(module, inputs, Watch(bounds))
+            uses = mark_ends(graph, read_uses(graph, shapes))
+            return _Traced(way.name, graph, uses, tuple(said)), failures
+        except NotMine:
+            continue
+        except Exception as error:
+            failures.append((way.name, _sentence(error)))
+    return None, failures
 
 
 def _made_before(kept: Recording | None, way: Tier) -> tuple[fx.Graph, tuple[str, ...]] | None:
