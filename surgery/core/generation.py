@@ -113,8 +113,7 @@ def _copy(weight: Tensor | None) -> Tensor:
 
 
 def _together(dictionary: Dictionary, by_bank: Mapping[str, Sequence[Placement]]) -> list[list[str]]:
-    """Keys of banks that are generated in one go: on a device those that belong together, if all of them is
-    wanted."""
+    """Keys of banks that are generated in one go: on a device those that belong together, if all are wanted."""
     groups: dict[object, list[str]] = {}
     for key, mine in by_bank.items():
         bank = dictionary[key]

@@ -328,8 +328,7 @@ class JointModel(nn.Module):
         templates: Templates | None = None,
         scale: Scale = "contexts",
     ) -> JointModel:
-        """Make every single row a trainable hypermodule of `context` basis blocks; outputs stay what they
-        were.
+        """Make every single row a trainable hypermodule of `context` basis blocks; outputs stay what they were.
 
         Hypermodules that there are already stay as they are, and so does their c.
 

@@ -32,8 +32,7 @@ def choose(table: Table, mu: np.ndarray) -> Choice:
 
 
 def within_errors(table: Table, bound: Sequence[float]) -> Choice:
-    """The smallest choice found whose predicted relative squared error stays within `bound [M]` for every
-    member.
+    """The smallest choice found whose predicted relative squared error stays within `bound [M]` for every member.
 
     Where no choice is within, the one of least error.
     """
@@ -45,9 +44,8 @@ def within_errors(table: Table, bound: Sequence[float]) -> Choice:
     for _ in range(3 if coupled else 1):
         for i in range(members):
             level[i] = _lowest(_meeting(scaled, level, i, limit[i] / unit[i]))
-    # Multipliers reach only the convex hull. From the hull's points on either side of the bound, exchange
-    # single options: what is beyond it is mended first, and what is then left of it saves bytes until it is
-    # used up.
+    # Multipliers reach only the convex hull. From the hull's points on either side of the bound, exchange single
+    # options: what is beyond it is mended first, and what is then left of it saves bytes until it is used up.
     starts = [np.exp2(level), np.exp2(level - 1e-6)]
     mended = [mend_error(table, revalued(table, choose(scaled, mu)), limit) for mu in starts]
     within = [use_up_error(table, choice, limit) for choice in (*mended, finest(table)) if choice is not None]

@@ -1,5 +1,4 @@
-"""Fit a dictionary to pretrained weights, without data: the smallest artifact within an error, or the best in
-a budget.
+"""Fit a dictionary to pretrained weights, without data: the smallest artifact within an error, or the best in a budget.
 
 Three means, each reported for what it saved: *sharing* (equal tensors and blocks, related sites together, what methods
 share), *precision* (fewer bits for parts of banks and plain tensors), and *leaving alone*. Which tensor gets what is a

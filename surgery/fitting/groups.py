@@ -34,10 +34,8 @@ def make_groups(scene: Scene) -> list[Group]:
             alone[keys[0]] = scene.alone(keys)
             task.advance(len(keys))
         for keys in related:
-            apart, sites = (
-                Arrangement(tuple(alone.pop(key) for key in keys)),
-                [scene.sites[k] for k in keys],
-            )
+            apart = Arrangement(tuple(alone.pop(key) for key in keys))
+            sites = [scene.sites[key] for key in keys]
             groups.append(Group((apart, *(way(scene, sites) for way in ways()))))
             scene.forget_metrics(sites)
             memory.give_back()
@@ -57,8 +55,7 @@ def make_groups(scene: Scene) -> list[Group]:
 def _bundle(trial: Trial, tensors: Mapping[PlainKey, Tensor]) -> Unit:
     """Tensors that no gradient reaches, such as running statistics: tried together, their effect measured."""
     options, nbytes, errors = [NATIVE], [unit_bytes(tensors, NATIVE)], [0.0]
-    # Vectors such as running statistics bear little; matrices are here where a model cannot be
-    # differentiated.
+    # Vectors such as running statistics bear little; matrices are here where a model cannot be differentiated.
     for precision in ladder(list(tensors.values())):
         if precision.is_native:
             continue

@@ -71,8 +71,7 @@ def merge(
     trust_remote_code: bool = False,
     memory: int | str | None = None,
 ) -> JointModel:
-    """Run a recipe: load its members, join them, fit the dictionary, and save to `recipe.out` where it is
-    given.
+    """Run a recipe: load its members, join them, fit the dictionary, and save to `recipe.out` where it is given.
 
     Args:
         recipe: what to do.

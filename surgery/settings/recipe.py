@@ -1,5 +1,4 @@
-"""Recipe: everything that decides what a merge computes, as one strict document that can be written and
-read back.
+"""Recipe: everything that decides what a merge computes, as one strict document that can be written and read back.
 
 A recipe comes from a YAML file, from command-line options, or from Python; later sources override earlier
 ones. What only concerns one run on one machine (where to write, whether to overwrite, whether remote code

@@ -66,10 +66,8 @@ def _lend(
         if isinstance(key, str):
             found[p.bank] = key
             continue
-        method, names = (
-            find_method(addition.plan.bank(p.bank).method, TensorMethod),
-            {plan.key for plan in plans},
-        )
+        method = find_method(addition.plan.bank(p.bank).method, TensorMethod)
+        names = {plan.key for plan in plans}
         name = next(name for i in count() if (name := f"{p.bank.rpartition('-')[0]}-lent-{i}") not in names)
         owners = stored.ties.get(key.member, {}).get(key.name, (key.name,))
         lent = method.lend(

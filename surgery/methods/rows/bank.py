@@ -359,8 +359,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def codes(psi: Tensor, contexts: Tensor, hypermodules: int) -> tuple[Tensor, Tensor]:
-    """The code of each location: `psi [L]`, `contexts [L, c]` -> `index [L, c]`, `coefficient [L, c]`. # Eq.
-    (5)
+    """The code of each location: `psi [L]`, `contexts [L, c]` -> `index [L, c]`, `coefficient [L, c]`. # Eq. (5)
 
     Example:
         >>> codes(torch.tensor([1, 2]), torch.tensor([[.5, .5], [1., 0.]]), hypermodules=2)[0]
@@ -372,7 +371,6 @@ def codes(psi: Tensor, contexts: Tensor, hypermodules: int) -> tuple[Tensor, Ten
     shared = (psi < hypermodules).unsqueeze(1)
     single = (psi + hypermodules * (c - 1)).unsqueeze(1)  # K*c + (psi - K)
     index = torch.where(shared, psi.unsqueeze(1) * c + basis, single)
-    # Where no location is shared the mask below is the contexts themselves; it keeps stray gradients off the
-    # zeros.
+    # Where no location is shared the mask below is the contexts themselves; it keeps stray gradients off the zeros.
     coefficient = torch.where(shared | (basis == 0), contexts, torch.zeros_like(contexts))
     return index, coefficient

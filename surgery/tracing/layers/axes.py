@@ -1,5 +1,4 @@
-"""Roles of a tensor's axes: which are stack, out and in, for every way in which a tensor is used as a linear
-map.
+"""Roles of a tensor's axes: which are stack, out and in, for every way in which a tensor is used as a linear map.
 
 Axes are given as *factors*, because one axis can hold two roles: axis 0 of a grouped convolution is groups
 (stack) times out.

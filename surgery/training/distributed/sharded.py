@@ -214,10 +214,8 @@ class ShardedModel(JointModel):
 
     @torch.no_grad()
     def _fill_site(self, p: Placement, own: Tensor) -> None:
-        weight, site = (
-            to_weight(self._columns(p.bank).gather(own), p),
-            self._sites[p.site.member, p.site.name],
-        )
+        weight = to_weight(self._columns(p.bank).gather(own), p)
+        site = self._sites[p.site.member, p.site.name]
         if (local := own_part(site)) is not site:
             first = self._chunks(site.shape).rows * self.sharding.rank
             weight = weight[first : first + len(local)]
