@@ -48,22 +48,24 @@ def as_entry(sums: Mapping[str, Sum]) -> dict[str, str]:
 
 
 def hashes_beside(files: Mapping[str, bytes]) -> dict[str, str]:
-    """SHA-256 of the files in which other modules of a member have weights, such as dense layers behind it.
+    """SHA-256 of what other modules of a member are made of, such as pooling and dense layers behind it.
+
+    Tokenizers, prompts and lengths are not among them: these are settings, which people change.
 
     Args:
         files: that come along, by path.
 
     Example:
-        >>> [*hashes_beside({"2_Dense/model.safetensors": b"", "2_Dense/config.json": b"{}"})]
-        ['2_Dense/model.safetensors']
+        >>> [*hashes_beside({"modules.json": b"[]", "1_Pooling/config.json": b"{}", "tokenizer.json": b"{}"})]
+        ['1_Pooling/config.json', 'modules.json']
     """
     return {
         name: hashlib.sha256(files[name]).hexdigest() for name in sorted(files) if _BESIDE.fullmatch(name)
     }
 
 
-# Below the checkpoint's folder, not in it.
-_BESIDE = re.compile(r"(?:(?!\.+/)[^/\x00]+/)+[^/\x00]+\.safetensors")
+# The list of modules, and what lies below the checkpoint's folder.
+_BESIDE = re.compile(r"modules\.json|(?:(?!\.+/)[^/\x00]+/)+[^/\x00]+\.(?:safetensors|json)")
 
 
 def wrong_beside(entry: Any, folder: Path) -> list[str]:
