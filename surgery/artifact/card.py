@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
 
 from surgery.artifact.exportcard import hub_id
 from surgery.artifact.manifest import Manifest, OriginEntry
@@ -61,74 +59,6 @@ def make_card(manifest: Manifest, shares: Shares, *, picture: bool = True) -> st
     ]
     text = "\n\n".join(section for section in sections if section)
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
-
-
-def make_adapter_card(
-    base: str, kind: str, library: str | None, lines: Sequence[str], error: float, bound: float, on: str
-) -> str:
-    """The text of an adapter's `README.md`.
-
-    Args:
-        base: hub id or folder of the model that it belongs to, without options.
-        kind: class of the model.
-        library: `transformers`, or whatever else the base comes from.
-        lines: what the adapter changes, for people.
-        error: by which the adapted base's output differs from the member's, as measured.
-        bound: that was asked for.
-        on: which inputs it was measured on.
-    """
-    from huggingface_hub import ModelCard, ModelCardData
-
-    public = library == "transformers" and not Path(base).expanduser().exists()
-    data = ModelCardData(
-        library_name="peft",
-        base_model=base if public else None,
-        tags=["lora", "model-surgery", *([library] if library == "transformers" else [])],
-    )
-    named = f"[{base}](https://huggingface.co/{base})" if public else f"`{Path(base).name}`, a local folder,"
-    made = (
-        f"{kind}.from_pretrained({base if public else Path(base).name!r})"
-        if library == "transformers"
-        else "base"
-    )
-    imports = (
-        f"from peft import PeftModel\nfrom transformers import {kind}"
-        if library == "transformers"
-        else (f"from peft import PeftModel\n\nbase = ...  # the {kind} that it belongs to")
-    )
-    changes = "\n".join(f"- {line}" for line in lines)
-    text = (
-        f"# Adapter of {Path(base).name}\n\n"
-        f"{named} with this adapter is the model that it was exported from, but for an error: outputs on {on} "
-        f"differ by {percent(error, 2)} (relative L2; at most {percent(bound, 2)} was asked for).\n\n{changes}\n\n"
-        f'## Use\n\n```python\n{imports}\n\nmodel = PeftModel.from_pretrained({made}, ".")\n```'
-    )
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n"))
-
-
-def with_base(card: str, folder: str, base: str) -> str:
-    """The text of an adapter's card whose base was a folder, with the base as it is called on the hub.
-
-    Args:
-        card: as `make_adapter_card` made it.
-        folder: name of the base's folder.
-        base: `org/name`.
-    """
-    from huggingface_hub import ModelCard
-
-    found: Any = ModelCard(card)
-    found.data.base_model = base
-    named = f"[{base}](https://huggingface.co/{base})"
-    said = {
-        f"# Adapter of {folder}\n": f"# Adapter of {Path(base).name}\n",
-        f"`{folder}`, a local folder,": named,
-        f"- adapter of {folder}:": f"- adapter of {base}:",
-        f".from_pretrained({folder!r})": f".from_pretrained({base!r})",
-    }
-    text = found.text
-    for before, after in said.items():
-        text = text.replace(before, after)
-    return str(ModelCard(f"---\n{found.data.to_yaml()}\n---\n{text}"))
 
 
 def _opening(shares: Shares) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.artifact.card import with_base
+from surgery.artifact.adaptercard import Base, with_base
 from surgery.artifact.manifest import read_manifest
 from surgery.artifact.reading import wrong_hashes
 from surgery.disk.records import artifact_files, owned_files, read_record, unowned_files, wrong_files
@@ -189,14 +189,18 @@ def _adapter(folder: Path, base: str | None, card: bool) -> tuple[str | None, di
     if base is None and _no_repo(named):
         raise PlanError(
             f"An adapter on the hub needs a base there, but {ADAPTER} names {named}: give the name that this has "
-            "there as `base`, such as org/name; a folder that is not there yet is uploaded first (`surgery push`)."
+            "there as `base`, such as org/name; what is not there yet is uploaded first, as a plain export (`surgery "
+            "push`)."
         )
     if base is None or base == named:
         return named, {}
-    anew = {ADAPTER: (json.dumps({**config, "base_model_name_or_path": base}, indent=2) + "\n").encode()}
+    other = {**config, "base_model_name_or_path": base, "revision": None}
+    anew = {ADAPTER: (json.dumps(other, indent=2) + "\n").encode()}
     if card:
         text = (folder / "README.md").read_text(encoding="utf-8")
-        anew["README.md"] = with_base(text, Path(named).name, base).encode()
+        mapping = config.get("auto_mapping")
+        kind = str(mapping.get("base_model_class") if isinstance(mapping, Mapping) else None)
+        anew["README.md"] = with_base(text, kind, Base.of(named), Base(base, "hub")).encode()
     return base, anew
 
 

@@ -20,6 +20,7 @@ from tiny_transformers import TINY, save_tiny, tiny
 from transformers.pytorch_utils import Conv1D
 
 import surgery
+from surgery.artifact.adaptercard import Base, with_base
 from surgery.artifact.export import export
 from surgery.errors import ArtifactError, ExportError, LoadError, OutputError, PlanError
 
@@ -332,9 +333,70 @@ def test_a_base_has_a_name_on_the_hub(tmp_path, monkeypatch):
     sizes = surgery.push_to_hub(folder, "me/a", base="me/base").files
     assert sizes == {name: len(content) for name, content in gone.items()}
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "`local-base`, a local folder, with this" in before["README.md"].decode()
     assert gone[MODEL] == before[MODEL] and not any(b"local-base" in each for each in gone.values())
     assert json.loads(gone["adapter_config.json"])["base_model_name_or_path"] == "me/base"
     card = ModelCard(gone["README.md"].decode())
+    assert card.text.lstrip().startswith(
+        "# Adapter of base\n\n[me/base](https://huggingface.co/me/base) with this"
+    )
     assert card.data.base_model == "me/base" and "BertModel.from_pretrained('me/base')" in card.text
     with pytest.raises(PlanError, match="`base` is for adapters"):
         surgery.push_to_hub(export(joint, "net", tmp_path / "plain"), "me/a", base="me/base")
+
+
+@pytest.mark.parametrize(
+    ("reference", "name", "kind", "revision"),
+    [
+        ("org/name", "org/name", "hub", ""),
+        ("org/name@v1?class=BertModel", "org/name", "hub", "v1"),
+        ("name", "name", "hub", ""),
+        ("/gone/base", "base", "folder", ""),
+        ("/gone/nets.py:net", "nets.py:net", "function", ""),
+        ("nets.py:net", "nets.py:net", "function", ""),
+        ("package.nets:net", "package.nets:net", "function", ""),
+        ("timm:resnet18?num_classes=5=/gone/w.pth", "timm:resnet18?num_classes=5", "timm", ""),
+    ],
+)
+def test_what_a_card_calls_a_base(reference, name, kind, revision):
+    assert Base.of(reference) == Base(name, kind, revision)
+
+
+def test_a_base_that_a_function_makes(tmp_path, monkeypatch):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    said: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    folder = adapted(net, tmp_path, 2, 4, base="nets.py:net", say=said.append)
+    text = (folder / "README.md").read_text()
+    assert "# Adapter of nets.py:net\n\nThe model of the function `nets.py:net` with this adapter" in text
+    assert "base = ...  # the Sequential" in text and 'PeftModel.from_pretrained(base, ".")' in text
+    assert "local folder" not in text and str(tmp_path) not in text and "servers" not in text + said[0]
+    named = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == f"{tmp_path / 'nets.py'}:net"
+    with pytest.raises(PlanError, match=r"uploaded first, as a plain export \(`surgery push`\)"):
+        surgery.push_to_hub(folder, "me/a", dry_run=True)
+    card = with_base(text, "Sequential", Base.of(named), Base("me/net", "hub"))
+    assert (
+        "# Adapter of net\n\n[me/net](https://huggingface.co/me/net) with" in card and "nets.py" not in card
+    )
+
+
+def test_a_tied_head_is_not_saved_with_its_products(tmp_path):
+    kind = transformers.LlamaForCausalLM
+    config = transformers.LlamaConfig(
+        vocab_size=99, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    net = kind(config)
+    net.save_pretrained(tmp_path / "base")
+    moved(net).save_pretrained(tmp_path / "tuned")
+    joint = surgery.join([surgery.load_member(str(tmp_path / "tuned"), name="net")])
+    options = {"format": "lora", "base": str(tmp_path / "base"), "max_error": 0.05}
+    folder = export(joint, "net", tmp_path / "a", **options)
+    assert not [name for name in load_file(folder / MODEL) if "base_layer" in name]
+    opened = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), folder).eval()
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        theirs, ours = opened(ids)[0], joint["net"](ids)[0]
+    assert float((theirs - ours).norm() / ours.norm()) < 0.05

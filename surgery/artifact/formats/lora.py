@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.artifact.card import make_adapter_card
+from surgery.artifact.adaptercard import Base, make_adapter_card
 from surgery.artifact.formats.differences import Difference, Other, differences_of, is_linear, is_transposed
 from surgery.errors import ExportError, LoadError
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.member import Member, shapes_of
-from surgery.members.references import load_member
+from surgery.members.references import load_member, local_path
 from surgery.util.quiet import quiet
 from surgery.util.showing import plural
 from surgery.util.text import one_line, shorten
@@ -128,7 +128,8 @@ def write_lora(
     for adapter in candidates:
         with _by_peft(member.name), quiet():
             net = _with_adapter(peft, copy.deepcopy(origin), module, differences, adapter, _anywhere(base))
-            net.save_pretrained(str(folder))
+            # Its tables are the base's: what an adapter changes of them is among its own tensors.
+            net.save_pretrained(str(folder), save_embedding_layers=False)
             opened = peft.PeftModel.from_pretrained(
                 copy.deepcopy(origin), str(folder), autocast_adapter_dtype=False
             )
@@ -143,10 +144,10 @@ def write_lora(
             f"are exported as plain; else ask for no less (`max_error` of {_above(least)})."
         )
     said = f"output moved by {percent(error, 2)} of the member's on {on}, at most {percent(max_error, 2)} was asked for"
-    lines = [*_lines(adapter, folder, base, _plain_bytes(module)), said]
-    changes = _lines(adapter, folder, Path(_head(base)).name, _plain_bytes(module))
     library = "transformers" if hasattr(module, "save_pretrained") else None
-    card = make_adapter_card(_head(base), type(module).__name__, library, changes, error, max_error, on)
+    changes = _lines(adapter, folder, _plain_bytes(module), served=library is not None)
+    lines = [f"adapter of {base}: {changes[0]}", *changes[1:], said]
+    card = make_adapter_card(Base.of(base), type(module).__name__, library, changes, error, max_error, on)
     (folder / "README.md").write_text(card, encoding="utf-8")  # peft's is a form to fill in
     if say is not None:
         for line in lines:
@@ -166,15 +167,20 @@ def _load_base(base: str, member: Member, trust: bool) -> nn.Module:
         raise ExportError(f"`base` must be a model that can be loaded, but {error}") from error
 
 
-def _anywhere(base: str) -> str:
-    """The base as the adapter names it: a folder by its whole path, which no hub takes for a name of its own."""
-    folder = Path(_head(base)).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else base
+def _anywhere(base: str) -> tuple[str, str | None]:
+    """The base as the adapter names it, and its revision.
 
-
-def _head(base: str) -> str:
-    """A reference without its options."""
-    return base.partition("?")[0]
+    A folder and a file have their whole path, which no hub takes for a name of its own.
+    """
+    named = Base.of(base)
+    if named.kind == "hub":
+        return named.name, named.revision or None
+    path = local_path(base)
+    if path is None:
+        return base, None
+    if named.kind == "folder":
+        return str(path.resolve()), None
+    return base.replace(str(path), str(path.resolve()), 1), None
 
 
 def _peft() -> Any:
@@ -357,7 +363,7 @@ def _with_adapter(
     module: nn.Module,
     differences: Mapping[str, Difference],
     adapter: Adapter,
-    base: str,
+    base: tuple[str, str | None],
 ) -> Any:
     """The base as peft's model, with the adapter's values."""
     ranks = dict(adapter.ranks)
@@ -367,10 +373,11 @@ def _with_adapter(
         r=most, lora_alpha=most, rank_pattern=patterns, alpha_pattern=patterns, lora_bias=adapter.biased,
         target_modules=_targets(net, ranks), modules_to_save=list(adapter.whole) or None, inference_mode=True,
         trainable_token_indices=dict(adapter.rows) or None,
-        base_model_name_or_path=base, fan_in_fan_out=any(is_transposed(net.get_submodule(name)) for name in ranks),
+        base_model_name_or_path=base[0], revision=base[1],
+        fan_in_fan_out=any(is_transposed(net.get_submodule(name)) for name in ranks),
     )  # fmt: skip
     found = peft.get_peft_model(net, config, autocast_adapter_dtype=False)
-    found.peft_config["default"].base_model_name_or_path = base
+    found.peft_config["default"].base_model_name_or_path = base[0]
     for name, layer in _adapted(found):
         each, rank = differences[name], ranks[name]
         layer.lora_A["default"].weight.copy_(each.right[:rank])
@@ -406,8 +413,8 @@ def _plain_bytes(module: nn.Module) -> int:
     )
 
 
-def _lines(adapter: Adapter, folder: Path, base: str, plain: int) -> list[str]:
-    """What an adapter is, for people."""
+def _lines(adapter: Adapter, folder: Path, plain: int, served: bool) -> list[str]:
+    """What an adapter is, for people; of a class that servers run, whether they run it."""
     ranks = sorted(adapter.ranks.values())
     stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     between = (
@@ -419,10 +426,11 @@ def _lines(adapter: Adapter, folder: Path, base: str, plain: int) -> list[str]:
     rows = "".join(f", {plural(len(each), 'row')} of {name}" for name, each in adapter.rows.items())
     whole = f", whole: {shorten(adapter.whole, 6)}" if adapter.whole else ""
     biases = "; biases by lora_bias" if adapter.biased else ""
-    rest = " and nothing else, which servers run" if adapter.alone else f"{biases}{rows}{whole}"
+    nothing = " and nothing else, which servers run" if served else " and nothing else"
+    rest = nothing if adapter.alone else f"{biases}{rows}{whole}"
     better = "a base that is nearer, or another format, takes less"
     large = (
         [f"it is larger than the member's plain weights ({size(plain)}): {better}"] if stored >= plain else []
     )
     left = [f"as the base has them: {shorten(adapter.left, 6)}"] if adapter.left else []
-    return [f"adapter of {base}: {of_rank}{rest} ({size(stored)})", *left, *large]
+    return [f"{of_rank}{rest} ({size(stored)})", *left, *large]
