@@ -101,14 +101,15 @@ def push_to_hub(
 
     _check_names(repo, base, revision)
     place = Path(folder).expanduser()
-    files = _files_of(place)
+    owned = owned_files(place)  # hashes of all files: asked for once
+    files = _files_of(place, owned)
     card = "README.md" in files
     base, anew = _adapter(place, base, card)
     files |= {name: len(content) for name, content in anew.items()}
     try:
         if card:
             ModelCard.load(place / "README.md")
-        left = tuple(unowned_files(place))
+        left = tuple(unowned_files(place, owned))
         if dry_run:
             return Upload(repo, files, left, card, base=base)
         hub: Any = HfApi(token=token)
@@ -138,19 +139,19 @@ def _check_names(repo: str, base: str | None, revision: str | None) -> None:
         raise PlanError(f"`revision` must be the name of a branch, such as main, found '{revision}'.")
 
 
-def _files_of(folder: Path) -> dict[str, int]:
+def _files_of(folder: Path, owned: set[str]) -> dict[str, int]:
     """The files in a folder that surgery wrote, with their bytes.
 
     Raises:
         OutputError: where any of them was changed since, or there are none.
     """
-    if wrong := _changed(folder):
+    if wrong := _changed(folder, owned):
         said = shorten([f"{name} {what}" for name, what in wrong.items()], 3, "; ")
         raise OutputError(
             f"What is uploaded must be whole and as it was written, but in {folder} {said}; write the folder anew, or "
             f"put back what was there (`surgery verify {folder}`)."
         )
-    written = sorted({*artifact_files(folder), *owned_files(folder)} - {".surgery-files"})
+    written = sorted({*artifact_files(folder), *owned} - {".surgery-files"})
     files = {name: (folder / name).stat().st_size for name in written if (folder / name).is_file()}
     if not files or not (artifact_files(folder) or read_record(folder)):  # a folder around it is not its own
         found = "holds nothing of it" if folder.is_dir() else "is no folder"
@@ -221,9 +222,9 @@ def _with(folder: Path, files: Iterable[str], anew: Mapping[str, bytes]) -> Iter
         yield Path(made)
 
 
-def _changed(folder: Path) -> dict[str, str]:
+def _changed(folder: Path, owned: set[str]) -> dict[str, str]:
     """Files that are not as surgery wrote them, with what is wrong; a card may be edited, and then stays here."""
-    wrong = dict(wrong_files(folder) or {})
+    wrong = {} if owned.issuperset(read_record(folder)) else dict(wrong_files(folder) or {})
     if artifact_files(folder):
         wrong |= wrong_hashes(folder, read_manifest(folder))
     wrong.pop("README.md", None)

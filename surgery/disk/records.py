@@ -48,9 +48,14 @@ def owned_files(folder: Path) -> set[str]:
     return owned | ({MANIFEST} if listed else set())
 
 
-def unowned_files(folder: Path) -> list[str]:
-    """What `folder` holds that this tool did not write: files, and empty folders with a slash behind, sorted."""
-    owned = owned_files(folder)
+def unowned_files(folder: Path, owned: set[str] | None = None) -> list[str]:
+    """What `folder` holds that this tool did not write: files, and empty folders with a slash behind, sorted.
+
+    Args:
+        folder: any.
+        owned: what `owned_files` says of it, where that is known; it takes reading all files.
+    """
+    owned = owned_files(folder) if owned is None else owned
     empty = [
         path
         for path in folder.rglob("*")

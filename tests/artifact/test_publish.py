@@ -11,6 +11,9 @@ from artifacts import contents, pair
 from command_line import surgery as command
 
 import surgery
+from surgery.artifact import reading
+from surgery.disk import records
+from surgery.disk.files import sha256_of
 from surgery.errors import OutputError, PlanError
 
 
@@ -76,6 +79,22 @@ def test_what_is_not_as_it_was_written_stays_here(folder, tmp_path):
         file.write_bytes(bytes([*file.read_bytes()[:-1], 99]))
         with pytest.raises(OutputError, match=rf"must be whole and as it was written, but .* {file.name}"):
             surgery.push_to_hub(file.parent, "me/it", dry_run=True)
+
+
+@pytest.mark.parametrize("what", ["artifact", "export"])
+def test_large_files_are_hashed_once(what, folder, tmp_path, monkeypatch):
+    place = folder if what == "artifact" else surgery.export(folder, "one", tmp_path / "plain")
+    hashed: list[str] = []
+
+    def counted(path):
+        hashed.append(path.name)
+        return sha256_of(path)
+
+    for module in (records, reading):
+        monkeypatch.setattr(module, "sha256_of", counted)
+    surgery.push_to_hub(place, "me/it", dry_run=True)
+    large = [path.name for path in place.rglob("*.safetensors")]
+    assert large and sorted(name for name in hashed if name.endswith(".safetensors")) == sorted(large)
 
 
 def test_what_is_refused(folder, tmp_path, monkeypatch):
