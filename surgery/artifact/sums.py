@@ -64,12 +64,16 @@ def hashes_beside(files: Mapping[str, bytes]) -> dict[str, str]:
     }
 
 
+_MODULES = "modules.json"
 # The list of modules, and what lies below the checkpoint's folder.
 _BESIDE = re.compile(r"modules\.json|(?:(?!\.+/)[^/\x00]+/)+[^/\x00]+\.(?:safetensors|json)")
 
 
 def wrong_beside(entry: Any, folder: Path) -> list[str]:
-    """Which of these files are not as they were written, in words; one that is not there its own module asks for.
+    """Which of these files are not as they were written, in words.
+
+    One that is not there its own module asks for; but without the list of modules others are made up, so that must be
+    there, except in the cache of the hub's client, where only what was asked for is.
 
     Args:
         entry: as `hashes_beside` made it, or somebody else.
@@ -78,7 +82,8 @@ def wrong_beside(entry: Any, folder: Path) -> list[str]:
     if not isinstance(entry, Mapping) or not all(_BESIDE.fullmatch(str(name)) for name in entry):
         return ["it has no hashes of files beside that can be read"]
     there = {name: folder / name for name in entry if (folder / name).exists()}
-    return [
+    lost = _MODULES in entry and _MODULES not in there and folder.absolute().parent.name != "snapshots"
+    return [f"there is no {_MODULES}"] * lost + [
         f"{name} is another file than was written"
         for name, file in there.items()
         if not is_regular(file) or sha256_of(file) != entry[name]

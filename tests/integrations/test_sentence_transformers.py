@@ -96,6 +96,17 @@ def test_what_other_modules_are_made_of_is_compared(name, change, source, tmp_pa
         assert name in surgery.verify(out).files
 
 
+def test_without_the_list_of_modules(source, tmp_path):
+    """SentenceTransformer would take the mean of tokens; the hub's cache has what was asked for."""
+    joint = surgery.join([surgery.load_member(str(source), name="net")])
+    out = export(joint, "net", tmp_path / "models--me--net" / "out", format="transformers")
+    (out / "modules.json").unlink()
+    with pytest.raises(LoadError, match=r"there is no modules.json"):
+        SentenceTransformer(str(out), device="cpu")
+    (tmp_path / "snapshots").mkdir()
+    AutoModel.from_pretrained(out.rename(tmp_path / "snapshots" / "1a"))
+
+
 def test_settings_may_be_changed(source, tmp_path):
     joint = surgery.join([surgery.load_member(str(source), name="net")])
     out = export(joint, "net", tmp_path / "out", format="transformers")
