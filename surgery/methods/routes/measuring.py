@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _CLOSE = 1.25  # times the lowest loss is close, as far as the first batches tell
 _SURE = 2.0  # standard errors by which a loss exceeds the lowest, batch by batch, where a race is lost
 _LOOKS = (1, 4, 8, 16)  # times as many batches as at first, after each of which a race may be over
+_EARLY = 2  # of these, before the last choice: later ones make up for most of what more would tell
 _JUDGED = 4  # times as many batches judge what was tried
 _TELLING = 8  # batches from which on they tell how much losses scatter
 _TRIED = 3  # close choices that are tried, at most
@@ -115,9 +116,11 @@ def _leave_out(
     steps = gates[0].settings.trials
     while len(kept) > wanted:
         choices = [[depth for depth in kept if depth != gone] for gone in kept]
-        close, found, looks = _race(trainer, gates, row, choices, tasks, batches)
+        last = len(kept) == wanted + 1
+        times = _LOOKS if last else _LOOKS[:_EARLY]
+        close, found, looks = _race(trainer, gates, row, choices, tasks, batches, times)
         passes += looks * (len(kept) - 1) * len(tasks)
-        if steps and len(close) > 1 and len(kept) == wanted + 1:
+        if steps and len(close) > 1 and last:
             close = close[:_TRIED]
             for choice in close:
                 found[choice] = _trained(trainer, gates, row, choices[choice], tasks, batches)
@@ -136,8 +139,15 @@ def _race(
     choices: Sequence[Sequence[int]],
     tasks: Sequence[Task],
     batches: _Ahead,
+    times: Sequence[int] = _LOOKS,
 ) -> tuple[list[int], list[float], int]:
     """Measure choices of layers on more and more batches, as long as several are close.
+
+    Args:
+        trainer, gates, row, tasks: of the route.
+        choices: depths at which it has its own layers.
+        batches: of the tasks.
+        times: as multiples of `measure`, the numbers of batches after which a race may be over.
 
     Returns:
         those that are still close, of lowest mean loss first; the mean losses of all, as far as they came; how many
@@ -146,8 +156,7 @@ def _race(
     count = gates[0].settings.measure
     close, means, begin, looks = list(range(len(choices))), [0.0] * len(choices), 0, 0
     found = torch.empty(len(choices), 0, dtype=torch.float64)
-    for times in _LOOKS:
-        end = times * count
+    for end in (each * count for each in times):
         new = torch.full((len(choices), end - begin), torch.inf, dtype=torch.float64)
         for number in range(begin, end):
             some = batches.of(tasks, number, number + 1)

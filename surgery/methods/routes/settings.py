@@ -33,8 +33,8 @@ class Settings(Strict):
             budget of components.
         component_budget: share of the components that a task may have on, on average; for `gumbel`.
         measure: batches of each task on which layers are left out one by one before routes are learned, which then
-            begin with those that are missed least off; up to 16 times as many where they hardly differ; 0 for none.
-            With `layers`.
+            begin with those that are missed least off; 4 times as many where they hardly differ, up to 16 times for
+            the last one; 0 for none. With `layers`.
         trials: steps that each choice is trained for, from the start and for itself, where measuring the last layer to
             leave out hardly tells choices apart; what it then loses on other batches decides. 0 for none.
         penalty: lambda, the weight of what exceeds the budget.
