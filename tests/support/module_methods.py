@@ -5,8 +5,10 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from artifacts import rewrite
 from places import DOCS
 from torch import nn
 
@@ -14,6 +16,7 @@ import surgery
 
 PAGE = DOCS / "add_a_method.md"
 NAME = "scaled_copy"
+X = torch.randn(24, 6, generator=torch.Generator().manual_seed(3))
 
 
 def page_code(first_line: str) -> str:
@@ -66,3 +69,25 @@ def joined(module=None, copies=None, **options):
     one = member(module)
     settings = {"copies": {"layers.3": "layers.1"} if copies is None else copies}
     return surgery.join([one], surgery.plan_modules([one], NAME, settings, block=(8, 8), **options))
+
+
+def run(module, x=X):
+    with torch.no_grad():
+        return module(x)
+
+
+def layer(module, number) -> Any:
+    return module.get_submodule(f"layers.{number}")
+
+
+def save_fitted(folder):
+    """A fitted joint model of a replaced layer, whose scale is no 1, and the artifact of it."""
+    joint = joined()
+    layer(joint["net"], 3).scale.data.fill_(0.75)
+    surgery.save(surgery.fit(joint, max_error=0.8), folder)
+    return joint, folder
+
+
+def with_replacement(folder, values):
+    """Let a manifest say something else of its only replacement."""
+    rewrite(folder, lambda m: m["members"]["net"]["replacements"][0].update(values))
