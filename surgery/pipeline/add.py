@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.disk.claims import claim_of_first
+from surgery.disk.files import bytes_below
 from surgery.disk.folders import check_target
 from surgery.errors import ArtifactError, PlanError
 from surgery.settings.recipe import Model, Recipe, Select
@@ -160,7 +161,7 @@ def _add(folder: Path, asked: Adding, trust: bool, nonfinite: bool, *, dry_run: 
         asked, _recipe_of_one(manifest, asked, nonfinite), select, manifest, stored, trust,
         None if dry_run else folder,
     )  # fmt: skip
-    before = _disk_bytes(folder)
+    before = bytes_below(folder)
     if not dry_run:
         member = as_saved(member, addition.stored)
         report = report_with(manifest.report, addition.report)
@@ -173,7 +174,7 @@ def _add(folder: Path, asked: Adding, trust: bool, nonfinite: bool, *, dry_run: 
         addition.report.errors[asked.name],
         addition.report.original_bytes[asked.name],
         more.stored_bytes,
-        _disk_bytes(folder) - before,
+        bytes_below(folder) - before,
         addition.sites,
         addition.same,
     )
@@ -341,12 +342,12 @@ def remove(directory: str | Path, names: str | Sequence[str], *, dry_run: bool =
             check_target(folder, overwrite=True)
         stored = map_stored(folder, manifest, list(manifest.members))
         after = drop_costly_banks(give_back(restrict(stored, kept)))
-        before = _disk_bytes(folder)
+        before = bytes_below(folder)
         if not dry_run:
             report = report_without(manifest.report, kept, after.nbytes)
             with task(f"Removing {', '.join(gone)}"):
                 amend(Amendment(folder, manifest, stored, after, report))
-        return RemovedMembers(gone, stored.nbytes - after.nbytes, before - _disk_bytes(folder))
+        return RemovedMembers(gone, stored.nbytes - after.nbytes, before - bytes_below(folder))
 
 
 def named(references: Sequence[str]) -> dict[str, str]:
@@ -396,7 +397,3 @@ def _inputs(members: Mapping[str, str | Member], calibrate: Sequence[str]) -> li
 
     models = tuple(Model(model=each) for each in members.values() if isinstance(each, str))
     return input_paths(Recipe(models=models, calibrate=tuple(calibrate)))
-
-
-def _disk_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

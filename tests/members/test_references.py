@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import re
 import time
 from pathlib import Path
 
@@ -218,6 +219,13 @@ def test_a_factory_loads_builds_again_and_exports(factory, tmp_path):
 def test_factory_errors(factory, function, words):
     with pytest.raises(LoadError, match=words):
         load_member(f"{factory}:{function}")
+
+
+def test_options_after_the_weights_of_a_timm_model_are_put_into_order(tmp_path):
+    weights = tmp_path / "w.safetensors"
+    weights.touch()
+    with pytest.raises(LoadError, match=rf"write timm:resnet10t\?num_classes=3={re.escape(str(weights))}"):
+        load_member(f"timm:resnet10t={weights}?num_classes=3")
 
 
 def test_factory_file_errors(tmp_path):

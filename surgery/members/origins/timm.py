@@ -59,8 +59,8 @@ def check(reference: str) -> None:
     if "?" not in body:
         body, _, weights = body.partition("=")
     _check_name(body.partition("?")[0])
-    if weights and not Path(weights).expanduser().is_file():
-        raise LoadError(f"the weights file {Path(weights).expanduser()} does not exist: check the path")
+    if weights:
+        _file_of(weights, body.partition("?")[0])
 
 
 def load(reference: str, request: Request) -> Loaded:
@@ -87,7 +87,7 @@ def load(reference: str, request: Request) -> Loaded:
         return replace(_loaded(_create(name, options), reference, name, options), stored=False)
     if not equals:
         return _load_hub(reference, name, options)
-    path = Path(weights).expanduser()
+    path = _file_of(weights, name)
     state = read_weights(path)
     module = _create(name, options)
     state = without_prefix(state, module.state_dict(), str(path))
@@ -95,6 +95,23 @@ def load(reference: str, request: Request) -> Loaded:
     what = f"{path} as weights of timm:{name}"
     check_fit(module, state, what, advice)
     return _loaded(load_exactly(module, state, what), reference, name, options)
+
+
+def _file_of(weights: str, name: str) -> Path:
+    """The file of the weights of a model.
+
+    Raises:
+        LoadError: where there is none, or options follow its name.
+    """
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return path
+    file, _, options = weights.partition("?")
+    if options and Path(file).expanduser().is_file():
+        raise LoadError(
+            f"options of a timm model stand before its weights: write timm:{name}?{options}={file}"
+        )
+    raise LoadError(f"the weights file {path} does not exist: check the path")
 
 
 def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Module:
