@@ -64,6 +64,15 @@ def test_an_adversary_learns_to_tell_domains_and_only_while_gradients_are_record
     assert all(p.requires_grad for p in loss.discriminator.parameters())
 
 
+def test_features_leave_modes_of_single_modules_as_they_are():
+    joint = twins()
+    body = joint["source"].train()
+    *_, still = body.modules()
+    still.eval()  # as a norm that is frozen
+    features_of(joint, "source", [(X, None)], "5")
+    assert body.training and not still.training
+
+
 @pytest.mark.parametrize("kind", [Moments, Adversary])
 def test_adaptation_trains_the_target_s_mixtures_alone(kind):
     joint = twins()

@@ -20,6 +20,7 @@ from surgery.methods.routes.adapters import HIDDEN
 from surgery.methods.routes.gates import IDENTITY, FixedGates, Gates
 from surgery.methods.routes.mathematics import mixed
 from surgery.util.copies import duplicate
+from surgery.util.modules import kept_modes
 from surgery.util.text import one_line
 
 _Form = tuple[dict[int, int], int | None]
@@ -140,16 +141,13 @@ class RoutedLayer(nn.Module):
                 "false in the model's configuration."
             )
         found: dict[str, str] = {}
-        training = self.training
-        try:
+        with kept_modes(self.modules()):
             self.eval()
             for name in (each for each in self.gates.names if each != IDENTITY):
                 try:
                     found[name] = self._outline(self._run(name, hidden, args, kwargs))
                 except (RuntimeError, ValueError, TypeError) as error:
                     found[name] = f"an error: {one_line(error)}"
-        finally:
-            self.train(training)
         if IDENTITY in self.gates.names:
             found |= self._outline_of_identity(hidden)
         if len(set(found.values())) > 1:

@@ -15,6 +15,7 @@ from surgery.members.member import Member
 from surgery.members.origins.layers import correct_layers
 from surgery.methods.routes.layers import Left
 from surgery.methods.routes.plan import Branches
+from surgery.util.modules import kept_modes
 
 
 def close_stacks(member: Member, module: nn.Module, stacks: Sequence[Sequence[str]]) -> None:
@@ -136,11 +137,8 @@ def _outputs(member: Member, module: nn.Module) -> Tensor | None:
     tensors = [*module.parameters(), *module.buffers()]
     if any(t.is_meta for t in tensors) or not (member.inputs.args or member.inputs.kwargs):
         return None
-    training = module.training
-    try:
+    with kept_modes(module.modules()):
         return _flat(outputs_of(module.eval(), member.inputs))
-    finally:
-        module.train(training)
 
 
 def _flat(found: Any) -> Tensor:

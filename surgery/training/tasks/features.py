@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from surgery.core.joint import JointModel
 from surgery.errors import PlanError
 from surgery.training.tasks.tasks import as_batch
-from surgery.util.modules import device_of
+from surgery.util.modules import device_of, kept_modes
 from surgery.util.randomness import seeded
 
 
@@ -123,18 +123,16 @@ def features_of(
         PlanError: where there is no such part, or no data, or they differ in shape.
     """
     module = joint[member]
-    tap, training = Tap(module, path), module.training
-    device = device_of(joint)
-    module.eval()
+    tap, device = Tap(module, path), device_of(joint)
     found: list[Tensor] = []
     try:
-        with nullcontext() if seed is None else seeded(seed):
+        with kept_modes(module.modules()), nullcontext() if seed is None else seeded(seed):
+            module.eval()
             for raw in data:
                 batch = as_batch(raw).map(lambda tensor: tensor.to(device))
                 module(*batch.args, **batch.kwargs)
                 found.append(tap.take())
     finally:
-        module.train(training)
         tap.close()
     widths = sorted({each.shape[1] for each in found})
     if len(widths) != 1:

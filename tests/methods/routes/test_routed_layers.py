@@ -495,3 +495,13 @@ def test_the_recipe_of_routes_ends_in_a_plain_model(tmp_path, monkeypatch):
     torch.testing.assert_close(run(plain), run(surgery.load("joint")["minilm"]))
     folder = tmp_path / "joint" / "training"
     assert {"allocation.png", "routes.png"} <= {each.name for each in folder.iterdir()}
+
+
+def test_the_first_pass_leaves_modes_of_single_modules_as_they_are():
+    joint = joined({"layers": 3})
+    body = joint["text"].train()
+    norms = [each for each in body.modules() if isinstance(each, torch.nn.LayerNorm)]
+    for norm in norms:
+        norm.eval()  # as those that are frozen
+    run(body)
+    assert body.training and not any(norm.training for norm in norms)
