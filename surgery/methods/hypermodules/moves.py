@@ -207,11 +207,10 @@ class HypermoduleMoves(Moves):
         if not price or not whole:
             return 0.0
         taken = 0.0
-        for p in self.joint.plan.placements:
-            if p.site.member == member and p.bank in self.banks:
-                bank = self.banks[p.bank]
-                blocks = blocks_taken(bank.psi, bank.hypermodules, bank.context)[p.start : p.stop]
-                taken += bank.width * float(blocks.sum())
+        for key, bank in self.banks.items():
+            blocks = blocks_taken(bank.psi, bank.hypermodules, bank.context)
+            mine = (p for p in self.joint.plan.in_bank(key) if p.site.member == member)
+            taken += bank.width * sum(float(blocks[p.start : p.stop].sum()) for p in mine)
         return price * taken / whole
 
     def contend(self) -> None:

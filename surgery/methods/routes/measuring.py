@@ -158,11 +158,12 @@ def _race(
     found = torch.empty(len(choices), 0, dtype=torch.float64)
     for end in (each * count for each in times):
         new = torch.full((len(choices), end - begin), torch.inf, dtype=torch.float64)
-        for number in range(begin, end):
-            some = batches.of(tasks, number, number + 1)
+        more = batches.of(tasks, begin, end)
+        for number in range(end - begin):
+            some = {name: own[number : number + 1] for name, own in more.items()}
             for choice in close:
                 with _taking(gates, row, choices[choice]):
-                    new[choice, number - begin] = _loss(trainer, tasks, some)
+                    new[choice, number] = _loss(trainer, tasks, some)
         average([new])  # each process has measured its part of the batches
         found = torch.cat([found, new], 1)
         for choice in close:
@@ -229,6 +230,7 @@ def _trained(
     """The loss of a route on batches that follow, once it alone was trained on the first ones; all of it is undone."""
     count, steps = gates[0].settings.measure, gates[0].settings.trials
     seen = max(_LOOKS[-1] * count, steps)
+    ahead = batches.of(tasks, 0, seen + _JUDGED * count)
     with _undone(trainer), _taking(gates, row, on):
         settings, total = trainer.config.optimizer, trainer.config.total * trainer.config.steps
         trainer.optimizer = make_optimizer(trainer.joint, settings, trainer.moves)
@@ -237,9 +239,8 @@ def _trained(
         for step in range(steps):
             if scheduler is not None:  # the rates that these steps of the run would have
                 set_rates(scheduler, trainer.steps + step)
-            now = batches.of(tasks, step, step + 1)
-            trainer.compute({name: [(batch, 1.0) for batch in own] for name, own in now.items()})
-        found = torch.tensor([_loss(trainer, tasks, batches.of(tasks, seen, seen + _JUDGED * count))])
+            trainer.compute({name: [(own[step], 1.0)] for name, own in ahead.items()})
+        found = torch.tensor([_loss(trainer, tasks, {name: own[seen:] for name, own in ahead.items()})])
     average([found])
     return float(found)
 
