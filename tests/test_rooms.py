@@ -16,8 +16,8 @@ ROOT = Path(surgery.__file__).parent
 
 ROOMS = (
     "errors", "integrations.arrival", "permission", "version",
-    "disk.untrusted", "disk.tensorheader", "storage.lazy", "disk",
-    "util", "settings.problems", "settings.quantities", "settings.names",
+    "disk", "util", "handles", "safetensors",
+    "settings.problems", "settings.quantities", "settings.names",
     "methods.hypermodules.settings", "methods.templates.settings",
     "geometry", "members.extra_state", "members.replacement", "members.member", "tracing", "inputs", "settings",
     "members",

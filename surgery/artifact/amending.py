@@ -45,7 +45,6 @@ from surgery.artifact.writing import (
     write_front,
     write_stem,
 )
-from surgery.disk.aligned import check_dtypes
 from surgery.disk.folders import new_folder
 from surgery.disk.places import Places, into_artifact
 from surgery.errors import ArtifactError, OutputError
@@ -53,6 +52,7 @@ from surgery.fitting.report import FitReport
 from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import to_document
 from surgery.members.member import Member, content_hash
+from surgery.safetensors.dtypes import check_dtypes
 from surgery.storage.states import lazy_state_of
 from surgery.storage.stored import Stored
 from surgery.storage.trim import restrict

@@ -27,9 +27,9 @@ from surgery.artifact.recorded import DICTIONARY, WEIGHTS
 from surgery.core.generation import generated
 from surgery.disk.untrusted import broken_rules, shown
 from surgery.errors import ArtifactError, first_few
+from surgery.handles.handle import CPU, Handle, Made, Shared
 from surgery.storage.codecs import Encoded
 from surgery.storage.keys import PartKey, PlainKey
-from surgery.storage.lazy import CPU, Handle, Made, Shared
 from surgery.storage.states import lazy_state_of
 from surgery.storage.stored import Stored, build_bank
 from surgery.util.memory import compact

@@ -11,7 +11,7 @@ from surgery.disk.untrusted import UnreadableError, as_mapping, parse_json
 from surgery.fitting.report import FitReport
 from surgery.members.member import Member, Origin
 from surgery.members.origins.licences import CARD, licence_of
-from surgery.storage.lazy import tensors_in_file
+from surgery.safetensors.reading import tensors_in_file
 from surgery.util.wording import percent, size
 
 WHAT = {

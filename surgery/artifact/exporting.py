@@ -16,7 +16,7 @@ from surgery.core.joint import JointModel
 from surgery.errors import ExportError
 from surgery.members.member import Member
 from surgery.members.origins.licences import CARD
-from surgery.storage.lazy import tensors_in_file
+from surgery.safetensors.reading import tensors_in_file
 from surgery.storage.states import lazy_state_of
 from surgery.storage.stored import Stored
 from surgery.storage.trim import trim

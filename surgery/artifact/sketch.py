@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.disk.tensorheader import MOST_AXES
 from surgery.disk.untrusted import shown
 from surgery.inputs.probes import spread_of
 from surgery.members.member import Inputs, Spread
+from surgery.safetensors.header import MOST_AXES
 
 _VALUES, _LIKE = "is", "like"  # what a sketch may say of a tensor besides dtype and shape
 _FEW = 64  # whole numbers that are kept one by one

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from surgery.disk.aligned import align
-from surgery.disk.gathered import DATA, NOTE, spread
-from surgery.disk.tensorheader import Header, parse_header
 from surgery.disk.untrusted import UnreadableError, shown_text
 from surgery.errors import ArtifactError
+from surgery.safetensors.gathered import DATA, NOTE, spread
+from surgery.safetensors.header import Header, parse_header
+from surgery.util.alignment import align
 
 
 def read_header(path: Path) -> Header:

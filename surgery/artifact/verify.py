@@ -27,6 +27,7 @@ from surgery.core.replacing import make_again
 from surgery.disk.records import wrong_files
 from surgery.errors import ArtifactError, ConsentError, SurgeryError
 from surgery.fitting.report import FitReport
+from surgery.handles.state import LazyState, handles_of
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error, unknown_in_probes
 from surgery.members.member import Member, Origin, content_hash, whole_state
 from surgery.members.occupancy import check_modules, check_unoccupied
@@ -35,7 +36,6 @@ from surgery.members.references import load_origin, ships
 from surgery.members.replacement import Replacement
 from surgery.permission import Permission
 from surgery.slots.collapse import collapsed
-from surgery.storage.lazy import LazyState, handles_of
 from surgery.storage.states import lazy_state_of
 from surgery.util.copies import duplicate
 from surgery.util.showing import as_html, as_text

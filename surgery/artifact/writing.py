@@ -45,10 +45,8 @@ from surgery.artifact.recorded import (
 from surgery.artifact.shares import count_shares
 from surgery.artifact.sketch import sketch
 from surgery.artifact.tensorfiles import read_header
-from surgery.disk.aligned import aligned_file_bytes, check_dtypes, write_shards
 from surgery.disk.files import files_below, sha256_of
 from surgery.disk.folders import new_folder
-from surgery.disk.gathered import pays, write_gathered
 from surgery.disk.mapped import MappedFile
 from surgery.disk.places import Places, into_artifact
 from surgery.errors import ArtifactError, OutputError
@@ -58,6 +56,9 @@ from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import to_document
 from surgery.members.member import Alone, Member, Origin, content_hash
 from surgery.members.replacement import Replacement
+from surgery.safetensors.dtypes import check_dtypes
+from surgery.safetensors.gathered import pays, write_gathered
+from surgery.safetensors.writing import aligned_file_bytes, write_shards
 from surgery.settings.recipe import Recipe
 from surgery.storage.codecs import Encoded
 from surgery.storage.keys import PartKey, StorageKey

@@ -15,7 +15,6 @@ from surgery.core.dictionary import Dictionary, master_dtype
 from surgery.core.generation import to_blocks
 from surgery.core.joint import JointModel
 from surgery.core.replacing import modules_replaced
-from surgery.disk.aligned import align_module
 from surgery.disk.mapped import Reader, places_of
 from surgery.errors import PlanError
 from surgery.members.member import Member, check_names
@@ -28,6 +27,7 @@ from surgery.settings.recipe import Recipe
 from surgery.slots.collapse import collapse
 from surgery.slots.slots import locate, put_back
 from surgery.storage.codecs import LARGEST, is_tame
+from surgery.util.alignment import align_module
 
 
 def join(

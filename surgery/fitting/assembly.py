@@ -15,6 +15,7 @@ from surgery.disk.aside import put_aside
 from surgery.disk.journal import Made, keeps, made_once
 from surgery.fitting.tabulated import Choice
 from surgery.fitting.units import Arrangement, Unit
+from surgery.handles.state import LazyState
 from surgery.storage.codecs import (
     Encoded,
     Encoding,
@@ -25,7 +26,6 @@ from surgery.storage.codecs import (
     packed,
 )
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
-from surgery.storage.lazy import LazyState
 from surgery.storage.stored import Stored, deduplicate
 from surgery.storage.trim import entry_bytes
 

@@ -37,6 +37,7 @@ from surgery.fitting.report import FitReport, Probes, describe, describe_stacks
 from surgery.fitting.scene import Scene, as_asked, asked_of
 from surgery.fitting.search import advice_on_bound, check_bound, search
 from surgery.fitting.trial import Trial, to_device
+from surgery.handles.state import LazyState
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.member import Inputs, content_hash, whole_state
 from surgery.members.replacement import count_replaced
@@ -47,7 +48,6 @@ from surgery.settings.target import Target
 from surgery.slots.collapse import collapsed
 from surgery.slots.slots import assign
 from surgery.storage.codecs import NATIVE, stored_bytes
-from surgery.storage.lazy import LazyState
 from surgery.storage.states import lazy_state_of, same_state
 from surgery.storage.stored import Stored, adopt, compressed, expand, extra, store, ties
 from surgery.storage.trim import trim

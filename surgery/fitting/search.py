@@ -14,7 +14,6 @@ from hashlib import sha256
 import numpy as np
 
 from surgery.core.registry import methods_of
-from surgery.disk.gathered import names_weigh
 from surgery.disk.journal import made_once
 from surgery.errors import PlanError
 from surgery.fitting.allocation import finest, of_each, within_bytes, within_errors
@@ -36,6 +35,7 @@ from surgery.fitting.units import (
     doubtful,
     tabulate,
 )
+from surgery.safetensors.gathered import names_weigh
 from surgery.settings.target import MAX_ERROR
 from surgery.storage.codecs import Encoded
 from surgery.storage.stored import Stored

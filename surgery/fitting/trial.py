@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from surgery.core.replacing import as_it_was
-from surgery.disk.aligned import align, is_aligned
 from surgery.disk.aside import is_aside, put_aside
 from surgery.errors import PlanError
 from surgery.inputs.probes import outputs_of
 from surgery.members.member import Inputs, Member
 from surgery.slots.slots import assign, forget_derived
 from surgery.util import memory
+from surgery.util.alignment import align, is_aligned
 
 
 class Trial:

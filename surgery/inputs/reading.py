@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from surgery.disk.files import write_files
-from surgery.disk.tensorheader import parse_header
 from surgery.disk.untrusted import check_archive
 from surgery.errors import LoadError
+from surgery.safetensors.header import parse_header
 from surgery.util.quiet import quiet
 from surgery.util.text import one_line
 

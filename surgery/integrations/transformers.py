@@ -97,7 +97,7 @@ class SurgeryQuantizer(HfQuantizer):
     ) -> Any:
         from surgery.artifact.codes import PREFIX, unpack
         from surgery.artifact.sums import Sum, sum_of
-        from surgery.disk.aligned import align
+        from surgery.util.alignment import align
 
         if not checkpoint_files:
             raise LoadError(

@@ -22,7 +22,6 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from surgery.disk.aligned import align_module
 from surgery.disk.records import artifact_files
 from surgery.disk.untrusted import shown, shown_text
 from surgery.errors import LoadError, SurgeryError, SurgeryWarning
@@ -37,6 +36,7 @@ from surgery.members.origins.module import live_module
 from surgery.members.origins.weights import check_finite
 from surgery.permission import SHIPPED, Permission
 from surgery.settings.quantities import check_seed
+from surgery.util.alignment import align_module
 from surgery.util.randomness import all_seeded, member_seed
 from surgery.util.text import one_line
 

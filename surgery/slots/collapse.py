@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from surgery.core.generation import generated
+from surgery.handles.handle import Handle, Made
+from surgery.handles.state import LazyState
 from surgery.members.extra_state import extra_state_of
 from surgery.members.member import owners_of
 from surgery.slots.edits import take_edits
 from surgery.slots.slots import locate
-from surgery.storage.lazy import Handle, LazyState, Made
 from surgery.util.memory import compact
 
 if TYPE_CHECKING:

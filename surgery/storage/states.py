@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from surgery.anatomy.plan import Placement, torch_dtype
 from surgery.core.bank import Bank
 from surgery.geometry.blocks import untile
+from surgery.handles.handle import CPU, Handle, Made, Resident, Shared
+from surgery.handles.state import LazyState
 from surgery.members.extra_state import KEY
 from surgery.storage.codecs import Decoded, Encoded
-from surgery.storage.lazy import CPU, Handle, LazyState, Made, Resident, Shared
 from surgery.storage.stored import Stored, build_bank
 from surgery.util import memory
 

@@ -27,6 +27,8 @@ from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
 from surgery.core.settle import settle
 from surgery.disk.aside import is_aside, put_aside
+from surgery.handles.handle import Handle, Made
+from surgery.handles.state import LazyState
 from surgery.members.extra_state import extra_state_of, set_extra_state
 from surgery.members.member import Member
 from surgery.members.occupancy import check_unoccupied
@@ -35,7 +37,6 @@ from surgery.slots.slots import assign, locate, put_back
 from surgery.storage.ahead import Decode
 from surgery.storage.codecs import Decoded, Encoded, as_dtype, decode, encode_native
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
-from surgery.storage.lazy import Handle, LazyState, Made
 from surgery.util import memory
 from surgery.util.devices import cpu_by_default
 

@@ -17,11 +17,12 @@ from torch import nn
 
 import surgery
 from surgery.artifact.tensorfiles import read_tensors
-from surgery.disk import aligned
-from surgery.disk.aligned import ALIGNMENT, aligned_file_bytes, is_aligned, write_aligned, write_shards
 from surgery.disk.files import sha256_of
 from surgery.errors import OutputError
 from surgery.inputs.probes import outputs_of, probe_inputs
+from surgery.safetensors import writing
+from surgery.safetensors.writing import aligned_file_bytes, write_aligned, write_shards
+from surgery.util.alignment import ALIGNMENT, is_aligned
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64)
 SHAPES = st.lists(st.integers(0, 40), max_size=3).map(tuple)
@@ -203,7 +204,7 @@ def test_a_hash_is_taken_while_a_file_is_written(tmp_path_factory, entries, many
     folder = tmp_path_factory.mktemp("hashed")
     tensors = {name: torch.ones(shape).to(dtype) for name, (dtype, shape) in entries.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aligned, "MANY", many)
+        patch.setattr(writing, "MANY", many)
         hashes = write_shards(folder, "model", tensors, max_shard_size=1000, hashed=True)
     assert hashes == {path: sha256_of(path) for path in folder.glob("*.safetensors")}
     assert write_shards(folder, "plain", tensors) == {}

@@ -155,7 +155,7 @@ def test_tensors_of_another_architecture(out: Path):
 def test_alignment_out_of_range(out: Path):
     from safetensors.torch import load_file
 
-    from surgery.disk.aligned import write_aligned
+    from surgery.safetensors.writing import write_aligned
 
     path = out / "dictionary.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}  # not mapped

@@ -25,7 +25,7 @@ from surgery.members.member import content_hash
 from surgery.members.origins.licences import licence_file
 from surgery.members.references import load_member
 from surgery.page import look
-from surgery.storage.lazy import tensors_in_file
+from surgery.safetensors.reading import tensors_in_file
 
 WITHOUT_SURGERY = """
 import importlib.abc, sys

@@ -20,11 +20,11 @@ from surgery.artifact import load, save
 from surgery.artifact.manifest import read_manifest
 from surgery.artifact.sketch import MOST_ELEMENTS, draw
 from surgery.artifact.verify import verify
-from surgery.disk.tensorheader import parse_header
 from surgery.disk.untrusted import UnreadableError
 from surgery.errors import ArtifactError, LoadError, PlanError
 from surgery.inputs.calibration import read_calibration
 from surgery.permission import Permission
+from surgery.safetensors.header import parse_header
 from surgery.settings.recipe import TaskSpec
 from surgery.training.tasks.parts import split_rows
 from surgery.training.tasks.sources import load_data

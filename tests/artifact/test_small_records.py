@@ -201,7 +201,7 @@ def test_tensors_of_no_member_are_refused(many, tmp_path):
     import shutil
 
     from surgery.artifact.tensorfiles import read_header, read_tensors
-    from surgery.disk.gathered import write_gathered
+    from surgery.safetensors.gathered import write_gathered
 
     folder = Path(shutil.copytree(many, tmp_path / "joint"))
     path = folder / TOGETHER

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from surgery.disk import aligned
-from surgery.disk.aligned import align_module, is_aligned, write_aligned
 from surgery.disk.mapped import Reader, files_of, places_of
+from surgery.safetensors.writing import write_aligned
+from surgery.util import alignment
+from surgery.util.alignment import align_module, is_aligned
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mappings are read from /proc")
 NAMES = ("a", "b", "c")
@@ -60,7 +61,7 @@ def test_a_large_mapped_module_is_aligned_when_it_first_runs(file, monkeypatch):
     length = int.from_bytes(data[:8], "little")
     moved = (length + 8).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 8 + data[8 + length :]
     file.write_bytes(moved)  # data begin 8 bytes further, as other writers have them
-    monkeypatch.setattr(aligned, "MUCH", 1)
+    monkeypatch.setattr(alignment, "MUCH", 1)
     module = nn.Linear(33, 5, bias=False)
     module.weight = nn.Parameter(read(file)[0])
     assert align_module(align_module(module)) is module and len(module._forward_pre_hooks) == 1

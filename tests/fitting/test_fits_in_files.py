@@ -16,9 +16,10 @@ from surgery.errors import MemoryLimitError, OutputError, PlanError
 from surgery.fitting import bound
 from surgery.fitting.assembly import Assembler
 from surgery.fitting.units import Arrangement, Unit
+from surgery.handles.handle import Made
+from surgery.handles.state import LazyState
 from surgery.methods.siblings import differences
 from surgery.storage.codecs import NATIVE, decode, encode_native
-from surgery.storage.lazy import LazyState, Made
 
 GIB = 2**30
 

@@ -272,7 +272,7 @@ def test_tensors_of_any_dtype_go_through_a_fit_and_back(tmp_path: Path):
 
 
 def test_bytes_of_plain_files_know_every_dtype(tmp_path: Path):
-    from surgery.disk.aligned import aligned_file_bytes, write_aligned
+    from surgery.safetensors.writing import aligned_file_bytes, write_aligned
 
     dtypes = [EIGHT, torch.float8_e5m2, torch.complex64, torch.bool, torch.uint16, HALF, torch.float64]
     for dtype in dtypes:

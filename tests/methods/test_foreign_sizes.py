@@ -18,9 +18,9 @@ from surgery.anatomy.plan import make_plan
 from surgery.core.bank import Bank
 from surgery.core.method import TensorMethod, register_method
 from surgery.core.module_method import ModuleSurgery
-from surgery.disk.tensorheader import parse_header
 from surgery.errors import ArtifactError, LoadError
 from surgery.members.replacement import Replacement
+from surgery.safetensors.header import parse_header
 from surgery.settings.methods import REGISTERED
 from surgery.settings.problems import Strict
 from surgery.settings.quantities import Positive

@@ -28,7 +28,6 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
-from surgery.disk.tensorheader import parse_header
 from surgery.errors import ArtifactError, MissingMethodError, PlanError
 from surgery.fitting.arranging import arrange_made
 from surgery.fitting.assembly import Assembler
@@ -39,6 +38,7 @@ from surgery.fitting.trial import Trial
 from surgery.fitting.units import tabulate
 from surgery.page.overview import look
 from surgery.page.render import render
+from surgery.safetensors.header import parse_header
 from surgery.settings.methods import REGISTERED, installed, method_names
 from surgery.settings.recipe import Recipe
 from surgery.settings.target import Target

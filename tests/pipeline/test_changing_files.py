@@ -11,15 +11,15 @@ from artifacts import contents
 from command_line import surgery
 
 from benchmarks.scale import make_folder
-from surgery.disk import aligned
 from surgery.errors import LoadError
 from surgery.pipeline.merge import merge
 from surgery.settings.recipe import Recipe
+from surgery.util import alignment
 
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    monkeypatch.setattr(aligned, "MUCH", 1)  # as of large models, weights stay where their files have them
+    monkeypatch.setattr(alignment, "MUCH", 1)  # as of large models, weights stay where their files have them
     for seed, name in enumerate("ab"):
         make_folder(tmp_path / name, "fast", seed)
     models = [{"model": str(tmp_path / name)} for name in "ab"]

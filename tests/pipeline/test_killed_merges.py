@@ -14,12 +14,12 @@ from journals import kill
 from surgery_cli import console
 
 from benchmarks.scale import make_folder
-from surgery.disk import aligned
 from surgery.disk.journal import LINES, Journal
 from surgery.errors import LoadError, OutputError
 from surgery.pipeline import going_on
 from surgery.pipeline.merge import merge
 from surgery.settings.recipe import Recipe
+from surgery.util import alignment
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_what_cannot_go_on_is_one_sentence_and_the_journal_stays(recipe, whole, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mappings are read from /proc")
 def test_nothing_is_kept_that_was_made_while_a_file_was_another(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(aligned, "MUCH", 1)  # as of large models, weights stay where their files have them
+    monkeypatch.setattr(alignment, "MUCH", 1)  # as of large models, weights stay where their files have them
     for name in "ab":
         shutil.copytree(whole / name, tmp_path / name)
     file = next((tmp_path / "b").glob("*.safetensors"))

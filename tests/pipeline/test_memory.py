@@ -8,17 +8,20 @@ import pytest
 
 from benchmarks.scale import MIB, Sampler, make_folder, memory
 from surgery.artifact.verify import verify
-from surgery.disk import aligned, aside
+from surgery.disk import aside
 from surgery.pipeline import going_on
 from surgery.pipeline.merge import merge
 from surgery.settings.recipe import Recipe
+from surgery.util import alignment
 from surgery.util.memory import give_back
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("size", ["0.03", pytest.param("0.1", marks=pytest.mark.slow)])
 def test_a_lossless_merge_holds_a_fraction_of_its_models(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(aligned, "MUCH", 2**20)  # the pair is small for a model, and not aligned in its files
+    monkeypatch.setattr(
+        alignment, "MUCH", 2**20
+    )  # the pair is small for a model, and not aligned in its files
     merge(recipe_of(tmp_path / "small", "fast"))  # imports whatever a merge imports on its way
     recipe = recipe_of(tmp_path / "large", size)
     total = sum(file.stat().st_size for file in tmp_path.glob("large/*/*.safetensors"))

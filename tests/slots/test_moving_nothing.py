@@ -11,8 +11,8 @@ from torch import nn
 
 import surgery
 from surgery.core import generation
-from surgery.disk.aligned import write_aligned
 from surgery.errors import PlanError
+from surgery.safetensors.writing import write_aligned
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mappings are read from /proc")
 

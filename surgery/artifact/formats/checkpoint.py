@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.disk.aligned import write_shards
 from surgery.disk.files import write_files
 from surgery.errors import ExportError
 from surgery.members.member import Member
 from surgery.members.origins.dtypes import widest
 from surgery.members.references import build_architecture
 from surgery.permission import Permission
+from surgery.safetensors.writing import write_shards
 from surgery.storage.stored import Stored
 from surgery.util.quiet import quiet
 

@@ -6,13 +6,13 @@ import io
 import os
 from pathlib import Path
 
-from surgery.disk.tensorheader import parse_header
 from surgery.disk.untrusted import is_regular, read_regular
 from surgery.errors import LoadError
 from surgery.members.origins.base import check_files, read_config
 from surgery.members.origins.bounded import by_file
 from surgery.members.origins.licences import CARD, TEXTS
 from surgery.members.origins.weights import check_safetensors
+from surgery.safetensors.header import parse_header
 from surgery.util.text import one_line
 
 FILES = (

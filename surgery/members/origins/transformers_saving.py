@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.disk.aligned import align_file
 from surgery.disk.files import write_files
 from surgery.members.member import Origin
 from surgery.members.origins.dtypes import widest
 from surgery.members.origins.layers import KEYS
 from surgery.members.origins.weights import save_extra_state
+from surgery.safetensors.writing import align_file
 from surgery.util.memory import compact
 from surgery.util.quiet import quiet
 

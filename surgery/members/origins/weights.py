@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from surgery.disk.aligned import write_shards
-from surgery.disk.tensorheader import parse_header
 from surgery.disk.untrusted import UnreadableError, check_archive
 from surgery.errors import LoadError
 from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import to_document
 from surgery.members.origins.dtypes import not_tensors_alone, put_dtypes, refuse_other_kinds, widest
 from surgery.members.origins.layers import say_layers
+from surgery.safetensors.header import parse_header
+from surgery.safetensors.writing import write_shards
 from surgery.util.text import one_line, shorten
 
 

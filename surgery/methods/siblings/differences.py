@@ -37,6 +37,8 @@ from surgery.fitting.units import (
     measure,
 )
 from surgery.geometry.blocks import BlockGrid
+from surgery.handles.handle import Made
+from surgery.handles.state import LazyState
 from surgery.methods.siblings.lowrank import Factors, factors
 from surgery.storage.codecs import (
     NATIVE,
@@ -52,7 +54,6 @@ from surgery.storage.codecs import (
     packed,
     rounded,
 )
-from surgery.storage.lazy import LazyState, Made
 
 RUNS = (0, 1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 """Ranks between which directions are decided on together."""

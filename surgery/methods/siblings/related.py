@@ -17,10 +17,11 @@ from surgery.fitting.related import register_way
 from surgery.fitting.scene import Scene, key_of, private_view
 from surgery.fitting.units import BANK_BYTES, Arrangement, measure
 from surgery.geometry.blocks import BlockGrid, tile, untile
+from surgery.handles.handle import Made
+from surgery.handles.state import LazyState
 from surgery.methods.rows.shared import SharedRows
 from surgery.methods.siblings import differences  # noqa: F401  # a second way, registered by the import
 from surgery.methods.siblings.principal import principal_rows
-from surgery.storage.lazy import LazyState, Made
 
 
 @register_way("siblings")

@@ -13,9 +13,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from surgery.handles.handle import Handle
 from surgery.storage.codecs.codec import ANY_LENGTH, CODECS, NATIVE, Encoded, Layout, Precision, Statistics
 from surgery.storage.codecs.huffman import Huffman
-from surgery.storage.lazy import Handle
 
 LARGEST = 1e18  # magnitude from which squares overflow float32: such values, and NaN, have no projection and no scale
 

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from surgery.core.joint import JointModel
 from surgery.disk.files import share
-from surgery.disk.tensorheader import parse_header
 from surgery.disk.untrusted import UnreadableError, as_mapping, broken_rules, parse_json, shown, shown_text
 from surgery.errors import TrainingError
 from surgery.members.extra_state import extra_state_of, from_document, set_extra_state, to_document
 from surgery.members.member import content_hash
+from surgery.safetensors.header import parse_header
 from surgery.slots.slots import locate
 from surgery.storage.keys import StateKey, of_owner
 from surgery.training.loop.state_document import VERSION, StateDocument

@@ -19,7 +19,6 @@ from surgery.anatomy.plan import Placement
 from surgery.anatomy.sites import Site
 from surgery.core.generation import to_blocks
 from surgery.core.joining import join
-from surgery.disk.aligned import write_aligned
 from surgery.disk.mapped import Reader, places_of
 from surgery.errors import LoadError
 from surgery.geometry.blocks import BlockGrid
@@ -30,6 +29,7 @@ from surgery.methods.rows.exact import exact_bank
 from surgery.methods.rows.referred import ReferredRows
 from surgery.methods.rows.settling import settle_rows
 from surgery.methods.rows.sources import SiteBlocks
+from surgery.safetensors.writing import write_aligned
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mappings are read from /proc")
 

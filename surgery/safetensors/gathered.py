@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from surgery.disk.aligned import in_order, known_dtypes, write_aligned
-from surgery.disk.tensorheader import are_counts
 from surgery.disk.untrusted import UnreadableError, parse_json, shown
-from surgery.storage.lazy import file_dtypes
+from surgery.safetensors.dtypes import file_dtypes, known_dtypes
+from surgery.safetensors.header import are_counts
+from surgery.safetensors.writing import in_order, write_aligned
 
 DATA, NOTE = "data", "gathered"  # the one tensor, and the note in the header
 ENTRY = 80  # bytes of a tensor's entry in a header, about

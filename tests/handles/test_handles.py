@@ -15,18 +15,20 @@ from safetensors.torch import save_file
 from surgery.core.bank import Bank
 from surgery.core.generation import Generated, generated
 from surgery.core.joining import join
-from surgery.disk.aligned import write_aligned
 from surgery.disk.untrusted import UnreadableError
 from surgery.fitting.fit import fit
 from surgery.fitting.trial import Trial
+from surgery.handles.handle import CPU, Made, Resident, Shared
+from surgery.handles.state import LazyState
 from surgery.members.member import content_hash
 from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.opening import open_bank
 from surgery.methods.rows.exact import exact_bank
+from surgery.safetensors.reading import tensors_in_file
+from surgery.safetensors.writing import write_aligned
 from surgery.slots.collapse import collapse, collapsed
 from surgery.storage.codecs import Decoded, Precision, decode, encode
 from surgery.storage.keys import PlainKey
-from surgery.storage.lazy import CPU, LazyState, Made, Resident, Shared, tensors_in_file
 from surgery.storage.states import lazy_state_of, module_of, state_of
 from surgery.storage.stored import deduplicate, store
 

@@ -1,10 +1,8 @@
-"""Aligned tensors: in memory, and in safetensors files, whose data begin at multiples of 64 bytes.
+"""Writes safetensors files whose tensors begin at multiples of 64 bytes, as `surgery.util.alignment` wants them.
 
-PyTorch allocates at multiples of 64 bytes, and vectorised kernels may sum in another order where a tensor begins
-elsewhere, so that one weight in two places gives outputs that differ in their last bit. Tensors that are mapped from a
-file lie where the file has them. A safetensors header may be padded with spaces, and tensors follow one another without
-holes: so the header is padded to 64 bytes, tensors whose size is a multiple of 64 come first, and all of them begin at
-one. What still does not is copied when it is read; so is what lies unaligned in files of others.
+A safetensors header may be padded with spaces, and tensors follow one another without holes: so the header is padded to
+64 bytes, tensors whose size is a multiple of 64 come first, and all of them begin at one. What still does not is copied
+when it is read.
 """
 
 from __future__ import annotations
@@ -17,17 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from surgery.disk.aside import put_aside
-from surgery.disk.mapped import places_of
-from surgery.disk.tensorheader import parse_header
-from surgery.errors import OutputError, shorten
-from surgery.storage.lazy import Handle, file_dtypes, read, tensors_in_file
-
-ALIGNMENT = 64  # bytes; PyTorch's own on the CPU, and the width of its widest vectors
-
-MUCH = 128 * 2**20  # bytes of mapped tensors that are not copied for their alignment before they have to run
+from surgery.errors import OutputError
+from surgery.handles.handle import Handle, read
+from surgery.safetensors.dtypes import check_dtypes, known_dtypes
+from surgery.safetensors.header import parse_header
+from surgery.safetensors.reading import tensors_in_file
+from surgery.util.alignment import ALIGNMENT
 
 MANY = 2**20  # bytes from which hashing is worth a thread
 
@@ -35,66 +30,6 @@ NOTES = "__metadata__"  # what the format calls the entry of a header that is no
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 """Name, dtype and shape of a tensor."""
-
-
-def align(tensor: Tensor) -> Tensor:
-    """The tensor itself where it begins at a multiple of 64 bytes, else a copy that does.
-
-    Example:
-        >>> row = torch.zeros(3, 5)[1]
-        >>> row.data_ptr() % 64, align(row).data_ptr() % 64
-        (20, 0)
-    """
-    return tensor if is_aligned(tensor) else tensor.clone()
-
-
-def is_aligned(tensor: Tensor) -> bool:
-    """Whether a tensor begins at a multiple of 64 bytes; one that is not in the CPU's memory counts as such."""
-    plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.numel() > 0
-    return not plain or tensor.data_ptr() % ALIGNMENT == 0
-
-
-@torch.no_grad()
-def align_module(module: nn.Module, *, to_run: bool = False) -> nn.Module:
-    """Move parameters and buffers that begin elsewhere to multiples of 64 bytes, in place; ties are kept.
-
-    Where that would copy `MUCH` or more of a model that is mapped from files, these tensors stay until the module runs.
-
-    Args:
-        module: of any kind.
-        to_run: whether it is about to run.
-    """
-    moved: dict[tuple, Tensor] = {}
-    plain = (
-        t for t in (*module.parameters(), *module.buffers()) if type(t) in (Tensor, nn.Parameter, nn.Buffer)
-    )
-    apart = [tensor for tensor in plain if not is_aligned(tensor)]
-    if not to_run and sum(tensor.nbytes for tensor in apart) >= MUCH and (stay := places_of(apart)):
-        apart = [tensor for tensor in apart if id(tensor) not in stay]
-        if _ALIGN_FIRST not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_ALIGN_FIRST)
-    for tensor in apart:
-        if not is_aligned(tensor):
-            place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-            if place not in moved:
-                moved[place] = put_aside(tensor.detach().clone())
-            tensor.data = moved[place]
-    return module
-
-
-class _AlignFirst:
-    """Hook before a module runs: moves what is not aligned yet."""
-
-    def __call__(self, module: nn.Module, *args: object) -> None:
-        """Align what a call is about to read; not while the module is traced, where nothing is read."""
-        if not torch.compiler.is_compiling() and not torch._C._len_torch_function_stack():
-            align_module(module, to_run=True)
-
-    def __deepcopy__(self, memo: dict) -> _AlignFirst:
-        return self
-
-
-_ALIGN_FIRST = _AlignFirst()
 
 
 def write_shards(
@@ -151,20 +86,6 @@ def write_shards(
             json.dumps(index, sort_keys=True, separators=(",", ":"))
         )
     return hashes
-
-
-def check_dtypes(dtypes: Mapping[str, torch.dtype]) -> None:
-    """Refuse what a file cannot hold.
-
-    Raises:
-        OutputError: naming all tensors of dtypes that the format does not know.
-    """
-    known = known_dtypes()
-    if bad := [f"{name} ({str(dtype)[6:]})" for name, dtype in dtypes.items() if dtype not in known]:
-        raise OutputError(
-            "Every tensor must have a dtype that safetensors files hold, but this is not so of "
-            f"{shorten(bad, 10)}; convert these first, such as complex128 to complex64 or to two real tensors."
-        )
 
 
 def write_aligned(
@@ -226,11 +147,6 @@ def align_file(path: Path) -> None:
     write_aligned(beside, tensors, parse_header(path).metadata)
     beside.chmod(path.stat().st_mode)
     beside.replace(path)
-
-
-def known_dtypes() -> dict[torch.dtype, str]:
-    """safetensors' names of the dtypes that its files can hold."""
-    return {dtype: name for name, dtype in file_dtypes().items()}
 
 
 def _layout(entries: Iterable[Entry], metadata: Mapping[str, str] | None) -> tuple[bytes, list[str]]:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from surgery.artifact.tensorfiles import read_header, read_tensors
-from surgery.disk.gathered import DATA, INDEX_BYTES, NOTE, pays, spread, write_gathered
 from surgery.disk.untrusted import UnreadableError
 from surgery.errors import ArtifactError
+from surgery.safetensors.gathered import DATA, INDEX_BYTES, NOTE, pays, spread, write_gathered
 
 DTYPES = (torch.float32, torch.bfloat16, torch.uint8, torch.int64, torch.bool, torch.complex64, torch.float16)
 
