@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,41 +45,54 @@ def fits(elements: Sequence[int], memory: int, *, lossless: bool = False) -> boo
         PlanError: where it fits with files neither.
     """
     now, largest = anonymous(), max(elements, default=0)
-    least = now + (WRITTEN * largest + RUNNING if lossless else taken(elements))
+    least = now + taken(elements, lossless=lossless)
     if least > memory:
         raise PlanError(
             f"A fit of members whose largest tensor has {largest:,} elements takes about {size(least)} of memory, "
-            f"but `memory` is {size(memory)}; give `memory={-(-least // 2**20)}MiB` or more."
+            f"but `memory` is {size(memory)}; {_enough(least)}."
         )
     return lossless or now + ALL * sum(elements) + RUNNING <= memory
 
 
-def taken(elements: Sequence[int]) -> int:
+def taken(elements: Sequence[int], *, lossless: bool = False) -> int:
     """Bytes that a fit takes besides what the process holds before, with what it makes in files.
 
     Args:
         elements: of each tensor of all members.
+        lossless: whether nothing is rounded, so that weights stay in their files.
 
     Example:
         >>> taken([10**8]) < 2 * 10**9
         True
     """
-    small = sum(min(4 * count, FEWEST) for count in elements)
-    return LARGEST * max(elements, default=0) + KEPT * small + RUNNING
+    largest = max(elements, default=0)
+    if lossless:
+        return WRITTEN * largest + RUNNING
+    return LARGEST * largest + KEPT * sum(min(4 * count, FEWEST) for count in elements) + RUNNING
+
+
+def _enough(least: int) -> str:
+    """What to give where that many bytes are needed."""
+    return f"give `memory={-(-least // 2**20)}MiB` or more"
 
 
 class _Watched:
     """A reporter of progress that ends a run which has gone beyond its bound, where it says how far it is."""
 
-    def __init__(self, inner: progress.Reporter | None, limit: int):
-        self.inner, self.limit, self.peak = inner, limit, 0
+    def __init__(self, inner: progress.Reporter | None, limit: int, follows: Callable[[], int] | None):
+        self.inner, self.limit, self.follows, self.peak = inner, limit, follows, 0
 
     def _check(self) -> None:
         if self.peak > self.limit:
             peak, self.peak = self.peak, 0  # what cleans up reports progress too
+            advice = (
+                "give more, take fewer members at a time, or an error of 0, which leaves weights in their files"
+                if self.follows is None
+                else f"what follows takes about {size(more := self.follows())} besides, so {_enough(peak + more)}"
+            )
             raise MemoryLimitError(
                 f"`memory` is {size(self.limit)}, but {size(peak)} were held (the last step was: {progress.latest()}): "
-                "give more, take fewer members at a time, or an error of 0, which leaves weights in their files."
+                f"{advice}."
             )
 
     def start(self, description: str, total: float | None) -> object:
@@ -102,8 +115,12 @@ class _Watched:
 
 
 @contextmanager
-def within(memory: int | None) -> Iterator[None]:
-    """Inside, a run that holds more than `memory` bytes ends at its next step; None for no bound.
+def within(memory: int | None, follows: Callable[[], int] | None = None) -> Iterator[None]:
+    """Inside, a run that holds more than `memory` bytes ends at its next step.
+
+    Args:
+        memory: bytes; None for no bound.
+        follows: gives the bytes that later steps take besides, so that the error says how many are enough.
 
     Raises:
         MemoryLimitError: naming the step.
@@ -111,7 +128,7 @@ def within(memory: int | None) -> Iterator[None]:
     if memory is None:
         yield
         return
-    watched, done = _Watched(progress.reporter(), memory), threading.Event()
+    watched, done = _Watched(progress.reporter(), memory, follows), threading.Event()
 
     def watch() -> None:
         while not done.wait(EVERY):

@@ -21,7 +21,7 @@ from surgery.disk.untrusted import (
     read_regular,
 )
 from surgery.errors import LoadError
-from surgery.inputs import floating_dtype
+from surgery.inputs.candidates import floating_dtype
 from surgery.inputs.reading import read_arrays, read_tokenizer
 from surgery.inputs.sample import number
 from surgery.members.member import Inputs, Member

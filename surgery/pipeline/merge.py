@@ -6,8 +6,10 @@ The stages are functions of their own, so that a dry run can stop at the plan: `
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from surgery.anatomy.selectors import share_selectors
 from surgery.disk.claims import claim_of_first
 from surgery.disk.folders import check_target
+from surgery.disk.untrusted import UnreadableError
 from surgery.errors import LoadError, PlanError
+from surgery.safetensors.header import parse_header
 from surgery.settings.recipe import Model, Recipe, TaskSpec, method_settings
 from surgery.settings.resources import Resources
 from surgery.settings.target import Target
@@ -28,6 +32,9 @@ if TYPE_CHECKING:
     from surgery.core.joint import JointModel
     from surgery.members.member import Inputs, Member
     from surgery.pipeline.going_on import Run
+
+
+PREPARING = 50_000_000  # bytes of libraries that further members import, and of traces
 
 
 @dataclass(frozen=True)
@@ -100,18 +107,32 @@ def merge(
     check(recipe, overwrite=overwrite)
     from surgery.fitting.bound import within
 
-    with claim_of_first(recipe.out), within(resources.memory):
-        return _merge(recipe, prepared, overwrite, trust_remote_code, resources)
+    with claim_of_first(recipe.out):
+        if prepared is None:
+            with within(resources.memory, follows=partial(_still_takes, recipe)):
+                prepared = prepare(recipe, trust_remote_code=trust_remote_code)
+        with within(resources.memory):
+            return _merge(recipe, prepared, overwrite, resources)
 
 
-def _merge(
-    recipe: Recipe, prepared: Prepared | None, overwrite: bool, trust_remote_code: bool, resources: Resources
-) -> JointModel:
-    """`merge`, with its target checked and held by this process."""
+def _still_takes(recipe: Recipe) -> int:
+    """Bytes that members which are not loaded yet take besides until they are fitted, as far as their files say."""
+    from surgery.fitting.bound import taken
+    from surgery.members.references import local_path
+
+    elements: list[int] = []
+    for path in filter(None, (local_path(model.model) for model in recipe.models)):
+        for file in path.glob("*.safetensors") if path.is_dir() else [path]:
+            with suppress(UnreadableError, OSError):  # of another format, or damaged, which loading says
+                elements += [math.prod(shape) for _, shape in parse_header(file).tensors.values()]
+    return PREPARING + taken(elements, lossless=recipe.parameters.max_error == 0)
+
+
+def _merge(recipe: Recipe, prepared: Prepared, overwrite: bool, resources: Resources) -> JointModel:
+    """`merge` of what was prepared, with its target checked and held by this process."""
     from surgery.members.member import state_tensors
     from surgery.pipeline.going_on import going_on
 
-    prepared = prepared or prepare(recipe, trust_remote_code=trust_remote_code)
     tensors = [t for member in prepared.members for t in state_tensors(member.module).values()]
     fits, paths = fits_into(prepared, resources), input_paths(prepared.recipe)
     large = None if fits is None else not fits
@@ -137,7 +158,7 @@ def fits_into(prepared: Prepared, resources: Resources) -> bool | None:
 
 
 def _fit_and_save(prepared: Prepared, recipe: Recipe, overwrite: bool, run: Run) -> JointModel:
-    """`merge` of what was prepared, of which an interrupted run had made some parts already."""
+    """A joint model of what was prepared, of which an interrupted run had made some parts already."""
     from surgery.artifact.folder import save_fitted
     from surgery.core.joining import join
     from surgery.fitting.fit import fit

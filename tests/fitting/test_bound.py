@@ -105,3 +105,14 @@ def test_the_command_line_says_it_in_one_sentence(tmp_path, monkeypatch):
     code, _, said = surgery(*given, "--memory", "lots")
     assert code == 2 and "--memory" in said, said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_what_is_too_little_to_load_members_says_how_much_a_merge_takes(tmp_path):
+    for seed, name in enumerate("ab"):
+        make_folder(tmp_path / name, "fast", seed)
+    given = ("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "joint", "-q", "--device", "cpu")
+    code, _, said = surgery(*given, "--memory", "1MB")
+    assert code != 0 and "were held (the last step was: Loading members)" in said, said
+    enough = said.split("so give --memory ")[1].split(" or more")[0]
+    code, _, said = surgery(*given, "--memory", enough, "--dry-run")
+    assert code == 0, said
