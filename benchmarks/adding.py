@@ -1,7 +1,7 @@
 """What one more member costs: `surgery add` to joint models of few and of many, against storing it alone.
 
 Fine-tunes of one vision transformer (as in `benchmarks.residency`), each joint model and the new member alone within
-one error bound on made-up inputs. CPU seconds, as a busy machine changes these least, the least of all rounds.
+one error bound on made-up inputs. CPU seconds by turns, as a busy machine changes these least, the least of all rounds.
 
     python -m benchmarks.adding --members 2 20 80
 """
@@ -35,12 +35,11 @@ def cpu_seconds(run: Callable[[], object]) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--members", nargs="+", type=int, default=[2, AT], metavar="N")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     counts = [2] if options.fast else sorted(options.members)
     rounds = 1 if options.fast else options.rounds
-    rows = []
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         *others, new = fine_tunes(work, options.seed, options.fast, max(counts) + 1)
@@ -55,26 +54,40 @@ def main(argv: Sequence[str] | None = None) -> None:
             shutil.rmtree(work / "alone", ignore_errors=True)
             fitted([new], work / "alone")
 
-        seconds = min(cpu_seconds(alone) for _ in range(rounds + 1))
-        single = surgery.load(work / "alone").report
-        rows.append(
-            {"joint model of": "none", "bytes": single.stored_bytes, "CPU s": seconds, "times alone": 1.0}
-        )
-        for count in counts:
-            joint = work / f"joint-{count}"
+        def adding(joint: Path) -> surgery.AddedMember:
+            shutil.rmtree(work / "copy", ignore_errors=True)
+            copy = shutil.copytree(joint, work / "copy")
+            start = time.process_time()
+            (added,) = surgery.add(copy, {"new": str(new)}, max_error=BOUND, device="cpu")
+            taken[joint].append(time.process_time() - start)
+            return added
+
+        joints = {count: work / f"joint-{count}" for count in counts}
+        for count, joint in joints.items():
             fitted(others[:count], joint)
-            taken, added = [], None
-            for number in range(rounds):
-                copy = shutil.copytree(joint, work / f"copy-{count}-{number}")
-                start = time.process_time()
-                (added,) = surgery.add(copy, {"new": str(new)}, max_error=BOUND, device="cpu")
-                taken.append(time.process_time() - start)
-                shutil.rmtree(copy)
-            assert added is not None
-            rows.append({
-                "joint model of": count, "bytes": added.marginal_bytes, "CPU s": min(taken),
-                "times alone": min(taken) / seconds,
-            })  # fmt: skip
+        cpu_seconds(alone)  # imports what is needed
+        seconds, taken, added = [], {joint: [] for joint in joints.values()}, {}
+        for _ in range(rounds):  # by turns, as other processes slow down all alike then
+            seconds.append(cpu_seconds(alone))
+            added = {count: adding(joint) for count, joint in joints.items()}
+        least = min(seconds)
+        rows = [
+            {
+                "joint model of": "none",
+                "bytes": surgery.load(work / "alone").report.stored_bytes,
+                "CPU s": least,
+                "times alone": 1.0,
+            }
+        ]
+        rows += [
+            {
+                "joint model of": count,
+                "bytes": added[count].marginal_bytes,
+                "CPU s": min(taken[joint]),
+                "times alone": min(taken[joint]) / least,
+            }
+            for count, joint in joints.items()
+        ]
     said = [
         judge(
             f"adding to {AT} takes at most {SLOWER} times as long as storing alone", r["times alone"], SLOWER

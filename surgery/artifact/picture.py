@@ -1,4 +1,4 @@
-"""Draws which members share what, as a small SVG for the model card.
+"""Draws which members share what, as a small PNG for the model card.
 
 Left, what each member took before and takes in the artifact, by kind; right, how many blocks of one member
 draw on rows that another one uses too. Drawn without pyplot, whose state is global, and the same bytes for
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 FEW = 6  # members whose names and figures fit into the right half; more are numbered
 MOST = 10  # members drawn one by one; of the others their mean
-_COLOURS = 48  # of the palette: flat areas and text edges need no more
 _FILLS = {
     ROWS: "#d55e00", COPIES: "#e69f00", "native": "#9aa7b3", "bfloat16": "#009e73",
     "int12": "#b9d8ee", "int10": "#9cc6e5", "int8": "#7fb2d9",
@@ -59,7 +58,7 @@ def draw_sharing(shares: Shares) -> bytes:
         handles=handles, loc="lower left", bbox_to_anchor=(0.008, 0), ncols=len(kinds) or 1, fontsize=8.5,
         frameon=False, handlelength=1, handleheight=1, columnspacing=1.4, labelcolor=INK,
     )  # fmt: skip
-    return png(figure, _COLOURS)
+    return png(figure)
 
 
 def _draw_bytes(

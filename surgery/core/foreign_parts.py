@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 PIECE = 2**22  # elements that are generated at once to see whether blocks have the planned shape
 
 
-def wrong_parts(method: TensorMethod, plan: BankPlan, parts: Mapping[str, Encoded]) -> list[str]:
+def wrong_parts(
+    method: TensorMethod, plan: BankPlan, parts: Mapping[str, Encoded], *, finite: bool = False
+) -> list[str]:
     """Reasons why a method's `unpack` cannot read parts, in words.
 
     The bank must have as many locations as planned and generate a block of the planned shape for each, and all parts
@@ -29,6 +31,7 @@ def wrong_parts(method: TensorMethod, plan: BankPlan, parts: Mapping[str, Encode
         method: whose bank it is.
         plan: of the bank.
         parts: as they are stored.
+        finite: whether values must be, too.
     """
     given = _Taken({name: decode(each) for name, each in parts.items()})
     try:
@@ -41,7 +44,14 @@ def wrong_parts(method: TensorMethod, plan: BankPlan, parts: Mapping[str, Encode
     if bank.locations != plan.locations:
         return [f"bank {plan.key} must have {plan.locations} locations, found {bank.locations}"]
     bad = [f"bank {plan.key} must generate {wanted}, found {got}" for wanted, got in found.items()]
-    return bad + [f"bank {plan.key} has {part}, which nothing uses" for part in sorted(unused)]
+    bad += [f"bank {plan.key} has {part}, which nothing uses" for part in sorted(unused)]
+    if bad or not finite:
+        return bad
+    return [
+        f"bank {plan.key} has NaN or infinite values in {name}"
+        for name, values in given.parts.items()
+        if not bool(values.isfinite().all())
+    ]
 
 
 class _Taken(Mapping[str, Tensor]):

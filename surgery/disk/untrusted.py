@@ -231,15 +231,16 @@ def _check_tree(document: Any, strings: bool, finite: bool) -> None:
     for _ in range(DEEPEST + 1):
         below: list[Any] = []
         for value in level:
-            if isinstance(value, dict):
+            kind = type(value)  # of a parser, so no subclass: a document has a hundred thousand of these
+            if kind is dict:
                 below.extend(value.values())
                 if strings:
                     below.extend(value)
-            elif isinstance(value, (list, tuple, set)):
+            elif kind is list or kind is tuple or kind is set:
                 below.extend(value)
-            elif isinstance(value, float) and finite and not math.isfinite(value):
+            elif kind is float and finite and not math.isfinite(value):
                 raise UnreadableError("must hold finite numbers, but one is too large for a float")
-            elif isinstance(value, str) and strings and not _is_text(value):
+            elif kind is str and strings and not _is_text(value):
                 raise UnreadableError("must hold text, but has half of a surrogate pair")
         if not below:
             return

@@ -50,7 +50,7 @@ DOUBT = (
 )
 FAR = 3.0  # times the measured errors: what rounding apart is predicted to cost where measuring it is a waste of time
 FULL, FILLED = 0.99, 2  # share of a budget that is enough, and how often more of it is tried
-NARROW = 0.05  # of the bytes of one more member: what the next attempt might still save is not worth it
+NARROW = 0.05  # of the bytes of one more member, or of its bound: nearer is not worth an attempt
 FAIR = 0.75  # of a bound: an error below it and just above fewer bytes that failed may be the odd one
 HEADERS = 48 * 2**10  # bytes of names and headers that a budget does not count
 
@@ -322,9 +322,10 @@ class Search:
     @staticmethod
     def is_close(found: Attempt, over: float, bound: float, number: int) -> bool:
         """Whether a member within `bound` could hardly be smaller, where all of `over` bytes at most were beyond it."""
+        error = float(found.errors[0])
         narrow = found.nbytes - over <= NARROW * found.nbytes
-        fair = float(found.errors[0]) >= FAIR * bound or number >= ROUNDS // 2
-        return (narrow and fair) or near(found.errors, bound, np.ones(1))
+        fair = error >= FAIR * bound or number >= ROUNDS // 2
+        return (narrow and fair) or error >= (1 - NARROW) * bound
 
     def most_exact(self, bound: float) -> Attempt:
         """What settings fix, in the members' precision.

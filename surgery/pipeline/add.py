@@ -128,7 +128,9 @@ def add(
             asked = Adding(name, given, target, (probes or {}).get(name, ()), tuple(calibrate), device)
             with task(f"Adding {name}"):
                 consent = trust_remote_code, allow_nonfinite
-                done.append(_add(folder, asked, *consent, dry_run=dry_run))
+                done.append(_add(folder, manifest, asked, *consent, dry_run=dry_run))
+            if len(done) < len(members) and not dry_run:
+                manifest = read_manifest(folder)  # as the last one left it
         return done
 
 
@@ -144,15 +146,15 @@ class Adding:
     device: str
 
 
-def _add(folder: Path, asked: Adding, trust: bool, nonfinite: bool, *, dry_run: bool) -> AddedMember:
+def _add(
+    folder: Path, manifest: Manifest, asked: Adding, trust: bool, nonfinite: bool, *, dry_run: bool
+) -> AddedMember:
     from surgery.artifact.amending import Amendment, amend
     from surgery.artifact.folder import read_recipe
-    from surgery.artifact.manifest import read_manifest
     from surgery.artifact.reading import map_stored
     from surgery.artifact.rebuild import as_saved
     from surgery.artifact.reports import report_with
 
-    manifest = read_manifest(folder)
     made = read_recipe(folder, manifest)
     select = Select() if made is None else made.select
     stored = map_stored(folder, manifest, list(manifest.members))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
-from surgery.artifact.picture import MOST, draw_sharing, fold
+from surgery.artifact.picture import _FILLS, MOST, draw_sharing, fold
 from surgery.artifact.shares import ROWS, Shares
 
 
@@ -42,3 +42,22 @@ def test_the_same_numbers_give_the_same_picture(count: int):
     picture = Image.open(io.BytesIO(first)).convert("RGB")
     channels = (each.tobytes() for each in picture.split())
     assert min(abs(r - 213) + abs(g - 94) + b for r, g, b in zip(*channels, strict=True)) < 40  # bars of rows
+
+
+def test_every_kind_keeps_its_colour_in_the_legend_and_the_page_is_white():
+    widths = ("native", "bfloat16", "int12", "int10", "int8", "int7", "int6")
+    kinds = {ROWS: 1000} | dict.fromkeys(widths, 1)  # too few bytes for a bar
+    members = tuple(f"m{i}" for i in range(MOST))
+    blocks = tuple(tuple(0 if i == j else 40 for j in range(MOST)) for i in range(MOST))
+    drawn = draw_sharing(Shares(members, dict.fromkeys(members, kinds), dict.fromkeys(members, 1200), blocks))
+    picture = Image.open(io.BytesIO(drawn)).convert("RGB")
+    assert picture.getpixel((0, 0)) == (255, 255, 255)
+    found = picture.getcolors(1 << 24)
+    assert isinstance(found, list)
+    large = [colour for count, colour in found if count > 80]
+
+    def nearest(fill: str) -> tuple[int, ...]:
+        own = ImageColor.getrgb(fill)
+        return min(large, key=lambda each: sum(abs(a - b) for a, b in zip(each, own, strict=True)))
+
+    assert len({nearest(_FILLS[kind]) for kind in (ROWS, *widths)}) == 1 + len(widths)

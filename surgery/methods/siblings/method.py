@@ -14,6 +14,7 @@ from torch import Tensor
 from surgery.anatomy.plan import BankPlan, Placement, Plan, make_plan, torch_dtype
 from surgery.core.bank import Bank
 from surgery.core.dictionary import index_dtype, master_dtype
+from surgery.core.foreign_parts import wrong_parts
 from surgery.core.method import PlanRequest, TensorMethod, register_method
 from surgery.geometry.blocks import BlockGrid
 from surgery.methods.rows.exact import exact_bank
@@ -96,12 +97,7 @@ class Siblings(TensorMethod):
 
     def wrong_parts(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> list[str]:
         """As of any bank; and values must be finite."""
-        bad = super().wrong_parts(plan, parts)
-        return bad or [
-            f"bank {plan.key} has NaN or infinite values in {name}"
-            for name, each in parts.items()
-            if name != "owner" and not bool(decode(each).isfinite().all())
-        ]
+        return wrong_parts(self, plan, parts, finite=True)
 
     def location_bytes(self, plan: BankPlan, parts: Mapping[str, Encoded]) -> Tensor:
         """The shared matrix is divided among all sites, private rows among the blocks of their own."""
