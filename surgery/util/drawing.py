@@ -43,8 +43,8 @@ def label_generations(axes: Any) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def png(figure: Any) -> bytes:
-    """A figure of `new_figure` as a PNG with a palette of 128: flat areas and edges of text need no more."""
+def png(figure: Any, colours: int = 128) -> bytes:
+    """A figure of `new_figure` as a PNG with a palette of `colours`: flat areas and edges of text need no more."""
     from PIL import Image
 
     canvas = figure.canvas
@@ -52,10 +52,10 @@ def png(figure: Any) -> bytes:
     size = canvas.get_width_height()
     picture = Image.frombuffer("RGBA", size, bytes(canvas.buffer_rgba()), "raw", "RGBA", 0, 1).convert("RGB")
     # A median cut takes six times as long and makes one of two shades that are close.
-    few = picture.quantize(128, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    few = picture.quantize(colours, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     palette, corner = few.getpalette(), few.getpixel((0, 0))
     assert palette is not None and isinstance(corner, int)
-    palette[3 * corner : 3 * corner + 3] = picture.getpixel((0, 0))  # an octree's white is 254
+    palette[3 * corner : 3 * corner + 3] = 255, 255, 255  # figures are white there; an octree has 254
     few.putpalette(palette)
     file = io.BytesIO()
     few.save(file, "PNG", compress_level=8)  # 9 takes three times as long for 1% less
