@@ -9,7 +9,9 @@ from __future__ import annotations
 from torch import nn
 
 from surgery.members.member import Inputs
-from surgery.tracing import TIERS, Tier, Trace, trace
+from surgery.tracing.tiers import TIERS, Tier
+from surgery.tracing.tracing import trace
+from surgery.tracing.types import Trace
 
 
 def crosscheck(

@@ -7,22 +7,21 @@ from hypothesis import strategies as st
 from tiny_transformers import save_tiny
 from torch import nn
 
-from surgery import tracing
 from surgery.anatomy.sites import discover
 from surgery.inputs import candidates
 from surgery.members.member import Inputs
 from surgery.members.references import load_member
 from surgery.pipeline.merge import prepare
 from surgery.settings.recipe import Recipe
-from surgery.tracing import recorded_once, run_without_weights, trace
+from surgery.tracing import recorded_once, run_without_weights, tiers, trace
 
 
 @pytest.fixture
 def recordings(monkeypatch):
     """The modules of which recordings with stubs were made."""
-    made, record = [], tracing._with_stubs
+    made, record = [], tiers._with_stubs
     monkeypatch.setattr(
-        tracing, "_with_stubs", lambda module, *rest: (made.append(module), record(module, *rest))[1]
+        tiers, "_with_stubs", lambda module, *rest: (made.append(module), record(module, *rest))[1]
     )
     return made
 
