@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.artifact.describing import Described, describe_member, make_manifest, placed
 from surgery.artifact.folder import read_recipe
-from surgery.artifact.foldernames import folder_names
+from surgery.artifact.foldernames import check_folder_names, folder_names
 from surgery.artifact.manifest import RECORDS, FileEntry, Manifest, OriginEntry, read_manifest
 from surgery.artifact.reading import check_banks, map_stored
 from surgery.artifact.recorded import (
@@ -28,18 +29,12 @@ from surgery.artifact.recorded import (
     origin_of,
     small_files,
 )
+from surgery.artifact.smallfiles import check_small_files, lend_files
 from surgery.artifact.writing import (
     ALLOWANCE,
     PICTURE,
-    Described,
     by_file,
-    check_folder_names,
-    check_small_files,
-    describe_member,
     entries_of,
-    lend_files,
-    make_manifest,
-    placed,
     put_file,
     recipe_bytes,
     write_front,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
+from surgery.artifact.manifest import is_safe
+from surgery.errors import OutputError
+
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in "0123456789¹²³")}
 
 
@@ -34,6 +37,20 @@ def folder_names(members: Iterable[str]) -> dict[str, str]:
             found[name] = folder
             taken.add(folded(folder))
     return {name: found[name] for name in members}
+
+
+def check_folder_names(names: Iterable[str]) -> None:
+    """Whether folders can be called like members.
+
+    Raises:
+        OutputError: naming those that cannot.
+    """
+    if bad := [
+        name for name in names if not is_safe(f"members/{name}") or "/" in name or name in (".", "..")
+    ]:
+        raise OutputError(
+            f"A member's name must be fit for a folder, but {', '.join(bad)} is not; rename it."
+        )
 
 
 def folded(name: str) -> str:

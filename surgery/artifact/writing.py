@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from surgery.artifact.card import PICTURE, make_card
-from surgery.artifact.foldernames import folder_names
-from surgery.artifact.layout import encoded_entries, parts_of, plan_entries
+from surgery.artifact.describing import describe_member, make_manifest, placed
+from surgery.artifact.foldernames import check_folder_names, folder_names
+from surgery.artifact.layout import parts_of
 from surgery.artifact.manifest import (
     APART,
     NAME,
     RECORDS,
-    VERSION,
     FileEntry,
     Manifest,
-    MemberEntry,
-    OriginEntry,
-    ReplacementEntry,
-    is_safe,
     manifest_bytes,
     read_manifest,
     records_apart,
@@ -43,35 +38,29 @@ from surgery.artifact.recorded import (
     read_small_files,
 )
 from surgery.artifact.shares import count_shares
-from surgery.artifact.sketch import sketch
+from surgery.artifact.smallfiles import share_files
 from surgery.artifact.tensorfiles import read_header
 from surgery.disk.files import files_below, sha256_of
 from surgery.disk.folders import new_folder
 from surgery.disk.mapped import MappedFile
-from surgery.disk.places import Places, into_artifact
+from surgery.disk.places import into_artifact
 from surgery.errors import ArtifactError, OutputError
 from surgery.fitting.report import FitReport
-from surgery.inputs.probes import followed
 from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import to_document
-from surgery.members.member import Alone, Member, Origin, content_hash
-from surgery.members.replacement import Replacement
+from surgery.members.member import Member
 from surgery.safetensors.dtypes import check_dtypes
 from surgery.safetensors.gathered import pays, write_gathered
-from surgery.safetensors.writing import aligned_file_bytes, write_shards
+from surgery.safetensors.writing import write_shards
 from surgery.settings.recipe import Recipe
 from surgery.storage.codecs import Encoded
 from surgery.storage.keys import PartKey, StorageKey
-from surgery.storage.states import lazy_state_of
 from surgery.storage.stored import Stored
 from surgery.storage.trim import on_cpu, trim
 from surgery.training.report.report import TrainReport
-from surgery.version import __version__
 
 ALLOWANCE = 64 * 1024  # bytes that an artifact may be larger than its members' own files
-_BORROW = 1024  # bytes from which a small file that two members share is stored once
 _LITTLE, _MANY = 4096, 8  # bytes of a member's own tensors up to which so many members have them in one file
-_LIBRARIES = ("torch", "transformers", "timm")
 
 
 def write(
@@ -100,7 +89,7 @@ def write(
     members = [replace(each, origin=placed(each.origin, places)) for each in members]
     document = None if recipe is None else places.recipe(recipe.document())
     extra = {name: to_document(values, name) for name, values in stored.extra.items()}
-    own, borrowed = _share_files(members)
+    own, borrowed = share_files(members)
     folders = folder_names(member.name for member in members)
     small = {
         f"members/{folders[name]}/{relative}": content
@@ -158,13 +147,6 @@ def _check_readable(folder: Path, stored: Stored, out: str | Path) -> None:
         ) from error
 
 
-def placed(origin: Origin, places: Places) -> Origin:
-    """An origin whose reference is relative to the artifact; that of a live module is no reference."""
-    return (
-        origin if origin.kind == "module" else replace(origin, reference=places.reference(origin.reference))
-    )
-
-
 def write_front(
     folder: Path,
     manifest: Manifest,
@@ -209,122 +191,6 @@ def write_front(
     front |= {RECORDS: records} if records is not None else {}
     for name, each in {**front, NAME: content}.items():
         put_file(folder / name, each)
-
-
-@dataclass(frozen=True)
-class Described:
-    """What a manifest says of a member besides how its tensors are stored.
-
-    Attributes:
-        name: of the member.
-        origin: with a reference that is relative to the artifact.
-        inputs: their sketch.
-        hash: content hash of its state dict, where its own files do not hold every tensor as it is.
-        bytes: of its own files before it was joined.
-        replacements: of its modules.
-        alone: what it took before modules of it were replaced; None where none was.
-    """
-
-    name: str
-    origin: OriginEntry
-    inputs: Any
-    hash: str | None
-    bytes: int
-    replacements: tuple[ReplacementEntry, ...] = ()
-    alone: Alone | None = None
-
-
-def describe_member(member: Member, stored: Stored, known: str | None = None) -> Described:
-    """What a manifest says of a member that is at hand.
-
-    Args:
-        member: with its module, where it has one.
-        stored: of the joint model.
-        known: content hash of its state dict, where that was taken already.
-    """
-    state = lazy_state_of(stored, member.name)
-    once = {id(each): (key, each.dtype, each.shape) for key, each in state.handles.items()}
-    return Described(
-        member.name,
-        OriginEntry.model_construct(**asdict(member.origin)),
-        sketch(member.inputs, _followed(member)),
-        (known or content_hash(state)) if _is_changed(stored, member.name) else None,
-        aligned_file_bytes(once.values()) + sum(map(len, member.files.values())),
-        tuple(_replaced(each.replacement) for each in member.replaced),
-        member.alone,
-    )
-
-
-def _is_changed(stored: Stored, member: str) -> bool:
-    """Whether a member's own files do not hold every tensor of it as it is."""
-    coded = any(not each.precision.is_native for each in stored.own(member).values())
-    return coded or bool(stored.same(member)) or bool(stored.plan.of(member))
-
-
-def make_manifest(
-    stored: Stored,
-    members: Sequence[Described],
-    report: FitReport | None,
-    recipe: Mapping[str, Any] | None,
-    borrowed: Mapping[str, Mapping[str, str]],
-    folders: Mapping[str, str],
-) -> Manifest:
-    """The manifest, still without files.
-
-    Args:
-        stored: what the artifact holds.
-        members: all of them.
-        report: of a fit, if there was one.
-        recipe: its document, if there is one.
-        borrowed: by member, small files that another one has too, with that member's name.
-        folders: by member.
-    """
-    banks, views, placements = plan_entries(stored)
-    entries: dict[str, MemberEntry] = {}
-    first: dict[str, str] = {}  # members by what their origin and inputs are
-    for each in members:
-        name = each.name
-        like = first.setdefault(json.dumps([each.origin.model_dump(), each.inputs]), name)
-        described: dict[str, Any] = {"origin": each.origin, "inputs": each.inputs}
-        if like != name:
-            described = {"like": like}
-        entries[name] = MemberEntry.model_construct(
-            **described,  # pyright: ignore[reportArgumentType]
-            hash=each.hash if _is_changed(stored, name) else None,
-            bytes=each.bytes,
-            ties=dict(stored.ties.get(name, {})),
-            encoded=encoded_entries(stored.own(name)),
-            same={own: str(at) for own, at in stored.same(name).items()},
-            placements=tuple(placements.get(name, ())),
-            borrowed=dict(borrowed.get(name, {})),
-            folder=None if folders[name] == name else folders[name],
-            replacements=each.replacements,
-            alone=each.alone and (each.alone.parameters, each.alone.nbytes),
-        )
-    return Manifest.model_construct(
-        format="surgery",
-        version=VERSION,
-        versions=_versions(),
-        members=entries,
-        seed=(recipe or {}).get("seed", None if report is None else report.probes.seed),
-        banks=banks,
-        views=views,
-        report=report if report is not None and report.to_json() else None,
-    )
-
-
-def _followed(member: Member) -> frozenset[str]:
-    """Places of example inputs on whose values probe inputs depend; none where no probe inputs can be made."""
-    try:
-        return followed(member)
-    except Exception:  # of odd values: nothing can have been measured on what is like them
-        return frozenset()
-
-
-def _replaced(replacement: Replacement) -> ReplacementEntry:
-    found = asdict(replacement)
-    del found["member"]
-    return ReplacementEntry.model_construct(**found)
 
 
 def _without_known_bytes(manifest: Manifest, written: Mapping[str, FileEntry]) -> Manifest:
@@ -386,88 +252,12 @@ def _shown(key: StorageKey) -> str:
     return key.in_file if isinstance(key, PartKey) else f"{key.member}/{key.name}"
 
 
-def _share_files(members: Sequence[Member]) -> tuple[dict[str, dict[str, bytes]], dict[str, dict[str, str]]]:
-    """Small files by member, and those that an earlier member has too, with that member's name."""
-    for member in members:
-        check_small_files(member)
-    sizes = {
-        member.name: {path: (_entry(content).sha256, len(content)) for path, content in member.files.items()}
-        for member in members
-    }
-    borrowed = lend_files(sizes)
-    own = {
-        member.name: kept
-        for member in members
-        if (kept := {k: v for k, v in member.files.items() if k not in borrowed.get(member.name, {})})
-    }
-    return own, borrowed
-
-
-def check_small_files(member: Member) -> None:
-    """Whether a member's small files can lie in its folder.
-
-    Raises:
-        OutputError: naming one that cannot.
-    """
-    for relative in sorted(member.files):
-        if not is_safe(relative) or _is_taken(Path(relative)):
-            raise OutputError(
-                f"A member's file must lie inside its folder under a name of its own, but '{relative}' "
-                f"of member '{member.name}' does not; rename it."
-            )
-
-
-def lend_files(files: Mapping[str, Mapping[str, tuple[str, int]]]) -> dict[str, dict[str, str]]:
-    """Small files that an earlier member has too, with that member's name.
-
-    Args:
-        files: by member, hash and bytes of each of its small files by path.
-    """
-    borrowed: dict[str, dict[str, str]] = {}
-    first: dict[tuple[str, str], str] = {}
-    for name, own in files.items():
-        for relative, (digest, size) in sorted(own.items()):
-            lender = first.setdefault((relative, digest), name)
-            if lender != name and size >= _BORROW:
-                borrowed.setdefault(name, {})[relative] = lender
-    return borrowed
-
-
-def _is_taken(path: Path) -> bool:
-    """Whether a member's small file has the name of what an artifact holds beside it."""
-    return path.name.startswith(f"{WEIGHTS}.") or path.as_posix() == EXTRA_STATE
-
-
-def check_folder_names(names: Iterable[str]) -> None:
-    """Whether folders can be called like members.
-
-    Raises:
-        OutputError: naming those that cannot.
-    """
-    if bad := [
-        name for name in names if not is_safe(f"members/{name}") or "/" in name or name in (".", "..")
-    ]:
-        raise OutputError(
-            f"A member's name must be fit for a folder, but {', '.join(bad)} is not; rename it."
-        )
-
-
 def recipe_bytes(recipe: Mapping[str, Any]) -> bytes:
     """A recipe's document as YAML."""
     import yaml
 
     plain = json.loads(json.dumps(recipe, default=str))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode()
-
-
-def _versions() -> dict[str, str]:
-    found = {"surgery": __version__}
-    for library in _LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def entries_of(folder: Path, hashes: Mapping[Path, str]) -> dict[str, FileEntry]:
