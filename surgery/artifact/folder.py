@@ -38,7 +38,8 @@ from surgery.artifact.recorded import (
     stored_shapes,
 )
 from surgery.artifact.reports import TRAINING_LOG, report_of, restrict_report, trained_report
-from surgery.artifact.resident import Resident, ResidentModel, make_resident
+from surgery.artifact.resident import Resident, ResidentModel
+from surgery.artifact.resident_weights import make_resident
 from surgery.artifact.writing import write
 from surgery.core.joint import JointModel
 from surgery.core.known import Known

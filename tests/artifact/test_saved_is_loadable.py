@@ -121,7 +121,7 @@ def test_stacks_leave_a_tensor_of_infinities_alone(tmp_path: Path):
 
 
 def test_a_difference_of_infinities_is_not_overlooked():
-    from surgery.artifact.verify import _farthest
+    from surgery.artifact.comparing import _farthest
 
     mask = torch.full((4, 4), -INF).triu(1)
     assert _farthest({"m": mask}, {"m": mask.clamp(min=-3.4e38)}, relative=True) == INF
