@@ -127,8 +127,8 @@ def print_plan(prepared: Prepared, *, verbose: bool) -> None:
 
 def _say_fit(prepared: Prepared, rows: list[dict[str, Any]]) -> None:
     """The target of a merge, and what errors would be measured on."""
-    from surgery.core.method import TensorMethod
     from surgery.core.registry import find_method
+    from surgery.core.tensor_method import TensorMethod
 
     recipe, parameters = prepared.recipe, prepared.recipe.parameters
     method = find_method(prepared.plan.method, TensorMethod)

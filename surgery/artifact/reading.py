@@ -30,8 +30,8 @@ from surgery.artifact.recorded import (
     read_extra_state,
 )
 from surgery.artifact.tensorfiles import read_header, read_tensors
-from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
+from surgery.core.tensor_method import TensorMethod
 from surgery.disk.files import sha256_of
 from surgery.disk.untrusted import UnreadableError, regular_size, shown_text
 from surgery.errors import PlanError

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from surgery.anatomy.plan import Placement, torch_dtype
 from surgery.artifact.guarding import guard
 from surgery.artifact.resident import Resident, ResidentModel
-from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
+from surgery.core.tensor_method import TensorMethod
 from surgery.errors import PlanError
 from surgery.members.extra_state import set_extra_state
 from surgery.members.member import Member

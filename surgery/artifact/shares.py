@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan
-from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
 from surgery.core.sizes import COPY, count_tensors
+from surgery.core.tensor_method import TensorMethod
 from surgery.storage.keys import PlainKey
 from surgery.storage.stored import Stored
 

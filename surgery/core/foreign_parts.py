@@ -14,7 +14,7 @@ from surgery.util.text import one_line
 
 if TYPE_CHECKING:
     from surgery.anatomy.plan import BankPlan
-    from surgery.core.method import TensorMethod
+    from surgery.core.tensor_method import TensorMethod
 
 PIECE = 2**22  # elements that are generated at once to see whether blocks have the planned shape
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from surgery.core.method import Method, PlanRequest, TensorMethod
+from surgery.core.method import Method, PlanRequest
+from surgery.core.tensor_method import TensorMethod
 from surgery.errors import PlanError
 from surgery.settings.methods import known_methods, load_method, validate_settings
 from surgery.settings.problems import InnerError, Strict, problems_of

@@ -12,8 +12,8 @@ from torch import Tensor
 from surgery.anatomy.plan import BankPlan, Plan
 from surgery.core.bank import Bank
 from surgery.core.generation import generated
-from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method, recorded_plan
+from surgery.core.tensor_method import TensorMethod
 from surgery.settings.names import DEFAULT_METHOD
 
 if TYPE_CHECKING:

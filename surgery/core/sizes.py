@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from surgery.anatomy.plan import BankPlan, torch_dtype
-from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
+from surgery.core.tensor_method import TensorMethod
 from surgery.members.member import owners_of, state_tensors
 from surgery.storage.keys import PlainKey
 

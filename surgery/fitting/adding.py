@@ -16,9 +16,9 @@ from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Plan
 from surgery.anatomy.sites import Site
-from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
 from surgery.core.sizes import bytes_alone, parameters_of_module
+from surgery.core.tensor_method import TensorMethod
 from surgery.fitting.groups import make_groups
 from surgery.fitting.related import least_cosine, samples
 from surgery.fitting.report import Added, FitReport, Probes

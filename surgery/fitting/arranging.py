@@ -16,8 +16,8 @@ from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Placement, Plan
 from surgery.core.bank import Bank
-from surgery.core.method import TensorMethod
 from surgery.core.settle import Settled, settle_banks
+from surgery.core.tensor_method import TensorMethod
 from surgery.fitting.scene import Scene, key_of
 from surgery.fitting.units import BANK_BYTES, Arrangement, Group, Unit, precisions, unit_bytes
 from surgery.storage.codecs import NATIVE, Encoded, Encoding, decode, encode

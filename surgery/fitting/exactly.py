@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
 from surgery.core.sizes import bytes_alone
+from surgery.core.tensor_method import TensorMethod
 from surgery.fitting.arranging import make_banks
 from surgery.fitting.assembly import with_plain
 from surgery.fitting.scene import Scene

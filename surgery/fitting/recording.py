@@ -7,8 +7,8 @@ from typing import Any
 
 from surgery.anatomy.plan import Plan
 from surgery.core.known import Known
-from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
+from surgery.core.tensor_method import TensorMethod
 from surgery.errors import PlanError
 from surgery.members.member import Member
 from surgery.settings.recipe import Model, Recipe

@@ -16,8 +16,8 @@ from torch import Tensor
 from surgery.anatomy.plan import Placement, Plan, leave_alone
 from surgery.anatomy.sites import BY_REQUEST, LeftAlone, Site
 from surgery.core.generation import to_blocks
-from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method, methods_of
+from surgery.core.tensor_method import TensorMethod
 from surgery.disk.journal import Made, keeps, made_once
 from surgery.fitting.metric import Metric
 from surgery.fitting.moments import gather, unfolded

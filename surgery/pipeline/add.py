@@ -244,8 +244,8 @@ def _check_common(folder: Path, stored: Stored) -> None:
         ArtifactError: naming what no bank can be made of.
     """
     from surgery.artifact.recorded import raise_damaged
-    from surgery.core.method import TensorMethod
     from surgery.core.registry import find_method
+    from surgery.core.tensor_method import TensorMethod
 
     for bank in stored.plan.banks:
         method, parts = find_method(bank.method, TensorMethod), stored.parts(bank.key)

@@ -349,10 +349,11 @@ def plan_members(
         TraceError: where a member cannot be traced.
     """
     from surgery.anatomy.plan import make_plan, starting_block
-    from surgery.core.method import PlanRequest, TensorMethod
+    from surgery.core.method import PlanRequest
     from surgery.core.module_method import ModuleSurgery
     from surgery.core.registry import find_method, settings_of
     from surgery.core.replacing import modules_replaced, plan_replacements
+    from surgery.core.tensor_method import TensorMethod
 
     method = find_method(recipe.method)
     given = settings_of(recipe.method, recipe.settings)

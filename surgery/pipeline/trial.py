@@ -7,8 +7,8 @@ from copy import deepcopy
 
 from surgery.artifact import load
 from surgery.core.joint import JointModel
-from surgery.core.method import States, TensorMethod
 from surgery.core.registry import find_method
+from surgery.core.tensor_method import States, TensorMethod
 from surgery.errors import PlanError
 from surgery.settings.training import Training
 from surgery.training.checking import require_source

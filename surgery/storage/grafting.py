@@ -11,8 +11,8 @@ from dataclasses import replace
 from itertools import count
 
 from surgery.anatomy.plan import Placement, Plan
-from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
+from surgery.core.tensor_method import TensorMethod
 from surgery.storage.codecs import Encoded
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
 from surgery.storage.stored import ALIAS_BYTES, Stored, same_bytes

@@ -27,8 +27,8 @@ from torch.utils._pytree import tree_map
 
 from surgery.anatomy.plan import BankPlan, Placement
 from surgery.core.generation import generated
-from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
+from surgery.core.tensor_method import TensorMethod
 from surgery.errors import TrainingError
 from surgery.storage.cache import Cache
 from surgery.storage.codecs import Encoded, as_dtype, decode, decoder, take_rows

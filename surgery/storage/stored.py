@@ -23,9 +23,9 @@ from surgery.core.bank import Bank
 from surgery.core.dictionary import Dictionary, Source
 from surgery.core.joint import JointModel
 from surgery.core.known import Known
-from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
 from surgery.core.settle import settle
+from surgery.core.tensor_method import TensorMethod
 from surgery.disk.aside import is_aside, put_aside
 from surgery.handles.handle import Handle, Made
 from surgery.handles.state import LazyState

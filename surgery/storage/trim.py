@@ -14,8 +14,8 @@ import torch
 
 from surgery.anatomy.plan import BankPlan, Placement, torch_dtype
 from surgery.core.generation import generated
-from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
+from surgery.core.tensor_method import TensorMethod
 from surgery.storage.codecs import Encoded, decode, encode_native
 from surgery.storage.keys import PartKey, PlainKey, StorageKey
 from surgery.storage.stored import Stored, build_bank

@@ -16,8 +16,9 @@ from torch import nn
 import surgery
 from surgery.anatomy.plan import make_plan
 from surgery.core.bank import Bank
-from surgery.core.method import TensorMethod, register_method
+from surgery.core.method import register_method
 from surgery.core.module_method import ModuleSurgery
+from surgery.core.tensor_method import TensorMethod
 from surgery.errors import ArtifactError, LoadError
 from surgery.members.replacement import Replacement
 from surgery.safetensors.header import parse_header

@@ -16,9 +16,9 @@ from surgery.anatomy.sites import discover
 from surgery.core import method as registry
 from surgery.core.bank import Bank, Parts, Trained
 from surgery.core.joining import join
-from surgery.core.method import TensorMethod
 from surgery.core.module_method import ModuleSurgery
 from surgery.core.moves import Moves
+from surgery.core.tensor_method import TensorMethod
 from surgery.errors import PlanError, TrainingError
 from surgery.members.replacement import Replacement
 from surgery.settings.methods import REGISTERED

@@ -26,8 +26,8 @@ from places import DOCS
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
+from surgery.core.tensor_method import TensorMethod
 from surgery.errors import ArtifactError, MissingMethodError, PlanError
 from surgery.fitting.arranging import arrange_made
 from surgery.fitting.assembly import Assembler

@@ -12,9 +12,9 @@ from module_methods import NAME, Net, joined, layer, member, net, run, save_fitt
 from torch import nn
 
 import surgery
-from surgery.core.method import TensorMethod
 from surgery.core.module_method import ModuleSurgery
 from surgery.core.registry import find_method
+from surgery.core.tensor_method import TensorMethod
 from surgery.errors import ArtifactError, ExportError, MissingMethodError, PlanError
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.replacement import Replacement

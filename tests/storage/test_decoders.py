@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from surgery.anatomy.plan import BankPlan, Placement
 from surgery.anatomy.sites import Site
 from surgery.core.generation import generated
-from surgery.core.method import TensorMethod
 from surgery.core.registry import find_method
+from surgery.core.tensor_method import TensorMethod
 from surgery.geometry.blocks import BlockGrid
 from surgery.geometry.views import CanonicalView
 from surgery.storage.codecs import PLANES, Precision, decode, decoder, encode, grouped, planes

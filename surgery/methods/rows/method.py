@@ -10,7 +10,7 @@ from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Placement
 from surgery.core.bank import Bank
-from surgery.core.method import TensorMethod
+from surgery.core.tensor_method import TensorMethod
 from surgery.methods.rows import parts as stored
 from surgery.methods.rows.exact import exact_bank
 from surgery.storage.codecs import Encoded

@@ -15,7 +15,8 @@ from surgery.anatomy.plan import BankPlan, Placement, Plan, make_plan, torch_dty
 from surgery.core.bank import Bank
 from surgery.core.dictionary import index_dtype, master_dtype
 from surgery.core.foreign_parts import wrong_parts
-from surgery.core.method import PlanRequest, TensorMethod, register_method
+from surgery.core.method import PlanRequest, register_method
+from surgery.core.tensor_method import TensorMethod
 from surgery.geometry.blocks import BlockGrid
 from surgery.methods.rows.exact import exact_bank
 from surgery.methods.siblings.bank import SiblingsBank

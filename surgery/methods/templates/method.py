@@ -10,7 +10,8 @@ from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Plan
 from surgery.core.bank import Bank
-from surgery.core.method import Opening, Picture, PlanRequest, States, register_method
+from surgery.core.method import Opening, Picture, PlanRequest, register_method
+from surgery.core.tensor_method import States
 from surgery.methods.rows import parts as stored
 from surgery.methods.rows.bank import RowsBank
 from surgery.methods.rows.method import RowsMethod

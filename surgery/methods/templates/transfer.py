@@ -14,7 +14,7 @@ from torch import Tensor
 from surgery.anatomy.plan import Placement
 from surgery.core.generation import to_blocks
 from surgery.core.joint import JointModel
-from surgery.core.method import States
+from surgery.core.tensor_method import States
 from surgery.errors import PlanError
 from surgery.methods.rows.bank import rows_bank
 from surgery.methods.rows.exact import exact_bank
