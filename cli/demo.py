@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import RUN, TARGET, Debug, Json, Overwrite, Quiet, Verbose
+from .options import TARGET, Debug, Json, Overwrite, Quiet, Verbose, option
 
 if TYPE_CHECKING:
     from surgery.settings.recipe import Recipe
@@ -20,18 +20,14 @@ surgery demo --max-error 0.02 --out small-demo
 
 
 def demo(
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", rich_help_panel=RUN, help="Folder to work in.")
-    ] = Path("demo"),
+    out: Annotated[Path, option("--out", "DIR", "Folder to work in.")] = Path("demo"),
     max_error: Annotated[
         float,
-        typer.Option(
-            "--max-error", metavar="F", rich_help_panel=TARGET, help="How far each member's output may move."
-        ),
+        option("--max-error", "F", "How far each member's output may move.", TARGET),
     ] = 0.05,
     seed: Annotated[
         int,
-        typer.Option("--seed", metavar="N", rich_help_panel=RUN, help="Seed of all that is drawn at random."),
+        option("--seed", "N", "Seed of all that is drawn at random."),
     ] = 0,
     overwrite: Overwrite = False,
     json: Json = False,

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from . import completion
-from .options import RUN, Debug, Json, Quiet, TrustRemoteCode
+from .options import Debug, Json, Quiet, TrustRemoteCode, option
 
 EXAMPLES = """
 surgery evaluate joint
@@ -29,30 +29,15 @@ def evaluate(
     ],
     members: Annotated[
         list[str] | None,
-        typer.Option(
-            "--member",
-            metavar="NAME",
-            rich_help_panel=RUN,
-            help="Only this one; repeatable.",
-            autocompletion=completion.members,
-        ),
+        option("--member", "NAME", "Only this one; repeatable.", complete=completion.members),
     ] = None,
     part: Annotated[
         Literal["test", "validation", "data"],
-        typer.Option(
-            "--part",
-            rich_help_panel=RUN,
-            help="Of the tasks' data; where there is no test part, validation serves.",
-        ),
+        option("--part", None, "Of the tasks' data; where there is no test part, validation serves."),
     ] = "test",
     data: Annotated[
         str | None,
-        typer.Option(
-            "--data",
-            metavar="SOURCE",
-            rich_help_panel=RUN,
-            help="Other data than those that the recipe names.",
-        ),
+        option("--data", "SOURCE", "Other data than those that the recipe names."),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
-
-import typer
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from . import completion, options
-from .options import RUN, Calibrate, Debug, Folder, Json, Overwrite, Quiet, TrustRemoteCode
+from .options import Calibrate, Debug, Folder, Json, Overwrite, Quiet, TrustRemoteCode, option
 
 if TYPE_CHECKING:
     from surgery.artifact.exporting import ExportPlan
@@ -27,21 +25,15 @@ def export(
     folder: Folder,
     member: Annotated[
         str,
-        typer.Option(
-            "--member",
-            metavar="NAME",
-            rich_help_panel=RUN,
-            help="Which member.",
-            autocompletion=completion.members,
-        ),
+        option("--member", "NAME", "Which member.", complete=completion.members),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="DIR2", rich_help_panel=RUN, help="Folder to write.")],
+    out: Annotated[Path, option("--out", "DIR2", "Folder to write.")],
     format: Annotated[
         Literal["plain", "compressed", "transformers", "compressed-tensors", "lora"],
-        typer.Option(
+        option(
             "--format",
-            rich_help_panel=RUN,
-            help="[cyan]plain[/cyan]: transformers or timm load it without surgery. "
+            None,
+            "[cyan]plain[/cyan]: transformers or timm load it without surgery. "
             "[cyan]compressed[/cyan]: the smallest folder, for surgery.load. "
             "[cyan]transformers[/cyan]: compressed, for AutoModel.from_pretrained after import surgery. "
             "[cyan]compressed-tensors[/cyan]: linear layers as packed integers, for transformers with that package and "
@@ -50,36 +42,28 @@ def export(
     ] = "plain",
     harden: Annotated[
         bool,
-        typer.Option(
-            "--harden",
-            rich_help_panel=RUN,
-            help="Make soft routes hard first: of each depth the layer used most.",
-        ),
+        option("--harden", None, "Make soft routes hard first: of each depth the layer used most."),
     ] = False,
     tie_widths: Annotated[
         bool,
-        typer.Option(
+        option(
             "--tie-widths",
-            rich_help_panel=RUN,
-            help="One width, of 4 or 8 bits, for layers that servers merge; for compressed-tensors.",
+            None,
+            "One width, of 4 or 8 bits, for layers that servers merge; for compressed-tensors.",
         ),
     ] = False,
     base: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--base",
-            metavar="REF",
-            rich_help_panel=RUN,
-            help="The model that an adapter belongs to, such as the plain export of a relative; for lora.",
+            "REF",
+            "The model that an adapter belongs to, such as the plain export of a relative; for lora.",
         ),
     ] = None,
     max_error: Annotated[
         float | None,
-        typer.Option(
-            "--max-error",
-            metavar="E",
-            rich_help_panel=RUN,
-            help="How far an adapter may move the member's outputs; 0.01 by default; for lora.",
+        option(
+            "--max-error", "E", "How far an adapter may move the member's outputs; 0.01 by default; for lora."
         ),
     ] = None,
     calibrate: Calibrate = None,
@@ -106,30 +90,24 @@ def export(
     from . import console
 
     files = [each.removeprefix(f"{member}=") for each in calibrate or ()]
+    asked: dict[str, Any] = {
+        "format": format,
+        "harden": harden,
+        "tie_widths": tie_widths,
+        "base": base,
+        "max_error": max_error,
+        "calibrate": files,
+        "trust_remote_code": trust_remote_code,
+    }
     if dry_run:
         with console.working(quiet=quiet, json_wanted=json), task(f"Planning {member}"):
             check_target(out, overwrite=overwrite, inputs=read_paths(folder, base, files))
-            plan = plan_export(
-                folder, member, format=format, harden=harden, tie_widths=tie_widths, base=base, max_error=max_error,
-                calibrate=files, trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+            plan = plan_export(folder, member, **asked)
         print_plan(plan, out, json=json, quiet=quiet)
         return
     with console.working(quiet=quiet, json_wanted=json), task(f"Exporting {member}"):
-        write(
-            folder,
-            member,
-            out,
-            format=format,
-            harden=harden,
-            tie_widths=tie_widths,
-            base=base,
-            max_error=max_error,
-            calibrate=files,
-            say=None if json or quiet else console.say,
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-        )
+        say = None if json or quiet else console.say
+        write(folder, member, out, **asked, say=say, overwrite=overwrite)
     size = bytes_below(out)
     if json:
         console.emit({"member": member, "format": format, "out": str(out), "disk_bytes": size})

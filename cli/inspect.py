@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from .options import (
-    FLAG,
-    RUN,
     SCREEN,
     AllowNonfinite,
     Debug,
@@ -22,6 +20,8 @@ from .options import (
     Sites,
     Skip,
     TrustRemoteCode,
+    option,
+    switch,
 )
 
 if TYPE_CHECKING:
@@ -55,15 +55,14 @@ def inspect(
     allow_nonfinite: AllowNonfinite = False,
     only: Annotated[
         Literal["site", "private", "skipped"] | None,
-        typer.Option("--only", rich_help_panel=SCREEN, help="Rows of one role."),
+        option("--only", None, "Rows of one role.", SCREEN),
     ] = None,
     inputs: Annotated[
         Path | None,
-        typer.Option(
+        option(
             "--inputs",
-            metavar="FILE",
-            rich_help_panel=RUN,
-            help="Trace with these instead of made-up inputs: .npz or .safetensors of arrays named by the "
+            "FILE",
+            "Trace with these instead of made-up inputs: .npz or .safetensors of arrays named by the "
             "arguments of forward, .txt, or pictures.",
         ),
     ] = None,
@@ -71,12 +70,11 @@ def inspect(
     quiet: Quiet = False,
     verbose: Annotated[
         bool,
-        typer.Option(
+        switch(
             "--verbose",
-            "-v",
-            metavar=FLAG,
-            rich_help_panel=SCREEN,
-            help="Also print every use of every tensor: where, in which operation, and what leads to it.",
+            "Also print every use of every tensor: where, in which operation, and what leads to it.",
+            SCREEN,
+            short="-v",
         ),
     ] = False,
     debug: Debug = False,

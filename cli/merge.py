@@ -5,15 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from surgery.settings.names import Mixing
 
 from . import completion, options
 from .options import (
     DICTIONARY,
-    FLAG,
-    RUN,
     TARGET,
     AllowNonfinite,
     Calibrate,
@@ -30,6 +26,8 @@ from .options import (
     Skip,
     TrustRemoteCode,
     Verbose,
+    option,
+    switch,
 )
 
 if TYPE_CHECKING:
@@ -71,87 +69,63 @@ MaxError = Annotated[
 Budget = Annotated[float | None, options.budget(options.BUDGET)]
 Hypermodules = Annotated[
     int | None,
-    typer.Option(
-        "--hypermodules",
-        metavar="K",
-        rich_help_panel=TARGET,
-        help="Or: a bank of K hypermodules, the start for joint training.",
-    ),
+    option("--hypermodules", "K", "Or: a bank of K hypermodules, the start for joint training.", TARGET),
 ]
 Templates = Annotated[
     int | None,
-    typer.Option(
+    option(
         "--templates",
-        metavar="K",
-        rich_help_panel=TARGET,
-        help="Or: K templates for each stack of layers, with --method templates, at the members' precision; "
+        "K",
+        "Or: K templates for each stack of layers, with --method templates, at the members' precision; "
         "with --max-error or --budget, K templates in as many bits as these ask for.",
+        TARGET,
     ),
 ]
 MethodName = Annotated[
     str | None,
-    typer.Option(
-        "--method",
-        metavar="NAME",
-        rich_help_panel=DICTIONARY,
-        autocompletion=completion.methods,
-        help="How tensors are shared.",
-    ),
+    option("--method", "NAME", "How tensors are shared.", DICTIONARY, complete=completion.methods),
 ]
 Mixture = Annotated[
     Mixing | None,
-    typer.Option(
+    option(
         "--mixture",
-        rich_help_panel=DICTIONARY,
-        help="Of templates: any mixtures, the default; positive ones that sum to 1; or one template a layer, "
+        None,
+        "Of templates: any mixtures, the default; positive ones that sum to 1; or one template a layer, "
         "so that layers are tied.",
+        DICTIONARY,
     ),
 ]
 MixNorms = Annotated[
     bool,
-    typer.Option(
-        "--mix-norms",
-        metavar=FLAG,
-        rich_help_panel=DICTIONARY,
-        help="Mix scale and shift of norms too; otherwise every layer keeps its own.",
+    switch(
+        "--mix-norms", "Mix scale and shift of norms too; otherwise every layer keeps its own.", DICTIONARY
     ),
 ]
 Stacks = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--stacks",
-        metavar="SEL",
-        rich_help_panel=DICTIONARY,
-        help="Take templates for these stacks alone, by the paths that surgery inspect lists, such as "
+        "SEL",
+        "Take templates for these stacks alone, by the paths that surgery inspect lists, such as "
         "[cyan]encoder.layer.*[/cyan], or re: patterns; repeatable. The rest is shared as hypermodules are.",
+        DICTIONARY,
     ),
 ]
 Block = Annotated[
     str | None,
-    typer.Option(
-        "--block",
-        metavar="MxN",
-        rich_help_panel=DICTIONARY,
-        help="Block shape; chosen per group if not given.",
-    ),
+    option("--block", "MxN", "Block shape; chosen per group if not given.", DICTIONARY),
 ]
 Context = Annotated[
     int | None,
-    typer.Option(
-        "--context",
-        metavar="C",
-        rich_help_panel=DICTIONARY,
-        help="Basis blocks of a hypermodule; chosen if not given.",
-    ),
+    option("--context", "C", "Basis blocks of a hypermodule; chosen if not given.", DICTIONARY),
 ]
 Config = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--config",
-        metavar="FILE",
-        rich_help_panel=RUN,
-        autocompletion=completion.recipes,
-        help="A YAML recipe, or the name of an installed one; the options here override it.",
+        "FILE",
+        "A YAML recipe, or the name of an installed one; the options here override it.",
+        complete=completion.recipes,
     ),
 ]
 Changes = Annotated[

@@ -18,6 +18,24 @@ _SELECTOR = (
 )
 
 
+def option(flag: str, metavar: str | None, what: str, panel: str = RUN, *, complete: Any = None) -> Any:
+    """An option that takes a value.
+
+    Args:
+        flag: its name.
+        metavar: how the value is written in help; None where its type lists its values.
+        what: its help.
+        panel: of the help in which it is.
+        complete: gives values for completion.
+    """
+    return typer.Option(flag, metavar=metavar, rich_help_panel=panel, help=what, autocompletion=complete)
+
+
+def switch(flag: str, what: str, panel: str = RUN, *, short: str | None = None) -> Any:
+    """An option that is given or not."""
+    return typer.Option(*filter(None, (flag, short)), metavar=FLAG, rich_help_panel=panel, help=what)
+
+
 def references() -> Any:
     """The argument of verbs that read models."""
     what = "The models, as surgery inspect takes them; [cyan]name=[/cyan] in front names one."
@@ -26,22 +44,22 @@ def references() -> Any:
 
 def max_error(what: str) -> Any:
     """`--max-error`, with what it asks for."""
-    return typer.Option("--max-error", metavar="F", rich_help_panel=TARGET, help=what)
+    return option("--max-error", "F", what, TARGET)
 
 
 def budget(what: str) -> Any:
     """`--budget`, with what it asks for."""
-    return typer.Option("--budget", metavar="F", rich_help_panel=TARGET, help=what)
+    return option("--budget", "F", what, TARGET)
 
 
 def dry_run(what: str) -> Any:
     """`--dry-run`, with what is done without it."""
-    return typer.Option("--dry-run", metavar=FLAG, rich_help_panel=RUN, help=what)
+    return switch("--dry-run", what)
 
 
 def changes(what: str) -> Any:
     """`--set`, with an example of what it changes."""
-    return typer.Option("--set", metavar="K=V", rich_help_panel=RUN, help=what)
+    return option("--set", "K=V", what)
 
 
 def check_out(out: str | None, *, dry_run: bool) -> None:
@@ -53,114 +71,77 @@ def check_out(out: str | None, *, dry_run: bool) -> None:
 BUDGET = "Or: the most exact weights within F times the members' bytes; records and small files come on top."
 Calibrate = Annotated[
     list[str] | None,
-    typer.Option(
+    option(
         "--calibrate",
-        metavar="FILE",
-        rich_help_panel=TARGET,
-        help="Real inputs to measure errors on: .txt, a picture or a folder of pictures, .npz; "
+        "FILE",
+        "Real inputs to measure errors on: .txt, a picture or a folder of pictures, .npz; "
         "[cyan]NAME=FILE[/cyan] for one member; repeatable. Without it inputs are made up.",
+        TARGET,
     ),
 ]
 Private = Annotated[
     list[str] | None,
-    typer.Option(
-        "--private", metavar="SEL", rich_help_panel=SELECT, help=f"Leave to its member alone. {_SELECTOR}"
-    ),
+    option("--private", "SEL", f"Leave to its member alone. {_SELECTOR}", SELECT),
 ]
 Sites = Annotated[
     list[str] | None,
-    typer.Option(
-        "--sites",
-        metavar="SEL",
-        rich_help_panel=SELECT,
-        help="Make it a site although it is private by default. As above.",
-    ),
+    option("--sites", "SEL", "Make it a site although it is private by default. As above.", SELECT),
 ]
 Skip = Annotated[
     list[str] | None,
-    typer.Option("--skip", metavar="SEL", rich_help_panel=SELECT, help="Do not touch. As above."),
+    option("--skip", "SEL", "Do not touch. As above.", SELECT),
 ]
-Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", rich_help_panel=RUN, help="Seed of all that is drawn at random.")
-]
+Seed = Annotated[int, option("--seed", "N", "Seed of all that is drawn at random.")]
 OwnSeed = Annotated[
     int | None,
-    typer.Option("--seed", metavar="N", rich_help_panel=RUN, help="Seed of all that is drawn at random."),
+    option("--seed", "N", "Seed of all that is drawn at random."),
 ]
 """In place of a recipe's."""
-Out = Annotated[
-    str | None, typer.Option("--out", metavar="DIR", rich_help_panel=RUN, help="The folder to write.")
-]
+Out = Annotated[str | None, option("--out", "DIR", "The folder to write.")]
 Folder = Annotated[
     Path,
     typer.Argument(metavar="DIR", help="A folder that surgery wrote.", autocompletion=completion.artifacts),
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(
+    option(
         "--memory",
-        metavar="SIZE",
-        rich_help_panel=RUN,
-        help="What the process may hold besides pages of files, such as 8GiB; what does not fit is kept in files "
+        "SIZE",
+        "What the process may hold besides pages of files, such as 8GiB; what does not fit is kept in files "
         "beside the folder that is written.",
     ),
 ]
 Device = Annotated[
     str | None,
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        rich_help_panel=RUN,
-        help="auto (the default), cpu, cuda, ...",
-        autocompletion=completion.devices,
-    ),
+    option("--device", "NAME", "auto (the default), cpu, cuda, ...", complete=completion.devices),
 ]
 TrustRemoteCode = Annotated[
     bool,
-    typer.Option(
-        "--trust-remote-code",
-        metavar=FLAG,
-        rich_help_panel=RUN,
-        help="Let Python code run that a model or a folder brings or names. Read it first.",
+    switch(
+        "--trust-remote-code", "Let Python code run that a model or a folder brings or names. Read it first."
     ),
 ]
 AllowNonfinite = Annotated[
     bool,
-    typer.Option(
-        "--allow-nonfinite",
-        metavar=FLAG,
-        rich_help_panel=RUN,
-        help="Accept weights that are NaN or infinite, as rows of unused tokens are.",
-    ),
+    switch("--allow-nonfinite", "Accept weights that are NaN or infinite, as rows of unused tokens are."),
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option(
-        "--overwrite", metavar=FLAG, rich_help_panel=RUN, help="Replace the output folder where it exists."
-    ),
+    switch("--overwrite", "Replace the output folder where it exists."),
 ]
 Json = Annotated[
     bool,
-    typer.Option(
-        "--json",
-        metavar=FLAG,
-        rich_help_panel=SCREEN,
-        help="Print one JSON document on stdout, all else on stderr.",
-    ),
+    switch("--json", "Print one JSON document on stdout, all else on stderr.", SCREEN),
 ]
 Quiet = Annotated[
     bool,
-    typer.Option(
-        "--quiet", "-q", metavar=FLAG, rich_help_panel=SCREEN, help="Print no progress and no tables."
-    ),
+    switch("--quiet", "Print no progress and no tables.", SCREEN, short="-q"),
 ]
 Verbose = Annotated[
     bool,
-    typer.Option(
-        "--verbose", "-v", metavar=FLAG, rich_help_panel=SCREEN, help="Also print a row for every tensor."
-    ),
+    switch("--verbose", "Also print a row for every tensor.", SCREEN, short="-v"),
 ]
 Debug = Annotated[
     bool,
-    typer.Option("--debug", metavar=FLAG, rich_help_panel=SCREEN, help="Show the traceback of an error."),
+    switch("--debug", "Show the traceback of an error.", SCREEN),
 ]

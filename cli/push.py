@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import options
-from .options import FLAG, RUN, Debug, Folder, Json, Quiet
+from .options import FLAG, RUN, Debug, Folder, Json, Quiet, option
 
 EXAMPLES = """
 surgery push joint me/joint --dry-run
@@ -37,17 +37,12 @@ def push(
     ] = None,
     revision: Annotated[
         str | None,
-        typer.Option(
-            "--revision", metavar="BRANCH", rich_help_panel=RUN, help="Branch; by default the main one."
-        ),
+        option("--revision", "BRANCH", "Branch; by default the main one."),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(
-            "--base",
-            metavar="REPO",
-            rich_help_panel=RUN,
-            help="The model that an adapter belongs to, as it is called on the hub: org/name.",
+        option(
+            "--base", "REPO", "The model that an adapter belongs to, as it is called on the hub: org/name."
         ),
     ] = None,
     dry_run: Annotated[

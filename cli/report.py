@@ -10,7 +10,7 @@ import typer
 from surgery.errors import first_few
 
 from . import completion
-from .options import RUN, Debug, Json, Overwrite, Quiet
+from .options import Debug, Json, Overwrite, Quiet, option
 
 if TYPE_CHECKING:
     from surgery.page import Overview
@@ -36,21 +36,15 @@ def report(
     ],
     html: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--html",
-            metavar="[FILE]",
-            rich_help_panel=RUN,
-            help="Write one self-contained page, by default DIR.html: size, error, bits, sharing, training.",
+            "[FILE]",
+            "Write one self-contained page, by default DIR.html: size, error, bits, sharing, training.",
         ),
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option(
-            "--out",
-            metavar="DIR",
-            rich_help_panel=RUN,
-            help="Where a run's pictures go; by default beside its log.",
-        ),
+        option("--out", "DIR", "Where a run's pictures go; by default beside its log."),
     ] = None,
     overwrite: Overwrite = False,
     json: Json = False,

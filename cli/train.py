@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from . import completion, options
-from .options import FLAG, RUN, Debug, Json, Out, Overwrite, OwnSeed, Quiet, TrustRemoteCode
+from .options import Debug, Json, Out, Overwrite, OwnSeed, Quiet, TrustRemoteCode, option, switch
 
 if TYPE_CHECKING:
     from surgery.settings.recipe import Recipe
@@ -46,45 +46,40 @@ def train(
     ] = None,
     add: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
             "--add",
-            metavar="NAME=REF",
-            rich_help_panel=RUN,
-            help="With DIR: one more member, trained beside those of the folder; its task is given with --set "
+            "NAME=REF",
+            "With DIR: one more member, trained beside those of the folder; its task is given with --set "
             "models.N.tasks.0.data=..., N counting from 0. Repeatable.",
         ),
     ] = None,
     bank: Annotated[
         Literal["frozen", "refined"],
-        typer.Option(
+        option(
             "--bank",
-            rich_help_panel=RUN,
-            help="With --add. frozen: members of the folder stay as they are, bit for bit, and new ones may use what "
+            None,
+            "With --add. frozen: members of the folder stay as they are, bit for bit, and new ones may use what "
             "they have. refined: all are trained on.",
         ),
     ] = "frozen",
     resume: Annotated[
         Literal["auto", "never"],
-        typer.Option(
+        option(
             "--resume",
-            rich_help_panel=RUN,
-            help="auto: go on with an interrupted run for the same --out; one that is done stays as it is. never: "
+            None,
+            "auto: go on with an interrupted run for the same --out; one that is done stays as it is. never: "
             "refuse where there is one.",
         ),
     ] = "never",
     fast_dev_run: Annotated[
         bool,
-        typer.Option(
+        switch(
             "--fast-dev-run",
-            metavar=FLAG,
-            rich_help_panel=RUN,
-            help="Go through every phase in seconds, on a few batches, to see that all of it works.",
+            "Go through every phase in seconds, on a few batches, to see that all of it works.",
         ),
     ] = False,
     dry_run: Annotated[bool, options.dry_run("Print the plan, train and write nothing.")] = False,
-    cpu: Annotated[
-        bool, typer.Option("--cpu", metavar=FLAG, rich_help_panel=RUN, help="Stay on the CPU.")
-    ] = False,
+    cpu: Annotated[bool, switch("--cpu", "Stay on the CPU.")] = False,
     seed: OwnSeed = None,
     overwrite: Overwrite = False,
     trust_remote_code: TrustRemoteCode = False,
