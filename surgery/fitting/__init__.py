@@ -15,6 +15,7 @@ exchanges    of single options, which use up what multipliers leave of a limit
 assembly     a choice put together as a stored joint model
 decoding     the weights that members have when they run from a stored form
 closing      by how much what is aimed at must differ from a bound
+attempts     choices that are put together, counted and measured
 search       choices corrected by what members show when they run
 exactly      instead of all this, what settings ask for, in the members' precision
 report       what was met, and what each means saved

@@ -10,8 +10,9 @@ from surgery.core.sizes import bytes_alone
 from surgery.core.tensor_method import TensorMethod
 from surgery.fitting.arranging import make_banks
 from surgery.fitting.assembly import with_plain
+from surgery.fitting.attempts import measure_errors
 from surgery.fitting.scene import Scene
-from surgery.fitting.search import Outcome, measure_errors
+from surgery.fitting.search import Outcome
 from surgery.storage.codecs import Encoded, encode_native
 from surgery.storage.keys import PlainKey, StorageKey
 from surgery.storage.stored import Stored, bank_tensors, deduplicate

@@ -9,37 +9,30 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 
 import numpy as np
 
 from surgery.core.registry import methods_of
-from surgery.disk.journal import made_once
 from surgery.errors import PlanError
 from surgery.fitting.allocation import finest, of_each, within_bytes, within_errors
 from surgery.fitting.assembly import Assembler
+from surgery.fitting.attempts import Attempt, Attempts, better
 from surgery.fitting.closing import SLACK, Bracket, Scales, log_ratio, near
-from surgery.fitting.decoding import Decodings, room_on
 from surgery.fitting.groups import make_groups
 from surgery.fitting.scene import Scene
 from surgery.fitting.structure import structure_of
 from surgery.fitting.tabulated import Choice, Table
-from surgery.fitting.trial import Trial
 from surgery.fitting.units import (
-    BANK_BYTES,
-    GATHERED_BYTES,
-    PART_BYTES,
     Group,
     Unit,
     barred,
     doubtful,
     tabulate,
 )
-from surgery.safetensors.gathered import names_weigh
 from surgery.settings.target import MAX_ERROR
 from surgery.storage.codecs import Encoded
 from surgery.storage.stored import Stored
-from surgery.util import memory, progress
+from surgery.util import progress
 from surgery.util.wording import more_than
 
 ROUNDS = 8  # corrections of what is predicted by what is measured
@@ -52,7 +45,6 @@ FAR = 3.0  # times the measured errors: what rounding apart is predicted to cost
 FULL, FILLED = 0.99, 2  # share of a budget that is enough, and how often more of it is tried
 NARROW = 0.05  # of the bytes of one more member, or of its bound: nearer is not worth an attempt
 FAIR = 0.75  # of a bound: an error below it and just above fewer bytes that failed may be the odd one
-HEADERS = 48 * 2**10  # bytes of names and headers that a budget does not count
 
 
 @dataclass(frozen=True)
@@ -86,25 +78,6 @@ def search(
     return Search(scene, ties, groups, present).run()
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """A choice put together and tried.
-
-    Attributes:
-        choice: what was chosen.
-        stored: it, encoded.
-        errors: relative output error of each member, measured.
-        nbytes: that its tensors take.
-        counted: these, and those of headers beyond what a budget does not count.
-    """
-
-    choice: Choice
-    stored: Stored
-    errors: np.ndarray
-    nbytes: int
-    counted: float
-
-
 class Search:
     """Choices for some members, tried by running them."""
 
@@ -125,15 +98,11 @@ class Search:
         self.copies = np.array([max(0, len(unit.tensors) - 1) for unit in units])  # left out of each unit
         self.fixed = any(group.shared for group in groups)  # whatever it costs
         self.given = scene.given
-        self.assembler = Assembler(scene.plan, ties, units, arrangements)
-        self.decodings = Decodings(room_on(next(iter(self.trials.values())).device))
+        assembler = Assembler(scene.plan, ties, units, arrangements)
         for unit, encoded in present:
-            self.assembler.give(unit, encoded)
-        self.present = {id(encoded) for _, encoded in present}
-        originals = list(scene.originals.values())
-        self.whole = sum(tensor.numel() * tensor.element_size() for tensor in originals)
-        self.headers = min(PART_BYTES * len(originals), HEADERS)
-        self.measured: dict[str, np.ndarray] = {}  # errors of what was tried
+            assembler.give(unit, encoded)
+        self.attempts = Attempts(scene, assembler, table.arrangement, [encoded for _, encoded in present])
+        self.whole, self.headers = self.attempts.whole, self.attempts.headers
 
     def run(self) -> Outcome:
         """Meet what was asked for.
@@ -160,32 +129,6 @@ class Search:
         """The same without what methods share."""
         return replace(self.table, fixed=np.where(self.doubtful, np.inf, self.table.fixed))
 
-    def attempt(self, choice: Choice) -> Attempt:
-        """Assemble a choice and measure it."""
-        stored = self.assembler.assemble(choice)
-        memory.give_back()
-        used = np.where(choice.taken[self.predicted.arrangement], choice.option, -1)
-        tried = sha256(used.tobytes() + choice.taken.tobytes()).hexdigest()
-        if tried not in self.measured:
-            errors, _ = made_once(
-                f"errors/{tried}", lambda: (measure_errors(stored, self.trials, self.decodings).tolist(), {})
-            )
-            self.measured[tried] = np.array(errors)
-        return Attempt(choice, stored, self.measured[tried], self.nbytes(stored), self.counted(stored))
-
-    def nbytes(self, stored: Stored) -> int:
-        """Bytes of what is stored, without what was there already."""
-        return sum(each.nbytes for each in stored.tensors.values() if id(each) not in self.present)
-
-    def counted(self, stored: Stored) -> float:
-        """Bytes that a budget counts: of tensors, and of headers but for some."""
-        parts = sum(id(each) not in self.present for each in stored.tensors.values())
-        nbytes = self.nbytes(stored)
-        beside = self.scene.beside  # of members whose names lie there, and whose banks they join
-        each = GATHERED_BYTES if names_weigh(parts, nbytes, alone=not beside) else PART_BYTES
-        headers = each * parts + (0 if beside else BANK_BYTES * len(stored.plan.banks))
-        return nbytes + max(0.0, headers - self.headers)
-
     def within_error(self, bound: float) -> Attempt:
         """The smallest attempt whose measured errors stay within `bound`.
 
@@ -200,7 +143,9 @@ class Search:
             check_bound(errors, bound, self.given, self.advice())
         spare = self.most_exact(bound) if self.fixed else None
         if self.structure.together.any() and not self.scene.beside:
-            self.learn(self.attempt(within_errors(self.table, [SLACK**2 * bound**2] * len(self.trials))))
+            self.learn(
+                self.attempts.make(within_errors(self.table, [SLACK**2 * bound**2] * len(self.trials)))
+            )
         best = self.close_in(self.table, bound)
         if self.in_doubt(best):
             other = self.close_in(self.unshared, bound)
@@ -209,7 +154,7 @@ class Search:
             best = self.smallest_of_related(best, bound)
         if best := best or spare:
             return best
-        best = self.attempt(finest(self.apart))  # predictions led nowhere: every tensor as it is
+        best = self.attempts.make(finest(self.apart))  # predictions led nowhere: every tensor as it is
         check_bound(dict(zip(self.trials, best.errors, strict=True)), bound, self.given, self.advice())
         return best
 
@@ -219,7 +164,7 @@ class Search:
         if found is not None and self.is_far(apart, found):
             return found
         if found is not None:
-            other = self.attempt(self.of_bytes(apart, found.counted / self.whole))
+            other = self.attempts.make(self.of_bytes(apart, found.counted / self.whole))
             if other.nbytes > found.nbytes or not (other.errors <= bound).all():
                 return found
         other = self.close_in(apart, bound)
@@ -241,7 +186,7 @@ class Search:
     def learn(self, found: Attempt) -> None:
         """Correct what is predicted of related sites by what an attempt shows."""
         if self.is_together(found):
-            left = self.attempt(self.structure.unrounded(self.predicted, found.choice))
+            left = self.attempts.make(self.structure.unrounded(self.predicted, found.choice))
             pairs = [(each.choice, each.errors) for each in (found, left)]
             self.structure = self.structure.learned(self.predicted, *pairs)
 
@@ -276,7 +221,7 @@ class Search:
         scales, goal = Scales.start(members), np.full(members, bound**2)
         with progress.task("Fitting to the error bound", ROUNDS) as task:
             for number in range(ROUNDS + MORE_ROUNDS):
-                found = self.attempt(within_errors(table, goal.tolist()))
+                found = self.attempts.make(within_errors(table, goal.tolist()))
                 task.advance()
                 held = found.errors <= bound
                 met = bool(held.all())
@@ -287,7 +232,11 @@ class Search:
                         own[each] = float(found.errors[each]), found.choice
                 if best is None and number >= ROUNDS - 1 and len(own) == members > 1:
                     each_own = of_each(table, [own[each][1] for each in range(members)])
-                    if each_own and (joined := self.attempt(each_own)) and (joined.errors <= bound).all():
+                    if (
+                        each_own
+                        and (joined := self.attempts.make(each_own))
+                        and (joined.errors <= bound).all()
+                    ):
                         best = joined
                 if best is not None and (number >= ROUNDS - 1 or (met and near(found.errors, bound, goal))):
                     break
@@ -306,7 +255,7 @@ class Search:
         bracket, goal = Bracket(), SLACK**2 * bound**2
         with progress.task("Fitting to the error bound", ROUNDS) as task:
             for number in range(ROUNDS + MORE_ROUNDS):
-                found = self.attempt(within_errors(table, [goal]))
+                found = self.attempts.make(within_errors(table, [goal]))
                 task.advance()
                 error = float(found.errors[0])
                 bracket = bracket.after(goal, error, bound)
@@ -333,7 +282,7 @@ class Search:
         Raises:
             PlanError: where even that moves outputs by more than `bound`.
         """
-        found = self.attempt(finest(self.table))
+        found = self.attempts.make(finest(self.table))
         check_bound(dict(zip(self.trials, found.errors, strict=True)), bound, self.given, self.advice())
         return found
 
@@ -364,9 +313,9 @@ class Search:
         Raises:
             PlanError: where nothing is so small.
         """
-        found = self.attempt(self.of_bytes(self.table, budget))
+        found = self.attempts.make(self.of_bytes(self.table, budget))
         if found.counted > budget * self.whole:
-            found = self.attempt(within_bytes(self.table, 0))
+            found = self.attempts.make(within_bytes(self.table, 0))
         if (least := found.counted / self.whole) > budget:
             given = f" with {self.given}" if self.given else ""
             fewer = f", or fewer {' or '.join(levers)}" if (levers := self.levers(above=1)) else ""
@@ -377,7 +326,7 @@ class Search:
                 f"{more_than(least, budget)} of their bytes; use {use}{fewer}."
             )
         if self.in_doubt(found):
-            other = self.attempt(self.of_bytes(self.unshared, budget))
+            other = self.attempts.make(self.of_bytes(self.unshared, budget))
             if other.counted <= budget * self.whole:
                 found = min(found, other, key=lambda each: float((each.errors**2).sum()))
         return self.most_exact_of_related(found, budget)
@@ -388,13 +337,13 @@ class Search:
             return found
         for _ in range(CORRECTIONS):
             self.learn(found)
-            other = self.attempt(self.of_bytes(self.table, budget))
+            other = self.attempts.make(self.of_bytes(self.table, budget))
             if other.counted > budget * self.whole or not better(other, found):
                 break
             found = other
         if self.is_far(apart := self.structure.apart(self.table), found):
             return found
-        other = self.attempt(self.of_bytes(apart, budget))
+        other = self.attempts.make(self.of_bytes(apart, budget))
         return found if other.counted > budget * self.whole or better(found, other) else other
 
     def of_bytes(self, table: Table, budget: float) -> Choice:
@@ -407,7 +356,7 @@ class Search:
         limit, allowed = budget * self.whole + self.headers, budget * self.whole
         choice, best, most = within_bytes(table, limit, common=related), None, -1
         for number in range(ROUNDS):
-            nbytes = self.counted(self.assembler.assemble(choice))
+            nbytes = self.attempts.counted_of(choice)
             if most < nbytes <= allowed:
                 best, most = choice, nbytes
             if best is not None and (number >= FILLED or nbytes >= FULL * allowed):
@@ -461,30 +410,6 @@ def advice_on_bound(given: str) -> str:
         given: what settings fix, in words.
     """
     return f"{'Change the `settings` of the method, or use' if given else 'Use'} a larger `max_error`."
-
-
-def better(one: Attempt, other: Attempt) -> bool:
-    """Whether outputs of one attempt moved less, both in their mean and in their mean square."""
-    return bool(one.errors.mean() < other.errors.mean() and (one.errors**2).mean() < (other.errors**2).mean())
-
-
-def measure_errors(
-    stored: Stored, trials: Mapping[str, Trial], decodings: Decodings | None = None
-) -> np.ndarray:
-    """Measured output error of every member with the weights of a stored form.
-
-    Args:
-        stored: the form.
-        trials: the members.
-        decodings: of earlier forms.
-    """
-    decodings, errors = decodings or Decodings(), []
-    for name, trial in trials.items():
-        with trial.running_with(decodings.weights_of(stored, name)):
-            errors.append(trial.error())
-        memory.give_back()
-    decodings.end_attempt()
-    return np.array(errors)
 
 
 def _apart(table: Table) -> Table:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import surgery
-from surgery.fitting import search
+from surgery.fitting import attempts
 from surgery.fitting.allocation import of_each, revalued, within_errors
 from surgery.fitting.tabulated import Table
 
@@ -30,7 +30,7 @@ def nets(count):
 
 @pytest.mark.parametrize("count", [2, 7])
 def test_scattered_errors_do_not_leave_many_members_as_they_are(monkeypatch, count):
-    measured = search.measure_errors
+    measured = attempts.measure_errors
 
     def scattered(stored, trials, decodings=None):
         """Off what is predicted by up to twice, as outputs of deep nets are, the same for the same weights."""
@@ -38,7 +38,7 @@ def test_scattered_errors_do_not_leave_many_members_as_they_are(monkeypatch, cou
         noise = [random.Random(error).uniform(-0.7, 0.7) if error else 0.0 for error in errors.tolist()]
         return errors * np.exp(noise)
 
-    monkeypatch.setattr(search, "measure_errors", scattered)
+    monkeypatch.setattr(attempts, "measure_errors", scattered)
     x = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
     joint = surgery.join([member(net, name, x) for name, net in nets(count).items()])
     report = surgery.fit(joint, max_error=0.05).report
@@ -47,13 +47,13 @@ def test_scattered_errors_do_not_leave_many_members_as_they_are(monkeypatch, cou
 
 
 def test_no_choice_is_measured_twice(monkeypatch):
-    measured, seen = search.measure_errors, []
+    measured, seen = attempts.measure_errors, []
 
     def noted(stored, trials, decodings=None):
         seen.append(tuple(sorted((str(key), str(each.precision)) for key, each in stored.tensors.items())))
         return measured(stored, trials, decodings)
 
-    monkeypatch.setattr(search, "measure_errors", noted)
+    monkeypatch.setattr(attempts, "measure_errors", noted)
     x = torch.randn(8, 12, generator=torch.Generator().manual_seed(1))
     joint = surgery.join([member(net, name, x) for name, net in nets(1).items()])
     assert surgery.fit(joint, max_error=0.05).report.met
