@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -146,3 +147,8 @@ class Largest(TorchDispatchMode):
             if isinstance(each, torch.Tensor) and each.device.type != "meta":
                 self.nbytes = max(self.nbytes, each.untyped_storage().nbytes())
         return made
+
+
+def numbers(shares) -> bytes:
+    """What a picture of sharing is drawn from."""
+    return json.dumps(asdict(shares), sort_keys=True).encode()
