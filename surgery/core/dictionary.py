@@ -244,7 +244,7 @@ class Dictionary(nn.Module):
             return self[key].by_task if known is None else known
 
     def lent(self, key: str) -> Iterable[tuple[Placement, Tensor]]:
-        """The weights that a bank holds whole; one that rests holds none."""
+        """Sites whose whole weight a bank holds as it is, with these weights; a bank that rests holds none."""
         return () if self.rests(key) else self[key].lent()
 
 

@@ -111,11 +111,11 @@ class _LookUps(TorchFunctionMode):
 
 
 def by_rows(unit: Unit, weights: Tensor) -> Unit:
-    """A unit of one matrix whose rows do not count the same, with options of bits by row.
+    """A unit of one matrix whose rows matter more or less, with further options in which each row has bits of its own.
 
     Args:
         unit: with the options of whole matrices.
-        weights: `[o]`, what an error of each row counts, of all.
+        weights: `[o]`, how much an error in each row matters, as a share of all rows.
     """
     (tensor,), known = unit.tensors.values(), unit.statistics
     power = max(float(tensor.float().square().sum(dtype=torch.float64)), 1e-300)

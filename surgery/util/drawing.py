@@ -13,7 +13,12 @@ PALETTE = (
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty white figure of inches at 100 dots each."""
+    """An empty white figure.
+
+    Args:
+        width: in inches, of 100 pixels each.
+        height: likewise.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -422,7 +422,14 @@ def _parameters(contest: Contest) -> dict[str, nn.Parameter]:
 
 
 def wrong_identity(identity: Any, born: Any, count: int, key: str) -> Iterator[str]:
-    """What cannot be true of the lifelong numbers of a bank's `count` hypermodules, of which `born` were given."""
+    """Reasons why numbers that a run recorded cannot be those of a bank's hypermodules, in sentences.
+
+    Args:
+        identity: int64 `[count]`, the number that each hypermodule keeps for life.
+        born: how many numbers were given out so far.
+        count: of the bank's hypermodules.
+        key: of the bank.
+    """
     if identity is None or identity.dtype != torch.int64 or tuple(identity.shape) != (count,) or born is None:
         found = None if identity is None else list(identity.shape)
         yield f"the {count} hypermodules of bank {key} must be numbered, found {found} and {born} born"

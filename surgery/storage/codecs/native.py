@@ -31,9 +31,9 @@ class Native(Codec[None]):
         return {"": (dtype, shape)}
 
     def ladder(self, tensors: Sequence[Tensor]) -> tuple[None, ...]:
-        """Always tried."""
+        """The one way of storing a tensor as it is, which every fit tries."""
         return (None,)
 
     def span(self, settings: None = None) -> int:
-        """Every value by itself."""
+        """1: every value is stored by itself."""
         return 1

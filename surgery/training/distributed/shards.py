@@ -28,7 +28,16 @@ class Part(Protocol):
         ...
 
     def whole(self, own: Tensor, device: torch.device, everywhere: bool = False) -> Tensor:
-        """All of it, on the CPU of the main process or of all; elsewhere nothing. All processes call it."""
+        """The tensor put together again; all processes call it.
+
+        Args:
+            own: what this process holds.
+            device: over which parts are exchanged.
+            everywhere: whether all processes get it, rather than the main one alone.
+
+        Returns:
+            the tensor on the CPU, where this process gets it; elsewhere an empty one.
+        """
         ...
 
 
@@ -39,11 +48,11 @@ class ColumnPart:
     columns: SomeColumns
 
     def own(self, whole: Tensor) -> Tensor:
-        """`[R, m*n]` to `[R, held]`."""
+        """The columns that this process holds, `[R, m*n]` to `[R, held]`."""
         return self.columns.cut(whole)
 
     def whole(self, own: Tensor, device: torch.device, everywhere: bool = False) -> Tensor:
-        """`[R, held]` to `[R, m*n]`."""
+        """All columns, `[R, held]` to `[R, m*n]`."""
         parts = collect(own.reshape(-1), self.columns.rank, self.columns.world, device, everywhere)
         return parts if parts.ndim == 1 else self.columns.join(parts.view(-1, *own.shape)).contiguous()
 
