@@ -8,6 +8,7 @@ Finished runs are kept line by line in a file, and not run again.
     soft        each task mixes all layers at each depth, as it learns to
     permuted    each task has an order of the layers by chance
     parallel    all tasks use layer d at depth d
+    policy      the same, but each task learns which of them it leaves out (AdaShare's policies, by Gumbel samples)
     single      each task has layers of its own
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from benchmarks.harness import add_cell_options, make_header, make_parser, run_cells, show
 
-ORDERS = ("soft", "permuted", "parallel", "single")
+ORDERS = ("soft", "permuted", "parallel", "policy", "single")
 
 
 def run(order: str, seed: int, changes: Sequence[str], fast: bool) -> dict[str, Any]:

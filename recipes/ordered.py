@@ -1,7 +1,8 @@
 """The net of *Beyond Shared Hierarchies*: an encoder and a decoder for each task, and layers that serve every depth.
 
 E. Meyerson and R. Miikkulainen, *Beyond Shared Hierarchies: Deep Multitask Learning through Soft Layer Ordering*,
-ICLR 2018, arXiv 1711.00108.
+ICLR 2018, arXiv 1711.00108. Policies: X. Sun, R. Panda, R. Feris and K. Saenko, *AdaShare: Learning What To Share For
+Efficient Deep Multi-Task Learning*, NeurIPS 2020, arXiv 1911.12423.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .routed import one_for_each
 from .uci import TABLES, WIDTH
 
 UNITS, LAYERS, CLASSES = 64, 4, 3
-ORDERS = ("soft", "parallel", "permuted", "single")
+MOSTLY = 0.97  # probability of each layer at first under a policy
+ORDERS = ("soft", "parallel", "permuted", "policy", "single")
 
 
 class Ordered(nn.Module):
@@ -28,7 +30,8 @@ class Ordered(nn.Module):
     Args:
         tasks: names.
         order: `soft`, mixtures of all layers at each depth, learned; `parallel`, layer d at depth d for all;
-            `permuted`, a random order for each task; or `single`, layers of its own for each task.
+            `permuted`, a random order for each task; `policy`, layer d at depth d or none, as each task learns to
+            (AdaShare); or `single`, layers of its own for each task.
         dropout: after each core layer.
         seed: of random orders.
         inputs: features of an example.
@@ -54,17 +57,29 @@ class Ordered(nn.Module):
         )
         count = LAYERS * (len(tasks) if order == "single" else 1)
         layers = [nn.Sequential(nn.Linear(UNITS, UNITS), nn.ReLU()) for _ in range(count)]
-        own = {task: list(range(number * LAYERS, (number + 1) * LAYERS)) for number, task in enumerate(tasks)}
-        self.core = Routed(
-            layers,
-            LAYERS,
-            routing="permuted" if order == "single" else order,
-            tasks=tasks,
-            dropout=dropout,
-            orders=own if order == "single" else None,
-            seed=seed,
-            rate=1.0,
-        )
+        if order == "policy":
+            self.core = Routed(
+                [[layer] for layer in layers],
+                routing="gumbel",
+                tasks=tasks,
+                identity=True,
+                dropout=dropout,
+                p_init=MOSTLY,
+            )
+        else:
+            own = {
+                task: list(range(number * LAYERS, (number + 1) * LAYERS)) for number, task in enumerate(tasks)
+            }
+            self.core = Routed(
+                layers,
+                LAYERS,
+                routing="permuted" if order == "single" else order,
+                tasks=tasks,
+                dropout=dropout,
+                orders=own if order == "single" else None,
+                seed=seed,
+                rate=1.0,
+            )
         self.decoders = one_for_each([nn.Linear(UNITS, classes) for _ in tasks], tasks)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -122,6 +122,9 @@ def test_orders_are_what_they_say(order):
         )
     if order == "single":
         assert sorted(sum(used.values(), [])) == list(range(12))  # noqa: RUF017
+    if order == "policy":
+        assert all(gates.names == (f"{d}.0", "identity") for d, gates in enumerate(core.depths()))
+        assert {tuple(each) for each in used.values()} == {(0, 0, 0, 0)}
     if order == "soft":
         assert all(torch.equal(gates.table(), torch.full((3, 4), 0.25)) for gates in core.depths())
 
@@ -219,7 +222,7 @@ def test_patterns_are_the_same_in_all_parts_and_orders_are_opposite():
 def test_what_there_is_not_is_refused():
     with pytest.raises(PlanError, match=r"one of australian, .*found 'hepatitis'"):
         uci("hepatitis")
-    with pytest.raises(PlanError, match="one of soft, parallel, permuted, single, found 'mixed'"):
+    with pytest.raises(PlanError, match="one of soft, parallel, permuted, policy, single, found 'mixed'"):
         Ordered(("a",), "mixed")
     with pytest.raises(PlanError, match="one of gumbel, shared, apart, found 'alone'"):
         Regression(("a",), "alone")
