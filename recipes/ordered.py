@@ -37,6 +37,7 @@ class Ordered(nn.Module):
         inputs: features of an example.
         classes: scores in the output.
         frozen: whether encoders stay as they begin, so that tasks see the same things in ways of their own.
+        budget: share of the layers that a task may use on average, where it has a policy.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Ordered(nn.Module):
         inputs: int = WIDTH,
         classes: int = CLASSES,
         frozen: bool = False,
+        budget: float | None = None,
     ):
         super().__init__()
         if order not in ORDERS:
@@ -65,6 +67,7 @@ class Ordered(nn.Module):
                 identity=True,
                 dropout=dropout,
                 p_init=MOSTLY,
+                component_budget=budget,
             )
         else:
             own = {
@@ -107,9 +110,11 @@ class Patterns(nn.Module):
         return self.core(x)
 
 
-def ordered(order: str = "soft", dropout: float = 0.2, seed: int = 0) -> tuple[nn.Module, tuple[Tensor, ...]]:
+def ordered(
+    order: str = "soft", dropout: float = 0.2, seed: int = 0, budget: float | None = None
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """An `Ordered` whose tasks are UCI's tables, and example inputs."""
-    return Ordered(TABLES, order, dropout, seed), (torch.zeros(2, WIDTH),)
+    return Ordered(TABLES, order, dropout, seed, budget=budget), (torch.zeros(2, WIDTH),)
 
 
 def pairs(
