@@ -26,7 +26,7 @@ from surgery.artifact.adaptercard import Base, make_adapter_card
 from surgery.artifact.formats.differences import Difference, Other, differences_of, is_linear, is_transposed
 from surgery.errors import ExportError, LoadError
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
-from surgery.members.member import Member, shapes_of
+from surgery.members.member import Inputs, Member, shapes_of
 from surgery.members.references import load_member, local_path
 from surgery.util.quiet import quiet
 from surgery.util.showing import plural
@@ -103,11 +103,7 @@ def write_lora(
     if not differences and not others:
         raise ExportError(f"Member '{member.name}' is {base}: there is nothing for an adapter to say.")
     differences = differences or _none(module, others)
-    probes = [
-        batch for file in calibrate for batch in probe_inputs(member, calibrate=Path(file).expanduser())
-    ]
-    on = "real inputs" if probes else "made-up inputs"
-    probes = probes or probe_inputs(member)
+    probes, on = _measured_on(member, calibrate)
     reference = outputs_over(module, probes)
 
     def error_of(net: nn.Module) -> float:
@@ -124,25 +120,17 @@ def write_lora(
             f"ask for no less (`max_error` of {_above(least)}), take a base that is related, or export the member as "
             "plain."
         )
-    least = math.inf
-    for adapter in candidates:
+
+    def write(adapter: Adapter) -> nn.Module:
         with _by_peft(member.name), quiet():
             net = _with_adapter(peft, copy.deepcopy(origin), module, differences, adapter, _anywhere(base))
             # Its tables are the base's: what an adapter changes of them is among its own tensors.
             net.save_pretrained(str(folder), save_embedding_layers=False)
-            opened = peft.PeftModel.from_pretrained(
+            return peft.PeftModel.from_pretrained(
                 copy.deepcopy(origin), str(folder), autocast_adapter_dtype=False
             )
-        error = error_of(opened.eval())
-        least = min(least, error)
-        if error <= max_error:
-            break
-    else:
-        raise ExportError(
-            f"What peft opens must move the outputs of member '{member.name}' by at most {_share(max_error)}, but "
-            f"moves them by {_share(least)}{_of_rounding(least)}; tied tensors and modules that peft does not adapt "
-            f"are exported as plain; else ask for no less (`max_error` of {_above(least)})."
-        )
+
+    adapter, error = _first_that_opens(member.name, candidates, write, error_of, max_error)
     said = f"output moved by {percent(error, 2)} of the member's on {on}, at most {percent(max_error, 2)} was asked for"
     library = "transformers" if hasattr(module, "save_pretrained") else None
     changes = _lines(adapter, folder, _plain_bytes(module), served=library is not None)
@@ -152,6 +140,37 @@ def write_lora(
     if say is not None:
         for line in lines:
             say(line)
+
+
+def _first_that_opens(
+    name: str,
+    candidates: Sequence[Adapter],
+    write: Callable[[Adapter], nn.Module],
+    error_of: Callable[[nn.Module], float],
+    bound: float,
+) -> tuple[Adapter, float]:
+    """Of some adapters the first that is within a bound as peft opens it, and its error; it is the one written last.
+
+    Raises:
+        ExportError: where none of them is.
+    """
+    least = math.inf
+    for adapter in candidates:
+        error = error_of(write(adapter).eval())
+        if error <= bound:
+            return adapter, error
+        least = min(least, error)
+    raise ExportError(
+        f"What peft opens must move the outputs of member '{name}' by at most {_share(bound)}, but "
+        f"moves them by {_share(least)}{_of_rounding(least)}; tied tensors and modules that peft does not adapt "
+        f"are exported as plain; else ask for no less (`max_error` of {_above(least)})."
+    )
+
+
+def _measured_on(member: Member, calibrate: Sequence[str | Path]) -> tuple[Sequence[Inputs], str]:
+    """The inputs that errors are measured on, and what they are in words."""
+    given = [batch for file in calibrate for batch in probe_inputs(member, calibrate=Path(file).expanduser())]
+    return (given, "real inputs") if given else (probe_inputs(member), "made-up inputs")
 
 
 def _load_base(base: str, member: Member, trust: bool) -> nn.Module:
