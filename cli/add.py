@@ -33,7 +33,7 @@ def add(
         float | None,
         options.max_error(
             "The fewest bytes with which its outputs move by at most F (relative L2). "
-            "[dim]default: what the others were allowed[/dim]"
+            "[dim]default: what the others were allowed, or the largest of their errors[/dim]"
         ),
     ] = None,
     budget: Annotated[

@@ -68,6 +68,8 @@ def exported(folder: Path) -> Exported | None:
 
 def not_an_artifact(folder: Path, manifest: str) -> str:
     """A sentence for a folder without a manifest that was given for an artifact."""
+    if (folder / "members").is_dir() and (folder / "README.md").is_file():
+        return f"{folder} looks like an artifact, but its {manifest} is missing; copy the artifact again."
     what = exported(folder) if folder.is_dir() else None
     if what is None:
         how = "has none" if folder.exists() else "does not exist"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -170,8 +170,14 @@ def assemble(
     return stored
 
 
-def wrong_hashes(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """Every listed file that is missing, has another size or another hash, with what is wrong."""
+def wrong_hashes(folder: Path, manifest: Manifest, hashed: Collection[str] | None = None) -> dict[str, str]:
+    """Every listed file that is missing, has another size or another hash, with what is wrong.
+
+    Args:
+        folder: of the files.
+        manifest: that lists them.
+        hashed: paths whose hashes are compared; all by default.
+    """
     wrong: dict[str, str] = {}
     for path, entry in manifest.files.items():
         file = folder / path
@@ -181,11 +187,27 @@ def wrong_hashes(folder: Path, manifest: Manifest) -> dict[str, str]:
         try:
             if (size := regular_size(file)) != entry.bytes:
                 wrong[path] = f"must have {entry.bytes:,} bytes, but has {size:,}"
-            elif (found := sha256_of(file)) != entry.sha256:
+            elif (hashed is None or path in hashed) and (found := sha256_of(file)) != entry.sha256:
                 wrong[path] = f"must have the SHA-256 {entry.sha256[:12]}…, but has {found[:12]}…"
         except UnreadableError as error:
             wrong[path] = str(error)
     return wrong
+
+
+def check_in_place(folder: Path, manifest: Manifest) -> None:
+    """Look at an artifact that is about to be written anew in its place.
+
+    The files of members must be there in their sizes, and those that hold tensors of several members, which are copied
+    into new ones, as they were written: what is wrong with them would pass for right afterwards.
+
+    Raises:
+        ArtifactError: naming every file that is not.
+    """
+    stems = _tensor_files(manifest, manifest.members)
+    together = {path for stem in (DICTIONARY, TOGETHER) for path in stems.get(stem, ())}
+    files = {k: entry for k, entry in manifest.files.items() if k in together or k.startswith("members/")}
+    wrong = wrong_hashes(folder, manifest.model_copy(update={"files": files}), together)
+    raise_damaged(folder, [f"{path} {what}" for path, what in wrong.items()])
 
 
 def check_hashes(folder: Path, manifest: Manifest, members: Sequence[str]) -> None:

@@ -246,12 +246,20 @@ class Scene:
         unit = measure(plain, dict(weight), key=f"precisions/{'/'.join(keys[0])}", sample=sample)
         if (known := self.inputs_of(keys[0])) is not None:
             return fed_back(unit, known)
-        metric = self._tables.get(keys[0]) and self._measured[keys[0][0]][1].get(keys[0][1])
-        if metric is None:
+        metrics = {key: each for key in keys if (each := self._metric_of_table(key)) is not None}
+        if not metrics:
             return unit
-        unit = unit if metric.statistics is None else fed_back(unit, metric.statistics)
-        moved = torch.zeros_like(metric.rows)
-        return by_rows(unit, row_weights(metric.rows, moved, self.uses_of(keys[0])))
+        statistics = next(iter(metrics.values())).statistics
+        unit = unit if statistics is None else fed_back(unit, statistics)
+        rows = [
+            row_weights(each.rows, torch.zeros_like(each.rows), self.uses_of(key))
+            for key, each in metrics.items()
+        ]
+        return by_rows(unit, torch.stack(rows).mean(0))
+
+    def _metric_of_table(self, key: Key) -> Metric | None:
+        """What is known of a table of a calibrated member; None of any other tensor."""
+        return self._measured[key[0]][1].get(key[1]) if key in self._tables else None
 
     def apart(self, keys: Iterable[Key]) -> Arrangement:
         """Tensors each by itself, equal ones once."""

@@ -26,11 +26,10 @@ from surgery.inputs.probes import tensors_in
 from surgery.members.member import Inputs
 from surgery.slots.slots import locate
 from surgery.storage.codecs import decode, encode, grouped
-from surgery.util import progress
+from surgery.util import memory, progress
 
 COARSE = grouped(4, 64)  # how tensors are rounded where derivatives say nothing
 LEAST = 1e-8  # relative squared output error that leaving all of such tensors out counts as, at least
-NO_MEMORY = "not enough memory"  # what PyTorch's allocator of the CPU says
 MOST = 0.9  # of the weights
 SAMPLES = 2  # for each probe batch, at most; the mean over a tensor averages thousands of entries more
 
@@ -182,7 +181,7 @@ def _one_sample(
             with _given(parameters, watched):
                 loss.backward(inputs=list(parameters.values()))
     except RuntimeError as error:  # a model that cannot be differentiated is measured, not derived
-        if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error):
+        if memory.ran_out(error):
             raise
         if raised:
             raise raised[0] from None

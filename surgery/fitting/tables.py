@@ -111,13 +111,14 @@ class _LookUps(TorchFunctionMode):
 
 
 def by_rows(unit: Unit, weights: Tensor) -> Unit:
-    """A unit of one matrix whose rows matter more or less, with further options in which each row has bits of its own.
+    """A unit of one matrix, or of equal ones, whose rows matter more or less, with further options in which each row
+    has bits of its own.
 
     Args:
         unit: with the options of whole matrices.
         weights: `[o]`, how much an error in each row matters, as a share of all rows.
     """
-    (tensor,), known = unit.tensors.values(), unit.statistics
+    tensor, known = next(iter(unit.tensors.values())), unit.statistics  # equal ones are stored once
     power = max(float(tensor.float().square().sum(dtype=torch.float64)), 1e-300)
     losses = [error / power for error in unit.errors]
     costs = row_costs(tensor, weights * len(weights))

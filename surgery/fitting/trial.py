@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_map
 from surgery.core.replacing import as_it_was
 from surgery.disk.aside import is_aside, put_aside
 from surgery.errors import PlanError
-from surgery.inputs.probes import outputs_of
+from surgery.inputs.probes import outputs_of, tensors_at
 from surgery.members.member import Inputs, Member
 from surgery.slots.slots import assign, forget_derived
 from surgery.util import memory
 from surgery.util.alignment import align, is_aligned
+from surgery.util.text import one_line
 
 
 class Trial:
@@ -47,7 +48,7 @@ class Trial:
         self.module.to(device)  # what is in no state dict
         with as_it_was(member) as original:
             original.to(device)
-            self.reference = [tuple(map(put_aside, self._outputs(inputs))) for inputs in self.probes]
+            self.reference = [tuple(map(put_aside, self._first_outputs(inputs))) for inputs in self.probes]
         if is_aside():
             memory.give_back()
         if not any(self.reference):
@@ -79,6 +80,23 @@ class Trial:
             yield
         finally:
             self.set_weights({name: self.originals[name] for name in tensors})
+
+    def _first_outputs(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """The original's outputs.
+
+        Raises:
+            PlanError: where it does not run on what was given.
+        """
+        try:
+            return self._outputs(inputs)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+            if memory.ran_out(error):
+                raise
+            given = ", ".join(f"{place} {list(t.shape)} of {t.dtype}" for place, t in tensors_at(inputs))
+            raise PlanError(
+                f"Member '{self.name}' must run on its probe inputs, but on {given or 'no tensors'} it raises "
+                f"{one_line(error)}; give inputs that its forward pass takes."
+            ) from error
 
     def _outputs(self, inputs: Inputs) -> tuple[Tensor, ...]:
         found = outputs_of(self.module, inputs)

@@ -151,10 +151,11 @@ def _add(
 ) -> AddedMember:
     from surgery.artifact.amending import Amendment, amend
     from surgery.artifact.folder import read_recipe
-    from surgery.artifact.reading import map_stored
+    from surgery.artifact.reading import check_in_place, map_stored
     from surgery.artifact.rebuild import as_saved
     from surgery.artifact.reports import report_with
 
+    check_in_place(folder, manifest)
     made = read_recipe(folder, manifest)
     select = Select() if made is None else made.select
     stored = map_stored(folder, manifest, list(manifest.members))
@@ -320,7 +321,7 @@ def remove(directory: str | Path, names: str | Sequence[str], *, dry_run: bool =
     """
     from surgery.artifact.amending import Amendment, amend
     from surgery.artifact.manifest import read_manifest
-    from surgery.artifact.reading import map_stored
+    from surgery.artifact.reading import check_in_place, map_stored
     from surgery.artifact.reports import report_without
     from surgery.storage.grafting import give_back
     from surgery.storage.trim import drop_costly_banks, restrict
@@ -342,6 +343,7 @@ def remove(directory: str | Path, names: str | Sequence[str], *, dry_run: bool =
             )
         if not dry_run:
             check_target(folder, overwrite=True)
+        check_in_place(folder, manifest)
         stored = map_stored(folder, manifest, list(manifest.members))
         after = drop_costly_banks(give_back(restrict(stored, kept)))
         before = bytes_below(folder)

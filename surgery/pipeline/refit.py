@@ -91,7 +91,7 @@ def refit(
     """
     from surgery.artifact.folder import read_recipe
     from surgery.artifact.manifest import read_manifest
-    from surgery.artifact.reading import map_stored
+    from surgery.artifact.reading import check_in_place, map_stored
     from surgery.members.occupancy import check_modules
     from surgery.util.devices import pick_device
 
@@ -103,6 +103,7 @@ def refit(
             check_target(folder, overwrite=True)
         recipe = _recipe(read_recipe(folder, manifest), manifest, asked, calibrate, device)
         pick_device(recipe.device)
+        check_in_place(folder, manifest)
         before = map_stored(folder, manifest, list(manifest.members)).nbytes
         members = _members(folder, manifest, modules or {}, trust_remote_code)
         joint = _fit_and_save(recipe, members, probes or {}, None if dry_run else folder)

@@ -23,10 +23,23 @@ FRESH_MEMORY_BYTES = 32 * 2**20  # glibc's largest allocation that may use memor
 LARGEST_KEPT = 2**30  # bytes; where blocks are larger, memory is scarcer than the time of its first touch
 REGIONS_KEPT = 6  # blocks, their gradient and the rows' gradient, each with a spare
 
+_USED_UP = ("out of memory", "can't allocate memory", "not enough memory")  # what allocators say
+
 _regions: list[
     tuple[mmap.mmap, weakref.ref[memoryview]]
 ] = []  # latest first; the view lives as its tensors do
 _lock = threading.Lock()
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory is used up: that of a device, or the CPU's, which has no kind of its own.
+
+    Example:
+        >>> ran_out(MemoryError()), ran_out(RuntimeError("sizes differ"))
+        (True, False)
+    """
+    kinds = torch.OutOfMemoryError, MemoryError
+    return isinstance(error, kinds) or any(word in str(error) for word in _USED_UP)
 
 
 def empty_kept(rows: int, columns: int, dtype: torch.dtype) -> Tensor:

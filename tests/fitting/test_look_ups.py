@@ -9,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import surgery
+from surgery.errors import PlanError
 from surgery.fitting.tables import look_ups, unseen_share
+from surgery.members.member import Inputs, Member
+from surgery.storage.keys import PlainKey
+from surgery.storage.stored import store
 
 
 class Readers(nn.Module):
@@ -62,3 +67,45 @@ def test_a_share_is_a_share(seed, rows):
     own = torch.rand(rows, generator=generator) * (uses > 0)
     share = unseen_share(own / own.sum().clamp_min(1e-30), uses)
     assert 0 < share <= 1 + 1e-6
+
+
+class Tagger(nn.Module):
+    """A table and a linear layer."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.words, self.out = nn.Embedding(300, 32), nn.Linear(32, 32)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        generator.manual_seed(seed)
+        self.out.weight.data += 0.05 * torch.randn(32, 32, generator=generator)
+
+    def forward(self, ids):
+        return self.out(self.words(ids).mean(1))
+
+
+def tagger(seed: int, name: str) -> Member:
+    return surgery.load_member(
+        Tagger(seed), name=name, inputs=Inputs((torch.zeros(2, 12, dtype=torch.long),))
+    )
+
+
+def test_an_equal_table_of_calibrated_relatives_is_stored_once():
+    generator = torch.Generator().manual_seed(7)
+    probes = {
+        name: [Inputs((torch.randint(0, 300, (8, 12), generator=generator),)) for _ in range(3)]
+        for name in "ab"
+    }
+    joint = surgery.join([tagger(1, "a"), tagger(2, "b")])
+    surgery.fit(joint, budget=0.3, seed=0, probes=probes, device="cpu")
+    assert joint.report is not None and max(joint.report.errors.values()) < 0.1
+    assert PlainKey("b", "words.weight") in store(joint).aliases
+
+
+def test_inputs_that_a_member_cannot_run_on_are_named():
+    joint = surgery.join([tagger(1, "a")])
+    with pytest.raises(
+        PlanError, match=r"Member 'a' must run on its probe inputs, but on 0 \[2, 3\] of torch.int64"
+    ):
+        surgery.fit(joint, budget=0.2, probes={"a": [Inputs((torch.full((2, 3), 999),))]}, device="cpu")

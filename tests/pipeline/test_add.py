@@ -332,6 +332,18 @@ def damage_values(folder):
     path.write_bytes(bytes(data))
 
 
+def damage_a_bit(folder):
+    """Another value of a private row or a shared matrix, which decodes as well as the right one."""
+    path = folder / "dictionary.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def lose_a_file(folder):
+    min(folder.glob("members/*/*.safetensors")).unlink()
+
+
 def foreign_file(folder):
     (folder / "mine.txt").write_text("mine")
 
@@ -344,11 +356,18 @@ def unknown_method(folder):
     rewrite(folder, change)
 
 
-@pytest.mark.parametrize("damage", [damage_weights, damage_values, foreign_file, unknown_method])
+@pytest.mark.parametrize(
+    "damage", [damage_weights, damage_values, damage_a_bit, lose_a_file, foreign_file, unknown_method]
+)
 def test_a_folder_that_is_not_whole_is_left_alone(joint, damage):
     damage(joint)
     former = contents(joint.parent)
-    for call in (lambda: surgery.add(joint, {"new": relative("new", 7)}), lambda: surgery.remove(joint, "a")):
+    modules = {name: Net() for name in "abc"}
+    for call in (
+        lambda: surgery.add(joint, {"new": relative("new", 7)}),
+        lambda: surgery.remove(joint, "a"),
+        lambda: surgery.refit(joint, modules=modules),
+    ):
         with pytest.raises(SurgeryError):
             call()
         assert contents(joint.parent) == former

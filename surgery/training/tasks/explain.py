@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from surgery.training.tasks.tasks import Batch, Task
-
-_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+from surgery.util.memory import ran_out
 
 
 def explain_failure(task: Task, batch: Batch, error: Exception, data: str = "data") -> str:
     """Name the task, its member and the shapes that it was given, and what can be done."""
     said = " ".join(str(error).split())[:300]
-    if isinstance(error, torch.OutOfMemoryError) or any(word in said for word in _MEMORY):
+    if ran_out(error):
         return (
             f"Member '{task.member}' ran out of memory on a batch of task '{task.name}' ({_shapes(batch)}): take "
             "smaller batches and accumulate (train.accumulate), train.checkpointing=true, or "
