@@ -263,6 +263,9 @@ def test_soft_order_runs(run, tmp_path):
         "soft",
         "permuted",
         "parallel",
+        "policy 1",
+        "policy 0.75",
+        "policy 0.5",
         "single",
     ]
 
