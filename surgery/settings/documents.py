@@ -15,6 +15,7 @@ from surgery.disk.untrusted import RECIPE_BYTES, UnreadableError, parse_yaml, re
 from surgery.errors import PlanError
 from surgery.permission import SHIPPED, Permission
 from surgery.settings.former import TODAY, renewed
+from surgery.settings.problems import advice_on
 from surgery.util.wording import sentence
 
 _CODE = re.compile(r"^(?!timm:|datasets:|hf-hub:|re:).*:[A-Za-z_]\w*$", re.DOTALL)
@@ -30,9 +31,13 @@ def read_text(source: str | Path) -> str:
     path = Path(source).expanduser()
     if not os.path.lexists(path) or (path.is_dir() and str(source) in recipe_names()):
         if str(source) not in recipe_names():
-            raise PlanError(
-                f"A recipe is a YAML file or one of {', '.join(recipe_names())}, but '{source}' is neither."
+            missing = path.suffix in (".yaml", ".yml")
+            said = (
+                f"The recipe {source} does not exist; give a file, or the name of a recipe"
+                if missing
+                else f"A recipe is a YAML file or the name of one, but '{source}' is neither"
             )
+            raise PlanError(sentence(f"{said}: {advice_on(path.stem, recipe_names())}"))
         return files("surgery_recipes").joinpath(f"{source}.yaml").read_text(encoding="utf-8")
     try:
         return read_regular(path, RECIPE_BYTES).decode()

@@ -189,3 +189,17 @@ def test_selectors_that_match_nowhere_are_all_named():
         share_selectors(["fc.wieght", "a:head.weight", "re:("], NAMES, what="--skip")
     message = str(caught.value)
     assert all(word in message for word in ("--skip", "fc.wieght", "fc.weight", "a:head.weight", "re:("))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("soft_ordr", "'soft_ordr' is neither: did you mean 'soft_order'?"),
+        ("nonsense", "'nonsense' is neither: known are adaptation, "),
+        ("soft_ordr.yaml", "The recipe soft_ordr.yaml does not exist; .*: did you mean 'soft_order'?"),
+    ],
+)
+def test_a_recipe_that_does_not_exist_is_answered_by_the_nearest_name(given, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PlanError, match=said.replace("?", r"\?")):
+        read_document(given)
