@@ -373,6 +373,12 @@ def test_a_folder_that_is_not_whole_is_left_alone(joint, damage):
         assert contents(joint.parent) == former
 
 
+def test_a_manifest_that_was_lost_is_named(joint):
+    (joint / "manifest.json").unlink()
+    with pytest.raises(SurgeryError, match=r"looks like an artifact, but its manifest\.json is missing"):
+        surgery.add(joint, {"new": relative("new", 7)})
+
+
 @pytest.mark.parametrize("where", ["write_stem", "write_front", "_Amending._check"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "full"), MemoryError])
 def test_a_write_that_ends_anywhere_leaves_the_former_folder(joint, monkeypatch, where, error):
