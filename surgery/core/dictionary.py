@@ -248,11 +248,6 @@ class Dictionary(nn.Module):
         return () if self.rests(key) else self[key].lent()
 
 
-def master_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which rows are kept while they can be trained: float32, float64 for float64 members."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def index_dtype(count: int) -> torch.dtype:
     """The smallest integer type that numbers `count` things."""
     return torch.uint8 if count <= 1 << 8 else torch.uint16 if count <= 1 << 16 else torch.int32

@@ -11,12 +11,13 @@ from torch.autograd.function import once_differentiable
 
 from surgery.anatomy.plan import Placement, torch_dtype
 from surgery.core.bank import Bank
-from surgery.core.dictionary import Dictionary, master_dtype
+from surgery.core.dictionary import Dictionary
 from surgery.geometry.block_map import read_tensor, write_tensor
 from surgery.geometry.blocks import tile
 from surgery.handles.handle import Handle, Shared
 from surgery.util import memory
 from surgery.util.alignment import align
+from surgery.util.dtypes import master_dtype
 
 FEWEST = 1 << 13  # locations that are generated together; a few take another kernel
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from surgery.anatomy.plan import CONTEXT, Placement, Plan, follow_up, leave_alone, make_plan, starting_block
 from surgery.anatomy.sites import Anatomy, LeftAlone, Site, discover
 from surgery.core.bank import Bank
-from surgery.core.dictionary import Dictionary, master_dtype
+from surgery.core.dictionary import Dictionary
 from surgery.core.generation import to_blocks
 from surgery.core.joint import JointModel
 from surgery.core.replacing import modules_replaced
@@ -28,6 +28,7 @@ from surgery.slots.collapse import collapse
 from surgery.slots.slots import locate, put_back
 from surgery.storage.codecs import LARGEST, is_tame
 from surgery.util.alignment import align_module
+from surgery.util.dtypes import master_dtype
 
 
 def join(

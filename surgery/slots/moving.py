@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from surgery.anatomy.plan import Placement, Plan, plan_in_dtypes, torch_dtype
-from surgery.core.dictionary import Dictionary, master_dtype
+from surgery.core.dictionary import Dictionary
 from surgery.core.generation import move_dictionary
 from surgery.errors import PlanError
+from surgery.util.dtypes import master_dtype
 
 if TYPE_CHECKING:
     from surgery.core.joint import JointModel

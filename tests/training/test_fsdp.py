@@ -84,16 +84,16 @@ def facts(out, rank=0):
 
 
 def assert_alike(out, expected, ranks=(0, 1)):
-    """Weights within rounding, decisions the same, in every process."""
+    """Weights within the rounding of float64 as Adam makes it larger, decisions the same, in every process."""
     wanted, weights = facts(expected), load_file(expected / "0.safetensors")
     for rank in ranks:
         assert facts(out, rank)["decided"] == wanted["decided"]
-        assert facts(out, rank)["scores"] == pytest.approx(wanted["scores"], rel=1e-5)
+        assert facts(out, rank)["scores"] == pytest.approx(wanted["scores"], rel=1e-9)
         found = load_file(out / f"{rank}.safetensors")
         assert list(found) == list(weights)
         for name, tensor in weights.items():
             torch.testing.assert_close(
-                found[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+                found[name], tensor, rtol=0, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
             )
 
 

@@ -27,4 +27,5 @@ def test_a_run_of_an_older_version_goes_on_to_the_end_of_an_unbroken_one(kind, t
         one, other = resumed.collapse(name), unbroken.collapse(name)
         assert list(one) == list(other)
         for key, tensor in other.items():
-            torch.testing.assert_close(one[key], tensor, rtol=1e-9, atol=1e-11, msg=f"{name}: {key}")
+            # Older versions took losses and soft weights in float32, also of members in float64.
+            torch.testing.assert_close(one[key], tensor, rtol=0, atol=1e-7, msg=f"{name}: {key}")

@@ -57,6 +57,7 @@ class Contest(nn.Module):
         contexts: Tensor | None = None,
         factors: Tensor | None = None,
         group: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
         """Open a contest.
 
@@ -70,12 +71,14 @@ class Contest(nn.Module):
             contexts: `[N, lambda, c]`, where challengers do not use their location's own.
             factors: `[N, 1+lambda]`, by what contexts are multiplied with each alternative; 1 by default.
             group: `[N]` locations that are decided together, whose candidates are the same; -1 for one that is alone.
+            dtype: of soft weights: that of the bank's rows.
         """
         super().__init__()
         self.context, self.hypermodules = context, hypermodules
         chosen = chosen.to(psi.device)
         candidates = torch.cat([psi[chosen].unsqueeze(1), challengers.to(psi)], 1)
-        start = torch.full(candidates.shape, starting_weight(alpha, challengers.shape[1]), device=psi.device)
+        weight = starting_weight(alpha, challengers.shape[1])
+        start = torch.full(candidates.shape, weight, dtype=dtype, device=psi.device)
         start[:, 0] = 0
         self.soft = nn.Parameter(start)
         self.contexts = None if contexts is None else nn.Parameter(contexts)

@@ -12,6 +12,7 @@ from surgery.disk.untrusted import shown
 from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.contest import Contest
 from surgery.methods.hypermodules.rewards import POPULATION
+from surgery.util.dtypes import master_dtype
 
 
 def pack_contest(contest: Contest | None) -> Parts:
@@ -43,6 +44,9 @@ def unpack_contest(bank: HypermoduleBank, tensors: Mapping[str, Tensor]) -> Cont
         None if own is None else own.to(device, copy=True),
         bank.factors_of(chosen, candidates),
         None if group is None else group.to(device),
+        master_dtype(
+            tensors["soft"].dtype
+        ),  # float32 in runs of older versions, as their optimizer's state is
     )
     with torch.no_grad():
         contest.soft.copy_(tensors["soft"])

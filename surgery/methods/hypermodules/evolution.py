@@ -92,7 +92,16 @@ def open_contest(
     if coefficients is not None and factors is not None:
         coefficients = coefficients / factors[:, 1:].unsqueeze(2)
     return Contest(
-        bank.psi, bank.hypermodules, chosen, drawn, bank.context, alpha, coefficients, factors, group
+        bank.psi,
+        bank.hypermodules,
+        chosen,
+        drawn,
+        bank.context,
+        alpha,
+        coefficients,
+        factors,
+        group,
+        bank.rows.dtype,
     )
 
 

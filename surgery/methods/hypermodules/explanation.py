@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from surgery.util.dtypes import wide
+
 POOL = 256  # hypermodules among which the best explanation of a block is looked for, unless asked otherwise
 _CHUNK = 1 << 24  # elements in one intermediate result
 _DEPENDENT = 1e-5  # a basis block that is so much shorter without what others span adds nothing
@@ -90,33 +92,33 @@ def explained(blocks: Tensor, rows: Tensor, total: Total | None = None) -> Tenso
         `[N, P]`, between 0 and 1; 0 for a block that is 0.
     """
     if total is not None:
-        return _explained_in_parts(blocks.float(), rows.float(), total)
+        return _explained_in_parts(wide(blocks), wide(rows), total)
     basis = _orthonormal(rows)
     pool, _, c = basis.shape
     flat = basis.permute(1, 0, 2).reshape(blocks.shape[1], pool * c)
     step = max(1, _CHUNK // (pool * c))
-    parts = [(b.float() @ flat).square().view(-1, pool, c).sum(2) for b in blocks.split(step)]
-    energy = blocks.float().square().sum(1, keepdim=True)
+    parts = [(wide(b) @ flat).square().view(-1, pool, c).sum(2) for b in blocks.split(step)]
+    energy = wide(blocks).square().sum(1, keepdim=True)
     return torch.where(energy > 0, torch.cat(parts) / energy.clamp_min(1e-38), torch.zeros_like(energy))
 
 
 def explained_pairs(blocks: Tensor, rows: Tensor, total: Total | None = None) -> Tensor:
     """Like `explained`, each block with one hypermodule of its own: `[N, d]`, `[N, c, d]` -> `[N]`."""
     if total is not None:
-        blocks, rows = blocks.float(), rows.float()
+        blocks, rows = wide(blocks), wide(rows)
         products = total(torch.einsum("ncd,nd->nc", rows, blocks)).double()
-        found = torch.einsum("ncr,nc->nr", _whitening(rows, total), products).square().sum(1).float()
+        found = torch.einsum("ncr,nc->nr", _whitening(rows, total), products).square().sum(1).to(rows.dtype)
         energy = total(blocks.square().sum(1))
         return torch.where(energy > 0, found / energy.clamp_min(1e-38), torch.zeros_like(energy))
     basis = _orthonormal(rows)
-    energy = blocks.float().square().sum(1)
-    found = torch.einsum("ndc,nd->nc", basis, blocks.float()).square().sum(1)
+    energy = wide(blocks).square().sum(1)
+    found = torch.einsum("ndc,nd->nc", basis, wide(blocks)).square().sum(1)
     return torch.where(energy > 0, found / energy.clamp_min(1e-38), torch.zeros_like(energy))
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
     """An orthonormal basis of what each hypermodule spans, 0 for basis blocks that add nothing: `[P, d, c]`."""
-    rows = rows.float()
+    rows = wide(rows)
     if rows.device.type != "cpu":  # CUDA's factorisation takes one matrix after another
         return _gram_schmidt(rows)
     basis, triangle = torch.linalg.qr(rows.mT)
@@ -149,7 +151,7 @@ def _explained_in_parts(blocks: Tensor, rows: Tensor, total: Total) -> Tensor:
     parts = []
     for some in blocks.split(step):
         products = total(some @ rows.flatten(0, 1).T).view(-1, pool, c).double()
-        parts.append(torch.einsum("pcr,npc->npr", whitening, products).square().sum(2).float())
+        parts.append(torch.einsum("pcr,npc->npr", whitening, products).square().sum(2).to(rows.dtype))
     energy = total(blocks.square().sum(1)).unsqueeze(1)
     return torch.where(energy > 0, torch.cat(parts) / energy.clamp_min(1e-38), torch.zeros_like(energy))
 

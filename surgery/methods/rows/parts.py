@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Placement, follow_up, locations_of, torch_dtype
-from surgery.core.dictionary import index_dtype, master_dtype
+from surgery.core.dictionary import index_dtype
 from surgery.methods.rows.bank import RowsBank
 from surgery.storage.codecs import Encoded, decode, encode_native, take_rows
+from surgery.util.dtypes import master_dtype
 
 INDICES = (torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64)
 """What an alignment is stored in."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy.plan import Placement, torch_dtype
-from surgery.core.dictionary import master_dtype
 from surgery.disk.mapped import Place, Reader
 from surgery.geometry.blocks import tile
+from surgery.util.dtypes import master_dtype
 
 _KEPT = 2  # sites whose blocks are kept: pairs of blocks come from two sites at a time
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Placement
 from surgery.anatomy.sites import Site
-from surgery.core.dictionary import index_dtype, master_dtype
+from surgery.core.dictionary import index_dtype
 from surgery.disk.aside import put_aside, stack_aside
 from surgery.disk.journal import Made as Kept
 from surgery.disk.journal import keeps, made_once
@@ -54,6 +54,7 @@ from surgery.storage.codecs import (
     packed,
     rounded,
 )
+from surgery.util.dtypes import master_dtype
 
 RUNS = (0, 1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
 """Ranks between which directions are decided on together."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from surgery.anatomy.plan import BankPlan, Placement, Plan, make_plan, torch_dtype
 from surgery.core.bank import Bank
-from surgery.core.dictionary import index_dtype, master_dtype
+from surgery.core.dictionary import index_dtype
 from surgery.core.foreign_parts import wrong_parts
 from surgery.core.method import PlanRequest, register_method
 from surgery.core.tensor_method import TensorMethod
@@ -22,6 +22,7 @@ from surgery.methods.rows.exact import exact_bank
 from surgery.methods.siblings.bank import SiblingsBank
 from surgery.settings.problems import Strict
 from surgery.storage.codecs import Encoded, decode, encode_native, take_rows
+from surgery.util.dtypes import master_dtype
 
 if TYPE_CHECKING:
     from surgery.anatomy.sites import Anatomy, Site

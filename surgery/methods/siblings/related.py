@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from surgery.anatomy.sites import Site
-from surgery.core.dictionary import master_dtype
 from surgery.disk.aside import stack_aside
 from surgery.fitting.metric import mean_metric
 from surgery.fitting.related import register_way
@@ -22,6 +21,7 @@ from surgery.handles.state import LazyState
 from surgery.methods.rows.shared import SharedRows
 from surgery.methods.siblings import differences  # noqa: F401  # a second way, registered by the import
 from surgery.methods.siblings.principal import principal_rows
+from surgery.util.dtypes import master_dtype
 
 
 @register_way("siblings")

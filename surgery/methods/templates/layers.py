@@ -14,7 +14,7 @@ from torch import Tensor
 
 from surgery.anatomy.plan import Plan, torch_dtype
 from surgery.anatomy.sites import Site
-from surgery.core.dictionary import master_dtype
+from surgery.util.dtypes import master_dtype
 
 PIECE = 1 << 16  # elements of every layer that are multiplied at once
 

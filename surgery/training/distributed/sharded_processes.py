@@ -16,6 +16,7 @@ from surgery.training.distributed.sharded import ShardedModel
 from surgery.training.distributed.shards import Part
 from surgery.training.loop.processes import Processes
 from surgery.training.loop.state import Tensors
+from surgery.util.dtypes import wide
 
 
 class ShardedProcesses(Processes):
@@ -42,11 +43,9 @@ class ShardedProcesses(Processes):
             if p.grad is not None:
                 (shared if self._part(p) is None else held).append(p.grad)
         device = self.accelerator.device
-        square = torch.stack(
-            [g.float().square().sum() for g in held] or [torch.zeros((), device=device)]
-        ).sum()
+        square = torch.stack([wide(g).square().sum() for g in held] or [torch.zeros((), device=device)]).sum()
         torch.distributed.all_reduce(square)
-        square = square + sum(g.float().square().sum() for g in shared)
+        square = square + sum(wide(g).square().sum() for g in shared)
         scale = (norm / (square.sqrt() + 1e-6)).clamp_max(1.0)
         for gradient in (*held, *shared):
             gradient.mul_(scale.to(gradient.dtype))

@@ -18,6 +18,7 @@ from surgery.training.tasks.features import SourceFeatures
 from surgery.training.tasks.stateful import Sum
 from surgery.training.tasks.tasks import Batch, Loss, prediction_of
 from surgery.util.collectives import average
+from surgery.util.dtypes import wide
 
 DISTILLATION = "distillation"
 Wanted = str | Mapping[str, float] | Loss
@@ -26,7 +27,7 @@ Wanted = str | Mapping[str, float] | Loss
 def cross_entropy(output: Any, batch: Batch) -> Tensor:
     """Cross-entropy of class scores `[..., C]` with class numbers `[...]`; targets of -100 do not count."""
     scores = prediction_of(output)
-    return F.cross_entropy(scores.flatten(0, -2).float(), _target(batch).flatten(), ignore_index=-100)
+    return F.cross_entropy(wide(scores.flatten(0, -2)), _target(batch).flatten(), ignore_index=-100)
 
 
 def language_modelling(output: Any, batch: Batch) -> Tensor:
@@ -38,24 +39,24 @@ def language_modelling(output: Any, batch: Batch) -> Tensor:
         batch.kwargs["input_ids"] if batch.target is None and "input_ids" in batch.kwargs else _target(batch)
     )
     scores = prediction_of(output)[:, :-1]
-    return F.cross_entropy(scores.flatten(0, -2).float(), tokens[:, 1:].flatten(), ignore_index=-100)
+    return F.cross_entropy(wide(scores.flatten(0, -2)), tokens[:, 1:].flatten(), ignore_index=-100)
 
 
 def mse(output: Any, batch: Batch) -> Tensor:
     """Mean squared error."""
-    prediction = prediction_of(output)
-    return F.mse_loss(prediction.float(), _target(batch).float().view(prediction.shape))
+    prediction = wide(prediction_of(output))
+    return F.mse_loss(prediction, _target(batch).to(prediction.dtype).view(prediction.shape))
 
 
 def binary_cross_entropy(output: Any, batch: Batch) -> Tensor:
     """Binary cross-entropy of scores, each of them a yes or no of its own."""
-    scores = prediction_of(output)
-    return F.binary_cross_entropy_with_logits(scores.float(), _target(batch).float().view(scores.shape))
+    scores = wide(prediction_of(output))
+    return F.binary_cross_entropy_with_logits(scores, _target(batch).to(scores.dtype).view(scores.shape))
 
 
 def statistics(output: Any, batch: Batch) -> Tensor:
     """Nothing to learn: only running statistics of batch norms follow the data (AdaBN, Li et al. 2016)."""
-    return prediction_of(output).float().sum() * 0
+    return wide(prediction_of(output)).sum() * 0
 
 
 LOSSES: dict[str, Loss] = {
@@ -79,9 +80,9 @@ def distillation(original: nn.Module) -> Loss:
         with torch.no_grad():
             wanted = _floats(original(*batch.args, **batch.kwargs))
         found = _floats(output)
-        energies = torch.stack([b.float().square().mean() for b in wanted])
+        energies = torch.stack([wide(b).square().mean() for b in wanted])
         average([energies])  # a scale must be the same in all processes
-        distances = [(a.float() - b.float()).square().mean() for a, b in zip(found, wanted, strict=True)]
+        distances = [(wide(a) - wide(b)).square().mean() for a, b in zip(found, wanted, strict=True)]
         return (torch.stack(distances) / energies.clamp_min(1e-12)).mean()
 
     return loss

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from surgery.errors import TrainingError
+from surgery.util.dtypes import wide
 
 
 class RunningLosses:
@@ -48,7 +49,7 @@ class RunningLosses:
     def add(self, losses: Mapping[str, Tensor]) -> None:
         """Add a step's; after one that is not finite none, so that it names its task."""
         before = self.sums
-        self.trace.append(torch.stack([value.float() for value in losses.values()]))
+        self.trace.append(torch.stack([wide(value) for value in losses.values()]))
         if not before or self.prompt:
             self.sums = {name: before[name] + value if before else value for name, value in losses.items()}
             return
@@ -69,7 +70,7 @@ class RunningLosses:
         """
         if not self.sums:
             return {}
-        sums = self.accelerator.reduce(torch.stack([each.float() for each in self.sums.values()]), "mean")
+        sums = self.accelerator.reduce(torch.stack([wide(each) for each in self.sums.values()]), "mean")
         found = {name: float(value) / steps for name, value in zip(self.sums, sums.tolist(), strict=True)}
         if bad := {name: value for name, value in found.items() if not math.isfinite(value)}:
             raise TrainingError(_not_finite(bad, generation))

@@ -15,6 +15,7 @@ from surgery.training.tasks.losses import needs_targets
 from surgery.training.tasks.metrics import Meter
 from surgery.training.tasks.score import Score
 from surgery.training.tasks.tasks import Batch, Loss, Task, as_batch
+from surgery.util.dtypes import wide
 from surgery.util.modules import device_of, kept_modes
 from surgery.util.randomness import seeded
 from surgery.util.text import one_line
@@ -105,7 +106,7 @@ def measured(
         output = module(*batch.args, **batch.kwargs)
         found = None
         if loss is not None and (batch.target is not None or not needs_targets(task.loss)):
-            found = loss(output, batch).float()
+            found = wide(loss(output, batch))
         meter.update(output, batch)
     except SurgeryError:
         raise
