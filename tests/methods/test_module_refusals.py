@@ -3,7 +3,6 @@
 import copy
 import pickle
 import shutil
-import warnings
 from dataclasses import replace
 
 import pytest
@@ -20,12 +19,7 @@ from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.replacement import Replacement
 from surgery.settings import methods as registry
 
-
-@pytest.fixture(autouse=True)
-def _no_warnings():
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*saved as a live module.*")
-        yield
+pytestmark = pytest.mark.filterwarnings("error:.*saved as a live module.*")
 
 
 @pytest.fixture(scope="module")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
 import torch
-from artifacts import contents, member, numbers, rewrite
+from artifacts import contents, member
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from relatives import TARGETS, TOKENS, Net, family, loaded, modules, net, relative, same, stored, weights
 from torch import nn
 
 import surgery
 from surgery.artifact.manifest import read_manifest
-from surgery.artifact.reading import map_stored
-from surgery.disk.claims import place_of
 from surgery.errors import SurgeryError
 from surgery.fitting import scene
 from surgery.methods.siblings import differences
@@ -25,91 +23,7 @@ from surgery.storage.keys import PartKey, PlainKey
 from surgery.storage.stored import Stored
 from surgery.storage.trim import restrict
 
-TOKENS = {"tokenizer.json": b"t" * 2000, "config.json": b"{}"}
-
-
-class Net(nn.Module):
-    def __init__(self, width=48):
-        super().__init__()
-        self.first, self.last = nn.Linear(12, width), nn.Linear(width, 3)
-        self.middle = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
-
-    def forward(self, x):
-        x = self.first(x)
-        for layer in self.middle:
-            x = x + torch.relu(layer(x))
-        return self.last(x)
-
-
-def net(seed, base=0, size=0.1, width=48):
-    """A fine-tune of a base; its first layer is the base's."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(base)
-        made = Net(width).eval()
-        torch.manual_seed(1000 + seed)
-        with torch.no_grad():
-            for layer in (*made.middle, made.last):
-                o, i = layer.weight.shape
-                layer.weight += size * torch.randn(o, 2) @ torch.randn(2, i) / 7
-    return made
-
-
-def relative(name, seed, files=None, **how):
-    return member(net(seed, **how), name, torch.linspace(-1, 1, 96).reshape(8, 12), files)
-
-
-def family(names="abc", **how):
-    return surgery.join([relative(name, seed, TOKENS) for seed, name in enumerate(names)], **how)
-
-
-TARGETS = {
-    "budget": {"budget": 0.14},
-    "error": {"max_error": 0.03},
-    "lossless": {"max_error": 0},
-    "joined": None,
-}
-
-
-@pytest.fixture(autouse=True)
-def figures(monkeypatch):
-    """In place of a picture, which takes longer than all else here, the numbers that it is drawn from."""
-    monkeypatch.setattr("surgery.artifact.writing.draw_sharing", numbers)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Artifacts of the same members, by how they were made."""
-    place = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("surgery.artifact.writing.draw_sharing", numbers)
-        for name, target in TARGETS.items():
-            joint = family()
-            surgery.save(joint if target is None else surgery.fit(joint, **target), place / name)
-    return place
-
-
-@pytest.fixture
-def joint(folders, tmp_path):
-    shutil.copytree(folders / "budget", tmp_path / "joint")
-    return tmp_path / "joint"
-
-
-def loaded(folder):
-    return surgery.load(folder, modules={name: Net() for name in read_manifest(folder).members})
-
-
-def stored(folder):
-    manifest = read_manifest(folder)
-    return map_stored(folder, manifest, list(manifest.members))
-
-
-def weights(folder, names="abc"):
-    found = loaded(folder)
-    return {name: found.collapse(name) for name in names}
-
-
-def same(one, other):
-    return all(torch.equal(one[name][key], other[name][key]) for name in one for key in one[name])
+pytestmark = pytest.mark.usefixtures("figures")
 
 
 def test_a_relative_shares_and_all_others_are_what_they_were(joint):
@@ -197,10 +111,10 @@ CASES = st.tuples(
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=[*HealthCheck],
 )
-def test_what_came_and_goes_leaves_the_former_folder(folders, tmp_path_factory, case):
-    made, members, backwards = case
+def test_what_came_and_goes_leaves_the_former_folder(made, tmp_path_factory, case):
+    how, members, backwards = case
     folder = tmp_path_factory.mktemp("law") / "joint"
-    shutil.copytree(folders / made, folder)
+    shutil.copytree(made(how), folder)
     former, bits = contents(folder), weights(folder)
     for name, seed, size in members:
         surgery.add(folder, {name: relative(name, seed, TOKENS, size=size)}, max_error=None if seed else 0.2)
@@ -294,105 +208,6 @@ def test_one_member_that_is_left_is_whole(joint):
     assert same(bits, weights(joint, "b"))
 
 
-BAD = [
-    (lambda at: surgery.add(at, {"b": relative("b", 7)}), "has b already"),
-    (lambda at: surgery.add(at, {}), "found none"),
-    (lambda at: surgery.add(at, {"new": "./nowhere"}), "nowhere"),
-    (lambda at: surgery.add(at, {"new": relative("new", 7)}, max_error=0.1, budget=0.1), "only one of"),
-    (lambda at: surgery.add(at, {"new": relative("new", 7)}, budget=1e-4), "budget"),
-    (lambda at: surgery.add(at, {"new": relative("new", 7)}, calibrate=["none.txt"]), "none.txt"),
-    (lambda at: surgery.remove(at, "d"), "among a, b, c"),
-    (lambda at: surgery.remove(at, []), "none was asked for"),
-    (lambda at: surgery.remove(at, ["a", "b", "c"]), "at least one member"),
-    (lambda at: surgery.add(at.with_name("other"), {"new": relative("new", 7)}), "does not exist"),
-]
-
-
-@pytest.mark.parametrize(("call", "words"), BAD, ids=[words for _, words in BAD])
-def test_bad_input_is_named_and_nothing_changes(joint, call, words):
-    former = contents(joint.parent)
-    with pytest.raises(SurgeryError, match=words):
-        call(joint)
-    assert contents(joint.parent) == former
-
-
-def damage_weights(folder):
-    path = folder / "dictionary.safetensors"
-    path.write_bytes(path.read_bytes()[:-64])
-
-
-def damage_values(folder):
-    """A shared matrix whose bytes are no codes."""
-    path = folder / "dictionary.safetensors"
-    data = bytearray(path.read_bytes())
-    header = int.from_bytes(data[:8], "little")
-    entries = json.loads(data[8 : 8 + header])
-    begin, end = next(each["data_offsets"] for name, each in entries.items() if name.endswith("shared:z"))
-    data[8 + header + begin : 8 + header + end] = b"\xff" * (end - begin)
-    path.write_bytes(bytes(data))
-
-
-def damage_a_bit(folder):
-    """Another value of a private row or a shared matrix, which decodes as well as the right one."""
-    path = folder / "dictionary.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(bytes(data))
-
-
-def lose_a_file(folder):
-    min(folder.glob("members/*/*.safetensors")).unlink()
-
-
-def foreign_file(folder):
-    (folder / "mine.txt").write_text("mine")
-
-
-def unknown_method(folder):
-    def change(document):
-        for bank in document["banks"].values():
-            bank["method"] = "of_nobody"
-
-    rewrite(folder, change)
-
-
-@pytest.mark.parametrize(
-    "damage", [damage_weights, damage_values, damage_a_bit, lose_a_file, foreign_file, unknown_method]
-)
-def test_a_folder_that_is_not_whole_is_left_alone(joint, damage):
-    damage(joint)
-    former = contents(joint.parent)
-    modules = {name: Net() for name in "abc"}
-    for call in (
-        lambda: surgery.add(joint, {"new": relative("new", 7)}),
-        lambda: surgery.remove(joint, "a"),
-        lambda: surgery.refit(joint, modules=modules),
-    ):
-        with pytest.raises(SurgeryError):
-            call()
-        assert contents(joint.parent) == former
-
-
-def test_a_manifest_that_was_lost_is_named(joint):
-    (joint / "manifest.json").unlink()
-    with pytest.raises(SurgeryError, match=r"looks like an artifact, but its manifest\.json is missing"):
-        surgery.add(joint, {"new": relative("new", 7)})
-
-
-@pytest.mark.parametrize("where", ["write_stem", "write_front", "_Amending._check"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "full"), MemoryError])
-def test_a_write_that_ends_anywhere_leaves_the_former_folder(joint, monkeypatch, where, error):
-    former = contents(joint.parent)
-
-    def end(*_, **__):
-        raise error
-
-    monkeypatch.setattr(f"surgery.artifact.amending.{where}", end)
-    with pytest.raises((KeyboardInterrupt, MemoryError, SurgeryError)):
-        surgery.add(joint, {"new": relative("new", 7)}, max_error=0.2)
-    assert contents(joint.parent) == former and not place_of(joint).exists()
-
-
 def test_a_folder_whose_files_cannot_be_linked_is_copied(joint, monkeypatch):
     def refuse(*_):
         raise OSError(1, "not here")
@@ -450,10 +265,6 @@ def test_members_of_which_modules_were_replaced_stay_so(how, tmp_path):
     assert contents(folder) == former
 
 
-def modules(names):
-    return {name: net(seed) for name, seed in names.items()}
-
-
 def test_a_refit_is_a_merge_of_all_members(joint, tmp_path):
     surgery.add(joint, {"new": relative("new", 7)}, max_error=0.03)
     former, names = contents(joint), {"a": 0, "b": 1, "c": 2, "new": 7}
@@ -465,16 +276,6 @@ def test_a_refit_is_a_merge_of_all_members(joint, tmp_path):
     assert report is not None and not report.added and report.target == "max-error 0.02" and report.met
     assert max(done.errors.values()) <= 0.02 and done.saved == done.before - done.after
     assert surgery.verify(joint, modules=modules(names)).ok
-
-
-@pytest.mark.parametrize(
-    ("names", "words"), [({"a": 0, "b": 1}, "live module"), ({"a": 0, "b": 5, "c": 2}, "b has other weights")]
-)
-def test_a_refit_without_all_origins_leaves_the_folder(joint, names, words):
-    former = contents(joint.parent)
-    with pytest.raises(SurgeryError, match=words):
-        surgery.refit(joint, modules=modules(names))
-    assert contents(joint.parent) == former
 
 
 class Words(nn.Module):

@@ -76,6 +76,12 @@ def run(module, x=X):
         return module(x)
 
 
+def same(one, other) -> bool:
+    """Whether two state dicts, which must have the same names in one order, have the same tensors."""
+    assert list(one) == list(other)
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
 def layer(module, number) -> Any:
     return module.get_submodule(f"layers.{number}")
 

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import transformers
+from routed import IDS, run
 from torch import nn
 
 import surgery
@@ -18,7 +19,6 @@ from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.trainer import Trainer
 from surgery.training.tasks.streams import Batches
 
-IDS = torch.randint(5, 60, (3, 7), generator=torch.Generator().manual_seed(0))
 CONFIG = {"steps": 2, "burn_in": 1, "generations": 2, "final": 1, "optimizer": {"lr": 0.003},
           "evolution": {"change": "none", "codes": "ones", "start": "given"}}  # fmt: skip
 ROUTE = "encoder.layer.*"
@@ -41,11 +41,6 @@ def pair(**settings):
     members = [surgery.load_member(m, name=n, inputs=IDS) for n, m in (("a", bert()), ("b", bert(**WIDE)))]
     how = {"members": True, "adapters": True, **settings}
     return surgery.join(members, surgery.plan_modules(members, "routes", how))
-
-
-def run(module):
-    with torch.no_grad():
-        return module(IDS).last_hidden_state
 
 
 def train(joint, **options):

@@ -8,6 +8,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from routed import IDS, run
 from torch import nn
 
 import surgery
@@ -17,7 +18,6 @@ from surgery.methods.routes.hardening import drop_unused
 from surgery.methods.routes.layers import RoutedBranch
 from surgery.training.tasks.streams import Batches
 
-IDS = torch.randint(5, 60, (3, 7), generator=torch.Generator().manual_seed(0))
 PICTURES = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 
@@ -52,12 +52,6 @@ NETS = {
     "vit": (vit, PICTURES, ["attn", "mlp"]),
     "scaled": (lambda: vit(init_values=0.1), PICTURES, ["attn", "mlp"]),
 }
-
-
-def run(module, x):
-    with torch.no_grad():
-        found = module(x)
-    return getattr(found, "last_hidden_state", found)
 
 
 def joined(module, x, **settings):

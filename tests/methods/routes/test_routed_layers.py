@@ -2,7 +2,6 @@
 
 import copy
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,59 +13,14 @@ import torch
 import transformers
 import yaml
 from command_line import surgery as command
+from routed import IDS, bert, by_hand, distilled, joined, member, run, train
 from torch import nn
 
 import surgery
-from surgery.errors import ExportError, PlanError
-from surgery.methods.routes import measuring
+from surgery.errors import ExportError
 from surgery.methods.routes.groups import penalty_of, routes_in
 from surgery.methods.routes.hardening import is_hard
 from surgery.slots import hooks
-from surgery.training.loop.interruptions import Interrupted
-from surgery.training.loop.trainer import Trainer
-from surgery.training.tasks.streams import Batches
-
-IDS = torch.randint(5, 60, (3, 7), generator=torch.Generator().manual_seed(0))
-CONFIG = {"steps": 3, "burn_in": 1, "generations": 2, "final": 1, "optimizer": {"lr": 0.003},
-          "evolution": {"change": "none", "codes": "ones", "start": "given"}}  # fmt: skip
-
-
-def bert(seed=0, layers=4):
-    config = transformers.BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return transformers.BertModel(config).eval()
-
-
-def member(module=None, name="text", inputs=IDS):
-    return surgery.load_member(module or bert(), name=name, inputs=inputs)
-
-
-def joined(settings=None, module=None, name="text", inputs=IDS):
-    one = member(module, name, inputs)
-    return surgery.join([one], surgery.plan_modules([one], "routes", settings))
-
-
-def run(module, x=IDS):
-    with torch.no_grad():
-        found = module(x)
-    return getattr(found, "last_hidden_state", found)
-
-
-def distilled(name="text", member=None):
-    return surgery.Task(name, member or name, Batches(IDS, IDS, 3), {"distillation": 1.0})
-
-
-def train(joint, *tasks, **config):
-    return surgery.train(joint, tasks or [distilled()], {**CONFIG, **config}, cpu=True)
-
-
-def by_hand(*order):
-    return {"routing": "permuted", "orders": {"text": {"": order}}}
-
 
 # -- the start -------------------------------------------------------------------------------------------------
 
@@ -182,112 +136,7 @@ def test_a_budget_is_reached_step_by_step():
     assert found == pytest.approx([0.0, 0.9 - 0.8, 0.9 - 0.65, 0.9 - 0.5], abs=1e-6)
 
 
-# -- soft routes, and several tasks ----------------------------------------------------------------------------
-
-
-def loss_without(gone):
-    """The loss of the first two batches, of four layers without some."""
-    model = bert()
-    model.encoder.layer = nn.ModuleList(each for i, each in enumerate(model.encoder.layer) if i not in gone)
-    return float((run(model) - run(bert())).square().mean())
-
-
-def test_learning_begins_with_the_layers_that_are_missed_most(tmp_path):
-    gone: list[int] = []
-    while len(gone) < 2:
-        gone.append(min(set(range(4)) - set(gone), key=lambda i: loss_without([*gone, i])))
-    joint = joined({"layers": 2, "rate": 1e-9})
-    task = surgery.Task("text", "text", Batches(IDS, run(bert()), 3), "mse")
-    before = [{key: value.clone() for key, value in joint["text"].state_dict().items() if "gates" not in key}]
-    report = train(joint, task, burn_in=0, steps=1, generations=1, final=0, optimizer={"lr": 1e-12})
-    found = report.methods["routes"]["measured"]["text:encoder.layer.*"][""]
-    assert found["left"] == gone and found["passes"] >= (4 * 3 + 3 * 2) * 2  # more where losses are close
-    assert found["losses"] == pytest.approx([loss_without(gone[:1]), loss_without(gone)], rel=1e-4)
-    (depths,) = routes_in(joint["text"]).values()
-    for depth, gates in enumerate(depths):
-        assert gates.hard is None
-        p = 1 - gates.settings.p_init if depth in gone else gates.settings.p_init
-        torch.testing.assert_close(gates.table(), torch.tensor([[p]]))
-    after = joint["text"].state_dict()
-    assert all(torch.allclose(after[key], value) for key, value in before[0].items())
-
-
-def test_without_a_phase_in_which_routes_are_learned_the_measured_ones_are_kept():
-    joint = joined({"layers": 2})
-    report = train(joint, burn_in=0, generations=0, final=2)
-    (chosen,) = report.methods["routes"]["chosen"].values()
-    left = report.methods["routes"]["measured"]["text:encoder.layer.*"][""]["left"]
-    assert [i for i, (name,) in enumerate(chosen[""]) if name == "identity"] == sorted(left)
-    layer = sum(t.numel() for t in bert().encoder.layer[0].parameters())
-    sizes = {when: each["text"]["parameters"] for when, each in report.sizes.items()}
-    assert sizes["joint"] == sizes["alone"] - 2 * layer  # as it is stored
-
-
-@pytest.mark.slow
-def test_trials_decide_between_close_choices_and_leave_nothing_behind(monkeypatch):
-    monkeypatch.setattr(
-        measuring, "_SURE", float("inf")
-    )  # the batches are equal, so that they tell choices apart
-
-    def one(**settings):
-        joint = joined({"layers": 3, **settings})
-        before = {
-            key: value.clone() for key, value in joint["text"].state_dict().items() if "gates" not in key
-        }
-        task = surgery.Task(
-            "text", "text", Batches(IDS, run(bert(1)), 3), "mse"
-        )  # none of the layers is missed
-        report = train(joint, task, burn_in=0, steps=1, generations=1, final=0, optimizer={"lr": 1e-12})
-        after = joint["text"].state_dict()
-        assert all(torch.allclose(after[key], value, atol=1e-6) for key, value in before.items())
-        (depths,) = routes_in(joint["text"]).values()
-        return report.methods["routes"]["measured"]["text:encoder.layer.*"][""], [g.table() for g in depths]
-
-    plain, _ = one()
-    found, p = one(trials=2)
-    assert found["passes"] > plain["passes"]
-    assert found["losses"] == pytest.approx(plain["losses"], rel=1e-3)  # at such a rate a trial moves nothing
-    assert [float(each) < 0.5 for each in p] == [depth in found["left"] for depth in range(4)]
-
-
-@pytest.mark.parametrize("how", [{"measure": 0, "layers": 2}, {"layers": 4}, {}, {"routing": "soft"}])
-def test_nothing_is_measured_where_nothing_is_chosen_by_it(how):
-    report = train(joined(how), burn_in=0, steps=1, generations=1)
-    assert "measured" not in report.methods["routes"]
-
-
-def test_each_task_is_measured_by_its_own_batches():
-    joint = joined({"layers": 3, "tasks": {"text": ["mood", "topic"]}})
-    others = torch.randint(5, 60, (3, 7), generator=torch.Generator().manual_seed(9))
-    tasks = [surgery.Task(name, "text", Batches(x, x, 3), {"distillation": 1.0})
-             for name, x in (("mood", IDS), ("topic", others))]  # fmt: skip
-    report = train(joint, *tasks, burn_in=0, steps=1, generations=1)
-    found = report.methods["routes"]["measured"]["text:encoder.layer.*"]
-    assert set(found) == {"mood", "topic"} and found["mood"]["losses"] != found["topic"]["losses"]
-
-
-def test_a_run_that_was_measured_resumes(tmp_path, monkeypatch):
-    def one(folder, **options):
-        joint = joined({"layers": 2})
-        report = surgery.train(joint, [distilled()], CONFIG, folder=folder, cpu=True, **options)
-        return report.methods["routes"], joint.collapse("text")
-
-    wanted, weights = one(tmp_path / "whole")
-    advance, calls = Trainer.advance, []
-
-    def interrupted(self):
-        calls.append(None)
-        if len(calls) == 6:  # within the phase in which routes are learned
-            signal.raise_signal(signal.SIGTERM)
-        advance(self)
-
-    monkeypatch.setattr(Trainer, "advance", interrupted)
-    with pytest.raises(Interrupted):
-        one(tmp_path / "broken")
-    monkeypatch.setattr(Trainer, "advance", advance)
-    found, again = one(tmp_path / "broken", resume=True)
-    assert found == wanted and found["measured"]
-    assert list(again) == list(weights) and all(torch.equal(again[k], weights[k]) for k in weights)
+# -- soft routes, and tasks with routes of their own ----------------------------------------------------------
 
 
 def test_soft_routes_are_stored_and_their_plain_export_names_the_remedy(tmp_path):
@@ -371,94 +220,6 @@ def test_layers_of_others_are_written_out_in_plain_models():
     assert torch.equal(run(joint["a"]), run(expected))
     assert torch.equal(run(joint.extract("a")), run(expected))
     assert torch.equal(run(joint["b"]), run(bert(1))) and torch.equal(run(joint.extract("b")), run(bert(1)))
-
-
-# -- what is refused -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("settings", "said"), [
-    ({"layers": 5}, r"`layers` is 5, but encoder.layer.\* of 'text' has 4"),
-    ({"component_budget": 0.2}, "of 0.2 leaves less than one layer of a stack of 4: give at least 0.25"),
-    (by_hand(0, 1, 2), r"name one of 4 components, from 0, for each of 4 depths, but that of task '' has 3"),
-    (by_hand(0, 1, 2, 9), "names 9"),
-    ({"p_init": 0.0}, "p_init"),
-    ({"tasks": {"image": ["mood"]}}, r"must name members \(text\), found image"),
-    ({"layers": 2, "identity": False}, "identity true"),
-])  # fmt: skip
-def test_what_no_route_can_be(settings, said):
-    with pytest.raises(PlanError, match=said):
-        joined(settings)
-
-
-def test_layers_that_change_the_shape_are_named():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.into, self.out = nn.Conv1d(4, 4, 1), nn.Conv1d(4, 2, 1)
-            self.layers = nn.ModuleList([nn.Conv1d(4, 4, 3, stride=2) for _ in range(3)])
-
-        def forward(self, x):
-            x = self.into(x)
-            for layer in self.layers:
-                x = torch.relu(layer(x))
-            return self.out(x)
-
-    with pytest.raises(
-        PlanError, match=r"of one shape, but for an input \[2, 4, 40\] of layers.0 .*identity gives"
-    ):
-        joined({}, Net(), "net", torch.randn(2, 4, 40))
-
-
-def test_stacks_with_caches_are_refused_with_the_remedy():
-    config = transformers.GPT2Config(
-        n_layer=2, n_head=2, n_embd=16, vocab_size=64, n_positions=16, bos_token_id=1, eos_token_id=2
-    )
-    with pytest.raises(PlanError, match=r"keep no cache.*`use_cache` to false"):
-        joined({}, transformers.GPT2Model(config).eval(), "gpt", IDS)
-    config.use_cache = False
-    joint = joined(
-        {"routing": "permuted", "orders": {"gpt": {"": [1, -1]}}},
-        transformers.GPT2Model(config).eval(),
-        "gpt",
-    )
-    assert joint.extract("gpt").config.n_layer == 1
-
-
-class Reads(nn.Module):
-    """A net that reads the outputs of single layers."""
-
-    def __init__(self, read):
-        super().__init__()
-        self.into, self.out, self.read = nn.Linear(12, 16), nn.Linear(16, 2), read
-        self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(3)])
-
-    def forward(self, x):
-        outs = [self.into(x)]
-        for layer in self.layers:
-            outs.append(torch.relu(layer(outs[-1])))
-        return self.out(sum(outs[i] for i in self.read))
-
-
-@pytest.mark.parametrize("read", [(1, 3), (2, 3), (1, 2, 3), (1,)])
-def test_stacks_whose_single_layers_are_read_are_refused_before_anything_is_joined(read):
-    settings = {"routing": "permuted", "orders": {"net": {"": [-1, 1, 2]}}}
-    for each in (settings, {}, {"layers": 2}, {"routing": "soft"}):
-        with pytest.raises(PlanError, match=r"layers\.[01] .*is read elsewhere too: choose other stacks"):
-            member(Reads(read), "net", torch.randn(2, 12)).module.requires_grad_(True)
-            joined(each, Reads(read), "net", torch.randn(2, 12))
-    assert joined({"identity": False}, Reads(read), "net", torch.randn(2, 12))  # every depth keeps a layer
-
-
-def test_hidden_states_that_a_model_returns_are_read():
-    model = bert()
-    model.config.output_hidden_states = True
-    with pytest.raises(PlanError, match="by the model's outputs"):
-        joined({"layers": 2}, model)
-
-
-def test_what_lies_between_layers_reads_nothing():
-    joint = joined({"layers": 2}, Reads((3,)), "net", torch.randn(2, 12))
-    assert len(routes_in(joint["net"])["layers.*"]) == 3
 
 
 # -- recipes ---------------------------------------------------------------------------------------------------

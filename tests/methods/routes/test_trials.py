@@ -9,29 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from routed import IDS, bert, joined, run, train
 
 import surgery
 from surgery.methods.routes import measuring
+from surgery.methods.routes.groups import routes_in
 from surgery.training.loop.trainer import Trainer
 from surgery.training.tasks.streams import Batches
 
-IDS = torch.randint(5, 60, (3, 7), generator=torch.Generator().manual_seed(0))
 CONFIG = {"steps": 3, "burn_in": 1, "generations": 1, "final": 1,
           "optimizer": {"lr": 0.003, "schedule": "linear", "warmup": 5},
           "evolution": {"change": "none", "codes": "ones", "start": "given"}}  # fmt: skip
-
-
-def bert(seed=0, dropout=0.0):
-    config = transformers.BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=16, hidden_dropout_prob=dropout, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return transformers.BertModel(config).eval()
 
 
 class Wavering:
@@ -150,3 +140,30 @@ def test_choices_whose_losses_are_not_finite_lose():
     bad = torch.full((1, 8), torch.inf)
     assert measuring.still_close(torch.cat([bad, torch.ones(1, 8), bad])) == [1]
     assert measuring.still_close(bad.repeat(3, 1)) == [0]
+
+
+@pytest.mark.slow
+def test_trials_decide_between_close_choices_and_leave_nothing_behind(monkeypatch):
+    monkeypatch.setattr(
+        measuring, "_SURE", float("inf")
+    )  # the batches are equal, so that they tell choices apart
+
+    def one(**settings):
+        joint = joined({"layers": 3, **settings})
+        before = {
+            key: value.clone() for key, value in joint["text"].state_dict().items() if "gates" not in key
+        }
+        task = surgery.Task(
+            "text", "text", Batches(IDS, run(bert(1)), 3), "mse"
+        )  # none of the layers is missed
+        report = train(joint, task, burn_in=0, steps=1, generations=1, final=0, optimizer={"lr": 1e-12})
+        after = joint["text"].state_dict()
+        assert all(torch.allclose(after[key], value, atol=1e-6) for key, value in before.items())
+        (depths,) = routes_in(joint["text"]).values()
+        return report.methods["routes"]["measured"]["text:encoder.layer.*"][""], [g.table() for g in depths]
+
+    plain, _ = one()
+    found, p = one(trials=2)
+    assert found["passes"] > plain["passes"]
+    assert found["losses"] == pytest.approx(plain["losses"], rel=1e-3)  # at such a rate a trial moves nothing
+    assert [float(each) < 0.5 for each in p] == [depth in found["left"] for depth in range(4)]
