@@ -5,20 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from benchmarks.joint_runs import WIDTHS, Runs, changes_of, crossmodal_job, known_method
 from benchmarks.joint_tables import (
     FACTORS,
     RATES,
     TUNING,
-    WIDTHS,
-    Runs,
     _scaled,
     always_of,
     best_alone,
     best_factors,
-    changes_of,
-    crossmodal_job,
     joint_sets,
-    known_method,
     measured,
     share_of_all,
     share_of_sites,

@@ -10,7 +10,7 @@ from command_line import surgery
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks.scale import llama, make_folder
+from benchmarks.random_llamas import llama, make_folder
 from surgery.errors import MemoryLimitError, PlanError
 from surgery.fitting import bound
 from surgery.settings.resources import Resources

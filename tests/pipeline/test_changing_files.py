@@ -10,7 +10,7 @@ import pytest
 from artifacts import contents
 from command_line import surgery
 
-from benchmarks.scale import make_folder
+from benchmarks.random_llamas import make_folder
 from surgery.errors import LoadError
 from surgery.pipeline.merge import merge
 from surgery.settings.recipe import Recipe

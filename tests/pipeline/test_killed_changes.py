@@ -11,7 +11,7 @@ from artifacts import contents
 from journals import kill
 
 import surgery
-from benchmarks.scale import make_folder
+from benchmarks.random_llamas import make_folder
 from surgery.disk.aside import is_aside
 from surgery.disk.journal import Journal
 from surgery.errors import OutputError

@@ -13,7 +13,7 @@ from command_line import surgery
 from journals import kill
 from surgery_cli import console
 
-from benchmarks.scale import make_folder
+from benchmarks.random_llamas import make_folder
 from surgery.disk.journal import LINES, Journal
 from surgery.errors import LoadError, OutputError
 from surgery.pipeline import going_on

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from benchmarks.scale import MIB, Sampler, make_folder, memory
+from benchmarks.random_llamas import make_folder
+from benchmarks.scale import MIB, Sampler, memory
 from surgery.artifact.verify import verify
 from surgery.disk import aside
 from surgery.pipeline import going_on
