@@ -57,12 +57,18 @@ def runs(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def imports(path: Path, known: dict[str, Path]) -> set[str]:
-    """Modules that a file imports, when it is imported itself or within functions, but not for types alone."""
+    """Modules that a file imports, when it is imported itself or within functions, but not for types alone.
+
+    A module that is imported from its package is looked up in the front of it, so the front is imported too.
+    """
     found = set()
     for node in runs(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("surgery."):
             base = (node.module or "").removeprefix("surgery.")
-            found |= {inner if (inner := f"{base}.{a.name}") in known else base for a in node.names}
+            found |= {
+                base,
+                *(inner for a in node.names if (inner := f"{base}.{a.name}") in known),
+            } & known.keys()
         elif isinstance(node, ast.Import):
             found |= {a.name.removeprefix("surgery.") for a in node.names if a.name.startswith("surgery.")}
     return found

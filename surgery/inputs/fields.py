@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from surgery.inputs import pictures, sound, text
+import surgery.inputs.pictures as pictures
+import surgery.inputs.sound as sound
+import surgery.inputs.text as text
 from surgery.inputs.sample import Sample, number
 
 Field = Callable[[Sample], Any]

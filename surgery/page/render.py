@@ -12,10 +12,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+import surgery.page.charts as charts
 from surgery.disk.files import put
 from surgery.errors import OutputError
 from surgery.fitting.report import FitReport, saved_words
-from surgery.page import charts
 from surgery.page.charts import Series
 from surgery.page.overview import MemberView, Overview, Run
 from surgery.training.report.comparison import as_scores, share_of, total, verdict

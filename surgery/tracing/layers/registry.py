@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.tracing.layers import operations
+import surgery.tracing.layers.operations as operations
 from surgery.tracing.layers.axes import (
     Axes,
     Shape,
