@@ -19,7 +19,7 @@ from surgery.artifact.describing import Described, describe_member, make_manifes
 from surgery.artifact.folder import read_recipe
 from surgery.artifact.foldernames import check_folder_names, folder_names
 from surgery.artifact.manifest import RECORDS, FileEntry, Manifest, OriginEntry, read_manifest
-from surgery.artifact.reading import check_banks, map_stored
+from surgery.artifact.reading import check_banks, check_files, map_stored
 from surgery.artifact.recorded import (
     DICTIONARY,
     INDEX_FILE,
@@ -109,6 +109,7 @@ class _Amending:
         stems = by_file(after, self.folders)
         old = by_file(before, folder_names(before.plan.members))
         written = {stem: parts for stem, parts in stems.items() if not self._same(stem, parts, old)}
+        self._check_copied(stems, written, old)
         content = self._new_files()
         need = sum(each.nbytes for parts in written.values() for each in parts.values()) + ALLOWANCE
         need += sum(map(len, content.values()))
@@ -139,6 +140,24 @@ class _Amending:
             return stem if member is None else ""
         return f"{self.manifest.folder_of(member)}/{Path(stem).name}"
 
+    def _check_copied(
+        self,
+        stems: Mapping[str, Mapping[str, Any]],
+        written: Mapping[str, Mapping[str, Any]],
+        old: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """Look at the files whose tensors are copied into new ones: what is wrong with them would pass for right.
+
+        Raises:
+            ArtifactError: naming every file that is not as it was written.
+        """
+        linked = {self._former(stem) for stem in stems.keys() - written.keys()}
+        copied = {id(each) for parts in written.values() for each in parts.values()}
+        prefixes = [
+            stem for stem, parts in old.items() if stem not in linked and copied & {*map(id, parts.values())}
+        ]
+        check_files(self.of.folder, self.manifest, [p for stem in prefixes for p in self._files_of(stem)])
+
     def _same(self, stem: str, parts: Mapping[str, Any], old: Mapping[str, Mapping[str, Any]]) -> bool:
         """Whether files hold the same stored forms as before."""
         before = old.get(self._former(stem), {})
@@ -147,7 +166,9 @@ class _Amending:
 
     def _former_files(self, stem: str) -> list[str]:
         """The files that what lies in this one had before."""
-        former = self._former(stem)
+        return self._files_of(self._former(stem))
+
+    def _files_of(self, former: str) -> list[str]:
         return [
             path
             for path in self.manifest.files

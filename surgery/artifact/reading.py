@@ -28,6 +28,7 @@ from surgery.artifact.recorded import (
     WEIGHTS,
     raise_damaged,
     read_extra_state,
+    small_files,
 )
 from surgery.artifact.tensorfiles import read_header, read_tensors
 from surgery.core.registry import find_method
@@ -194,19 +195,32 @@ def wrong_hashes(folder: Path, manifest: Manifest, hashed: Collection[str] | Non
     return wrong
 
 
-def check_in_place(folder: Path, manifest: Manifest) -> None:
+def check_in_place(folder: Path, manifest: Manifest, members: Sequence[str] | None = None) -> None:
     """Look at an artifact that is about to be written anew in its place.
 
-    The files of members must be there in their sizes, and those that hold tensors of several members, which are copied
-    into new ones, as they were written: what is wrong with them would pass for right afterwards.
+    The files of members that stay, and of those that lend them something, must be there in their sizes, and those that
+    hold tensors of several members, or lend some to members that stay when they go, as they were written: their tensors
+    are copied into new files, and what is wrong with them would pass for right afterwards.
+
+    Args:
+        folder: of the artifact.
+        manifest: of it.
+        members: that stay; all by default.
 
     Raises:
         ArtifactError: naming every file that is not.
     """
-    stems = _tensor_files(manifest, manifest.members)
-    together = {path for stem in (DICTIONARY, TOGETHER) for path in stems.get(stem, ())}
-    files = {k: entry for k, entry in manifest.files.items() if k in together or k.startswith("members/")}
-    wrong = wrong_hashes(folder, manifest.model_copy(update={"files": files}), together)
+    kept = list(manifest.members) if members is None else members
+    stems = _tensor_files(manifest, kept)
+    own = {f"{manifest.folder_of(name)}/" for name in kept}
+    copied = {
+        path for stem, paths in stems.items() if f"{stem.rpartition('/')[0]}/" not in own for path in paths
+    }
+    needed = tensor_files(manifest, kept)
+    needed |= {path for name in kept for path in small_files(manifest, name).values()}
+    needed |= {path for path in manifest.files if any(path.startswith(each) for each in own)}
+    files = {path: entry for path, entry in manifest.files.items() if path in needed}
+    wrong = wrong_hashes(folder, manifest.model_copy(update={"files": files}), copied)
     raise_damaged(folder, [f"{path} {what}" for path, what in wrong.items()])
 
 
@@ -216,10 +230,23 @@ def check_hashes(folder: Path, manifest: Manifest, members: Sequence[str]) -> No
     Raises:
         ArtifactError: naming every file of another content, also where two of one size were exchanged.
     """
-    wanted = {path for paths in _tensor_files(manifest, members).values() for path in paths}
-    files = {path: entry for path, entry in manifest.files.items() if path in wanted}
+    check_files(folder, manifest, tensor_files(manifest, members))
+
+
+def check_files(folder: Path, manifest: Manifest, paths: Collection[str]) -> None:
+    """Compare files of an artifact with what was recorded when they were written.
+
+    Raises:
+        ArtifactError: naming every one of another content.
+    """
+    files = {path: entry for path, entry in manifest.files.items() if path in paths}
     wrong = wrong_hashes(folder, manifest.model_copy(update={"files": files}))
     raise_damaged(folder, [f"{path} {what}" for path, what in wrong.items()])
+
+
+def tensor_files(manifest: Manifest, members: Iterable[str]) -> set[str]:
+    """Paths of the files that hold tensors for some members."""
+    return {path for paths in _tensor_files(manifest, members).values() for path in paths}
 
 
 def _tensor_files(manifest: Manifest, members: Iterable[str]) -> dict[str, list[str]]:

@@ -56,10 +56,11 @@ def unowned_files(folder: Path, owned: set[str] | None = None) -> list[str]:
         owned: what `owned_files` says of it, where that is known; it takes reading all files.
     """
     owned = owned_files(folder) if owned is None else owned
+    lost = _emptied(folder)
     empty = [
         path
         for path in folder.rglob("*")
-        if path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()) and path not in lost
     ]
     found = [name for name in files_below(folder) if name not in owned]
     return sorted([*found, *(f"{path.relative_to(folder).as_posix()}/" for path in empty)])
@@ -142,6 +143,8 @@ def remove_owned(folder: Path) -> list[str]:
     """
     if not folder.is_dir() or folder.is_symlink():
         return []
+    for place in _emptied(folder):
+        place.rmdir()
     last = {RECORD, MANIFEST}  # so that a removal that was killed can be finished
     for name in sorted(owned_files(folder), key=lambda name: (Path(name).name in last, name)):
         (folder / name).unlink(missing_ok=True)
@@ -152,6 +155,12 @@ def remove_owned(folder: Path) -> list[str]:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
     return unowned_files(folder) if folder.is_dir() else []
+
+
+def _emptied(folder: Path) -> set[Path]:
+    """Empty folders of the artifact in `folder` whose files were lost."""
+    parents = {folder / parent for name in artifact_files(folder) for parent in Path(name).parents}
+    return {path for path in parents if path.is_dir() and not path.is_symlink() and not any(path.iterdir())}
 
 
 def read_record(folder: Path) -> dict[str, str]:

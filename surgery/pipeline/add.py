@@ -321,7 +321,7 @@ def remove(directory: str | Path, names: str | Sequence[str], *, dry_run: bool =
     """
     from surgery.artifact.amending import Amendment, amend
     from surgery.artifact.manifest import read_manifest
-    from surgery.artifact.reading import check_in_place, map_stored
+    from surgery.artifact.reading import check_in_place
     from surgery.artifact.reports import report_without
     from surgery.storage.grafting import give_back
     from surgery.storage.trim import drop_costly_banks, restrict
@@ -343,15 +343,26 @@ def remove(directory: str | Path, names: str | Sequence[str], *, dry_run: bool =
             )
         if not dry_run:
             check_target(folder, overwrite=True)
-        check_in_place(folder, manifest)
-        stored = map_stored(folder, manifest, list(manifest.members))
+        check_in_place(folder, manifest, kept)
+        stored, unread = _readable(folder, manifest, kept)
         after = drop_costly_banks(give_back(restrict(stored, kept)))
         before = bytes_below(folder)
         if not dry_run:
             report = report_without(manifest.report, kept, after.nbytes)
             with task(f"Removing {', '.join(gone)}"):
                 amend(Amendment(folder, manifest, stored, after, report))
-        return RemovedMembers(gone, stored.nbytes - after.nbytes, before - bytes_below(folder))
+        return RemovedMembers(gone, stored.nbytes - after.nbytes + unread, before - bytes_below(folder))
+
+
+def _readable(folder: Path, manifest: Manifest, kept: Sequence[str]) -> tuple[Stored, int]:
+    """What an artifact holds, and what files of members that go take that cannot be read: these need not be whole."""
+    from surgery.artifact.reading import map_stored, tensor_files
+
+    try:
+        return map_stored(folder, manifest, list(manifest.members)), 0
+    except ArtifactError:
+        unread = tensor_files(manifest, manifest.members) - tensor_files(manifest, kept)
+        return map_stored(folder, manifest, kept), sum(manifest.files[path].bytes for path in unread)
 
 
 def named(references: Sequence[str]) -> dict[str, str]:

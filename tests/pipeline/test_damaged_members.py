@@ -1,0 +1,79 @@
+"""Artifacts that are written anew in their place although something in them is damaged: what goes need not be whole."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from artifacts import contents
+from relatives import relative, same, stored, weights
+
+import surgery
+from surgery.errors import ArtifactError
+
+pytestmark = pytest.mark.usefixtures("figures")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flip(path):
+    """Another value of the last tensor, which decodes as well as the right one."""
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+GONE = {
+    "cut": cut,
+    "foreign": lambda path: path.write_bytes(b"no tensors"),
+    "lost": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", GONE.values(), ids=GONE)
+def test_a_member_that_goes_need_not_be_whole(joint, tmp_path, damage):
+    whole = shutil.copytree(joint, tmp_path / "whole")
+    for folder in (joint, whole):
+        (folder / "members/c/config.json").unlink()
+    expected = surgery.remove(whole, "c")
+    damage(joint / "members/c/weights.safetensors")
+    with pytest.raises(ArtifactError, match="members/c/weights"):
+        surgery.remove(joint, "b")
+    gone = surgery.remove(joint, "c")
+    assert contents(joint) == contents(whole)
+    assert gone.names == ("c",) and 0 <= gone.stored_bytes - expected.stored_bytes < 4096
+    bits = weights(joint, "ab")
+    assert same(bits, weights(whole, "ab"))
+
+
+@pytest.mark.parametrize("damage", [flip, *GONE.values()], ids=["flip", *GONE])
+def test_what_a_member_that_goes_lends_must_be_whole(joint, damage):
+    assert any(first.member == "a" for first in stored(joint).aliases.values())
+    damage(joint / "members/a/weights.safetensors")
+    former = contents(joint.parent)
+    with pytest.raises(ArtifactError, match="members/a/weights"):
+        surgery.remove(joint, "a")
+    assert contents(joint.parent) == former
+
+
+@pytest.mark.parametrize("call", ["add", "remove"])
+def test_what_is_written_anew_was_what_had_been_written(joint, tmp_path, call):
+    """A file that gains or loses a tensor gets a new hash, which would hide what had happened to its others."""
+    if call == "add":  # lends a tensor of its own
+        folder = surgery.save(
+            surgery.fit(surgery.join([relative("a", 0, width=80)]), max_error=0), tmp_path / "one"
+        )
+        flip(folder / "members/a/weights.safetensors")
+    else:  # gets what was lent to it
+        folder = joint
+        flip(folder / "members/b/weights.safetensors")
+    former = contents(tmp_path)
+    name = "a" if call == "add" else "b"
+    with pytest.raises(ArtifactError, match=f"members/{name}/weights"):
+        if call == "add":
+            surgery.add(folder, {"x": relative("x", 1, width=80)}, max_error=0.03)
+        else:
+            surgery.remove(folder, "a")
+    assert contents(tmp_path) == former
