@@ -40,8 +40,12 @@ class Predictor(nn.Module):
         self.hidden, self.out = nn.Linear(64, 64), nn.Linear(64, 1)
 
     def forward(self, peptides: Tensor) -> Tensor:
+        return torch.sigmoid(self.log_odds(peptides))
+
+    def log_odds(self, peptides: Tensor) -> Tensor:
+        """What the last sigmoid gets."""
         last = self.lstm(peptides)[0][:, -1]
-        return torch.sigmoid(self.out(torch.tanh(self.hidden(last))))
+        return self.out(torch.tanh(self.hidden(last)))
 
 
 def read_predictor(path: Path) -> Predictor:

@@ -3,6 +3,9 @@
 Most were trained one from another, none from a base that is known. The score is the area under the curve on peptides
 that were measured with the allele, where there are enough of both kinds; other members are measured on peptides of all
 alleles, by their outputs alone. All measurements were training data of these networks, so scores are in-sample.
+
+Outputs are log-odds, not probabilities: the score is of their ranks, which a sigmoid keeps, while squared errors of
+probabilities hardly count peptides that bind badly, and so not how these are ranked.
 """
 
 from __future__ import annotations
@@ -19,6 +22,13 @@ from benchmarks.siblings import SITES, Predictor, area, encode, read_data, read_
 
 CALIBRATION, VALIDATION, TEST = 64, 100, 300  # peptides of a member
 LEAST = 15  # peptides of either kind in validation and in test
+
+
+class Scorer(Predictor):
+    """A predictor's log-odds, `[B, 9, 21]` -> `[B, 1]`."""
+
+    def forward(self, peptides: Tensor) -> Tensor:
+        return self.log_odds(peptides)
 
 
 def make(cache: Path, choice: Choice) -> Family:
@@ -43,7 +53,7 @@ def make(cache: Path, choice: Choice) -> Family:
         path, allele = files[name], files[name].stem.removesuffix("_BA")
         states[name] = {key: t.clone() for key, t in read_predictor(path).state_dict().items()}
         tasks[name] = task_of(data.get(allele, ([], [])), everything, generator_of(0, allele))
-    return Family("mhc", lambda: Predictor().eval(), states, None, tasks, "AUC", tuple(SITES))
+    return Family("mhc", lambda: Scorer().eval(), states, None, tasks, "AUC", tuple(SITES))
 
 
 def task_of(own: tuple[list[str], list[bool]], everything: list[str], generator: torch.Generator) -> Task:
@@ -76,7 +86,7 @@ def tiny(seed: int) -> Family:
     generator = generator_of(seed, "mhc")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        base = Predictor().state_dict()
+        base = Scorer().state_dict()
     inputs = torch.rand(40, 9, 21, generator=generator)
     part = Batch(torch.arange(40) % 2 == 0, (inputs,))
     states = {
@@ -85,5 +95,5 @@ def tiny(seed: int) -> Family:
     }
     task = Task(part, part, part, auc)
     return Family(
-        "mhc", lambda: Predictor().eval(), states, None, dict.fromkeys(states, task), "AUC", tuple(SITES)
+        "mhc", lambda: Scorer().eval(), states, None, dict.fromkeys(states, task), "AUC", tuple(SITES)
     )
