@@ -76,6 +76,8 @@ def with_settings(plan: Plan, given: Mapping[str, Any]) -> Plan:
     Raises:
         PlanError: naming all that is wrong.
     """
+    if not given:
+        return plan
     method = plan.method
     before = next((dict(bank.settings) for bank in plan.banks if bank.method == method), {})
     found = settings_of(method, {**before, **given}).model_dump(mode="json", exclude_unset=True)

@@ -156,20 +156,7 @@ def check_calls(member: Member, replaced: Sequence[Replaced], before: Calls | No
         )
     kinds = {each.path: type(member.module.get_submodule(each.path)).__name__ for each in replaced}
     listed = ", ".join(f"{kinds[path]} in place of {what[path]}" for path in what)
-    try:
-        after = record_calls(member, list(what)) or {}
-    except SurgeryError:  # what stands there says itself what is wrong
-        raise
-    except AttributeError as error:
-        raise PlanError(
-            f"Code of member '{member.name}' reads a replaced module by attribute: with {listed} it raises "
-            f"{one_line(error)}; replace the module around it, or give what stands there that attribute."
-        ) from error
-    except Exception as error:
-        raise PlanError(
-            f"What stands in place of a module must take its inputs, but with {listed} member '{member.name}' raises "
-            f"{one_line(error)}; choose modules whose shapes fit."
-        ) from error
+    after = _calls_with(member, list(what), listed)
     if unused := [what[path] for path in what if not after[path]]:
         raise PlanError(
             f"What stands in place of a module must be called, but for {shorten(unused)} it is not: other code holds "
@@ -190,6 +177,24 @@ def check_calls(member: Member, replaced: Sequence[Replaced], before: Calls | No
             f"Member '{member.name}' gave {before[''][0]}, but with {listed} it gives {after[''][0]}: choose modules "
             "that leave its outputs their shapes."
         )
+
+
+def _calls_with(member: Member, paths: Sequence[str], listed: str) -> Calls:
+    """Calls of what stands in the places of modules, which is `listed`; `PlanError` where the member does not run."""
+    try:
+        return record_calls(member, paths) or {}
+    except SurgeryError:  # what stands there says itself what is wrong
+        raise
+    except AttributeError as error:
+        raise PlanError(
+            f"Code of member '{member.name}' reads a replaced module by attribute: with {listed} it raises "
+            f"{one_line(error)}; replace the module around it, or give what stands there that attribute."
+        ) from error
+    except Exception as error:
+        raise PlanError(
+            f"What stands in place of a module must take its inputs, but with {listed} member '{member.name}' raises "
+            f"{one_line(error)}; choose modules whose shapes fit."
+        ) from error
 
 
 def _outline(found: Any) -> str:

@@ -23,7 +23,7 @@ from surgery.fitting.groups import make_groups
 from surgery.fitting.related import least_cosine, samples
 from surgery.fitting.report import Added, FitReport, Probes
 from surgery.fitting.scene import Scene, as_asked, key_of
-from surgery.fitting.search import search
+from surgery.fitting.search import Outcome, search
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, Group, Key, Unit
 from surgery.inputs.probes import probe_inputs
@@ -114,27 +114,24 @@ def fit_addition(
     alone = replace(alone, extra={name: extra} if extra else {})
     banks = {p.bank: known.banks[key_of(p.site)] for p in alone.plan.placements}
     whole = graft(stored, alone, banks)
-    marginal = whole.nbytes - stored.nbytes
     size = bytes_alone(alone)[name]
-    sharing = min(outcome.sharing, size - marginal)
     report = FitReport(
         original_bytes={name: size},
         errors={name: float(outcome.errors[0])},
         hashes={name: was} if member.original else {},
         parameters={name: parameters},
-        added={
-            name: Added(
-                outcome.target,
-                outcome.met,
-                marginal,
-                {"sharing": sharing, "precision": size - marginal - sharing},
-                Probes(seed, (name,) if probes else ()),
-            )
-        },
+        added={name: _added(outcome, size, whole.nbytes - stored.nbytes, Probes(seed, tuple(given)))},
     )
     sites = sum(p.site.member == name for p in whole.plan.placements)
     same = sum(key.member == name and first.member != name for key, first in whole.aliases.items())
     return Addition(alone, whole, report, sites, same)
+
+
+def _added(outcome: Outcome, size: int, marginal: int, probes: Probes) -> Added:
+    """What is reported of a member whose `size` bytes take `marginal` ones beside the others."""
+    sharing = min(outcome.sharing, size - marginal)
+    saved = {"sharing": sharing, "precision": size - marginal - sharing}
+    return Added(outcome.target, outcome.met, marginal, saved, probes)
 
 
 class Known:

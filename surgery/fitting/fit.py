@@ -133,8 +133,7 @@ def fit(
     own = {
         name: value for name, value in (("templates", templates), ("mixture", mixture)) if value is not None
     }
-    own = {**(settings or {}), **own}
-    plan = with_settings(joint.plan, own) if own else joint.plan
+    plan = with_settings(joint.plan, {**(settings or {}), **own})
     replaced, made = still_replaced(joint.members.values()), bool(asked_of(plan, asked))
     fixed, free = made or bool(replaced), asked.max_error is None and asked.budget is None
     recipe = recipe_of_fit(

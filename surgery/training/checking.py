@@ -162,7 +162,7 @@ def check_run(
         except ValidationError as error:
             wrong += problems_of(error, Training, "train")
     try:
-        plan = with_settings(plan, settings) if settings else plan
+        plan = with_settings(plan, settings or {})
     except PlanError as error:
         wrong.append(str(error).removesuffix("."))
     wrong += _caught(check_seed, seed)

@@ -85,12 +85,7 @@ def load(reference: str, request: Request) -> Loaded:
         LoadError: where anything is missing, damaged or does not fit, or the hub cannot be reached.
     """
     head, options = split_options(reference)
-    unknown = set(options) - {"class", "unused", "pretrained", "attn_implementation"}
-    if unknown:
-        raise LoadError(
-            "a transformers reference takes ?class=NAME, ?unused=drop, ?pretrained=false and "
-            f"?attn_implementation=eager, not {', '.join(sorted(unknown))}"
-        )
+    _check_options(options)
     stored = options.get("pretrained", True) is not False
     folder = Path(head).expanduser()
     local = folder.is_dir()
@@ -130,6 +125,15 @@ def load(reference: str, request: Request) -> Loaded:
     made = {"dtype": str(dtype).removeprefix("torch."), **attention, **extra}
     origin = Origin("transformers", reference, type(module).__name__, commit, made)
     return Loaded(module.eval(), origin, files, stored=stored)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    unknown = set(options) - {"class", "unused", "pretrained", "attn_implementation"}
+    if unknown:
+        raise LoadError(
+            "a transformers reference takes ?class=NAME, ?unused=drop, ?pretrained=false and "
+            f"?attn_implementation=eager, not {', '.join(sorted(unknown))}"
+        )
 
 
 def build(origin: Origin, files: Mapping[str, bytes], request: Request) -> nn.Module:

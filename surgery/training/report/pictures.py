@@ -81,52 +81,62 @@ def methods_trained(start: Line) -> list[Method]:
 
 def draw_losses(start: Line, generations: Sequence[Line], end: Line | None) -> bytes:
     """Every task's training and validation loss, relative to its first, and the size of the dictionary."""
+    figure = new_figure(9.2, 3.6)
+    left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
+    _plot_losses(left, start, generations)
+    mark_kept(left, end)
+    _plot_share(right, generations)
+    for axes in (left, right):
+        axes.grid(axis="y", color=GRID, lw=0.8)
+        label_generations(axes)
+    figure.tight_layout(pad=0.8, w_pad=2)
+    return png(figure)
+
+
+def _plot_losses(axes: Any, start: Line, generations: Sequence[Line]) -> None:
+    """Every task's training and validation loss, relative to its first, on a logarithmic axis where one is above 0."""
     from matplotlib.ticker import LogFormatter
 
     class Plain(LogFormatter):
         def __call__(self, x: float, pos: int | None = None) -> str:
             return f"{x:.3g}" if super().__call__(x, pos) else ""
 
-    figure = new_figure(9.2, 3.6)
-    left, right = figure.subplots(1, 2, width_ratios=[1.6, 1])
     steps = [line["generation"] + 1 for line in generations]
     for task, colour in zip(start["tasks"], colours(len(start["tasks"])), strict=True):
         first = abs(generations[0]["losses"][task]) or 1.0
-        left.plot(
+        axes.plot(
             steps, [line["losses"][task] / first for line in generations], color=colour, lw=1.6, label=task
         )
         judged = [g for g in generations if g.get("validation", {}).get(task, {}).get("loss") is not None]
         if judged:
             scale = abs(judged[0]["validation"][task]["loss"]) or 1.0
-            left.plot(
+            axes.plot(
                 [line["generation"] + 1 for line in judged],
                 [line["validation"][task]["loss"] / scale for line in judged],
                 color=colour, lw=0.8, ls="--", marker="o", ms=2.5,
             )  # fmt: skip
     if any(value > 0 for line in generations for value in line["losses"].values()):
-        left.set_yscale("log")
-        left.yaxis.set_major_formatter(Plain())
-        left.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
-        left.tick_params(axis="y", which="minor", colors=MUTED, labelsize=8.5, length=0)
-    mark_kept(left, end)
-    left.grid(axis="y", color=GRID, lw=0.8)
-    label_generations(left)
-    left.legend(frameon=False, fontsize=8.5, labelcolor=INK)
-    left.set_ylabel("loss, first = 1")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(Plain())
+        axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(2, 0.5)))
+        axes.tick_params(axis="y", which="minor", colors=MUTED, labelsize=8.5, length=0)
+    axes.legend(frameon=False, fontsize=8.5, labelcolor=INK)
+    axes.set_ylabel("loss, first = 1")
     judged = any(line["validation"] for line in generations)
-    tidy(left, f"Loss of each task{' (dashed: validation)' if judged else ''}")
+    tidy(axes, f"Loss of each task{' (dashed: validation)' if judged else ''}")
+
+
+def _plot_share(axes: Any, generations: Sequence[Line]) -> None:
+    """The parameters of the dictionary relative to those of the sites, by generation."""
+    steps = [line["generation"] + 1 for line in generations]
     share = [100 * line["share"] for line in generations]
-    right.plot(steps, share, color=INK, lw=1.6)
-    right.annotate(
+    axes.plot(steps, share, color=INK, lw=1.6)
+    axes.annotate(
         f"{share[-1]:.0f}%", (steps[-1], share[-1]), (4, 0), textcoords="offset points", fontsize=8.5
     )
-    right.set_ylim(0, max(110, *share))
-    right.set_ylabel("% of the sites' own parameters")
-    label_generations(right)
-    right.grid(axis="y", color=GRID, lw=0.8)
-    tidy(right, "Parameters of the dictionary")
-    figure.tight_layout(pad=0.8, w_pad=2)
-    return png(figure)
+    axes.set_ylim(0, max(110, *share))
+    axes.set_ylabel("% of the sites' own parameters")
+    tidy(axes, "Parameters of the dictionary")
 
 
 def mark_kept(axes: Any, end: Line | None) -> None:
