@@ -13,14 +13,14 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import surgery
 from benchmarks.harness import judge, make_header, make_parser, show
-from benchmarks.residency import fine_tunes
+from benchmarks.residency import BOUND, fine_tunes, fitted
 
-BOUND = 0.05
 SLOWER = 1.5  # times the seconds of storing the new member alone that adding it to 20 may take
 AT = 20
 
@@ -32,6 +32,40 @@ def cpu_seconds(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
+def measured(work: Path, counts: Sequence[int], rounds: int, options: Any) -> list[dict[str, Any]]:
+    """A row of the new member alone, and one of it added to each joint model: least seconds, in turns."""
+    *others, new = fine_tunes(work, options.seed, options.fast, max(counts) + 1)
+    joints = {count: work / f"joint-{count}" for count in counts}
+    for count, joint in joints.items():
+        fitted(others[:count], joint, options.seed)
+
+    def alone() -> None:
+        shutil.rmtree(work / "alone", ignore_errors=True)
+        fitted([new], work / "alone", options.seed)
+
+    seconds, taken, added = [], {count: [] for count in counts}, {}
+
+    def adding(count: int) -> None:
+        shutil.rmtree(work / "copy", ignore_errors=True)
+        copy = shutil.copytree(joints[count], work / "copy")
+        start = time.process_time()
+        (added[count],) = surgery.add(copy, {"new": str(new)}, max_error=BOUND, device="cpu")
+        taken[count].append(time.process_time() - start)
+
+    cpu_seconds(alone)  # imports what is needed
+    for _ in range(rounds):  # by turns, as other processes slow down all alike then
+        seconds.append(cpu_seconds(alone))
+        for count in counts:
+            adding(count)
+    sizes = {"none": surgery.load(work / "alone").report.stored_bytes}
+    sizes |= {count: each.marginal_bytes for count, each in added.items()}
+    least = {"none": min(seconds), **{count: min(each) for count, each in taken.items()}}
+    return [
+        {"joint model of": of, "bytes": size, "CPU s": least[of], "times alone": least[of] / least["none"]}
+        for of, size in sizes.items()
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--members", nargs="+", type=int, default=[2, AT], metavar="N")
@@ -39,55 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     counts = [2] if options.fast else sorted(options.members)
-    rounds = 1 if options.fast else options.rounds
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        *others, new = fine_tunes(work, options.seed, options.fast, max(counts) + 1)
-
-        def fitted(folders: Sequence[Path], out: Path) -> surgery.FitReport:
-            joint = surgery.join([surgery.load_member(str(each)) for each in folders])
-            surgery.save(surgery.fit(joint, max_error=BOUND, seed=options.seed, device="cpu"), out)
-            assert joint.report is not None
-            return joint.report
-
-        def alone() -> None:
-            shutil.rmtree(work / "alone", ignore_errors=True)
-            fitted([new], work / "alone")
-
-        def adding(joint: Path) -> surgery.AddedMember:
-            shutil.rmtree(work / "copy", ignore_errors=True)
-            copy = shutil.copytree(joint, work / "copy")
-            start = time.process_time()
-            (added,) = surgery.add(copy, {"new": str(new)}, max_error=BOUND, device="cpu")
-            taken[joint].append(time.process_time() - start)
-            return added
-
-        joints = {count: work / f"joint-{count}" for count in counts}
-        for count, joint in joints.items():
-            fitted(others[:count], joint)
-        cpu_seconds(alone)  # imports what is needed
-        seconds, taken, added = [], {joint: [] for joint in joints.values()}, {}
-        for _ in range(rounds):  # by turns, as other processes slow down all alike then
-            seconds.append(cpu_seconds(alone))
-            added = {count: adding(joint) for count, joint in joints.items()}
-        least = min(seconds)
-        rows = [
-            {
-                "joint model of": "none",
-                "bytes": surgery.load(work / "alone").report.stored_bytes,
-                "CPU s": least,
-                "times alone": 1.0,
-            }
-        ]
-        rows += [
-            {
-                "joint model of": count,
-                "bytes": added[count].marginal_bytes,
-                "CPU s": min(taken[joint]),
-                "times alone": min(taken[joint]) / least,
-            }
-            for count, joint in joints.items()
-        ]
+        rows = measured(Path(temporary), counts, 1 if options.fast else options.rounds, options)
     said = [
         judge(
             f"adding to {AT} takes at most {SLOWER} times as long as storing alone", r["times alone"], SLOWER

@@ -100,6 +100,50 @@ def link(folder: Path, checkout: Path) -> Path:
     return folder
 
 
+def take_round(
+    folders: Mapping[Path, Path], turn: int, options: Any, common: Sequence[str]
+) -> dict[Key, tuple[float, float, float]]:
+    """Each benchmark once in both checkouts, which take turns to be first.
+
+    Returns:
+        by what was timed: its seconds here, relative to the other checkout's, and that relative to what is not ours.
+    """
+    other = next(iter(folders))
+    order = list(folders.items()) if turn % 2 == 0 else list(folders.items())[::-1]
+    taken: dict[Key, tuple[float, float, float]] = {}
+    for name in options.names:
+        found = {
+            checkout: run(checkout, links, name, [*common, *fast(name, options.fast)])
+            for checkout, links in order
+        }
+        seconds: dict[Key, float] = {}
+        ratios: dict[Key, float] = {}
+        for before, now in zip(found[other], found[HERE], strict=True):
+            for column, value in times_of(now).items():
+                key = name, name_of(now), column
+                seconds[key], ratios[key] = value, value / before[column]
+        taken |= {key: (seconds[key], ratio, ratio / beside(key, ratios)) for key, ratio in ratios.items()}
+    return taken
+
+
+def summarise(rounds: Sequence[Mapping[Key, tuple[float, float, float]]]) -> list[dict[str, Any]]:
+    """A row for everything that was timed, over all rounds."""
+    rows = []
+    for key in dict.fromkeys(key for each in rounds for key in each):
+        seconds, ratios, relative = zip(*(each[key] for each in rounds if key in each), strict=True)
+        rows.append(
+            {
+                **dict(zip(("benchmark", "of", "what"), key, strict=True)),
+                "now": median(seconds),
+                "ratio": median(ratios),
+                "least": min(ratios),
+                "most": max(ratios),
+                "relative": median(relative),
+            }
+        )
+    return rows
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if argv is None else argv)
     given, passed = (
@@ -113,43 +157,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often each runs in both")
     options = parser.parse_args(given)
     common = ["--threads", str(options.threads), *passed]
-    ratios: dict[Key, list[float]] = {}
-    relative: dict[Key, list[float]] = {}
-    seconds: dict[Key, list[float]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         other = options.other.expanduser().resolve()
         folders = {
             other: link(Path(temporary, "other"), other),
             HERE: link(Path(temporary, "this"), HERE),
         }
-        for turn in range(options.rounds):
-            order = list(folders.items()) if turn % 2 == 0 else list(folders.items())[::-1]
-            for name in options.names:
-                found = {
-                    checkout: run(checkout, links, name, [*common, *fast(name, options.fast)])
-                    for checkout, links in order
-                }
-                round_of: dict[Key, float] = {}
-                for before, now in zip(found[other], found[HERE], strict=True):
-                    for column, value in times_of(now).items():
-                        round_of[name, name_of(now), column] = value / before[column]
-                        seconds.setdefault((name, name_of(now), column), []).append(value)
-                for key, ratio in round_of.items():
-                    ratios.setdefault(key, []).append(ratio)
-                    relative.setdefault(key, []).append(ratio / beside(key, round_of))
-    results = [
-        {
-            "benchmark": name,
-            "of": row,
-            "what": column,
-            "now": median(seconds[name, row, column]),
-            "ratio": median(each),
-            "least": min(each),
-            "most": max(each),
-            "relative": median(relative[name, row, column]),
-        }
-        for (name, row, column), each in ratios.items()
-    ]
+        rounds = [take_round(folders, turn, options, common) for turn in range(options.rounds)]
+    results = summarise(rounds)
     ours = [r for r in results if not is_control((r["benchmark"], r["of"], r["what"]))]
     controls = [r["ratio"] for r in results if r not in ours]
     verdicts = [f"what is not ours: {min(controls):.3g} to {max(controls):.3g}"] if controls else []

@@ -37,6 +37,7 @@ from benchmarks.harness import make_header, make_parser, show
 
 LAYERS = 6
 WAYS = ("mixtures", "tied", "spread", "dropped", "routed", "tried")
+ROUTES = ("routed", "tried")
 _WORDS, _TEST = 24, 512  # words of a text, texts that are tested on
 
 
@@ -116,6 +117,68 @@ def given(seed: int, steps: int, batch: int) -> tuple[list[Any], list[Any]]:
     return batches(train), batches(test)
 
 
+def student(way: str, templates: int, keep: Sequence[int] | None, trials: int) -> Any:
+    """A joint model of the student alone, before it learns anything.
+
+    Args:
+        way: one of `WAYS`.
+        templates: layers that are kept.
+        keep: their numbers, where they are chosen.
+        trials: steps of each choice that is tried.
+    """
+    import surgery
+
+    module, inputs = embedder(keep)
+    member = surgery.load_member(module, name="student", inputs=inputs)
+    if way in ROUTES:
+        how = {"layers": templates, "trials": trials if way == "tried" else 0}
+        return surgery.join([member], surgery.plan_modules([member], "routes", how))
+    mixture = "linear" if way == "mixtures" else "one-hot"
+    found = [surgery.discover(member)]
+    plan = None if keep else surgery.plan_templates(found, templates=templates, mixture=mixture)
+    return surgery.join([member], plan)
+
+
+def training_of(way: str, steps: int, lr: float, learn: float) -> dict[str, Any]:
+    """How a student is distilled."""
+    config: dict[str, Any] = {
+        "steps": steps, "generations": 1, "final": 0, "freeze": ["re:.*embeddings.*"],
+        "optimizer": {"name": "adamw", "lr": lr, "schedule": "linear", "warmup": steps // 10},
+        "evolution": {"codes": "ones", "change": "none", "start": "own"},
+        "stopping": {"keep": "last"},
+    }  # fmt: skip
+    if way in ROUTES:  # in parts, so many of which learn; the route is hard in the others
+        learning = round(20 * learn) if steps >= 20 else 0
+        parts = 20 if learning else 1
+        config |= {"steps": steps // parts, "generations": learning, "final": parts - learning}
+    elif way != "dropped":
+        config["templates"] = {"start": "sequential" if way == "spread" else "fit", "lr": 1e-3}
+    return config
+
+
+def figures(joint: Any, test: Sequence[tuple[dict[str, Any], Any]]) -> tuple[float, float]:
+    """The student's distance from the original, and how much of the order of similarities it kept."""
+    import torch
+    from scipy.stats import spearmanr
+
+    module = joint["student"].eval()
+    place = next(module.parameters()).device
+    with torch.no_grad():
+        made = torch.cat([module(**{key: t.to(place) for key, t in x.items()}).cpu() for x, _ in test])
+        wanted = torch.cat([target for _, target in test])
+        pairs = torch.triu_indices(len(made), len(made), 1)
+        kept = spearmanr((made @ made.t())[*pairs], (wanted @ wanted.t())[*pairs]).statistic
+        return float(1 - (made * wanted).sum(1).mean()), float(kept)
+
+
+def routes_of(report: Any) -> tuple[list[list[str]], int]:
+    """Layers of each route that was chosen, and forward passes in which choices were measured."""
+    found = report.methods.get("routes", {})
+    kept = [[name for (name,) in own] for route in found.get("chosen", {}).values() for own in route.values()]
+    passes = (own["passes"] for route in found.get("measured", {}).values() for own in route.values())
+    return kept, sum(passes)
+
+
 def run(
     way: str,
     templates: int,
@@ -128,7 +191,6 @@ def run(
 ) -> dict[str, Any]:
     """One student, as it begins and distilled."""
     import torch
-    from scipy.stats import spearmanr
 
     import surgery
 
@@ -136,66 +198,31 @@ def run(
     torch.manual_seed(seed)
     train, test = given(seed, steps, batch)
     keep = torch.linspace(0, LAYERS - 1, templates).round().int().tolist() if way == "dropped" else None
-
-    def student(keep: Sequence[int] | None) -> Any:
-        module, inputs = embedder(keep)
-        member = surgery.load_member(module, name="student", inputs=inputs)
-        if way in ("routed", "tried"):
-            how = {"layers": templates, "trials": max(steps // 10, 1) if way == "tried" else 0}
-            return surgery.join([member], surgery.plan_modules([member], "routes", how))
-        mixture = "linear" if way == "mixtures" else "one-hot"
-        found = [surgery.discover(member)]
-        plan = None if keep else surgery.plan_templates(found, templates=templates, mixture=mixture)
-        return surgery.join([member], plan)
-
+    few = max(steps // 10, 1)
     task = surgery.Task("distilled", "student", train, distance)
-    config: dict[str, Any] = {
-        "steps": steps, "generations": 1, "final": 0, "freeze": ["re:.*embeddings.*"],
-        "optimizer": {"name": "adamw", "lr": lr, "schedule": "linear", "warmup": steps // 10},
-        "evolution": {"codes": "ones", "change": "none", "start": "own"},
-        "stopping": {"keep": "last"},
-    }  # fmt: skip
-    if way in ("routed", "tried"):  # in parts, so many of which learn; the route is hard in the others
-        learning = round(20 * learn) if steps >= 20 else 0
-        parts = 20 if learning else 1
-        config |= {"steps": steps // parts, "generations": learning, "final": parts - learning}
-    elif keep is None:
-        config["templates"] = {"start": "sequential" if way == "spread" else "fit", "lr": 1e-3}
+    config = training_of(way, steps, lr, learn)
 
-    @torch.no_grad()
-    def figures(joint: Any) -> tuple[float, float]:
-        module = joint["student"].eval()
-        place = next(module.parameters()).device
-        made = torch.cat([module(**{key: t.to(place) for key, t in x.items()}).cpu() for x, _ in test])
-        wanted = torch.cat([target for _, target in test])
-        pairs = torch.triu_indices(len(made), len(made), 1)
-        kept = spearmanr((made @ made.t())[*pairs], (wanted @ wanted.t())[*pairs]).statistic
-        return float(1 - (made * wanted).sum(1).mean()), float(kept)
+    def distilled(joint: Any, **changes: Any) -> Any:
+        return surgery.train(joint, [task], {**config, **changes}, seed=seed, cpu=device == "cpu")
 
     tried: dict[tuple[int, ...], float] = {}
     if way == "dropped" and templates == LAYERS - 1:
         for gone in range(LAYERS):
             some = tuple(number for number in range(LAYERS) if number != gone)
-            trial = student(some)
-            surgery.train(
-                trial, [task], {**config, "steps": max(steps // 10, 1)}, seed=seed, cpu=device == "cpu"
-            )
-            tried[some] = figures(trial)[0]
+            trial = student(way, templates, some, few)
+            distilled(trial, steps=few)
+            tried[some] = figures(trial, test)[0]
         keep = list(min(tried, key=lambda some: tried[some]))
-    begun, joint = student(keep), student(keep)
-    still = {**config, "steps": 1, "optimizer": {"lr": 1e-12}}  # the start alone
-    surgery.train(begun, [task], still, seed=seed, cpu=device == "cpu")
-    before = figures(begun)
-    report = surgery.train(joint, [task], config, seed=seed, cpu=device == "cpu")
-    after = figures(joint)
-    taken = report.methods.get("routes", {}).get("chosen", {})
-    kept = [[name for (name,) in own] for route in taken.values() for own in route.values()]
-    measured = report.methods.get("routes", {}).get("measured", {})
-    passes = sum(own["passes"] for route in measured.values() for own in route.values())
+    begun, joint = student(way, templates, keep, few), student(way, templates, keep, few)
+    distilled(begun, steps=1, optimizer={"lr": 1e-12})  # the start alone
+    before = figures(begun, test)
+    report = distilled(joint)
+    after = figures(joint, test)
+    kept, passes = routes_of(report)
     return {
         "layers": kept[0] if kept else keep, "way": way, "K": templates, "seed": seed, "seconds": report.seconds,
         "distance before": before[0], "distance": after[0], "order kept before": before[1], "order kept": after[1],
-        "lr": lr, "steps besides": len(tried) * max(steps // 10, 1) + passes / (3 * templates),
+        "lr": lr, "steps besides": len(tried) * few + passes / (3 * templates),
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import torch
 import surgery
 from benchmarks import zoo
 from benchmarks.harness import judge, make_header, make_parser, show, take_turns
+from surgery.disk.files import bytes_below
 
 LIMIT = 2.0
 ERRORS = (0.05, 0.0)  # the default target, and without loss
@@ -26,11 +27,6 @@ def compressed(folder: Path, out: Path, max_error: float, seed: int) -> Path:
     joint = surgery.join([surgery.load_member(str(folder), name="minilm")])
     surgery.fit(joint, max_error=max_error, seed=seed, device="cpu")
     return surgery.export(joint, "minilm", out, format="compressed")
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, folder in folders.items():
             competitors[name] = lambda folder=folder: surgery.load(folder)
         times = take_turns(competitors, 2 if options.fast else options.rounds)
-        sizes = {"from_pretrained": folder_bytes(plain), **{n: folder_bytes(f) for n, f in folders.items()}}
+        sizes = {"from_pretrained": bytes_below(plain), **{n: bytes_below(f) for n, f in folders.items()}}
     base = times["from_pretrained"].median
     results = [
         {
