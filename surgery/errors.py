@@ -1,7 +1,7 @@
 """Errors that a user can mend: each says what was required, what was found and what to do.
 
-The command line prints the sentence alone and exits with code 2; anything that is not a `SurgeryError` is a
-fault of this package and keeps its traceback.
+The sentence alone is what a user needs to see; anything that is not a `SurgeryError` is a fault of this package and
+keeps its traceback.
 """
 
 from collections.abc import Iterable
@@ -44,8 +44,8 @@ class SurgeryError(Exception):
 
     A message that would fill screens, as one that quotes a hostile file might, loses its middle.
 
-    A message names a setting in backquotes, with its value where it asks for one: `budget`, `resume=True`. The command
-    line puts flags in their place.
+    A message names a setting in backquotes, with its value where it asks for one: `budget`, `resume=True`. A program
+    that has other names for settings can so put them in their place.
     """
 
     def __init__(self, *arguments: object):

@@ -85,8 +85,8 @@ class Method(ABC):
     """What methods that generate tensors and methods that replace modules have in common.
 
     Attributes:
-        name: in recipes, artifacts and on the command line.
-        summary: what it does, in one line for `--help`.
+        name: in recipes and artifacts, and wherever one is chosen.
+        summary: what it does, in one line, shown where one is chosen.
         settings: class of its settings, which a recipe gives under `settings`.
         does: what methods of its kind do, as verb and noun.
         sharded: whether processes that each hold a part of the members can train it (FSDP).

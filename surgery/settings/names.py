@@ -1,4 +1,4 @@
-"""Names of what can be chosen, for recipes and the command line, which must not wait for torch."""
+"""Names of what can be chosen, for recipes and for programs that must not wait for torch."""
 
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -189,8 +189,8 @@ class Recipe(Strict):
         Args:
             document: as YAML reads it.
             also: what is wrong with it besides, found elsewhere.
-            called: what errors call keys that were given in another way than by their paths, by path, such as
-                `{"parameters.budget": "--budget"}`.
+            called: what errors call keys that were given in another way than in a document, by their paths, such as
+                `{"parameters.budget": "BUDGET in budgets.csv"}`.
 
         Raises:
             PlanError: naming every key and value that is wrong, in one error.

@@ -1,4 +1,4 @@
-"""Target: what a merge or a fit is to reach, and the shape of its dictionary, for Python, recipes and flags alike."""
+"""Target: what a merge or a fit is to reach, and the shape of its dictionary, for Python and recipes alike."""
 
 from __future__ import annotations
 
