@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.artifact.shares import COPIES, ROWS, Shares
 from surgery.util.drawing import EMPTY, GRID, INK, MUTED, new_figure, png
+from surgery.util.showing import in_order
 from surgery.util.wording import percent, size
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def draw_sharing(shares: Shares) -> bytes:
     widths = [1.5, 1] if pairs else [1]
     axes: Any = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     sizes = {name: _by_width(each) for name, each in shares.kinds.items()}
-    kinds = sorted({kind for each in sizes.values() for kind in each}, key=_rank)
+    kinds = in_order({kind for each in sizes.values() for kind in each}, _FILLS)
     _draw_bytes(axes[0], shares, sizes, kinds)
     if pairs:
         _draw_blocks(axes[1], shares)
@@ -151,10 +152,6 @@ def _bare(ax: Axes) -> None:
 def _by_width(kinds: Mapping[str, int]) -> dict[str, int]:
     """Bytes by number of bits: how values are grouped does not show."""
     return _sum([{kind.partition("/")[0]: amount} for kind, amount in kinds.items()])
-
-
-def _rank(kind: str) -> tuple[int, str]:
-    return (list(_FILLS).index(kind) if kind in _FILLS else len(_FILLS), kind)
 
 
 def _short(name: str, limit: int = 22) -> str:

@@ -20,7 +20,7 @@ from surgery.errors import PlanError
 from surgery.members.member import Member, check_names
 from surgery.members.occupancy import check_free
 from surgery.members.replacement import Replaced
-from surgery.methods.rows.exact import exact_bank
+from surgery.methods.rows.bank import exact_bank
 from surgery.methods.rows.referred import ReferredRows
 from surgery.methods.rows.sources import SiteBlocks
 from surgery.settings.recipe import Recipe

@@ -23,7 +23,7 @@ from surgery.core.dictionary import Dictionary
 from surgery.core.generation import Weights, generate_weights
 from surgery.core.known import Known
 from surgery.core.method import Opening
-from surgery.core.opening import open_dictionary
+from surgery.core.registry import methods_of
 from surgery.core.replacing import collapse_modules, copy_replaced, put_originals
 from surgery.core.sizes import parameters_alone
 from surgery.members.extra_state import state_keys
@@ -353,7 +353,11 @@ class JointModel(nn.Module):
         """
         self.begin("Opening the dictionary")
         how = Opening(torch.Generator().manual_seed(seed), options)
-        self.plan = open_dictionary(self.plan, self.dictionary, how)
+        for method in methods_of(self.plan):
+            mine = {key: self.dictionary[key] for key in self.plan.keys_of(method.name)}
+            self.dictionary.banks.update(method.open(self.plan, mine, how))
+        banks = tuple(self.dictionary[each.key].planned(each) for each in self.plan.banks)
+        self.plan = replace(self.plan, banks=banks)
         self.refresh()
         return self
 

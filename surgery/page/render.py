@@ -19,7 +19,7 @@ from surgery.fitting.report import FitReport, saved_words
 from surgery.page.charts import Series
 from surgery.page.overview import MemberView, Overview, Run
 from surgery.training.report.comparison import as_scores, share_of, total, verdict
-from surgery.util.showing import plural
+from surgery.util.showing import in_order, plural
 from surgery.util.text import shorten
 from surgery.util.wording import count, percent, size
 from surgery.version import __version__
@@ -76,8 +76,7 @@ def _page(view: Overview) -> dict[str, Any]:
     if not members or view.shares is None:
         return facts
     largest = max(max(member.before, member.after) for member in members)
-    kinds = list(dict.fromkeys(_kind(kind) for member in members for kind in member.kinds))
-    kinds.sort(key=_rank)
+    kinds = in_order({_kind(kind) for member in members for kind in member.kinds}, _CLASSES)
     before, after = sum(m.before for m in members), sum(m.after for m in members)
     most = max([8.0, *(layer.bits for member in members for layer in member.layers)])
     known = [member.parameters for member in members if member.parameters is not None]
@@ -119,10 +118,6 @@ def _class(kind: str) -> str:
     return _CLASSES.get(kind, _OTHER)
 
 
-def _rank(kind: str) -> tuple[int, str]:
-    return (list(_CLASSES).index(kind) if kind in _CLASSES else len(_CLASSES), kind)
-
-
 def _lead(view: Overview) -> str:
     if not view.members:
         return "A training run, as far as it is."
@@ -160,7 +155,7 @@ def _member(member: MemberView, largest: int) -> dict[str, Any]:
     parts: dict[str, int] = {}
     for kind, amount in member.kinds.items():
         parts[_kind(kind)] = parts.get(_kind(kind), 0) + amount
-    ordered = sorted(parts.items(), key=lambda item: _rank(item[0]))
+    ordered = [(kind, parts[kind]) for kind in in_order(parts, _CLASSES)]
     drawn = [(f"{kind}: {size(amount)}", _class(kind), float(amount)) for kind, amount in ordered]
     return {
         "name": member.name, "origin": member.origin,

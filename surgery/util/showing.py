@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -52,6 +52,17 @@ def plural(count: int, noun: str) -> str:
         ('1 member', '2 members')
     """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def in_order(names: Iterable[str], known: Collection[str]) -> list[str]:
+    """Names as they stand in a collection, and after them all others by the alphabet.
+
+    Example:
+        >>> in_order(["new", "int4", "native"], ["native", "int8", "int4"])
+        ['native', 'int4', 'new']
+    """
+    places = {name: place for place, name in enumerate(known)}
+    return sorted(names, key=lambda name: (places.get(name, len(places)), name))
 
 
 def finite(value: Any) -> Any:

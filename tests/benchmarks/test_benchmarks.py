@@ -93,7 +93,7 @@ def test_competing_blocks_equal_the_weighted_sum_of_both(run, monkeypatch):
     """Eq. (8), location by location."""
     from benchmarks.step import CompetingBank
     from surgery.methods.hypermodules.opening import open_bank
-    from surgery.methods.rows.exact import exact_bank
+    from surgery.methods.rows.bank import exact_bank
 
     generator = torch.Generator().manual_seed(0)
     bank = open_bank(exact_bank(torch.randn(10, 12, generator=generator), (3, 4)), 2, generator)

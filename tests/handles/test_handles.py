@@ -23,7 +23,7 @@ from surgery.handles.state import LazyState
 from surgery.members.member import content_hash
 from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.opening import open_bank
-from surgery.methods.rows.exact import exact_bank
+from surgery.methods.rows.bank import exact_bank
 from surgery.safetensors.reading import tensors_in_file
 from surgery.safetensors.writing import write_aligned
 from surgery.slots.collapse import collapse, collapsed

@@ -16,8 +16,7 @@ from surgery.errors import PlanError
 from surgery.methods.hypermodules.atoms import share_atoms
 from surgery.methods.hypermodules.bank import HypermoduleBank
 from surgery.methods.hypermodules.opening import fixed_bank, open_bank, open_rest
-from surgery.methods.rows.bank import RowsBank
-from surgery.methods.rows.exact import exact_bank
+from surgery.methods.rows.bank import RowsBank, exact_bank
 from surgery.methods.rows.method import RowsMethod
 from surgery.settings.names import LEVERS, SHIPPED_METHODS, Scale
 

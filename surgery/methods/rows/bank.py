@@ -26,6 +26,7 @@ from surgery.core.bank import Bank, Parts, Trained
 from surgery.core.dictionary import index_dtype
 from surgery.core.kernel import DENSE_CODE, TransposedIndex, generate, transpose
 from surgery.methods.rows.columns import Columns
+from surgery.methods.rows.duplicates import distinct
 from surgery.methods.rows.settling import count_parameters, settle_rows
 
 
@@ -351,6 +352,19 @@ def rows_bank(bank: Bank) -> RowsBank:
     """A bank that is known to have rows and codes."""
     assert isinstance(bank, RowsBank)
     return bank
+
+
+def exact_bank(blocks: Tensor, block: tuple[int, int], context: int = 1) -> RowsBank:
+    """The lossless start: every distinct block is a single row; identical blocks share one.
+
+    Blocks equal up to a factor share a row too where the factor gives every value back bit for bit.
+
+    Args:
+        blocks: `[L, m*n]`, float32 or float64; the bank takes it over where no two are equal.
+        block: (m, n).
+        context: c that later hypermodules will have.
+    """
+    return RowsBank(block, *distinct(blocks, context), hypermodules=0)
 
 
 def bits(tensor: Tensor) -> Tensor:

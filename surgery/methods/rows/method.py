@@ -12,7 +12,7 @@ from surgery.anatomy.plan import BankPlan, Placement
 from surgery.core.bank import Bank
 from surgery.core.tensor_method import TensorMethod
 from surgery.methods.rows import parts as stored
-from surgery.methods.rows.exact import exact_bank
+from surgery.methods.rows.bank import exact_bank
 from surgery.storage.codecs import Encoded
 
 

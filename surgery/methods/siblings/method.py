@@ -18,7 +18,7 @@ from surgery.core.foreign_parts import wrong_parts
 from surgery.core.method import PlanRequest, register_method
 from surgery.core.tensor_method import TensorMethod
 from surgery.geometry.blocks import BlockGrid
-from surgery.methods.rows.exact import exact_bank
+from surgery.methods.rows.bank import exact_bank
 from surgery.methods.siblings.bank import SiblingsBank
 from surgery.settings.problems import Strict
 from surgery.storage.codecs import Encoded, decode, encode_native, take_rows

@@ -10,8 +10,7 @@ import torch
 from surgery.anatomy.plan import Plan
 from surgery.core.settle import Settled, settle_banks
 from surgery.fitting.scene import Scene, key_of
-from surgery.methods.rows.bank import RowsBank
-from surgery.methods.rows.exact import exact_bank
+from surgery.methods.rows.bank import RowsBank, exact_bank
 from surgery.methods.templates.mixtures import Templates, open_stack
 from surgery.methods.templates.settings import settings_in
 

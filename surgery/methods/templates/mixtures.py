@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from surgery.anatomy.plan import Placement
-from surgery.methods.rows.bank import RowsBank
-from surgery.methods.rows.exact import exact_bank
+from surgery.methods.rows.bank import RowsBank, exact_bank
 from surgery.methods.templates.bank import TemplateBank
 from surgery.methods.templates.layers import inner_products, numbered
 from surgery.methods.templates.settings import Settings

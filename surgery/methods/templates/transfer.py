@@ -16,8 +16,7 @@ from surgery.core.generation import to_blocks
 from surgery.core.joint import JointModel
 from surgery.core.tensor_method import States
 from surgery.errors import PlanError
-from surgery.methods.rows.bank import rows_bank
-from surgery.methods.rows.exact import exact_bank
+from surgery.methods.rows.bank import exact_bank, rows_bank
 from surgery.methods.templates.mixtures import Templates, gram_of, mix_banks, sure_mixtures
 from surgery.methods.templates.settings import TemplateSettings, settings_in
 from surgery.methods.templates.solving import fit_mixtures, solve_templates

@@ -12,7 +12,7 @@ from torch import nn
 import surgery
 from surgery.methods.hypermodules.balance import balance, homes
 from surgery.methods.hypermodules.opening import open_bank
-from surgery.methods.rows.exact import exact_bank
+from surgery.methods.rows.bank import exact_bank
 from surgery.settings.training import Training
 from surgery.training.loop.starting import start
 from surgery.training.loop.trainer import Trainer

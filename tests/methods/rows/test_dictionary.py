@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.methods.hypermodules.opening import open_bank
-from surgery.methods.rows.bank import RowsBank, codes
+from surgery.methods.rows.bank import RowsBank, codes, exact_bank
 from surgery.methods.rows.duplicates import duplicates
-from surgery.methods.rows.exact import exact_bank
 from surgery.methods.rows.settling import retire_rare
 
 

@@ -24,8 +24,7 @@ from surgery.errors import LoadError
 from surgery.geometry.blocks import BlockGrid
 from surgery.geometry.views import CanonicalView
 from surgery.members.member import Inputs, Member, Origin
-from surgery.methods.rows.bank import RowsBank
-from surgery.methods.rows.exact import exact_bank
+from surgery.methods.rows.bank import RowsBank, exact_bank
 from surgery.methods.rows.referred import ReferredRows
 from surgery.methods.rows.settling import settle_rows
 from surgery.methods.rows.sources import SiteBlocks

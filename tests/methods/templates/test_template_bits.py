@@ -190,7 +190,7 @@ def test_a_number_alone_is_what_it_was(mixing):
     from surgery.fitting.sensitivity import sensitivities
     from surgery.fitting.trial import Trial
     from surgery.inputs.probes import probe_inputs
-    from surgery.methods.rows.exact import exact_bank
+    from surgery.methods.rows.bank import exact_bank
     from surgery.methods.templates.mixtures import Templates, open_stack
     from surgery.storage.stored import bank_tensors
     from surgery.util.devices import pick_device
