@@ -1,7 +1,6 @@
 """On an accelerator: training in every precision, going on, templates, adaptation, the fit, packed members."""
 
 import gc
-import signal
 from pathlib import Path
 
 import adaptation_nets
@@ -9,6 +8,7 @@ import pytest
 import resident_bodies as bodies
 import stacked_nets as stacked
 import torch
+from ended_runs import stopped_at
 from nets import family, originals, outside_error
 from training_nets import CONFIG, build, net, tasks
 
@@ -19,26 +19,12 @@ from surgery.errors import TrainingError
 from surgery.fitting.fit import fit
 from surgery.inputs.probes import probe_inputs
 from surgery.training.loop.interruptions import Interrupted
-from surgery.training.loop.trainer import Trainer
 from surgery.training.tasks.tasks import Task
 from surgery.training.train import train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 ONE_PHASE = {"burn_in": 0, "generations": 0, "final": 1}
-
-
-def stopping(step):
-    """A training step that asks for a stop once."""
-    plain, count = Trainer.train_step, [0]
-
-    def interrupt(self):
-        count[0] += 1
-        if count[0] == step:
-            signal.raise_signal(signal.SIGINT)
-        plain(self)
-
-    return interrupt
 
 
 def assert_finite(joint):
@@ -136,8 +122,7 @@ def test_compiled_members_train():
 def test_interrupted_and_resumed_it_ends_as_an_unbroken_run(tmp_path, monkeypatch, step, precision):
     settings, whole, joint = {**CONFIG, "mixed_precision": precision}, build(), build()
     report = train(whole, tasks(), settings)
-    with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(Trainer, "train_step", stopping(step))
+    with stopped_at(step), pytest.raises(Interrupted):
         train(build(), tasks(), settings, folder=tmp_path)
     again = train(joint, tasks(), settings, folder=tmp_path, resume=True)
     assert again.hypermodules == report.hypermodules
@@ -162,8 +147,7 @@ def test_adaptation_runs_and_goes_on(tmp_path, monkeypatch):
         return joint.collapse("target")
 
     whole = run()
-    with monkeypatch.context() as patched, pytest.raises(Interrupted):
-        patched.setattr(Trainer, "train_step", stopping(7))
+    with stopped_at(7), pytest.raises(Interrupted):
         run(folder=tmp_path)
     found = run(folder=tmp_path, resume=True)
     for key, tensor in whole.items():

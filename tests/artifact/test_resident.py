@@ -13,6 +13,7 @@ import torch
 from artifacts import Tied, fitted, hypermodules, member, modules, pair, seeded
 from hypothesis import given
 from hypothesis import strategies as st
+from resident_bodies import draw
 from safetensors.torch import save_file
 from torch import nn
 
@@ -34,10 +35,6 @@ def packed(weight: torch.Tensor, precision: str = "int4/16") -> tuple[nn.Paramet
     stored = encode(weight, Precision.parse(precision))
     made = PackedWeight(Form({"": stored}), stored.shape, stored.dtype)
     return nn.Parameter(made, requires_grad=False), decode(stored)
-
-
-def draw(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 LAYERS = {

@@ -5,16 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from artifacts import fitted, member, modules, pair
+from resident_bodies import draw
 from torch import nn
 
 import surgery
 from surgery.errors import PlanError, TrainingError
 
 WAYS = ["packed", "shared"]
-
-
-def draw(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from artifacts import contents
 from places import DATA
 from torch import nn
 
@@ -55,12 +56,8 @@ def fitted(count: int) -> surgery.JointModel:
     return surgery.fit(surgery.join(members, plan), max_error=0.05, seed=0, device="cpu")
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def needed(folder: Path) -> int:
-    return sum(len(data) for path, data in files_of(folder).items() if path not in FRONT)
+    return sum(len(data) for path, data in contents(folder).items() if path not in FRONT)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +80,7 @@ def states(joint: surgery.JointModel) -> dict[str, str]:
 
 
 def test_small_members_lie_in_one_file_and_their_records_apart(many):
-    found = files_of(many)
+    found = contents(many)
     assert set(found) == {
         "README.md",
         "sharing.png",
@@ -110,7 +107,7 @@ def test_it_loads_whole_or_in_part_and_is_written_again_to_the_same_bytes(many, 
     hashes = states(joint)
     assert states(part) == {name: hashes[name] for name in ("m3", "m20")}
     surgery.save(joint, tmp_path / "again")
-    assert files_of(tmp_path / "again") == files_of(many)
+    assert contents(tmp_path / "again") == contents(many)
     packed = surgery.load(many, modules={"m3": net()}, members=["m3"], resident="packed")
     x = torch.randn(4, 6)
     assert torch.equal(packed["m3"](x), joint["m3"](x))
@@ -120,17 +117,17 @@ def test_what_was_added_is_removed_byte_for_byte(many, tmp_path):
     import shutil
 
     folder = Path(shutil.copytree(many, tmp_path / "joint"))
-    before, new = files_of(folder), member("new", relatives(25)["m24"])
+    before, new = contents(folder), member("new", relatives(25)["m24"])
     surgery.add(folder, {"new": new}, max_error=0.05, device="cpu")
     assert states(surgery.load(folder, modules={**modules(24), "new": net()})).keys() == {*modules(24), "new"}
-    assert 0 < sum(map(len, files_of(folder).values())) - sum(map(len, before.values())) < 3 * 2172
+    assert 0 < sum(map(len, contents(folder).values())) - sum(map(len, before.values())) < 3 * 2172
     surgery.remove(folder, "new")
-    assert files_of(folder) == before
+    assert contents(folder) == before
 
 
 def test_few_members_keep_a_file_each(tmp_path):
     surgery.save(fitted(3), tmp_path / "joint")
-    found = files_of(tmp_path / "joint")
+    found = contents(tmp_path / "joint")
     assert TOGETHER not in found and {f"members/m{n}/weights.safetensors" for n in range(3)} <= found.keys()
     assert RECORDS not in found and len(json.loads(found["manifest.json"])["members"]) == 3
 
@@ -147,10 +144,10 @@ def test_an_artifact_of_the_former_layout_loads_and_grows(former, tmp_path):
     assert states(surgery.load(tmp_path / "again", modules=modules())) == expected
     assert needed(tmp_path / "again") < 0.7 * needed(folder)
     surgery.add(folder, {"new": member("new", relatives(10)["m9"])}, max_error=0.05, device="cpu")
-    assert TOGETHER in files_of(folder)
+    assert TOGETHER in contents(folder)
     surgery.remove(folder, "new")
     assert states(surgery.load(folder, modules=modules())) == expected
-    assert files_of(folder) == files_of(tmp_path / "again")
+    assert contents(folder) == contents(tmp_path / "again")
 
 
 def changed_records(folder: Path, data: bytes, listed: bool) -> None:

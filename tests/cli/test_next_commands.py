@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from command_line import surgery as command
+from ended_runs import stopped_at
 from tiny_transformers import save_tiny
 
 import surgery
@@ -100,18 +101,7 @@ def test_every_next_command_of_a_training_runs_from_elsewhere_and_after_a_move(
 
 
 def test_a_run_goes_on_from_another_working_directory(project, tmp_path, monkeypatch):
-    from surgery.training.loop.trainer import Trainer
-
-    plain = Trainer.train_step
-
-    def stop(self):
-        import signal
-
-        signal.raise_signal(signal.SIGINT)
-        plain(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_step", stop)
+    with stopped_at(1):
         code, _, said = command(
             "train", "../my project/recipe.yaml", "--out", "m", "--cpu", "--resume", "never"
         )

@@ -5,7 +5,7 @@ import signal
 import socket
 import time
 
-import killed_runs
+import ended_runs
 import pytest
 from artifacts import contents
 from command_line import surgery as in_this_process
@@ -53,7 +53,7 @@ def some_or_all(moments, some):
 
 def run(*arguments, at=None, number=0):
     """The command in a process of its own: how it ended, and what it said."""
-    (code,), said = Started(killed_runs.run, [str(each) for each in arguments], at, int(number)).wait()
+    (code,), said = Started(ended_runs.run, [str(each) for each in arguments], at, int(number)).wait()
     return code, said
 
 

@@ -1,11 +1,11 @@
 """A method that is no part of the package trains: draws, penalties, states, logs and pictures by one interface."""
 
 import os
-import signal
 from dataclasses import replace
 
 import pytest
 import torch
+from ended_runs import stopped_at
 from processes import Started, forks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -226,20 +226,9 @@ def test_roles_have_groups_with_rates_of_their_own(monkeypatch):
 
 
 @pytest.mark.parametrize("step", [2, 4, 11, 16])
-def test_interrupted_at_any_step_it_ends_as_an_unbroken_run(unbroken, tmp_path, monkeypatch, step):
-    count, plain = 0, Trainer.train_step
-
-    def interrupt(self):
-        nonlocal count
-        count += 1
-        if count == step:
-            signal.raise_signal(signal.SIGINT)
-        plain(self)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupt)
-    with pytest.raises(Interrupted):
+def test_interrupted_at_any_step_it_ends_as_an_unbroken_run(unbroken, tmp_path, step):
+    with stopped_at(step), pytest.raises(Interrupted):
         run(build(), tmp_path)
-    monkeypatch.setattr(Trainer, "train_step", plain)
     joint = build()
     report = run(joint, tmp_path, resume=True)
     wanted, found = unbroken[0].collapse("net"), joint.collapse("net")
@@ -253,12 +242,9 @@ def test_interrupted_at_any_step_it_ends_as_an_unbroken_run(unbroken, tmp_path, 
 
 
 @pytest.fixture
-def state(tmp_path, monkeypatch):
-    plain = Trainer.train_step
-    monkeypatch.setattr(Trainer, "train_step", lambda self: (signal.raise_signal(signal.SIGINT), plain(self)))
-    with pytest.raises(Interrupted):
+def state(tmp_path):
+    with stopped_at(1), pytest.raises(Interrupted):
         run(build(), tmp_path)
-    monkeypatch.setattr(Trainer, "train_step", plain)
     return tmp_path
 
 
@@ -421,18 +407,13 @@ def test_routes_between_modules_are_a_method_like_any_other(tmp_path, monkeypatc
     assert gates.shape == (2, 2) and bool((gates.sum(1) < 0.95).all())  # the budget, from 1 on
     module = joint["net"][2]
     assert not torch.equal(module.logits[0], module.logits[1])
-    count = 0
 
-    def interrupt(self):
-        nonlocal count
-        count += 1
+    def noting(self):
         groups.append({group["role"]: group["lr"] for group in self.optimizer.param_groups})
-        if count == 7:
-            signal.raise_signal(signal.SIGINT)
         plain(self)
 
-    monkeypatch.setattr(Trainer, "train_step", interrupt)
-    with pytest.raises(Interrupted):
+    monkeypatch.setattr(Trainer, "train_step", noting)
+    with stopped_at(7), pytest.raises(Interrupted):
         train(routed(), two_tasks(), config, folder=tmp_path / "parts", cpu=True)
     assert groups[-1]["logits"] == 0.5 and groups[-1]["private"] < 0.01
     monkeypatch.setattr(Trainer, "train_step", plain)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,10 +18,10 @@ import pytest
 import torch
 import yaml
 from command_line import surgery as command
+from ended_runs import stopped_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import DOCS
-from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.core.registry import find_method
@@ -38,14 +36,12 @@ from surgery.fitting.trial import Trial
 from surgery.fitting.units import tabulate
 from surgery.page.overview import look
 from surgery.page.render import render
-from surgery.safetensors.header import parse_header
 from surgery.settings.methods import REGISTERED, installed, method_names
 from surgery.settings.recipe import Recipe
 from surgery.settings.target import Target
 from surgery.storage.codecs import NATIVE
 from surgery.storage.stored import store
 from surgery.training.loop.interruptions import Interrupted
-from surgery.training.loop.trainer import Trainer
 from surgery.training.report.runlog import read_log
 
 PAGE = DOCS / "add_a_method.md"
@@ -406,17 +402,10 @@ def test_parts_from_a_stranger_are_refused(joint):
     ],
 )
 def test_parts_that_do_not_suit_one_another_are_refused(joint, part, cut, words):
-    file = Path("joint/dictionary.safetensors")
-    tensors = load_file(file)
     name = f"32x32-float32/{part}"
-    save_file({**tensors, name: cut(tensors[name]).contiguous()}, file)
-
-    def follow(manifest):
-        entry = manifest["files"][file.name]
-        entry.update(bytes=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
-        entry["header"] = parse_header(file).digest
-
-    artifacts.rewrite(Path("joint"), follow)
+    artifacts.rewrite_tensors(
+        Path("joint"), "dictionary.safetensors", lambda held: {**held, name: cut(held[name]).contiguous()}
+    )
     with pytest.raises(ArtifactError, match=words):
         surgery.load("joint", modules=modules())
     assert not surgery.verify("joint", modules=modules()).ok
@@ -442,18 +431,8 @@ def test_a_method_with_training_of_its_own_trains_and_goes_on(package, tmp_path,
     for bank in whole.dictionary.banks.values():
         assert 0.2 < float(bank.left.detach().abs().max()) <= 0.25
         assert float(bank.right.detach().abs().max()) <= 0.25
-    plain, count = Trainer.train_step, [0]
-
-    def interrupt(self):
-        count[0] += 1
-        if count[0] == 5:
-            signal.raise_signal(signal.SIGINT)
-        plain(self)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupt)
-    with pytest.raises(Interrupted):
+    with stopped_at(5), pytest.raises(Interrupted):
         surgery.train(joined(), [task], config, folder=tmp_path / "run", cpu=True)
-    monkeypatch.setattr(Trainer, "train_step", plain)
     resumed = joined()
     surgery.train(resumed, [task], config, folder=tmp_path / "run", resume=True, cpu=True)
     nets.assert_same_bits(resumed.collapse("mlp"), whole.collapse("mlp"))

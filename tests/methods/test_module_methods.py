@@ -3,12 +3,12 @@
 import copy
 import json
 import pickle
-import signal
 
 import pytest
 import torch
 import yaml
 from command_line import surgery as command
+from ended_runs import stopped_at
 from module_methods import NAME, X, joined, layer, member, net, page_code, run, same, scaled_copy
 from torch import nn
 
@@ -19,7 +19,6 @@ from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.replacement import Replacement
 from surgery.pipeline.train import prepare_again, rejoin, train_recipe
 from surgery.training.loop.interruptions import Interrupted
-from surgery.training.loop.trainer import Trainer
 from surgery.training.tasks.streams import Batches
 from surgery.training.tasks.task_losses import losses_of
 from surgery.training.tasks.tasks import as_batch
@@ -168,24 +167,13 @@ def test_distillation_is_from_the_member_as_it_was():
     assert float(loss(run(joint["net"]), as_batch((X, None)))) > 0
 
 
-def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path, monkeypatch):
+def test_an_interrupted_run_ends_as_an_unbroken_one(tmp_path):
     unbroken = joined()
     surgery.train(unbroken, tasks(), TRAINING, cpu=True)
     scale = float(layer(unbroken["net"], 3).scale)
     assert scale != 1.0 and unbroken.members["net"].replaced[0].original is None
-    count, plain = 0, Trainer.train_step
-
-    def interrupt(self):
-        nonlocal count
-        count += 1
-        if count == 5:
-            signal.raise_signal(signal.SIGINT)
-        plain(self)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupt)
-    with pytest.raises(Interrupted):
+    with stopped_at(5), pytest.raises(Interrupted):
         surgery.train(joined(), tasks(), TRAINING, folder=tmp_path, cpu=True)
-    monkeypatch.setattr(Trainer, "train_step", plain)
     other = joined(copies={"layers.3": "layers.2"})
     with pytest.raises(TrainingError, match="replaced modules"):
         surgery.train(other, tasks(), TRAINING, folder=tmp_path, resume=True, cpu=True)

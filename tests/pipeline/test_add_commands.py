@@ -8,7 +8,7 @@ import shutil
 import textwrap
 from signal import SIGKILL, SIGTERM
 
-import killed_runs
+import ended_runs
 import pytest
 from artifacts import contents, numbers
 from command_line import surgery as command
@@ -135,12 +135,12 @@ def test_a_killed_run_leaves_old_or_new(nets, tmp_path, moments):
     shutil.copytree(nets.parent, tmp_path / "other")
     words = ("new=nets.py:d", "--max-error", 0.2, "--quiet")
     with contextlib.chdir(tmp_path / "other"):
-        Started(killed_runs.run, ["add", "joint", *map(str, words)], None, 0).wait()
+        Started(ended_runs.run, ["add", "joint", *map(str, words)], None, 0).wait()
     new = contents(tmp_path / "other" / "joint")
     for at, number in moments:
-        Started(killed_runs.run, ["add", "joint", *map(str, words)], at, int(number)).wait()
+        Started(ended_runs.run, ["add", "joint", *map(str, words)], at, int(number)).wait()
         assert contents(nets) in (old, new), at
-        Started(killed_runs.run, ["remove", "joint", "new"], None, 0).wait()
+        Started(ended_runs.run, ["remove", "joint", "new"], None, 0).wait()
         assert contents(nets) == old and not place_of(nets).exists(), at
 
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from artifacts import contents
-from journals import kill
+from ended_runs import kill
 
 import surgery
 from benchmarks.random_llamas import make_folder

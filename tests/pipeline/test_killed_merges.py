@@ -10,7 +10,7 @@ import sys
 import pytest
 from artifacts import contents
 from command_line import surgery
-from journals import kill
+from ended_runs import kill
 from surgery_cli import console
 
 from benchmarks.random_llamas import make_folder

@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from nets import assert_same_bits, member, plain_copy, run
+from nets import assert_same_bits, joined_alone, member, plain_copy, run
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
@@ -16,12 +16,6 @@ from surgery.members.member import Member
 from surgery.slots.hooks import Enter
 
 EXTRACT = r"extract\('tied'\)"
-
-
-def _alone(kind="tied"):
-    one = member(kind)
-    plain = plain_copy(one).module
-    return join([one], block=(8, 8)), one.module, plain
 
 
 def _two():
@@ -44,7 +38,7 @@ def _outputs(module, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_another_dtype_is_the_members_own_affair_or_the_dictionarys(dtype):
-    joint, joined, plain = _alone()
+    joint, joined, plain = joined_alone()
     assert joined.to(dtype) is joined
     plain.to(dtype)
     assert_same_bits(joined.state_dict(), plain.state_dict())
@@ -78,7 +72,7 @@ def test_moving_rows_that_another_member_uses_is_refused(way):
 
 
 def test_a_part_in_another_dtype_is_what_it_is_alone():
-    _, joined, plain = _alone("t5")
+    _, joined, plain = joined_alone("t5")
     for net in (joined, plain):
         net.encoder.block[0].to(torch.float16)
         net.decoder.float()  # changes nothing
@@ -86,7 +80,7 @@ def test_a_part_in_another_dtype_is_what_it_is_alone():
 
 
 def test_an_optimizer_over_a_members_parameters_trains_all_of_it():
-    joint, joined, plain = _alone()
+    joint, joined, plain = joined_alone()
     start = copy.deepcopy(plain.state_dict())
     for net in (joined, plain):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
@@ -105,7 +99,7 @@ def test_an_optimizer_over_a_members_parameters_trains_all_of_it():
 
 
 def test_freezing_a_member_freezes_its_rows_and_is_undone():
-    joint, joined, _ = _alone()
+    joint, joined, _ = joined_alone()
     joined.requires_grad_(False)
     assert not any(p.requires_grad for p in joint.parameters())
     assert not run(joined, member("tied"))[0].requires_grad
@@ -130,7 +124,7 @@ EDITS = {
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
 @pytest.mark.parametrize("use", ["call", "state", "gradient", "save", "extract", "step"])
 def test_what_is_done_to_a_weight_in_place_goes_into_its_rows(edit, use, tmp_path):
-    joint, joined, plain = _alone()
+    joint, joined, plain = joined_alone()
     for net in (joined, plain):
         torch.manual_seed(0)
         with torch.no_grad():
@@ -177,7 +171,7 @@ def _parts(one):
 
 
 def test_an_edit_of_a_weight_that_is_out_of_date_is_refused():
-    joint, joined, _ = _alone()
+    joint, joined, _ = joined_alone()
     with torch.no_grad():
         joint.dictionary["8x8-float32"].rows.mul_(1.1)
         joined.first.weight.mul_(2)
@@ -188,7 +182,7 @@ def test_an_edit_of_a_weight_that_is_out_of_date_is_refused():
 
 
 def test_an_edit_within_a_step_is_refused():
-    joint, joined, _ = _alone()
+    joint, joined, _ = joined_alone()
     with pytest.raises((PlanError, RuntimeError)), joint.step():
         joined.first.weight.data.mul_(2)
         raise PlanError("nothing was carried") if False else RuntimeError
@@ -196,14 +190,14 @@ def test_an_edit_within_a_step_is_refused():
 
 
 def test_setting_requires_grad_of_a_generated_weight_is_refused():
-    _, joined, _ = _alone()
+    _, joined, _ = joined_alone()
     joined.first.weight.requires_grad_(False)
     with pytest.raises(PlanError, match=rf"requires_grad was set.*{EXTRACT}"):
         _outputs(joined)
 
 
 def test_data_of_another_shape_is_refused():
-    _, joined, plain = _alone()
+    _, joined, plain = joined_alone()
     with pytest.raises(PlanError, match=r"3x3 float32.*extract"):
         joined.first.weight.data = torch.ones(3, 3)
     assert torch.equal(_outputs(joined), _outputs(plain))
@@ -219,7 +213,7 @@ REPLACED = {
 
 @pytest.mark.parametrize("replace", REPLACED.values(), ids=REPLACED.keys())
 def test_replacing_a_weight_is_refused_at_once_and_nothing_is_changed(replace):
-    joint, joined, plain = _alone()
+    joint, joined, plain = joined_alone()
     with pytest.raises(PlanError, match=rf"first\.weight.*{EXTRACT}"):
         replace(joined)
     assert torch.equal(_outputs(joined), _outputs(plain))
@@ -237,14 +231,14 @@ LATER = {
 @pytest.mark.parametrize("replace", LATER.values(), ids=LATER.keys())
 def test_what_stands_in_place_of_a_slot_is_noticed_at_the_next_use(replace):
     for use in (_outputs, lambda m: m.state_dict(), copy.deepcopy):
-        _, joined, _ = _alone()
+        _, joined, _ = joined_alone()
         replace(joined)
         with pytest.raises(PlanError, match=rf"first.*{EXTRACT}"):
             use(joined)
 
 
 def test_functional_calls_with_other_weights_are_refused():
-    joint, joined, plain = _alone()
+    joint, joined, plain = joined_alone()
     x = member("tied").inputs.args
     state = {
         k: t * 2 if t.is_floating_point() else t
@@ -264,7 +258,7 @@ def test_functional_calls_with_other_weights_are_refused():
 
 @pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
 def test_reparametrizing_a_generated_weight_fails_and_changes_nothing(norm):
-    _, joined, plain = _alone()
+    _, joined, plain = joined_alone()
     with pytest.raises((PlanError, KeyError, ValueError)):
         norm(joined.first)
     assert not parametrize.is_parametrized(joined)
@@ -316,7 +310,7 @@ def test_quantisation_by_torchao_is_refused():
 
 
 def test_a_pass_asks_no_gate_below_the_one_it_was_entered_by(monkeypatch):
-    joint, joined, plain = _alone()
+    joint, joined, plain = joined_alone()
     asked, seen = [], []
     enter = Enter.__call__
     monkeypatch.setattr(
@@ -339,7 +333,7 @@ def test_a_pass_asks_no_gate_below_the_one_it_was_entered_by(monkeypatch):
 
 @pytest.mark.usefixtures("compiler")
 def test_compiled_members_still_follow_the_dictionary():
-    joint, joined, plain = _alone()
+    joint, joined, plain = joined_alone()
     compiled = torch.compile(joined, backend="eager")
     x = member("tied").inputs.args[0]
     with torch.no_grad():
@@ -367,7 +361,7 @@ def test_one_edit_after_another_is_followed_and_what_was_derived_is_forgotten():
 
 
 def test_weights_clipped_after_a_step_of_training_are_refused_and_never_undo_it():
-    joint, joined, _ = _alone()
+    joint, joined, _ = joined_alone()
     optimizer = torch.optim.Adam(joined.parameters(), lr=0.01, fused=True)
     run(joined, member("tied"))[0].square().mean().backward()
     optimizer.step()

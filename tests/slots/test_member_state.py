@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-from nets import Tied, assert_same_bits, member, open_joint, plain_copy, run
+from nets import Tied, assert_same_bits, joined_alone, member, open_joint, plain_copy, run
 from torch import nn
 
 import surgery
@@ -16,12 +16,6 @@ from surgery.core.joining import join
 from surgery.errors import PlanError
 
 KINDS = ("t5", "tied", "lstm", "attention", "bert")
-
-
-def _joined(kind):
-    one = member(kind)
-    plain = plain_copy(one).module
-    return join([one], block=(8, 8)), one.module, plain
 
 
 def _changed(state, seed=0):
@@ -38,7 +32,7 @@ def _changed(state, seed=0):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_member_and_each_of_its_parts_has_its_whole_state_in_order(kind):
-    _, joined, plain = _joined(kind)
+    _, joined, plain = joined_alone(kind)
     for path, part in plain.named_modules():
         assert_same_bits(joined.get_submodule(path).state_dict(prefix="x."), part.state_dict(prefix="x."))
     kept = joined.state_dict(keep_vars=True)
@@ -98,7 +92,7 @@ def _accelerate(module, folder):
 
 @pytest.mark.parametrize("save", [_torch, _safetensors, _hub, _accelerate])
 def test_libraries_write_a_joined_member_as_they_write_it_alone(save, tmp_path):
-    _, joined, plain = _joined("tied")
+    _, joined, plain = joined_alone("tied")
     for name in ("joined", "alone"):
         (tmp_path / name).mkdir()
     found, wanted = save(joined, tmp_path / "joined"), save(plain, tmp_path / "alone")
@@ -108,7 +102,7 @@ def test_libraries_write_a_joined_member_as_they_write_it_alone(save, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
 def test_transformers_own_saving_writes_a_joined_member_whole(kind, tmp_path):
-    _, joined, plain = _joined(kind)
+    _, joined, plain = joined_alone(kind)
     joined.save_pretrained(tmp_path / "all")
     again = type(plain).from_pretrained(tmp_path / "all")
     assert_same_bits(again.state_dict(), plain.state_dict())
@@ -132,7 +126,7 @@ def test_loaded_values_go_into_the_dictionary(kind, assign):
 
 
 def test_safetensors_loads_into_a_joined_member(tmp_path):
-    _, joined, plain = _joined("tied")
+    _, joined, plain = joined_alone("tied")
     plain.load_state_dict(_changed(plain.state_dict()))
     safetensors.torch.save_model(plain, str(tmp_path / "all.safetensors"))
     safetensors.torch.load_model(joined, str(tmp_path / "all.safetensors"), strict=True)
@@ -140,7 +134,7 @@ def test_safetensors_loads_into_a_joined_member(tmp_path):
 
 
 def test_a_part_of_a_member_is_loaded_alone():
-    joint, joined, plain = _joined("t5")
+    joint, joined, plain = joined_alone("t5")
     state = _changed(plain.encoder.block.state_dict())
     joined.encoder.block.load_state_dict(state)
     plain.encoder.block.load_state_dict(state)
@@ -153,7 +147,7 @@ def test_a_part_of_a_member_is_loaded_alone():
 
 
 def test_missing_and_unexpected_keys_and_wrong_shapes_are_said_as_pytorch_says_them():
-    _, joined, plain = _joined("tied")
+    _, joined, plain = joined_alone("tied")
     state = plain.state_dict()
     less = {key: t for key, t in state.items() if key != "second.weight"} | {"no.such": torch.ones(1)}
     for net in (joined, plain):
@@ -210,7 +204,7 @@ def test_the_joint_models_own_state_has_rows_and_nothing_twice():
 
 @pytest.mark.parametrize("kind", ["tied", "t5", "lstm"])
 def test_pickled_and_copied_members_are_ordinary_modules(kind):
-    joint, joined, plain = _joined(kind)
+    joint, joined, plain = joined_alone(kind)
     run(joined, member(kind))[0].sum().backward()
     for again in (pickle.loads(pickle.dumps(joined)), copy.deepcopy(joined), copy.copy(joined)):
         assert type(again) is type(plain) and not again._forward_pre_hooks
@@ -223,7 +217,7 @@ def test_pickled_and_copied_members_are_ordinary_modules(kind):
 
 
 def test_a_part_is_copied_as_an_ordinary_module():
-    _, joined, plain = _joined("t5")
+    _, joined, plain = joined_alone("t5")
     again = copy.deepcopy(joined.encoder.block[0])
     assert_same_bits(again.state_dict(), plain.encoder.block[0].state_dict())
     assert len(list(again.parameters())) == len(list(plain.encoder.block[0].parameters()))

@@ -7,6 +7,7 @@ import gc
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from resident_bodies import draw
 
 from surgery.storage.cache import Cache
 from surgery.storage.codecs import Precision, decode, encode, in_bytes
@@ -17,10 +18,6 @@ FORMS = ["int2/16", "int3/64", "int5/8", "int6/64", "int7/64", "int8/16", "int10
 
 class Owner:
     """Whatever a tensor is decoded from."""
-
-
-def draw(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 @given(

@@ -176,6 +176,13 @@ def assert_same_bits(found, expected):
         assert torch.equal(bits(found[key]), bits(tensor)), key
 
 
+def joined_alone(kind="tied"):
+    """A joint model of one member, its module, and a plain copy of that."""
+    one = member(kind)
+    plain = plain_copy(one).module
+    return join([one], block=(8, 8)), one.module, plain
+
+
 def open_joint(*kinds, context=3, block=(8, 8)):
     """A joint model to train, its members' plain copies, and the members."""
     members = [member(kind) for kind in kinds]

@@ -32,6 +32,7 @@ PRECISIONS = (
 
 
 def draw(*shape: int) -> Tensor:
+    """Numbers that follow from a shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 

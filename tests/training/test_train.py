@@ -12,6 +12,7 @@ import pytest
 import torch
 import training_nets
 import yaml
+from ended_runs import stopped_at
 from processes import SECONDS, Started, forks
 from safetensors.torch import load_file
 from torch import nn
@@ -24,7 +25,6 @@ from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.run import BEST, STATE
 from surgery.training.loop.state import read_state, write_state
 from surgery.training.loop.state_document import BestDocument
-from surgery.training.loop.trainer import Trainer
 from surgery.training.report.runlog import read_log
 from surgery.training.tasks.streams import Batches, Stream, share
 from surgery.training.tasks.tasks import Task, as_batch
@@ -77,23 +77,9 @@ def test_the_same_seed_gives_the_same_result_and_another_one_another(unbroken):
 
 
 @pytest.mark.parametrize("step", [1, 12, 14, 30, 41])
-def test_interrupted_at_any_step_and_resumed_it_ends_as_an_unbroken_run(
-    unbroken, tmp_path, monkeypatch, step
-):
-    count = 0
-    plain = Trainer.train_step
-
-    def interrupt(self):
-        nonlocal count
-        count += 1
-        if count == step:
-            signal.raise_signal(signal.SIGINT)
-        plain(self)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupt)
-    with pytest.raises(Interrupted):
+def test_interrupted_at_any_step_and_resumed_it_ends_as_an_unbroken_run(unbroken, tmp_path, step):
+    with stopped_at(step), pytest.raises(Interrupted):
         train(build(), tasks(), CONFIG, folder=tmp_path, cpu=True)
-    monkeypatch.setattr(Trainer, "train_step", plain)
     joint = build()
     report = train(joint, tasks(), CONFIG, folder=tmp_path, resume=True, cpu=True)
     assert same(unbroken[0].collapse(), joint.collapse())

@@ -1,16 +1,15 @@
 """What a run refuses while it trains: data, losses and settings that do not fit, each said with what to do."""
 
-import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ended_runs import stopped_at
 from training_nets import CONFIG, build, tasks
 
 from surgery.errors import PlanError, TrainingError
 from surgery.training.loop.interruptions import Interrupted
 from surgery.training.loop.run import STATE
-from surgery.training.loop.trainer import Trainer
 from surgery.training.report.runlog import read_log
 from surgery.training.tasks.running_losses import RunningLosses
 from surgery.training.tasks.tasks import Task
@@ -70,21 +69,14 @@ def test_of_several_tasks_the_first_whose_loss_is_not_finite_is_named():
     assert running.sums["one"] == 2 and running.sums["other"].isnan()
 
 
-def interrupted(folder, monkeypatch, config):
+def interrupted(folder, config):
     """The state of a run that was stopped in its first step."""
-    plain = Trainer.train_step
-
-    def stop(self):
-        signal.raise_signal(signal.SIGINT)
-        plain(self)
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(Trainer, "train_step", stop)
+    with stopped_at(1), pytest.raises(Interrupted):
         train(build(), tasks(), config, folder=folder, cpu=True)
 
 
 def test_a_state_of_other_settings_is_refused_with_what_differs(tmp_path, monkeypatch):
-    interrupted(tmp_path, monkeypatch, CONFIG)
+    interrupted(tmp_path, CONFIG)
     with pytest.raises(
         TrainingError, match=r"\(train\.steps was 7 and is 9; train\.generations was 4 and is 2\)"
     ):
@@ -93,7 +85,7 @@ def test_a_state_of_other_settings_is_refused_with_what_differs(tmp_path, monkey
 
 
 def test_learning_rates_may_change_where_a_run_goes_on(tmp_path, monkeypatch):
-    interrupted(tmp_path, monkeypatch, CONFIG)
+    interrupted(tmp_path, CONFIG)
     slower = {**CONFIG, "optimizer": {**CONFIG["optimizer"], "lr": 1e-30, "soft_lr": 1e-30}}
     joint = build()
     before = joint.collapse()["a"]["3.weight"].clone()

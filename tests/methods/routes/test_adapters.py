@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import transformers
+from ended_runs import stopped_at
 from routed import IDS, run
 from torch import nn
 
@@ -16,7 +17,6 @@ from surgery.methods.routes.groups import routes_in
 from surgery.methods.routes.hardening import drop_unused
 from surgery.methods.routes.sharing import routed_layers
 from surgery.training.loop.interruptions import Interrupted
-from surgery.training.loop.trainer import Trainer
 from surgery.training.tasks.streams import Batches
 
 CONFIG = {"steps": 2, "burn_in": 1, "generations": 2, "final": 1, "optimizer": {"lr": 0.003},
@@ -115,25 +115,15 @@ def test_adapters_and_layers_are_trained_stored_and_loaded_alone_and_together(tm
 
 
 @pytest.mark.slow
-def test_a_resumed_run_equals_an_unbroken_one(tmp_path, monkeypatch):
+def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     def one(folder, **options):
         joint = pair()
         train(joint, folder=folder, **options)
         return {name: joint[name].state_dict() for name in joint.names}
 
     wanted = one(tmp_path / "whole")
-    advance, calls = Trainer.advance, []
-
-    def interrupted(self):
-        calls.append(None)
-        if len(calls) == 4:
-            signal.raise_signal(signal.SIGTERM)
-        advance(self)
-
-    monkeypatch.setattr(Trainer, "advance", interrupted)
-    with pytest.raises(Interrupted):
+    with stopped_at(4, method="advance", number=signal.SIGTERM), pytest.raises(Interrupted):
         one(tmp_path / "broken")
-    monkeypatch.setattr(Trainer, "advance", advance)
     found = one(tmp_path / "broken", resume=True)
     for name, state in wanted.items():
         assert list(found[name]) == list(state)

@@ -4,13 +4,13 @@ import signal
 
 import pytest
 import torch
+from ended_runs import stopped_at
 from routed import CONFIG, IDS, bert, distilled, joined, run, train
 from torch import nn
 
 import surgery
 from surgery.methods.routes.groups import routes_in
 from surgery.training.loop.interruptions import Interrupted
-from surgery.training.loop.trainer import Trainer
 from surgery.training.tasks.streams import Batches
 
 
@@ -68,25 +68,16 @@ def test_each_task_is_measured_by_its_own_batches():
     assert set(found) == {"mood", "topic"} and found["mood"]["losses"] != found["topic"]["losses"]
 
 
-def test_a_run_that_was_measured_resumes(tmp_path, monkeypatch):
+def test_a_run_that_was_measured_resumes(tmp_path):
     def one(folder, **options):
         joint = joined({"layers": 2})
         report = surgery.train(joint, [distilled()], CONFIG, folder=folder, cpu=True, **options)
         return report.methods["routes"], joint.collapse("text")
 
     wanted, weights = one(tmp_path / "whole")
-    advance, calls = Trainer.advance, []
-
-    def interrupted(self):
-        calls.append(None)
-        if len(calls) == 6:  # within the phase in which routes are learned
-            signal.raise_signal(signal.SIGTERM)
-        advance(self)
-
-    monkeypatch.setattr(Trainer, "advance", interrupted)
-    with pytest.raises(Interrupted):
+    # Within the phase in which routes are learned.
+    with stopped_at(6, method="advance", number=signal.SIGTERM), pytest.raises(Interrupted):
         one(tmp_path / "broken")
-    monkeypatch.setattr(Trainer, "advance", advance)
     found, again = one(tmp_path / "broken", resume=True)
     assert found == wanted and found["measured"]
     assert list(again) == list(weights) and all(torch.equal(again[k], weights[k]) for k in weights)

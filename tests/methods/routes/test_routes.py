@@ -3,13 +3,13 @@
 import copy
 import os
 import pickle
-import signal
 import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from ended_runs import stopped_at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import Started, forks
@@ -22,7 +22,6 @@ from surgery.methods.routes import mathematics
 from surgery.methods.routes.pictures import cluster, cosine
 from surgery.training.distributed.fsdp import check_members
 from surgery.training.loop.interruptions import Interrupted
-from surgery.training.loop.trainer import Trainer
 from surgery.training.report.pictures import draw_run
 from surgery.training.report.runlog import read_log
 from surgery.training.tasks.streams import Batches
@@ -281,9 +280,7 @@ def trained(routing, folder=None, method=None, alternate=False, **more):
 
 
 @pytest.mark.parametrize(("routing", "alternate"), [("gumbel", False), ("gumbel", True), ("soft", False)])
-def test_routes_of_ones_own_are_trained_hardened_logged_and_resumed(
-    routing, alternate, tmp_path, monkeypatch
-):
+def test_routes_of_ones_own_are_trained_hardened_logged_and_resumed(routing, alternate, tmp_path):
     joint, report = trained(routing, tmp_path / "whole", "routes", alternate)
     first, *lines, end = read_log(tmp_path / "whole" / "log.jsonl")
     assert first["method_names"] == ["hypermodules", "routes"]
@@ -296,19 +293,10 @@ def test_routes_of_ones_own_are_trained_hardened_logged_and_resumed(
     assert report.methods == {"routes": {"chosen": {"net:middle": chosen}}} and set(chosen) == set(TASKS)
     drawn = draw_run(tmp_path / "whole" / "log.jsonl")
     assert {"allocation.png", "routes.png", "likeness.png"} <= set(drawn)
-    plain, count = Trainer.train_step, 0
-
-    def interrupt(self):
-        nonlocal count
-        count += 1
-        if count in (6, 13):
-            signal.raise_signal(signal.SIGINT)
-        plain(self)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupt)
-    for again in (False, True):
-        with pytest.raises(Interrupted):
-            trained(routing, tmp_path / "parts", "routes", alternate, resume=again)
+    with stopped_at(6, 13):
+        for again in (False, True):
+            with pytest.raises(Interrupted):
+                trained(routing, tmp_path / "parts", "routes", alternate, resume=again)
     resumed, same = trained(routing, tmp_path / "parts", "routes", alternate, resume=True)
     assert same.scores == report.scores and same.methods == report.methods
     one, other = (j["net"].state_dict() for j in (joint, resumed))
