@@ -60,30 +60,31 @@ def export(
     trust_remote_code: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Path:
-    """Write one member as a folder of its own.
+    """Write one member as a folder of its own, for its own library, for servers, or as a small artifact.
 
     Args:
-        source: an artifact, or a joint model.
+        source: the folder of an artifact, or a joint model.
         member: its name.
-        out: the folder; it appears whole or not at all.
+        out: the folder to write; it appears whole or not at all.
         format: `plain` is ordinary weights that transformers, timm or `load_state_dict` read without this
             package; `compressed` is the smallest artifact of this member, for `surgery.load`; `transformers` is
             compressed as well, for `AutoModel.from_pretrained` where `surgery` is imported; `compressed-tensors` has
             linear layers packed as integers, for transformers with that package, and for servers; `lora` is an adapter
             of peft for a base.
-        harden: whether the member is written with what is soft in it made hard: routes through its layers.
-        tie_widths: whether layers that servers merge, such as q, k and v, get one width, of 4 or 8 bits; for
-            `compressed-tensors`.
+        harden: for members with routes: whether each task takes the one route that it likes best, as `surgery.harden`
+            makes it; mixtures of routes have no plain form.
+        tie_widths: for `compressed-tensors`: whether layers that servers merge into one, such as q, k and v, get one
+            number of bits, 4 or 8.
         base: reference to the model that an adapter belongs to, such as the plain export of a relative; for `lora`.
         max_error: how far an adapter may move the member's outputs, 0.01 by default; for `lora`.
         calibrate: files with real inputs on which that is measured; without any, inputs are made up; for `lora`.
         overwrite: whether an earlier export or artifact that is already there is replaced.
         trust_remote_code: whether Python files that come with a transformers model may run.
-        say: is given what becomes of compressed tensors, a line for each kind, before anything is written, and what
-            an adapter is.
+        say: is called with lines for a user: for `compressed-tensors` what each kind of tensors becomes, for `lora`
+            what the adapter is.
 
     Returns:
-        the folder.
+        the absolute path of the folder.
 
     Raises:
         PlanError: where there is no such member or format.
@@ -93,8 +94,9 @@ def export(
         OutputError: where the folder exists, holds other files, cannot be written, or the disk is full.
 
     Example:
-        >>> surgery.export("joint", "text", "text", format="plain")
-        PosixPath('/home/me/text')
+        >>> import surgery
+        >>> surgery.export("joint", "text", "plain-text")
+        PosixPath('/.../plain-text')
     """
     check_settings(source, format, tie_widths, base, max_error, calibrate)
     check_target(out, overwrite=overwrite, inputs=read_paths(source, base, calibrate))

@@ -138,8 +138,9 @@ def plan_export(
         ExportError: where the format is not one for the member.
 
     Example:
-        >>> print(surgery.plan_export("joint", "text", format="compressed-tensors"))
-        ExportPlan of text, compressed-tensors: tensors of 58.4 MB
+        >>> import surgery
+        >>> print(surgery.plan_export("joint", "text"))
+        ExportPlan of text, plain: tensors of ...
           ...
     """
     check_settings(source, format, tie_widths, base, max_error, calibrate)

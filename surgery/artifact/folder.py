@@ -71,30 +71,33 @@ def save(
     max_shard_size: int | str = "5GB",
     extras: Mapping[str, bytes] | None = None,
 ) -> Path:
-    """Write a joint model as an artifact.
+    """Write a joint model as a folder, an *artifact*, which `load` reads.
+
+    A member whose architecture changed after it was loaded, such as by another classifier or fewer layers, is saved
+    with a configuration of what it is now. Where none describes it, it is saved as a live module, with a warning, and
+    `load` needs a module of its architecture.
 
     Args:
         joint: joined, fitted or trained.
         out: the folder; it appears whole or not at all.
         overwrite: whether an artifact that is already there is replaced.
-        recipe: how it was made; by default what the joint model says itself, see `JointModel.recipe`.
-        max_shard_size: of one file, in bytes or as text such as `"5GB"`.
-        extras: further files by their path in the folder, such as the log of a training run.
+        recipe: how it was made, to be recorded; by default what the joint model knows itself, see `JointModel.recipe`.
+        max_shard_size: the most bytes of one file of weights, as a number or as text such as `"5GB"`.
+        extras: contents of further files by their path in the folder, such as the log of a training run.
 
     Returns:
-        the folder.
-
-    A member that its origin no longer builds, since it got another classifier or fewer layers after it was loaded, is
-    saved with a configuration of what it is now, or else, with a warning, as a live module.
+        the absolute path of the folder.
 
     Raises:
         OutputError: where the folder exists, holds other files, cannot be written, the disk is full, or what was
             written cannot be loaded.
-        PlanError: where a generated weight of a member was replaced, or the recipe is none.
+        PlanError: where a generated weight of a member was replaced by another tensor, or the recipe is not valid.
 
     Example:
-        >>> surgery.save(joint, "joint")
-        PosixPath('/home/me/joint')
+        >>> import surgery
+        >>> joint = surgery.join([surgery.load_member("text=./text"), surgery.load_member("vision=./vision")])
+        >>> surgery.save(joint, "new-joint")
+        PosixPath('/.../new-joint')
     """
     return _save(joint, out, overwrite, recipe, max_shard_size, extras or {}, {})
 
@@ -179,35 +182,39 @@ def load(
     resident: Resident | None = None,
     cache: int | str = 0,
 ) -> JointModel | ResidentModel:
-    """Read an artifact.
+    """Read an artifact, the folder that `save` and `merge` write.
 
     Args:
         directory: the folder.
-        modules: architectures by member, for members that were live modules; they become part of the joint
-            model. Those of members that are not read are left alone.
-        members: names to read, all by default.
+        modules: for members that were live modules: a module of the architecture by member, which becomes part of the
+            joint model and gets the stored weights. Those of members that are not read are left alone.
+        members: names of those to read; all by default.
         trust_remote_code: whether Python code that the artifact names may run: factories, and files that came
             with a transformers model.
         device: where the weights go: `cpu`, `cuda:1`, ..., or `auto`.
-        resident: how weights are held that are run and not trained: packed, what members have in common once, and
-            decoded layer by layer when they are used. `packed` takes at most 1.15 of the stored bytes, `shared`
-            1.3, first of all for what members have in common. By default all are decoded, and the members train.
-        cache: bytes of decoded tensors that are kept beside, or a size such as `50MB`, with `resident`: of weights, or
-            of what members have in common with `shared`, which serves all of them.
+        resident: to run members without training them, in little memory: weights stay packed as they are stored, what
+            members have in common is held once, and each layer is decoded when it is used. `packed` takes at most 1.15
+            times the stored bytes, `shared` 1.3 times, first of all for what members have in common. By default all
+            weights are decoded, and members train.
+        cache: with `resident`, bytes of decoded tensors that are kept besides, as a number or as text such as `50MB`;
+            with `shared` of what members have in common, which serves all of them.
 
     Returns:
-        the joint model, with report and recipe as far as the artifact holds them.
+        the joint model, with the report and the recipe that the artifact holds; with `resident` a `ResidentModel`.
 
     Raises:
         ArtifactError: where files are missing or damaged, or do not match the manifest or the architecture.
-        ConsentError: where a member needs Python code that may not run; `modules` is the way without.
+        ConsentError: where a member needs Python code that may not run; with a module of it in `modules` none runs.
         LoadError: where an architecture cannot be built.
         PlanError: where `modules` names members that there are not, or the device is not there.
 
     Example:
+        >>> import surgery, torch
         >>> joint = surgery.load("joint")
         >>> joint.names
         ('text', 'vision')
+        >>> joint["vision"](torch.zeros(1, 3, 32, 32)).logits.shape
+        torch.Size([1, 2])
     """
     if resident not in (None, *get_args(Resident)):
         raise PlanError(f"`resident` must be one of {', '.join(get_args(Resident))}, found {resident!r}.")

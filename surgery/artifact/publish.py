@@ -94,8 +94,10 @@ def push_to_hub(
         OutputError: where the folder holds nothing that surgery wrote, or the hub refuses it.
 
     Example:
-        >>> surgery.push_to_hub("joint", "me/joint", dry_run=True)
-        7 files, 17.7 MB would go to me/joint
+        >>> import surgery
+        >>> upload = surgery.push_to_hub("joint", "me/joint", dry_run=True)
+        >>> "manifest.json" in upload.files, upload.url
+        (True, None)
     """
     from huggingface_hub import HfApi, ModelCard
 

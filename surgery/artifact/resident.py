@@ -43,9 +43,10 @@ class ResidentModel:
         cache: of decoded tensors; None without one.
 
     Example:
+        >>> import surgery, torch
         >>> packed = surgery.load("joint", resident="packed")
-        >>> packed["text"](**tokens).last_hidden_state.shape
-        torch.Size([1, 8, 384])
+        >>> packed["text"](torch.arange(8)[None]).last_hidden_state.shape
+        torch.Size([1, 8, 32])
     """
 
     def __init__(

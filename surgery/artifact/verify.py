@@ -103,6 +103,7 @@ def verify(
         ArtifactError: where the manifest cannot be read.
 
     Example:
+        >>> import surgery
         >>> surgery.verify("joint").ok
         True
     """

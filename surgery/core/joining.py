@@ -38,23 +38,31 @@ def join(
     block: tuple[int, int] = (16, 16),
     context: int = 4,
 ) -> JointModel:
-    """Join members into one model whose sites come from one dictionary; nothing changes in what they compute.
+    """Join members into one model that generates their weight matrices (*sites*) from one dictionary of blocks.
 
-    The members' modules become part of the joint model: their sites' parameters move into the dictionary. A module can
-    be part of one joint model only; `extract` gives ordinary copies.
-    Every distinct block starts as its own row, identical blocks (up to an exact factor) share one. Sites with NaN,
-    infinite or huge values, which no sum of rows can hold, stay with their members.
+    Nothing changes in what they compute: every distinct block starts as its own row of the dictionary, and blocks that
+    are equal, or equal up to an exact factor, share one. Sites with NaN, infinite or huge values, which no sum of rows
+    can hold, stay with their members.
+
+    The members' modules become part of the joint model, as `joint["name"]`, and their sites' parameters move into the
+    dictionary. A module can be part of one joint model only; `JointModel.extract` gives ordinary copies.
 
     Args:
         members: as `load_member` returns them.
-        plan: what goes where; discovered and planned here where not given.
-        block: m x n, used where no plan is given.
-        context: c of the hypermodules that training opens.
+        plan: which tensors are generated, and how; by default all sites are, in blocks of the size `block`.
+        block: rows and columns of a block, where no plan is given.
+        context: how many basis blocks a hypermodule has where training opens some (c in MUiR).
 
     Raises:
         PlanError: names given twice, a module in two members or in another joint model, a tensor in two members, a
             block larger than every site, no member at all; replacements that cannot be made. Modules are then as they
             were.
+
+    Example:
+        >>> import surgery
+        >>> joint = surgery.join([surgery.load_member("text=./text"), surgery.load_member("vision=./vision")])
+        >>> joint.names
+        ('text', 'vision')
     """
     if not members:
         raise PlanError("A joint model needs at least one member, found none.")

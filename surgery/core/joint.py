@@ -68,9 +68,10 @@ class JointModel(nn.Module):
         task: the task that is served, see `serving`; None is each method's default.
 
     Example:
+        >>> import surgery, torch
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> joint = join([surgery.load_member(net, name="net", inputs=torch.randn(2, 4))], block=(4, 4))
+        >>> joint = surgery.join([surgery.load_member(net, name="net", inputs=torch.randn(2, 4))], block=(4, 4))
         >>> joint["net"](torch.randn(3, 4)).shape
         torch.Size([3, 2])
     """
@@ -205,9 +206,10 @@ class JointModel(nn.Module):
             task: name of a task; None for each method's default.
 
         Example:
-            >>> with joint.step():
-            ...     with joint.serving("mood"):
-            ...         loss(joint["text"](x)).backward()
+            >>> import surgery, torch
+            >>> joint, words = surgery.load("joint"), torch.arange(8)[None]
+            >>> with joint.step(), joint.serving("mood"):
+            ...     joint["text"](words).last_hidden_state.square().mean().backward()
         """
         before = self.task
         self._serve(task)
@@ -230,9 +232,13 @@ class JointModel(nn.Module):
         task that is `serving` are generated once for each task that runs.
 
         Example:
+            >>> import surgery, torch
+            >>> joint = surgery.load("joint").open()
+            >>> optimizer = torch.optim.AdamW(joint.parameters())
+            >>> words, pictures = torch.arange(8)[None], torch.zeros(2, 3, 32, 32)
             >>> with joint.step():
-            ...     loss_a(joint["a"](x)).backward()
-            ...     loss_b(joint["b"](y)).backward()
+            ...     joint["text"](words).last_hidden_state.square().mean().backward()
+            ...     joint["vision"](pictures).logits.square().mean().backward()
             >>> optimizer.step()
         """
         self.begin("Another step")

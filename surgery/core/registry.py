@@ -108,7 +108,11 @@ def plan_with(
         PlanError: for settings that do not suit the method or the members.
 
     Example:
-        >>> plan = surgery.plan_with([surgery.discover(member)], "low_rank", {"rank": 4})  # doctest: +SKIP
+        >>> import surgery
+        >>> found = surgery.discover(surgery.load_member("text=./text"))
+        >>> plan = surgery.plan_with([found], "templates", {"templates": 1})
+        >>> plan.method
+        'templates'
     """
     request = PlanRequest(block, context, settings_of(method, settings))
     return find_method(method, TensorMethod).plan(anatomies, request)

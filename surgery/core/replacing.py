@@ -89,7 +89,11 @@ def plan_modules(
         PlanError: for settings that do not suit the method or the members.
 
     Example:
-        >>> plan = surgery.plan_modules([member], "scaled_copy", {"copies": {"layers.3": "layers.1"}})
+        >>> import surgery
+        >>> member = surgery.load_member("text=./text")
+        >>> plan = surgery.plan_modules([member], "routes", {"routing": "gumbel", "layers": 1})
+        >>> [each.path for each in plan.replacements]
+        ['encoder.layer.0', 'encoder.layer.1']
         >>> joint = surgery.join([member], plan)
     """
     request = PlanRequest(block or (SIDE, SIDE), context, settings_of(method, settings or {}))

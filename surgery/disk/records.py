@@ -31,7 +31,7 @@ def owned_files(folder: Path) -> set[str]:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as place:
-        ...     write_owned(Path(place), "a.png", b"a")
+        ...     _ = write_owned(Path(place), "a.png", b"a")
         ...     _ = (Path(place) / "mine.txt").write_text("mine")
         ...     sorted(owned_files(Path(place)))
         ['.surgery-files', 'a.png']

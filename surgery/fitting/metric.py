@@ -197,7 +197,7 @@ def together(out: int, into: int, count: int) -> int:
 
     Example:
         >>> together(192, 192, 8), together(768, 768, 8), together(768, 3072, 8)
-        (1, 2, 4)
+        (1, 2, 8)
     """
 
     def fewest(side: int, other: int) -> int:

@@ -117,20 +117,22 @@ def load_member(
     allow_nonfinite: bool = False,
     read: bool = True,
 ) -> Member:
-    """Load one member from a reference, or take a live module, which is put into eval mode.
+    """Load one model to be joined with others, its *member* of a joint model.
 
     Args:
-        reference: `[name=]REF` as described above, or a live `nn.Module`.
-        name: overrides the name in the reference; by default it is derived from the reference.
-        inputs: example inputs for tracing: positional arguments as a tuple, keyword arguments as a dict, or
-            one tensor; by default they are made up from the model's own configuration. A function gets the member,
-            with the inputs that it would have otherwise, or none, and returns others, or None for these.
+        reference: a transformers folder or hub id (`./bert`, `org/name`), `timm:NAME`, a function that returns a
+            module (`nets.py:make`), each with a name in front where it shall have another (`text=./bert`); or a live
+            `nn.Module`, which is put into eval mode. All forms are listed in `surgery.members.references`.
+        name: of the member; by default that in the reference, or else one derived from it.
+        inputs: example inputs of one forward pass: positional arguments as a tuple, keyword arguments as a dict, or one
+            tensor. By default they are made up from the model's own configuration. A function is called with the
+            member, whose `inputs` are the default ones, or empty; it returns others, or None to keep these.
         trust_remote_code: whether Python files that come with a transformers model may run.
         seed: of all that is drawn at random: example inputs, and weights where the reference has no stored ones. These
             depend on the seed and the member's name alone; no global generator is moved.
         allow_nonfinite: whether NaN and infinite weights are accepted.
-        read: whether weights are read, to see that they are finite; without, those of large models stay on the disk,
-            and parameters may be on the meta device.
+        read: whether all weights are read once, to see that they are finite. Without it those of large models stay on
+            the disk until they are used, and parameters may be on the meta device.
 
     Returns:
         the member in eval mode, every tensor in the dtype in which its file holds it, whatever the configuration says.
@@ -138,12 +140,13 @@ def load_member(
         that has every value, with a warning; modules that transformers keeps in float32 are in float32.
 
     Raises:
-        LoadError: saying what was required, what was found and what to do.
-        PlanError: for a seed that is none.
+        LoadError: where there is no such model, its weights do not fit or are not finite, or it does not run.
+        ConsentError: where it needs Python code that may not run.
+        PlanError: where `seed` is no whole number from 0 on.
 
     Example:
-        >>> import torch
-        >>> member = load_member(nn.Linear(3, 5), name="probe", inputs=torch.randn(2, 3))
+        >>> import surgery, torch
+        >>> member = surgery.load_member(torch.nn.Linear(3, 5), name="probe", inputs=torch.randn(2, 3))
         >>> member.name, member.origin.kind
         ('probe', 'module')
     """

@@ -79,17 +79,17 @@ def add(
 ) -> list[AddedMember]:
     """Add members to an artifact, one after another; all others stay as they are, bit for bit.
 
-    A new member shares what it resembles: the matrices that others have in common, with rows of its own, and tensors
-    that are stored already. Time and memory do not depend on how many members there are.
+    Where a new member resembles others, it is stored as what they have in common and its own difference, and what is
+    equal is not stored again. Time and memory do not depend on how many members there are.
 
     Args:
         directory: the artifact; it is replaced whole or not at all.
-        members: references, as `load_member` takes them, or members, by the names that they shall have.
-        max_error: their outputs stay within this relative L2 error; by default what the fit of the others allowed, or
-            else the largest error of these.
-        budget: instead, the best quality within this fraction of a member's own bytes.
-        probes: inputs to measure on, by member.
-        calibrate: files with real inputs, as a recipe has them.
+        members: by the names that they shall have, references as `load_member` takes them, or members.
+        max_error: the most that their outputs may move, as relative L2 error; by default the bound to which the others
+            were fitted, or else the largest error of these.
+        budget: instead, the most bytes that each may add, as a fraction of its own.
+        probes: inputs on which outputs are compared, by member; by default made up from a seed.
+        calibrate: instead, files with real inputs: texts, pictures or arrays, each used where it suits.
         device: `auto`, `cpu`, `cuda`, ...
         dry_run: whether nothing is written.
         trust_remote_code: whether Python files that come with a model may run.
@@ -103,8 +103,10 @@ def add(
             was, with the members that were added before.
 
     Example:
-        >>> surgery.add("joint", {"new": "./bert-new"}, max_error=0.05)[0].marginal_bytes
-        1204224
+        >>> import surgery
+        >>> (added,) = surgery.add("joint", {"new": "./text-new"}, max_error=0.05)
+        >>> added.met, added.marginal_bytes < added.original_bytes
+        (True, True)
     """
     from surgery.artifact.manifest import read_manifest
     from surgery.util.devices import pick_device
@@ -316,8 +318,9 @@ def remove(directory: str | Path, names: str | Sequence[str], *, dry_run: bool =
         SurgeryError: for a name that it does not have, or where no member would be left; the folder is then as it was.
 
     Example:
-        >>> surgery.remove("joint", "new").names
-        ('new',)
+        >>> import surgery
+        >>> surgery.remove("joint", "text").names
+        ('text',)
     """
     from surgery.artifact.amending import Amendment, amend
     from surgery.artifact.manifest import read_manifest

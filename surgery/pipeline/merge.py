@@ -78,29 +78,32 @@ def merge(
     trust_remote_code: bool = False,
     memory: int | str | None = None,
 ) -> JointModel:
-    """Run a recipe: load its members, join them, fit the dictionary, and save to `recipe.out` where it is given.
+    """Run a recipe: load its members, join them, fit them to its target, and save to `recipe.out` where it is given.
+
+    Where members are large, what is made lies in files beside `recipe.out`, and a merge that was killed goes on where
+    it was when it is run again.
 
     Args:
         recipe: what to do.
-        prepared: the result of `prepare` for this recipe, where it was made already; its modules are used up.
+        prepared: the result of `surgery.pipeline.merge.prepare` for this recipe, where it was made already; its modules
+            are used up.
         overwrite: whether `recipe.out` may be replaced.
         trust_remote_code: whether Python files that come with a model may run.
-        memory: that the process may hold besides pages of files, in bytes or as text such as `8GiB`. By default members
-            of 512 MiB and more are fitted with what a fit makes in files beside `recipe.out`.
+        memory: the most that the process may hold besides pages of files, in bytes or as text such as `8GiB`, which
+            says what is large; by default members of 512 MiB and more are.
 
     Returns:
         the fitted joint model; its `report` says what was met.
-
-    A merge with `recipe.out` that keeps what it makes in files and is killed goes on where it was when it is run again.
 
     Raises:
         SurgeryError: for bad input, before anything is written.
         MemoryLimitError: where more than `memory` was held after all.
 
     Example:
-        >>> recipe = Recipe.of({"models": [{"model": "timm:resnet18"}, {"model": "./bert"}], "out": "joint"})
-        >>> joint = merge(recipe)  # doctest: +SKIP
-        >>> joint.report.met  # doctest: +SKIP
+        >>> import surgery
+        >>> models = [{"model": "./text"}, {"model": "./vision"}]
+        >>> recipe = surgery.Recipe.of({"models": models, "parameters": {"budget": 0.5}, "out": "merged"})
+        >>> surgery.merge(recipe).report.met
         True
     """
     resources = Resources.of({"memory": memory})

@@ -86,8 +86,10 @@ def refit(
             folder is then as it was.
 
     Example:
-        >>> surgery.refit("joint", dry_run=True).saved
-        1204224
+        >>> import surgery
+        >>> made = surgery.refit("joint", dry_run=True)
+        >>> made.written, made.saved == made.before - made.after
+        (False, True)
     """
     from surgery.artifact.folder import read_recipe
     from surgery.artifact.manifest import read_manifest

@@ -130,12 +130,9 @@ def keys_of(root: type[BaseModel], path: Sequence[str] = ()) -> list[str]:
         path: of keys; numbers stand for items of lists.
 
     Example:
-        >>> class Inner(Strict):
-        ...     a: int = 0
-        >>> class Outer(Strict):
-        ...     items: tuple[Inner, ...] = ()
-        >>> keys_of(Outer, ["items", "0"])
-        ['a']
+        >>> from surgery.settings.recipe import Recipe
+        >>> keys_of(Recipe, ["models", "0"])[:2]
+        ['model', 'name']
     """
     for key in path:
         if not key.isdecimal():
@@ -155,12 +152,9 @@ def paths_in(root: type[BaseModel], prefix: str = "") -> Iterator[str]:
         prefix: in front of all paths.
 
     Example:
-        >>> class Inner(Strict):
-        ...     a: int = 0
-        >>> class Outer(Strict):
-        ...     items: tuple[Inner, ...] = ()
-        >>> list(paths_in(Outer))
-        ['items', 'items.N.a']
+        >>> from surgery.settings.recipe import Recipe
+        >>> list(paths_in(Recipe))[:2]
+        ['models', 'models.N.model']
     """
     for name, field in root.model_fields.items():
         path = _dotted(prefix, [name])

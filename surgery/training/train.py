@@ -86,11 +86,13 @@ def train(
         Interrupted: on Ctrl-C, after the state was saved.
 
     Example:
+        >>> import surgery, torch
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
         >>> joint = surgery.join([surgery.load_member(net, name="net", inputs=torch.randn(2, 4))], block=(8, 8))
         >>> data = [(torch.randn(8, 4), torch.randint(2, (8,))) for _ in range(4)]
-        >>> report = train(joint, [Task("classes", "net", data)], {"generations": 2, "steps": 3})
+        >>> tasks = [surgery.Task("classes", "net", data)]
+        >>> report = surgery.train(joint, tasks, {"burn_in": 0, "generations": 2, "final": 1, "steps": 3})
         >>> report.generations
         3
     """

@@ -24,6 +24,7 @@ def duplicate(module: nn.Module, memo: MutableMapping[int, Any] | None = None) -
             with one memo share what their modules share.
 
     Example:
+        >>> import torch
         >>> net = nn.Linear(3, 5)
         >>> net.kept = net(torch.ones(1, 3))
         >>> duplicate(net).kept.requires_grad, net.kept.requires_grad

@@ -24,8 +24,8 @@ def printable(text: str) -> str:
         text: of any origin; line feeds and tabs stay as they are.
 
     Example:
-        >>> printable("name\x1b[2J")
-        'name\\x1b[2J'
+        >>> print(printable("name" + chr(27) + "[2J"))
+        name\\x1b[2J
     """
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 

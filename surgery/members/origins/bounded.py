@@ -69,7 +69,7 @@ def by_file(shapes: dict[str, tuple[int, ...]] | list[tuple[int, ...]]) -> dict[
 
     Example:
         >>> by_file([(10, 10), (10,)])
-        {'parameters': 4128, 'elements': 67110464}
+        {'parameters': 4128, 'elements': 67110624}
     """
     listed = list(shapes.values()) if isinstance(shapes, dict) else shapes
     elements = sum(math.prod(shape) for shape in listed)

@@ -19,11 +19,11 @@ from surgery.methods.routes.sharing import routed_layers
 
 
 def harden(joint: JointModel) -> JointModel:
-    """Give every task one route, of the components that it likes best, and drop what no task uses.
+    """Fix every task's route through the layers (of members joined by the method `routes`), and drop unused layers.
 
-    Of `gumbel` routes each z takes its likelier value, or as many layers stay as the settings say; of `soft` ones the
-    component with the largest share stays. Members of which every task has the same route, one component at each depth,
-    then have a plain form.
+    Of `gumbel` routes each component is on where that is likelier than off, or as many layers stay as the settings say;
+    of `soft` ones the component with the largest share stays. Members whose tasks all take one route, with one
+    component at each depth, can then be exported as plain models.
 
     Args:
         joint: with routes; it is changed in place.
@@ -35,8 +35,11 @@ def harden(joint: JointModel) -> JointModel:
         PlanError: where it has no routes.
 
     Example:
-        >>> surgery.harden(joint)  # doctest: +SKIP
-        >>> surgery.export(joint, "text", "plain")  # doctest: +SKIP
+        >>> import surgery
+        >>> member = surgery.load_member("text=./text")
+        >>> plan = surgery.plan_modules([member], "routes", {"routing": "soft"})
+        >>> surgery.harden(surgery.join([member], plan)).extract("text").config.num_hidden_layers
+        2
     """
     routes = [depths for name in joint.names for depths in routes_in(joint[name]).values()]
     if not routes:

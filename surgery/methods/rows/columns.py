@@ -16,6 +16,7 @@ class Columns:
         partial: whether other processes hold the rest.
 
     Example:
+        >>> import torch
         >>> Columns().total(torch.tensor(3.0))
         tensor(3.)
     """

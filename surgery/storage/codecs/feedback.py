@@ -130,8 +130,8 @@ def feed_back(rows: Tensor, inputs: Inputs, width: int, grid: Callable[[Tensor],
         ...     def codes(self, column): return column.round()
         ...     def values(self, codes): return codes
         >>> moment = torch.tensor([[1.0, 0.9], [0.9, 1.0]])
-        >>> feed_back(torch.tensor([[0.4, 0.3]]), Inputs.of(moment), 2, lambda columns: Whole()).codes
-        tensor([[0., 1.]])
+        >>> feed_back(torch.tensor([[0.4, 0.3]]), Inputs.of(moment), 2, lambda columns: Whole()).codes.int()
+        tensor([[0, 1]], dtype=torch.int32)
     """
     plain, moment = _plain(rows, width, grid), inputs.moment
     plain = Rounded(plain.codes, plain.grids, price(rows - _decoded(plain, width), moment))

@@ -181,7 +181,7 @@ def packed(encoded: Encoded) -> Encoded:
         >>> from surgery.storage.codecs import Precision, encode
         >>> whole = encode(torch.randn(64, 256, generator=torch.Generator().manual_seed(0)), Precision.parse("int4/64"))
         >>> whole.nbytes, packed(whole).nbytes, str(packed(whole).precision)
-        (8704, 7962, 'huffman:int4/64')
+        (8704, 8023, 'huffman:int4/64')
     """
     if not encoded.precision.codec.has_streams(encoded.precision.settings):
         return encoded

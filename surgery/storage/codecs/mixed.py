@@ -225,6 +225,7 @@ def mixtures(
         losses: squared error over squared values that each option leaves.
 
     Example:
+        >>> from surgery.storage.codecs import grouped
         >>> options = [grouped(bits, 64) for bits in (8, 2)]
         >>> found = mixtures(torch.tensor([1e6, 1.0, 1.0, 1.0]), options, [0.0, 0.1])
         >>> str(found[0][0]), round(found[0][1], 2)

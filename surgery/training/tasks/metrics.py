@@ -153,6 +153,7 @@ class Meter:
 
     Example:
         >>> meter = Meter("f1")
+        >>> import torch
         >>> meter.update(torch.tensor([2.0, -1.0]), Batch(target=torch.tensor([1, 0])))
         >>> meter.value()
         1.0

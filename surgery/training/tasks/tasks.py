@@ -87,6 +87,7 @@ def as_batch(raw: Any) -> Batch:
         PlanError: for anything else.
 
     Example:
+        >>> import torch
         >>> as_batch({"input_ids": torch.zeros(2, 8), "labels": torch.tensor([1, 0])}).target
         tensor([1, 0])
     """
