@@ -109,7 +109,8 @@ def print_added(folder: str, done: list[AddedMember], *, written: bool) -> None:
         )
     console.show(table)
     for each in done:
-        console.say(f"{each.name}: target {each.target}, {'met' if each.met else 'NOT met'}.")
+        why = f" ({each.why})" if each.why else ""
+        console.say(f"{each.name}: target {each.target}{why}, {'met' if each.met else 'NOT met'}.")
     console.say(
         f"{folder}: all other members are what they were."
         if written

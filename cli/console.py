@@ -107,6 +107,12 @@ def say(text: str = "", style: str | None = None) -> None:
     out.print(Text("\n".join(lines), style=style or ""), soft_wrap=True)
 
 
+def complain(text: str) -> None:
+    """One line on stderr."""
+    clear()
+    err.print(Text(f"surgery: {text}"), soft_wrap=True)
+
+
 def heading(text: str) -> None:
     """A heading with a free line above."""
     show()

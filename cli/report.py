@@ -149,6 +149,7 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What a log says of its run: how far it went, tasks, sizes, statistics."""
     from surgery.training.report.comparison import share_of
     from surgery.training.report.log_lines import by_event
+    from surgery.training.report.report import logged_phases
     from surgery.training.report.runlog import first_validation
 
     logged = by_event(lines)
@@ -159,6 +160,7 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "members": start.get("members", []),
         "finished": end is not None,
         "generations": len(generations),
+        "trained": logged_phases(generations),
         "losses": last.get("losses", {}),
         "validation": (end or last).get("scores", last.get("validation", {})),
         "tests": (end or {}).get("tests", {}),
@@ -184,7 +186,7 @@ def print_summary(summary: dict[str, Any], pictures: list[Path]) -> None:
     share = (
         "" if summary["share"] is None else f", {console.percent(summary['share'])} of the sites' parameters"
     )
-    console.say(f"{summary['generations']} generations, {state}{share}.")
+    console.say(f"{summary['trained']}, {state}{share}.")
     if summary["losses"]:
         table = console.table("task", ">training loss")
         for name, loss in summary["losses"].items():

@@ -269,6 +269,7 @@ def print_report(report: TrainReport, folder: Path, trust: bool = False) -> None
     """Each task with what it reached, then the size."""
     from surgery.pipeline.train import needs_consent
     from surgery.training.report.comparison import verdict
+    from surgery.training.report.report import in_phases
 
     from . import console, outcome
 
@@ -277,9 +278,10 @@ def print_report(report: TrainReport, folder: Path, trust: bool = False) -> None
     for sentence in outcome.adapted_words(report.adapted):
         console.say(sentence)
     now, whole = report.numbers
+    generations = in_phases(report.generations, report.burn_in, report.final)
     ended = "" if report.stopped == "done" else f" ({report.stopped})"
     console.say(
-        f"{report.generations} generations in {report.seconds:.0f} s{ended}; kept is generation {report.kept_words}. "
+        f"{generations} in {report.seconds:.0f} s{ended}; kept is generation {report.kept_words}. "
         f"{' and '.join(report.made) or 'Nothing shared'} for the sites: {console.count(now)} parameters for "
         f"{console.count(whole)} ({console.percent(now / max(whole, 1))}). "
         f"{console.count(report.trained)} parameters were trained."

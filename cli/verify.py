@@ -53,7 +53,23 @@ def verify(
     elif not quiet:
         print_report(report)
     if not report.ok:
+        if quiet and not json:
+            print_wrong(report)
         raise typer.Exit(1)
+
+
+def print_wrong(report: VerifyReport) -> None:
+    """What does not match, on stderr."""
+    from . import console
+
+    for line in wrong(report):
+        console.complain(line)
+
+
+def wrong(report: VerifyReport) -> list[str]:
+    """What does not match, a line each."""
+    files = [f"{path}: {reason}" for path, reason in report.files.items()]
+    return files + [f"{each.member}: {reason}" for each in report.members for reason in each.reasons]
 
 
 def print_report(report: VerifyReport) -> None:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from surgery.artifact.exportcard import write_export_card
 from surgery.artifact.folder import load
+from surgery.artifact.formats.checkpoint import check_kind
 from surgery.artifact.formats.compressed_tensors import plan_packing, write_compressed_tensors
-from surgery.artifact.formats.lora import write_lora
+from surgery.artifact.formats.lora import check_base, write_lora
 from surgery.artifact.formats.transformers import write_transformers
 from surgery.artifact.manifest import read_manifest
 from surgery.artifact.reading import check_hashes, read_stored
@@ -27,6 +28,7 @@ from surgery.disk.folders import check_target, new_folder
 from surgery.errors import ExportError, LoadError, PlanError, TrainingError
 from surgery.members.member import Member, state_tensors
 from surgery.members.references import local_path, write_plain
+from surgery.settings.target import warn_of_percentage
 from surgery.slots.extracting import dissolve
 from surgery.storage.packed import REFUSED
 from surgery.storage.states import module_of, state_of
@@ -100,6 +102,7 @@ def export(
     """
     check_settings(source, format, tie_widths, base, max_error, calibrate)
     check_target(out, overwrite=overwrite, inputs=read_paths(source, base, calibrate))
+    check_member(source, member, format, base)
     with claim(out):
         if not isinstance(source, JointModel):
             _check_content(Path(source).expanduser(), member)
@@ -140,9 +143,7 @@ def read_paths(source: Any, base: str | None, calibrate: Sequence[str | Path]) -
 
 def _check_content(folder: Path, member: str) -> None:
     """Compare the files that are read with those that were written: an export has hashes of its own afterwards."""
-    manifest = read_manifest(folder)
-    _check_name(member, manifest.members)
-    check_hashes(folder, manifest, [member])
+    check_hashes(folder, read_manifest(folder), [member])
 
 
 def check_settings(
@@ -186,6 +187,27 @@ def check_settings(
             raise LoadError(f"`calibrate` must name readable files or folders, but {file} does not exist.")
     if max_error is not None and not 0 < max_error < math.inf:
         raise PlanError(f"`max_error` must be above 0, found {max_error:g}; an adapter is hardly ever exact.")
+    warn_of_percentage(max_error)
+
+
+def check_member(source: str | Path | JointModel, member: str, format: str, base: str | None) -> None:
+    """Whether there is such a member, and the format is one for it, before a weight is read.
+
+    Raises:
+        PlanError: where there is none.
+        ExportError: where the format is not one for it, peft is missing, or the base of an adapter is not there.
+    """
+    if isinstance(source, JointModel):
+        _check_name(member, source.names)
+        origin, replaced = source.members[member].origin, len(source.members[member].replaced)
+    else:
+        manifest = read_manifest(Path(source).expanduser())
+        _check_name(member, manifest.members)
+        origin, replaced = origin_of(manifest, member), len(manifest.members[member].replacements)
+    if format in ("transformers", "compressed-tensors"):
+        check_kind(member, origin, replaced, format)
+    if base is not None:
+        check_base(base)
 
 
 def _export_plain(

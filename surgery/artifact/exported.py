@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.disk.records import read_record
+from surgery.disk.records import artifact_files, read_record
 from surgery.disk.untrusted import (
     DOCUMENT_BYTES,
     UnreadableError,
@@ -66,10 +66,21 @@ def exported(folder: Path) -> Exported | None:
     return None
 
 
+def parts_of_artifact(folder: Path) -> list[str]:
+    """Files of tensors that only artifacts have, by their paths in a folder."""
+    patterns = ("dictionary*.safetensors", "members/weights*.safetensors", "members/*/weights*.safetensors")
+    return sorted(path.relative_to(folder).as_posix() for each in patterns for path in folder.glob(each))
+
+
 def not_an_artifact(folder: Path, manifest: str) -> str:
     """A sentence for a folder without a manifest that was given for an artifact."""
-    if (folder / "members").is_dir() and (folder / "README.md").is_file():
-        return f"{folder} looks like an artifact, but its {manifest} is missing; copy the artifact again."
+    if held := parts_of_artifact(folder):
+        return (
+            f"{folder} has files of an artifact, such as {printable(held[0])}, but not its {manifest}, which says what "
+            "they hold; copy the whole artifact again, or write it anew."
+        )
+    if whole := _artifact_around(folder.absolute()):
+        return f"{folder} is a part of the artifact {whole}; give that folder."
     what = exported(folder) if folder.is_dir() else None
     if what is None:
         how = "has none" if folder.exists() else "does not exist"
@@ -81,6 +92,15 @@ def not_an_artifact(folder: Path, manifest: str) -> str:
         " `surgery verify` compares its files with those that were written." if read_record(folder) else ""
     )
     return f"An artifact is a folder with a {manifest}, but {folder} is {what}.{checks}"
+
+
+def _artifact_around(folder: Path) -> Path | None:
+    """The artifact of which a folder is a part."""
+    for whole in list(folder.parents)[:2]:
+        inside = f"{folder.relative_to(whole).as_posix()}/"
+        if any(name.startswith(inside) for name in artifact_files(whole)):
+            return whole
+    return None
 
 
 def _json(path: Path) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.artifact.export import Format, check_settings, export, hardened, one
+from surgery.artifact.export import Format, check_member, check_settings, export, hardened, one
 from surgery.artifact.exportcard import make_export_card
 from surgery.artifact.formats.checkpoint import architecture, checkpoint_names
 from surgery.artifact.formats.compressed_tensors import METHOD, Packing, in_short, plan_packing
@@ -144,6 +144,7 @@ def plan_export(
           ...
     """
     check_settings(source, format, tie_widths, base, max_error, calibrate)
+    check_member(source, member, format, base)
     if format == "lora":
         return _of_adapter(source, member, base, max_error, calibrate, trust_remote_code)
     if harden:

@@ -44,7 +44,7 @@ from surgery.members.replacement import count_replaced
 from surgery.settings.names import PARAMETERS_OF, Mixing
 from surgery.settings.quantities import Seed
 from surgery.settings.resources import Resources
-from surgery.settings.target import Target
+from surgery.settings.target import Target, warn_of_percentage
 from surgery.slots.collapse import collapsed
 from surgery.slots.slots import assign
 from surgery.storage.codecs import NATIVE, stored_bytes
@@ -132,6 +132,7 @@ def fit(
         }
     )
     _check_request(joint, asked, probes)
+    warn_of_percentage(max_error)
     place = pick_device(device)
     own = {
         name: value for name, value in (("templates", templates), ("mixture", mixture)) if value is not None

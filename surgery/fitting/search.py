@@ -33,7 +33,7 @@ from surgery.settings.target import MAX_ERROR
 from surgery.storage.codecs import Encoded
 from surgery.storage.stored import Stored
 from surgery.util import progress
-from surgery.util.wording import more_than
+from surgery.util.wording import more_than, rounded_up
 
 ROUNDS = 8  # corrections of what is predicted by what is measured
 MORE_ROUNDS = 12  # if none of them met the bound
@@ -319,8 +319,7 @@ class Search:
         if (least := found.counted / self.whole) > budget:
             given = f" with {self.given}" if self.given else ""
             fewer = f", or fewer {' or '.join(levers)}" if (levers := self.levers(above=1)) else ""
-            enough = np.ceil(least * 100 + 0.1) / 100
-            use = f"`budget={enough:.2f}` or more" if enough <= 1 else "`max_error`"
+            use = f"`budget={enough:g}` or more" if (enough := rounded_up(least)) <= 1 else "`max_error`"
             raise PlanError(
                 f"A budget of {budget:g} cannot be met{given}: the smallest artifact of these members takes "
                 f"{more_than(least, budget)} of their bytes; use {use}{fewer}."

@@ -61,13 +61,20 @@ def parse_reference(reference: str) -> tuple[str | None, str]:
     """
     name, equals, rest = reference.partition("=")
     named = bool(equals) and bool(_NAME.fullmatch(name)) and not Path(reference).expanduser().exists()
-    if equals and not named and not set(name) & set("/:?@\\") and not Path(reference).expanduser().exists():
-        _check_name(name)
+    if equals and not named and not Path(reference).expanduser().exists():
+        plain = not set(name) & set("/:?@\\")
+        if plain or (_claimed(rest) and not _claimed(reference)):
+            check_name(name)
     if not reference.strip() or (named and not rest.strip()):
         raise LoadError(
             f"a reference is [name=]REF, but '{reference}' has no REF: give a folder, a hub id or timm:NAME"
         )
     return (name, rest) if named else (None, reference)
+
+
+def _claimed(reference: str) -> bool:
+    """Whether a text is a reference of any kind."""
+    return any(origin_kind(kind).claims(reference) for kind in KINDS)
 
 
 def local_path(reference: str) -> Path | None:
@@ -156,12 +163,12 @@ def load_member(
         check_ordinary(module)
         loaded = _adopt(module)
         chosen = name or default_name(loaded.origin)
-        _check_name(chosen)
+        check_name(chosen)
     else:
         typed, rest = parse_reference(reference)
         kind = kind_for(rest)
         chosen = name or typed or reference_name(rest)
-        _check_name(chosen)
+        check_name(chosen)
         request = Request(Permission.of_user(trust_remote_code), read)
         loaded = _load(kind, rest, request, member_seed(seed, chosen))
         align_module(loaded.module)  # tensors that are mapped lie where their file has them
@@ -315,12 +322,22 @@ def write_plain(module: nn.Module, origin: Origin, files: Mapping[str, bytes], d
     origin_kind(origin.kind).save_plain(module, origin, files, target)
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuse what is no member's name.
+
+    Raises:
+        LoadError: with the rule, and a name that is one.
+    """
     if not _NAME.fullmatch(name):
         raise LoadError(
             f"a member's name is of letters A to z, digits, '_', '-' and '.', at most 200 and not dots alone, found "
-            f"{shown(name)}: give another name, as in name=REF"
+            f"{shown(name)}: give another one, such as {_legal(name)}=REF"
         )
+
+
+def _legal(text: str) -> str:
+    """A name made of any text."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.")[:200] or "member"
 
 
 def reference_name(reference: str) -> str:
@@ -341,7 +358,7 @@ def default_name(origin: Origin) -> str:
     elif origin.kind == "factory":
         text = text.rpartition(":")[2]
     base = Path(text.partition("@")[0]).name or Path(text).resolve().name
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", base).strip("-.")[:200] or "member"
+    return _legal(base)
 
 
 def _member(

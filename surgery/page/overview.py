@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from surgery.artifact.exported import exported, not_an_artifact
+from surgery.artifact.exported import exported, not_an_artifact, parts_of_artifact
 from surgery.artifact.manifest import NAME as MANIFEST
 from surgery.artifact.manifest import Manifest, read_manifest
 from surgery.artifact.reading import read_stored
@@ -114,7 +114,7 @@ def look(source: str | Path) -> Overview:
     folder = Path(source).expanduser()
     run = _run(folder)
     if not (folder / MANIFEST).is_file():
-        if run is None and folder.is_dir() and exported(folder) is not None:
+        if run is None and folder.is_dir() and (parts_of_artifact(folder) or exported(folder) is not None):
             raise ArtifactError(not_an_artifact(folder, MANIFEST))
         if run is None:
             raise ArtifactError(

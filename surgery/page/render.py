@@ -19,6 +19,7 @@ from surgery.fitting.report import FitReport, saved_words
 from surgery.page.charts import Series
 from surgery.page.overview import MemberView, Overview, Run
 from surgery.training.report.comparison import as_scores, share_of, total, verdict
+from surgery.training.report.report import logged_phases
 from surgery.util.showing import in_order, plural
 from surgery.util.text import shorten
 from surgery.util.wording import count, percent, size
@@ -278,7 +279,7 @@ def _training(run: Run) -> dict[str, Any]:
     end = run.end or {}
     state = "finished" if run.end else "still going on, or interrupted"
     stopped = f" ({end['stopped']})" if end.get("stopped") not in (None, "done") else ""
-    words = f"{plural(len(run.generations), 'generation')}, {state}{stopped}"
+    words = f"{logged_phases(run.generations)}, {state}{stopped}"
     if run.end:
         words += f" after {end['seconds']:.0f} s; kept is generation {end['best'] + 1}"
     sizes = end.get("sizes") or {}

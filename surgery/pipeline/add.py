@@ -12,7 +12,7 @@ from surgery.disk.files import bytes_below
 from surgery.disk.folders import check_target
 from surgery.errors import ArtifactError, PlanError
 from surgery.settings.recipe import Model, Recipe, Select
-from surgery.settings.target import MAX_ERROR, Target
+from surgery.settings.target import MAX_ERROR, Target, warn_of_percentage
 from surgery.util.progress import task
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class AddedMember:
         disk_bytes: of the files that it added; 0 where nothing was written.
         sites: how many of its tensors are stored as what others have in common and what is its own.
         same: how many are stored already.
+        why: this target, where none was asked for.
     """
 
     name: str
@@ -47,6 +48,7 @@ class AddedMember:
     disk_bytes: int
     sites: int
     same: int
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def add(
 
     folder = Path(directory).expanduser()
     target = Target.of({"max_error": max_error, "budget": budget})
+    warn_of_percentage(target.max_error)
     with claim_of_first(None if dry_run else folder):
         manifest = read_manifest(folder)
         _check_new(folder, manifest, members)
@@ -182,6 +185,7 @@ def _add(
         bytes_below(folder) - before,
         addition.sites,
         addition.same,
+        _target(asked.target, manifest)[1],
     )
 
 
@@ -223,7 +227,7 @@ def fit_one(
         recipe.model_copy(update={"select": _select_for(member, select, manifest)}), [member]
     )
     probes = list(asked.probes) or read_probes(recipe, [member]).get(asked.name, [])
-    target = _target(asked.target, manifest)
+    target, _ = _target(asked.target, manifest)
 
     def subject() -> dict[str, Any]:
         return {
@@ -289,16 +293,20 @@ def _recipe_of_one(manifest: Manifest, asked: Adding, nonfinite: bool) -> Recipe
     )
 
 
-def _target(asked: Target, manifest: Manifest) -> Target:
-    """What is asked for, or else what the others were held to."""
-    report = manifest.report
-    if asked.given() or report is None:
-        return asked if asked.given() else Target.of({"max_error": MAX_ERROR})
-    if report.target == "lossless":
-        return Target.of({"max_error": 0.0})
+def _target(asked: Target, manifest: Manifest) -> tuple[Target, str]:
+    """What is asked for, or else what the others were held to, and why that is."""
+    from surgery.fitting.report import FitReport
+
+    report = manifest.report or FitReport()
+    if asked.given():
+        return asked, ""
+    if report.target == "lossless" or report.bound:
+        return Target.of({"max_error": report.bound or 0.0}), "as for the others"
     errors = [error for name in report.errors if (error := report.error(name)) is not None]
-    bound = report.bound if report.bound is not None else max(errors, default=0.0)
-    return Target.of({"max_error": bound or MAX_ERROR})
+    if worst := max(errors, default=0.0):
+        made = f", which were made with {report.target}" if report.target else ""
+        return Target.of({"max_error": worst}), f"the largest error of the others{made}"
+    return Target.of({"max_error": MAX_ERROR}), "the default, as no error of the others is known"
 
 
 def remove(directory: str | Path, names: str | Sequence[str], *, dry_run: bool = False) -> RemovedMembers:
@@ -396,7 +404,7 @@ def named(references: Sequence[str]) -> dict[str, str]:
 
 def _check_new(folder: Path, manifest: Manifest, members: Mapping[str, str | Member]) -> None:
     from surgery.members.member import check_names
-    from surgery.members.references import check_references
+    from surgery.members.references import check_name, check_references
 
     if not members:
         raise PlanError("At least one member must be added, found none: give name and reference.")
@@ -406,6 +414,8 @@ def _check_new(folder: Path, manifest: Manifest, members: Mapping[str, str | Mem
             "another, or remove that member first."
         )
     check_names([*manifest.members, *members])
+    for name in members:
+        check_name(name)
     check_references(each for each in members.values() if isinstance(each, str))
 
 

@@ -23,7 +23,7 @@ from surgery.errors import LoadError, PlanError
 from surgery.safetensors.header import parse_header
 from surgery.settings.recipe import Model, Recipe, TaskSpec, method_settings
 from surgery.settings.resources import Resources
-from surgery.settings.target import Target
+from surgery.settings.target import Target, warn_of_percentage
 from surgery.util.progress import task, track
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def check(recipe: Recipe, *, overwrite: bool = False) -> None:
 
     Raises:
         PlanError: no models, names given twice.
-        LoadError: a calibration file that cannot be read.
+        LoadError: a calibration file that cannot be read, a name that is none.
         OutputError: a target that exists or cannot be written.
     """
     if not recipe.models:
@@ -204,10 +204,13 @@ def check(recipe: Recipe, *, overwrite: bool = False) -> None:
     if recipe.out is not None:
         check_target(recipe.out, overwrite=overwrite, inputs=input_paths(recipe))
     from surgery.members.member import check_names  # imports torch: last
-    from surgery.members.references import parse_reference
+    from surgery.members.references import check_name, parse_reference
 
     names = [model.name or parse_reference(model.model)[0] for model in recipe.models]
     check_names(name or model.model for name, model in zip(names, recipe.models, strict=True))
+    for name in filter(None, names):
+        check_name(name)
+    warn_of_percentage(recipe.parameters.max_error)
 
 
 def check_calibration(recipe: Recipe) -> None:

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, model_validator
 
 from surgery.disk.untrusted import shown
+from surgery.errors import SurgeryWarning
 from surgery.settings.names import TARGETS
 from surgery.settings.problems import Strict, validated
 from surgery.settings.quantities import Context, NotNegative, Positive, Share
+from surgery.util.wording import percent
 
 MAX_ERROR = 0.05
 """Of a fit that nothing else is asked of."""
+
+
+def warn_of_percentage(max_error: float | None) -> None:
+    """Warn of an error bound that allows any outputs, which is what a percentage looks like.
+
+    Args:
+        max_error: as it was given; None for none.
+    """
+    if max_error is not None and max_error >= 1:
+        warnings.warn(
+            f"`max_error` is a fraction: {max_error:g} lets outputs move by {percent(max_error)}, and zeros in their "
+            f"place move by 100%. For {max_error:g}% give {max_error / 100:g}.",
+            SurgeryWarning,
+            stacklevel=1,  # said once, whoever asks
+        )
 
 
 def parse_block(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def sentence(text: str) -> str:
     """Text with the stop that ends a sentence, where it has none.
@@ -45,6 +47,17 @@ def more_than(value: float, limit: float, digits: int = 3) -> str:
         if float(text := f"{value:.{more}g}") > limit:
             return text
     return repr(value)
+
+
+def rounded_up(value: float) -> float:
+    """A number of two digits that is a little above a positive one.
+
+    Example:
+        >>> rounded_up(0.287), rounded_up(2.41e-05), rounded_up(0.9999)
+        (0.29, 2.5e-05, 1.01)
+    """
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / step + 0.1) * step:.3g}")
 
 
 def count(number: float) -> str:

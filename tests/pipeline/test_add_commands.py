@@ -85,6 +85,7 @@ def test_the_command_adds_and_removes(nets):
     assert command("remove", "joint", "new")[0] == 0 and contents(nets) == former
     code, out, _ = command("add", "joint", "nets.py:d")
     assert code == 0 and "d" in read_manifest(nets).members and "marginal" in out
+    assert "(the largest error of the others, which were made with budget 0.14), met" in " ".join(out.split())
     report = command("report", "joint")
     assert report[0] == 0
 

@@ -95,7 +95,9 @@ def test_a_folder_that_is_not_whole_is_left_alone(joint, damage):
 
 def test_a_manifest_that_was_lost_is_named(joint):
     (joint / "manifest.json").unlink()
-    with pytest.raises(SurgeryError, match=r"looks like an artifact, but its manifest\.json is missing"):
+    with pytest.raises(
+        SurgeryError, match=r"files of an artifact, such as .*safetensors, but not its manifest\.json"
+    ):
         surgery.add(joint, {"new": relative("new", 7)})
 
 

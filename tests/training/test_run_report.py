@@ -20,7 +20,7 @@ from surgery.methods.hypermodules.analysis import STATISTICS, kinds_of_modules, 
 from surgery.settings.training import Evolution, Training
 from surgery.training.loop.starting import start
 from surgery.training.report.pictures import draw_run, pictures_of, write_pictures
-from surgery.training.report.report import TrainReport
+from surgery.training.report.report import TrainReport, logged_phases
 from surgery.training.report.runlog import find_log, read_log
 from surgery.training.tasks.score import Score
 from surgery.training.train import train
@@ -172,3 +172,12 @@ def test_a_report_is_read_again_as_it_was_written():
         numbers=(1, 2), trained=3, stopped="done", seconds=1.0,
     )  # fmt: skip
     assert TrainReport.of(json.loads(json.dumps(report.document()))) == report
+
+
+def test_generations_are_counted_as_the_settings_count_them():
+    assert "TrainReport: 4 generations (1 burn-in + 2 + 1 final) in" in repr(
+        TrainReport(4, burn_in=1, final=1)
+    )
+    lines = [{"phase": phase} for phase in ("burn-in", "evolution", "evolution", "final")]
+    assert logged_phases(lines) == "4 generations (1 burn-in + 2 + 1 final)"
+    assert logged_phases(lines[1:3]) == "2 generations"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from surgery.disk.files import write_files
 from surgery.errors import ExportError
-from surgery.members.member import Member
+from surgery.members.member import Member, Origin
 from surgery.members.origins.dtypes import widest
 from surgery.members.references import build_architecture
 from surgery.permission import Permission
@@ -33,19 +33,36 @@ def architecture(member: Member, stored: Stored, format: str, trust: bool) -> An
     Raises:
         ExportError: where it is no model of transformers, modules of it were replaced, or it has extra state.
     """
-    reason = ""
-    if member.origin.kind != "transformers":
-        reason = f"is of kind {member.origin.kind} ({member.origin.reference})"
-    elif member.replaced:
-        reason = f"has {len(member.replaced)} modules that a method replaced"
-    elif stored.extra.get(member.name):
-        reason = f"has extra state ({', '.join(sorted(stored.extra[member.name])[:3])})"
-    if reason:
-        raise ExportError(
-            f"The format {format} is for models of transformers as they are, but member '{member.name}' {reason}; "
-            "export it as plain or compressed."
-        )
+    check_kind(member.name, member.origin, len(member.replaced), format)
+    if stored.extra.get(member.name):
+        found = ", ".join(sorted(stored.extra[member.name])[:3])
+        raise _not_as_they_are(member.name, f"has extra state ({found})", format)
     return build_architecture(member.origin, member.files, permission=Permission.of_artifact(trust))
+
+
+def check_kind(name: str, origin: Origin, replaced: int, format: str) -> None:
+    """Whether a member can be a checkpoint of transformers, by what is known without its weights.
+
+    Args:
+        name: its own.
+        origin: of it.
+        replaced: how many of its modules a method replaced.
+        format: that is asked for, for errors.
+
+    Raises:
+        ExportError: where it is no model of transformers, or modules of it were replaced.
+    """
+    if origin.kind != "transformers":
+        raise _not_as_they_are(name, f"is of kind {origin.kind} ({origin.reference})", format)
+    if replaced:
+        raise _not_as_they_are(name, f"has {replaced} modules that a method replaced", format)
+
+
+def _not_as_they_are(name: str, reason: str, format: str) -> ExportError:
+    return ExportError(
+        f"The format {format} is for models of transformers as they are, but member '{name}' {reason}; "
+        "export it as plain or compressed."
+    )
 
 
 def checkpoint_names(module: Any) -> list[str]:

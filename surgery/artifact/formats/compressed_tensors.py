@@ -135,12 +135,9 @@ def plan_packing(stored: Stored, member: Member, tie_widths: bool, trust: bool) 
         packed, apart = tie(packed, [n for n, m in module.named_modules() if isinstance(m, nn.Linear)])
         reasons |= {f"{name}.weight": _MERGED_WITH_PLAIN for name in apart}
     if not packed:
-        said = shorten(
-            [f"{', '.join(in_short([name]))}: {reason}" for name, reason in reasons.items()], 5, "; "
-        )
         raise ExportError(
-            f"The format {METHOD} is for linear layers stored in 2 to 8 bits, but member '{member.name}' has none"
-            f"{f' ({said})' if said else ''}; export it in the format transformers or plain."
+            f"The format {METHOD} is for linear layers stored in 2 to 8 bits, but member '{member.name}' has none; "
+            f"export it in the format transformers or plain.{_why_none(reasons)}"
         )
     handles = lazy_state_of(stored, member.name).handles
     sizes = {name: handles[name].nbytes for name in names if name in handles}
@@ -154,6 +151,19 @@ def plan_packing(stored: Stored, member: Member, tie_widths: bool, trust: bool) 
     outlines = _outlines(packing, {name: handles[name].shape for name in names if name in handles}, module)
     question = check_outline(module, member.name, outlines, configuration(packing, module))
     return replace(packing, open_question=question), module
+
+
+def _why_none(reasons: Mapping[str, str]) -> str:
+    """One tensor for each reason why matrices cannot be packed, as further sentences."""
+    first: dict[str, str] = {}
+    for name, reason in reasons.items():
+        if reason != _VECTORS:
+            first.setdefault(reason, name)
+    said = [f"{name}: {reason}" for reason, name in first.items()]
+    return f" Such as {shorten(said, 3, '; ')}." if said else ""
+
+
+_VECTORS = "biases, norms and other vectors, where weights of linear layers are packed"
 
 
 def _outlines(
@@ -190,7 +200,7 @@ def _fit(module: nn.Module, name: str, encoded: Encoded) -> Grouping | str:
     path, _, attribute = name.rpartition(".")
     owner = module.get_submodule(path)
     if len(encoded.shape) < 2:
-        return "biases, norms and other vectors, where weights of linear layers are packed"
+        return _VECTORS
     if attribute != "weight" or type(owner) is not nn.Linear:
         return f"of {type(owner).__name__}, where weights of Linear are packed"
     tied = getattr(module, "all_tied_weights_keys", None) or {}

@@ -27,7 +27,7 @@ from surgery.artifact.formats.differences import Difference, Other, differences_
 from surgery.errors import ExportError, LoadError
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.member import Inputs, Member, shapes_of
-from surgery.members.references import load_member, local_path
+from surgery.members.references import check_references, load_member, local_path
 from surgery.util.quiet import quiet
 from surgery.util.showing import plural
 from surgery.util.text import one_line, shorten
@@ -182,6 +182,19 @@ def _load_base(base: str, member: Member, trust: bool) -> nn.Module:
     inputs = member.inputs if member.origin.kind in ("module", "factory") else None
     try:
         return load_member(base, name="base", inputs=inputs, trust_remote_code=trust).module
+    except LoadError as error:
+        raise ExportError(f"`base` must be a model that can be loaded, but {error}") from error
+
+
+def check_base(base: str) -> None:
+    """Whether adapters can be written, and the base of one is there, before anything is loaded.
+
+    Raises:
+        ExportError: where peft is not installed, or there is no such model.
+    """
+    _peft()
+    try:
+        check_references([base])
     except LoadError as error:
         raise ExportError(f"`base` must be a model that can be loaded, but {error}") from error
 

@@ -18,6 +18,7 @@ import importlib
 from typing import Any
 
 from surgery.errors import LoadError
+from surgery.members.origins.base import said_of_file
 
 KINDS = {
     "module": "surgery.members.origins.module",
@@ -45,6 +46,8 @@ def kind_for(reference: str) -> Any:
         handler = origin_kind(kind)
         if handler.claims(reference):
             return handler
+    if said := said_of_file(reference.partition("?")[0]):
+        raise LoadError(said)
     raise LoadError(
         f"'{reference}' is no reference, or its folder does not exist: give a transformers folder, a hub id "
         "org/name[@revision], timm:NAME, timm:NAME=weights.safetensors, a timm folder, or "

@@ -144,3 +144,22 @@ def check_files(paths: Iterable[Path]) -> None:
             bad.append(f"{path} {error}")
     if bad:
         raise LoadError(f"{'; '.join(bad[:5])}: put the file itself there, or take it away")
+
+
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".h5", ".onnx", ".gguf")
+"""What files of weights end in, which no reference is."""
+
+
+def said_of_file(head: str) -> str:
+    """What to do with a file that was given for a model; nothing where it is none."""
+    path = Path(head).expanduser()
+    if path.suffix not in WEIGHT_FILES and not path.is_file():
+        return ""
+    if not path.exists():
+        return f"the file {head} does not exist, and would not be a model by itself: check the path"
+    if path.name.startswith(("model", "pytorch_model")) and (path.parent / "config.json").is_file():
+        return f"'{head}' is a file of weights, which its folder says how to use: give {path.parent}"
+    return (
+        f"'{head}' is a file, which does not say of what model its weights are: give timm:NAME={head} where timm has "
+        "the model, else path/module.py:factory, a function that builds it and loads them"
+    )

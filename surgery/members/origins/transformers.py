@@ -18,7 +18,14 @@ from surgery.disk.files import write_files
 from surgery.disk.untrusted import shown
 from surgery.errors import LoadError, SurgeryWarning
 from surgery.members.member import Origin
-from surgery.members.origins.base import Loaded, Request, read_config, read_small_files, split_options
+from surgery.members.origins.base import (
+    WEIGHT_FILES,
+    Loaded,
+    Request,
+    read_config,
+    read_small_files,
+    split_options,
+)
 from surgery.members.origins.bounded import bounded
 from surgery.members.origins.empty import build_empty
 from surgery.members.origins.licences import licence_file
@@ -55,7 +62,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 def claims(reference: str) -> bool:
     """Whether `reference` is a folder, or could be a hub id."""
     head = reference.partition("?")[0]
-    return Path(head).expanduser().is_dir() or bool(_HUB_ID.fullmatch(head))
+    path = Path(head).expanduser()
+    return path.is_dir() or (
+        path.suffix not in WEIGHT_FILES and not path.is_file() and bool(_HUB_ID.fullmatch(head))
+    )
 
 
 def check(reference: str) -> None:

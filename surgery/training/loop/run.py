@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -198,8 +199,9 @@ class Run:
                 sizes |= each.tracked()
             trainer.accelerator.log(tracked(losses, scores, **sizes), generation)
         mean = sum(trainer.weights[name] * value for name, value in losses.items())
+        phase = "" if (named := config.phase(generation)) == "evolution" else f" ({named})"
         work.describe(
-            f"Generation {generation + 1}/{config.total}, loss {mean:.4g}, "
+            f"Generation {generation + 1}/{config.total}{phase}, loss {mean:.4g}, "
             + "".join(f"{words}, " for each in trainer.moves for words in each.words())
             + f"{now / max(whole, 1):.0%} of the parameters"
         )
@@ -314,8 +316,11 @@ class Run:
         for method in active_methods(joint):
             method.ended(joint)
         sizes, modules = self._sizes()
+        phases = Counter(map(self.config.phase, range(trainer.generation)))
         report = TrainReport(
             generations=trainer.generation,
+            burn_in=phases["burn-in"],
+            final=phases["final"],
             best=best,
             kept=kept,
             scores=scores,

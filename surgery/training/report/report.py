@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -15,12 +16,35 @@ from surgery.util.showing import as_html, as_text, finite, plural
 from surgery.util.wording import count, percent
 
 
+def in_phases(generations: int, burn_in: int, final: int) -> str:
+    """How many generations were done, as the settings count them.
+
+    Example:
+        >>> in_phases(3, 0, 1), in_phases(5, 2, 0), in_phases(1, 0, 0)
+        ('3 generations (2 + 1 final)', '5 generations (2 burn-in + 3)', '1 generation')
+    """
+    rest = generations - burn_in - final
+    parts = (
+        [f"{burn_in} burn-in"] * bool(burn_in) + [f"{rest}"] * bool(rest) + [f"{final} final"] * bool(final)
+    )
+    said = f" ({' + '.join(parts)})" if burn_in or final else ""
+    return plural(generations, "generation") + said
+
+
+def logged_phases(generations: Sequence[Mapping[str, Any]]) -> str:
+    """`in_phases` of a log's lines of generations."""
+    counts = Counter(line.get("phase") for line in generations)
+    return in_phases(len(generations), counts["burn-in"], counts["final"])
+
+
 @dataclass(frozen=True, repr=False)
 class TrainReport:
     """How a run went.
 
     Attributes:
-        generations: that were done.
+        generations: that were done, burn-in and final ones among them.
+        burn_in: how many of these were burn-in.
+        final: how many were final.
         best: the generation whose state was kept.
         kept: by member the generation whose state was kept, where it is not the same for all.
         scores: by task, of the state that was kept, on validation data.
@@ -56,6 +80,8 @@ class TrainReport:
     sizes: Mapping[str, Mapping[str, Mapping[str, Count]]] = field(default_factory=dict)
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     loosened: Mapping[str, Count] = field(default_factory=dict)
+    burn_in: Count = 0
+    final: Count = 0
     stopped: str = "done"
     seconds: NotNegative = 0.0
 
@@ -69,8 +95,9 @@ class TrainReport:
 
     def _summary(self) -> str:
         now, whole = self.numbers
+        generations = in_phases(self.generations, self.burn_in, self.final)
         return (
-            f"{plural(self.generations, 'generation')} in {self.seconds:.0f} s ({self.stopped}), kept is "
+            f"{generations} in {self.seconds:.0f} s ({self.stopped}), kept is "
             f"{self.kept_words}; {count(now)} of {count(whole)} parameters of sites ({percent(now / max(whole, 1))})"
         )
 
