@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FEW = 6  # members whose names and figures fit into the right half; more are numbered
-MOST = 10  # members drawn one by one; of the others their mean
+MOST = 16  # members drawn one by one; of the others their mean
+ROOMY = 8  # members up to which rows are as high as they may be
 _FILLS = {
     ROWS: "#d55e00", COPIES: "#e69f00", "native": "#9aa7b3", "bfloat16": "#009e73",
     "int12": "#b9d8ee", "int10": "#9cc6e5", "int8": "#7fb2d9",
@@ -28,7 +29,7 @@ _FILLS = {
     "int3": "#1b476b", "int2": "#11334f",
 }  # fmt: skip
 _OTHERS = ("#b0579a", "#8c6d31", "#5a5a5a")  # of codecs that have no colour of their own, in turn
-_WORDS = {ROWS: "dictionary rows", COPIES: "shared copies", "native": "own dtype"}
+_WORDS = {ROWS: "shared rows", COPIES: "shared copy"}  # as the command line has them
 
 
 def draw_sharing(shares: Shares) -> bytes:
@@ -42,7 +43,8 @@ def draw_sharing(shares: Shares) -> bytes:
     shares = fold(shares)
     count = len(shares.members)
     pairs = count > 1 and any(map(any, shares.blocks))  # where nothing is shared there is nothing to show
-    height = 1.65 + 0.36 * max(count, 3 if count > 1 else 1)
+    row = 0.36 if count <= ROOMY else 0.29
+    height = 1.65 + row * max(count, 3 if count > 1 else 1)
     figure = new_figure(9.2, height)
     widths = [1.5, 1] if pairs else [1]
     axes: Any = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
@@ -133,6 +135,8 @@ def _draw_blocks(ax: Axes, shares: Shares) -> None:
     ax.set_xticks(range(count), names, fontsize=8, color=INK, rotation=30 if slanted else 0, ha=side)
     ax.set_yticks(range(count), names, fontsize=8, color=INK)
     for row, column in () if numbered else np.ndindex(count, count):
+        if row == column and not blocks[row, column]:  # a member does not share with itself
+            continue
         ink = "white" if depth[row, column] > 0.6 else INK if depth[row, column] else MUTED
         ax.text(
             column, row, _figure(float(blocks[row, column])), ha="center", va="center", fontsize=9, color=ink

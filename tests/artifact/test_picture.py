@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 from PIL import Image, ImageColor
 
-from surgery.artifact.picture import _FILLS, MOST, draw_sharing, fold
+from surgery.artifact.picture import _FILLS, MOST, _draw_blocks, draw_sharing, fold
 from surgery.artifact.shares import ROWS, Shares
+from surgery.util.drawing import new_figure
 
 
 def shares(count: int) -> Shares:
@@ -25,14 +27,25 @@ def test_others_are_drawn_by_their_mean_so_that_bars_can_be_compared():
     *large, others = folded.members
     assert large == [f"m{i}" for i in range(MOST - 1)]
     assert others == "mean of 3 others"
-    assert folded.before[others] == 900
-    assert folded.after[others] == 90
+    mean = 1000 - 10 * MOST
+    assert folded.before[others] == mean
+    assert folded.after[others] == mean // 10
     assert folded.blocks[-1][0] == 40
     assert folded.blocks[-1][-1] == round(40 * 6 / 9)
 
 
 def test_few_members_are_drawn_one_by_one():
-    assert fold(shares(MOST)) == shares(MOST)
+    for count in (12, MOST):
+        assert fold(shares(count)) == shares(count)
+
+
+@pytest.mark.parametrize("own", [0, 7])
+def test_a_member_shares_with_itself_only_where_blocks_do(own: int):
+    given = shares(3)
+    blocks = tuple(tuple(own if i == j else 0 for j in range(3)) for i in range(3))
+    axes = new_figure(4, 4).subplots()
+    _draw_blocks(axes, replace(given, blocks=blocks))
+    assert [each.get_text() for each in axes.texts].count(str(own)) == (3 if own else 6)
 
 
 @pytest.mark.parametrize("count", [1, 2, MOST + 2])
