@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -149,7 +150,6 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """What a log says of its run: how far it went, tasks, sizes, statistics."""
     from surgery.training.report.comparison import share_of
     from surgery.training.report.log_lines import by_event
-    from surgery.training.report.report import logged_phases
     from surgery.training.report.runlog import first_validation
 
     logged = by_event(lines)
@@ -160,7 +160,7 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
         "members": start.get("members", []),
         "finished": end is not None,
         "generations": len(generations),
-        "trained": logged_phases(generations),
+        "phases": dict(Counter(line.get("phase") for line in generations)),
         "losses": last.get("losses", {}),
         "validation": (end or last).get("scores", last.get("validation", {})),
         "tests": (end or {}).get("tests", {}),
@@ -179,14 +179,17 @@ def summarise(lines: list[dict[str, Any]]) -> dict[str, Any]:
 def print_summary(summary: dict[str, Any], pictures: list[Path]) -> None:
     """Tasks, modules by subset, statistics, and where the pictures are."""
     from surgery.training.report.comparison import as_scores, verdict
+    from surgery.training.report.report import in_phases
 
     from . import console, outcome
 
+    phases = summary["phases"]
+    done = in_phases(summary["generations"], phases.get("burn-in", 0), phases.get("final", 0))
     state = "finished" if summary["finished"] else "not finished"
     share = (
         "" if summary["share"] is None else f", {console.percent(summary['share'])} of the sites' parameters"
     )
-    console.say(f"{summary['trained']}, {state}{share}.")
+    console.say(f"{done}, {state}{share}.")
     if summary["losses"]:
         table = console.table("task", ">training loss")
         for name, loss in summary["losses"].items():

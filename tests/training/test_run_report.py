@@ -150,7 +150,9 @@ def test_the_verb_draws_and_tells(run, tmp_path):
     assert facts["finished"] and facts["generations"] == 6 and facts["members"] == ["a", "b"]
     assert {p.name for p in (tmp_path / "pictures").iterdir()} == {*pictures_of({}), RECORD} - OF_OTHERS
     shown = CliRunner().invoke(app, ["report", str(run), "--out", str(tmp_path / "pictures")])
-    assert "6 generations, finished" in shown.output and "layers.png" in shown.output
+    assert (
+        "6 generations (1 burn-in + 4 + 1 final), finished" in shown.output and "layers.png" in shown.output
+    )
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
