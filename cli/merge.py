@@ -247,12 +247,14 @@ def preview(
     """A dry run: everything up to the plan, and whether the target could be written."""
     from surgery.pipeline.merge import check, fits_into, prepare
     from surgery.settings.resources import Resources
+    from surgery.settings.target import warn_of_percentage
 
     from . import console, planned
 
     with console.working(quiet=quiet, json_wanted=json):
         resources = Resources.of({"memory": memory})
         check(recipe, overwrite=overwrite)
+        warn_of_percentage(recipe.parameters.max_error)
         prepared = prepare(recipe, trust_remote_code=trust_remote_code, read=False)
         fits_into(prepared, resources)
     if json:

@@ -103,6 +103,7 @@ def export(
     check_settings(source, format, tie_widths, base, max_error, calibrate)
     check_target(out, overwrite=overwrite, inputs=read_paths(source, base, calibrate))
     check_member(source, member, format, base)
+    warn_of_percentage(max_error)
     with claim(out):
         if not isinstance(source, JointModel):
             _check_content(Path(source).expanduser(), member)
@@ -187,7 +188,6 @@ def check_settings(
             raise LoadError(f"`calibrate` must name readable files or folders, but {file} does not exist.")
     if max_error is not None and not 0 < max_error < math.inf:
         raise PlanError(f"`max_error` must be above 0, found {max_error:g}; an adapter is hardly ever exact.")
-    warn_of_percentage(max_error)
 
 
 def check_member(source: str | Path | JointModel, member: str, format: str, base: str | None) -> None:

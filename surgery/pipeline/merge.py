@@ -23,7 +23,7 @@ from surgery.errors import LoadError, PlanError
 from surgery.safetensors.header import parse_header
 from surgery.settings.recipe import Model, Recipe, TaskSpec, method_settings
 from surgery.settings.resources import Resources
-from surgery.settings.target import Target, warn_of_percentage
+from surgery.settings.target import Target
 from surgery.util.progress import task, track
 
 if TYPE_CHECKING:
@@ -210,7 +210,6 @@ def check(recipe: Recipe, *, overwrite: bool = False) -> None:
     check_names(name or model.model for name, model in zip(names, recipe.models, strict=True))
     for name in filter(None, names):
         check_name(name)
-    warn_of_percentage(recipe.parameters.max_error)
 
 
 def check_calibration(recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ from surgery.disk.folders import check_target
 from surgery.errors import LoadError
 from surgery.fitting.report import FitReport
 from surgery.settings.recipe import Model, Recipe
-from surgery.settings.target import Target, warn_of_percentage
+from surgery.settings.target import Target
 from surgery.util.progress import task, track
 
 if TYPE_CHECKING:
@@ -98,7 +98,6 @@ def refit(
     from surgery.util.devices import pick_device
 
     folder, asked = Path(directory).expanduser(), Target.of({"max_error": max_error, "budget": budget})
-    warn_of_percentage(asked.max_error)
     with claim_of_first(None if dry_run else folder):
         manifest = read_manifest(folder)
         check_modules(modules, manifest.members)

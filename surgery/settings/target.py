@@ -30,7 +30,7 @@ def warn_of_percentage(max_error: float | None) -> None:
             f"`max_error` is a fraction: {max_error:g} lets outputs move by {percent(max_error)}, and zeros in their "
             f"place move by 100%. For {max_error:g}% give {max_error / 100:g}.",
             SurgeryWarning,
-            stacklevel=1,  # said once, whoever asks
+            stacklevel=3,
         )
 
 

@@ -69,12 +69,19 @@ def test_a_part_of_an_artifact_names_the_whole(joint, tmp_path):
         surgery.load(tmp_path / "other")
 
 
-def test_an_error_that_allows_anything_is_doubted():
+def test_an_error_that_allows_anything_is_doubted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     joint = surgery.join([member(seeded(stack), "m", torch.randn(2, 8))])
     with pytest.warns(
         SurgeryWarning, match="is a fraction: 2 lets outputs move by 200.0%.* For 2% give 0.02"
     ):
         surgery.fit(joint, max_error=2)
+    for more in (("--out", "j2"), ("--dry-run",)):
+        (tmp_path / "n.py").write_text(
+            "import torch\ndef net():\n    return torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.zeros(2, 8)\n"
+        )
+        err = command("merge", f"a={tmp_path}/n.py:net", "--max-error", 2, *more)[2]
+        assert err.count("--max-error is a fraction") == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         surgery.fit(joint, max_error=0.5)
