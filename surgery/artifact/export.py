@@ -118,21 +118,25 @@ def export(
         if harden:
             source = hardened(source, member, trust_remote_code)
         stored, described, report = one(source, member)
+        if format == "compressed":
+            return write(stored, [described], report, out, overwrite, None)
         if format == "transformers":
             with new_folder(out, overwrite=overwrite, need=stored.nbytes) as folder:
                 write_transformers(folder, stored, described, trust_remote_code)
                 write_export_card(folder, described, format, report)
             return Path(out).expanduser().resolve()
-        if format == "compressed-tensors":
-            packing, module = plan_packing(stored, described, tie_widths, trust_remote_code)
-            if say is not None:
-                for line in packing.lines():
-                    say(line)
-            with new_folder(out, overwrite=overwrite, need=sum(packing.sizes.values())) as folder:
-                write_compressed_tensors(folder, packing, module, stored, described)
-                write_export_card(folder, described, format, report, packing.lines())
-            return Path(out).expanduser().resolve()
-        return write(stored, [described], report, out, overwrite, None)
+        packing, module = plan_packing(stored, described, tie_widths, trust_remote_code)
+        _tell(say, packing.lines())
+        with new_folder(out, overwrite=overwrite, need=sum(packing.sizes.values())) as folder:
+            write_compressed_tensors(folder, packing, module, stored, described)
+            write_export_card(folder, described, format, report, packing.lines())
+        return Path(out).expanduser().resolve()
+
+
+def _tell(say: Callable[[str], None] | None, lines: Sequence[str]) -> None:
+    if say is not None:
+        for line in lines:
+            say(line)
 
 
 def read_paths(source: Any, base: str | None, calibrate: Sequence[str | Path]) -> list[Path]:

@@ -114,12 +114,7 @@ def write_lora(
         levels, lambda each: error_of(_changed(origin, module, differences, each)), max_error
     )
     if not candidates:
-        raise ExportError(
-            f"An adapter of member '{member.name}' must move its outputs by at most {_share(max_error)} of the "
-            f"member's, but the nearest that was tried for {base} moves them by {_share(least)}{_of_rounding(least)}; "
-            f"ask for no less (`max_error` of {_above(least)}), take a base that is related, or export the member as "
-            "plain."
-        )
+        raise _none_within(max_error, least, member.name, base)
 
     def write(adapter: Adapter) -> nn.Module:
         with _by_peft(member.name), quiet():
@@ -131,15 +126,24 @@ def write_lora(
             )
 
     adapter, error = _first_that_opens(member.name, candidates, write, error_of, max_error)
-    said = f"output moved by {percent(error, 2)} of the member's on {on}, at most {percent(max_error, 2)} was asked for"
     library = "transformers" if hasattr(module, "save_pretrained") else None
     changes = _lines(adapter, folder, _plain_bytes(module), served=library is not None)
-    lines = [f"adapter of {base}: {changes[0]}", *changes[1:], said]
     card = make_adapter_card(Base.of(base), type(module).__name__, library, changes, error, max_error, on)
     (folder / "README.md").write_text(card, encoding="utf-8")  # peft's is a form to fill in
     if say is not None:
-        for line in lines:
+        moved = f"output moved by {percent(error, 2)} of the member's on {on}"
+        asked = f"at most {percent(max_error, 2)} was asked for"
+        for line in (f"adapter of {base}: {changes[0]}", *changes[1:], f"{moved}, {asked}"):
             say(line)
+
+
+def _none_within(bound: float, least: float, member: str, base: str) -> ExportError:
+    return ExportError(
+        f"An adapter of member '{member}' must move its outputs by at most {_share(bound)} of the "
+        f"member's, but the nearest that was tried for {base} moves them by {_share(least)}{_of_rounding(least)}; "
+        f"ask for no less (`max_error` of {_above(least)}), take a base that is related, or export the member as "
+        "plain."
+    )
 
 
 def _first_that_opens(
