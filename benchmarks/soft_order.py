@@ -8,6 +8,7 @@ Finished runs are kept line by line in a file, and not run again.
     soft        each task mixes all layers at each depth, as it learns to
     permuted    each task has an order of the layers by chance
     parallel    all tasks use layer d at depth d
+    parallel N  the same with N layers instead of four
     policy B    the same, but each task learns which of them it leaves out (AdaShare's policies, by Gumbel samples),
                 within a share B of them
     single      each task has layers of its own
@@ -22,7 +23,7 @@ from typing import Any
 
 from benchmarks.harness import add_cell_options, make_header, make_parser, run_cells, show
 
-ORDERS = ("soft", "permuted", "parallel", "policy 1", "policy 0.75", "policy 0.5", "single")
+ORDERS = ("soft", "permuted", "parallel", "parallel 2", "policy 1", "policy 0.75", "policy 0.5", "single")
 
 
 def run(order: str, seed: int, changes: Sequence[str], fast: bool) -> dict[str, Any]:
@@ -36,8 +37,9 @@ def run(order: str, seed: int, changes: Sequence[str], fast: bool) -> dict[str, 
     torch.set_num_threads(1)
     began = time.process_time()
     document = override(read_document("soft_order"), [*changes, f"seed={seed}"])
-    kind, _, budget = order.partition(" ")
-    document["models"][0]["model"] += f"?order={kind}&seed={seed}" + f"&budget={budget}" * bool(budget)
+    kind, _, number = order.partition(" ")
+    name = "budget" if kind == "policy" else "layers"
+    document["models"][0]["model"] += f"?order={kind}&seed={seed}" + f"&{name}={number}" * bool(number)
     joint, report = train_recipe(Recipe.of(document), fast_run=fast, cpu=True)
     errors = {name: 1 - (score.metric or 0.0) for name, score in report.tests.items()}
     core: Any = joint["net"].get_submodule("core")

@@ -38,6 +38,7 @@ class Ordered(nn.Module):
         classes: scores in the output.
         frozen: whether encoders stay as they begin, so that tasks see the same things in ways of their own.
         budget: share of the layers that a task may use on average, where it has a policy.
+        layers: how many a task has, and how deep it is.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Ordered(nn.Module):
         classes: int = CLASSES,
         frozen: bool = False,
         budget: float | None = None,
+        layers: int = LAYERS,
     ):
         super().__init__()
         if order not in ORDERS:
@@ -57,11 +59,11 @@ class Ordered(nn.Module):
         self.encoders = one_for_each([nn.Linear(inputs, UNITS) for _ in tasks], tasks).requires_grad_(
             not frozen
         )
-        count = LAYERS * (len(tasks) if order == "single" else 1)
-        layers = [nn.Sequential(nn.Linear(UNITS, UNITS), nn.ReLU()) for _ in range(count)]
+        count = layers * (len(tasks) if order == "single" else 1)
+        core = [nn.Sequential(nn.Linear(UNITS, UNITS), nn.ReLU()) for _ in range(count)]
         if order == "policy":
             self.core = Routed(
-                [[layer] for layer in layers],
+                [[layer] for layer in core],
                 routing="gumbel",
                 tasks=tasks,
                 identity=True,
@@ -71,11 +73,11 @@ class Ordered(nn.Module):
             )
         else:
             own = {
-                task: list(range(number * LAYERS, (number + 1) * LAYERS)) for number, task in enumerate(tasks)
+                task: list(range(number * layers, (number + 1) * layers)) for number, task in enumerate(tasks)
             }
             self.core = Routed(
+                core,
                 layers,
-                LAYERS,
                 routing="permuted" if order == "single" else order,
                 tasks=tasks,
                 dropout=dropout,
@@ -111,10 +113,14 @@ class Patterns(nn.Module):
 
 
 def ordered(
-    order: str = "soft", dropout: float = 0.2, seed: int = 0, budget: float | None = None
+    order: str = "soft",
+    dropout: float = 0.2,
+    seed: int = 0,
+    budget: float | None = None,
+    layers: int = LAYERS,
 ) -> tuple[nn.Module, tuple[Tensor, ...]]:
     """An `Ordered` whose tasks are UCI's tables, and example inputs."""
-    return Ordered(TABLES, order, dropout, seed, budget=budget), (torch.zeros(2, WIDTH),)
+    return Ordered(TABLES, order, dropout, seed, budget=budget, layers=layers), (torch.zeros(2, WIDTH),)
 
 
 def pairs(

@@ -263,6 +263,7 @@ def test_soft_order_runs(run, tmp_path):
         "soft",
         "permuted",
         "parallel",
+        "parallel 2",
         "policy 1",
         "policy 0.75",
         "policy 0.5",
