@@ -63,7 +63,7 @@ def parse_reference(reference: str) -> tuple[str | None, str]:
     named = bool(equals) and bool(_NAME.fullmatch(name)) and not Path(reference).expanduser().exists()
     if equals and not named and not Path(reference).expanduser().exists():
         plain = not set(name) & set("/:?@\\")
-        if plain or (_claimed(rest) and not _claimed(reference)):
+        if plain or (_is_reference(rest) and not _is_reference(reference)):
             check_name(name)
     if not reference.strip() or (named and not rest.strip()):
         raise LoadError(
@@ -72,9 +72,10 @@ def parse_reference(reference: str) -> tuple[str | None, str]:
     return (name, rest) if named else (None, reference)
 
 
-def _claimed(reference: str) -> bool:
-    """Whether a text is a reference of any kind."""
-    return any(origin_kind(kind).claims(reference) for kind in KINDS)
+def _is_reference(text: str) -> bool:
+    """Whether a text is a reference for sure: one word is a hub id, or ends a folder's name as in `runs/lr=0.1`."""
+    sure = bool(set(text) & set("/:")) or Path(text).expanduser().exists()
+    return sure and any(origin_kind(kind).claims(text) for kind in KINDS)
 
 
 def local_path(reference: str) -> Path | None:
@@ -331,7 +332,7 @@ def check_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise LoadError(
             f"a member's name is of letters A to z, digits, '_', '-' and '.', at most 200 and not dots alone, found "
-            f"{shown(name)}: give another one, such as {_legal(name)}=REF"
+            f"{shown(name)}: give another one, such as {_legal(name)[:40]}=REF"
         )
 
 
