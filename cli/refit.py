@@ -22,7 +22,7 @@ def refit(
         float | None,
         options.max_error(
             "The smallest folder whose members' outputs move by at most F (relative L2). "
-            "[dim]default: the target that it has[/dim]"
+            "[dim]default: the target that it has; of what is left of one, the largest error[/dim]"
         ),
     ] = None,
     budget: Annotated[float | None, options.budget(options.BUDGET)] = None,

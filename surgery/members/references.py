@@ -53,15 +53,19 @@ def parse_reference(reference: str) -> tuple[str | None, str]:
         the name, or None, and REF.
 
     Raises:
-        LoadError: where nothing follows the name, or the text is empty.
+        LoadError: where nothing follows the name, the text is empty, or longer than a path may be.
 
     Example:
         >>> parse_reference("net=timm:resnet18=weights.pth"), parse_reference("timm:resnet18=weights.pth")
         (('net', 'timm:resnet18=weights.pth'), (None, 'timm:resnet18=weights.pth'))
     """
     name, equals, rest = reference.partition("=")
-    named = bool(equals) and bool(_NAME.fullmatch(name)) and not Path(reference).expanduser().exists()
-    if equals and not named and not Path(reference).expanduser().exists():
+    try:
+        there = Path(reference).expanduser().exists()
+    except OSError as error:  # longer than a path may be
+        raise LoadError(f"the reference {shown(reference)} must be one: {error.strerror}") from error
+    named = bool(equals) and bool(_NAME.fullmatch(name)) and not there
+    if equals and not named and not there:
         plain = not set(name) & set("/:?@\\")
         if plain or (_is_reference(rest) and not _is_reference(reference)):
             check_name(name)

@@ -69,7 +69,8 @@ def refit(
 
     Args:
         directory: the artifact; it is replaced whole or not at all.
-        max_error: the new target; by default that of the fit, and of an error bound the smallest that any member has.
+        max_error: the new target; by default that of the fit, and of an error bound the smallest that any member has;
+            where members of the fit are gone, the largest error of those that are left.
         budget: instead, a fraction of the members' bytes.
         modules: members that were live modules, with the weights that they had, by name; they are used up.
         probes: inputs to measure on, by member.
@@ -139,10 +140,12 @@ def _recipe(
     bounds = [bound for name in manifest.members if (bound := report.bound_of(name)) is not None]
     if asked.given():
         target = {name: getattr(asked, name) for name in asked.given()}
-    elif report.bound is not None or not (report.target or parameters.given()):
-        target = {"max_error": min(bounds)} if bounds else {}
-    else:
+    elif report.target == "lossless":
+        target = {"max_error": 0.0}
+    elif report.bound is None and parameters.given():
         target = {name: getattr(parameters, name) for name in parameters.given()}
+    else:
+        target = {"max_error": min(bounds)} if bounds else _as_now(report, manifest)
     none = dict.fromkeys(parameters.given())
     return made.model_copy(
         update={
@@ -154,6 +157,12 @@ def _recipe(
             "out": None,
         }
     )
+
+
+def _as_now(report: FitReport, manifest: Manifest) -> dict[str, float]:
+    """The largest error that a member has: a bound for what is left of a fit, of which no other target is known."""
+    errors = [error for name in manifest.members if (error := report.error(name)) is not None]
+    return {"max_error": max(errors)} if errors else {}
 
 
 def _members(folder: Path, manifest: Manifest, modules: Mapping[str, nn.Module], trust: bool) -> list[Member]:

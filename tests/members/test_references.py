@@ -96,6 +96,13 @@ def test_a_reference_is_split_from_the_name_in_front(text, parts):
     assert parse_reference(text) == parts
 
 
+@pytest.mark.parametrize("text", ["x" * 300 + "=timm:resnet10t", "runs/" + "x" * 300, "x" * 5000])
+def test_a_text_longer_than_a_path_is_no_reference(text):
+    with pytest.raises(LoadError, match="must be one: File name too long") as error:
+        load_member(text)
+    assert len(str(error.value)) < 300
+
+
 def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=1").mkdir()

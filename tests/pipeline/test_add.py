@@ -278,6 +278,16 @@ def test_a_refit_is_a_merge_of_all_members(joint, tmp_path):
     assert surgery.verify(joint, modules=modules(names)).ok
 
 
+@pytest.mark.parametrize("how", ["budget", "error", "lossless"])
+def test_what_is_left_of_a_fit_is_refitted_to_no_more_than_it_was_allowed(made, tmp_path, how):
+    folder = shutil.copytree(made(how), tmp_path / "joint")
+    surgery.remove(folder, "a")
+    tried = surgery.refit(folder, modules=modules({"b": 1, "c": 2}), dry_run=True)
+    before = [error for error in tried.errors_before.values() if error is not None]
+    allowed = 0.03 if how == "error" else max(before)
+    assert len(before) == 2 and max(tried.errors.values()) <= allowed and tried.met
+
+
 class Words(nn.Module):
     """A table, private by nature, of which outputs are a map of the mean of what is looked up."""
 
