@@ -96,7 +96,7 @@ def test_a_reference_is_split_from_the_name_in_front(text, parts):
     assert parse_reference(text) == parts
 
 
-@pytest.mark.parametrize("text", ["x" * 300 + "=timm:resnet10t", "runs/" + "x" * 300, "x" * 5000])
+@pytest.mark.parametrize("text", ["x" * 300 + "=timm:resnet10t", "x" * 5000])
 def test_a_text_longer_than_a_path_is_no_reference(text):
     with pytest.raises(LoadError, match="must be one: File name too long") as error:
         load_member(text)
