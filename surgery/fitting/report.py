@@ -179,6 +179,11 @@ class FitReport:
         return found if math.isfinite(found) else None
 
     @property
+    def largest_error(self) -> float | None:
+        """The error of the member whose outputs moved farthest; None where none was measured."""
+        return max((e for name in self.errors if (e := self.error(name)) is not None), default=None)
+
+    @property
     def bound(self) -> float | None:
         """The error that the target allows each member; None where it is another one."""
         return _bound(self.target)

@@ -302,8 +302,7 @@ def _target(asked: Target, manifest: Manifest) -> tuple[Target, str]:
         return asked, ""
     if report.target == "lossless" or report.bound:
         return Target.of({"max_error": report.bound or 0.0}), "as for the others"
-    errors = [error for name in report.errors if (error := report.error(name)) is not None]
-    if worst := max(errors, default=0.0):
+    if worst := report.largest_error:
         made = f", which were made with {report.target}" if report.target else ""
         return Target.of({"max_error": worst}), f"the largest error of the others{made}"
     return Target.of({"max_error": MAX_ERROR}), "the default, as no error of the others is known"

@@ -144,8 +144,10 @@ def _recipe(
         target = {"max_error": 0.0}
     elif report.bound is None and parameters.given():
         target = {name: getattr(parameters, name) for name in parameters.given()}
-    else:
-        target = {"max_error": min(bounds)} if bounds else _as_now(report, manifest)
+    elif bounds:
+        target = {"max_error": min(bounds)}
+    else:  # what is left of a fit of which no target is known
+        target = {} if report.largest_error is None else {"max_error": report.largest_error}
     none = dict.fromkeys(parameters.given())
     return made.model_copy(
         update={
@@ -157,12 +159,6 @@ def _recipe(
             "out": None,
         }
     )
-
-
-def _as_now(report: FitReport, manifest: Manifest) -> dict[str, float]:
-    """The largest error that a member has: a bound for what is left of a fit, of which no other target is known."""
-    errors = [error for name in manifest.members if (error := report.error(name)) is not None]
-    return {"max_error": max(errors)} if errors else {}
 
 
 def _members(folder: Path, manifest: Manifest, modules: Mapping[str, nn.Module], trust: bool) -> list[Member]:
