@@ -22,10 +22,10 @@ SILENT = {"TORCH_LOGS": "-all", "TORCH_CPP_LOG_LEVEL": "ERROR", "TRANSFORMERS_VE
 def hush(
     *, quiet: bool = False, debug: bool = False, say: Callable[[str], None] | None = None
 ) -> Iterator[None]:
-    """Silence libraries' warnings, and with `quiet` everybody's below errors; `debug` lets all of them speak.
+    """Silence libraries' warnings, and with `quiet` everybody's but our own; `debug` lets all of them speak.
 
     Args:
-        quiet: whether nothing is said.
+        quiet: whether nothing is said below warnings of this package, which say that something is not as was asked for.
         debug: whether all is said.
         say: says a warning of this package, in place of Python's two lines that name a file.
     """
@@ -40,12 +40,13 @@ def hush(
         if quiet:
             logging.disable(max(before, logging.WARNING))
             warnings.simplefilter("ignore")
+            warnings.simplefilter("default", SurgeryWarning)
         else:
             for library in LIBRARIES:
                 logging.getLogger(library).setLevel(logging.ERROR)
                 warnings.filterwarnings("ignore", module=rf"{library}(\..*)?$")
-            if say is not None:
-                warnings.showwarning = _with(say, warnings.showwarning)
+        if say is not None:
+            warnings.showwarning = _with(say, warnings.showwarning)
         try:
             yield
         finally:

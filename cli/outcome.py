@@ -26,11 +26,13 @@ NO_SHARING = "nothing that these members have in common pays for its index"
 
 def result_json(joint: JointModel, folder: Path) -> dict[str, Any]:
     """The outcome of a merge as plain JSON values."""
+    report = fit_report(joint)
     return {
         "out": str(folder),
         "disk_bytes": bytes_below(folder),
         "members": outcome_rows(joint),
-        "report": fit_report(joint).to_json(),
+        "report": report.to_json(),
+        "warning": report.faint,
     }
 
 

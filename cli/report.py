@@ -109,6 +109,7 @@ def describe(view: Overview) -> dict[str, Any] | None:
             }
             for member in view.members
         ],
+        "warning": view.report.faint,
         "hypermodules": dict(view.shares.modules),
         "blocks_on_shared_rows": [list(row) for row in view.shares.blocks],
     }
@@ -134,6 +135,8 @@ def print_artifact(view: Overview) -> None:
     console.say(
         f"Tensors {console.size(after)}, {console.percent(after / (before or 1))} of {console.size(before)}."
     )
+    if view.report.faint:
+        console.say(view.report.faint)
     if any(member.replaced for member in view.members):
         table = console.table("member", "replaced module", "by")
         for member in view.members[: outcome.ROWS]:

@@ -109,6 +109,8 @@ def _report(report: FitReport | None) -> str:
             "Output moved: relative L2 difference from the original's outputs, the largest over output "
             f"tensors, on seeded made-up inputs{real}."
         )
+        if report.faint:
+            lines.append(report.faint)
         if others := [name for name in report.errors if name not in report.hashes]:
             lines.append(
                 f"{', '.join(others)} had been changed before: outputs are compared with those before the fit."

@@ -60,6 +60,7 @@ def report_of(
         parameters=report.parameters,
         changed=tuple(sorted({*changed, *report.changed})),
         added=_among(report.added, held),
+        variations=_among(report.variations, held),
     )
 
 
@@ -78,6 +79,7 @@ def restrict_report(report: FitReport | None, names: Collection[str], whole: boo
         parameters=_among(report.parameters, names),
         changed=tuple(name for name in report.changed if name in names),
         added=_among(report.added, names),
+        variations=_among(report.variations, names),
     )
     if kept.original_bytes and kept.original_bytes.keys() <= kept.added.keys():
         return kept  # the target was not theirs
@@ -112,6 +114,7 @@ def report_with(report: FitReport | None, more: FitReport) -> FitReport:
         hashes={**report.hashes, **more.hashes},
         parameters={**report.parameters, **more.parameters},
         added={**report.added, **more.added},
+        variations={**report.variations, **more.variations},
     )
 
 

@@ -26,6 +26,7 @@ from surgery.fitting.scene import Scene, as_asked, key_of
 from surgery.fitting.search import Outcome, search
 from surgery.fitting.trial import Trial
 from surgery.fitting.units import Arrangement, Group, Key, Unit
+from surgery.fitting.variation import warn_of_faint
 from surgery.inputs.probes import probe_inputs
 from surgery.members.extra_state import extra_state_of
 from surgery.members.member import Inputs, Member, content_hash, owners_of, state_tensors, whole_state
@@ -114,13 +115,17 @@ def fit_addition(
     alone = replace(alone, extra={name: extra} if extra else {})
     banks = {p.bank: known.banks[key_of(p.site)] for p in alone.plan.placements}
     whole = graft(stored, alone, banks)
-    size = bytes_alone(alone)[name]
+    size, errors = bytes_alone(alone)[name], {name: float(outcome.errors[0])}
+    variation = trials[name].variation()
+    variations = {} if variation is None else {name: variation}
+    warn_of_faint(errors, variations)
     report = FitReport(
         original_bytes={name: size},
-        errors={name: float(outcome.errors[0])},
+        errors=errors,
         hashes={name: was} if member.original else {},
         parameters={name: parameters},
         added={name: _added(outcome, size, whole.nbytes - stored.nbytes, Probes(seed, tuple(given)))},
+        variations=variations,
     )
     sites = sum(p.site.member == name for p in whole.plan.placements)
     same = sum(key.member == name and first.member != name for key, first in whole.aliases.items())

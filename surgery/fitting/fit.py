@@ -37,6 +37,7 @@ from surgery.fitting.report import FitReport, Probes, describe, describe_stacks
 from surgery.fitting.scene import Scene, as_asked, asked_of
 from surgery.fitting.search import advice_on_bound, check_bound, search
 from surgery.fitting.trial import Trial, to_device
+from surgery.fitting.variation import warn_of_faint
 from surgery.handles.state import LazyState
 from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
 from surgery.members.member import Inputs, content_hash, whole_state
@@ -264,10 +265,13 @@ def _fitted(
     stored = trim(outcome.stored)
     precision = sum(bytes_alone(stored).values()) - stored.nbytes - outcome.sharing
     errors = dict(zip(joint.names, map(float, outcome.errors), strict=True))
+    variations = {name: v for name, trial in trials.items() if (v := trial.variation()) is not None}
+    warn_of_faint(errors, variations)
     measured = Probes(asked.seed, tuple(sorted(given)))
     stacks = describe_stacks(planned, stored, originals)
     report = _report(
-        outcome.target, outcome.met, stored, originals, precision, errors, was, known.original, measured, stacks
+        outcome.target, outcome.met, stored, originals, precision, errors, was, known.original, measured, stacks,
+        variations,
     )  # fmt: skip
     return Fitted(stored, report, known, was.hashes)
 
@@ -356,6 +360,7 @@ def _report(
     known: Collection[str],
     probes: Probes | None = None,
     stacks: Mapping[str, Any] | None = None,
+    variations: Mapping[str, float] | None = None,
 ) -> FitReport:
     sizes = bytes_alone(stored)
     saved = {"sharing": sum(sizes.values()) - stored.nbytes - precision, "precision": precision}
@@ -367,7 +372,7 @@ def _report(
     detail = describe(stored, originals)
     return FitReport(
         target, met, whole, stored.nbytes, saved, errors, hashes, probes or Probes(), detail, stacks or {},
-        was.parameters,
+        was.parameters, variations=variations or {},
     )  # fmt: skip
 
 

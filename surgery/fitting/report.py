@@ -18,6 +18,7 @@ from torch import Tensor
 from surgery.anatomy.plan import Plan
 from surgery.core.registry import methods_of
 from surgery.core.sizes import TensorReport, count_tensors
+from surgery.fitting.variation import faint_words
 from surgery.settings.quantities import Count, Integer
 from surgery.storage.stored import Stored
 from surgery.util.showing import as_html, as_text, finite, plural
@@ -50,6 +51,7 @@ def _read_error(value: Any) -> Any:
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Error = Annotated[float, BeforeValidator(_read_error)]
+Variation = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _bound(target: str) -> float | None:
@@ -148,6 +150,7 @@ class FitReport:
         parameters: of each member alone; see `surgery.core.sizes`.
         changed: members whose weights changed after the fit: nothing that it measured is said of them.
         added: members that were added after the fit; `target` and `probes` do not speak of these.
+        variations: how much of each member's outputs differs between the probe inputs, relative to their size.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", strict=True)
@@ -165,6 +168,7 @@ class FitReport:
     parameters: Mapping[str, Count] = field(default_factory=dict)
     changed: tuple[str, ...] = ()
     added: Mapping[str, Added] = field(default_factory=dict)
+    variations: Mapping[str, Variation] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return as_text(f"FitReport: {self._summary()}", [", ".join(row) for row in self._rows()])
@@ -182,6 +186,11 @@ class FitReport:
     def largest_error(self) -> float | None:
         """The error of the member whose outputs moved farthest; None where none was measured."""
         return max((e for name in self.errors if (e := self.error(name)) is not None), default=None)
+
+    @property
+    def faint(self) -> str:
+        """What is to be said of members whose outputs hardly differ between inputs; empty where all is well."""
+        return faint_words(self.errors, self.variations)
 
     @property
     def bound(self) -> float | None:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from surgery.core.replacing import as_it_was
 from surgery.disk.aside import is_aside, put_aside
 from surgery.errors import PlanError
+from surgery.fitting.variation import variation
 from surgery.inputs.probes import outputs_of, tensors_at
 from surgery.members.member import Inputs, Member
 from surgery.slots.slots import assign, forget_derived
@@ -101,6 +102,14 @@ class Trial:
     def _outputs(self, inputs: Inputs) -> tuple[Tensor, ...]:
         found = outputs_of(self.module, inputs)
         return tuple((torch.view_as_real(t) if t.is_complex() else t).double() for t in found)
+
+    def variation(self) -> float | None:
+        """How much of the original outputs differs between inputs; None where that is unknown, or inputs are alike."""
+        inputs = [tuple(t.double() for _, t in tensors_at(each) if t.dim()) for each in self.probes]
+        alike = {tuple(t.shape for t in each) for each in inputs}
+        if len(alike) == 1 and variation(inputs) == 0.0:  # made up after inputs of one value
+            return None
+        return variation(self.reference)
 
     def error(self) -> float:
         """The largest relative L2 error of an output tensor, over all probes; inf where not finite."""

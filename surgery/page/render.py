@@ -212,7 +212,10 @@ def _error_words(view: Overview) -> str:
     if not report.target:
         changed = "" if report.added else "; its target is none for weights that changed since"
         return f"Measured on {inputs}{changed}.{later}"
-    return f"Target {report.target}: {'met' if report.met else 'not met'}, measured on {inputs}.{later}"
+    faint = f" {report.faint}" * bool(report.faint)
+    return (
+        f"Target {report.target}: {'met' if report.met else 'not met'}, measured on {inputs}.{later}{faint}"
+    )
 
 
 def _layers(member: MemberView, most: float) -> tuple[str, Markup, str]:

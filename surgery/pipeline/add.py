@@ -37,6 +37,7 @@ class AddedMember:
         sites: how many of its tensors are stored as what others have in common and what is its own.
         same: how many are stored already.
         why: this target, where none was asked for.
+        warning: what is to be said where its outputs hardly differ between inputs; empty where all is well.
     """
 
     name: str
@@ -49,6 +50,7 @@ class AddedMember:
     sites: int
     same: int
     why: str = ""
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ def _add(
         addition.sites,
         addition.same,
         _target(asked.target, manifest)[1],
+        addition.report.faint,
     )
 
 

@@ -36,6 +36,7 @@ class Refit:
         errors: of each member fitted anew.
         original_bytes: of all members' tensors alone.
         written: whether the artifact is now the new one.
+        warning: what is to be said of members whose outputs hardly differ between inputs; empty where all is well.
     """
 
     target: str
@@ -46,6 +47,7 @@ class Refit:
     errors: Mapping[str, float]
     original_bytes: int
     written: bool
+    warning: str = ""
 
     @property
     def saved(self) -> int:
@@ -121,6 +123,7 @@ def refit(
         dict(found.errors),
         sum(found.original_bytes.values()),
         not dry_run,
+        found.faint,
     )
 
 
