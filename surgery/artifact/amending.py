@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from surgery.artifact.describing import Described, describe_member, make_manifest, placed
 from surgery.artifact.folder import read_recipe
 from surgery.artifact.foldernames import check_folder_names, folder_names
-from surgery.artifact.manifest import RECORDS, FileEntry, Manifest, OriginEntry, read_manifest
+from surgery.artifact.manifest import NAME, RECORDS, FileEntry, Manifest, OriginEntry, read_manifest
 from surgery.artifact.reading import check_banks, check_files, map_stored
 from surgery.artifact.recorded import (
     DICTIONARY,
@@ -40,9 +40,10 @@ from surgery.artifact.writing import (
     write_front,
     write_stem,
 )
+from surgery.disk.files import copy_hashed, sha256_of
 from surgery.disk.folders import new_folder
 from surgery.disk.places import Places, into_artifact
-from surgery.errors import ArtifactError, OutputError
+from surgery.errors import ArtifactError, OutputError, SurgeryWarning, shorten
 from surgery.fitting.report import FitReport
 from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import to_document
@@ -53,6 +54,7 @@ from surgery.storage.stored import Stored
 from surgery.storage.trim import restrict
 
 _RECIPE = "recipe.yaml"
+LOOKED_AT = 1 << 28  # bytes of files that changed after they were written: a second or less
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ class _Amending:
         self.places: Places = into_artifact(amendment.folder)
         self.folders = folder_names(self.names)
         self.known: dict[str, FileEntry] = {}  # entries of what was linked, by its new path
+        self.damaged: list[str] = []  # what was linked although it is not what was written
+        self.written = (amendment.folder / NAME).stat().st_mtime_ns  # the last file of all
+        self.left = LOOKED_AT
         new = amendment.added
         check_folder_names(self.names)
         if new is not None:
@@ -127,6 +132,7 @@ class _Amending:
             manifest = make_manifest(after, described, self.of.report, document, borrowed, self.folders)
             write_front(place, manifest, after, beside, {**self.known, **entries_of(place, hashes)})
             self._check(place)
+        self._warn()
         return folder.expanduser().resolve()
 
     # -- tensors -------------------------------------------------------------------------------------------
@@ -243,17 +249,39 @@ class _Amending:
             put_file(place / _RECIPE, recipe_bytes(document))
         return document, sum(self.manifest.files[path].bytes for path in rest)
 
+    def _warn(self) -> None:
+        """Name damaged files: what was to be done needs none of them, so it is done."""
+        if self.damaged:
+            warnings.warn(
+                f"{shorten(sorted(self.damaged))} in {self.of.folder} must be as it was written, but is not: members "
+                "that use it come back wrong or not at all. It was left as it is; put it back, or remove its member. "
+                "`surgery verify` looks at all files.",
+                SurgeryWarning,
+                stacklevel=4,
+            )
+
     def _link(self, place: Path, old: str, new: str) -> None:
-        """A file of the former folder in the new one: the same file where the system can have it twice, else a copy."""
+        """A file of the former folder in the new one: the same file where the system can have it twice, else a copy.
+
+        What is copied is looked at on the way, and so is what was changed after the folder was written, in bounds: an
+        addition takes as long beside many members as beside few.
+        """
         source, target = self.of.folder / old, place / new
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_symlink():  # as the hub's cache has them
             source = source.resolve()
+        entry = self.known[new] = self.manifest.files[old]
         with contextlib.suppress(OSError):
             os.link(source, target)
         if not target.exists():
-            shutil.copyfile(source, target)
-        self.known[new] = self.manifest.files[old]
+            found = copy_hashed(source, target)
+        elif source.stat().st_mtime_ns > self.written and self.left >= entry.bytes:
+            self.left -= entry.bytes
+            found = sha256_of(source)
+        else:
+            return
+        if found != entry.sha256:
+            self.damaged.append(old)
 
     # -- the manifest --------------------------------------------------------------------------------------
 
@@ -295,7 +323,7 @@ class _Amending:
             for name in self.names:
                 check_came_back(self.after, found, name)
             if self.of.added is not None:
-                check_banks(place, restrict(found, [self.of.added.name]))
+                check_banks(place, restrict(found, [self.of.added.name]), manifest)
         except ArtifactError as error:
             reason = str(error).replace(str(place), str(self.of.folder))
             raise OutputError(

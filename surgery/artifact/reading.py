@@ -83,20 +83,43 @@ def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Sto
             tensors than the manifest says.
     """
     stored = map_stored(folder, manifest, members)
-    check_banks(folder, stored)
+    check_banks(folder, stored, manifest)
     return stored if list(members) == list(manifest.members) else restrict(stored, members)
 
 
-def check_banks(folder: Path, stored: Stored) -> None:
+def check_banks(folder: Path, stored: Stored, manifest: Manifest | None = None) -> None:
     """Look at the values of all parts of banks.
 
+    Args:
+        folder: of the artifact.
+        stored: what it holds.
+        manifest: of its files; without one these are no artifact's.
+
     Raises:
-        ArtifactError: naming what no bank can be made of.
+        ArtifactError: naming what no bank can be made of, and the files to be put back.
     """
     for bank in stored.plan.banks:
-        raise_damaged(
-            folder, find_method(bank.method, TensorMethod).wrong_parts(bank, stored.parts(bank.key))
-        )
+        faults = find_method(bank.method, TensorMethod).wrong_parts(bank, stored.parts(bank.key))
+        raise_wrong_parts(folder, manifest, faults)
+
+
+def raise_wrong_parts(folder: Path, manifest: Manifest | None, faults: Sequence[str]) -> None:
+    """Raise one error for parts of which no bank can be made, if there are any.
+
+    Args:
+        folder: of the artifact.
+        manifest: of its files, of which those are named that are not as they were written.
+        faults: as `TensorMethod.wrong_parts` returns them.
+    """
+    if faults and manifest is not None:
+        paths = _tensor_files(manifest, ())[DICTIONARY]
+        files = {path: manifest.files[path] for path in paths}
+        wrong = wrong_hashes(folder, manifest.model_copy(update={"files": files}))
+        named = [f"{path} {what}" for path, what in wrong.items()] or [
+            f"{', '.join(paths)} holds wrong values"
+        ]
+        faults = [*named, *faults]
+    raise_damaged(folder, faults)
 
 
 def map_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Stored:

@@ -17,6 +17,8 @@ from typing import Any
 from surgery.disk.untrusted import open_regular
 from surgery.errors import LoadError, OutputError
 
+PART = 1 << 20  # bytes of a file that are copied at once
+
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a regular file's bytes, in hexadecimal.
@@ -27,6 +29,16 @@ def sha256_of(path: Path) -> str:
     with open_regular(path) as file:
         readable: Any = file  # typing has no name for what `file_digest` takes
         return hashlib.file_digest(readable, "sha256").hexdigest()
+
+
+def copy_hashed(source: Path, target: Path) -> str:
+    """Copy a file's bytes; returns their SHA-256, in hexadecimal."""
+    digest = hashlib.sha256()
+    with source.open("rb") as read, target.open("wb") as write:
+        while part := read.read(PART):
+            digest.update(part)
+            write.write(part)
+    return digest.hexdigest()
 
 
 def files_below(folder: Path) -> list[str]:

@@ -166,7 +166,7 @@ def _add(
     made = read_recipe(folder, manifest)
     select = Select() if made is None else made.select
     stored = map_stored(folder, manifest, list(manifest.members))
-    _check_common(folder, stored)
+    _check_common(folder, manifest, stored)
     addition, member = fit_one(
         asked, _recipe_of_one(manifest, asked, nonfinite), select, manifest, stored, trust,
         None if dry_run else folder,
@@ -247,13 +247,13 @@ def fit_one(
     return addition, member
 
 
-def _check_common(folder: Path, stored: Stored) -> None:
+def _check_common(folder: Path, manifest: Manifest, stored: Stored) -> None:
     """Look at the values of what new members may share, whatever others have besides.
 
     Raises:
         ArtifactError: naming what no bank can be made of.
     """
-    from surgery.artifact.recorded import raise_damaged
+    from surgery.artifact.reading import raise_wrong_parts
     from surgery.core.registry import find_method
     from surgery.core.tensor_method import TensorMethod
 
@@ -262,7 +262,7 @@ def _check_common(folder: Path, stored: Stored) -> None:
         if method.common(bank, parts) is not None:
             first = next(p for p in stored.plan.placements if p.bank == bank.key)
             smaller, _, few = method.restrict(bank, [first], parts)
-            raise_damaged(folder, method.wrong_parts(smaller, few))
+            raise_wrong_parts(folder, manifest, method.wrong_parts(smaller, few))
 
 
 def _select_for(member: Member, select: Select, manifest: Manifest) -> Select:

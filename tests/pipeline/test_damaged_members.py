@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import warnings
 
 import pytest
 from artifacts import contents
-from relatives import relative, same, stored, weights
+from relatives import loaded, relative, same, stored, weights
 
 import surgery
-from surgery.errors import ArtifactError
+from surgery.errors import ArtifactError, SurgeryWarning
 
 pytestmark = pytest.mark.usefixtures("figures")
 
@@ -77,3 +80,50 @@ def test_what_is_written_anew_was_what_had_been_written(joint, tmp_path, call):
         else:
             surgery.remove(folder, "a")
     assert contents(tmp_path) == former
+
+
+def later(path):
+    """As a change that somebody makes after the folder was written."""
+    flip(path)
+    written = path.parents[2] if path.parent.parent.name == "members" else path.parent
+    stamp = (written / "manifest.json").stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(stamp, stamp))
+
+
+@pytest.mark.parametrize("linked", [True, False], ids=["linked", "copied"])
+@pytest.mark.parametrize("call", ["add", "remove"])
+def test_what_is_damaged_and_not_needed_is_named(joint, monkeypatch, call, linked):
+    """The folder comes out as it is asked for, and a file that was spoilt before does not pass in silence."""
+    if not linked:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError()))
+    (flip if not linked else later)(joint / "members/b/weights.safetensors")
+    with pytest.warns(
+        SurgeryWarning, match=r"members/b/weights\.safetensors in .* must be as it was written"
+    ) as said:
+        if call == "add":
+            surgery.add(joint, {"x": relative("x", 8)}, max_error=0.05)
+        else:
+            surgery.remove(joint, "c")
+    assert sum(issubclass(each.category, SurgeryWarning) for each in said) == 1
+    found = surgery.verify(joint)
+    assert [*found.files] == ["members/b/weights.safetensors"]
+
+
+def test_nothing_is_named_where_all_is_whole(joint):
+    os.utime(joint / "members/b/weights.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        surgery.add(joint, {"x": relative("x", 8)}, max_error=0.05)
+        surgery.remove(joint, "x")
+
+
+def test_what_no_bank_can_be_made_of_is_named_by_its_file(joint):
+    path = joint / "dictionary.safetensors"
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    owners = next(each for name, each in json.loads(data[8:start]).items() if name.endswith("/owner"))
+    data[start + owners["data_offsets"][0]] = 255
+    path.write_bytes(bytes(data))
+    for call in (lambda: loaded(joint), lambda: surgery.add(joint, {"x": relative("x", 8)}, max_error=0.05)):
+        with pytest.raises(ArtifactError, match=r"dictionary\.safetensors must have the SHA-256"):
+            call()
