@@ -92,7 +92,9 @@ def print_added(folder: str, done: list[AddedMember], *, written: bool) -> None:
     """What each new member took and how far its outputs moved."""
     from . import console
 
-    table = console.table("added", ">before", ">marginal", ">of its own", ">on disk", ">output moved by", "~")
+    table = console.table(
+        "added", ">before", ">marginal", ">of its own", ">folder grew by", ">output moved by", "~"
+    )
     for each in done:
         share = each.marginal_bytes / max(each.original_bytes, 1)
         shared = f"{each.sites} tensors share a matrix, {each.same} are there already"

@@ -49,4 +49,4 @@ def remove(
             console.say(f"{folder} is as it was; without {names} its weights would take {weights} less.")
         else:
             disk = console.size(gone.disk_bytes)
-            console.say(f"{folder}: {names} removed, {weights} of weights, {disk} on disk.")
+            console.say(f"{folder}: {names} removed, {weights} of weights; the folder is {disk} smaller.")

@@ -83,6 +83,7 @@ def fit_addition(
     seed: int = 0,
     probes: Sequence[Inputs] = (),
     device: str = "auto",
+    was: str | None = None,
 ) -> Addition:
     """Fit one member to what is stored of others.
 
@@ -94,6 +95,7 @@ def fit_addition(
         seed: of everything random here.
         probes: inputs to measure on; seeded made-up ones where there are none.
         device: `auto`, `cpu`, `cuda`, ...
+        was: content hash of the member, where it is known.
 
     Raises:
         PlanError: where the budget cannot be met, or the member's outputs cannot be measured.
@@ -101,7 +103,7 @@ def fit_addition(
     name, place, owners = member.name, pick_device(device), owners_of(member.module)
     state = state_tensors(member.module)
     originals = {first: state[first].detach() for first in owners}
-    was, parameters = content_hash(whole_state(member.module)), parameters_of_module(member.module)
+    was, parameters = was or content_hash(whole_state(member.module)), parameters_of_module(member.module)
     extra = extra_state_of(member.module)
     inputs = list(probes) or probe_inputs(member, seed=seed)
     trials = {name: Trial(member, originals, owners, inputs, place)}

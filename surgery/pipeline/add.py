@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from surgery.disk.claims import claim_of_first
 from surgery.disk.files import bytes_below
 from surgery.disk.folders import check_target
-from surgery.errors import ArtifactError, PlanError
+from surgery.errors import ArtifactError, PlanError, SurgeryWarning, shorten
 from surgery.settings.recipe import Model, Recipe, Select
 from surgery.settings.target import MAX_ERROR, Target, warn_of_percentage
 from surgery.util.progress import task
@@ -33,7 +34,8 @@ class AddedMember:
         error: measured relative L2 output error.
         original_bytes: of its tensors alone.
         marginal_bytes: of the tensors that it added.
-        disk_bytes: of the files that it added; 0 where nothing was written.
+        disk_bytes: by how much the folder grew, card, picture and records included, which may shrink; 0 where nothing
+            was written.
         sites: how many of its tensors are stored as what others have in common and what is its own.
         same: how many are stored already.
         why: this target, where none was asked for.
@@ -60,7 +62,7 @@ class RemovedMembers:
     Attributes:
         names: their own.
         stored_bytes: of the tensors that went.
-        disk_bytes: of the files that went.
+        disk_bytes: by how much the folder shrank, card, picture and records included.
     """
 
     names: tuple[str, ...]
@@ -231,20 +233,41 @@ def fit_one(
     )
     probes = list(asked.probes) or read_probes(recipe, [member]).get(asked.name, [])
     target, _ = _target(asked.target, manifest)
+    was = content_hash(whole_state(member.module))
+    warn_of_same(asked.name, was, manifest)
 
     def subject() -> dict[str, Any]:
         return {
             "recipe": {**recipe.resolved(), "target": target.model_dump(mode="json")},
-            "weights": content_hash(whole_state(member.module)),
+            "weights": was,
             "probes": digest_of({member.name: probes}),
             "artifact": {path: entry.sha256 for path, entry in manifest.files.items()},
         }
 
     with going_on(folder, [*state_tensors(member.module).values()], subject, input_paths(recipe)):
         addition = fit_addition(
-            member, plan, stored, target, seed=recipe.seed, probes=probes, device=asked.device
+            member, plan, stored, target, seed=recipe.seed, probes=probes, device=asked.device, was=was
         )
     return addition, member
+
+
+def warn_of_same(name: str, was: str, manifest: Manifest) -> None:
+    """Warn of a model that is a member already: what is its own in banks is stored for one member only.
+
+    Args:
+        name: that it shall have.
+        was: content hash of its weights.
+        manifest: of the artifact, which knows the hashes of members as they were before a fit.
+    """
+    known = {each: entry.hash for each, entry in manifest.members.items() if entry.hash}
+    known |= manifest.report.hashes if manifest.report is not None else {}
+    if same := [each for each, found in known.items() if found == was]:
+        warnings.warn(
+            f"'{name}' is the same model as member {shorten(same)}, weight for weight: under another name it takes bytes "
+            "of its own again, but for tensors that are stored once for all.",
+            SurgeryWarning,
+            stacklevel=2,
+        )
 
 
 def _check_common(folder: Path, manifest: Manifest, stored: Stored) -> None:

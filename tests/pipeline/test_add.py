@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 import surgery
 from surgery.artifact.manifest import read_manifest
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.fitting import scene
 from surgery.methods.siblings import differences
 from surgery.storage.codecs import encode_native
@@ -326,3 +327,18 @@ def test_a_table_of_one_more_member_is_the_others_and_what_its_rows_moved_by(tmp
     assert {p.site.member for p in table} == set("abc") and len({p.bank for p in table}) == 1
     surgery.remove(tmp_path / "joint", "c")
     assert contents(tmp_path / "joint") == before
+
+
+@pytest.mark.parametrize("how", ["budget", "lossless"])
+def test_a_model_that_is_a_member_already_is_named_before_the_work(made, tmp_path, how, monkeypatch):
+    folder = shutil.copytree(made(how), tmp_path / "joint")
+    order = []
+    monkeypatch.setattr("surgery.fitting.adding.fit_addition", lambda *_, **__: order.append("fit") or 1 / 0)
+    with pytest.warns(SurgeryWarning, match="'again' is the same model as member c, weight") as said:
+        with pytest.raises(ZeroDivisionError):
+            surgery.add(folder, {"again": relative("again", 2)})
+    assert order == ["fit"] and len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ZeroDivisionError):
+            surgery.add(folder, {"other": relative("other", 3)})
