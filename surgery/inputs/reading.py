@@ -13,7 +13,7 @@ from torch import Tensor
 from surgery.disk.files import write_files
 from surgery.disk.untrusted import check_archive
 from surgery.errors import LoadError
-from surgery.safetensors.header import parse_header
+from surgery.safetensors.header import misnamed, parse_header
 from surgery.util.quiet import quiet
 from surgery.util.text import one_line
 
@@ -35,6 +35,8 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
         with np.load(path, allow_pickle=False) as archive:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}
     except Exception as error:
+        if other := misnamed(path):
+            raise LoadError(f"{path} {other}") from None
         raise LoadError(
             f"{path} must hold named arrays of plain numbers, but reading it says {one_line(error)}"
         ) from error

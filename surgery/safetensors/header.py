@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -45,6 +47,29 @@ class Header:
     digest: str
     metadata: Mapping[str, str] = field(default_factory=dict)
     begins: Mapping[str, int] = field(default_factory=dict)
+
+
+def misnamed(path: Path) -> str:
+    """What a file is whose name says another format than its first bytes, in words; empty where they agree.
+
+    Args:
+        path: of a regular file that could not be read by its name.
+    """
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            first = file.read(9)
+    except UnreadableError:
+        return ""
+    header = len(first) == 9 and first[8:] == b"{" and int.from_bytes(first[:8], "little") <= size - 8
+    if header and path.suffix != ".safetensors":
+        return f"is a safetensors file by what it holds: call it {path.stem}.safetensors"
+    if path.suffix == ".safetensors" and first[:4] == b"PK\x03\x04":
+        with suppress(zipfile.BadZipFile, OSError, ValueError), zipfile.ZipFile(path) as archive:
+            arrays = any(name.endswith(".npy") for name in archive.namelist())
+            writer, ending = ("numpy.savez", "npz") if arrays else ("torch.save", "pth")
+            return f"is no safetensors file, but one that {writer} wrote: call it {path.stem}.{ending}"
+    return ""
 
 
 def parse_header(path: Path) -> Header:

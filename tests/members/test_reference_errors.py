@@ -5,6 +5,7 @@ import os
 import struct
 from pathlib import Path
 
+import numpy
 import pytest
 import timm
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_transformers import save_tiny, tiny
 
 from surgery.errors import ConsentError, LoadError
+from surgery.inputs.reading import read_arrays
 from surgery.members.member import content_hash
 from surgery.members.references import build_architecture, load_member
 from surgery.permission import Permission
@@ -238,3 +240,33 @@ def test_references_are_looked_for_before_any_is_loaded(tmp_path, monkeypatch):
     with pytest.raises(LoadError, match="no network"):
         references.check_references(["org/nothere"])
     assert len(asked) == 1, "asked once, without trying again"
+
+
+@pytest.mark.parametrize("ending", ["pth", "bin", "pt"])
+def test_a_file_that_is_misnamed_is_called_by_what_it_is(weights, tmp_path, ending):
+    other = tmp_path / f"lite0.{ending}"
+    other.write_bytes(weights.read_bytes())
+    with pytest.raises(
+        LoadError, match=r"is a safetensors file by what it holds: call it lite0\.safetensors"
+    ) as raised:
+        load_member(f"timm:tf_efficientnet_lite0={other}")
+    assert "weights_only" not in str(raised.value)
+    torch.save({"w": torch.ones(2)}, tmp_path / "net.safetensors")
+    with pytest.raises(LoadError, match=r"one that torch\.save wrote: call it net\.pth"):
+        load_member(f"timm:tf_efficientnet_lite0={tmp_path / 'net.safetensors'}")
+
+
+def test_folders_and_data_with_misnamed_files_are_called_by_what_they_are(folders, tmp_path):
+    folder = copy(folders["bert"], tmp_path / "b")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(
+        LoadError, match=r"is a safetensors file by what it holds: call it pytorch_model\.safetensors"
+    ):
+        load_member(str(folder))
+    save_file({"arg0": torch.ones(2, 3)}, tmp_path / "x.npz")
+    with pytest.raises(LoadError, match=r"call it x\.safetensors"):
+        read_arrays(tmp_path / "x.npz")
+    numpy.savez(tmp_path / "y.npz", arg0=numpy.ones(3))
+    (tmp_path / "y.npz").rename(tmp_path / "y.safetensors")
+    with pytest.raises(LoadError, match=r"one that numpy\.savez wrote: call it y\.npz"):
+        read_arrays(tmp_path / "y.safetensors")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from surgery.disk.untrusted import DOCUMENT_BYTES, UnreadableError, is_regular, parse_json, read_regular
 from surgery.errors import LoadError
+from surgery.safetensors.header import misnamed
 from surgery.util.text import one_line, shorten
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -53,6 +54,8 @@ def _shards(index: Path) -> list[Path]:
 
 def not_tensors_alone(path: Path, error: Exception) -> LoadError:
     """What is said of a file of pickled weights that torch.load refuses."""
+    if other := misnamed(path):
+        return LoadError(f"{path} {other}")
     return LoadError(
         f"{path} must hold tensors alone, readable by torch.load(weights_only=True): {one_line(error)}; "
         "convert it to safetensors where you trust it"

@@ -12,7 +12,7 @@ from surgery.members.origins.base import check_files, read_config
 from surgery.members.origins.bounded import by_file
 from surgery.members.origins.licences import CARD, TEXTS
 from surgery.members.origins.weights import check_safetensors
-from surgery.safetensors.header import parse_header
+from surgery.safetensors.header import misnamed, parse_header
 from surgery.util.text import one_line
 
 FILES = (
@@ -121,6 +121,8 @@ def part_files(folder: Path) -> dict[str, bytes]:
             else:
                 continue
         except Exception as error:  # damaged, too large, or a pickle of other things
+            if other := misnamed(path):
+                raise LoadError(f"{path} {other}") from None
             raise LoadError(
                 f"{path} must hold the weights of a module of sentence-transformers, of at most {LARGEST_PART:,} "
                 f"bytes, but {one_line(error)}: copy the model again, or give its first module's folder alone"

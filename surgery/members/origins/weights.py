@@ -15,7 +15,7 @@ from surgery.members.extra_state import NAME as EXTRA_STATE
 from surgery.members.extra_state import to_document
 from surgery.members.origins.dtypes import not_tensors_alone, put_dtypes, refuse_other_kinds, widest
 from surgery.members.origins.layers import say_layers
-from surgery.safetensors.header import parse_header
+from surgery.safetensors.header import misnamed, parse_header
 from surgery.safetensors.writing import write_shards
 from surgery.util.text import one_line, shorten
 
@@ -33,6 +33,8 @@ def check_safetensors(path: Path) -> None:
         with safe_open(str(path), framework="pt"):
             pass
     except UnreadableError as error:
+        if other := misnamed(path):
+            raise LoadError(f"{path} {other}") from None
         raise LoadError(
             f"{path} is no complete safetensors file, it {error}: copy or download it again"
         ) from None
