@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ended_runs import stopped_at
+from torch.utils.data import TensorDataset
 from training_nets import CONFIG, build, tasks
 
 from surgery.errors import PlanError, TrainingError
@@ -18,6 +19,7 @@ from surgery.training.train import train
 SHORT = {"steps": 2, "generations": 2, "save_seconds": 0}
 X, LABEL = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(8, dtype=torch.long)
 GOOD = [(X, LABEL)]
+EXAMPLES = TensorDataset(X, LABEL)
 
 
 class Raising:
@@ -34,6 +36,11 @@ class Raising:
         (Raising(), r"data of task 'classes'.*batch 2 of epoch 1 raised OSError: the disk is gone"),
         ([X], r"task 'classes'.*\[8, 4\], without a target,.*this loss compares with targets"),
         ([(X, LABEL, 3)], r"Task 'classes'.*found a tuple of 3"),
+        (
+            [(x, 0) for x in X],
+            r"data of task 'classes' must yield batches, but yield single examples.*DataLoader",
+        ),
+        (EXAMPLES, r"data of task 'classes' must yield batches, but yield single examples.*DataLoader"),
     ],
 )
 def test_data_that_cannot_be_used_are_an_error_that_names_their_task(data, said):

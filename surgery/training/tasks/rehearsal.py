@@ -95,7 +95,15 @@ def _try(module: nn.Module, task: Task, part: str, loss: Loss | None) -> None:
         raise PlanError(f"Task '{task.name}', {PARTS[part]}: {error}") from error
     device = device_of(module)
     batch, meter = batch.map(lambda tensor: tensor.to(device)), Meter(task.metric)
-    found = measured(module, task, batch, loss, meter, PARTS[part])
+    try:
+        found = measured(module, task, batch, loss, meter, PARTS[part])
+    except SurgeryError as error:
+        if _is_example(module, task, raw, loss):
+            raise PlanError(
+                f"The {PARTS[part]} of task '{task.name}' must yield batches, but yield single examples, without an "
+                "axis for the batch: give `torch.utils.data.DataLoader(data, batch_size=N)`, or stacked tensors."
+            ) from error
+        raise
     if found is not None and not bool(found.isfinite().all()) and (bad := name_nan(batch)):
         raise TrainingError(
             f"The loss of task '{task.name}' must be finite, but on a first batch of its {PARTS[part]} it is "
@@ -108,6 +116,18 @@ def _try(module: nn.Module, task: Task, part: str, loss: Loss | None) -> None:
         )
     with suppress(ValueError, RuntimeError, TypeError):  # of one batch that is too small for the metric
         meter.value()
+
+
+def _is_example(module: nn.Module, task: Task, raw: Any, loss: Loss | None) -> bool:
+    """Whether what data yield is what a batch is made of: a batch of it alone can be taken."""
+    from torch.utils.data import default_collate
+
+    try:
+        batch = as_batch(default_collate([raw])).map(lambda tensor: tensor.to(device_of(module)))
+        measured(module, task, batch, loss, Meter(task.metric))
+    except Exception:
+        return False
+    return True
 
 
 def _serving(members: JointModel | Mapping[str, nn.Module], task: str) -> AbstractContextManager[None]:
