@@ -76,7 +76,7 @@ def add(
     if json:
         console.emit({"out": str(folder), "written": not dry_run, "members": [facts(each) for each in done]})
     elif not quiet:
-        print_added(str(folder), done, written=not dry_run)
+        print_added(str(folder), done, written=not dry_run, real=bool(calibrate))
 
 
 def facts(each: AddedMember) -> dict[str, Any]:
@@ -88,9 +88,9 @@ def facts(each: AddedMember) -> dict[str, Any]:
     return finite(asdict(each))
 
 
-def print_added(folder: str, done: list[AddedMember], *, written: bool) -> None:
+def print_added(folder: str, done: list[AddedMember], *, written: bool, real: bool) -> None:
     """What each new member took and how far its outputs moved."""
-    from . import console
+    from . import console, outcome
 
     table = console.table(
         "added", ">before", ">marginal", ">of its own", ">folder grew by", ">output moved by", "~"
@@ -113,6 +113,8 @@ def print_added(folder: str, done: list[AddedMember], *, written: bool) -> None:
     for each in done:
         why = f" ({each.why})" if each.why else ""
         console.say(f"{each.name}: target {each.target}{why}, {'met' if each.met else 'NOT met'}.")
+    if not real and any(each.error > 0 for each in done):
+        console.say(outcome.REAL_INPUTS)
     console.say(
         f"{folder}: all other members are what they were."
         if written

@@ -155,7 +155,7 @@ def print_outcome(outcome: Outcome, *, verbose: bool) -> None:
     """The findings on screen."""
     from .outcome import print_next, print_result
 
-    print_result(outcome.joint, outcome.folder, verbose=verbose)
+    print_result(outcome.joint, outcome.folder, verbose=verbose, advise=False)
     _print_real_inputs(outcome)
     console.heading("Given back")
     for name in outcome.joint.names:

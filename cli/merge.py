@@ -245,7 +245,7 @@ def preview(
     verbose: bool,
 ) -> None:
     """A dry run: everything up to the plan, and whether the target could be written."""
-    from surgery.pipeline.merge import check, fits_into, prepare
+    from surgery.pipeline.merge import check, doubt_of, fits_into, prepare
     from surgery.settings.resources import Resources
     from surgery.settings.target import warn_of_percentage
 
@@ -257,10 +257,13 @@ def preview(
         warn_of_percentage(recipe.parameters.max_error)
         prepared = prepare(recipe, trust_remote_code=trust_remote_code, read=False)
         fits_into(prepared, resources)
+        doubt = doubt_of(prepared)
     if json:
-        console.emit(planned.plan_json(prepared))
+        console.emit(planned.plan_json(prepared) | {"warning": doubt})
     elif not quiet:
         planned.print_plan(prepared, verbose=verbose)
+        if doubt:
+            console.say(doubt)
 
 
 def run(

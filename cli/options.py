@@ -42,14 +42,34 @@ def references() -> Any:
     return typer.Argument(metavar="REF", show_default=False, help=what)
 
 
+def fraction(text: str | float) -> float:
+    """The number that stands for a fraction.
+
+    Raises:
+        BadParameter: for a percentage, which is answered with the fraction that it is, and for what is no number.
+    """
+    from surgery.settings.quantities import parse_fraction
+
+    try:
+        return float(parse_fraction(text if "%" in str(text) else float(text)))
+    except ValueError as error:
+        ours = "could not convert" not in str(error)
+        words = str(error) if ours else f"must be a number, found '{text}'"
+        raise typer.BadParameter(words) from None
+
+
 def max_error(what: str) -> Any:
     """`--max-error`, with what it asks for."""
-    return option("--max-error", "F", what, TARGET)
+    return _fraction("--max-error", what)
 
 
 def budget(what: str) -> Any:
     """`--budget`, with what it asks for."""
-    return option("--budget", "F", what, TARGET)
+    return _fraction("--budget", what)
+
+
+def _fraction(flag: str, what: str) -> Any:
+    return typer.Option(flag, metavar="F", rich_help_panel=TARGET, help=what, parser=fraction)
 
 
 def dry_run(what: str) -> Any:
@@ -107,7 +127,7 @@ Memory = Annotated[
     option(
         "--memory",
         "SIZE",
-        "What the process may hold besides pages of files, such as 8GiB; what does not fit is kept in files "
+        "What the process may hold besides pages of files, such as 8GB; what does not fit is kept in files "
         "beside the folder that is written.",
     ),
 ]

@@ -19,6 +19,7 @@ PRECISION = "fewer bits for each number: rounding, not sharing"
 SHARING = "what members or layers have in common, stored once"
 ROWS = 24  # members listed one by one
 Scores = Mapping[str, Mapping[str, Any] | None]
+REAL_INPUTS = "Real inputs can move outputs twice as far: give yours with --calibrate."
 REPLACING = "modules of members in whose places others stand"
 LARGER = "what stands in the places of modules takes more than they did"
 NO_SHARING = "nothing that these members have in common pays for its index"
@@ -60,8 +61,15 @@ def outcome_rows(joint: JointModel) -> list[dict[str, Any]]:
     ]
 
 
-def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
-    """What a merge did: members, what saved how much, how tensors are stored."""
+def print_result(joint: JointModel, folder: Path, *, verbose: bool, advise: bool = True) -> None:
+    """What a merge did: members, what saved how much, how tensors are stored.
+
+    Args:
+        joint: as it was fitted.
+        folder: that it was written to.
+        verbose: whether every tensor is listed.
+        advise: whether real inputs could be given and are asked for.
+    """
     report = fit_report(joint)
     before, weights = sum(report.original_bytes.values()), report.stored_bytes
     disk = bytes_below(folder)
@@ -85,7 +93,9 @@ def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
     inputs = f"real inputs for {', '.join(given)}, made-up ones for the rest" if given else "made-up inputs"
     if set(given) == set(joint.names):
         inputs = "the real inputs given"
-    console.say(f"Target {report.target}: {'met' if report.met else 'NOT met'}, measured on {inputs}.")
+    console.say(
+        f"Target {report.target}: {'met' if report.met else 'NOT met'}, measured on {inputs}.{hint(report) * advise}"
+    )
     print_means(joint)
     _print_stacks(joint)
     if verbose:
@@ -95,6 +105,12 @@ def print_result(joint: JointModel, folder: Path, *, verbose: bool) -> None:
                 each.member, each.name, each.how, console.size(each.original), console.size(each.nbytes)
             )
         console.show(rows)
+
+
+def hint(report: FitReport) -> str:
+    """What to do where a member's error was measured on made-up inputs; empty where all were measured on real ones."""
+    moved = any((report.error(name) or 0) > 0 for name in report.errors if name not in report.given)
+    return " " + REAL_INPUTS if moved else ""
 
 
 def _print_stacks(joint: JointModel) -> None:

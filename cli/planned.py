@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from . import console
+from .outcome import REAL_INPUTS
 
 if TYPE_CHECKING:
     from surgery.anatomy.plan import BankPlan, Plan
@@ -148,9 +149,8 @@ def _say_fit(prepared: Prepared, rows: list[dict[str, Any]]) -> None:
         chosen += "".join(f", {n} {v}" for n, v in said.items() if f"{n} {v}" not in asked)
     real = [row["name"] for row in rows if row["real_inputs"]]
     console.say(f"Would be fitted: {words}, {chosen}, seed {recipe.seed}.")
-    console.say(
-        f"Errors would be measured on {'real inputs for ' + ', '.join(real) if real else 'made-up inputs'}."
-    )
+    on = f"real inputs for {', '.join(real)}" if real else "made-up inputs"
+    console.say(f"Errors would be measured on {on}.{f' {REAL_INPUTS}' * (len(real) < len(rows))}")
 
 
 def _say_training(recipe: Recipe, plan: Plan) -> None:

@@ -73,7 +73,7 @@ def taken(elements: Sequence[int], *, lossless: bool = False) -> int:
 
 def _enough(least: int) -> str:
     """What to give where that many bytes are needed."""
-    return f"give `memory={-(-least // 2**20)}MiB` or more"
+    return f"give `memory={-(-least // 10**6)}MB` or more"
 
 
 class _Watched:

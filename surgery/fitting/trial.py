@@ -106,10 +106,7 @@ class Trial:
     def variation(self) -> float | None:
         """How much of the original outputs differs between inputs; None where that is unknown, or inputs are alike."""
         inputs = [tuple(t.double() for _, t in tensors_at(each) if t.dim()) for each in self.probes]
-        alike = {tuple(t.shape for t in each) for each in inputs}
-        if len(alike) == 1 and variation(inputs) == 0.0:  # made up after inputs of one value
-            return None
-        return variation(self.reference)
+        return variation(self.reference) if variation(inputs) else None  # made up after inputs of one value
 
     def error(self) -> float:
         """The largest relative L2 error of an output tensor, over all probes; inf where not finite."""

@@ -199,7 +199,7 @@ def _error_words(view: Overview) -> str:
     inputs = (
         f"real inputs for {', '.join(map(str, given))}, made-up ones for the rest"
         if given
-        else "made-up inputs"
+        else "made-up inputs, which may show half of what real ones do"
     )
     if set(given) >= {member.name for member in view.members}:
         inputs = "real inputs"

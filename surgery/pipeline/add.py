@@ -263,8 +263,8 @@ def warn_of_same(name: str, was: str, manifest: Manifest) -> None:
     known |= manifest.report.hashes if manifest.report is not None else {}
     if same := [each for each, found in known.items() if found == was]:
         warnings.warn(
-            f"'{name}' is the same model as member {shorten(same)}, weight for weight: under another name it takes bytes "
-            "of its own again, but for tensors that are stored once for all.",
+            f"'{name}' is the same model as member {shorten(same)}, weight for weight: under another name it takes "
+            "bytes of its own again, but for tensors that are stored once for all.",
             SurgeryWarning,
             stacklevel=2,
         )

@@ -212,6 +212,27 @@ def check(recipe: Recipe, *, overwrite: bool = False) -> None:
         check_name(name)
 
 
+def doubt_of(prepared: Prepared) -> str:
+    """Why the budget of what was prepared may not be met, in words; empty without one, or where nothing is known.
+
+    Raises:
+        PlanError: where it cannot be met.
+    """
+    from surgery.fitting.reach import check_reach
+    from surgery.members.member import owners_of, state_tensors
+
+    budget = prepared.recipe.parameters.budget
+    if budget is None or prepared.recipe.train is not None:
+        return ""
+    kinds = {}
+    for member in prepared.members:
+        state = state_tensors(member.module)
+        kinds[member.name] = [
+            (tuple(state[name].shape), state[name].dtype) for name in owners_of(member.module)
+        ]
+    return check_reach(budget, kinds)
+
+
 def check_calibration(recipe: Recipe) -> None:
     """Whether the files with real inputs that a recipe names can be read.
 

@@ -6,12 +6,32 @@ or a loop without end.
 
 from __future__ import annotations
 
+import re
 from numbers import Integral
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from surgery.errors import PlanError
+
+
+def parse_fraction(value: Any) -> Any:
+    """A fraction as it is, for validation to judge; a percentage is answered with the fraction that it is.
+
+    Raises:
+        ValueError: naming it.
+
+    Example:
+        >>> parse_fraction(0.1)
+        0.1
+    """
+    if value != value:
+        raise ValueError("must be a number, found nan")
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
+    if found:
+        raise ValueError(f"a fraction is meant: write {float(found[1]) / 100:g} for {found[1]}%")
+    return value
+
 
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
 """Elements, bytes, locations, axes: what JSON holds exactly in every language."""
@@ -36,7 +56,9 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-Share = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, BeforeValidator(parse_fraction), Field(gt=0, le=1, allow_inf_nan=False)]
+
+Error = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0, allow_inf_nan=False)]
 
 
 def check_seed(seed: object) -> None:

@@ -203,7 +203,10 @@ class Recipe(Strict):
             wrong = [*problems_of(error, cls, called=called), *wrong]
         if found is None or wrong:
             broken = shorten((shown_text(each, 500) for each in wrong), MOST_ERRORS, "; ")
-            raise PlanError(sentence(f"The recipe is not valid: {broken}"))
+            # Whoever gave options alone knows of no recipe.
+            flags = all(any(flag in each for flag in called.values()) for each in wrong)
+            opening = "" if flags else "The recipe is not valid: "
+            raise PlanError(sentence(f"{opening}{broken}"))
         return found
 
     @property

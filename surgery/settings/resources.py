@@ -23,7 +23,7 @@ def parse_bytes(value: Any) -> Any:
     try:
         return int(TypeAdapter(ByteSize).validate_python(value))
     except ValidationError:
-        raise ValueError(f"a size is written as 8GiB, 500MB or bytes, not {shown(value)}") from None
+        raise ValueError(f"a size is written as 8GB, 500MB, 8GiB or bytes, not {shown(value)}") from None
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1, le=1 << 53)]

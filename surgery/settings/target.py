@@ -12,7 +12,7 @@ from surgery.disk.untrusted import shown
 from surgery.errors import SurgeryWarning
 from surgery.settings.names import TARGETS
 from surgery.settings.problems import Strict, validated
-from surgery.settings.quantities import Context, NotNegative, Positive, Share
+from surgery.settings.quantities import Context, Error, Positive, Share
 from surgery.util.wording import percent
 
 MAX_ERROR = 0.05
@@ -61,7 +61,7 @@ class Target(Strict):
         context: basis blocks of a hypermodule (c).
     """
 
-    max_error: NotNegative | None = None
+    max_error: Error | None = None
     budget: Share | None = None
     hypermodules: Positive | None = None
     block: Block | None = None

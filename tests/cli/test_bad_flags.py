@@ -170,3 +170,19 @@ def test_what_is_set_last_is_named_by_its_key(place, monkeypatch):
     monkeypatch.chdir(place)
     code, _, err = command(*MERGE, "--budget", "0.5", "--set", "parameters.budget=0")
     assert code == 2 and "parameters.budget: must be above 0" in err
+
+
+@pytest.mark.parametrize("flag", ["--budget", "--max-error"])
+def test_a_percentage_is_answered_with_its_fraction(place, flag):
+    code, _, err = command(*MERGE, flag, "10%")
+    words = " ".join(err.replace("│", " ").split())
+    assert code == 2 and flag in words and "write 0.1 for 10%" in words
+    code, _, err = command(*MERGE, "--set", f"parameters.{flag[2:].replace('-', '_')}=10%")
+    assert code == 2 and "write 0.1 for 10%" in err
+
+
+def test_who_gives_options_alone_hears_of_no_recipe(place):
+    code, _, err = command(*MERGE, "--block", "16")
+    assert code == 2 and err.startswith("surgery: --block: ")
+    code, _, err = command(*MERGE, "--set", "parameters.block=16")
+    assert code == 2 and err.startswith("surgery: The recipe is not valid: ")

@@ -89,8 +89,9 @@ def test_a_sigmoid_near_its_end_is_named_however_near_it_is():
     assert "Outputs of a (by 0% of their size" in report.faint and "max_error" not in report.faint
 
 
-def test_inputs_that_are_all_the_same_tell_nothing():
-    joint = surgery.join([one("a", nn.Sigmoid(), inputs=torch.ones(4, 32))])
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_inputs_that_are_all_the_same_tell_nothing(value):
+    joint = surgery.join([one("a", nn.Sigmoid(), inputs=torch.full((4, 32), value))])
     fitted, words = said(lambda: surgery.fit(joint, max_error=0.05))
     assert not words and not fitted.report.variations
 

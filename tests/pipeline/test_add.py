@@ -334,9 +334,9 @@ def test_a_model_that_is_a_member_already_is_named_before_the_work(made, tmp_pat
     folder = shutil.copytree(made(how), tmp_path / "joint")
     order = []
     monkeypatch.setattr("surgery.fitting.adding.fit_addition", lambda *_, **__: order.append("fit") or 1 / 0)
-    with pytest.warns(SurgeryWarning, match="'again' is the same model as member c, weight") as said:
-        with pytest.raises(ZeroDivisionError):
-            surgery.add(folder, {"again": relative("again", 2)})
+    named = pytest.warns(SurgeryWarning, match="'again' is the same model as member c, weight")
+    with named as said, pytest.raises(ZeroDivisionError):
+        surgery.add(folder, {"again": relative("again", 2)})
     assert order == ["fit"] and len(said) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
