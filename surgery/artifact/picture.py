@@ -1,7 +1,7 @@
 """Draws which members share what, as a small PNG for the model card.
 
 Left, what each member took before and takes in the artifact, by kind; right, how many blocks of one member
-draw on rows that another one uses too. Drawn without pyplot, whose state is global, and the same bytes for
+have something in common with another one's. Drawn without pyplot, whose state is global, and the same bytes for
 the same numbers.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from surgery.artifact.shares import COPIES, ROWS, Shares
+from surgery.artifact.shares import COPIES, MATRIX, ROWS, Shares
 from surgery.util.drawing import EMPTY, GRID, INK, MUTED, new_figure, png
 from surgery.util.showing import in_order
 from surgery.util.wording import percent, size
@@ -23,13 +23,13 @@ FEW = 6  # members whose names and figures fit into the right half; more are num
 MOST = 16  # members drawn one by one; of the others their mean
 ROOMY = 8  # members up to which rows are as high as they may be
 _FILLS = {
-    ROWS: "#d55e00", COPIES: "#e69f00", "native": "#9aa7b3", "bfloat16": "#009e73",
+    MATRIX: "#d55e00", ROWS: "#7f2704", COPIES: "#e69f00", "native": "#9aa7b3", "bfloat16": "#009e73",
     "int12": "#b9d8ee", "int10": "#9cc6e5", "int8": "#7fb2d9",
     "int7": "#639cc9", "int6": "#4886b8", "int5": "#3571a2", "int4": "#275c88",
     "int3": "#1b476b", "int2": "#11334f",
 }  # fmt: skip
 _OTHERS = ("#b0579a", "#8c6d31", "#5a5a5a")  # of codecs that have no colour of their own, in turn
-_WORDS = {ROWS: "shared rows", COPIES: "shared copy"}  # as the command line has them
+_WORDS = {COPIES: "shared copy"}  # as the command line has them
 
 
 def draw_sharing(shares: Shares) -> bytes:
@@ -124,7 +124,7 @@ def _draw_blocks(ax: Axes, shares: Shares) -> None:
     blocks = np.array(shares.blocks, dtype=float)
     count = len(blocks)
     depth = np.sqrt(blocks / max(float(blocks.max()), 1.0))
-    warm = LinearSegmentedColormap.from_list("warm", [EMPTY, "#f6c9a0", "#e2795b", _FILLS[ROWS]], 16)
+    warm = LinearSegmentedColormap.from_list("warm", [EMPTY, "#f6c9a0", "#e2795b", _FILLS[MATRIX]], 16)
     edges = np.arange(count + 1) - 0.5
     ax.pcolormesh(edges, edges, depth, cmap=warm, vmin=0, vmax=1, edgecolors="white", linewidth=2)
     ax.invert_yaxis()
@@ -143,8 +143,8 @@ def _draw_blocks(ax: Axes, shares: Shares) -> None:
         )
     _bare(ax)
     ax.set_ylabel("blocks of", fontsize=8.5, color=MUTED)
-    ax.set_xlabel("on rows that these use too", fontsize=8.5, color=MUTED)
-    ax.set_title("Blocks on shared rows, pair by pair", fontsize=10, color=INK, loc="left", pad=7, y=1.0)
+    ax.set_xlabel("shared with", fontsize=8.5, color=MUTED)
+    ax.set_title("Blocks that two members share", fontsize=10, color=INK, loc="left", pad=7, y=1.0)
 
 
 def _bare(ax: Axes) -> None:

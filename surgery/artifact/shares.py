@@ -17,7 +17,7 @@ from surgery.core.tensor_method import TensorMethod
 from surgery.storage.keys import PlainKey
 from surgery.storage.stored import Stored
 
-ROWS = "dictionary"
+ROWS, MATRIX = "shared rows", "shared matrix"  # as methods say it
 COPIES = "shared copies"
 
 
@@ -27,8 +27,8 @@ class Shares:
 
     Attributes:
         members: names.
-        kinds: bytes by member and kind: `dictionary`, `shared copies`, or the precision of plain tensors;
-            what several use is divided among them.
+        kinds: bytes by member and kind: as the method of a bank says it, such as `shared rows`; `shared copies`, or the
+            precision of plain tensors; what several use is divided among them.
         before: bytes of each member alone.
         blocks: `blocks[a][b]` blocks of member a generated from rows that member b uses too; on the
             diagonal, rows that another block of the same member uses. A plain tensor stored once for several
@@ -65,7 +65,7 @@ def count_shares(stored: Stored, before: Mapping[str, int] = MappingProxyType({}
     kinds: dict[str, dict[str, int]] = {name: {} for name in names}
     for row in rows:
         kind = row.how.replace(COPY, COPIES).partition(",")[0]
-        kind = ROWS if (row.member, row.name) in generated else kind
+        kind = row.how if (row.member, row.name) in generated else kind
         kinds[row.member][kind] = kinds[row.member].get(kind, 0) + row.nbytes
     alone = {name: sum(row.original for row in rows if row.member == name) for name in names}
     alone |= {name: before[name] for name in names if name in before}

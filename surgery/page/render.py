@@ -29,7 +29,7 @@ GENERATOR = "model-surgery"
 STYLE, MARKUP = "page.css", "page.html.jinja"
 MOST = 40  # members shown one by one
 _LINES = 8  # tasks drawn in one chart
-_WORDS = {"dictionary": "shared rows", "shared copies": "shared copy", "native": "own dtype"}
+_WORDS = {"shared copies": "shared copy", "native": "own dtype"}
 
 
 def render(view: Overview) -> str:
@@ -104,7 +104,7 @@ def _page(view: Overview) -> dict[str, Any]:
 # -- what a page says --------------------------------------------------------------------------------------
 
 _CLASSES = {
-    "shared rows": "rows", "shared copy": "copy", "own dtype": "native", "bfloat16": "bf16",
+    "shared matrix": "matrix", "shared rows": "rows", "shared copy": "copy", "own dtype": "native", "bfloat16": "bf16",
     **{f"int{bits}": f"i{bits}" for bits in (12, 10, 8, 7, 6, 5, 4, 3, 2)},
 }  # fmt: skip
 _OTHER = "other"  # of codecs that have no colour of their own

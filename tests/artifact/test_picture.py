@@ -7,9 +7,13 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image, ImageColor
+from relatives import family
 
+import surgery
 from surgery.artifact.picture import _FILLS, MOST, _draw_blocks, draw_sharing, fold
-from surgery.artifact.shares import ROWS, Shares
+from surgery.artifact.shares import MATRIX, ROWS, Shares, count_shares
+from surgery.core.sizes import count_tensors
+from surgery.storage.stored import store
 from surgery.util.drawing import new_figure
 
 
@@ -17,7 +21,7 @@ def shares(count: int) -> Shares:
     """Members of 1000, 990, ... bytes before, a tenth of that now, on rows that all of them use."""
     names = tuple(f"m{i}" for i in range(count))
     before = {name: 1000 - 10 * i for i, name in enumerate(names)}
-    kinds = {name: {ROWS: before[name] // 10} for name in names}
+    kinds = {name: {MATRIX: before[name] // 10} for name in names}
     blocks = tuple(tuple(0 if i == j else 40 for j in range(count)) for i in range(count))
     return Shares(names, kinds, before, blocks)
 
@@ -59,7 +63,8 @@ def test_the_same_numbers_give_the_same_picture(count: int):
 
 def test_every_kind_keeps_its_colour_in_the_legend_and_the_page_is_white():
     widths = ("native", "bfloat16", "int12", "int10", "int8", "int7", "int6")
-    kinds = {ROWS: 1000} | dict.fromkeys(widths, 1)  # too few bytes for a bar
+    widths = (ROWS, "shared copies", *widths)
+    kinds = {MATRIX: 1000} | dict.fromkeys(widths, 1)  # too few bytes for a bar
     members = tuple(f"m{i}" for i in range(MOST))
     blocks = tuple(tuple(0 if i == j else 40 for j in range(MOST)) for i in range(MOST))
     drawn = draw_sharing(Shares(members, dict.fromkeys(members, kinds), dict.fromkeys(members, 1200), blocks))
@@ -73,4 +78,14 @@ def test_every_kind_keeps_its_colour_in_the_legend_and_the_page_is_white():
         own = ImageColor.getrgb(fill)
         return min(large, key=lambda each: sum(abs(a - b) for a, b in zip(each, own, strict=True)))
 
-    assert len({nearest(_FILLS[kind]) for kind in (ROWS, *widths)}) == 1 + len(widths)
+    assert len({nearest(_FILLS[kind]) for kind in (MATRIX, *widths)}) == 1 + len(widths)
+
+
+@pytest.mark.parametrize(
+    ("target", "word"), [({"budget": 0.14}, "shared matrix"), ({"hypermodules": 20}, "shared rows")]
+)
+def test_kinds_are_called_as_the_screen_calls_them(target: dict, word: str):
+    kept = store(surgery.fit(family(), **target))
+    found = {kind for kinds in count_shares(kept).kinds.values() for kind in kinds}
+    assert word in found and "dictionary" not in found
+    assert word in {row.how for row in count_tensors(kept)}
