@@ -20,7 +20,7 @@ CONSTANT = 1e-6  # of its size: what float32 computes of two inputs differs by m
 # Of what differs: such an error may leave a correlation of 0.8 with the original over inputs, and less. Trained models
 # are far from that at the default bound of 0.05: of EfficientNet-Lite0's logits 0.33 differs, of MiniLM's outputs 0.56.
 DROWNED = 0.6
-COMMON = 0.5  # from here on what differs is no small part of an output, and errors mean what they seem to
+COMMON = 0.25  # from here on what differs is no small part of an output: an error that drowns it looks large
 LOUD = 0.5  # an error that nobody takes for a small one
 TENTH = 0.1  # of what differs: an error that leaves it clear
 
