@@ -76,6 +76,10 @@ class ArtifactError(SurgeryError):
     """An artifact's files are missing, damaged, or do not match its manifest."""
 
 
+class UndecodableError(ArtifactError):
+    """What is stored of a tensor does not decode."""
+
+
 class MissingMethodError(ArtifactError):
     """An artifact needs a method that is not installed here, or whose package cannot be imported."""
 

@@ -23,7 +23,7 @@ from typing import Any, get_args, overload
 from torch import nn
 
 from surgery.artifact.manifest import Manifest, read_manifest
-from surgery.artifact.reading import read_stored
+from surgery.artifact.reading import decoded_from, read_stored
 from surgery.artifact.rebuild import as_saved
 from surgery.artifact.recorded import (
     alone_of,
@@ -232,7 +232,8 @@ def load(
     permission = Permission.of_artifact(trust_remote_code)
     check_free({name: module for name, module in (modules or {}).items() if name in names})
     stored = read_stored(folder, manifest, names)
-    with Ahead(stored.tensors.values() if resident is None else ()) as ahead:
+    decoding = Ahead(stored.tensors.values() if resident is None else ())
+    with decoded_from(folder, manifest), decoding as ahead:
         found = [
             _member(folder, manifest, stored, name, (modules or {}).get(name), permission) for name in names
         ]

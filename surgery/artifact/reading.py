@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -35,7 +36,7 @@ from surgery.core.registry import find_method
 from surgery.core.tensor_method import TensorMethod
 from surgery.disk.files import sha256_of
 from surgery.disk.untrusted import UnreadableError, regular_size, shown_text
-from surgery.errors import PlanError
+from surgery.errors import ArtifactError, PlanError, UndecodableError
 from surgery.settings.methods import missing_method
 from surgery.settings.problems import problems_of
 from surgery.storage.codecs import ANY_LENGTH, Encoded, encode_native, part_layout
@@ -83,8 +84,34 @@ def read_stored(folder: Path, manifest: Manifest, members: Sequence[str]) -> Sto
             tensors than the manifest says.
     """
     stored = map_stored(folder, manifest, members)
-    check_banks(folder, stored, manifest)
+    with decoded_from(folder, manifest):
+        check_banks(folder, stored, manifest)
     return stored if list(members) == list(manifest.members) else restrict(stored, members)
+
+
+@contextmanager
+def decoded_from(folder: Path, manifest: Manifest) -> Iterator[None]:
+    """Inside, what does not decode is an error that names the files that are not as they were written.
+
+    Raises:
+        ArtifactError: naming them, where files explain it.
+    """
+    try:
+        yield
+    except UndecodableError as error:
+        wrong = wrong_hashes(folder, _restricted(manifest, tensor_files(manifest, manifest.members)))
+        if not wrong:
+            raise
+        try:
+            raise_damaged(folder, [f"{path} {what}" for path, what in wrong.items()])
+        except ArtifactError as damaged:
+            raise damaged from error
+
+
+def _restricted(manifest: Manifest, paths: Collection[str]) -> Manifest:
+    """A manifest that lists some of its files alone."""
+    files = {path: entry for path, entry in manifest.files.items() if path in paths}
+    return manifest.model_copy(update={"files": files})
 
 
 def check_banks(folder: Path, stored: Stored, manifest: Manifest | None = None) -> None:
@@ -113,8 +140,7 @@ def raise_wrong_parts(folder: Path, manifest: Manifest | None, faults: Sequence[
     """
     if faults and manifest is not None:
         paths = _tensor_files(manifest, ())[DICTIONARY]
-        files = {path: manifest.files[path] for path in paths}
-        wrong = wrong_hashes(folder, manifest.model_copy(update={"files": files}))
+        wrong = wrong_hashes(folder, _restricted(manifest, paths))
         named = [f"{path} {what}" for path, what in wrong.items()] or [
             f"{', '.join(paths)} holds wrong values"
         ]
@@ -242,8 +268,7 @@ def check_in_place(folder: Path, manifest: Manifest, members: Sequence[str] | No
     needed = tensor_files(manifest, kept)
     needed |= {path for name in kept for path in small_files(manifest, name).values()}
     needed |= {path for path in manifest.files if any(path.startswith(each) for each in own)}
-    files = {path: entry for path, entry in manifest.files.items() if path in needed}
-    wrong = wrong_hashes(folder, manifest.model_copy(update={"files": files}), copied)
+    wrong = wrong_hashes(folder, _restricted(manifest, needed), copied)
     raise_damaged(folder, [f"{path} {what}" for path, what in wrong.items()])
 
 
@@ -262,8 +287,7 @@ def check_files(folder: Path, manifest: Manifest, paths: Collection[str]) -> Non
     Raises:
         ArtifactError: naming every one of another content.
     """
-    files = {path: entry for path, entry in manifest.files.items() if path in paths}
-    wrong = wrong_hashes(folder, manifest.model_copy(update={"files": files}))
+    wrong = wrong_hashes(folder, _restricted(manifest, paths))
     raise_damaged(folder, [f"{path} {what}" for path, what in wrong.items()])
 
 

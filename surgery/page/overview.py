@@ -12,7 +12,7 @@ from typing import Any
 from surgery.artifact.exported import exported, not_an_artifact, parts_of_artifact
 from surgery.artifact.manifest import NAME as MANIFEST
 from surgery.artifact.manifest import Manifest, read_manifest
-from surgery.artifact.reading import read_stored
+from surgery.artifact.reading import decoded_from, read_stored
 from surgery.artifact.recorded import alone_of, bytes_before
 from surgery.artifact.shares import Shares, count_shares
 from surgery.core.sizes import TensorReport, count_tensors, how_stored
@@ -124,7 +124,8 @@ def look(source: str | Path) -> Overview:
         return Overview(folder.name, run=run)
     manifest = read_manifest(folder)
     stored = read_stored(folder, manifest, list(manifest.members))
-    shares, rows = count_shares(stored, bytes_before(manifest)), count_tensors(stored)
+    with decoded_from(folder, manifest):
+        shares, rows = count_shares(stored, bytes_before(manifest)), count_tensors(stored)
     report = manifest.report or FitReport()
     return Overview(
         folder.resolve().name,

@@ -160,7 +160,7 @@ def _add(
 ) -> AddedMember:
     from surgery.artifact.amending import Amendment, amend
     from surgery.artifact.folder import read_recipe
-    from surgery.artifact.reading import check_in_place, map_stored
+    from surgery.artifact.reading import check_in_place, decoded_from, map_stored
     from surgery.artifact.rebuild import as_saved
     from surgery.artifact.reports import report_with
 
@@ -168,11 +168,12 @@ def _add(
     made = read_recipe(folder, manifest)
     select = Select() if made is None else made.select
     stored = map_stored(folder, manifest, list(manifest.members))
-    _check_common(folder, manifest, stored)
-    addition, member = fit_one(
-        asked, _recipe_of_one(manifest, asked, nonfinite), select, manifest, stored, trust,
-        None if dry_run else folder,
-    )  # fmt: skip
+    with decoded_from(folder, manifest):
+        _check_common(folder, manifest, stored)
+        addition, member = fit_one(
+            asked, _recipe_of_one(manifest, asked, nonfinite), select, manifest, stored, trust,
+            None if dry_run else folder,
+        )  # fmt: skip
     before = bytes_below(folder)
     if not dry_run:
         member = as_saved(member, addition.stored)

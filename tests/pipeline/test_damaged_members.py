@@ -8,6 +8,7 @@ import shutil
 import warnings
 
 import pytest
+import relatives
 from artifacts import contents
 from relatives import loaded, relative, same, stored, weights
 
@@ -127,3 +128,19 @@ def test_what_no_bank_can_be_made_of_is_named_by_its_file(joint):
     for call in (lambda: loaded(joint), lambda: surgery.add(joint, {"x": relative("x", 8)}, max_error=0.05)):
         with pytest.raises(ArtifactError, match=r"dictionary\.safetensors must have the SHA-256"):
             call()
+
+
+def test_what_does_not_decode_is_named_by_its_file(tmp_path):
+    folder = surgery.save(
+        surgery.fit(surgery.join([relative("a", 0, width=128)]), max_error=0.02), tmp_path / "joint"
+    )
+    path = next(folder.rglob("weights.safetensors"))
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    coded = [each for name, each in json.loads(data[8:start]).items() if name.endswith(":z")]
+    first, last = max((each["data_offsets"] for each in coded), key=lambda each: each[1] - each[0])
+    data[start + (first + last) // 2 : start + last] = bytes(last - (first + last) // 2)
+    path.write_bytes(bytes(data))
+    with pytest.raises(ArtifactError, match=r"members/a/weights\.safetensors must have the SHA-256"):
+        surgery.load(folder, modules={"a": relatives.Net(128)})
+    surgery.verify(folder)

@@ -25,7 +25,7 @@ try:
 except ImportError:  # no wheel for this platform
     import zlib as inflate
 
-from surgery.errors import ArtifactError
+from surgery.errors import UndecodableError
 from surgery.storage.codecs.codec import ANY_LENGTH, Codec, Encoded, Layout, Precision, Statistics
 
 PART = "z"
@@ -167,8 +167,8 @@ class Huffman(Codec[Precision]):
         return {PART: packed.to(next(iter(whole.parts.values())).device)}
 
 
-def _damaged(encoded: Encoded, error: Exception) -> ArtifactError:
-    return ArtifactError(
+def _damaged(encoded: Encoded, error: Exception) -> UndecodableError:
+    return UndecodableError(
         f"A tensor of shape {encoded.shape} held as {encoded.precision} must decode, but its bytes give '{error}'; "
         "copy the artifact again."
     )
