@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from surgery.core.replacing import as_it_was
 from surgery.disk.aside import is_aside, put_aside
 from surgery.errors import PlanError
-from surgery.fitting.variation import variation
+from surgery.fitting.variation import between_inputs
 from surgery.inputs.probes import outputs_of, tensors_at
 from surgery.members.member import Inputs, Member
 from surgery.slots.slots import assign, forget_derived
@@ -105,8 +105,7 @@ class Trial:
 
     def variation(self) -> float | None:
         """How much of the original outputs differs between inputs; None where that is unknown, or inputs are alike."""
-        inputs = [tuple(t.double() for _, t in tensors_at(each) if t.dim()) for each in self.probes]
-        return variation(self.reference) if variation(inputs) else None  # made up after inputs of one value
+        return between_inputs(self.probes, self.reference)
 
     def error(self) -> float:
         """The largest relative L2 error of an output tensor, over all probes; inf where not finite."""

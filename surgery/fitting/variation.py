@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from surgery.errors import SurgeryWarning, shorten
+from surgery.inputs.probes import tensors_at
+from surgery.members.member import Inputs
 from surgery.util.wording import percent
 
 CONSTANT = 1e-6  # of its size: what float32 computes of two inputs differs by more
@@ -44,11 +46,22 @@ def variation(outputs: Sequence[Sequence[Tensor]]) -> float | None:
     return min((each for each in found if each > CONSTANT), default=0.0 if found else None)
 
 
+def between_inputs(probes: Sequence[Inputs], outputs: Sequence[Sequence[Tensor]]) -> float | None:
+    """`variation` of a member's outputs on probe inputs; None where these do not differ, and so tell nothing.
+
+    Args:
+        probes: arguments of calls; some are made up after inputs of one value.
+        outputs: by call, its output tensors.
+    """
+    inputs = [tuple(t for _, t in tensors_at(each) if t.dim()) for each in probes]
+    return variation(outputs) if variation(inputs) else None
+
+
 def _variation(batches: Sequence[Tensor]) -> float | None:
     """Of one output tensor: standard deviation over inputs, relative to the root mean square."""
     alike: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
     for batch in batches:
-        rows = batch if batch.dim() else batch[None]
+        rows = (batch if batch.dim() else batch[None]).double()
         alike[tuple(rows.shape[1:])].append(rows)
     differing, whole = 0.0, 0.0
     for several in alike.values():

@@ -128,7 +128,11 @@ def outputs_of(module: nn.Module, inputs: Inputs) -> tuple[Tensor, ...]:
 
 def outputs_over(module: nn.Module, probes: Sequence[Inputs]) -> tuple[Tensor, ...]:
     """A module's output tensors, each over all probe inputs."""
-    batches = [outputs_of(module, batch) for batch in probes]
+    return over_all([outputs_of(module, batch) for batch in probes])
+
+
+def over_all(batches: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """Output tensors by batch as one each, flat, over all batches."""
     return tuple(torch.cat([t.flatten() for t in tensors]) for tensors in zip(*batches, strict=True))
 
 

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 import surgery
 from surgery.artifact.adaptercard import Base, with_base
 from surgery.artifact.export import export
-from surgery.errors import ArtifactError, ExportError, LoadError, OutputError, PlanError
+from surgery.errors import ArtifactError, ExportError, LoadError, OutputError, PlanError, SurgeryWarning
 
 MODEL = "adapter_model.safetensors"
 KINDS = {"bert": 3, "gpt2_classifier": 2, "llama": 2, "vit": 3}
@@ -400,3 +400,15 @@ def test_a_tied_head_is_not_saved_with_its_products(tmp_path):
     with torch.no_grad():
         theirs, ours = opened(ids)[0], joint["net"](ids)[0]
     assert float((theirs - ours).norm() / ours.norm()) < 0.05
+
+
+def test_outputs_that_hardly_differ_between_inputs_are_warned_of(tmp_path):
+    base = save_tiny("gpt2_classifier", tmp_path / "base")
+    net = tuned("gpt2_classifier", 2, noise=0.02)
+    net.save_pretrained(tmp_path / "tuned")
+    joint = surgery.join([surgery.load_member(str(tmp_path / "tuned"), name="net")])
+    how = {"format": "lora", "base": str(base), "max_error": 0.2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("surgery.artifact.formats.lora.between_inputs", lambda *_: 0.01)
+        with pytest.warns(SurgeryWarning, match=r"Outputs of net \(by 1\.00% of their size"):
+            export(joint, "net", tmp_path / "a", **how)

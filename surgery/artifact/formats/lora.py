@@ -25,7 +25,8 @@ from torch import nn
 from surgery.artifact.adaptercard import Base, make_adapter_card
 from surgery.artifact.formats.differences import Difference, Other, differences_of, is_linear, is_transposed
 from surgery.errors import ExportError, LoadError
-from surgery.inputs.probes import outputs_over, probe_inputs, relative_error
+from surgery.fitting.variation import between_inputs, warn_of_faint
+from surgery.inputs.probes import outputs_of, outputs_over, over_all, probe_inputs, relative_error
 from surgery.members.member import Inputs, Member, shapes_of
 from surgery.members.references import check_references, load_member, local_path
 from surgery.util.quiet import quiet
@@ -104,7 +105,8 @@ def write_lora(
         raise ExportError(f"Member '{member.name}' is {base}: there is nothing for an adapter to say.")
     differences = differences or _none(module, others)
     probes, on = _measured_on(member, calibrate)
-    reference = outputs_over(module, probes)
+    outputs = [outputs_of(module, batch) for batch in probes]
+    reference = over_all(outputs)
 
     def error_of(net: nn.Module) -> float:
         return relative_error(reference, outputs_over(net, probes))
@@ -126,6 +128,8 @@ def write_lora(
             )
 
     adapter, error = _first_that_opens(member.name, candidates, write, error_of, max_error)
+    differing = between_inputs(probes, outputs)
+    warn_of_faint({member.name: error}, {} if differing is None else {member.name: differing})
     library = "transformers" if hasattr(module, "save_pretrained") else None
     changes = _lines(adapter, folder, _plain_bytes(module), served=library is not None)
     card = make_adapter_card(Base.of(base), type(module).__name__, library, changes, error, max_error, on)
