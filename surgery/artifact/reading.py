@@ -141,10 +141,7 @@ def raise_wrong_parts(folder: Path, manifest: Manifest | None, faults: Sequence[
     if faults and manifest is not None:
         paths = _tensor_files(manifest, ())[DICTIONARY]
         wrong = wrong_hashes(folder, _restricted(manifest, paths))
-        named = [f"{path} {what}" for path, what in wrong.items()] or [
-            f"{', '.join(paths)} holds wrong values"
-        ]
-        faults = [*named, *faults]
+        faults = [*(f"{path} {what}" for path, what in wrong.items()), *faults]
     raise_damaged(folder, faults)
 
 
