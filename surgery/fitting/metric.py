@@ -83,8 +83,13 @@ class Metric:
 
     @property
     def statistics(self) -> Statistics | None:
-        """Of the inputs, as codecs make use of them; None where nothing of them is known."""
+        """Of the inputs alone, as codecs make use of them; None where nothing of them is known."""
         return Statistics(self.into, 1) if self.into.ndim == 2 else None
+
+    @property
+    def outputs(self) -> Tensor | None:
+        """G / tr G, where it is known as a whole."""
+        return self.out if self.out.ndim == 2 else None
 
 
 def _price_of_rows(error: Tensor, weights: Tensor, moment: Tensor) -> float:
@@ -126,10 +131,11 @@ class Draws:
 
     Args:
         count: how many draws there will be.
+        inputs: whether the moment of inputs is wanted as a whole; else its diagonal is.
     """
 
-    def __init__(self, count: int = 1) -> None:
-        self.count = count
+    def __init__(self, count: int = 1, *, inputs: bool = True) -> None:
+        self.count, self.inputs = count, inputs
         self.out: Tensor | None = None
         self.into: Tensor | None = None
         self.pending: Tensor | None = None
@@ -154,7 +160,8 @@ class Draws:
         """Count what was added up."""
         if self.pending is None:
             return
-        out, into = _second_moment(self.pending), _second_moment(self.pending.T)
+        out = _second_moment(self.pending)
+        into = _second_moment(self.pending.T) if self.inputs else self.pending.square().sum(0)
         self.out = put_aside(out) if self.out is None else self.out.add_(out)
         self.into = put_aside(into) if self.into is None else self.into.add_(into)
         self.pending, self.added = None, 0
@@ -221,9 +228,12 @@ def mean_metric(metrics: Sequence[Metric]) -> Metric:
 
 
 def mean_statistics(metrics: Sequence[Metric]) -> Statistics | None:
-    """The statistics of the inputs of `mean_metric`; its outputs are not needed for them."""
+    """The statistics of `mean_metric`, as codecs make use of them; None where nothing is known of inputs."""
     into = _mean([each.into for each in metrics])
-    return Statistics(into, 1) if into.ndim == 2 else None
+    if into.ndim == 1:
+        return None
+    coupled = any(each.out.ndim == 2 for each in metrics)
+    return Statistics(into, 1, outputs=_mean([each.out for each in metrics]) if coupled else None)
 
 
 def _mean(sides: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from surgery.core.generation import to_blocks
 from surgery.core.registry import find_method, methods_of
 from surgery.core.tensor_method import TensorMethod
 from surgery.disk.journal import Made, keeps, made_once
-from surgery.fitting.metric import Metric
+from surgery.fitting.metric import WIDEST, Metric
 from surgery.fitting.moments import gather, unfolded
 from surgery.fitting.related import related_sites
 from surgery.fitting.sensitivity import measured_sensitivities, metrics
@@ -81,7 +81,7 @@ class Scene:
         """Relative squared output error per squared error of each tensor that a gradient reaches."""
         return {
             (name, tensor): value
-            for name, (found, _) in self._measured.items()
+            for name, (found, *_) in self._measured.items()
             for tensor, value in found.items()
         }
 
@@ -92,9 +92,9 @@ class Scene:
             views |= {
                 name: each.view for (member, name), each in self.unclaimed.items() if member == site.member
             }
-            more = metrics(self.trials[site.member], self.seed, views)
-            self._measured[site.member] = more
-            found = more[1].get(site.name)
+            sensitive, more = metrics(self.trials[site.member], self.seed, views)
+            self._measured[site.member] = sensitive, more, self._measured[site.member][2]
+            found = more.get(site.name)
         if found is None:
             stack, out, into = site.view.shape
             found = Metric.independent(
@@ -113,8 +113,16 @@ class Scene:
             self._measured[site.member][1].pop(site.name, None)
 
     def inputs_of(self, key: Key) -> Statistics | None:
-        """What is known of the inputs of a matrix that no method decides on; None where they were made up."""
-        return None if key in self.claimed else self._inputs.get(key[0], {}).get(key[1])
+        """What is known of the inputs of a matrix that no method decides on, and of its outputs; None where inputs were
+        made up.
+        """
+        known = None if key in self.claimed else self._inputs.get(key[0], {}).get(key[1])
+        if known is None:
+            return None
+        _, found, outputs = self._measured[key[0]]
+        metric = found.get(key[1]) or outputs.get(key[1])
+        # Of a metric's rows, which are those of a stack's matrices, codecs make use where they are the tensor's.
+        return known if metric is None else replace(known, outputs=metric.outputs)
 
     def uses_of(self, key: Key) -> Tensor | None:
         """How often calibration data look up each row of a table, `[o]`; None where that is not known."""
@@ -137,13 +145,16 @@ class Scene:
         found: dict[str, dict[str, Statistics]] = {}
         for member in self.calibrated:
             trial = self.trials[member]
-            every = {**matrices_alone(self.plan.left_alone), **self.unclaimed}
-            mine = [site for site in every.values() if site.member == member]
-            sites = [site for site in mine if unfolded(site).shape[2] <= WIDEST_INPUT]
-            seen = gather(trial.module, sites, trial.calls)
+            seen = gather(trial.module, self._fed(member), trial.calls)
             known = {name: each.statistics for name, each in seen.items()}
             found[member] = {name: each for name, each in known.items() if each is not None}
         return found
+
+    def _fed(self, member: str) -> list[Site]:
+        """Matrices of a calibrated member that are rounded with error feedback, where they are seen to be used."""
+        every = {**matrices_alone(self.plan.left_alone), **self.unclaimed}
+        mine = [site for site in every.values() if site.member == member]
+        return [site for site in mine if unfolded(site).shape[2] <= WIDEST_INPUT]
 
     @cached_property
     def _views(self) -> dict[str, dict[str, CanonicalView]]:
@@ -163,11 +174,22 @@ class Scene:
         return {key: s for key, s in sites.items() if s.kind == TABLE and s.member in self.calibrated}
 
     @cached_property
-    def _measured(self) -> dict[str, tuple[dict[str, float], dict[str, Metric]]]:
-        """By member, sensitivities, and metrics of sites."""
+    def _measured(self) -> dict[str, tuple[dict[str, float], dict[str, Metric], dict[str, Metric]]]:
+        """By member, sensitivities, metrics of sites, and of other matrices those of which the outputs are known."""
         return {
-            name: _measured_once(trial, self.seed, self._views[name]) for name, trial in self.trials.items()
+            name: _measured_once(trial, self.seed, self._views[name], self._flat_views(name))
+            for name, trial in self.trials.items()
         }
+
+    def _flat_views(self, member: str) -> dict[str, CanonicalView]:
+        """Of a calibrated member, the views of matrices that have no other view: rows are those of the tensors."""
+        if member not in self.calibrated:
+            return {}
+        views = {site.name: unfolded(site) for site in self._fed(member) if site.kind != TABLE}
+        coupled = {
+            name: view for name, view in views.items() if view.shape[0] == 1 and 1 < view.shape[1] <= WIDEST
+        }
+        return {name: view for name, view in coupled.items() if name not in self._views[member]}
 
     @cached_property
     def kin(self) -> list[list[Key]]:
@@ -268,14 +290,26 @@ class Scene:
 
 
 def _measured_once(
-    trial: Trial, seed: int, views: Mapping[str, CanonicalView]
-) -> tuple[dict[str, float], dict[str, Metric]]:
-    """Sensitivities and metrics of a member, found by this run or by the one that it goes on with."""
+    trial: Trial, seed: int, views: Mapping[str, CanonicalView], flat: Mapping[str, CanonicalView]
+) -> tuple[dict[str, float], dict[str, Metric], dict[str, Metric]]:
+    """Sensitivities and metrics of a member, found by this run or by the one that it goes on with.
+
+    Args:
+        trial: the member.
+        seed: of the draws.
+        views: of sites.
+        flat: of those of which outputs are wanted alone.
+    """
+
+    def apart(sensitive: dict[str, float], found: Mapping[str, Metric]) -> Any:
+        whole = {name: each for name, each in found.items() if name in views}
+        return sensitive, whole, {name: each for name, each in found.items() if name in flat}
+
     if not keeps():
-        return metrics(trial, seed, views)
+        return apart(*metrics(trial, seed, {**views, **flat}, outputs=flat))
 
     def made() -> Made:
-        sensitive, found = metrics(trial, seed, views)
+        sensitive, found = metrics(trial, seed, {**views, **flat}, outputs=flat)
         sides = {
             (name, side): t for name, each in found.items() for side, t in (("o", each.out), ("i", each.into))
         }
@@ -283,7 +317,7 @@ def _measured_once(
 
     sensitive, sides = made_once(f"sensitivities/{trial.name}", made, trial.device)
     names = [name.removeprefix("o/") for name in sides if name.startswith("o/")]
-    return dict(sensitive), {name: Metric(sides[f"o/{name}"], sides[f"i/{name}"]) for name in names}
+    return apart(dict(sensitive), {name: Metric(sides[f"o/{name}"], sides[f"i/{name}"]) for name in names})
 
 
 def as_asked(plan: Plan) -> Plan:

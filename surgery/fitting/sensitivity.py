@@ -10,7 +10,7 @@ weight error.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -49,7 +49,11 @@ def sensitivities(trial: Trial, seed: int, samples: int | None = None) -> dict[s
 
 
 def metrics(
-    trial: Trial, seed: int, views: Mapping[str, CanonicalView], samples: int | None = None
+    trial: Trial,
+    seed: int,
+    views: Mapping[str, CanonicalView],
+    samples: int | None = None,
+    outputs: Collection[str] = (),
 ) -> tuple[dict[str, float], dict[str, Metric]]:
     """Sensitivities, and what any error in a site costs, by name; sites that no gradient reaches are absent.
 
@@ -59,6 +63,7 @@ def metrics(
         views: of the sites that are asked for; a weight is one matrix of all their rows, `[S * out, in]`. Where there
             are some, large batches are drawn in pieces.
         samples: backward passes for each probe batch; by default as many as tell more.
+        outputs: sites of which the moment of inputs is not wanted as a whole.
     """
     draws: dict[str, Draws] = {}
     total: dict[str, Tensor] = {}  # on the device, which is not waited for
@@ -74,7 +79,7 @@ def metrics(
         probes = in_pieces(trial, probes) if views else probes
         shapes = [tuple(tensor.shape) for tensor in trial.originals.values()]
         samples = samples_of(shapes, len(probes)) if samples is None else samples
-        draws |= {name: Draws(samples * len(probes)) for name in views}
+        draws |= {name: Draws(samples * len(probes), inputs=name not in outputs) for name in views}
         _draw(trial, probes, seed, samples, add)
     found = {name: each.metric(samples) for name, each in draws.items()}
     # One that overflowed is as good as none: the tensor's errors are then measured.

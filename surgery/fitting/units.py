@@ -26,6 +26,8 @@ from surgery.storage.codecs import (
     rounded,
 )
 from surgery.storage.codecs.feedback import expected_gain
+from surgery.storage.codecs.integers import fits_outputs
+from surgery.storage.codecs.two_sided import expected_gain as gain_of_outputs
 
 SAMPLE = 1 << 18  # values on which the error of a precision is measured
 ROW_SAMPLE = 1 << 16  # of a tensor that is one row, in pieces, or of one of LARGE
@@ -179,10 +181,12 @@ def fed_back(unit: Unit, known: Statistics) -> Unit:
     """The same unit, rounded with error feedback: what that gains is foretold.
 
     Args:
-        unit: of one matrix.
-        known: of its inputs.
+        unit: of one matrix, or of equal ones.
+        known: of its inputs and outputs.
     """
     gain = 1.0 if known.second_moment is None else expected_gain(known.second_moment)
+    if known.outputs is not None and fits_outputs(next(iter(unit.tensors.values())), known):
+        gain *= gain_of_outputs(known.outputs)
     return replace(unit, errors=tuple(gain * error for error in unit.errors), statistics=known)
 
 

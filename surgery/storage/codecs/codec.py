@@ -31,11 +31,14 @@ class Statistics:
         second_moment: mean of `x x^T` over the inputs x, `[in, in]`, float32; None where it is not known.
         count: number of inputs x that the mean is over.
         rows: what an error of each row counts, `[out]`, in any unit; None where all count the same.
+        outputs: mean of `g g^T` over the gradients g at its outputs, `[out, out]`, float32, in any unit; None where it
+            is not known.
     """
 
     second_moment: Tensor | None
     count: int
     rows: Tensor | None = None
+    outputs: Tensor | None = None
 
 
 @dataclass(frozen=True)

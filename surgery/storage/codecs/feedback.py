@@ -133,8 +133,8 @@ def feed_back(rows: Tensor, inputs: Inputs, width: int, grid: Callable[[Tensor],
         >>> feed_back(torch.tensor([[0.4, 0.3]]), Inputs.of(moment), 2, lambda columns: Whole()).codes.int()
         tensor([[0, 1]], dtype=torch.int32)
     """
-    plain, moment = _plain(rows, width, grid), inputs.moment
-    plain = Rounded(plain.codes, plain.grids, price(rows - _decoded(plain, width), moment))
+    plain, moment = plainly(rows, width, grid), inputs.moment
+    plain = Rounded(plain.codes, plain.grids, price(rows - decoded(plain, width), moment))
     if inputs.root is None:
         return plain
     columns = _columns(rows)
@@ -164,13 +164,15 @@ class _Either:
         return torch.where(self.first, self.one.values(codes), self.other.values(codes))
 
 
-def _plain(rows: Tensor, width: int, grid: Callable[[Tensor], Grid]) -> Rounded:
+def plainly(rows: Tensor, width: int, grid: Callable[[Tensor], Grid]) -> Rounded:
+    """`rows [R, n]` without feedback; errors are not priced."""
     grids = tuple(grid(columns) for columns in rows.split(width, 1))
     codes = [each.codes(columns) for each, columns in zip(grids, rows.split(width, 1), strict=True)]
     return Rounded(torch.cat(codes, 1), grids, rows.new_zeros(len(rows)))
 
 
-def _decoded(rounded: Rounded, width: int) -> Tensor:
+def decoded(rounded: Rounded, width: int) -> Tensor:
+    """What codes stand for: `[R, n]`."""
     parts = zip(rounded.grids, rounded.codes.split(width, 1), strict=True)
     return torch.cat([grid.values(codes) for grid, codes in parts], 1)
 

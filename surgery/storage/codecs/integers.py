@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
@@ -20,10 +20,12 @@ from surgery.storage.codecs.bfloat16 import joined_bytes, split_bytes
 from surgery.storage.codecs.codec import Codec, Encoded, Layout, Precision, Statistics
 from surgery.storage.codecs.feedback import Inputs, feed_back
 from surgery.storage.codecs.planes import PLANES, apart, joined, pack, planes_of, together, unpack
+from surgery.storage.codecs.two_sided import Outputs, feed_back_both
 from surgery.util.memory import compact, empty_large
 
 CHUNK = 1 << 20  # values handled at once while encoding: bounds its memory
 FED_BACK = 1 << 21  # likewise with error feedback, where each column takes calls of its own
+BOTH_SIDES = 1 << 23  # values of a matrix whose rows, too, take errors back; they are worked on all at once
 ON_DEVICE = 64  # times as many on an accelerator, where a step takes as long for few values as for many
 # Values, times scales that are tried for them, at once: what is between them stays in the cache.
 TRIED = 1 << 17
@@ -68,22 +70,17 @@ class Integers(Codec[Grouping]):
         self, tensor: Tensor, settings: Grouping, statistics: Statistics | None = None
     ) -> Mapping[str, Tensor]:
         """Bit planes `q8`, `q4`, `q2`, `q1` of the codes, as many as the bits need, and `scale`."""
-        codes, scales = [], []
         width = _width(tuple(tensor.shape), settings.group)
         if fits(tensor, statistics):
-            assert statistics is not None and statistics.second_moment is not None
-            rows, inputs = _columns(tensor, width), Inputs.of(_padded(statistics.second_moment, width))
-            for part in rows.split(max(1, _at_once(FED_BACK, rows) // rows.shape[1])):
-                code, scale = _fed_back(part, inputs, width, settings.bits)
-                codes.append(code)
-                scales.append(scale)
+            assert statistics is not None
+            pairs = _with_feedback(tensor, statistics, width, settings.bits)
         else:
-            for rows in _grouped(tensor, settings.group).split(max(1, _at_once(CHUNK, tensor) // width)):
-                code, scale = _quantise(rows.float(), settings.bits)
-                codes.append(code)
-                scales.append(scale)
-        planes = pack(torch.cat(codes).reshape(-1), settings.bits)
-        return {**planes, "scale": torch.cat(scales).reshape(-1)}
+            pairs = [
+                _quantise(rows.float(), settings.bits)
+                for rows in _grouped(tensor, settings.group).split(max(1, _at_once(CHUNK, tensor) // width))
+            ]
+        codes, scales = (torch.cat(each).reshape(-1) for each in zip(*pairs, strict=True))
+        return {**pack(codes, settings.bits), "scale": scales}
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Codes times their group's scale."""
@@ -269,6 +266,14 @@ def fits(tensor: Tensor, statistics: Statistics | None) -> bool:
     return moment is not None and tensor.ndim > 1 and moment.shape == (columns, columns)
 
 
+def fits_outputs(tensor: Tensor, statistics: Statistics | None) -> bool:
+    """Whether errors are fed back along rows as well: G is that of a tensor's rows, and says that they are coupled."""
+    moment = None if statistics is None else statistics.outputs
+    if moment is None or not fits(tensor, statistics) or tensor.numel() > BOTH_SIDES:
+        return False
+    return moment.shape == (len(tensor),) * 2 and not torch.equal(moment, moment.diagonal().diag())
+
+
 @dataclass(frozen=True)
 class IntegerGrid:
     """Integers of some bits times a scale for each row.
@@ -307,12 +312,24 @@ class IntegerGrid:
         return self.scale.float()
 
 
+def _with_feedback(tensor: Tensor, known: Statistics, width: int, bits: int) -> list[tuple[Tensor, Tensor]]:
+    """Codes `[r * groups, width]` and scales `[r * groups]` of some rows after others, whose errors are fed back."""
+    assert known.second_moment is not None
+    rows, inputs = _columns(tensor, width), Inputs.of(_padded(known.second_moment, width))
+    if fits_outputs(tensor, known):
+        assert known.outputs is not None
+        grids = partial(_grid, bits=bits)
+        codes, scale = feed_back_both(rows, inputs, Outputs.of(known.outputs), width, grids)
+        return [(_stored(codes, bits).view(-1, width), scale.to(torch.bfloat16).reshape(-1))]
+    parts = rows.split(max(1, _at_once(FED_BACK, rows) // rows.shape[1]))
+    return [_fed_back(part, inputs, width, bits) for part in parts]
+
+
 def _fed_back(rows: Tensor, inputs: Inputs, width: int, bits: int) -> tuple[Tensor, Tensor]:
     """Codes `[R * groups, width]` and scales `[R * groups]` of rows whose errors are fed back."""
     found = feed_back(rows, inputs, width, lambda groups: _grid(groups, bits))
     scale = torch.cat([grid.values(torch.ones_like(rows[:, :1])) for grid in found.grids], 1)
-    codes = (found.codes + (1 << (bits - 1))).to(torch.uint8 if bits <= 8 else torch.int16)
-    return codes.view(-1, width), scale.to(torch.bfloat16).reshape(-1)
+    return _stored(found.codes, bits).view(-1, width), scale.to(torch.bfloat16).reshape(-1)
 
 
 def _columns(tensor: Tensor, width: int) -> Tensor:
@@ -329,8 +346,12 @@ def _padded(moment: Tensor, width: int) -> Tensor:
 def _quantise(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes (`[G, width]`, uint8 or int16) and bfloat16 scales `[G]` of least squared error among the candidates."""
     grid = _grid(groups, bits)
-    codes = grid.codes(groups) + (1 << (bits - 1))
-    return codes.to(torch.uint8 if bits <= 8 else torch.int16), grid.scale.squeeze(1)
+    return _stored(grid.codes(groups), bits), grid.scale.squeeze(1)
+
+
+def _stored(codes: Tensor, bits: int) -> Tensor:
+    """Codes as they are packed: from 0, uint8 or int16."""
+    return (codes + (1 << (bits - 1))).to(torch.uint8 if bits <= 8 else torch.int16)
 
 
 def _grid(groups: Tensor, bits: int) -> IntegerGrid:
