@@ -45,7 +45,7 @@ class Outputs:
 
     @classmethod
     def of(cls, moment: Tensor) -> Outputs:
-        """From `moment [o, o]`, which is damped here."""
+        """From `moment [o, o]`, float32, which is damped here."""
         moment, order, upper, block = _factor(moment)
         back = torch.zeros_like(upper)
         for start in range(block, len(upper), block):
@@ -65,7 +65,7 @@ def expected_gain(moment: Tensor) -> float:
     """What feedback along rows makes of the error of rounding, as a factor of at most 1, before it is tried.
 
     Args:
-        moment: G `[o, o]`; it is damped here.
+        moment: G `[o, o]`, float32; it is damped here.
 
     Example:
         >>> round(expected_gain(torch.tensor([[1.0, 0.9], [0.9, 1.0]])), 2)
@@ -78,7 +78,7 @@ def expected_gain(moment: Tensor) -> float:
 
 def _factor(moment: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
     """G damped and in order, the order, the upper triangular U of G = U U^T, float64, and rows of a block."""
-    moment = damped(moment.float(), DAMPING)
+    moment = damped(moment, DAMPING)
     order = torch.argsort(moment.diagonal(), descending=True, stable=True)
     moment = moment[order][:, order]
     upper = torch.linalg.cholesky(moment.double().flip(0, 1)).flip(0, 1)
