@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.fitting.metric import Draws, Metric, mean_square, together
+from surgery.fitting.metric import Draws, Metric, mean_square, mean_statistics, together
 from surgery.methods.siblings import lowrank
 from surgery.methods.siblings.lowrank import factors
 
@@ -179,3 +179,28 @@ def test_draws_leave_gradients_as_they_are():
     for g in gradients:
         draws.add(g)
     assert [float(g[0, 0]) for g in gradients] == [1.0, 2.0, 3.0]
+
+
+def test_draws_without_inputs_have_the_same_outputs_and_a_diagonal():
+    generator = torch.Generator().manual_seed(0)
+    whole, outputs = Draws(2), Draws(2, inputs=False)
+    for _ in range(2):
+        gradient = torch.randn(6, 9, generator=generator)
+        whole.add(gradient)
+        outputs.add(gradient)
+    found, alone = whole.metric(2), outputs.metric(2)
+    assert found is not None and alone is not None
+    assert torch.equal(alone.out, found.out)
+    torch.testing.assert_close(alone.into, found.into.diagonal())
+
+
+def test_a_shared_matrix_is_rounded_by_the_means_of_both_sides():
+    generator = torch.Generator().manual_seed(0)
+    sides = [(torch.rand(4, 4, generator=generator), torch.rand(5, 5, generator=generator)) for _ in range(3)]
+    known = mean_statistics([Metric(out, into) for out, into in sides])
+    assert known is not None and known.second_moment is not None and known.outputs is not None
+    torch.testing.assert_close(known.outputs, sum(out for out, _ in sides) / 3)
+    torch.testing.assert_close(known.second_moment, sum(into for _, into in sides) / 3)
+    diagonal = mean_statistics([Metric(torch.ones(4), into) for _, into in sides])
+    assert diagonal is not None and diagonal.outputs is None
+    assert mean_statistics([Metric(out, torch.ones(5)) for out, _ in sides]) is None
