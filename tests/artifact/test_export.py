@@ -283,7 +283,6 @@ def test_an_origin_that_moved_is_not_looked_for_on_the_hub(tmp_path: Path, text:
         assert check.ok and re.search(r"'(\./)?(.*/)?model', which is not there", check.origin), check.origin
 
 
-@pytest.mark.slow  # every library anew in a process of its own
 def test_files_of_one_size_that_were_exchanged_are_not_exported(tmp_path: Path):
     """Else the export, which has hashes of its own, would be found to be as it was written."""
     from tiny_transformers import tiny
@@ -302,6 +301,7 @@ def test_files_of_one_size_that_were_exchanged_are_not_exported(tmp_path: Path):
         assert not (tmp_path / way).exists()
 
 
+@pytest.mark.slow  # every library anew in a process of its own
 def test_plain_exports_need_no_surgery(joint, out: Path, tmp_path: Path):
     words, pictures = export(out, "text", tmp_path / "text"), export(out, "vision", tmp_path / "vision")
     assert (words / "vocab.txt").read_text() == "[PAD]\n[UNK]\na\n"
