@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import TARGET, Debug, Json, Overwrite, Quiet, Verbose, option
+from . import options
+from .options import Debug, Json, Overwrite, Quiet, Verbose, option
 
 if TYPE_CHECKING:
     from surgery.settings.recipe import Recipe
@@ -23,7 +24,7 @@ def demo(
     out: Annotated[Path, option("--out", "DIR", "Folder to work in.")] = Path("demo"),
     max_error: Annotated[
         float,
-        option("--max-error", "F", "How far each member's output may move.", TARGET),
+        options.max_error("How far each member's output may move."),
     ] = 0.05,
     seed: Annotated[
         int,

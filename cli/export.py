@@ -62,8 +62,8 @@ def export(
     ] = None,
     max_error: Annotated[
         float | None,
-        option(
-            "--max-error", "E", "How far an adapter may move the member's outputs; 0.01 by default; for lora."
+        options.max_error(
+            "How far an adapter may move the member's outputs; 0.01 by default; for lora.", options.RUN
         ),
     ] = None,
     calibrate: Calibrate = None,

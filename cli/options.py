@@ -58,9 +58,9 @@ def fraction(text: str | float) -> float:
         raise typer.BadParameter(words) from None
 
 
-def max_error(what: str) -> Any:
+def max_error(what: str, panel: str = TARGET) -> Any:
     """`--max-error`, with what it asks for."""
-    return _fraction("--max-error", what)
+    return _fraction("--max-error", what, panel)
 
 
 def budget(what: str) -> Any:
@@ -68,8 +68,8 @@ def budget(what: str) -> Any:
     return _fraction("--budget", what)
 
 
-def _fraction(flag: str, what: str) -> Any:
-    return typer.Option(flag, metavar="F", rich_help_panel=TARGET, help=what, parser=fraction)
+def _fraction(flag: str, what: str, panel: str = TARGET) -> Any:
+    return typer.Option(flag, metavar="F", rich_help_panel=panel, help=what, parser=fraction)
 
 
 def dry_run(what: str) -> Any:

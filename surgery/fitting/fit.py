@@ -84,8 +84,8 @@ def fit(
     """Compress a joint model in place, to an error bound or to a size, without training data.
 
     `joint.report` then says whether the target was met, every member's measured error, and how many bytes sharing
-    between members and fewer bits saved. Members whose outputs hardly differ between inputs are warned of where that error
-    may be most of what they tell.
+    between members and fewer bits saved. Members whose outputs hardly differ between inputs are warned of where that
+    error may be most of what they tell.
 
     Of `max_error`, `budget` and `hypermodules` at most one is given. Without any, the bound is `max_error=0.05`; but
     where modules were replaced, or the plan is of a method whose settings say what it makes (a rank, a number of

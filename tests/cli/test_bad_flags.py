@@ -177,6 +177,8 @@ def test_a_percentage_is_answered_with_its_fraction(place, flag):
     code, _, err = command(*MERGE, flag, "10%")
     words = " ".join(err.replace("│", " ").split())
     assert code == 2 and flag in words and "write 0.1 for 10%" in words
+    code, _, err = command("export", "joint", "--member", "net", "--out", "x", "--max-error", "10%")
+    assert code == 2 and "write 0.1 for 10%" in " ".join(err.replace("│", " ").split())
     code, _, err = command(*MERGE, "--set", f"parameters.{flag[2:].replace('-', '_')}=10%")
     assert code == 2 and "write 0.1 for 10%" in err
 
