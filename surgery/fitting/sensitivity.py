@@ -78,7 +78,10 @@ def metrics(
     with in_float32(trial) as probes:
         probes = in_pieces(trial, probes) if views else probes
         shapes = [tuple(tensor.shape) for tensor in trial.originals.values()]
-        samples = samples_of(shapes, len(probes)) if samples is None else samples
+        if samples is None:
+            # Of many pieces one draw each tells enough of outputs alone.
+            alone = len(probes) > 1 and bool(views) and set(views) <= set(outputs)
+            samples = 1 if alone else samples_of(shapes, len(probes))
         draws |= {name: Draws(samples * len(probes), inputs=name not in outputs) for name in views}
         _draw(trial, probes, seed, samples, add)
     found = {name: each.metric(samples) for name, each in draws.items()}
