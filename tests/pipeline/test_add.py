@@ -52,7 +52,7 @@ def test_a_relative_shares_and_all_others_are_what_they_were(joint):
 def test_sensitivities_are_measured_once(joint, monkeypatch):
     passes = []
     real = scene.metrics
-    monkeypatch.setattr(scene, "metrics", lambda *given: passes.append(given) or real(*given))
+    monkeypatch.setattr(scene, "metrics", lambda *given, **more: passes.append(given) or real(*given, **more))
     (added,) = surgery.add(joint, {"new": relative("new", 7, TOKENS)}, max_error=0.03)
     assert added.sites and len(passes) == 1
 
