@@ -56,9 +56,9 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-Share = Annotated[float, BeforeValidator(parse_fraction), Field(gt=0, le=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False), BeforeValidator(parse_fraction)]
 
-Error = Annotated[float, BeforeValidator(parse_fraction), Field(ge=0, allow_inf_nan=False)]
+Error = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(parse_fraction)]
 
 
 def check_seed(seed: object) -> None:
