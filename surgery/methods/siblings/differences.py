@@ -9,10 +9,8 @@ they make up for their rounding as far as their directions reach.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,33 +38,22 @@ from surgery.geometry.blocks import BlockGrid
 from surgery.handles.handle import Made
 from surgery.handles.state import LazyState
 from surgery.methods.siblings.lowrank import Factors, factors
+from surgery.methods.siblings.private import RUNS, Noise, fed, more_bits, of_rows, runs
 from surgery.storage.codecs import (
     NATIVE,
     Encoded,
     Encoding,
     Precision,
+    Statistics,
     decode,
     encode,
     encode_native,
-    expected_bytes,
-    grouped,
-    is_tame,
     packed,
-    rounded,
+    stack_rows,
 )
 from surgery.util.dtypes import master_dtype
 
-RUNS = (0, 1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192)
-"""Ranks between which directions are decided on together."""
-GROUP = 64  # entries of a private row that have a scale of their own
-BITS = tuple(grouped(bits, GROUP) for bits in (8, 6, 5, 4, 3))  # of private rows; 2 cost more than they save
-FINER = ((grouped(12, GROUP), 1 / 110), (grouped(10, GROUP), 1 / 14))
-"""Those of private rows beside a shared matrix of more than 8 bits, and what they lose of what 8 bits do: somewhat more
-than the square of their steps, as scales have 8 bits themselves."""
-TRIED = grouped(4, GROUP)
-"""For which errors are measured where those of other widths follow from the steps' sizes."""
 TOGETHER = 8192  # rows of a difference that are in memory in double precision
-SEEN = 1024  # entries of a wide vector that are rounded to see what rounding costs
 MOST_OF_TABLE = 64  # directions of a table: each has a context for every row
 MADE = 2  # banks that are kept while a fit tries others
 NOTHING = 1e-3  # of the squared error that is allowed: what all sites may leave out that is never tried
@@ -80,12 +67,14 @@ class Relative:
         site: where it is.
         original: its weight, in its own shape and dtype.
         out: what errors cost by its outputs: `[o, o]` or `[o]`, as of a `Metric`.
+        into: the same by its inputs, for error feedback; None where there is none.
         found: the directions.
     """
 
     site: Site
     original: Tensor
     out: Tensor
+    into: Statistics | None
     found: Factors
 
 
@@ -97,14 +86,19 @@ class Differences:
         relatives: N sites of one shape.
         shape: o, n of the shared matrix M.
         runs: for every unit after the first its relative, and the first and last of its directions.
+        more: bits that private rows have more than their contexts.
         common: M, decoded, where it stays as it is stored already.
     """
 
     relatives: tuple[Relative, ...]
     shape: tuple[int, ...]
     runs: tuple[tuple[int, int, int], ...]
+    more: int
     common: Tensor | None = None
     _made: dict[object, tuple[Encoded, dict[str, Encoded]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    _contexts: dict[tuple[int, Precision], tuple[list[int], Encoded]] = field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -137,21 +131,33 @@ class Differences:
         for (i, start, stop), precision in zip(self.runs, precisions, strict=True):
             if precision is not None:
                 kept[precision][i] += range(start, stop)
-        contexts, decoded = [], {}
-        for precision, own in kept.items():
-            whole = torch.cat([self.relatives[i].found.contexts[:, j].T for i, j in own.items()])
-            contexts.append(encode(whole.contiguous(), precision))
-            each = decode(contexts[-1]).split([len(j) for j in own.values()])
-            decoded.update({(precision, i): part for i, part in zip(own, each, strict=True)})
+        contexts = {
+            (precision, i): self._encoded_contexts(i, directions, precision)
+            for precision, own in kept.items()
+            for i, directions in own.items()
+        }
+        decoded = {key: decode(each) for key, each in contexts.items()}
         common = decode(shared) if self.common is None else self.common
         found, left, owner = {"shared": shared}, self._left(common, decoded), []
         for k, (precision, own) in enumerate(kept.items()):
-            rows = encode(torch.cat([left[precision, i] for i in own]), precision)
-            found[f"contexts.{k}"], found[f"rows.{k}"] = _kept(contexts[k]), _kept(rows)
+            finer = of_rows(precision, self.more)
+            rows = [encode(left[precision, i], finer, self.relatives[i].into) for i in own]
+            found[f"contexts.{k}"] = _kept(stack_rows([contexts[precision, i] for i in own]))
+            found[f"rows.{k}"] = _kept(stack_rows(rows))
             owner += [i for i, directions in own.items() for _ in directions]
         if owner:
             found["owner"] = encode_native(torch.tensor(owner).to(index_dtype(len(self.relatives))))
         return found
+
+    def _encoded_contexts(self, i: int, directions: list[int], precision: Precision) -> Encoded:
+        """Contexts `[k, o]` of some directions of a relative: of each they are the same in whatever bank."""
+        known = self._contexts.get((i, precision))
+        if known is None or known[0] != directions:
+            relative = self.relatives[i]
+            own = relative.found.contexts[:, directions].T.contiguous()
+            known = directions, _aside(encode(own, precision, fed(relative.out)))
+            self._contexts[i, precision] = known
+        return known[1]
 
     def _left(
         self, shared: Tensor, contexts: Mapping[tuple[Precision, int], Tensor]
@@ -172,7 +178,10 @@ class Differences:
 
 def _kept(encoded: Encoded) -> Encoded:
     """Packed, in files where it is large: without rounding all private rows take as much as the members."""
-    encoded = packed(encoded)
+    return _aside(packed(encoded))
+
+
+def _aside(encoded: Encoded) -> Encoded:
     return replace(encoded, parts={name: put_aside(part) for name, part in encoded.parts.items()})
 
 
@@ -204,7 +213,7 @@ def shared_matrix(scene: Scene, sites: Sequence[Site]) -> Arrangement:
         weights = _weights_of_rows(scene, sites, metrics, apart)
         metrics = [_by_rows(metric, own) for metric, own in zip(metrics, weights, strict=True)]
     found = [
-        _priced(shared, site, original, metric, _most(site))
+        _found(shared, site, original, metric, _most(site))
         for site, original, metric in zip(sites, originals, metrics, strict=True)
     ]
     unit = _shared_unit(shared, [site.member for site in sites], metrics)
@@ -227,7 +236,7 @@ def added_site(scene: Scene, site: Site, stored: Encoded) -> Arrangement:
         # How far a row is from what is stored says how that was rounded, and not how far it was moved.
         weights = row_weights(metric.rows, torch.zeros_like(metric.rows), scene.uses_of(key_of(site)))
         metric = _by_rows(metric, weights)
-    found = _priced(shared, site, original, metric, _most(site), least)
+    found = _found(shared, site, original, metric, _most(site), least)
     unit = Unit({"shared": shared}, {}, (stored.precision,), (0.0,), (0.0,))
     return _arranged([found], shared.shape, unit, 4 * GATHERED_BYTES, common)
 
@@ -250,18 +259,18 @@ def _by_rows(metric: Metric, weights: Tensor) -> Metric:
 
 
 @dataclass(frozen=True)
-class _Priced:
-    """A relative, a unit for every run of its directions, and what all of them leave out."""
+class _Found:
+    """A relative, what errors of its directions cost, and what all of them leave out."""
 
     relative: Relative
-    runs: list[tuple[int, int, Unit]]
+    noise: Noise
     left: float
 
 
-def _priced(
+def _found(
     shared: Tensor, site: Site, original: Tensor, metric: Metric, most: int, least: float | None = None
-) -> _Priced:
-    """A site's difference from a shared matrix, by directions; of its metric G alone is needed later.
+) -> _Found:
+    """A site's difference from a shared matrix, by directions.
 
     Args:
         shared: M `[o, n]`.
@@ -269,8 +278,7 @@ def _priced(
         original: its weight.
         metric: what errors in it cost.
         most: number of directions, at most.
-        least: directions that move outputs by less, together, are left out before they are tried, and the others are
-            tried in one precision.
+        least: directions that move outputs by less, together, are left out before they are tried.
     """
 
     def made() -> Kept:
@@ -287,25 +295,26 @@ def _priced(
 
     (left, turned), parts = made_once(f"directions/{site.member}/{site.name}", made, original.device)
     found = Factors(**{name: part.T if name in turned else part for name, part in parts.items()})
-    return _Priced(
-        Relative(site, original, metric.out, found), _runs(site, found, metric, rough=least is not None), left
-    )
+    relative = Relative(site, original, metric.out, fed(metric.into), found)
+    return _Found(relative, Noise.of(found, metric), left)
 
 
 def _arranged(
-    found: Sequence[_Priced], shape: Sequence[int], unit: Unit, fixed: float, common: Tensor | None = None
+    found: Sequence[_Found], shape: Sequence[int], unit: Unit, fixed: float, common: Tensor | None = None
 ) -> Arrangement:
-    """A shared matrix, whose unit is given, and private rows."""
-    units, runs, left = [unit], [], {}
+    """A shared matrix, whose unit is given, and private rows; where it is stored already, one width is measured."""
+    units, spans, left = [unit], [], {}
+    more = more_bits([each.noise for each in found])
     for i, each in enumerate(found):
-        for start, stop, own in each.runs:
+        site = each.relative.site
+        for start, stop, own in runs(site, each.relative.found, each.noise, more, rough=common is not None):
             units.append(own)
-            runs.append((i, start, stop))
-        member = each.relative.site.member
-        left[member] = left.get(member, 0.0) + each.left
+            spans.append((i, start, stop))
+        left[site.member] = left.get(site.member, 0.0) + each.left
     units.append(Unit({}, left, (NATIVE,), (0.0,), (1.0,)))
     relatives = tuple(each.relative for each in found)
-    return Arrangement(tuple(units), fixed, (Differences(relatives, tuple(shape), tuple(runs), common),))
+    bank = Differences(relatives, tuple(shape), tuple(spans), more, common)
+    return Arrangement(tuple(units), fixed, (bank,))
 
 
 def _matrix(site: Site, original: Tensor) -> Tensor:
@@ -325,68 +334,3 @@ def _shared_unit(shared: Tensor, members: Sequence[str], metrics: Sequence[Metri
         weight[member] += metric.sensitivity
     unit, known = measure({"shared": shared}, dict(weight)), mean_statistics(metrics)
     return unit if known is None else fed_back(unit, known)
-
-
-def _runs(site: Site, made: Factors, metric: Metric, rough: bool) -> list[tuple[int, int, Unit]]:
-    """Runs of directions of one site, first and last, and their units: left out, or stored with few bits.
-
-    Args:
-        site: where they are.
-        made: all directions.
-        metric: what errors cost.
-        rough: whether one width is measured alone.
-    """
-    rows, contexts = made.rows, made.contexts.T.contiguous()
-    if not len(rows):  # all that there are move nothing
-        return []
-    into, out = metric.into, metric.out
-    of_rows = (times(contexts, out) * contexts).sum(1)  # an error of a row counts that much
-    of_contexts = (times(rows, into) * rows).sum(1)
-    stored = rounded if is_tame(rows) and is_tame(contexts) else _checked
-
-    def costs(precision: Precision) -> Tensor:
-        how = partial(stored, precision=precision)
-        return of_rows * _rounding(rows, into, how) + of_contexts * _rounding(contexts, out, how)
-
-    if rough:  # a step half as large makes a quarter of the error
-        one = costs(TRIED)
-        lost = [one * 4.0 ** (TRIED.settings.bits - each.settings.bits) for each in BITS]
-    else:
-        lost = [costs(each) for each in BITS]  # by precision, of each direction
-    lost, energy = [each.cpu() for each in lost], made.energy.cpu()  # of which many sums are taken
-    options = (NATIVE, *(finer for finer, _ in FINER), *BITS)
-    found = []
-    for start, stop in pairwise([*(rank for rank in RUNS if rank < len(rows)), len(rows)]):
-        shapes = (stop - start, rows.shape[1]), (stop - start, contexts.shape[1])
-        nbytes = [sum(expected_bytes(shape, rows.dtype, each) for shape in shapes) for each in options]
-        errors = [float(each[start:stop].sum()) for each in lost]
-        errors = [0.0, *(share * errors[0] for _, share in FINER), *errors]
-        unit = Unit(
-            {f"{site.member}/{start}": rows[start:stop]},
-            {site.member: 1.0},
-            (*options, None),
-            (*map(float, nbytes), 0.0),
-            (*errors, float(energy[start:stop].sum())),
-        )
-        found.append((start, stop, unit))
-    return found
-
-
-def _checked(vectors: Tensor, precision: Precision) -> Tensor:
-    """What `rounded` gives, of values that may not be tame."""
-    return decode(encode(vectors, precision))
-
-
-def _rounding(vectors: Tensor, side: Tensor, stored: Callable[[Tensor], Tensor]) -> Tensor:
-    """What rounding each vector costs under one side of a metric: `[k]`, for `vectors [k, n]`.
-
-    Of wide ones it is estimated from groups of entries that are spread over them, whose errors are independent.
-    """
-    n = vectors.shape[1]
-    if n < 2 * SEEN:
-        wrong = stored(vectors) - vectors
-        return (times(wrong, side) * wrong).sum(1)
-    first = torch.linspace(0, n // GROUP - 1, SEEN // GROUP, device=vectors.device).long() * GROUP
-    seen = (first[:, None] + torch.arange(GROUP, device=vectors.device)).flatten()
-    some, diagonal = vectors[:, seen], (side if side.ndim == 1 else side.diagonal())[seen]
-    return (stored(some) - some).square() @ diagonal.to(some) * (n / len(seen))

@@ -40,6 +40,7 @@ from surgery.storage.codecs.coding import (
     ladder,
     part_layout,
     rounded,
+    stack_rows,
     stored_bytes,
     stored_precision,
     take_rows,
@@ -65,5 +66,6 @@ __all__ = [
     "Decoded", "Encoded", "Encoding", "Grouping", "Huffman", "Integers", "Layout", "Mixed", "Native", "Precision",
     "Statistics", "always_native", "as_dtype", "by_row", "codes_of", "decode", "decoder", "encode", "encode_native",
     "expected_bytes", "grouped", "grouping_of", "in_bytes", "is_tame", "ladder", "mixtures", "packed",
-    "part_layout", "register", "rounded", "row_costs", "stored_bytes", "stored_precision", "take_rows", "unpacked",
+    "part_layout", "register", "rounded", "row_costs", "stack_rows", "stored_bytes", "stored_precision", "take_rows",
+    "unpacked",
 ]  # fmt: skip

@@ -183,6 +183,20 @@ class Codec(ABC, Generic[Settings]):
             raise ValueError(f"{encoded.precision} of a tensor of shape {encoded.shape} has no rows to take")
         return {name: part[rows] for name, part in encoded.parts.items()}
 
+    def stack_rows(self, encoded: Sequence[Encoded]) -> Mapping[str, Tensor]:
+        """The parts of the rows of several tensors, one after the other; by default each part's, likewise.
+
+        Args:
+            encoded: by this codec, with the same settings.
+
+        Raises:
+            ValueError: where a tensor has no rows.
+        """
+        for each in encoded:
+            if any(part.shape[:1] != each.shape[:1] for part in each.parts.values()):
+                raise ValueError(f"{each.precision} of a tensor of shape {each.shape} has no rows to stack")
+        return {name: torch.cat([each.parts[name] for each in encoded]) for name in encoded[0].parts}
+
     def of_rows(self, encoded: Encoded, rows: Tensor) -> Settings:
         """The settings of what `take_rows` gives; by default those of the whole."""
         return encoded.precision.settings

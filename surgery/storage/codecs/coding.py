@@ -192,3 +192,24 @@ def ladder(tensors: Sequence[Tensor]) -> tuple[Precision, ...]:
         ['native', 'bfloat16', 'int12/64', 'int8/64']
     """
     return tuple(Precision(name, each) for name, codec in CODECS.items() for each in codec.ladder(tensors))
+
+
+def stack_rows(parts: Sequence[Encoded]) -> Encoded:
+    """The stored form of the rows of several tensors, one after the other, without encoding anew.
+
+    Args:
+        parts: at least one, of tensors of at least two axes that differ in the first alone, and of one precision where
+            that can hold them: one that is stored natively makes all of them so.
+
+    Example:
+        >>> one, two = (encode(torch.ones(n, 64), Precision.parse("int4/64")) for n in (1, 2))
+        >>> stack_rows([one, two]).shape
+        (3, 64)
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    if any(each.precision != first.precision for each in parts):
+        return encode_native(torch.cat([decode(each) for each in parts]))
+    stacked = first.precision.codec.stack_rows(parts)
+    return replace(first, shape=(sum(each.shape[0] for each in parts), *first.shape[1:]), parts=stacked)

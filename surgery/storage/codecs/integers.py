@@ -138,6 +138,24 @@ class Integers(Codec[Grouping]):
         codes = unpack(encoded.parts, bits, scale.numel() * width).view(encoded.shape[0], -1)[rows]
         return {**pack(codes.reshape(-1), bits), "scale": taken}
 
+    def stack_rows(self, encoded: Sequence[Encoded]) -> Mapping[str, Tensor]:
+        """Bytes of rows as they are where each tensor is whole bytes; else codes unpacked and packed again."""
+        if any(len(each.shape) < 2 for each in encoded):
+            raise ValueError("vectors have no rows to stack")
+        bits, width = (
+            encoded[0].precision.settings.bits,
+            _width(encoded[0].shape, encoded[0].precision.settings.group),
+        )
+        scale = torch.cat([each.parts["scale"] for each in encoded])
+        counts = [each.parts["scale"].numel() * width for each in encoded]
+        if all(count * plane % 8 == 0 for count in counts for plane in PLANES[bits]):
+            names = [f"q{plane}" for plane in PLANES[bits]]
+            return {**{q: torch.cat([each.parts[q] for each in encoded]) for q in names}, "scale": scale}
+        codes = torch.cat(
+            [unpack(each.parts, bits, count) for each, count in zip(encoded, counts, strict=True)]
+        )
+        return {**pack(codes, bits), "scale": scale}
+
     def has_streams(self, settings: Grouping) -> bool:
         """Codes near zero are the most frequent ones."""
         return True
