@@ -48,8 +48,10 @@ from surgery.storage.codecs import (
     decode,
     encode,
     encode_native,
+    encode_together,
     packed,
     stack_rows,
+    take_rows,
 )
 from surgery.util.dtypes import master_dtype
 
@@ -98,9 +100,7 @@ class Differences:
     _made: dict[object, tuple[Encoded, dict[str, Encoded]]] = field(
         default_factory=dict, repr=False, compare=False
     )
-    _contexts: dict[tuple[int, Precision], tuple[list[int], Encoded]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _contexts: dict[tuple[Precision, int], Encoded] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def count(self) -> int:
@@ -131,33 +131,54 @@ class Differences:
         for (i, start, stop), precision in zip(self.runs, precisions, strict=True):
             if precision is not None:
                 kept[precision][i] += range(start, stop)
-        contexts = {
-            (precision, i): self._encoded_contexts(i, directions, precision)
-            for precision, own in kept.items()
-            for i, directions in own.items()
-        }
+        contexts = self._encoded_contexts(kept)
         decoded = {key: decode(each) for key, each in contexts.items()}
         common = decode(shared) if self.common is None else self.common
         found, left, owner = {"shared": shared}, self._left(common, decoded), []
+        rows = self._encoded_rows(left)
         for k, (precision, own) in enumerate(kept.items()):
-            finer = of_rows(precision, self.more)
-            rows = [encode(left[precision, i], finer, self.relatives[i].into) for i in own]
             found[f"contexts.{k}"] = _kept(stack_rows([contexts[precision, i] for i in own]))
-            found[f"rows.{k}"] = _kept(stack_rows(rows))
+            found[f"rows.{k}"] = _kept(stack_rows([rows[precision, i] for i in own]))
             owner += [i for i, directions in own.items() for _ in directions]
         if owner:
             found["owner"] = encode_native(torch.tensor(owner).to(index_dtype(len(self.relatives))))
         return found
 
-    def _encoded_contexts(self, i: int, directions: list[int], precision: Precision) -> Encoded:
-        """Contexts `[k, o]` of some directions of a relative: of each they are the same in whatever bank."""
-        known = self._contexts.get((i, precision))
-        if known is None or known[0] != directions:
-            relative = self.relatives[i]
-            own = relative.found.contexts[:, directions].T.contiguous()
-            known = directions, _aside(encode(own, precision, fed(relative.out)))
-            self._contexts[i, precision] = known
-        return known[1]
+    def _encoded_contexts(
+        self, kept: Mapping[Precision, Mapping[int, list[int]]]
+    ) -> dict[tuple[Precision, int], Encoded]:
+        """Contexts `[k, o]` of the directions that are kept, by precision and relative.
+
+        With error feedback, those of all directions are encoded at once where any are, for whatever is kept later.
+        """
+        found: dict[tuple[Precision, int], Encoded] = {}
+        for i, relative in enumerate(self.relatives):
+            asked = {precision: own[i] for precision, own in kept.items() if i in own}
+            every, known = fed(relative.out), relative.found.contexts.T
+            if every is None:
+                plain = {p: encode(known[own].contiguous(), p) for p, own in asked.items()}
+                found.update({(p, i): each for p, each in plain.items()})
+                continue
+            new = [p for p in asked if (p, i) not in self._contexts]
+            for p, each in zip(
+                new, encode_together([known.contiguous()] * len(new), new, every), strict=True
+            ):
+                self._contexts[p, i] = _aside(each)
+            for p, own in asked.items():
+                found[p, i] = take_rows(self._contexts[p, i], torch.tensor(own, device=known.device))
+        return found
+
+    def _encoded_rows(
+        self, left: Mapping[tuple[Precision, int], Tensor]
+    ) -> dict[tuple[Precision, int], Encoded]:
+        """Private rows, by precision of their contexts and relative."""
+        found: dict[tuple[Precision, int], Encoded] = {}
+        for i, relative in enumerate(self.relatives):
+            mine = [key for key in left if key[1] == i]
+            finer = [of_rows(precision, self.more) for precision, _ in mine]
+            encoded = encode_together([left[key] for key in mine], finer, relative.into)
+            found.update(zip(mine, encoded, strict=True))
+        return found
 
     def _left(
         self, shared: Tensor, contexts: Mapping[tuple[Precision, int], Tensor]

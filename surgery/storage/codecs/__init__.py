@@ -35,6 +35,7 @@ from surgery.storage.codecs.coding import (
     decoder,
     encode,
     encode_native,
+    encode_together,
     expected_bytes,
     is_tame,
     ladder,
@@ -65,7 +66,7 @@ __all__ = [
     "ANY_LENGTH", "BFLOAT16", "CODECS", "LARGEST", "NATIVE", "PLANES", "BFloat16", "Classes", "Codec",
     "Decoded", "Encoded", "Encoding", "Grouping", "Huffman", "Integers", "Layout", "Mixed", "Native", "Precision",
     "Statistics", "always_native", "as_dtype", "by_row", "codes_of", "decode", "decoder", "encode", "encode_native",
-    "expected_bytes", "grouped", "grouping_of", "in_bytes", "is_tame", "ladder", "mixtures", "packed",
-    "part_layout", "register", "rounded", "row_costs", "stack_rows", "stored_bytes", "stored_precision", "take_rows",
-    "unpacked",
+    "encode_together", "expected_bytes", "grouped", "grouping_of", "in_bytes", "is_tame", "ladder", "mixtures",
+    "packed", "part_layout", "register", "rounded", "row_costs", "stack_rows", "stored_bytes", "stored_precision",
+    "take_rows", "unpacked",
 ]  # fmt: skip

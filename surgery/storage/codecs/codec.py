@@ -150,6 +150,18 @@ class Codec(ABC, Generic[Settings]):
             statistics: of the tensor's inputs, where they are known.
         """
 
+    def encode_together(
+        self, tensors: Sequence[Tensor], settings: Sequence[Settings], statistics: Statistics | None
+    ) -> list[Mapping[str, Tensor]]:
+        """About what `encode` makes of each of some tensors whose inputs are the same; by default exactly that.
+
+        Args:
+            tensors: as of `encode`.
+            settings: of each.
+            statistics: of the inputs of all.
+        """
+        return [self.encode(*each, statistics) for each in zip(tensors, settings, strict=True)]
+
     @abstractmethod
     def decode(self, encoded: Encoded) -> Tensor:
         """The tensor that `encoded` stands for, in its shape and dtype, in a storage that holds nothing else.

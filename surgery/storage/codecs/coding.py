@@ -6,7 +6,7 @@ Every function is pure; `decode(encode(x, p))` is the tensor that a model with t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -73,6 +73,30 @@ def encode(tensor: Tensor, precision: Precision, statistics: Statistics | None =
     precision, tensor = stored_precision(tensor, precision), tensor.detach()
     parts = precision.codec.encode(tensor, precision.settings, statistics)
     return Encoded(precision, tuple(tensor.shape), tensor.dtype, parts)
+
+
+def encode_together(
+    tensors: Sequence[Tensor], precisions: Sequence[Precision], statistics: Statistics | None
+) -> list[Encoded]:
+    """Store rows whose inputs are the same: about what `encode` makes of each, in the time of one.
+
+    Args:
+        tensors: `[R, n]` of one n.
+        precisions: of each.
+        statistics: of the inputs of all.
+    """
+    tensors = [each.detach() for each in tensors]
+    stored = [stored_precision(*each) for each in zip(tensors, precisions, strict=True)]
+    found: dict[int, Mapping[str, Tensor]] = {}
+    for name in {each.name for each in stored}:
+        own = [number for number, each in enumerate(stored) if each.name == name]
+        settings = [stored[number].settings for number in own]
+        parts = CODECS[name].encode_together([tensors[number] for number in own], settings, statistics)
+        found.update(zip(own, parts, strict=True))
+    return [
+        Encoded(precision, tuple(tensor.shape), tensor.dtype, found[number])
+        for number, (precision, tensor) in enumerate(zip(stored, tensors, strict=True))
+    ]
 
 
 def rounded(tensor: Tensor, precision: Precision) -> Tensor:

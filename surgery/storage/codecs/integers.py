@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from surgery.storage.codecs.bfloat16 import joined_bytes, split_bytes
 from surgery.storage.codecs.codec import Codec, Encoded, Layout, Precision, Statistics
-from surgery.storage.codecs.feedback import Inputs, feed_back
+from surgery.storage.codecs.feedback import Inputs, Rounded, feed_back
 from surgery.storage.codecs.planes import PLANES, apart, joined, pack, planes_of, together, unpack
 from surgery.storage.codecs.two_sided import Outputs, feed_back_both
 from surgery.util.memory import compact, empty_large
@@ -81,6 +82,35 @@ class Integers(Codec[Grouping]):
             ]
         codes, scales = (torch.cat(each).reshape(-1) for each in zip(*pairs, strict=True))
         return {**pack(codes, settings.bits), "scale": scales}
+
+    def encode_together(
+        self, tensors: Sequence[Tensor], settings: Sequence[Grouping], statistics: Statistics | None
+    ) -> list[Mapping[str, Tensor]]:
+        """Rows of all widths in one pass over the columns, where errors are fed back."""
+        alike = len({each.group for each in settings}) == 1
+        if not alike or statistics is None or not all(fits(each, statistics) for each in tensors):
+            return super().encode_together(tensors, settings, statistics)
+        assert statistics.second_moment is not None
+        width = _width(tuple(tensors[0].shape), settings[0].group)
+        rows = torch.cat([_columns(each, width) for each in tensors])
+        inputs = Inputs.of(_padded(statistics.second_moment, width))
+        counts, bits = [len(each) for each in tensors], [each.bits for each in settings]
+        widths = torch.cat(
+            [torch.full((n, 1), own, device=rows.device) for n, own in zip(counts, bits, strict=True)]
+        )
+
+        def grid(groups: Tensor) -> IntegerGrid:
+            each = [_grid(part, own) for part, own in zip(groups.split(counts), bits, strict=True)]
+            return IntegerGrid(
+                torch.cat([one.largest for one in each]), torch.cat([one.scale for one in each]), widths
+            )
+
+        found = feed_back(rows, inputs, width, grid)
+        scale = _scales(found, rows).view(len(rows), -1)
+        return [
+            {**pack(_stored(codes, own).reshape(-1), own), "scale": scales.reshape(-1)}
+            for codes, scales, own in zip(found.codes.split(counts), scale.split(counts), bits, strict=True)
+        ]
 
     def decode(self, encoded: Encoded) -> Tensor:
         """Codes times their group's scale."""
@@ -299,19 +329,27 @@ class IntegerGrid:
     Attributes:
         largest: `[R, 1]`, of each row the value of greatest magnitude.
         scale: `[R, 1]`, bfloat16.
-        bits: of each value.
+        bits: of each value, or of each row's, `[R, 1]`.
     """
 
     largest: Tensor
     scale: Tensor
-    bits: int
+    bits: int | Tensor
 
     def codes(self, column: Tensor) -> Tensor:
         """The nearest integers `[R, w]`, as floats."""
-        low, high = -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+        low, high = self._ends
         # First to at most 1, so that nothing overflows.
         scaled = (column * self._to_one).mul_(self._to_steps)
         return scaled.round_().clamp_(low, high)
+
+    @cached_property
+    def _ends(self) -> tuple[Any, Any]:
+        """The least and the largest integer."""
+        if isinstance(self.bits, int):
+            return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
+        high = torch.exp2(self.bits - 1.0)
+        return -high, high - 1
 
     @cached_property
     def _to_one(self) -> Tensor:
@@ -346,8 +384,13 @@ def _with_feedback(tensor: Tensor, known: Statistics, width: int, bits: int) -> 
 def _fed_back(rows: Tensor, inputs: Inputs, width: int, bits: int) -> tuple[Tensor, Tensor]:
     """Codes `[R * groups, width]` and scales `[R * groups]` of rows whose errors are fed back."""
     found = feed_back(rows, inputs, width, lambda groups: _grid(groups, bits))
-    scale = torch.cat([grid.values(torch.ones_like(rows[:, :1])) for grid in found.grids], 1)
-    return _stored(found.codes, bits).view(-1, width), scale.to(torch.bfloat16).reshape(-1)
+    return _stored(found.codes, bits).view(-1, width), _scales(found, rows).reshape(-1)
+
+
+def _scales(found: Rounded, rows: Tensor) -> Tensor:
+    """Of each row and group, bfloat16 `[R, groups]`."""
+    ones = torch.ones_like(rows[:, :1])
+    return torch.cat([grid.values(ones) for grid in found.grids], 1).to(torch.bfloat16)
 
 
 def _columns(tensor: Tensor, width: int) -> Tensor:
