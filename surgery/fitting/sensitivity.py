@@ -31,7 +31,8 @@ from surgery.util import memory, progress
 COARSE = grouped(4, 64)  # how tensors are rounded where derivatives say nothing
 LEAST = 1e-8  # relative squared output error that leaving all of such tensors out counts as, at least
 MOST = 0.9  # of the weights
-SAMPLES = 2  # for each probe batch, at most; the mean over a tensor averages thousands of entries more
+SAMPLES = 2  # for each probe batch; the mean over a tensor averages thousands of entries more
+SMALL, MORE = 1 << 17, 4  # weights that a backward pass takes milliseconds for, and how many passes these get
 
 
 def sensitivities(trial: Trial, seed: int, samples: int | None = None) -> dict[str, float]:
@@ -95,17 +96,19 @@ def samples_of(shapes: Iterable[tuple[int, ...]], batches: int) -> int:
     """Backward passes for each of some batches: one where most weights are so large that more tell nothing.
 
     Draws of such a weight are added up until their sum is multiplied (`surgery.fitting.metric.together`), and one more
-    of each batch makes the sums longer, not more.
+    of each batch makes the sums longer, not more. Moments of a small model are of few draws, and more of them cheap.
 
     Args:
         shapes: of the weights.
         batches: how many there are.
 
     Example:
-        >>> samples_of([(2048, 2048), (256, 2048)], 8), samples_of([(384, 384), (1536, 384)], 8)
-        (1, 2)
+        >>> [samples_of(each, 8) for each in ([(2048, 2048), (256, 2048)], [(384, 384), (1536, 384)], [(256, 64)])]
+        [1, 2, 4]
     """
     sizes = [(shape[0], math.prod(shape[1:])) for shape in shapes if len(shape) > 1 and math.prod(shape)]
+    if sum(math.prod(size) for size in sizes) <= SMALL:
+        return MORE
     large = [together(*size, SAMPLES * batches) >= SAMPLES for size in sizes]
     return 1 if sum(large) > MOST * len(large) else SAMPLES
 

@@ -144,11 +144,13 @@ class Noise:
 def more_bits(noises: Sequence[Noise]) -> int:
     """How many bits rows get more than their contexts, at all sites of a bank.
 
-    With a error of either that falls by four with every bit, the last bit of either gains the same per byte where the
-    error of rows, per entry, is that of contexts.
+    With every bit an error falls to a quarter, so the last bit gains as much per byte in rows as in contexts where
+    errors per entry are alike.
     """
     tried, found = grouped(TRIED, GROUP), []
     for noise in noises:
+        if not len(noise.rows):
+            continue
         some = noise.first(STRONGEST)
         rows, contexts = (
             float(each.sum()) for each in (some.lost_by_rows(tried), some.lost_by_contexts(tried))

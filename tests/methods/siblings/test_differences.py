@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -22,7 +21,7 @@ from surgery.methods.siblings import differences
 from surgery.methods.siblings.bank import SiblingsBank
 from surgery.methods.siblings.lowrank import Factors
 from surgery.settings.methods import method_names
-from surgery.storage.codecs import decode, encode_native, grouped, rounded
+from surgery.storage.codecs import decode, encode_native, grouped
 from surgery.storage.codecs import encode as encoded
 from surgery.storage.stored import store
 
@@ -264,30 +263,6 @@ def test_a_fitted_family_is_trained_in_what_it_shares(loaded):
     assert all(float(each.abs().max()) > 0 for each in moved)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_what_rounding_wide_vectors_costs_is_seen_in_some_of_their_entries(whole):
-    generator = torch.Generator().manual_seed(0)
-    n = 4 * differences.SEEN
-    vectors = torch.randn(40, n, generator=generator) * torch.linspace(1, 3, n)
-    weight = torch.linspace(2, 1, n)
-    side = weight.diag() + 0.01 if whole else weight
-    stored = partial(rounded, precision=grouped(4, 64))
-    wrong = stored(vectors) - vectors
-    exact = (wrong @ side * wrong).sum(1) if whole else (wrong * weight * wrong).sum(1)
-    found = differences._rounding(vectors, side, stored)
-    assert float(found.sum()) == pytest.approx(float(exact.sum()), rel=0.02)
-    assert bool(((found / exact).log().abs() < 0.2).all())
-
-
-@pytest.mark.parametrize("precision", [precision for precision, _ in differences.FINER], ids=str)
-def test_what_fine_rows_lose_is_foretold_from_what_8_bits_do(precision):
-    vectors = torch.randn(40, 384, generator=torch.Generator().manual_seed(0))
-    eight, finer = (
-        float((rounded(vectors, each) - vectors).square().sum()) for each in (grouped(8, 64), precision)
-    )
-    assert dict(differences.FINER)[precision] == pytest.approx(finer / eight, rel=0.2)
-
-
 @pytest.mark.parametrize("together", [1, 3, 8, 100])
 def test_a_product_with_a_large_difference_is_added_up_by_pieces(together, monkeypatch):
     generator = torch.Generator().manual_seed(0)
@@ -299,7 +274,7 @@ def test_a_product_with_a_large_difference_is_added_up_by_pieces(together, monke
     view = CanonicalView.of("o i -> 1 o i", (10, 6))
     site = Site("a", "w", ("w",), "linear", (10, 6), "bfloat16", view, 0)
     found = Factors(shared[:, :0], shared[:0], shared.new_zeros(0).double())
-    relative = differences.Relative(site, original, torch.ones(10), found)
+    relative = differences.Relative(site, original, torch.ones(10), None, found)
     monkeypatch.setattr(differences, "TOGETHER", together)
     product = differences._product_with_difference(seen, relative, shared)
     torch.testing.assert_close(product, seen @ (original.float() - shared).double())
