@@ -18,7 +18,7 @@ def trial(module):
     return Trial(member, state, owners, [member.inputs], torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("width", "passes"), [(64, 4), (1024, 2)])
+@pytest.mark.parametrize(("width", "passes"), [(64, 8), (400, 4), (1024, 2)])
 def test_large_weights_are_drawn_once_a_batch_and_multiplied_as_often(monkeypatch, width, passes):
     drawn, multiplied = [], []
     sample, second_moment = sensitivity._one_sample, metric._second_moment
@@ -34,12 +34,12 @@ def test_large_weights_are_drawn_once_a_batch_and_multiplied_as_often(monkeypatc
     _, found = sensitivity.metrics(net, 0, views)
     assert len(drawn) == passes
     once = len(multiplied)
-    sensitivity.metrics(net, 0, views, samples=2)
+    sensitivity.metrics(net, 0, views, samples=max(passes // 2, 2))
     assert len(multiplied) - once == once
     rounding = 0.01 * torch.randn(width, width)
     with net.running_with({"weight": state["weight"] + rounding}):
         moved = net.error() ** 2
-    assert found["weight"].price(rounding) == pytest.approx(moved, rel=0.5)  # of two or four draws
+    assert found["weight"].price(rounding) == pytest.approx(moved, rel=0.5)  # of two to eight draws
 
 
 class Backwards(torch.autograd.Function):
