@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.storage.codecs import BFLOAT16, NATIVE, Precision, decode, encode, grouped, planes, stored_bytes
-from surgery.storage.codecs.integers import _largest
+from surgery.storage.codecs.grids import largest_of
 from surgery.storage.codecs.planes import PLANES
 from surgery.util.memory import compact
 
@@ -29,7 +29,7 @@ def slow_integers(groups: torch.Tensor, bits: int) -> torch.Tensor:
 
 @given(st.lists(st.lists(st.integers(-3, 3), min_size=5, max_size=5), min_size=1, max_size=6))
 def test_of_values_that_are_as_great_the_first_decides_a_groups_sign(groups):
-    found = _largest(torch.tensor(groups, dtype=torch.float32))
+    found = largest_of(torch.tensor(groups, dtype=torch.float32))
     assert found.flatten().tolist() == [max(group, key=abs) for group in groups]
 
 

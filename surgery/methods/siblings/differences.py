@@ -131,70 +131,56 @@ class Differences:
         for (i, start, stop), precision in zip(self.runs, precisions, strict=True):
             if precision is not None:
                 kept[precision][i] += range(start, stop)
-        contexts = self._encoded_contexts(kept)
-        decoded = {key: decode(each) for key, each in contexts.items()}
         common = decode(shared) if self.common is None else self.common
-        found, left, owner = {"shared": shared}, self._left(common, decoded), []
-        rows = self._encoded_rows(left)
+        contexts: dict[Precision, list[Encoded]] = defaultdict(list)
+        rows: dict[Precision, list[Encoded]] = defaultdict(list)
+        for i in range(len(self.relatives)):
+            mine = {precision: own[i] for precision, own in kept.items() if i in own}
+            made = self._encoded_contexts(i, mine)
+            for precision, encoded in made.items():
+                contexts[precision].append(encoded)
+            for precision, encoded in self._encoded_rows(i, common, made).items():
+                rows[precision].append(encoded)
+        found, owner = {"shared": shared}, []
         for k, (precision, own) in enumerate(kept.items()):
-            found[f"contexts.{k}"] = _kept(stack_rows([contexts[precision, i] for i in own]))
-            found[f"rows.{k}"] = _kept(stack_rows([rows[precision, i] for i in own]))
-            owner += [i for i, directions in own.items() for _ in directions]
+            found[f"contexts.{k}"] = _kept(stack_rows(contexts[precision]))
+            found[f"rows.{k}"] = _kept(stack_rows(rows[precision]))
+            owner += [i for i in sorted(own) for _ in own[i]]
         if owner:
             found["owner"] = encode_native(torch.tensor(owner).to(index_dtype(len(self.relatives))))
         return found
 
-    def _encoded_contexts(
-        self, kept: Mapping[Precision, Mapping[int, list[int]]]
-    ) -> dict[tuple[Precision, int], Encoded]:
-        """Contexts `[k, o]` of the directions that are kept, by precision and relative.
+    def _encoded_contexts(self, i: int, kept: Mapping[Precision, list[int]]) -> dict[Precision, Encoded]:
+        """Contexts `[k, o]` of the directions of a relative that are kept, by precision.
 
         With error feedback, those of all directions are encoded at once where any are, for whatever is kept later.
         """
-        found: dict[tuple[Precision, int], Encoded] = {}
-        for i, relative in enumerate(self.relatives):
-            asked = {precision: own[i] for precision, own in kept.items() if i in own}
-            every, known = fed(relative.out), relative.found.contexts.T
-            if every is None:
-                plain = {p: encode(known[own].contiguous(), p) for p, own in asked.items()}
-                found.update({(p, i): each for p, each in plain.items()})
-                continue
-            new = [p for p in asked if (p, i) not in self._contexts]
-            for p, each in zip(
-                new, encode_together([known.contiguous()] * len(new), new, every), strict=True
-            ):
-                self._contexts[p, i] = _aside(each)
-            for p, own in asked.items():
-                found[p, i] = take_rows(self._contexts[p, i], torch.tensor(own, device=known.device))
-        return found
+        relative = self.relatives[i]
+        contexts, out = relative.found.contexts.T, fed(relative.out)
+        if out is None:
+            return {
+                precision: encode(contexts[own].contiguous(), precision) for precision, own in kept.items()
+            }
+        new = [precision for precision in kept if (precision, i) not in self._contexts]
+        made = encode_together([contexts.contiguous()] * len(new), new, out)
+        self._contexts.update({(p, i): _aside(each) for p, each in zip(new, made, strict=True)})
+        places = {precision: torch.tensor(own, device=contexts.device) for precision, own in kept.items()}
+        return {precision: take_rows(self._contexts[precision, i], own) for precision, own in places.items()}
 
     def _encoded_rows(
-        self, left: Mapping[tuple[Precision, int], Tensor]
-    ) -> dict[tuple[Precision, int], Encoded]:
-        """Private rows, by precision of their contexts and relative."""
-        found: dict[tuple[Precision, int], Encoded] = {}
-        for i, relative in enumerate(self.relatives):
-            mine = [key for key in left if key[1] == i]
-            finer = [of_rows(precision, self.more) for precision, _ in mine]
-            encoded = encode_together([left[key] for key in mine], finer, relative.into)
-            found.update(zip(mine, encoded, strict=True))
-        return found
-
-    def _left(
-        self, shared: Tensor, contexts: Mapping[tuple[Precision, int], Tensor]
-    ) -> dict[tuple[Precision, int], Tensor]:
-        """Private rows by precision and relative: of least cost for contexts and a shared matrix as they are stored."""
-        found = {}
-        for i, relative in enumerate(self.relatives):
-            mine = {key: part for key, part in contexts.items() if key[1] == i}
-            if not mine:
-                continue
-            stored = torch.cat([*mine.values()])
-            seen = times(stored.double(), relative.out)
-            rest = _product_with_difference(seen, relative, shared)
-            rows = torch.linalg.lstsq(seen @ stored.double().T, rest).solution.to(shared.dtype)
-            found.update(zip(mine, rows.split([len(part) for part in mine.values()]), strict=True))
-        return found
+        self, i: int, shared: Tensor, contexts: Mapping[Precision, Encoded]
+    ) -> dict[Precision, Encoded]:
+        """Private rows of a relative: of least cost for contexts and a shared matrix as they are stored."""
+        if not contexts:
+            return {}
+        relative = self.relatives[i]
+        stored = torch.cat([decode(each) for each in contexts.values()])
+        seen = times(stored.double(), relative.out)
+        rest = _product_with_difference(seen, relative, shared)
+        rows = torch.linalg.lstsq(seen @ stored.double().T, rest).solution.to(shared.dtype)
+        each = rows.split([part.shape[0] for part in contexts.values()])
+        made = encode_together(each, [of_rows(precision, self.more) for precision in contexts], relative.into)
+        return dict(zip(contexts, made, strict=True))
 
 
 def _kept(encoded: Encoded) -> Encoded:

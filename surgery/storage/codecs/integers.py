@@ -1,9 +1,8 @@
 """The codec of grouped integers: 2 to 8, 10 or 12 bits for each value, and a scale for each group of values.
 
 Integers of b bits are symmetric: `value = (code - 2^(b-1)) * scale`, one bfloat16 scale for each group of
-neighbouring values along a row (first axis kept apart). The scale's sign and size are searched so that the squared
-error is least; given codes q, the best scale is the projection <x, q> / <q, q>. Codes are packed without a gap as
-bit planes of 8, 4, 2 and 1 bits.
+neighbouring values along a row (first axis kept apart). Codes are packed without a gap as bit planes of 8, 4, 2 and 1
+bits.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from torch import Tensor
 from surgery.storage.codecs.bfloat16 import joined_bytes, split_bytes
 from surgery.storage.codecs.codec import Codec, Encoded, Layout, Precision, Statistics
 from surgery.storage.codecs.feedback import Inputs, Rounded, feed_back
+from surgery.storage.codecs.grids import IntegerGrid, at_once, grid_of
 from surgery.storage.codecs.planes import PLANES, apart, joined, pack, planes_of, together, unpack
 from surgery.storage.codecs.two_sided import Outputs, feed_back_both
 from surgery.util.memory import compact, empty_large
@@ -27,12 +26,6 @@ from surgery.util.memory import compact, empty_large
 CHUNK = 1 << 20  # values handled at once while encoding: bounds its memory
 FED_BACK = 1 << 21  # likewise with error feedback, where each column takes calls of its own
 BOTH_SIDES = 1 << 23  # values of a matrix whose rows, too, take errors back; they are worked on all at once
-ON_DEVICE = 64  # times as many on an accelerator, where a step takes as long for few values as for many
-# Values, times scales that are tried for them, at once: what is between them stays in the cache.
-TRIED = 1 << 17
-# By bits: the smallest scale tried, as a fraction of the one that clips nothing, and the number of steps down to it.
-SEARCH = {2: (0.4, 9), 3: (0.65, 9), 4: (0.8, 9), 5: (0.85, 7), 6: (0.92, 7), 7: (0.95, 5), 8: (0.97, 5)}
-
 DECODE_CHUNK = 1 << 18  # values decoded at once: what is between codes and values stays in the cache
 
 GROUP = 64  # values to one scale in a fit's ladder
@@ -78,7 +71,7 @@ class Integers(Codec[Grouping]):
         else:
             pairs = [
                 _quantise(rows.float(), settings.bits)
-                for rows in _grouped(tensor, settings.group).split(max(1, _at_once(CHUNK, tensor) // width))
+                for rows in _grouped(tensor, settings.group).split(max(1, at_once(CHUNK, tensor) // width))
             ]
         codes, scales = (torch.cat(each).reshape(-1) for each in zip(*pairs, strict=True))
         return {**pack(codes, settings.bits), "scale": scales}
@@ -100,7 +93,7 @@ class Integers(Codec[Grouping]):
         )
 
         def grid(groups: Tensor) -> IntegerGrid:
-            each = [_grid(part, own) for part, own in zip(groups.split(counts), bits, strict=True)]
+            each = [grid_of(part, own) for part, own in zip(groups.split(counts), bits, strict=True)]
             return IntegerGrid(
                 torch.cat([one.largest for one in each]), torch.cat([one.scale for one in each]), widths
             )
@@ -128,7 +121,7 @@ class Integers(Codec[Grouping]):
         width = _width(shape, encoded.precision.settings.group)
         scale = encoded.parts["scale"]
         count = scale.numel() * width
-        few = count <= _at_once(DECODE_CHUNK, scale)
+        few = count <= at_once(DECODE_CHUNK, scale)
         if encoded.dtype != torch.float32 or count != math.prod(shape) or not few:
             return super().decoder(encoded)
         planes, scale = planes_of(encoded.parts, bits, count), scale.view(-1, 1)
@@ -272,7 +265,7 @@ def _decode(
     scale = scale.float().unsqueeze(1)
     values = empty_large((scale.shape[0], width), dtype, scale.device)
     # Groups at a time: of all planes, each chunk is whole bytes.
-    step = max(_at_once(DECODE_CHUNK, scale) // (8 * width), 1) * 8
+    step = max(at_once(DECODE_CHUNK, scale) // (8 * width), 1) * 8
     for start in range(0, len(values), step):
         out = values[start : start + step]
         part = codes(start * width, start * width + out.numel()).sub(1 << (bits - 1))
@@ -322,68 +315,22 @@ def fits_outputs(tensor: Tensor, statistics: Statistics | None) -> bool:
     return moment.shape == (len(tensor),) * 2 and not torch.equal(moment, moment.diagonal().diag())
 
 
-@dataclass(frozen=True)
-class IntegerGrid:
-    """Integers of some bits times a scale for each row.
-
-    Attributes:
-        largest: `[R, 1]`, of each row the value of greatest magnitude.
-        scale: `[R, 1]`, bfloat16.
-        bits: of each value, or of each row's, `[R, 1]`.
-    """
-
-    largest: Tensor
-    scale: Tensor
-    bits: int | Tensor
-
-    def codes(self, column: Tensor) -> Tensor:
-        """The nearest integers `[R, w]`, as floats."""
-        low, high = self._ends
-        # First to at most 1, so that nothing overflows.
-        scaled = (column * self._to_one).mul_(self._to_steps)
-        return scaled.round_().clamp_(low, high)
-
-    @cached_property
-    def _ends(self) -> tuple[Any, Any]:
-        """The least and the largest integer."""
-        if isinstance(self.bits, int):
-            return -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
-        high = torch.exp2(self.bits - 1.0)
-        return -high, high - 1
-
-    @cached_property
-    def _to_one(self) -> Tensor:
-        return _inverse(self.largest)
-
-    @cached_property
-    def _to_steps(self) -> Tensor:
-        return self.largest * _inverse(self._scale)
-
-    def values(self, codes: Tensor) -> Tensor:
-        """Integers times their scale."""
-        return codes * self._scale
-
-    @cached_property
-    def _scale(self) -> Tensor:
-        return self.scale.float()
-
-
 def _with_feedback(tensor: Tensor, known: Statistics, width: int, bits: int) -> list[tuple[Tensor, Tensor]]:
     """Codes `[r * groups, width]` and scales `[r * groups]` of some rows after others, whose errors are fed back."""
     assert known.second_moment is not None
     rows, inputs = _columns(tensor, width), Inputs.of(_padded(known.second_moment, width))
     if fits_outputs(tensor, known):
         assert known.outputs is not None
-        grids = partial(_grid, bits=bits)
+        grids = partial(grid_of, bits=bits)
         codes, scale = feed_back_both(rows, inputs, Outputs.of(known.outputs), width, grids)
         return [(_stored(codes, bits).view(-1, width), scale.to(torch.bfloat16).reshape(-1))]
-    parts = rows.split(max(1, _at_once(FED_BACK, rows) // rows.shape[1]))
+    parts = rows.split(max(1, at_once(FED_BACK, rows) // rows.shape[1]))
     return [_fed_back(part, inputs, width, bits) for part in parts]
 
 
 def _fed_back(rows: Tensor, inputs: Inputs, width: int, bits: int) -> tuple[Tensor, Tensor]:
     """Codes `[R * groups, width]` and scales `[R * groups]` of rows whose errors are fed back."""
-    found = feed_back(rows, inputs, width, lambda groups: _grid(groups, bits))
+    found = feed_back(rows, inputs, width, lambda groups: grid_of(groups, bits))
     return _stored(found.codes, bits).view(-1, width), _scales(found, rows).reshape(-1)
 
 
@@ -406,71 +353,13 @@ def _padded(moment: Tensor, width: int) -> Tensor:
 
 def _quantise(groups: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Codes (`[G, width]`, uint8 or int16) and bfloat16 scales `[G]` of least squared error among the candidates."""
-    grid = _grid(groups, bits)
+    grid = grid_of(groups, bits)
     return _stored(grid.codes(groups), bits), grid.scale.squeeze(1)
 
 
 def _stored(codes: Tensor, bits: int) -> Tensor:
     """Codes as they are packed: from 0, uint8 or int16."""
     return (codes + (1 << (bits - 1))).to(torch.uint8 if bits <= 8 else torch.int16)
-
-
-def _grid(groups: Tensor, bits: int) -> IntegerGrid:
-    """The grid of least squared error among the candidates, for `groups [G, width]`."""
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    largest = _largest(groups)
-    groups = groups * _inverse(largest)  # to at most 1, so that no square overflows; the largest value is +1
-    tried = _candidates(bits, groups)
-    scales = []
-    for part in groups.split(max(1, _at_once(TRIED, groups) // (len(tried) * groups.shape[1]))):
-        q = (part * tried).round_().clamp_(low, high)  # [C, G, width]
-        # Whole numbers, so <q, q> is 0 or at least 1.
-        xq, inverse = (part * q).sum(2), q.square_().sum(2).clamp_(min=1).reciprocal_()
-        gain = xq * xq * inverse  # |x|^2 minus the error left by the projection
-        gain, best = gain.nan_to_num_(nan=-1.0).max(0, keepdim=True)
-        scales.append(torch.where(gain >= 0, (xq * inverse).gather(0, best), 0.0).view(-1, 1))
-    return IntegerGrid(largest, (torch.cat(scales) * largest).to(torch.bfloat16), bits)
-
-
-def _largest(groups: Tensor) -> Tensor:
-    """Of each of `groups [G, width]` the first value of greatest magnitude: `[G, 1]`."""
-    if groups.device.type != "cpu":  # which would be waited for
-        return groups.gather(1, groups.abs().argmax(1, keepdim=True))
-    # In a third of the time of `argmax`.
-    least, most = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
-    found, tied = torch.where(-least > most, least, most), (-least == most).squeeze(1)
-    if bool(tied.any()):
-        some = groups[tied]
-        found[tied] = some.gather(1, some.abs().argmax(1, keepdim=True))
-    return found
-
-
-def _candidates(bits: int, groups: Tensor) -> Tensor:
-    """Inverse scales to try for values of at most 1, `[C, 1, 1]`: which end takes the largest decides the sign."""
-    return _inverse_scales(bits, groups.dtype, groups.device)
-
-
-@cache
-def _inverse_scales(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Made once: an accelerator is waited for when numbers are sent to it."""
-    low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    smallest, steps = SEARCH.get(bits, (1.0, 1))  # finer codes lose next to nothing at their full range
-    shrinks = [1.0 - (1.0 - smallest) * step / max(steps - 1, 1) for step in range(steps)]
-    ends = (low, high) if bits in SEARCH else (low,)
-    tried = [end / shrink for end in ends for shrink in shrinks]
-    with torch.inference_mode(False):
-        return torch.tensor(tried, dtype=dtype, device=device).view(-1, 1, 1)
-
-
-def _at_once(values: int, like: Tensor) -> int:
-    """How many values are worked on at once, where there is no cache to stay in and each step costs a launch."""
-    return values if like.device.type == "cpu" else values * ON_DEVICE
-
-
-def _inverse(x: Tensor) -> Tensor:
-    """1/x, and 0 where x is 0 or so small that 1/x is infinite."""
-    inverse = x.reciprocal()
-    return torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))
 
 
 def grouping_of(encoded: Encoded) -> Grouping | None:
