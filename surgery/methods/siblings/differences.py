@@ -38,13 +38,12 @@ from surgery.geometry.blocks import BlockGrid
 from surgery.handles.handle import Made
 from surgery.handles.state import LazyState
 from surgery.methods.siblings.lowrank import Factors, factors
-from surgery.methods.siblings.private import RUNS, Noise, fed, more_bits, of_rows, runs
+from surgery.methods.siblings.private import RUNS, Feedback, Noise, more_bits, of_rows, runs
 from surgery.storage.codecs import (
     NATIVE,
     Encoded,
     Encoding,
     Precision,
-    Statistics,
     decode,
     encode,
     encode_native,
@@ -69,15 +68,15 @@ class Relative:
         site: where it is.
         original: its weight, in its own shape and dtype.
         out: what errors cost by its outputs: `[o, o]` or `[o]`, as of a `Metric`.
-        into: the same by its inputs, for error feedback; None where there is none.
         found: the directions.
+        feedback: what their errors are fed back under.
     """
 
     site: Site
     original: Tensor
     out: Tensor
-    into: Statistics | None
     found: Factors
+    feedback: Feedback
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ class Differences:
         With error feedback, those of all directions are encoded at once where any are, for whatever is kept later.
         """
         relative = self.relatives[i]
-        contexts, out = relative.found.contexts.T, fed(relative.out)
+        contexts, out = relative.found.contexts.T, relative.feedback.contexts
         if out is None:
             return {
                 precision: encode(contexts[own].contiguous(), precision) for precision, own in kept.items()
@@ -179,7 +178,9 @@ class Differences:
         rest = _product_with_difference(seen, relative, shared)
         rows = torch.linalg.lstsq(seen @ stored.double().T, rest).solution.to(shared.dtype)
         each = rows.split([part.shape[0] for part in contexts.values()])
-        made = encode_together(each, [of_rows(precision, self.more) for precision in contexts], relative.into)
+        made = encode_together(
+            each, [of_rows(precision, self.more) for precision in contexts], relative.feedback.rows
+        )
         return dict(zip(contexts, made, strict=True))
 
 
@@ -302,8 +303,11 @@ def _found(
 
     (left, turned), parts = made_once(f"directions/{site.member}/{site.name}", made, original.device)
     found = Factors(**{name: part.T if name in turned else part for name, part in parts.items()})
-    relative = Relative(site, original, metric.out, fed(metric.into), found)
-    return _Found(relative, Noise.of(found, metric), left)
+    # An added member takes half the time where its errors are not fed back, and somewhat more bytes.
+    feedback = Feedback() if least is not None else Feedback.of(metric)
+    return _Found(
+        Relative(site, original, metric.out, found, feedback), Noise.of(found, metric, feedback), left
+    )
 
 
 def _arranged(

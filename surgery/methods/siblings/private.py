@@ -70,9 +70,30 @@ def of_rows(contexts: Precision, more: int) -> Precision:
     return grouped(next(bits for bits in OF_ROWS if bits >= least), GROUP)
 
 
-def fed(side: Tensor) -> Statistics | None:
-    """What errors of vectors are fed back under, one side of a metric; None where they are rounded plainly."""
+@dataclass(frozen=True)
+class Feedback:
+    """What errors are fed back under; None where vectors are rounded plainly.
+
+    Attributes:
+        rows: of private rows, H.
+        contexts: of contexts, G.
+    """
+
+    rows: Statistics | None = None
+    contexts: Statistics | None = None
+
+    @classmethod
+    def of(cls, metric: Metric) -> Feedback:
+        """Under both sides of a metric, where these are known as a whole and not too large."""
+        return cls(_known(metric.into), _known(metric.out))
+
+
+def _known(side: Tensor) -> Statistics | None:
     return Statistics(side, 1) if side.ndim == 2 and len(side) <= FED_BACK else None
+
+
+def _gain(known: Statistics | None) -> float:
+    return 1.0 if known is None or known.second_moment is None else expected_gain(known.second_moment)
 
 
 @dataclass(frozen=True)
@@ -96,7 +117,7 @@ class Noise:
     of_contexts: Tensor
 
     @classmethod
-    def of(cls, found: Factors, metric: Metric) -> Noise:
+    def of(cls, found: Factors, metric: Metric, feedback: Feedback) -> Noise:
         """Of directions, the strongest first, under the metric that they were found in."""
         rows, contexts = found.rows, found.contexts.T.contiguous()
         seen = times(contexts, metric.out)
@@ -104,14 +125,11 @@ class Noise:
         # Directions are orthogonal under G: those up to each one reach that much of what independent errors do.
         reached = (seen.square().sum(1) / power.clamp_min(torch.finfo(power.dtype).tiny)).cumsum(0)
         left = 1 - reached / trace(metric.out)
-        if (
-            fed(metric.out) is not None
-        ):  # errors that are fed back lie elsewhere, and as much in any direction
+        if feedback.contexts is not None:  # what is fed back lies elsewhere, as much in any direction
             count, o = torch.arange(1, len(rows) + 1, device=rows.device), len(metric.out)
-            left = torch.minimum(left, expected_gain(metric.out) * (1 - count / o))
+            left = torch.minimum(left, _gain(feedback.contexts) * (1 - count / o))
         of_contexts = (times(rows, metric.into) * rows).sum(1) * left.clamp_min(1 / len(metric.out))
-        gain = 1.0 if fed(metric.into) is None else expected_gain(metric.into)
-        return cls(rows, contexts, metric.into, metric.out, gain * power, of_contexts)
+        return cls(rows, contexts, metric.into, metric.out, _gain(feedback.rows) * power, of_contexts)
 
     def first(self, count: int) -> Noise:
         """Of the first directions alone."""

@@ -20,6 +20,7 @@ from surgery.geometry.views import CanonicalView
 from surgery.methods.siblings import differences
 from surgery.methods.siblings.bank import SiblingsBank
 from surgery.methods.siblings.lowrank import Factors
+from surgery.methods.siblings.private import Feedback
 from surgery.settings.methods import method_names
 from surgery.storage.codecs import decode, encode_native, grouped
 from surgery.storage.codecs import encode as encoded
@@ -274,7 +275,7 @@ def test_a_product_with_a_large_difference_is_added_up_by_pieces(together, monke
     view = CanonicalView.of("o i -> 1 o i", (10, 6))
     site = Site("a", "w", ("w",), "linear", (10, 6), "bfloat16", view, 0)
     found = Factors(shared[:, :0], shared[:0], shared.new_zeros(0).double())
-    relative = differences.Relative(site, original, torch.ones(10), None, found)
+    relative = differences.Relative(site, original, torch.ones(10), found, Feedback())
     monkeypatch.setattr(differences, "TOGETHER", together)
     product = differences._product_with_difference(seen, relative, shared)
     torch.testing.assert_close(product, seen @ (original.float() - shared).double())

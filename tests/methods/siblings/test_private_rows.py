@@ -31,12 +31,17 @@ def found_in(o, n, seed, whole=True):
     return difference, metric, factors(difference, metric.into, metric.out)
 
 
+def noise_of(found, metric):
+    return private.Noise.of(found, metric, private.Feedback.of(metric))
+
+
 def stored(difference, metric, found, count, precision, more):
     """What a bank stores of the first directions, and what it costs beyond leaving the others out."""
-    contexts = decode(encode(found.contexts[:, :count].T.contiguous(), precision, private.fed(metric.out)))
+    feedback = private.Feedback.of(metric)
+    contexts = decode(encode(found.contexts[:, :count].T.contiguous(), precision, feedback.contexts))
     seen = times(contexts, metric.out)
     rows = torch.linalg.lstsq(seen @ contexts.T, seen @ difference).solution
-    (encoded,) = encode_together([rows], [private.of_rows(precision, more)], private.fed(metric.into))
+    (encoded,) = encode_together([rows], [private.of_rows(precision, more)], feedback.rows)
     return metric.price(difference - contexts.T @ decode(encoded)) - metric.price(
         difference - found.product(count)
     )
@@ -59,7 +64,7 @@ def test_what_rounding_costs_is_foretold(o, n, bits, whole):
     told, is_so = 0.0, 0.0
     for seed in range(6):
         difference, metric, found = found_in(o, n, seed, whole)
-        noise, precision = private.Noise.of(found, metric), grouped(bits, 64)
+        noise, precision = noise_of(found, metric), grouped(bits, 64)
         more = private.more_bits([noise])
         told += float(noise.first(8).lost(precision, more).sum())
         is_so += stored(difference, metric, found, 8, precision, more)
@@ -77,7 +82,7 @@ def test_narrow_rows_have_more_bits_than_wide_ones(seed):
     def more(o, n):
         difference = torch.randn(o, n, generator=torch.Generator().manual_seed(seed))
         metric = Metric.independent(1.0, o, n)
-        return private.more_bits([private.Noise.of(factors(difference, metric.into, metric.out), metric)])
+        return private.more_bits([noise_of(factors(difference, metric.into, metric.out), metric)])
 
     assert (more(16, 256), more(64, 64)) == (0, 0)
     assert 1 <= more(256, 16) <= 2
@@ -86,7 +91,7 @@ def test_narrow_rows_have_more_bits_than_wide_ones(seed):
 def test_more_bits_in_rows_take_fewer_bytes_within_one_error():
     """Of a matrix with many outputs, eight rows of 24 entries beside 8 times 192 contexts."""
     difference, metric, found = found_in(192, 24, 0)
-    more = private.more_bits([private.Noise.of(found, metric)])
+    more = private.more_bits([noise_of(found, metric)])
     alike = stored(difference, metric, found, 8, grouped(4, 64), 0)
     assert more and stored(difference, metric, found, 8, grouped(4, 64), more) < 0.8 * alike
 
@@ -95,13 +100,13 @@ def test_feedback_lowers_what_rounding_costs(monkeypatch):
     difference, metric, found = found_in(96, 48, 0)
     fed = stored(difference, metric, found, 8, grouped(3, 64), 1)
     monkeypatch.setattr(private, "FED_BACK", 0)
-    assert private.fed(metric.out) is None
+    assert private.Feedback.of(metric) == private.Feedback()
     assert fed < 0.7 * stored(difference, metric, found, 8, grouped(3, 64), 1)
 
 
 def test_nothing_is_told_of_directions_that_are_not_there():
     _, metric, found = found_in(8, 8, 0)
-    none = private.Noise.of(found.first(0), metric)
+    none = noise_of(found.first(0), metric)
     assert private.more_bits([none]) == private.more_bits([]) == 0
 
 
