@@ -6,18 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moments import GROUPS, SEEDS, WIDTHS, moment
 
 from surgery.storage.codecs import Statistics, decode, encode, feedback, grouped, take_rows
 from surgery.storage.codecs.feedback import damped, expected_gain, price
 
 SIZES = st.tuples(st.integers(1, 6), st.integers(2, 40))
-
-
-def moment(n, seed, samples):
-    """Of correlated inputs; fewer samples than inputs leave it singular."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, n, generator=generator) @ torch.randn(n, n, generator=generator)
-    return x.T @ x / samples
 
 
 def rounded(weight, precision, second_moment=None):
@@ -35,13 +29,7 @@ def test_where_inputs_are_independent_it_is_plain_rounding_bit_for_bit(size, bit
         assert all(torch.equal(part, fed.parts[name]) for name, part in plain.parts.items())
 
 
-@given(
-    SIZES,
-    st.sampled_from([2, 3, 4, 5, 8, 12]),
-    st.sampled_from([8, 64]),
-    st.integers(0, 99),
-    st.integers(1, 60),
-)
+@given(SIZES, WIDTHS, GROUPS, SEEDS, st.integers(1, 60))
 @settings(max_examples=40, deadline=None)
 def test_no_row_costs_more_than_plainly_rounded(size, bits, group, seed, samples):
     weight = torch.randn(size, generator=torch.Generator().manual_seed(seed))

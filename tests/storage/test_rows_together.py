@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moments import moment
 
 from surgery.storage.codecs import (
     BFLOAT16,
@@ -24,14 +25,6 @@ from surgery.storage.codecs.feedback import damped, price
 def rows_of(counts, columns, seed):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(count, columns, generator=generator) for count in counts]
-
-
-def moment_of(columns, seed):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(3 * columns, columns, generator=generator) @ torch.randn(
-        columns, columns, generator=generator
-    )
-    return x.T @ x / len(x)
 
 
 COUNTS = st.lists(st.integers(1, 5), min_size=1, max_size=4)
@@ -71,14 +64,14 @@ def test_vectors_have_no_rows_to_stack():
 @given(COUNTS, st.integers(2, 70), st.sampled_from([8, 64]), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_rows_encoded_together_are_as_good_as_each_alone(counts, columns, group, seed):
-    rows, moment = rows_of(counts, columns, seed), moment_of(columns, seed)
+    rows, second = rows_of(counts, columns, seed), moment(columns, seed, 3 * columns)
     widths = [(2, 3, 4, 8, 12)[(seed + i) % 5] for i in range(len(counts))]
-    precisions, known = [grouped(bits, group) for bits in widths], Statistics(moment, 1)
+    precisions, known = [grouped(bits, group) for bits in widths], Statistics(second, 1)
     together = encode_together(rows, precisions, known)
     for own, precision, found in zip(rows, precisions, together, strict=True):
         assert (found.precision, found.shape, found.dtype) == (precision, tuple(own.shape), own.dtype)
         fed, plain, one = (
-            price(decode(each) - own, damped(moment))
+            price(decode(each) - own, damped(second))
             for each in (found, encode(own, precision), encode(own, precision, known))
         )
         # Coordinate descent ends when few codes of all rows change, so one sweep more or less of what alone takes.

@@ -8,18 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moments import GROUPS, SEEDS, WIDTHS, moment
 
 from surgery.storage.codecs import Statistics, decode, encode, feedback, grouped, integers, two_sided
 from surgery.storage.codecs.two_sided import Outputs, expected_gain, feed_back_both, price
 
 SIZES = st.tuples(st.integers(2, 40), st.integers(2, 40))
-
-
-def moment(n, seed, samples):
-    """Of correlated vectors; fewer samples than entries leave it singular."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(samples, n, generator=generator) @ torch.randn(n, n, generator=generator)
-    return x.T @ x / samples
 
 
 def rounded(weight, precision, into, out=None):
@@ -88,13 +82,7 @@ def test_where_rows_are_not_coupled_it_is_the_feedback_of_columns_bit_for_bit(si
         assert all(torch.equal(part, after.parts[name]) for name, part in before.parts.items())
 
 
-@given(
-    SIZES,
-    st.sampled_from([2, 3, 4, 5, 8, 12]),
-    st.sampled_from([8, 64]),
-    st.integers(0, 99),
-    st.integers(1, 60),
-)
+@given(SIZES, WIDTHS, GROUPS, SEEDS, st.integers(1, 60))
 @settings(max_examples=40, deadline=None)
 def test_no_matrix_costs_more_than_plainly_rounded(size, bits, group, seed, samples):
     weight = torch.randn(size, generator=torch.Generator().manual_seed(seed))

@@ -3,18 +3,18 @@
 A direction of a difference is a private row `[n]` and its contexts `[o]`. What rounds contexts is made up for by rows
 that are made anew, as far as their directions reach; what rounds rows is not. There are often fewer entries in a row
 than contexts of it, too, so that bits cost less in rows: these get more bits than contexts do, as many as makes the
-last byte of either worth the same.
+last byte of either gain the same.
 
 Errors are fed back (`surgery.storage.codecs.feedback`), in rows under H of the site's inputs, and in contexts, whose
-entries are the outputs, under G.
+entries are the outputs, under G; not those of a member that is added, which would take more than twice the time.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import pairwise
 
 import torch
@@ -26,6 +26,7 @@ from surgery.fitting.units import Unit
 from surgery.methods.siblings.lowrank import Factors
 from surgery.storage.codecs import (
     NATIVE,
+    PLANES,
     Precision,
     Statistics,
     decode,
@@ -45,7 +46,6 @@ FINER = ((grouped(12, GROUP), 1 / 110), (grouped(10, GROUP), 1 / 14))
 """Those beside a shared matrix of more than 8 bits, and what they lose of what 8 bits do: somewhat more than the square
 of their steps, as scales have 8 bits themselves."""
 OPTIONS = (NATIVE, *(finer for finer, _ in FINER), *(grouped(bits, GROUP) for bits in WIDTHS))
-OF_ROWS = (2, 3, 4, 5, 6, 7, 8, 10, 12)  # bits that rows can have
 MOST_MORE = 3  # bits that a row has more than its contexts
 TRIED = 4  # bits with which errors are measured where those of other widths follow from the steps' sizes
 STRONGEST = 8  # directions that say how many more bits rows get
@@ -66,8 +66,8 @@ def of_rows(contexts: Precision, more: int) -> Precision:
     """
     if contexts.is_native:
         return NATIVE
-    least = min(contexts.settings.bits + more, OF_ROWS[-1])
-    return grouped(next(bits for bits in OF_ROWS if bits >= least), GROUP)
+    least = min(contexts.settings.bits + more, max(PLANES))
+    return grouped(min(bits for bits in PLANES if bits >= least), GROUP)
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,8 @@ class Noise:
 
     def first(self, count: int) -> Noise:
         """Of the first directions alone."""
-        return Noise(
-            self.rows[:count],
-            self.contexts[:count],
-            self.into,
-            self.out,
-            self.of_rows[:count],
-            self.of_contexts[:count],
-        )
+        cut = {name: getattr(self, name)[:count] for name in ("rows", "contexts", "of_rows", "of_contexts")}
+        return replace(self, **cut)
 
     def lost(self, precision: Precision, more: int) -> Tensor:
         """What storing each direction costs, in squared error: `[k]`."""
@@ -148,15 +142,17 @@ class Noise:
 
     def lost_by_rows(self, precision: Precision) -> Tensor:
         """What rounding each row costs: `[k]`."""
-        return self.of_rows * _rounding(self.rows, self.into, self._stored(precision))
+        return self.of_rows * _rounding(self.rows, self.into, partial(self._stored, precision=precision))
 
     def lost_by_contexts(self, precision: Precision) -> Tensor:
         """What rounding the contexts of each row costs: `[k]`."""
-        return self.of_contexts * _rounding(self.contexts, self.out, self._stored(precision))
+        stored = partial(self._stored, precision=precision)
+        return self.of_contexts * _rounding(self.contexts, self.out, stored)
 
-    def _stored(self, precision: Precision) -> Callable[[Tensor], Tensor]:
-        how = rounded if is_tame(self.rows) and is_tame(self.contexts) else _checked
-        return partial(how, precision=precision)
+    @cached_property
+    def _stored(self) -> Callable[..., Tensor]:
+        """What gives vectors as they are stored in a `precision`; whether values are tame is looked at once."""
+        return rounded if is_tame(self.rows) and is_tame(self.contexts) else _checked
 
 
 def more_bits(noises: Sequence[Noise]) -> int:

@@ -88,7 +88,7 @@ def encode_together(
     tensors = [each.detach() for each in tensors]
     stored = [stored_precision(*each) for each in zip(tensors, precisions, strict=True)]
     found: dict[int, Mapping[str, Tensor]] = {}
-    for name in {each.name for each in stored}:
+    for name in dict.fromkeys(each.name for each in stored):
         own = [number for number, each in enumerate(stored) if each.name == name]
         settings = [stored[number].settings for number in own]
         parts = CODECS[name].encode_together([tensors[number] for number in own], settings, statistics)
