@@ -34,7 +34,8 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
             x, y = zip(*points, strict=True)
             dashes = ("-", "--", ":")[number // len(COLOURS) % 3]
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            axes.plot(x, y, dashes, color=colour, marker=marker, markersize=5, linewidth=1.5, label=method)
+            width = 3 if method.startswith("surgery") else 1.5
+            axes.plot(x, y, dashes, color=colour, marker=marker, markersize=5, linewidth=width, label=method)
     axes.set(
         xscale="log", yscale="log", xlabel="bytes of files (% of float32)", ylabel="relative output error"
     )

@@ -20,6 +20,7 @@ from surgery.core.registry import find_method
 from surgery.core.sizes import bytes_alone, parameters_of_module
 from surgery.core.tensor_method import TensorMethod
 from surgery.fitting.groups import make_groups
+from surgery.fitting.learning import inputs_to_learn_from, warn_of_few
 from surgery.fitting.related import least_cosine, samples
 from surgery.fitting.report import Added, FitReport, Probes
 from surgery.fitting.scene import Scene, as_asked, key_of
@@ -106,7 +107,8 @@ def fit_addition(
     was, parameters = was or content_hash(whole_state(member.module)), parameters_of_module(member.module)
     extra = extra_state_of(member.module)
     inputs = list(probes) or probe_inputs(member, seed=seed)
-    trials = {name: Trial(member, originals, owners, inputs, place)}
+    others = inputs_to_learn_from(member, originals, seed, probes)
+    trials = {name: Trial(member, originals, owners, inputs, place, others)}
     given = frozenset({name} if probes else ())
     scene = Scene(trials, as_asked(plan), target, seed, calibrated=given, beside=True)
     tied = {first: names for first, names in owners.items() if len(names) > 1}
@@ -121,6 +123,7 @@ def fit_addition(
     variation = trials[name].variation()
     variations = {} if variation is None else {name: variation}
     warn_of_faint(errors, variations)
+    warn_of_few({name: probes})
     report = FitReport(
         original_bytes={name: size},
         errors=errors,

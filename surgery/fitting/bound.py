@@ -129,6 +129,7 @@ def within(memory: int | None, follows: Callable[[], int] | None = None) -> Iter
         yield
         return
     watched, done = _Watched(progress.reporter(), memory, follows), threading.Event()
+    watched.peak = anonymous()  # the first step may be over before the thread looks
 
     def watch() -> None:
         while not done.wait(EVERY):

@@ -32,6 +32,7 @@ from surgery.disk.files import failure
 from surgery.errors import OutputError, PlanError
 from surgery.fitting.bound import fits, within
 from surgery.fitting.exactly import make_exactly
+from surgery.fitting.learning import inputs_to_learn_from, warn_of_few
 from surgery.fitting.recording import recipe_of_fit
 from surgery.fitting.report import FitReport, Probes, describe, describe_stacks
 from surgery.fitting.scene import Scene, as_asked, asked_of
@@ -257,7 +258,8 @@ def _fitted(
         trials = {}
         for name, member in joint.members.items():
             inputs = given.get(name) or probe_inputs(member, seed=asked.seed)
-            trials[name] = Trial(member, originals[name], joint.owners[name], inputs, place)
+            others = inputs_to_learn_from(member, originals[name], asked.seed, given.get(name, ()))
+            trials[name] = Trial(member, originals[name], joint.owners[name], inputs, place, others)
         replaced = still_replaced(joint.members.values())
         scene = Scene(trials, as_asked(plan), asked, asked.seed, replaced, frozenset(given))
         free = asked.max_error is None and asked.budget is None
@@ -268,6 +270,7 @@ def _fitted(
     errors = dict(zip(joint.names, map(float, outcome.errors), strict=True))
     variations = {name: v for name, trial in trials.items() if (v := trial.variation()) is not None}
     warn_of_faint(errors, variations)
+    warn_of_few(given)
     measured = Probes(asked.seed, tuple(sorted(given)))
     stacks = describe_stacks(planned, stored, originals)
     report = _report(

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from surgery.disk.aside import put_aside
+from surgery.fitting.shrinkage import best_share, looked_at, shrunk
 from surgery.storage.codecs import Statistics
 
 WIDEST = 2048  # rows or columns up to which a side has a whole moment, and beyond which its diagonal
@@ -166,15 +167,43 @@ class Draws:
         self.into = put_aside(into) if self.into is None else self.into.add_(into)
         self.pending, self.added = None, 0
 
-    def metric(self, samples: int) -> Metric | None:
-        """The metric of draws that were made `samples` times for all inputs; None where no gradient was usable."""
+    def moments(self) -> tuple[Tensor, Tensor] | None:
+        """The sums over all draws, of outputs and of inputs; None where there was none."""
         self._multiply()
-        if self.out is None or self.into is None:
-            return None
-        power = trace(self.out)
-        if not 0 < power < float("inf"):
-            return None
-        return Metric(put_aside(_damped(self.out / power)), put_aside(_damped(self.into / samples)))
+        return None if self.out is None or self.into is None else (self.out, self.into)
+
+
+def metric_of(draws: Sequence[Draws], samples: int) -> Metric | None:
+    """The metric of draws that were made `samples` times for all inputs; None where no gradient was usable.
+
+    Args:
+        draws: of all inputs, or of either half of them: the moment of outputs is then shrunk.
+        samples: how often.
+    """
+    found = [own for each in draws if (own := each.moments()) is not None]
+    if not found:
+        return None
+    outs, intos = zip(*found, strict=True)
+    out, into = _sum(outs), _sum(intos)
+    power = trace(out)
+    if not 0 < power < float("inf"):
+        return None
+    if len(draws) > 1:
+        out, into = (_shrunk(each, len(draws)) for each in (outs, intos))
+    return Metric(put_aside(_damped(out / power)), put_aside(_damped(into / samples)))
+
+
+def _shrunk(halves: Sequence[Tensor], count: int) -> Tensor:
+    """The sum of moments of halves, shrunk where it is known as a whole."""
+    total = _sum(halves)
+    if total.ndim == 1:
+        return total
+    return shrunk(total, best_share(*map(looked_at, halves)) if len(halves) == count else None)
+
+
+def _sum(moments: Sequence[Tensor]) -> Tensor:
+    first, *others = moments
+    return put_aside(first + sum(others)) if others else first
 
 
 def mean_square(gradient: Tensor, total: Tensor | None = None) -> Tensor:

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from surgery.anatomy.sites import Site
 from surgery.disk.aside import put_aside
+from surgery.fitting.shrinkage import best_share, looked_at, shrunk
 from surgery.geometry.views import CanonicalView, axes_of
 from surgery.slots.slots import locate
 from surgery.storage.codecs import Statistics
@@ -42,11 +43,14 @@ class Moments:
             channels and kernel positions.
         total: sum of x x^T `[G, n, n]`, or `[1, n, n]` where all maps have the same inputs; float32.
         count: number of inputs x.
+        half: of every other batch, the rows and columns of its sum by which shrinkage is chosen `[G or 1, k, k]`; None
+            where there was one batch alone.
     """
 
     view: CanonicalView
     total: Tensor
     count: int
+    half: Tensor | None = None
 
     def price(self, error: Tensor) -> float:
         """tr(E H E^T) of an error in the weight, in its own shape: the squared error of all outputs seen."""
@@ -55,11 +59,18 @@ class Moments:
 
     @property
     def statistics(self) -> Statistics | None:
-        """What codecs make use of: where rows of the weight, flattened, are rows of its one matrix, else None."""
+        """What codecs make use of: where rows of the weight, flattened, are rows of its one matrix, else None.
+
+        The moment is shrunk as far as one half of the batches tells of the other (`surgery.fitting.shrinkage`).
+        """
         left, _, right = self.view.pattern.partition(" -> ")
         flat = [name for axis in axes_of(left) for name in axis]
         same = flat == [name for axis in axes_of(right) for name in axis] and len(self.total) == 1
-        return Statistics(put_aside(self.total[0] / self.count), self.count) if same and self.count else None
+        if not same or not self.count:
+            return None
+        total = self.total[0]
+        share = 0.0 if self.half is None else best_share(self.half[0], looked_at(total) - self.half[0])
+        return Statistics(put_aside(shrunk(total, share) / self.count), self.count)
 
 
 def average(moments: Sequence[Moments]) -> Moments:
@@ -111,6 +122,7 @@ def gather(
     watch = Watch(module, sites)
     for _ in watched(module, watch, batches):
         watch.recent.clear()
+        watch.batch += 1
     return watch.moments()
 
 
@@ -147,6 +159,8 @@ class Watch(TorchFunctionMode):
         self.names = names_by_storage(module, self.views)
         self.total: dict[str, Tensor] = {}
         self.count: dict[str, int] = {}
+        self.half: dict[str, Tensor] = {}
+        self.batch = 0
         self.lost: set[str] = set()
         self.recent: deque[tuple[Tensor, int, Tensor]] = deque(maxlen=KEPT)
 
@@ -174,12 +188,18 @@ class Watch(TorchFunctionMode):
             return
         part = weight.numel() / self.weights[name].numel()  # a slice sees its inputs alone
         product = self._product(inputs)
-        if name not in self.total:
-            self.total[name], self.count[name] = put_aside(torch.zeros_like(product)), 0
-        if self.total[name].shape != product.shape:
-            self.total[name] = self.total[name].expand(groups, -1, -1).clone()
-        self.total[name].add_(product, alpha=part)
+        self.count.setdefault(name, 0)
+        self._add(self.total, name, product, part)
+        if self.batch % 2:
+            self._add(self.half, name, looked_at(product), part)
         self.count[name] += round(inputs.shape[1] * part)
+
+    def _add(self, sums: dict[str, Tensor], name: str, product: Tensor, part: float) -> None:
+        if name not in sums:
+            sums[name] = put_aside(torch.zeros_like(product))
+        if sums[name].shape[0] < product.shape[0]:
+            sums[name] = sums[name].expand_as(product).clone()
+        sums[name].add_(product, alpha=part)
 
     def _product(self, inputs: Tensor) -> Tensor:
         for seen, version, product in self.recent:
@@ -197,7 +217,7 @@ class Watch(TorchFunctionMode):
     def moments(self) -> dict[str, Moments]:
         """The moments of all sites whose inputs were seen and are finite, by name."""
         return {
-            name: Moments(self.views[name], total, self.count[name])
+            name: Moments(self.views[name], total, self.count[name], self.half.get(name))
             for name, total in self.total.items()
             if name not in self.lost and bool(total.isfinite().all())
         }

@@ -27,13 +27,13 @@ def in_pieces(trial: Trial, probes: Sequence[Inputs]) -> Sequence[Inputs]:
 
     Args:
         trial: with its original weights.
-        probes: the trial's, in a dtype that it runs in.
+        probes: what is learned from, in a dtype that it runs in.
 
     Returns:
         pieces of all batches; the batches as they are where some cannot be divided.
     """
     found: list[Inputs] = []
-    for whole, reference in zip(probes, trial.reference, strict=True):
+    for whole in probes:
         size = batch_of(whole)
         if size is None:
             return probes
@@ -41,7 +41,7 @@ def in_pieces(trial: Trial, probes: Sequence[Inputs]) -> Sequence[Inputs]:
             found.append(whole)
             continue
         pieces = list(_cut(whole, size))
-        if not _same(trial, pieces, reference):
+        if not _same(trial, pieces, whole):
             return probes
         found += pieces
     return found
@@ -78,16 +78,15 @@ def _cut(inputs: Inputs, size: int) -> Iterator[Inputs]:
         )
 
 
-def _same(trial: Trial, pieces: Sequence[Inputs], reference: Sequence[Tensor]) -> bool:
+def _same(trial: Trial, pieces: Sequence[Inputs], whole: Inputs) -> bool:
     """Whether outputs of pieces, one behind the other, are those of the whole."""
     start = 0
     try:
+        reference = _real(outputs_of(trial.module, whole))
         for piece in pieces:
-            found = outputs_of(trial.module, piece)
             stop = start + (batch_of(piece) or 0)
-            for own, whole in zip(found, reference, strict=True):
-                wanted = whole[start:stop]
-                own = (torch.view_as_real(own) if own.is_complex() else own).double()
+            for own, every in zip(_real(outputs_of(trial.module, piece)), reference, strict=True):
+                wanted = every[start:stop]
                 if own.shape != wanted.shape or float((own - wanted).norm()) > SAME * float(wanted.norm()):
                     return False
             start = stop
@@ -95,4 +94,8 @@ def _same(trial: Trial, pieces: Sequence[Inputs], reference: Sequence[Tensor]) -
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return False
-    return all(len(whole) == start for whole in reference)
+    return all(len(every) == start for every in reference)
+
+
+def _real(outputs: Sequence[Tensor]) -> list[Tensor]:
+    return [(torch.view_as_real(each) if each.is_complex() else each).double() for each in outputs]

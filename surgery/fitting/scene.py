@@ -21,6 +21,7 @@ from surgery.core.tensor_method import TensorMethod
 from surgery.disk.journal import Made, keeps, made_once
 from surgery.fitting.metric import WIDEST, Metric
 from surgery.fitting.moments import gather, unfolded
+from surgery.fitting.pieces import in_pieces
 from surgery.fitting.related import related_sites
 from surgery.fitting.sensitivity import measured_sensitivities, metrics
 from surgery.fitting.tables import TABLE, by_rows, look_ups, row_weights
@@ -113,8 +114,8 @@ class Scene:
             self._measured[site.member][1].pop(site.name, None)
 
     def inputs_of(self, key: Key) -> Statistics | None:
-        """What is known of the inputs of a matrix that no method decides on, and of its outputs; None where inputs were
-        made up.
+        """What is known of the inputs of a matrix that no method decides on, and of its outputs; None where errors of
+        the member are not fed back.
         """
         known = None if key in self.claimed else self._inputs.get(key[0], {}).get(key[1])
         if known is None:
@@ -130,28 +131,38 @@ class Scene:
         return found if found is None else found.to(self.trials[key[0]].device)
 
     @cached_property
+    def fed(self) -> frozenset[str]:
+        """Members whose inputs say how errors are fed back: given ones, or others than errors are measured on."""
+        return self.calibrated | {name for name, t in self.trials.items() if t.calibration is not t.probes}
+
+    @cached_property
     def _uses(self) -> dict[str, dict[str, Tensor]]:
         """By calibrated member, look-ups of its tables."""
         found: dict[str, dict[str, Tensor]] = {}
         for member in self.calibrated:
             if tables := [name for owner, name in self._tables if owner == member]:
                 trial = self.trials[member]
-                found[member] = look_ups(trial.module, tables, trial.calls)
+                given = ((tuple(each.args), dict(each.kwargs)) for each in trial.probes)
+                found[member] = look_ups(trial.module, tables, given)
         return found
 
     @cached_property
     def _inputs(self) -> dict[str, dict[str, Statistics]]:
-        """By calibrated member, statistics of the inputs of its matrices."""
+        """By member whose errors are fed back, statistics of the inputs of its matrices."""
         found: dict[str, dict[str, Statistics]] = {}
-        for member in self.calibrated:
+        for member in self.fed:
             trial = self.trials[member]
-            seen = gather(trial.module, self._fed(member), trial.calls)
+            batches = trial.calibration
+            if len(batches) == 1:  # of halves of which one learns how far to trust the other
+                batches = in_pieces(trial, batches)
+            calls = ((tuple(each.args), dict(each.kwargs)) for each in batches)
+            seen = gather(trial.module, self._fed(member), calls)
             known = {name: each.statistics for name, each in seen.items()}
             found[member] = {name: each for name, each in known.items() if each is not None}
         return found
 
     def _fed(self, member: str) -> list[Site]:
-        """Matrices of a calibrated member that are rounded with error feedback, where they are seen to be used."""
+        """Matrices of a member that are rounded with error feedback, where they are seen to be used."""
         every = {**matrices_alone(self.plan.left_alone), **self.unclaimed}
         mine = [site for site in every.values() if site.member == member]
         return [site for site in mine if unfolded(site).shape[2] <= WIDEST_INPUT]
@@ -182,8 +193,8 @@ class Scene:
         }
 
     def _flat_views(self, member: str) -> dict[str, CanonicalView]:
-        """Of a calibrated member, the views of matrices that have no other view: rows are those of the tensors."""
-        if member not in self.calibrated:
+        """Of a member whose errors are fed back, the views of matrices that have no other: rows are the tensors'."""
+        if member not in self.fed:
             return {}
         views = {site.name: unfolded(site) for site in self._fed(member) if site.kind != TABLE}
         coupled = {

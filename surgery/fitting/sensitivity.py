@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from surgery.fitting.metric import Draws, Metric, mean_square, together
+from surgery.fitting.metric import Draws, Metric, mean_square, metric_of, together
 from surgery.fitting.pieces import in_pieces
 from surgery.fitting.trial import Trial
 from surgery.fitting.widened import in_float32
@@ -64,14 +64,16 @@ def metrics(
         views: of the sites that are asked for; a weight is one matrix of all their rows, `[S * out, in]`. Where there
             are some, large batches are drawn in pieces.
         samples: backward passes for each probe batch; by default as many as tell more.
-        outputs: sites of which the moment of inputs is not wanted as a whole.
+        outputs: sites of which the moment of inputs is not wanted as a whole, and that of outputs shrunk
+            (`surgery.fitting.shrinkage`).
     """
-    draws: dict[str, Draws] = {}
+    draws: dict[str, Sequence[Draws]] = {}
     total: dict[str, Tensor] = {}  # on the device, which is not waited for
 
-    def add(name: str, gradient: Tensor) -> None:
+    def add(name: str, gradient: Tensor, batch: int) -> None:
         if name in draws:
-            power = draws[name].add(views[name].to_matrices(gradient).flatten(0, 1))
+            own = draws[name][batch % len(draws[name])]
+            power = own.add(views[name].to_matrices(gradient).flatten(0, 1))
         else:
             power = mean_square(gradient)
         total[name] = total[name] + power if name in total else power
@@ -83,9 +85,14 @@ def metrics(
             # Of many pieces one draw each tells enough of outputs alone.
             alone = len(probes) > 1 and bool(views) and set(views) <= set(outputs)
             samples = 1 if alone else samples_of(shapes, len(probes))
-        draws |= {name: Draws(samples * len(probes), inputs=name not in outputs) for name in views}
+            if trial.calibration is not trial.probes:  # twice as many batches
+                samples = max(1, samples // 2)
+        for name in views:
+            halves = 2 if len(probes) > 1 else 1
+            count = samples * len(probes) // halves
+            draws[name] = [Draws(count, inputs=name not in outputs) for _ in range(halves)]
         _draw(trial, probes, seed, samples, add)
-    found = {name: each.metric(samples) for name, each in draws.items()}
+    found = {name: metric_of(each, samples) for name, each in draws.items()}
     # One that overflowed is as good as none: the tensor's errors are then measured.
     powers = {name: float(power) for name, power in total.items()}
     sensitive = {name: power / samples for name, power in powers.items() if 0 < power < math.inf}
@@ -114,24 +121,25 @@ def samples_of(shapes: Iterable[tuple[int, ...]], batches: int) -> int:
 
 
 def _draw(
-    trial: Trial, probes: Sequence[Inputs], seed: int, samples: int, add: Callable[[str, Tensor], None]
+    trial: Trial, probes: Sequence[Inputs], seed: int, samples: int, add: Callable[[str, Tensor, int], None]
 ) -> None:
-    """Give every parameter's gradient v^T J of every probe batch and random sign vector v to `add`."""
+    """Give every parameter's gradient v^T J of each batch and random sign vector v to `add`, and the batch's number."""
     generator = torch.Generator().manual_seed(seed)
-    own = {name: getattr(*locate(trial.module, name)) for name in trial.originals}
-    parameters = {name: p for name, p in own.items() if isinstance(p, nn.Parameter) and p.is_floating_point()}
+    tensors = {name: getattr(*locate(trial.module, name)) for name in trial.originals}
+    parameters = {n: p for n, p in tensors.items() if isinstance(p, nn.Parameter) and p.is_floating_point()}
     frozen = [p for p in trial.module.parameters() if p.is_floating_point() and not p.requires_grad]
-    norms = [
-        sum(float(outputs[i].square().sum()) for outputs in trial.reference) ** 0.5 or 1.0
-        for i in range(len(trial.reference[0]))
-    ]
+    norms = [norm or 1.0 for norm in trial.norms]
     try:
         for p in frozen:  # what is not trained is stored like everything else
             p.requires_grad_(True)
         with progress.task(f"{trial.name}: sensitivities", samples * len(probes)) as task:
             for _ in range(samples if parameters else 0):
-                for inputs in probes:
-                    _one_sample(trial, inputs, parameters, norms, generator, add)
+                for number, inputs in enumerate(probes):
+
+                    def own(name: str, gradient: Tensor, batch: int = number) -> None:
+                        add(name, gradient, batch)
+
+                    _one_sample(trial, inputs, parameters, norms, generator, own)
                     task.advance()
     finally:
         for p in frozen:

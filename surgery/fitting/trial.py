@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,12 +15,15 @@ from surgery.core.replacing import as_it_was
 from surgery.disk.aside import is_aside, put_aside
 from surgery.errors import PlanError
 from surgery.fitting.variation import between_inputs
-from surgery.inputs.probes import outputs_of, tensors_at
+from surgery.inputs.probes import MADE_UP, outputs_of, tensors_at
 from surgery.members.member import Inputs, Member
 from surgery.slots.slots import assign, forget_derived
 from surgery.util import memory
 from surgery.util.alignment import align, is_aligned
 from surgery.util.text import one_line
+
+# What modules raise on inputs that they do not take.
+REFUSED = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError)
 
 
 class Trial:
@@ -30,6 +33,10 @@ class Trial:
         name: the member's.
         originals: its tensors by first owner, as they were.
         owners: all names of each tensor.
+        probes: inputs on which outputs are compared.
+        reference: the original's outputs on them, float64.
+        calibration: inputs from which a fit learns how errors move outputs; the probes where it has no others.
+        norms: L2 norms of the original's output tensors over these.
     """
 
     def __init__(
@@ -39,6 +46,7 @@ class Trial:
         owners: Mapping[str, tuple[str, ...]],
         probes: Sequence[Inputs],
         device: torch.device,
+        calibration: Sequence[Inputs] = (),
     ):
         self.name, self.module, self.device = member.name, member.module, device
         self.owners = dict(owners)
@@ -57,16 +65,43 @@ class Trial:
                 f"Member '{self.name}' returns no floating-point tensor on its probe inputs, so its error "
                 "cannot be measured; pass other inputs, or use `max_error=0`."
             )
-        if not all(bool(t.isfinite().all()) for outputs in self.reference for t in outputs):
-            raise PlanError(
-                f"Member '{self.name}' returns NaN or inf on its probe inputs; pass real ones with "
-                "`calibrate`, or use `max_error=0`."
-            )
+        for number, outputs in enumerate(self.reference, 1):
+            if not all(bool(t.isfinite().all()) for t in outputs):
+                made_up = self.probes[number - 1].source == MADE_UP
+                where = (
+                    "made-up inputs"
+                    if made_up
+                    else f"batch {number} of {len(self.probes)} of the inputs given"
+                )
+                better = "pass real ones with `calibrate`" if made_up else "leave these out"
+                raise PlanError(
+                    f"Member '{self.name}' returns NaN or inf on {where}; {better}, or use `max_error=0`."
+                )
+        self.calibration, self.norms = self._learned_from(member, calibration)
+
+    def _learned_from(
+        self, member: Member, calibration: Sequence[Inputs]
+    ) -> tuple[Sequence[Inputs], tuple[float, ...]]:
+        """Inputs that a fit learns from, and the L2 norms of the original's output tensors over all of them.
+
+        Where there are none of their own, or the original gives no numbers on these, they are the probes.
+        """
+        inputs = [to_device(each, self.device) for each in calibration]
+        with as_it_was(member):
+            try:
+                norms = _norms(self._outputs(each) for each in inputs) if inputs else ()
+            except REFUSED as error:
+                if memory.ran_out(error):
+                    raise
+                norms = ()
+        if not norms or not all(map(math.isfinite, norms)):
+            return self.probes, _norms(self.reference)
+        return inputs, norms
 
     @property
     def calls(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Positional and named arguments of a call with each probe."""
-        return ((tuple(each.args), dict(each.kwargs)) for each in self.probes)
+        """Positional and named arguments of a call with each batch that a fit learns from."""
+        return ((tuple(each.args), dict(each.kwargs)) for each in self.calibration)
 
     def set_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Give the module other weights; tensors not named stay as they are."""
@@ -90,13 +125,16 @@ class Trial:
         """
         try:
             return self._outputs(inputs)
-        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        except REFUSED as error:
             if memory.ran_out(error):
                 raise
             given = ", ".join(f"{place} {list(t.shape)} of {t.dtype}" for place, t in tensors_at(inputs))
+            better = "give inputs that its forward pass takes"
+            if inputs.source == MADE_UP:
+                better = "these were made up, so pass real ones with `calibrate`"
             raise PlanError(
                 f"Member '{self.name}' must run on its probe inputs, but on {given or 'no tensors'} it raises "
-                f"{one_line(error)}; give inputs that its forward pass takes."
+                f"{one_line(error)}; {better}."
             ) from error
 
     def _outputs(self, inputs: Inputs) -> tuple[Tensor, ...]:
@@ -119,6 +157,15 @@ class Trial:
             return math.inf
         found = (math.sqrt(c / n) if n else math.sqrt(c) for n, c in zip(norms, changes, strict=True))
         return max(found, default=0.0)
+
+
+def _norms(outputs: Iterable[Sequence[Tensor]]) -> tuple[float, ...]:
+    """L2 norms of output tensors over all calls."""
+    squares: list[float] = []
+    for each in outputs:
+        own = [float(tensor.square().sum()) for tensor in each]
+        squares = [a + b for a, b in zip(squares or [0.0] * len(own), own, strict=True)]
+    return tuple(map(math.sqrt, squares))
 
 
 def _to_run(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from surgery.errors import SurgeryWarning, shorten
@@ -61,7 +62,8 @@ def _variation(batches: Sequence[Tensor]) -> float | None:
     """Of one output tensor: standard deviation over inputs, relative to the root mean square."""
     alike: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
     for batch in batches:
-        rows = (batch if batch.dim() else batch[None]).double()
+        rows = torch.view_as_real(batch) if batch.is_complex() else batch
+        rows = (rows if rows.dim() else rows[None]).double()
         alike[tuple(rows.shape[1:])].append(rows)
     differing, whole = 0.0, 0.0
     for several in alike.values():

@@ -53,7 +53,7 @@ def in_float32(trial: Trial) -> Iterator[Sequence[Inputs]]:
         trial: with its original weights, which it has again afterwards.
 
     Yields:
-        the trial's probes, in float32 too.
+        the inputs that the trial learns from, in float32 too.
     """
     narrow = {
         name: tensor
@@ -61,15 +61,15 @@ def in_float32(trial: Trial) -> Iterator[Sequence[Inputs]]:
         if trial.device.type == "cpu" and not native(tensor.dtype)
     }
     if not narrow:
-        yield trial.probes
+        yield trial.calibration
         return
-    probes = [_widened(inputs) for inputs in trial.probes]
+    probes = [_widened(inputs) for inputs in trial.calibration]
     with trial.running_with({name: put_aside(tensor.float()) for name, tensor in narrow.items()}):
         runs = _runs(trial, probes[:1])
         if runs:
             yield probes
     if not runs:
-        yield trial.probes
+        yield trial.calibration
 
 
 def _runs(trial: Trial, probes: Sequence[Inputs]) -> bool:

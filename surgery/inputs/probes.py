@@ -14,12 +14,17 @@ from torch import Tensor, nn
 
 from surgery.errors import SurgeryError
 from surgery.inputs.calibration import picture_statistics, read_calibration
+from surgery.inputs.leaves import dead_leaves
 from surgery.inputs.sample import Sample, find
 from surgery.inputs.text import end_token, text_length, vocabulary
 from surgery.members.member import Inputs, Member, Spread
 from surgery.util.randomness import seeded
 
+MADE_UP = "made up"  # the source of inputs that are
 _LENGTH = 32  # tokens of made-up text
+# Between the seeds of probes and of inputs that a fit learns from: generators take 32 bits of a seed.
+_APART = 0x9E3779B9
+_CHANNELS, _SIDE = 4, 8  # of arrays that may be pictures: at most and at least
 _TEXT = {"input_ids", "decoder_input_ids", "attention_mask", "decoder_attention_mask", "token_type_ids"}
 _SOUND_OR_PICTURE = {"pixel_values", "input_values", "input_features"}
 _STRUCTURE = ("mask", "grid", "shape", "length", "position", "type")  # integers that describe, not data
@@ -56,6 +61,27 @@ def probe_inputs(
     if count < 1:
         raise ValueError(f"count must be at least 1, not {count}")
     likeness = _Likeness(member, torch.Generator().manual_seed(seed))
+    return [likeness.batch() for _ in range(count)]
+
+
+def calibration_inputs(member: Member, *, seed: int = 0, count: int = 16) -> list[Inputs]:
+    """Made-up batches from which a fit learns how its errors move outputs.
+
+    None of them are among `probe_inputs`, on which these errors are then measured, and pictures are of another kind,
+    dead leaves: an error that is small on what a fit has learned from alone does not look small.
+
+    Args:
+        member: loaded.
+        seed: of both.
+        count: number of batches, each as large as the example inputs' batch.
+
+    Example:
+        >>> from surgery.members.references import load_member
+        >>> member = load_member(nn.Linear(3, 5), name="probe", inputs=torch.randn(2, 3))
+        >>> len(calibration_inputs(member)), len(probe_inputs(member))
+        (16, 8)
+    """
+    likeness = _Likeness(member, torch.Generator().manual_seed(seed + _APART), leaves=True)
     return [likeness.batch() for _ in range(count)]
 
 
@@ -181,10 +207,15 @@ class _Likeness:
     Attributes:
         by_spread: places of tensors of which smallest value, largest, mean or deviation are followed.
         by_value: tensors that are taken as they are, by their place.
+
+    Args:
+        member: whose example inputs.
+        generator: of values.
+        leaves: whether pictures, and what may be pictures, are dead leaves.
     """
 
-    def __init__(self, member: Member, generator: torch.Generator):
-        self.member, self.generator = member, generator
+    def __init__(self, member: Member, generator: torch.Generator, *, leaves: bool = False):
+        self.member, self.generator, self.leaves = member, generator, leaves
         self.by_spread: set[str] = set()
         self.by_value: dict[str, Tensor] = {}
 
@@ -196,7 +227,7 @@ class _Likeness:
             if name not in text:
                 kwargs[name] = self._like(value, name, name)
         args = tuple(self._like(value, "", str(i)) for i, value in enumerate(self.member.inputs.args))
-        return Inputs(args, {**kwargs, **text}, "made up")
+        return Inputs(args, {**kwargs, **text}, MADE_UP)
 
     def _like(self, value: Any, name: str, place: str) -> Any:
         """A fresh value of the same shape, dtype and range; pictures are smooth, structural integers stay."""
@@ -206,7 +237,7 @@ class _Likeness:
             self.by_value.update(_tensors_at(value, place))
             return value
         if value.dim() == 4 and (name.startswith("pixel_values") or self.member.origin.kind == "timm"):
-            return _pictures(value, self.member, self.generator)
+            return _pictures(value, self.member, self.generator, self.leaves)
         real = value.is_floating_point()
         described = (
             value.is_complex() or value.dtype == torch.bool or any(word in name for word in _STRUCTURE)
@@ -218,7 +249,12 @@ class _Likeness:
         known = self.member.inputs.spreads.get(place)
         if real:
             known = known or spread_of(value)
-            fresh = torch.randn(value.shape, generator=self.generator) * known.deviation + known.mean
+            if self.leaves and _may_be_pictures(value):
+                fresh = dead_leaves(value.shape, self.generator)
+                fresh = (fresh - fresh.mean()) / fresh.std()
+            else:
+                fresh = torch.randn(value.shape, generator=self.generator)
+            fresh = fresh * known.deviation + known.mean
             return fresh.clamp(known.low, known.high).to(value)
         known = known or spread_of(value)
         return torch.randint(int(known.low), int(known.high) + 1, value.shape, generator=self.generator).to(
@@ -279,12 +315,19 @@ def _text(member: Member, generator: torch.Generator) -> dict[str, Tensor]:
     return made
 
 
-def _pictures(value: Tensor, member: Member, generator: torch.Generator) -> Tensor:
-    """Smooth noise in [0, 1] at two scales, normalised by the model's mean and standard deviation."""
+def _may_be_pictures(value: Tensor) -> bool:
+    return value.dim() == 4 and value.shape[1] <= _CHANNELS and min(value.shape[2:]) >= _SIDE
+
+
+def _pictures(value: Tensor, member: Member, generator: torch.Generator, leaves: bool) -> Tensor:
+    """Pictures in [0, 1], smooth noise at two scales or dead leaves, normalised by the model's mean and deviation."""
     batch, channels, height, width = value.shape
-    picture = torch.zeros(batch, channels, height, width)
-    for cells, weight in ((4, 0.7), (16, 0.3)):
-        noise = torch.rand((batch, channels, cells, cells), generator=generator)
-        picture += weight * F.interpolate(noise, (height, width), mode="bicubic", align_corners=False)
+    if leaves:
+        picture = dead_leaves((batch, channels, height, width), generator)
+    else:
+        picture = torch.zeros(batch, channels, height, width)
+        for cells, weight in ((4, 0.7), (16, 0.3)):
+            noise = torch.rand((batch, channels, cells, cells), generator=generator)
+            picture += weight * F.interpolate(noise, (height, width), mode="bicubic", align_corners=False)
     mean, deviation = picture_statistics(member, channels)
     return ((picture.clamp(0, 1) - mean) / deviation).to(value)

@@ -14,7 +14,7 @@ from tiny_transformers import TINY, tiny
 from torch import nn
 
 from surgery.errors import LoadError, SurgeryError
-from surgery.inputs.probes import outputs_of, probe_inputs, relative_error
+from surgery.inputs.probes import calibration_inputs, outputs_of, probe_inputs, relative_error
 from surgery.members.member import Inputs, Member
 from surgery.members.references import load_member
 
@@ -102,6 +102,40 @@ def test_anything_else_keeps_shape_dtype_and_range():
         assert ids.dtype == torch.long
         assert 3 <= ids.min() <= ids.max() <= 9
         assert torch.equal(mask, given[2])
+
+
+@pytest.mark.parametrize("make", [linear, picture_net])
+def test_what_a_fit_learns_from_is_like_probes_and_none_of_them(make):
+    member = make()
+    probes, others = probe_inputs(member), calibration_inputs(member)
+    assert calibration_inputs(member, count=1)[0].args[0].equal(others[0].args[0])
+    for probe, other in zip(probes, others, strict=False):
+        (ours,), (theirs,) = probe.args, other.args
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert not any(ours.equal(each.args[0]) for each in others)
+
+
+def edges(pictures: torch.Tensor) -> float:
+    """Kurtosis of differences of neighbouring pixels: 3 for normal noise."""
+    steps = (pictures[..., 1:] - pictures[..., :-1]).flatten()
+    return float(((steps - steps.mean()) ** 4).mean() / steps.var() ** 2)
+
+
+def test_pictures_that_a_fit_learns_from_have_edges():
+    member = picture_net()
+    assert edges(calibration_inputs(member)[0].args[0]) > 2 * edges(probe_inputs(member)[0].args[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "are"), [((4, 1, 16, 16), True), ((4, 9, 16, 16), False), ((64, 1, 16), False)]
+)
+def test_arrays_that_may_be_pictures_have_edges_and_the_range_of_the_example(shape, are):
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    member = load_member(nn.Flatten(), name="any", inputs=example)
+    found = calibration_inputs(member)[0].args[0]
+    assert (edges(found) > 3.5) == are
+    assert float(found.min()) >= float(example.min()) and float(found.max()) <= float(example.max())
+    assert float(found.mean()) == pytest.approx(float(example.mean()), abs=0.15)
 
 
 def test_random_state_is_left_alone():

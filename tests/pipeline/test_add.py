@@ -126,7 +126,9 @@ def test_what_came_and_goes_leaves_the_former_folder(made, tmp_path_factory, cas
     assert contents(folder) == former
 
 
-def test_a_stranger_is_stored_apart(joint):
+def test_a_stranger_is_stored_apart(joint, monkeypatch):
+    """Rounded plainly: of so small a net, errors that are fed back differ by a third from one draw to the next."""
+    monkeypatch.setattr("surgery.fitting.learning.LARGEST", 0)
     (added,) = surgery.add(joint, {"new": relative("new", 0, base=5)}, max_error=0.05)
     alone = surgery.fit(surgery.join([relative("new", 0, base=5)]), max_error=0.05).report
     assert added.sites == 0 and added.met and added.marginal_bytes <= 1.02 * alone.stored_bytes

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.fitting.metric import Draws, Metric, mean_square, mean_statistics, together
+from surgery.fitting.metric import Draws, Metric, mean_square, mean_statistics, metric_of, together
 from surgery.methods.siblings import lowrank
 from surgery.methods.siblings.lowrank import factors
 
@@ -96,7 +96,7 @@ def test_a_metric_of_draws_prices_independent_errors_as_sensitivities_do():
         g = torch.randn(6, 1, generator=generator) @ torch.randn(1, 9, generator=generator)
         draws.add(g)
         power += float(g.square().mean()) / 200
-    metric = draws.metric(200)
+    metric = metric_of([draws], 200)
     errors = [torch.randn(6, 9, generator=generator) for _ in range(200)]
     mean = sum(metric.price(e) / float(e.square().sum()) for e in errors) / 200
     assert mean == pytest.approx(power, rel=0.05)
@@ -115,7 +115,7 @@ def test_a_metric_of_draws_prices_any_error_where_gradients_are_products():
         g = (left @ torch.randn(6, 1, generator=generator)) @ (torch.randn(1, 9, generator=generator) @ right)
         draws.add(g)
         moved += float((g * error).sum() ** 2) / n
-    assert draws.metric(n).price(error) == pytest.approx(moved, rel=0.25)
+    assert metric_of([draws], n).price(error) == pytest.approx(moved, rel=0.25)
 
 
 @pytest.mark.parametrize("wide", ["rows", "columns"])
@@ -147,16 +147,16 @@ def test_draws_that_are_added_up_first_give_the_same_moments_in_the_mean(monkeyp
     for g in gradients:
         one_by_one.add(g)
         added.add(g)
-    first, second = one_by_one.metric(1), added.metric(1)
+    first, second = metric_of([one_by_one], 1), metric_of([added], 1)
     for one, other in ((first.into, second.into), (first.out, second.out)):
         assert float((one - other).norm() / one.norm()) < 0.1  # of 1,000 sums of four draws each
 
 
 def test_draws_without_a_usable_gradient_have_no_metric():
     draws = Draws()
-    assert draws.metric(1) is None
+    assert metric_of([draws], 1) is None
     draws.add(torch.zeros(2, 3))
-    assert draws.metric(1) is None
+    assert metric_of([draws], 1) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -188,7 +188,7 @@ def test_draws_without_inputs_have_the_same_outputs_and_a_diagonal():
         gradient = torch.randn(6, 9, generator=generator)
         whole.add(gradient)
         outputs.add(gradient)
-    found, alone = whole.metric(2), outputs.metric(2)
+    found, alone = metric_of([whole], 2), metric_of([outputs], 2)
     assert found is not None and alone is not None
     assert torch.equal(alone.out, found.out)
     torch.testing.assert_close(alone.into, found.into.diagonal())

@@ -143,7 +143,9 @@ def test_a_family_that_differs_a_lot_is_no_larger_than_its_members_apart():
         assert together.met and together.stored_bytes <= 1.05 * apart
 
 
-def test_unrelated_layers_stay_apart_and_cost_what_they_cost_without_templates():
+def test_unrelated_layers_stay_apart_and_cost_what_they_cost_without_templates(monkeypatch):
+    """Rounded plainly, as templates are."""
+    monkeypatch.setattr("surgery.fitting.learning.LARGEST", 0)
     one = fitted([chain()], max_error=0.05).report
     member = chain()
     plain = fit(join([member], make_plan([discover(member)], (8, 8))), max_error=0.05).report
@@ -187,23 +189,25 @@ def test_a_number_alone_is_what_it_was(mixing):
     """Every tensor as it is, from templates fitted with the mean sensitivity of layers."""
     from surgery.core.generation import to_blocks
     from surgery.core.settle import settle_banks
-    from surgery.fitting.sensitivity import sensitivities
+    from surgery.fitting.learning import inputs_to_learn_from
+    from surgery.fitting.scene import Scene
     from surgery.fitting.trial import Trial
     from surgery.inputs.probes import probe_inputs
     from surgery.methods.rows.bank import exact_bank
     from surgery.methods.templates.mixtures import Templates, open_stack
+    from surgery.settings.target import Target
     from surgery.storage.stored import bank_tensors
     from surgery.util.devices import pick_device
 
     members = family()
     plan = plan_templates([discover(each) for each in members], (8, 8))
-    moved, banks = {}, {}
+    trials, banks = {}, {}
     for each in members:
         state = each.module.state_dict()
         owners = {name: (name,) for name in state}
-        trial = Trial(each, dict(state), owners, probe_inputs(each, seed=0), pick_device("cpu"))
-        moved |= {(each.name, name): value for name, value in sensitivities(trial, 0).items()}
-    weights = {}
+        probes, others = probe_inputs(each, seed=0), inputs_to_learn_from(each, state, 0)
+        trials[each.name] = Trial(each, dict(state), owners, probes, pick_device("cpu"), others)
+    moved, weights = Scene(trials, plan, Target(), 0).sensitivity, {}
     (keys,) = plan.stacks.values()
     for key in keys:
         placed = [p for p in plan.placements if p.bank == key]
