@@ -22,7 +22,7 @@ from surgery.fitting.pieces import in_pieces
 from surgery.fitting.trial import Trial
 from surgery.fitting.widened import in_float32
 from surgery.geometry.views import CanonicalView
-from surgery.inputs.probes import tensors_in
+from surgery.inputs.probes import same_draws, tensors_in
 from surgery.members.member import Inputs
 from surgery.slots.slots import locate
 from surgery.storage.codecs import decode, encode, grouped
@@ -188,7 +188,7 @@ def _one_sample(
             raise
 
     try:
-        with torch.enable_grad():
+        with same_draws(trial.module), torch.enable_grad():
             outputs = tensors_in(trial.module(*inputs.args, **inputs.kwargs))
             loss = torch.zeros((), device=trial.device)
             for output, norm in zip(outputs, norms, strict=True):

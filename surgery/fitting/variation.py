@@ -107,10 +107,10 @@ def faint_words(errors: Mapping[str, float], variations: Mapping[str, float]) ->
         for name in sorted(found, key=lambda each: found[each])
     )
     least = TENTH * min(found.values())
-    smaller = f", or ask for a smaller error (`max_error`), such as {least:.1g}" if least > CONSTANT else ""
+    smaller = f"Ask for a smaller error (`max_error`), such as {least:.1g}. " if least > CONSTANT else ""
     return (
         f"Outputs of {shorten(named)} hardly differ between inputs: most of what they tell may be lost within that "
-        f"error. Let the model return logits or log-odds in place of probabilities{smaller}."
+        f"error. {smaller}Where these are probabilities, let the model return logits or log-odds."
     )
 
 

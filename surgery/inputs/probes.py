@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from inspect import signature
 from pathlib import Path
@@ -145,11 +146,18 @@ def outputs_of(module: nn.Module, inputs: Inputs) -> tuple[Tensor, ...]:
         >>> [t.shape for t in outputs_of(nn.LSTM(3, 5), Inputs((torch.randn(2, 3),)))]
         [torch.Size([2, 5]), torch.Size([1, 5]), torch.Size([1, 5])]
     """
+    with same_draws(module), torch.no_grad():
+        return tuple(tensors_in(module(*inputs.args, **inputs.kwargs)))
+
+
+@contextmanager
+def same_draws(module: nn.Module) -> Iterator[None]:
+    """Inside, a module that draws random numbers draws the same ones each time; generators are left as they were."""
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices), enabled=bool(devices)), seeded(0), torch.no_grad():
+    with torch.random.fork_rng(devices=list(devices), enabled=bool(devices)), seeded(0):
         if devices:
             torch.manual_seed(0)
-        return tuple(tensors_in(module(*inputs.args, **inputs.kwargs)))
+        yield
 
 
 def outputs_over(module: nn.Module, probes: Sequence[Inputs]) -> tuple[Tensor, ...]:

@@ -57,6 +57,21 @@ class OneWay(nn.Linear):
         return Backwards.apply(super().forward(x))
 
 
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(x * (1 + torch.randn_like(x)))
+
+
+def test_a_model_that_draws_random_numbers_has_the_same_sensitivities_each_time():
+    torch.manual_seed(3)
+    net = trial(Noisy(4, 4))
+    first = sensitivity.sensitivities(net, 0)
+    state = torch.get_rng_state()
+    torch.manual_seed(4)
+    assert sensitivity.sensitivities(net, 0) == first
+    torch.set_rng_state(state)
+
+
 def test_a_model_without_derivatives_has_no_sensitivities():
     assert sensitivity.sensitivities(trial(OneWay(4, 2)), 0) == {}
     assert set(sensitivity.sensitivities(trial(nn.Linear(4, 2)), 0)) == {"weight", "bias"}
