@@ -303,8 +303,7 @@ def _found(
 
     (left, turned), parts = made_once(f"directions/{site.member}/{site.name}", made, original.device)
     found = Factors(**{name: part.T if name in turned else part for name, part in parts.items()})
-    # An added member takes half the time where its errors are not fed back, and somewhat more bytes.
-    feedback = Feedback() if least is not None else Feedback.of(metric)
+    feedback = Feedback.of(metric)
     return _Found(
         Relative(site, original, metric.out, found, feedback), Noise.of(found, metric, feedback), left
     )

@@ -6,7 +6,7 @@ than contexts of it, too, so that bits cost less in rows: these get more bits th
 last byte of either gain the same.
 
 Errors are fed back (`surgery.storage.codecs.feedback`), in rows under H of the site's inputs, and in contexts, whose
-entries are the outputs, under G; not those of a member that is added, which would take more than twice the time.
+entries are the outputs, under G.
 """
 
 from __future__ import annotations
