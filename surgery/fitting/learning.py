@@ -12,9 +12,8 @@ from surgery.fitting.pieces import batch_of
 from surgery.inputs.probes import calibration_inputs
 from surgery.members.member import Inputs, Member
 
-LARGEST = (
-    1 << 27
-)  # weights of a member, at most, for which a fit learns from made-up inputs: that takes a while
+# Weights of a member, at most, that a fit learns about from made-up inputs and from halves of given ones.
+LARGEST = 1 << 27
 FILLED = 32  # given examples; where there are fewer, made-up ones make up the number
 ENOUGH = 64  # of which errors are not much less than of others
 

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from surgery.fitting.learning import LARGEST
 from surgery.fitting.metric import Draws, Metric, mean_square, metric_of, together
 from surgery.fitting.pieces import in_pieces
 from surgery.fitting.trial import Trial
@@ -87,8 +88,10 @@ def metrics(
             samples = 1 if alone else samples_of(shapes, len(probes))
             if trial.calibration is not trial.probes:  # twice as many batches
                 samples = max(1, samples // 2)
+        # Both halves take twice the room, and of large members draws take as much as weights.
+        small = sum(map(math.prod, shapes)) <= LARGEST
         for name in views:
-            halves = 2 if len(probes) > 1 else 1
+            halves = 2 if len(probes) > 1 and small else 1
             count = samples * len(probes) // halves
             draws[name] = [Draws(count, inputs=name not in outputs) for _ in range(halves)]
         _draw(trial, probes, seed, samples, add)
