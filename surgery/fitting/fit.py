@@ -104,7 +104,8 @@ def fit(
             budget precisions follow from that, and where K is given nowhere, so does K.
         mixture: of templates, in place of what the plan says: `linear`, `softmax`, or `one-hot`, which ties layers.
         settings: of the plan's method, in place of those that it was planned with, also `templates` and `mixture`.
-        probes: inputs on which outputs are compared, by member; by default made up from the seed.
+        probes: inputs to learn from and to compare outputs on, by member, 64 or more of each; by default made up from
+            the seed, others to learn from than to compare on.
         seed: of everything that is drawn at random.
         device: where the fit computes: `auto`, `cpu`, `cuda`, ...
         memory: the most that the process may hold besides pages of files, in bytes or as text such as `8GiB`.

@@ -177,33 +177,27 @@ def metric_of(draws: Sequence[Draws], samples: int) -> Metric | None:
     """The metric of draws that were made `samples` times for all inputs; None where no gradient was usable.
 
     Args:
-        draws: of all inputs, or of either half of them: the moment of outputs is then shrunk.
+        draws: of all inputs, or of either half of them: moments are then shrunk (`surgery.fitting.shrinkage`).
         samples: how often.
     """
     found = [own for each in draws if (own := each.moments()) is not None]
     if not found:
         return None
     outs, intos = zip(*found, strict=True)
-    out, into = _sum(outs), _sum(intos)
+    out, into = (_sum(each, len(draws)) for each in (outs, intos))
     power = trace(out)
     if not 0 < power < float("inf"):
         return None
-    if len(draws) > 1:
-        out, into = (_shrunk(each, len(draws)) for each in (outs, intos))
     return Metric(put_aside(_damped(out / power)), put_aside(_damped(into / samples)))
 
 
-def _shrunk(halves: Sequence[Tensor], count: int) -> Tensor:
-    """The sum of moments of halves, shrunk where it is known as a whole."""
-    total = _sum(halves)
-    if total.ndim == 1:
+def _sum(parts: Sequence[Tensor], count: int) -> Tensor:
+    """The sum of moments, of `count` parts where all have draws; that of halves is shrunk where it is a matrix."""
+    first, *others = parts
+    total = put_aside(first + others[0]) if others else first
+    if count == 1 or total.ndim == 1:
         return total
-    return shrunk(total, best_share(*map(looked_at, halves)) if len(halves) == count else None)
-
-
-def _sum(moments: Sequence[Tensor]) -> Tensor:
-    first, *others = moments
-    return put_aside(first + sum(others)) if others else first
+    return shrunk(total, best_share(*map(looked_at, parts)) if others else None)
 
 
 def mean_square(gradient: Tensor, total: Tensor | None = None) -> Tensor:

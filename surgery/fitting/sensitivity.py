@@ -65,8 +65,7 @@ def metrics(
         views: of the sites that are asked for; a weight is one matrix of all their rows, `[S * out, in]`. Where there
             are some, large batches are drawn in pieces.
         samples: backward passes for each probe batch; by default as many as tell more.
-        outputs: sites of which the moment of inputs is not wanted as a whole, and that of outputs shrunk
-            (`surgery.fitting.shrinkage`).
+        outputs: sites of which the moment of inputs is not wanted as a whole.
     """
     draws: dict[str, Sequence[Draws]] = {}
     total: dict[str, Tensor] = {}  # on the device, which is not waited for

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,11 +96,6 @@ class Trial:
         if not norms or not all(map(math.isfinite, norms)):
             return self.probes, _norms(self.reference)
         return inputs, norms
-
-    @property
-    def calls(self) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Positional and named arguments of a call with each batch that a fit learns from."""
-        return ((tuple(each.args), dict(each.kwargs)) for each in self.calibration)
 
     def set_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Give the module other weights; tensors not named stay as they are."""
